@@ -1,0 +1,57 @@
+"""What a run reads: the `data` section of a configuration."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nsa.schema import Section
+
+
+class SourceConfig(Section):
+    """One source of the blend."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="unique; names the source's folder of shards")
+    kind: Literal["builtin", "files", "hub", "synthetic"] = Field(
+        description="builtin: the Python standard library's sources and docs; files: local text, JSONL or Parquet; "
+        "hub: a data set by name; synthetic: generated recall tasks"
+    )
+    weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    path: str | None = Field(None, description="files: a file, folder or glob; hub: the data set's name")
+    subset: str | None = Field(None, description="hub: the data set's configuration name")
+    split: str = Field("train", description="hub: the split to read")
+    text_field: str = Field("text", description="files (JSONL, Parquet) and hub: the column that holds the text")
+    task: Literal["mqar", "passkey", "copy"] | None = Field(None, description="synthetic: the task to generate")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SourceConfig":
+        if self.kind in ("files", "hub") and not self.path:
+            raise ValueError(f"data source {self.name!r}: kind {self.kind} needs a path")
+        if (self.kind == "synthetic") != (self.task is not None):
+            raise ValueError(f"data source {self.name!r}: a task goes with kind synthetic and only with it")
+        return self
+
+
+class TokenizerConfig(Section):
+    """The sentencepiece tokenizer."""
+
+    path: str | None = Field(None, description="an existing sentencepiece .model to use; null: train one on the corpus")
+    vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 byte pieces included")
+    train_bytes: int = Field(20_000_000, ge=10_000, description="bytes of text that a trained tokenizer sees at most")
+
+
+class DataConfig(Section):
+    """Where tokens come from and how they are cut into samples."""
+
+    sources: list[SourceConfig] = Field(min_length=1, description="the blend")
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    cache_dir: str = Field("data/cache", description="folder of the prepared tokenizer and token shards")
+    sequence_length: int = Field(ge=8, description="tokens in one sample")
+    validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")
+    workers: int = Field(2, ge=1, description="processes that prepare shards")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        names = [s.name for s in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"data.sources: the names must differ, got {names}")
+        return self

@@ -1,0 +1,93 @@
+"""What a decoder is: the `model` and `attention` sections of a configuration."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nsa.schema import Section
+
+AttentionKind = Literal["dense", "nsa"]
+
+
+class AttentionConfig(Section):
+    """Attention of every layer. Lengths are in tokens. Defaults are those of the NSA paper (arXiv 2502.11089, 4.1)."""
+
+    kind: AttentionKind | list[AttentionKind] = Field(
+        "nsa", description="one kind for all layers, or a pattern that is repeated over the layers, e.g. [dense, nsa, nsa]"
+    )
+    compress_length: int = Field(32, ge=1, description="tokens in one compression block (l); a multiple of compress_stride")
+    compress_stride: int = Field(16, ge=1, description="tokens between two compression blocks (d)")
+    compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: the head dim")
+    block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
+    num_blocks: int = Field(16, ge=1, description="selected blocks per query, initial and local ones included (n)")
+    num_initial: int = Field(1, ge=0, description="blocks at the start of a document that are always selected")
+    num_local: int = Field(2, ge=0, description="most recent blocks that are always selected, the current one included")
+    window: int = Field(512, ge=1, description="tokens seen by the sliding-window branch, the query's own included (w)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AttentionConfig":
+        if isinstance(self.kind, list) and not self.kind:
+            raise ValueError("attention.kind: the pattern is empty; name at least one of dense, nsa")
+        if self.compress_length % self.compress_stride:
+            raise ValueError(
+                f"attention.compress_length ({self.compress_length}) must be a multiple of "
+                f"attention.compress_stride ({self.compress_stride})"
+            )
+        if self.block_size % self.compress_stride:
+            raise ValueError(
+                f"attention.block_size ({self.block_size}) must be a multiple of "
+                f"attention.compress_stride ({self.compress_stride})"
+            )
+        if self.block_size < self.compress_length:
+            raise ValueError(
+                f"attention.block_size ({self.block_size}) must not be below "
+                f"attention.compress_length ({self.compress_length}): NSA's equation 9 needs l <= l'"
+            )
+        if self.num_initial + self.num_local > self.num_blocks:
+            raise ValueError(
+                f"attention.num_initial + attention.num_local ({self.num_initial + self.num_local}) exceed "
+                f"attention.num_blocks ({self.num_blocks}): raise num_blocks or force fewer blocks"
+            )
+        return self
+
+    def kinds(self, num_layers: int) -> list[AttentionKind]:
+        """The kind of each of ``num_layers`` layers."""
+        pattern = self.kind if isinstance(self.kind, list) else [self.kind]
+        return [pattern[i % len(pattern)] for i in range(num_layers)]
+
+
+class RopeConfig(Section):
+    """Rotary position embedding (arXiv 2104.09864) with YaRN length extension (arXiv 2309.00071)."""
+
+    theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
+    yarn_factor: float = Field(1.0, ge=1, description="length extension: new rotary range / trained range; 1 is none")
+    yarn_beta_fast: float = Field(32.0, gt=0, description="turns over the trained range above which a frequency is kept")
+    yarn_beta_slow: float = Field(1.0, gt=0, description="turns below which a frequency is divided by yarn_factor")
+
+
+class ModelConfig(Section):
+    """Shape of a pre-norm decoder (RMSNorm, rotary, SwiGLU, grouped-query attention)."""
+
+    vocab_size: int = Field(ge=2, description="rows of the embedding; at least the tokenizer's vocabulary")
+    hidden_size: int = Field(ge=1, description="width of the residual stream")
+    num_layers: int = Field(ge=1, description="decoder layers")
+    num_heads: int = Field(ge=1, description="query heads")
+    num_kv_heads: int = Field(ge=1, description="key/value heads; divides num_heads")
+    head_dim: int = Field(ge=2, description="query and key width of a head; even")
+    v_head_dim: int | None = Field(None, ge=1, description="value width of a head; null: head_dim")
+    intermediate_size: int = Field(ge=1, description="hidden width of the SwiGLU MLP")
+    max_position: int = Field(ge=1, description="rotary range in tokens that the model is trained for")
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
+    tie_embeddings: bool = Field(True, description="the output head shares the embedding's weight")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads ({self.num_heads}) must be a multiple of model.num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary embedding turns pairs")
+        return self
