@@ -13,11 +13,13 @@ class AttentionConfig(Section):
     """Attention of every layer. Lengths are in tokens. Defaults are those of the NSA paper (arXiv 2502.11089, 4.1)."""
 
     kind: AttentionKind | list[AttentionKind] = Field(
-        "nsa", description="one kind for all layers, or a pattern that is repeated over the layers, e.g. [dense, nsa, nsa]"
+        "nsa", description="one kind for all layers, or a pattern that is repeated over them, e.g. [dense, nsa, nsa]"
     )
-    compress_length: int = Field(32, ge=1, description="tokens in one compression block (l); a multiple of compress_stride")
+    compress_length: int = Field(
+        32, ge=1, description="tokens in a compression block (l), a multiple of the stride"
+    )
     compress_stride: int = Field(16, ge=1, description="tokens between two compression blocks (d)")
-    compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: the head dim")
+    compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: head_dim")
     block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
     num_blocks: int = Field(16, ge=1, description="selected blocks per query, initial and local ones included (n)")
     num_initial: int = Field(1, ge=0, description="blocks at the start of a document that are always selected")
@@ -61,7 +63,7 @@ class RopeConfig(Section):
 
     theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     yarn_factor: float = Field(1.0, ge=1, description="length extension: new rotary range / trained range; 1 is none")
-    yarn_beta_fast: float = Field(32.0, gt=0, description="turns over the trained range above which a frequency is kept")
+    yarn_beta_fast: float = Field(32.0, gt=0, description="turns over the range above which a frequency is kept")
     yarn_beta_slow: float = Field(1.0, gt=0, description="turns below which a frequency is divided by yarn_factor")
 
 

@@ -1,0 +1,156 @@
+"""The decoder: pre-norm layers of attention and SwiGLU (the shape of Llama, arXiv 2302.13971)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from nsa.cache import Cache
+from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.rotary import rotary_frequencies, rotary_tables
+from nsa.models.config import AttentionConfig, ModelConfig
+from nsa.models.head import LanguageModelHead
+from nsa.ops.packing import Documents
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        return (x32 * (x32.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight.float()).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (SwiGLU, arXiv 2002.05202)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, attention: DenseAttention | NativeSparseAttention) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, cu_seqlens, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """A decoder language model.
+
+    Args:
+        config: shape. attention: kind of each layer, and NSA's sizes.
+        backend: implementation of the attention operators: auto, triton, torch or naive.
+    """
+
+    def __init__(self, config: ModelConfig, attention: AttentionConfig, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, build_attention(kind, config, attention, backend))
+            for kind in attention.kinds(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = LanguageModelHead(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Normal(0, init_std) matrices, over sqrt(2 layers) where they write to the residual stream (GPT-2)."""
+        std = self.config.init_std
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)  # gates start half open
+            elif name.endswith(("attention.output.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=std / (2 * self.config.num_layers) ** 0.5)
+            elif ".compress." in name and parameter.dim() == 2 and not name.endswith("position"):
+                # No norm follows before the attention scores: keep the scale of the input.
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        caches: list[Cache] | None = None,
+    ) -> Tensor:
+        """Logits, or the loss of each token.
+
+        Args:
+            input_ids: (B, T) int64.
+            targets: (B, T) int64, the token that follows each; -100 is not counted.
+            cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; positions start anew in each.
+            caches: of the tokens before, from `new_caches`; the T new tokens are appended.
+
+        Returns:
+            Without targets: logits (B, T, V). With: negative log-likelihood (B, T) fp32 in nats, 0 where not counted.
+        """
+        offset = caches[0].length if caches else 0
+        positions = Documents.of(input_ids.shape[1], offset, cu_seqlens, input_ids.device).query_local
+        rotary = self.rotary(positions)
+        x = self.embedding(input_ids)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, cu_seqlens, caches[i] if caches else None)
+        return self.head(self.norm(x), targets)
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (T, D/2) fp32 at ``positions`` (T,)."""
+        config, rope = self.config, self.config.rope
+        frequencies = rotary_frequencies(
+            config.head_dim,
+            rope.theta,
+            trained_range=config.max_position,
+            yarn_factor=rope.yarn_factor,
+            beta_fast=rope.yarn_beta_fast,
+            beta_slow=rope.yarn_beta_slow,
+            device=positions.device,
+        )
+        return rotary_tables(positions, frequencies, yarn_factor=rope.yarn_factor)
+
+    def new_caches(self) -> list[Cache]:
+        """Empty caches, one a layer, for decoding sequences of equal length side by side."""
+        return [layer.attention.new_cache() for layer in self.layers]
+
+
+def build_attention(
+    kind: str, config: ModelConfig, attention: AttentionConfig, backend: str
+) -> DenseAttention | NativeSparseAttention:
+    """The attention layer of one decoder layer."""
+    heads = (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.v_head_dim)
+    if kind == "dense":
+        return DenseAttention(*heads, backend=backend)
+    return NativeSparseAttention(
+        *heads,
+        compress_length=attention.compress_length,
+        compress_stride=attention.compress_stride,
+        compress_hidden=attention.compress_hidden,
+        block_size=attention.block_size,
+        num_blocks=attention.num_blocks,
+        num_initial=attention.num_initial,
+        num_local=attention.num_local,
+        window=attention.window,
+        rope_theta=config.rope.theta,
+        backend=backend,
+    )

@@ -1,0 +1,78 @@
+"""Parameters and FLOPs of a decoder, counted without building it."""
+
+from nsa.models.config import AttentionConfig, ModelConfig
+
+
+def attention_parameters(kind: str, model: ModelConfig, attention: AttentionConfig) -> int:
+    """Parameters of one attention layer."""
+    key, value = model.head_dim, model.v_head_dim or model.head_dim
+    projections = model.hidden_size * model.num_heads * (key + value)  # query and output
+    key_value = model.hidden_size * model.num_kv_heads * (key + value)
+    if kind == "dense":
+        return projections + key_value
+    length = attention.compress_length
+    compression = 0
+    for width in (key, value):
+        hidden = attention.compress_hidden or width
+        compression += length * width * (hidden + 1) + hidden * width
+    gate = (model.hidden_size + 1) * 3 * model.num_heads
+    return projections + 3 * key_value + compression + gate
+
+
+def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str, int]:
+    """``total``, ``embedding`` (the head's too, unless tied) and ``non_embedding`` parameters."""
+    layer = 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
+    body = model.hidden_size + model.num_layers * layer
+    body += sum(attention_parameters(kind, model, attention) for kind in attention.kinds(model.num_layers))
+    embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return {"total": body + embedding, "embedding": embedding, "non_embedding": body}
+
+
+def attention_flops(kind: str, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:
+    """Forward FLOPs per token of scores and weighted values of one layer, mean over a causal sequence.
+
+    A multiply-add is 2 FLOPs; only keys that a query sees are counted. NSA's selection recomputes the compressed
+    scores: they are not counted, as recomputation is not in a model-FLOPs utilisation (PaLM, arXiv 2204.02311).
+    """
+    tokens, value = sequence_length, model.v_head_dim or model.head_dim
+    if kind == "dense":
+        keys = (tokens + 1) / 2
+    else:
+        a = attention
+        compressed = sum(max(0, (t - a.compress_length + 1) // a.compress_stride + 1) for t in range(tokens)) / tokens
+        most = a.num_blocks * a.block_size
+        selected = sum(min(t + 1, most - a.block_size + t % a.block_size + 1) for t in range(tokens)) / tokens
+        window = sum(min(t + 1, a.window) for t in range(tokens)) / tokens
+        keys = compressed + selected + window
+    return 2 * model.num_heads * (model.head_dim + value) * keys
+
+
+def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> dict[str, float]:
+    """Forward and backward FLOPs per token (backward counts twice the forward).
+
+    Returns:
+        ``sparse``: what the configured attention needs. ``dense_equivalent``: the same decoder with dense attention
+        in every layer: what its speed is compared by across kinds of attention.
+    """
+
+    def total(kinds: list[str]) -> float:
+        matrices = 3 * model.hidden_size * model.intermediate_size * model.num_layers
+        matrices += sum(_matrix_parameters(kind, model, attention) for kind in kinds)
+        matrices += model.vocab_size * model.hidden_size
+        scores = sum(attention_flops(kind, model, attention, sequence_length) for kind in kinds)
+        return 3 * (2 * matrices + scores)
+
+    kinds = [str(kind) for kind in attention.kinds(model.num_layers)]
+    return {"sparse": total(kinds), "dense_equivalent": total(["dense"] * model.num_layers)}
+
+
+def _matrix_parameters(kind: str, model: ModelConfig, attention: AttentionConfig) -> float:
+    """Multiply-adds per token in the linear maps of one attention layer; compression runs per stride and KV head."""
+    parameters = attention_parameters(kind, model, attention)
+    if kind == "dense":
+        return parameters
+    compression = parameters - attention_parameters("dense", model, attention)
+    key, value = model.head_dim, model.v_head_dim or model.head_dim
+    compression -= 2 * model.hidden_size * model.num_kv_heads * (key + value)
+    compression -= (model.hidden_size + 1) * 3 * model.num_heads
+    return parameters + compression * (model.num_kv_heads / attention.compress_stride - 1)

@@ -1,0 +1,60 @@
+"""Grouped-query attention."""
+
+from torch import Tensor, nn
+
+from nsa import ops
+from nsa.cache import FullCache
+from nsa.layers.rotary import apply_rotary
+
+
+class DenseAttention(nn.Module):
+    """Causal grouped-query attention (arXiv 2305.13245) with rotary embedding.
+
+    Args:
+        hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
+        head_dim: D of queries and keys. v_head_dim: Dv of values; None: D.
+        backend: implementation of the operator: auto, triton, torch or naive.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        v_head_dim = v_head_dim or head_dim
+        self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
+        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor | None = None,
+        cache: FullCache | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        Args:
+            rotary: cos and sin (T, D/2) fp32 at the tokens' positions (`nsa.layers.rotary.rotary_tables`).
+            cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1.
+            cache: keys and values of the tokens before; T new ones are appended.
+        """
+        q = apply_rotary(self.query(x).unflatten(-1, (-1, self.head_dim)), *rotary)
+        k = apply_rotary(self.key(x).unflatten(-1, (-1, self.head_dim)), *rotary)
+        v = self.value(x).unflatten(-1, (-1, self.v_head_dim))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
+        return self.output(out.flatten(2))
+
+    def new_cache(self) -> FullCache:
+        return FullCache()

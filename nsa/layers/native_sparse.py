@@ -1,0 +1,196 @@
+"""Native Sparse Attention as a layer (DeepSeek, arXiv 2502.11089)."""
+
+from torch import Tensor, nn
+
+from nsa import ops
+from nsa.cache import NativeSparseCache
+from nsa.layers.compression import BlockCompression, compressed_ends
+from nsa.layers.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from nsa.ops.packing import Documents
+
+Pair = tuple[Tensor, Tensor]
+
+
+class KeyValue(nn.Module):
+    """The key and value projections of one branch: (B, T, C) -> (B, T, G, D), (B, T, G, Dv)."""
+
+    def __init__(self, hidden_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
+        super().__init__()
+        self.num_kv_heads = num_kv_heads
+        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Pair:
+        heads = (self.num_kv_heads, -1)
+        return self.key(x).unflatten(-1, heads), self.value(x).unflatten(-1, heads)
+
+
+class GatedBranches(nn.Module):
+    """The operator of the layer, without parameters: where hooks see queries, keys, values and gates."""
+
+    def __init__(
+        self,
+        *,
+        length: int,
+        stride: int,
+        block_size: int,
+        num_blocks: int,
+        window: int,
+        num_initial: int,
+        num_local: int,
+        scale: float,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        self.length, self.stride = length, stride
+        self.block_size, self.num_blocks = block_size, num_blocks
+        self.num_initial, self.num_local, self.window = num_initial, num_local, window
+        self.scale, self.backend = scale, backend
+
+    def forward(
+        self,
+        q: Tensor,
+        kv_cmp: Pair,
+        kv_slc: Pair,
+        kv_win: Pair,
+        gates: Tensor,
+        cu_seqlens: Tensor | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """As `nsa.ops.native_sparse_attention`."""
+        return ops.native_sparse_attention(
+            q,
+            kv_cmp,
+            kv_slc,
+            kv_win,
+            gates,
+            length=self.length,
+            stride=self.stride,
+            block_size=self.block_size,
+            num_blocks=self.num_blocks,
+            window=self.window,
+            num_initial=self.num_initial,
+            num_local=self.num_local,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+            offset=offset,
+            backend=self.backend,
+        )
+
+
+class NativeSparseAttention(nn.Module):
+    """Learned compression, block selection and a sliding window, gated together; usable in any decoder.
+
+    Each branch has its own keys and values, so that the window cannot take the gradient from the others (section
+    3.3.3). The compression MLP reads keys before their rotation; the compressed key of a block is then rotated to the
+    position of the block's last token, so that scores depend on distances alone.
+
+    Args:
+        hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
+        head_dim: D of queries and keys, even. v_head_dim: Dv of values; None: D.
+        compress_length, compress_stride: tokens in a compression block (l) and between two (d); d divides l.
+        compress_hidden: hidden width of the compression MLP; None: the head's.
+        block_size, num_blocks: tokens in a selection block (l'), and blocks per query (n).
+        num_initial, num_local: blocks that are always selected: the document's first, the query's most recent.
+        window: tokens of the sliding window (w).
+        rope_theta: base of the rotary frequencies when ``forward`` is given no tables.
+        backend: implementation of the operators: auto, triton, torch or naive.
+
+    Raises:
+        ValueError: (in ``forward``) sizes that do not belong together.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        compress_length: int = 32,
+        compress_stride: int = 16,
+        compress_hidden: int | None = None,
+        block_size: int = 64,
+        num_blocks: int = 16,
+        num_initial: int = 1,
+        num_local: int = 2,
+        window: int = 512,
+        rope_theta: float = 10000.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        v_head_dim = v_head_dim or head_dim
+        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.key_value = nn.ModuleDict(
+            {b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in ("compressed", "selected", "window")}
+        )
+        self.compress = nn.ModuleDict(
+            {
+                "key": BlockCompression(head_dim, compress_length, compress_stride, compress_hidden),
+                "value": BlockCompression(v_head_dim, compress_length, compress_stride, compress_hidden),
+            }
+        )
+        self.gate = nn.Linear(hidden_size, 3 * num_heads)
+        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.attend = GatedBranches(
+            length=compress_length,
+            stride=compress_stride,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            num_initial=num_initial,
+            num_local=num_local,
+            window=window,
+            scale=head_dim**-0.5,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Pair | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: NativeSparseCache | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        Args:
+            rotary: cos and sin (T, D/2) fp32 at the tokens' positions (`nsa.layers.rotary.rotary_tables`); None: made
+                here from ``rope_theta``.
+            cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; no branch looks across one.
+            cache: of the tokens before, from `new_cache`; the T new ones are appended.
+        """
+        offset = 0 if cache is None else cache.length
+        if rotary is None:
+            rotary = self._rotary(x, offset, cu_seqlens)
+        q = apply_rotary(self.query(x).unflatten(-1, (-1, self.head_dim)), *rotary)
+        raw_cmp = self.key_value["compressed"](x)
+        slc, win = (_rotated(self.key_value[branch](x), rotary) for branch in ("selected", "window"))
+        gates = self.gate(x).sigmoid().unflatten(-1, (-1, 3))
+
+        def compress(raw: Pair, first: int) -> Pair:
+            """Compress tokens from position ``first`` on. A block ends within the new tokens, so their tables do."""
+            k_cmp, v_cmp = self.compress["key"](raw[0], cu_seqlens), self.compress["value"](raw[1], cu_seqlens)
+            ends = compressed_ends(raw[0].shape[1], cu_seqlens, self.attend.length, self.attend.stride, x.device)
+            ends = ends + (first - offset)
+            return apply_rotary(k_cmp, rotary[0][ends], rotary[1][ends]), v_cmp
+
+        if cache is None:
+            cmp = compress(raw_cmp, 0)
+        else:
+            cmp, slc, win = cache.append(raw_cmp, slc, win, compress)
+        out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
+        return self.output(out.flatten(2))
+
+    def new_cache(self) -> NativeSparseCache:
+        return NativeSparseCache(self.attend.length, self.attend.stride, self.attend.window)
+
+    def _rotary(self, x: Tensor, offset: int, cu_seqlens: Tensor | None) -> Pair:
+        positions = Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local
+        frequencies = rotary_frequencies(self.head_dim, self.rope_theta, trained_range=1, device=x.device)
+        return rotary_tables(positions, frequencies)
+
+
+def _rotated(kv: Pair, rotary: Pair) -> Pair:
+    return apply_rotary(kv[0], *rotary), kv[1]

@@ -1,0 +1,59 @@
+"""Causal attention, optionally within a sliding window."""
+
+import torch
+from torch import Tensor
+
+from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.naive import masked_attention
+from nsa.ops.packing import Documents
+from nsa.ops.tiles import Ranges, tiled_attention
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal (grouped-query) attention; with ``window`` w query t sees keys t-w+1 .. t (NSA's third branch).
+
+    Args:
+        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. With S > T (decoding on a cache) the queries
+            are the last T of the S positions.
+        window: keys seen by a query, its own included; None: all before it.
+        scale: factor of the scores; None: D ** -0.5.
+        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1 and S = T; no query looks across one.
+        return_lse: also return the log of the softmax's denominator.
+        backend: auto, triton, torch or naive.
+
+    Returns:
+        (B, T, H, Dv) in q's dtype; with ``return_lse`` also (B, H, T) fp32, not differentiable.
+
+    Raises:
+        ValueError: shapes that do not belong together, window < 1, unknown backend.
+    """
+    check_attention(q, k, v, cu_seqlens)
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
+    scale = softmax_scale(scale, q.shape[3])
+    documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
+    reach = k.shape[1] if window is None else window
+    if resolve_backend(backend) == "naive":
+        out, lse = masked_attention(q, k, v, naive_mask(documents, k.shape[1], reach), scale)
+    else:
+        first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
+        out, lse = tiled_attention(q, k, v, Ranges(first, documents.query_position + 1), scale)
+    return (out, lse) if return_lse else out
+
+
+def naive_mask(documents: Documents, num_keys: int, reach: int) -> Tensor:
+    """(T, S) bool: key s is in query t's document, at or before it and nearer than ``reach``."""
+    query, key = documents.query_position[:, None], torch.arange(num_keys, device=documents.bounds.device)
+    border = documents.bounds[1:-1]
+    same_document = (query[..., None] >= border).sum(-1) == (key[:, None] >= border).sum(-1)
+    return same_document & (key <= query) & (query - key < reach)

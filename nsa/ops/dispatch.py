@@ -1,0 +1,82 @@
+"""Checks that all operators share, and the choice of an implementation."""
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "triton", "torch", "naive")
+
+
+def resolve_backend(backend: str) -> str:
+    """The implementation to run: ``naive`` (the definition) or ``torch`` (portable, linear memory).
+
+    Raises:
+        ValueError: unknown name, or ``triton`` where no kernel exists.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        raise ValueError("backend='triton': this operator has no Triton kernel yet; use 'auto' or 'torch'")
+    return "torch" if backend == "auto" else backend
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) belong together."""
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(
+            f"q, k, v must be (batch, tokens, heads, width); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must share batch, tokens and heads")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must share batch and head width")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key/value heads ({k.shape[2]})")
+    check_packing(q, cu_seqlens)
+
+
+def check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless ``cu_seqlens`` (N+1,) int32 can describe the packed batch of ``q`` (1, T, ...)."""
+    if cu_seqlens is None:
+        return
+    if q.shape[0] != 1:
+        raise ValueError(f"packed documents (cu_seqlens) need batch 1, got {q.shape[0]}: concatenate the sequences")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be (N+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    # On a GPU the look at the values would wait for the device.
+    if cu_seqlens.device.type == "cpu":
+        inner_ok = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        if not inner_ok or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[1]:
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({q.shape[1]})")
+
+
+def check_positions(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """The position of the first query: the T queries are the last of the S positions of the keys.
+
+    Raises:
+        ValueError: fewer keys than queries, or not as many where documents are packed.
+    """
+    offset = k.shape[1] - q.shape[1]
+    if offset < 0 or (offset and cu_seqlens is not None):
+        wanted = "as many keys as queries" if cu_seqlens is not None else "at least as many keys as queries"
+        raise ValueError(f"need {wanted}, got {k.shape[1]} keys for {q.shape[1]} queries")
+    return offset
+
+
+def check_compression(length: int, stride: int, block_size: int | None = None) -> None:
+    """Raise ValueError unless d | l, and d | l' and l <= l' (NSA, arXiv 2502.11089, Eq. 9)."""
+    if length < 1 or stride < 1 or length % stride:
+        raise ValueError(f"length ({length}) must be a positive multiple of stride ({stride})")
+    if block_size is not None and (block_size % stride or block_size < length):
+        raise ValueError(
+            f"block_size ({block_size}) must be a multiple of stride ({stride}) and at least length ({length})"
+        )
+
+
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """``scale``, or the usual ``head_dim ** -0.5``."""
+    return head_dim**-0.5 if scale is None else scale
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 stays float64; everything else accumulates in float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,70 @@
+"""Native Sparse Attention: the gated sum of its three branches (arXiv 2502.11089, Eq. 5)."""
+
+from torch import Tensor
+
+from nsa.ops.compressed import compressed_attention
+from nsa.ops.dense import dense_attention
+from nsa.ops.selected import selected_attention
+from nsa.ops.selection import select_blocks
+
+
+def native_sparse_attention(
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor],
+    kv_win: tuple[Tensor, Tensor],
+    gates: Tensor,
+    *,
+    length: int,
+    stride: int,
+    block_size: int,
+    num_blocks: int,
+    window: int,
+    num_initial: int = 1,
+    num_local: int = 2,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    offset: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Compressed, selected and sliding-window attention, weighted by gates and summed (NSA Eq. 5).
+
+    Args:
+        q: (B, T, H, D).
+        kv_cmp: (k_cmp, v_cmp), the compressed blocks, as for `compressed_attention`.
+        kv_slc, kv_win: (k (B, S, G, D), v (B, S, G, Dv)) of the selected and the window branch. While decoding on a
+            cache the queries are the last T positions of each; kv_win may hold just the last window + T - 1.
+        gates: (B, T, H, 3) in [0, 1]: compressed, selected, window.
+        length, stride, block_size, num_blocks, num_initial, num_local: as for `select_blocks`.
+        window: keys that the window branch sees.
+        scale: factor of the scores in every branch; None: D ** -0.5.
+        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; no branch looks across one.
+        offset: position of the first query (decoding on a cache); not with ``cu_seqlens``.
+        backend: auto, triton, torch or naive.
+
+    Returns:
+        (B, T, H, Dv) in q's dtype.
+
+    Raises:
+        ValueError: shapes or sizes that do not belong together, unknown backend.
+    """
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates must be {(*q.shape[:3], 3)}, got {tuple(gates.shape)}")
+    blocks = {"length": length, "stride": stride, "offset": offset}
+    common = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
+    out_cmp, lse = compressed_attention(q, *kv_cmp, **blocks, **common)
+    indices = select_blocks(
+        q,
+        kv_cmp[0],
+        lse,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
+        **blocks,
+        **common,
+    )
+    out_slc = selected_attention(q, *kv_slc, indices, block_size=block_size, **common)
+    out_win = dense_attention(q, *kv_win, window=window, **common)
+    g = gates.to(q.dtype).unsqueeze(-1)
+    return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win

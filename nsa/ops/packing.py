@@ -1,0 +1,82 @@
+"""Where documents, compression blocks and selection blocks lie in a packed batch.
+
+Everything here is index arithmetic on device: shapes depend on the number of tokens and documents only, never on the
+documents' lengths, so nothing waits for the GPU. Unpacked input is the case of one document.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def num_compressed(num_tokens: int, length: int, stride: int) -> int:
+    """Compression blocks that lie whole within ``num_tokens`` tokens (NSA, arXiv 2502.11089, Eq. 7).
+
+    It also bounds the number in any packing of ``num_tokens`` tokens into documents.
+    """
+    return (num_tokens - length) // stride + 1 if num_tokens >= length else 0
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents of a (packed) batch, and for each query which one it lies in.
+
+    Attributes (all int64, on the device of the batch):
+        bounds: (N+1,) first token of each document, and the total.
+        query_position: (T,) the query's token index in the key sequence.
+        query_document: (T,) the query's document.
+    """
+
+    bounds: Tensor
+    query_position: Tensor
+    query_document: Tensor
+
+    @classmethod
+    def of(cls, num_queries: int, offset: int, cu_seqlens: Tensor | None, device: torch.device) -> "Documents":
+        """Queries ``offset .. offset + num_queries - 1`` of one sequence, or all tokens of packed documents."""
+        position = torch.arange(offset, offset + num_queries, device=device)
+        if cu_seqlens is None:
+            bounds = torch.tensor([0, offset + num_queries], device=device)
+            return cls(bounds, position, torch.zeros_like(position))
+        bounds = cu_seqlens.to(torch.int64)
+        # right=True passes over empty documents: a token lies in the last document that starts at or before it.
+        return cls(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
+
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) tokens of each document."""
+        return self.bounds[1:] - self.bounds[:-1]
+
+    @property
+    def query_local(self) -> Tensor:
+        """(T,) the query's position within its document."""
+        return self.query_position - self.bounds[self.query_document]
+
+    def compressed_bounds(self, length: int, stride: int) -> Tensor:
+        """(N+1,) first compression block of each document in their concatenation."""
+        return _cumulate(torch.where(self.lengths >= length, (self.lengths - length) // stride + 1, 0))
+
+    def selection_bounds(self, block_size: int) -> Tensor:
+        """(N+1,) first selection block of each document in their concatenation; the last block may be partial."""
+        return _cumulate((self.lengths + block_size - 1) // block_size)
+
+
+def _cumulate(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def block_starts(bounds: Tensor, block_bounds: Tensor, stride: int, count: int) -> tuple[Tensor, Tensor]:
+    """First token and document of ``count`` blocks that are laid at ``stride`` within each document.
+
+    Args:
+        bounds: (N+1,) first token of each document.
+        block_bounds: (N+1,) first block of each document; ``count`` may exceed its last entry, and the rows beyond
+            it mean nothing.
+
+    Returns:
+        (count,) first token and (count,) document, both int64.
+    """
+    block = torch.arange(count, device=bounds.device)
+    document = torch.searchsorted(block_bounds[1:].contiguous(), block, right=True).clamp(max=len(bounds) - 2)
+    return bounds[document] + (block - block_bounds[document]) * stride, document

@@ -1,0 +1,194 @@
+"""The portable attention: tiles of queries against the keys they can see, in memory linear in the tokens.
+
+A pattern cuts the queries into tiles and says, for each, which keys to load and which of them each query sees. Scores
+exist for one tile at a time, forward and backward (FlashAttention's recomputation, arXiv 2205.14135, section 3.1, at
+the granularity of torch calls). The two patterns serve every operator: `Ranges` where each query sees a run of keys
+(causal, window, compressed), `Blocks` where it sees a list of blocks (selected).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nsa.ops.dispatch import accumulation_dtype
+
+MAX_ROWS = 128
+MAX_SCORES = 2**25  # scores of one tile: 128 MiB in fp32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries ``start .. stop-1`` and the keys they need.
+
+    Attributes:
+        keys: a slice of the key axis, or (B, G, U) int64 positions to gather.
+        mask: bool, broadcastable to (B, G, 1, stop - start, U).
+    """
+
+    start: int
+    stop: int
+    keys: slice | Tensor
+    mask: Tensor
+
+
+class Pattern(Protocol):
+    def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]: ...
+
+
+def tile_bounds(num_queries: int, num_keys: int, num_heads: int) -> Iterator[tuple[int, int]]:
+    """Runs of queries whose scores against ``num_keys`` keys stay within MAX_SCORES."""
+    rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, num_heads * num_keys)))
+    for start in range(0, num_queries, rows):
+        yield start, min(start + rows, num_queries)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Query t sees keys ``first[t] .. last[t]-1``; both (T,) int64 and never falling, as causal masks are."""
+
+    first: Tensor
+    last: Tensor
+
+    def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]:
+        first, last = self.first.tolist(), self.last.tolist()
+        for start, stop in tile_bounds(num_queries, num_keys, num_heads):
+            keys = slice(min(first[start], num_keys), max(last[stop - 1], first[start]))
+            position = torch.arange(keys.start, keys.stop, device=self.first.device)
+            rows = slice(start, stop)
+            yield Tile(start, stop, keys, (position >= self.first[rows, None]) & (position < self.last[rows, None]))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Query t of group g sees, at or before itself, the tokens of blocks ``blocks[:, t, g]``.
+
+    The tile loads the union of its queries' blocks: neighbouring queries select much the same ones.
+
+    Attributes:
+        blocks: (B, T, G, n) int64 indices into ``block_start``; -1 is none.
+        block_start: (M,) first token of each block.
+        block_size: tokens of a block.
+        query_position: (T,) token index of each query.
+    """
+
+    blocks: Tensor
+    block_start: Tensor
+    block_size: int
+    query_position: Tensor
+
+    def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]:
+        batch, _, groups, _ = self.blocks.shape
+        within = torch.arange(self.block_size, device=self.blocks.device)
+        for start, stop in tile_bounds(num_queries, num_keys, num_heads):
+            blocks = self.blocks[:, start:stop].transpose(1, 2)  # (B, G, t, n)
+            # One column more takes the -1s.
+            chosen = torch.zeros(
+                batch, groups, stop - start, len(self.block_start) + 1, dtype=torch.bool, device=blocks.device
+            )
+            chosen.scatter_(3, torch.where(blocks < 0, len(self.block_start), blocks), True)
+            chosen = chosen[..., :-1]
+            used = chosen.any(2)
+            width = int(used.sum(-1).max())
+            # Used blocks first, in order; the rest only pads groups that use fewer.
+            union = used.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+            member = chosen.gather(3, union[:, :, None].expand(-1, -1, stop - start, -1))
+            keys = (self.block_start[union][..., None] + within).flatten(2)
+            mask = member.repeat_interleave(self.block_size, dim=3)
+            mask &= keys[:, :, None] <= self.query_position[start:stop, None]
+            # A block may reach past the end of the sequence; the causal mask has dropped that part.
+            yield Tile(start, stop, keys.clamp(max=num_keys - 1), mask[:, :, None])
+
+
+def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention along ``pattern``.
+
+    Args:
+        q: (B, T, H, D); k: (B, S, G, D); v: (B, S, G, Dv).
+
+    Returns:
+        out (B, T, H, Dv) in q's dtype; lse (B, H, T) in the accumulation dtype, not differentiable.
+    """
+    return _TiledAttention.apply(q, k, v, pattern, scale)
+
+
+def _take(x: Tensor, keys: slice | Tensor) -> Tensor:
+    """(B, G, S, D) at ``keys`` -> (B, G, U, D)."""
+    if isinstance(keys, slice):
+        return x[:, :, keys]
+    return x.gather(2, keys[..., None].expand(-1, -1, -1, x.shape[3]))
+
+
+def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
+    """Add (B, G, U, D) into (B, G, S, D) at ``keys``."""
+    if isinstance(keys, slice):
+        total[:, :, keys] += part
+    else:
+        total.scatter_add_(2, keys[..., None].expand(-1, -1, -1, part.shape[3]), part)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
+        (batch, num_queries, heads, _), groups = q.shape, k.shape[2]
+        q_, k_, v_ = _grouped(q, groups), _keys_first(k), _keys_first(v)
+        out = q_.new_zeros(batch, groups, heads // groups, num_queries, v.shape[3])
+        lse = q_.new_full(out.shape[:4], -torch.inf)
+        for tile in pattern.tiles(num_queries, k.shape[1], batch * heads):
+            rows = slice(tile.start, tile.stop)
+            scores = _scores(q_[:, :, :, rows], _take(k_, tile.keys), tile.mask, scale)
+            lse[:, :, :, rows] = scores.logsumexp(-1)
+            out[:, :, :, rows] = _rows_by_keys(_probabilities(scores, lse[:, :, :, rows]), _take(v_, tile.keys))
+        lse = lse.flatten(1, 2)
+        result = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.pattern, ctx.scale = pattern, scale
+        ctx.mark_non_differentiable(lse)
+        return result, lse
+
+    @staticmethod
+    def backward(ctx, d_result: Tensor, _d_lse: Tensor):
+        q, k, v, result, lse = ctx.saved_tensors
+        groups = k.shape[2]
+        q_, k_, v_ = _grouped(q, groups), _keys_first(k), _keys_first(v)
+        d_out = _grouped(d_result, groups)
+        delta = (d_out * _grouped(result, groups)).sum(-1, keepdim=True)
+        lse = lse.unflatten(1, (groups, -1))
+        dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
+        for tile in ctx.pattern.tiles(q.shape[1], k.shape[1], q.shape[0] * q.shape[2]):
+            rows = slice(tile.start, tile.stop)
+            q_tile, d_tile = q_[:, :, :, rows], d_out[:, :, :, rows]
+            k_tile, v_tile = _take(k_, tile.keys), _take(v_, tile.keys)
+            p = _probabilities(_scores(q_tile, k_tile, tile.mask, ctx.scale), lse[:, :, :, rows])
+            d_scores = p * (_rows_by_keys(d_tile, v_tile.mT) - delta[:, :, :, rows]) * ctx.scale
+            dq[:, :, :, rows] = _rows_by_keys(d_scores, k_tile)
+            _add(dk, tile.keys, d_scores.flatten(2, 3).mT @ q_tile.flatten(2, 3))
+            _add(dv, tile.keys, p.flatten(2, 3).mT @ d_tile.flatten(2, 3))
+        dq = dq.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return dq.to(q.dtype), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(B, T, H, D) -> (B, G, H/G, T, D) in the accumulation dtype."""
+    return x.to(accumulation_dtype(x)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _keys_first(x: Tensor) -> Tensor:
+    """(B, S, G, D) -> (B, G, S, D) in the accumulation dtype."""
+    return x.to(accumulation_dtype(x)).transpose(1, 2).contiguous()
+
+
+def _rows_by_keys(x: Tensor, y: Tensor) -> Tensor:
+    """(B, G, h, t, A) @ (B, G, A, C) -> (B, G, h, t, C), the heads of a group as rows of one product."""
+    return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return (_rows_by_keys(q, k.mT) * scale).masked_fill_(~mask, -torch.inf)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    # exp(-inf - 0) = 0 where a row sees nothing; -inf - -inf would be NaN.
+    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_()
