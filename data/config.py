@@ -43,7 +43,7 @@ class DataConfig(Section):
     """Where tokens come from and how they are cut into samples."""
 
     sources: list[SourceConfig] = Field(min_length=1, description="the blend")
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the sentencepiece tokenizer")
     cache_dir: str = Field("data/cache", description="folder of the prepared tokenizer and token shards")
     sequence_length: int = Field(ge=8, description="tokens in one sample")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")

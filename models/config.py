@@ -15,9 +15,7 @@ class AttentionConfig(Section):
     kind: AttentionKind | list[AttentionKind] = Field(
         "nsa", description="one kind for all layers, or a pattern that is repeated over them, e.g. [dense, nsa, nsa]"
     )
-    compress_length: int = Field(
-        32, ge=1, description="tokens in a compression block (l), a multiple of the stride"
-    )
+    compress_length: int = Field(32, ge=1, description="tokens in a compression block (l), a multiple of the stride")
     compress_stride: int = Field(16, ge=1, description="tokens between two compression blocks (d)")
     compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: head_dim")
     block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
@@ -64,7 +62,18 @@ class RopeConfig(Section):
     theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
     yarn_factor: float = Field(1.0, ge=1, description="length extension: new rotary range / trained range; 1 is none")
     yarn_beta_fast: float = Field(32.0, gt=0, description="turns over the range above which a frequency is kept")
-    yarn_beta_slow: float = Field(1.0, gt=0, description="turns below which a frequency is divided by yarn_factor")
+    yarn_beta_slow: float = Field(
+        1.0, gt=0, description="turns over the trained range below which a frequency is divided by yarn_factor"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeConfig":
+        if self.yarn_beta_slow >= self.yarn_beta_fast:
+            raise ValueError(
+                f"model.rope.yarn_beta_slow ({self.yarn_beta_slow}) must be below "
+                f"model.rope.yarn_beta_fast ({self.yarn_beta_fast})"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -79,7 +88,7 @@ class ModelConfig(Section):
     v_head_dim: int | None = Field(None, ge=1, description="value width of a head; null: head_dim")
     intermediate_size: int = Field(ge=1, description="hidden width of the SwiGLU MLP")
     max_position: int = Field(ge=1, description="rotary range in tokens that the model is trained for")
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding's weight")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")

@@ -1,12 +1,27 @@
-"""The configuration tree of a run, from YAML with `key=value` overrides."""
+"""The configuration tree of a run, from YAML with `key=value` overrides.
 
-from typing import Literal
+Commands:
+    python -m nsa.config configs/demo.yaml optimizer.learning_rate=1e-3     # check, print with every default
+    python -m nsa.config --schema                                           # JSON schema, for editors
+    python -m nsa.config --reference                                        # every key as a Markdown table
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from nsa import strict_yaml
 from nsa.data.config import DataConfig
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.schema import Section
+from nsa.strict_yaml import ConfigError
+
+__all__ = ["Config", "ConfigError", "dump_config", "json_schema", "load_config"]
 
 
 class OptimizerConfig(Section):
@@ -17,12 +32,30 @@ class OptimizerConfig(Section):
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="decay; wsd: warm-up, stable, decay")
-    decay_steps: int | None = Field(None, ge=1, description="wsd: length of the final linear decay; null: a fifth of training.steps")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="on matrices only; norms, biases and embeddings have none")
+    decay_steps: int | None = Field(
+        None, ge=1, description="wsd only: steps of the final linear decay; null: a fifth of training.steps"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the mean of the gradient; sgd: not used")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the mean of its square; sgd: not used")
+    eps: float = Field(1e-8, gt=0, description="adamw: added to the root of the mean square; sgd: not used")
+    weight_decay: float = Field(
+        0.1, ge=0, description="decoupled, per unit of learning rate; on matrices only, not norms, biases, embeddings"
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimizerConfig":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate ({self.min_learning_rate}) exceeds "
+                f"optimizer.learning_rate ({self.learning_rate}), the peak"
+            )
+        if self.decay_steps is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"optimizer.decay_steps ({self.decay_steps}) goes with optimizer.schedule wsd only, "
+                f"not {self.schedule}: set it to null or change the schedule"
+            )
+        return self
 
 
 class TrainingConfig(Section):
@@ -31,11 +64,26 @@ class TrainingConfig(Section):
     steps: int = Field(ge=1, description="optimizer steps of the whole run")
     global_batch_size: int = Field(ge=1, description="samples (sequences) per optimizer step over all ranks")
     micro_batch_size: int = Field(ge=1, description="samples per forward pass of one rank")
-    validation_every: int = Field(100, ge=1, description="steps between two validations; the last step always validates")
+    validation_every: int = Field(
+        100, ge=1, description="steps between two validations; the last step always validates"
+    )
     validation_samples: int = Field(32, ge=1, description="held-out samples read by one validation")
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics")
-    probe_every: int = Field(50, ge=1, description="steps between two looks into the attention (gates, selected blocks)")
-    max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps that are skipped before the run stops")
+    probe_every: int = Field(
+        50, ge=1, description="steps between two looks into the attention (gates, selected blocks)"
+    )
+    max_skipped_steps: int = Field(
+        10, ge=0, description="consecutive non-finite steps that are skipped before the run stops"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingConfig":
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size ({self.global_batch_size}) must be a multiple of "
+                f"training.micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
 
 
 class CheckpointConfig(Section):
@@ -48,16 +96,24 @@ class CheckpointConfig(Section):
 class EngineConfig(Section):
     """DeepSpeed and memory."""
 
-    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="what ZeRO shards over the ranks: 1 optimizer, 2 + gradients, 3 + weights")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="weights and activations; the optimizer is fp32 always")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="what ZeRO shards over the ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="weights and activations; the optimizer is fp32 always"
+    )
     activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
-    backend: Literal["auto", "triton", "torch", "naive"] = Field("auto", description="implementation of the attention operators")
+    backend: Literal["auto", "triton", "torch", "naive"] = Field(
+        "auto", description="implementation of the attention operators; auto: triton on a GPU, else torch"
+    )
 
 
 class EvaluationConfig(Section):
     """What `nsa.evaluate` measures on an export."""
 
-    length_factors: list[int] = Field([1, 2, 4], description="lengths of the recall tasks, times the training length")
+    length_factors: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2, 4], min_length=1, description="lengths of the recall tasks, times the training length"
+    )
     recall_samples: int = Field(64, ge=1, description="samples per recall task and length")
     bpb_samples: int = Field(64, ge=1, description="held-out samples for bits per byte by position")
 
@@ -67,26 +123,106 @@ class Config(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run's folder")
     seed: int = Field(1234, ge=0, lt=2**31, description="of initialisation and data order")
-    output_dir: str = Field("checkpoints", description="folder that holds the run folders")
-    model: ModelConfig
-    attention: AttentionConfig = AttentionConfig()
-    data: DataConfig
-    optimizer: OptimizerConfig
-    training: TrainingConfig
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    engine: EngineConfig = EngineConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = Field("checkpoints", min_length=1, description="folder that holds the run folders")
+    model: ModelConfig = Field(description="shape of the decoder")
+    attention: AttentionConfig = Field(AttentionConfig(), description="attention of every layer")
+    data: DataConfig = Field(description="where tokens come from and how they are cut into samples")
+    optimizer: OptimizerConfig = Field(description="optimizer and learning-rate schedule")
+    training: TrainingConfig = Field(description="how long and in what pieces")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written, how many stay")
+    engine: EngineConfig = Field(EngineConfig(), description="DeepSpeed and memory")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what nsa.evaluate measures on an export")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        if self.name in (".", ".."):
+            raise ValueError(f"name: {self.name!r} is no name for a folder")
         if self.data.sequence_length > self.model.max_position:
             raise ValueError(
                 f"data.sequence_length ({self.data.sequence_length}) exceeds the rotary range model.max_position "
                 f"({self.model.max_position}): shorten the samples or raise max_position"
             )
-        if self.training.global_batch_size % self.training.micro_batch_size:
+        if self.data.tokenizer.path is None and self.data.tokenizer.vocab_size > self.model.vocab_size:
             raise ValueError(
-                f"training.global_batch_size ({self.training.global_batch_size}) must be a multiple of "
-                f"training.micro_batch_size ({self.training.micro_batch_size})"
+                f"data.tokenizer.vocab_size ({self.data.tokenizer.vocab_size}) exceeds model.vocab_size "
+                f"({self.model.vocab_size}): every piece of the tokenizer needs a row of the embedding"
+            )
+        decay = self.optimizer.decay_steps or 0
+        if self.optimizer.warmup_steps + decay > self.training.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}){f' + decay_steps ({decay})' if decay else ''} "
+                f"exceed training.steps ({self.training.steps})"
             )
         return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and write ``key=value`` overrides (dotted keys, YAML values) over it, in order.
+
+    Raises ``ConfigError`` that names the file, the line and the full key of every problem: unknown keys (with the
+    nearest valid one), duplicate keys, wrong types, values out of range, contradictions.
+    """
+    return strict_yaml.load(Config, path, overrides)
+
+
+def dump_config(config: Config) -> str:
+    """YAML of a configuration, every default written out; ``load_config`` reads it back to an equal one."""
+    return strict_yaml.dump(config)
+
+
+def json_schema() -> str:
+    """JSON schema of the YAML files, as committed in ``configs/schema.json``."""
+    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+
+
+def reference() -> str:
+    """Markdown tables of every key, type, default and meaning, as committed in ``docs/configuration.md``."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Written by `python -m nsa.config --reference`; a test keeps it current.",
+        "A `*` stands for the number of a list item, from 0.",
+    ]
+    section = None
+    for key, field in strict_yaml.walk(Config):
+        head = key.rpartition(".")[0]
+        if head != section:
+            section = head
+            lines += ["", f"## {head or 'Top level'}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        bounds = [_bound(item) for item in field.metadata]
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        kind = ", ".join([strict_yaml.type_words(field.annotation), *filter(None, bounds)])
+        lines.append(f"| `{key.rpartition('.')[2]}` | {kind} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _bound(constraint: Any) -> str:
+    for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+        if hasattr(constraint, name):
+            return f"{sign} {getattr(constraint, name)}"
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m nsa.config", description="Check and print a configuration.")
+    parser.add_argument("config", nargs="?", help="a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
+    parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
+    options = parser.parse_args(arguments)
+    if options.schema or options.reference:
+        print(json_schema() if options.schema else reference(), end="")
+        return 0
+    if options.config is None:
+        parser.error("name a YAML file, or --schema, or --reference")
+    try:
+        print(dump_config(load_config(options.config, options.overrides)), end="")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
