@@ -131,7 +131,7 @@ class Decoder(nn.Module):
 
     def new_caches(self) -> list[Cache]:
         """Empty caches, one a layer, for decoding sequences of equal length side by side."""
-        return [layer.attention.new_cache() for layer in self.layers]
+        return [layer.attention.new_cache() for layer in self.layers]  # type: ignore[union-attr, operator]
 
 
 def build_attention(

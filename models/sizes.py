@@ -36,7 +36,7 @@ def attention_flops(kind: str, model: ModelConfig, attention: AttentionConfig, s
     """
     tokens, value = sequence_length, model.v_head_dim or model.head_dim
     if kind == "dense":
-        keys = (tokens + 1) / 2
+        keys = (tokens + 1) / 2  # the mean over the sequence
     else:
         a = attention
         compressed = sum(max(0, (t - a.compress_length + 1) // a.compress_stride + 1) for t in range(tokens)) / tokens
@@ -56,7 +56,7 @@ def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, seq
     """
 
     def total(kinds: list[str]) -> float:
-        matrices = 3 * model.hidden_size * model.intermediate_size * model.num_layers
+        matrices: float = 3 * model.hidden_size * model.intermediate_size * model.num_layers
         matrices += sum(_matrix_parameters(kind, model, attention) for kind in kinds)
         matrices += model.vocab_size * model.hidden_size
         scores = sum(attention_flops(kind, model, attention, sequence_length) for kind in kinds)

@@ -7,7 +7,7 @@ from torch.nn.functional import linear, silu
 from nsa.ops.packing import Documents, block_starts, num_compressed
 
 
-class OverlappingLinear(nn.Linear):
+class OverlappingLinear(nn.Module):
     """A linear map of flattened blocks of ``length`` tokens at ``stride``, without laying out the overlap.
 
     A block is length/stride segments of ``stride`` tokens, so its product with the weight is the sum of the products
@@ -15,7 +15,9 @@ class OverlappingLinear(nn.Linear):
     """
 
     def __init__(self, width: int, out_features: int, length: int, stride: int) -> None:
-        super().__init__(length * width, out_features, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, length * width))
+        nn.init.normal_(self.weight, std=(length * width) ** -0.5)
         self.segments_per_block = length // stride
 
     def forward(self, segments: Tensor, first: Tensor, position: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Causal attention, optionally within a sliding window."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,34 @@ from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, 
 from nsa.ops.naive import masked_attention
 from nsa.ops.packing import Documents
 from nsa.ops.tiles import Ranges, tiled_attention
+
+
+@overload
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def dense_attention(

@@ -50,21 +50,34 @@ def native_sparse_attention(
     """
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {(*q.shape[:3], 3)}, got {tuple(gates.shape)}")
-    blocks = {"length": length, "stride": stride, "offset": offset}
-    common = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
-    out_cmp, lse = compressed_attention(q, *kv_cmp, **blocks, **common)
+    out_cmp, lse = compressed_attention(
+        q,
+        *kv_cmp,
+        length=length,
+        stride=stride,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        offset=offset,
+        backend=backend,
+    )
     indices = select_blocks(
         q,
         kv_cmp[0],
         lse,
+        length=length,
+        stride=stride,
         block_size=block_size,
         num_blocks=num_blocks,
         num_initial=num_initial,
         num_local=num_local,
-        **blocks,
-        **common,
+        scale=scale,
+        cu_seqlens=cu_seqlens,
+        offset=offset,
+        backend=backend,
     )
-    out_slc = selected_attention(q, *kv_slc, indices, block_size=block_size, **common)
-    out_win = dense_attention(q, *kv_win, window=window, **common)
+    out_slc = selected_attention(
+        q, *kv_slc, indices, block_size=block_size, scale=scale, cu_seqlens=cu_seqlens, backend=backend
+    )
+    out_win = dense_attention(q, *kv_win, window=window, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
     g = gates.to(q.dtype).unsqueeze(-1)
     return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win

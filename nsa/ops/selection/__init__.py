@@ -100,7 +100,7 @@ def pick_blocks(
     forced = (block < num_initial) | (block > own - num_local)
     score = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)
     score, chosen = score.sort(dim=-1, descending=True, stable=True)
-    none = torch.iinfo(torch.int64).max
+    none = importance.shape[3]
     chosen = chosen.masked_fill(score == -torch.inf, none)[..., :num_blocks].sort(dim=-1).values
     chosen = torch.nn.functional.pad(chosen, (0, num_blocks - chosen.shape[3]), value=none)
     return chosen.masked_fill(chosen == none, -1).to(torch.int32).transpose(1, 2).contiguous()

@@ -1,0 +1,121 @@
+"""Layers: compression without overlap against windows laid out, packing, decoding, and use on their own."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.compression import BlockCompression, compressed_ends
+from nsa.layers.rotary import apply_rotary, rotary_frequencies, rotary_tables
+
+SIZES = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 10}
+
+
+def nsa_layer(**changes) -> NativeSparseAttention:
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(16, 4, 2, 6, 4, **{**SIZES, **changes}).double()
+    for compression in layer.compress.values():
+        torch.nn.init.normal_(compression.position)
+    return layer
+
+
+@pytest.mark.parametrize(("tokens", "length", "stride"), [(7, 8, 4), (8, 8, 4), (33, 8, 4), (31, 6, 2), (9, 3, 3)])
+def test_compression_equals_windows_laid_out(tokens: int, length: int, stride: int) -> None:
+    torch.manual_seed(0)
+    phi = BlockCompression(5, length, stride, hidden=7).double()
+    torch.nn.init.normal_(phi.position)
+    x = torch.randn(2, tokens, 3, 5, dtype=torch.float64)
+    if tokens < length:
+        assert phi(x).shape == (2, 0, 3, 5)
+        return
+    windows = x.unfold(1, length, stride).transpose(3, 4)  # (B, M, G, l, D)
+    expected = phi.outer(silu((windows + phi.position).flatten(3) @ phi.inner.weight.T))
+    torch.testing.assert_close(phi(x), expected)
+
+
+@pytest.mark.parametrize("documents", [[9], [1, 20, 3, 8, 7, 30], [5, 5], [0, 12, 0, 6], [40, 2]])
+def test_packed_compression_equals_each_document_alone(documents: list[int]) -> None:
+    torch.manual_seed(0)
+    phi = BlockCompression(4, 8, 4).double()
+    cu = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32)
+    x = torch.randn(1, sum(documents), 2, 4, dtype=torch.float64)
+    alone = [phi(x[:, a:b]) for a, b in itertools.pairwise(cu.tolist())]
+    blocks = sum(part.shape[1] for part in alone)
+    torch.testing.assert_close(phi(x, cu)[:, :blocks], torch.cat(alone, dim=1))
+    ends = [a + 4 * i + 7 for a, b in itertools.pairwise(cu.tolist()) for i in range(max(0, (b - a - 8) // 4 + 1))]
+    assert compressed_ends(sum(documents), cu, 8, 4, x.device)[:blocks].tolist() == ends
+
+
+@pytest.mark.parametrize("steps", [[1] * 45, [45], [20, 1, 1, 7, 16], [3, 42]])
+def test_decoding_on_a_cache_equals_the_whole(steps: list[int]) -> None:
+    layer = nsa_layer()
+    x = torch.randn(2, 45, 16, dtype=torch.float64)
+    cache, start, parts = layer.new_cache(), 0, []
+    for count in steps:
+        parts.append(layer(x[:, start : start + count], cache=cache))
+        start += count
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x))
+    assert cache.window[0].shape[1] <= SIZES["window"]
+    assert cache.tail[0].shape[1] < SIZES["compress_length"]
+
+
+def test_packed_documents_equal_each_alone() -> None:
+    layer = nsa_layer()
+    documents = [1, 30, 7, 0, 25]
+    cu = torch.tensor([0, *itertools.accumulate(documents)], dtype=torch.int32)
+    x = torch.randn(1, sum(documents), 16, dtype=torch.float64)
+    alone = [layer(x[:, a:b]) for a, b in itertools.pairwise(cu.tolist()) if b > a]
+    torch.testing.assert_close(layer(x, cu_seqlens=cu), torch.cat(alone, dim=1))
+
+
+def test_future_tokens_change_nothing() -> None:
+    layer = nsa_layer()
+    x = torch.randn(1, 60, 16, dtype=torch.float64)
+    changed = x.clone()
+    changed[:, 40:] += 1
+    torch.testing.assert_close(layer(changed)[:, :40], layer(x)[:, :40], rtol=0, atol=0)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    layer = nsa_layer()
+    layer(torch.randn(1, 60, 16, dtype=torch.float64)).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_compressed_scores_depend_on_distance_alone() -> None:
+    """Shifting a sequence by whole strides, behind other tokens, keeps what a later query sees of it."""
+    layer = nsa_layer(num_blocks=3, num_initial=0)
+    tables = [rotary_tables(torch.arange(s, s + 40), rotary_frequencies(6, 1e4, trained_range=64)) for s in (0, 16)]
+    x = torch.randn(1, 40, 16, dtype=torch.float64)
+    # Tables are fp32: angles of other absolute positions round differently.
+    torch.testing.assert_close(layer(x, tables[0]), layer(x, tables[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_turns_pairs_and_keeps_norms() -> None:
+    x = torch.randn(1, 9, 2, 8)
+    cos, sin = rotary_tables(torch.arange(9), rotary_frequencies(8, 1e4, trained_range=9))
+    turned = apply_rotary(x, cos, sin)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    pair = torch.complex(x[..., 0], x[..., 4]) * torch.exp(1j * torch.arange(9.0))[None, :, None]
+    torch.testing.assert_close(torch.complex(turned[..., 0], turned[..., 4]), pair)
+
+
+def test_yarn_keeps_fast_and_stretches_slow_frequencies() -> None:
+    plain = rotary_frequencies(64, 1e4, trained_range=4096)
+    yarn = rotary_frequencies(64, 1e4, trained_range=4096, yarn_factor=4)
+    assert torch.equal(yarn[:4], plain[:4])
+    torch.testing.assert_close(yarn[-4:], plain[-4:] / 4)
+    assert (yarn <= plain).all() and (yarn >= plain / 4 * 0.999).all()
+
+
+def test_dense_layer_decodes_as_the_whole() -> None:
+    torch.manual_seed(0)
+    layer = DenseAttention(16, 4, 2, 6, 4).double()
+    x = torch.randn(1, 21, 16, dtype=torch.float64)
+    cos, sin = rotary_tables(torch.arange(21), rotary_frequencies(6, 1e4, trained_range=21))
+    cache = layer.new_cache()
+    parts = [layer(x[:, t : t + 1], (cos[t : t + 1], sin[t : t + 1]), cache=cache) for t in range(21)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, (cos, sin)))
