@@ -133,14 +133,21 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
         (batch, num_queries, heads, _), groups = q.shape, k.shape[2]
-        q_, k_, v_ = _grouped(q, groups), _keys_first(k), _keys_first(v)
+        q_, k_, v_ = _grouped(q, groups) * scale, _keys_first(k), _keys_first(v)
         out = q_.new_zeros(batch, groups, heads // groups, num_queries, v.shape[3])
         lse = q_.new_full(out.shape[:4], -torch.inf)
         for tile in pattern.tiles(num_queries, k.shape[1], batch * heads):
+            if not tile.mask.shape[-1]:
+                continue
             rows = slice(tile.start, tile.stop)
-            scores = _scores(q_[:, :, :, rows], _take(k_, tile.keys), tile.mask, scale)
-            lse[:, :, :, rows] = scores.logsumexp(-1)
-            out[:, :, :, rows] = _rows_by_keys(_probabilities(scores, lse[:, :, :, rows]), _take(v_, tile.keys))
+            scores = _scores(q_[:, :, :, rows], _take(k_, tile.keys), tile.mask)
+            # A row that sees nothing: exp(-inf - 0) = 0, where -inf - -inf would be NaN.
+            largest = scores.amax(-1, keepdim=True)
+            largest.masked_fill_(largest == -torch.inf, 0)
+            p = scores.sub_(largest).exp_()
+            total = p.sum(-1, keepdim=True)
+            lse[:, :, :, rows] = (largest + total.log()).squeeze(-1)
+            out[:, :, :, rows] = _rows_by_keys(p, _take(v_, tile.keys)) / total.masked_fill(total == 0, 1)
         lse = lse.flatten(1, 2)
         result = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -152,21 +159,23 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, d_result: Tensor, _d_lse: Tensor):
         q, k, v, result, lse = ctx.saved_tensors
         groups = k.shape[2]
-        q_, k_, v_ = _grouped(q, groups), _keys_first(k), _keys_first(v)
+        q_, k_, v_ = _grouped(q, groups) * ctx.scale, _keys_first(k), _keys_first(v)
         d_out = _grouped(d_result, groups)
         delta = (d_out * _grouped(result, groups)).sum(-1, keepdim=True)
-        lse = lse.unflatten(1, (groups, -1))
+        lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1))[..., None]
         dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
         for tile in ctx.pattern.tiles(q.shape[1], k.shape[1], q.shape[0] * q.shape[2]):
+            if not tile.mask.shape[-1]:
+                continue
             rows = slice(tile.start, tile.stop)
             q_tile, d_tile = q_[:, :, :, rows], d_out[:, :, :, rows]
             k_tile, v_tile = _take(k_, tile.keys), _take(v_, tile.keys)
-            p = _probabilities(_scores(q_tile, k_tile, tile.mask, ctx.scale), lse[:, :, :, rows])
-            d_scores = p * (_rows_by_keys(d_tile, v_tile.mT) - delta[:, :, :, rows]) * ctx.scale
+            p = _scores(q_tile, k_tile, tile.mask).sub_(lse[:, :, :, rows]).exp_()
+            d_scores = _rows_by_keys(d_tile, v_tile.mT).sub_(delta[:, :, :, rows]).mul_(p)
             dq[:, :, :, rows] = _rows_by_keys(d_scores, k_tile)
             _add(dk, tile.keys, d_scores.flatten(2, 3).mT @ q_tile.flatten(2, 3))
             _add(dv, tile.keys, p.flatten(2, 3).mT @ d_tile.flatten(2, 3))
-        dq = dq.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        dq = (dq * ctx.scale).permute(0, 3, 1, 2, 4).flatten(2, 3)
         return dq.to(q.dtype), dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None
 
 
@@ -185,10 +194,5 @@ def _rows_by_keys(x: Tensor, y: Tensor) -> Tensor:
     return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return (_rows_by_keys(q, k.mT) * scale).masked_fill_(~mask, -torch.inf)
-
-
-def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
-    # exp(-inf - 0) = 0 where a row sees nothing; -inf - -inf would be NaN.
-    return (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_()
+def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return _rows_by_keys(q, k.mT).masked_fill_(~mask, -torch.inf)
