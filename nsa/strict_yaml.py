@@ -47,10 +47,15 @@ for _tag, _pattern, _first in (
 def _parse(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
     """Python values of a YAML text, and the line (from 1) of every key and list item. ``name`` is for messages."""
     lines: dict[Path_, int] = {}
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not a YAML text: {error}") from error
 
     def build(node: yaml.Node, path: Path_) -> Any:
         lines.setdefault(path, node.start_mark.line + 1)
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+            raise ConfigError(f"{name}, line {node.start_mark.line + 1}: tags ({node.tag}) are not supported")
         if isinstance(node, yaml.SequenceNode):
             return [build(child, (*path, i)) for i, child in enumerate(node.value)]
         if not isinstance(node, yaml.MappingNode):
@@ -72,9 +77,8 @@ def _parse(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
         return (None if node is None else build(node, ())), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"{name}{f', line {mark.line + 1}' if mark else ''}: {error.problem or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not a YAML text: {error}") from error
+        told = [part for part in (error.context, error.problem) if part]
+        raise ConfigError(f"{name}{f', line {mark.line + 1}' if mark else ''}: {', '.join(told)}") from error
     except ValueError as error:  # a scalar that matches a resolver and still is no value, e.g. a huge integer
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
     finally:
@@ -146,7 +150,8 @@ def _place(path: Path_, lines: dict[Path_, int], overridden: dict[Path_, str]) -
             return f"override {overridden[path[:length]]!r}: "
         if path[:length] in lines:
             return f"line {lines[path[:length]]}: "
-    return ""
+    made = [override for key, override in overridden.items() if path and key[: len(path)] == path]
+    return f"override {made[0]!r}: " if made else ""  # it made the section that the path names
 
 
 def _real_path(section: type[BaseModel], loc: Sequence[str | int]) -> tuple[Path_, Any]:
@@ -251,15 +256,11 @@ def _nearest(section: type[BaseModel], path: Path_) -> str:
     parent = _section_of(_real_path(section, path[:-1])[1])
     siblings = list(parent.model_fields) if parent else []
     name = str(path[-1])
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
-    if close:
+    if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
         return f"the nearest valid one is {dotted((*path[:-1], close[0]))}"
-    keys = [key for key, _ in walk(section)]
-    elsewhere = [key for key in keys if key.rpartition(".")[2] == name] or difflib.get_close_matches(
-        dotted(path), keys, n=1, cutoff=0.6
-    )
-    if elsewhere:
-        return f"the nearest valid one is {elsewhere[0]}"
+    elsewhere = {key.rpartition(".")[2]: key for key, _ in walk(section)}
+    if close := difflib.get_close_matches(name, elsewhere, n=1, cutoff=0.6):
+        return f"the nearest valid one is {elsewhere[close[0]]}"
     return f"valid in {dotted(path[:-1]) or 'the top level'}: {', '.join(siblings)}"
 
 

@@ -1,0 +1,64 @@
+"""What every test gets: no network, no trace outside the clone, and the marks of what a machine can run."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CACHE = ROOT / ".venv" / "cache"
+
+# Before torch, DeepSpeed or transformers are imported, here or in a process that a test starts.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=str(CACHE / "huggingface"),
+    MPLCONFIGDIR=str(CACHE / "matplotlib"),
+    TRITON_HOME=str(CACHE),
+    XDG_CACHE_HOME=str(CACHE),
+)
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(CACHE / "torch_extensions"))
+os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
+
+
+def _has_gpu() -> bool:
+    try:
+        return "GPU" in subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    except OSError:
+        return False
+
+
+HAS_GPU = _has_gpu()
+if not HAS_GPU:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def run_python():
+    """Run ``python *arguments`` in the root of the clone; returns the finished process, with its text captured."""
+
+    def run(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
