@@ -1,0 +1,61 @@
+"""Pretrain a decoder: `python -m nsa.train CONFIG [key=value ...]`, or under a launcher `deepspeed nsa/train.py ...`.
+
+Exit codes: 0 the run is complete, or SIGTERM/SIGINT asked it to stop and its state is saved; 2 something that the
+user can mend, said in one message; anything else is a fault.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and not __package__:
+    # Run as a script, Python puts nsa/ first on the path, where its modules would shadow others of the same name.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p or ".").resolve() != here)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="nsa.train", description="Pretrain a decoder, or resume: same command.")
+    parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers insert it; LOCAL_RANK says it
+    arguments = parser.parse_args()
+
+    from nsa.config import dump_config, load_config
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ValueError as e:
+        if is_main:  # every rank reads the same
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+    if arguments.print_config:
+        print(dump_config(config), end="")
+        return 0
+    if arguments.dry_run:
+        from nsa.plan import describe
+
+        print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+
+    from nsa.training.distributed import ReportedError
+    from nsa.training.trainer import Trainer
+
+    try:
+        trainer = Trainer(config)
+        trainer.run()
+        trainer.close()
+    except ReportedError:
+        return 2  # rank 0 says it
+    except ValueError as e:
+        print(f"error: {e}" if is_main else f"error (rank {os.environ['RANK']}): {e}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

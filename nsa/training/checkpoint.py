@@ -1,0 +1,228 @@
+"""Checkpoint folders: written so that a kill at any moment leaves the last good one, verified before they are used.
+
+    step_00000100/
+        model-RRRRR-PPP.safetensors        fp32 weights, whole tensors under the parameters' names (rank R, part P)
+        optimizer-RRRRR-PPP.safetensors    `exp_avg.<name>`, `exp_avg_sq.<name>`
+        rng-RRRRR.json                     random generators of rank R
+        state.json config.yaml tokenizer.model
+        manifest.json                      size and sha256 of every other file; written last
+
+All is written into `step_00000100.tmp`, every file and the folder are fsynced, and a rename makes it a checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+PART_BYTES = 2**30  # a file's tensors are held in memory twice while it is written
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, or is not what its manifest says."""
+
+
+def folder_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def write_file(path: Path, content: bytes) -> dict[str, Any]:
+    """Write and fsync; the file's entry of the manifest, computed from what was to be written."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def fsync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(folder: Path, rank: int, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Write (key, name, tensor) as safetensors files of at most about 1 GiB; their entries of the manifest.
+
+    ``tensors`` is exhausted whatever happens: other ranks take part in producing it.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    entries: dict[str, dict[str, Any]] = {}
+    pending: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+    error: OSError | None = None
+
+    def flush(kind: str) -> None:
+        part = sum(name.startswith(kind) for name in entries)
+        name = f"{kind}-{rank:05d}-{part:03d}.safetensors"
+        entries[name] = write_file(folder / name, safetensors.torch.save(pending[kind]))
+        pending[kind] = {}
+
+    for key, name, tensor in tensors:
+        if error is not None:
+            continue
+        kind = "model" if key == "weight" else "optimizer"
+        pending[kind][name if key == "weight" else f"{key}.{name}"] = tensor.contiguous()
+        try:
+            if sum(t.nbytes for t in pending[kind].values()) >= PART_BYTES:
+                flush(kind)
+        except OSError as e:
+            error = e
+    for kind in pending:
+        if pending[kind] and error is None:
+            flush(kind)
+    if error is not None:
+        raise error
+    return entries
+
+
+def commit(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest into ``temporary`` and rename it to ``final``, which must not exist."""
+    manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
+    write_file(temporary / MANIFEST, _json(manifest))
+    fsync_folder(temporary)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+
+
+def verify(folder: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises:
+        CheckpointError: saying what is wrong.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        files = dict(manifest["files"])
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: there is no {MANIFEST}; it was not written to its end") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+        raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({e})") from None
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink():
+            raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, which is no file of this folder")
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; it is cut short")
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as e:
+            raise CheckpointError(f"{path}: {e.strerror}") from None
+        if digest != entry["sha256"]:
+            raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was changed")
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first, verified or not."""
+    if not run_folder.is_dir():
+        return []
+    found = [(int(m[1]), path) for path in run_folder.iterdir() if (m := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def latest_complete(run_folder: Path | str) -> Path | None:
+    """The newest checkpoint that is what its manifest says; broken ones are reported and passed over."""
+    for path in checkpoints(Path(run_folder)):
+        try:
+            verify(path)
+        except CheckpointError as e:
+            print(f"checkpoint passed over: {e}", flush=True)
+        else:
+            return path
+    return None
+
+
+def set_aside(run_folder: Path, newest: Path | None) -> None:
+    """Rename the broken checkpoints that are newer than ``newest``, so that their steps can be saved anew, and remove
+    what a killed save left."""
+    for path in run_folder.glob("step_*.tmp"):
+        shutil.rmtree(path)
+    for path in checkpoints(run_folder):
+        if path == newest:
+            break
+        target = path.with_name(f"{path.name}.broken")
+        if target.exists():
+            shutil.rmtree(target)
+        path.rename(target)
+        print(f"  {path.name} is kept as {target.name}; remove it when you have looked at it", flush=True)
+
+
+def prune(run_folder: Path, keep_last: int) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints. A folder loses its name before its files."""
+    for path in checkpoints(run_folder)[keep_last:]:
+        doomed = path.with_name(f"{path.name}.tmp")
+        path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def check_space(run_folder: Path, needed: int) -> None:
+    """Raises:
+    CheckpointError: ``needed`` bytes (and some room) are not free."""
+    free = shutil.disk_usage(run_folder).free
+    if free < needed * 1.02 + 2**20:
+        raise CheckpointError(
+            f"{run_folder}: a checkpoint takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+        )
+
+
+class TensorReader:
+    """Reads single tensors of a checkpoint by the name they have on disk."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self._files = {}
+        for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as e:
+                raise CheckpointError(f"{path}: {e}") from None
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def __call__(self, name: str) -> Tensor:
+        return self._files[name].get_tensor(name)
+
+
+def load_weights(folder: Path | str) -> dict[str, Tensor]:
+    """The fp32 weights of a checkpoint: whole tensors under the names of the decoder's state dict.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    read = TensorReader(Path(folder), "model")
+    if not read.names():
+        raise CheckpointError(f"{folder} holds no model-*.safetensors; name a step_* folder of a run")
+    return {name: read(name) for name in read.names()}
+
+
+def load_state(folder: Path | str) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    return json.loads((Path(folder) / "state.json").read_text())
+
+
+def write_json(path: Path, value: Any) -> dict[str, Any]:
+    """As `write_file`, of ``value`` as JSON."""
+    return write_file(path, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,0 +1,124 @@
+"""Process groups: one process without a launcher, or many under `deepspeed`, torchrun or SLURM."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+CONTROL_TIMEOUT = timedelta(hours=24)  # others wait while rank 0 prepares the data: that may take hours
+
+
+class ReportedError(ValueError):
+    """An error of rank 0 that the other ranks also stop for; rank 0 alone prints it."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.
+
+    Attributes:
+        rank, world_size: among all processes. local_rank: on this machine.
+        device: that this process computes on.
+        control: a gloo group for messages between the processes that may wait long.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on rank 0 alone and return its (picklable) result on every rank.
+
+        Raises:
+            ValueError, OSError: what ``action`` raised, on rank 0; `ReportedError` on the others.
+        """
+        message: list[tuple[bool, T | str]] = [(False, "rank 0 stopped")]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                message = [(True, action())]
+            except (ValueError, OSError) as e:
+                error, message = e, [(False, str(e))]
+        dist.broadcast_object_list(message, src=0, group=self.control)
+        if error is not None:
+            raise error
+        ok, result = message[0]
+        if not ok:
+            raise ReportedError(result)
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """The (picklable) values of all ranks, in order of rank, on every rank."""
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        dist.all_reduce(tensor)
+        return tensor
+
+
+def initialize() -> Ranks:
+    """Join the process group that the launcher's environment describes; without one be the only process.
+
+    Raises:
+        ValueError: MASTER_ADDR:MASTER_PORT cannot be used.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # warns that CPU ranks have no device id
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see nsa/training/__init__.py
+    alone = "RANK" not in os.environ
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if alone:
+        # No port, so none that can be in use.
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        try:
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        except (dist.DistNetworkError, dist.DistStoreError, ValueError) as e:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ValueError(
+                f"the {world_size} processes cannot meet at {address} (rank {rank}): {str(e).splitlines()[0]}. "
+                "Choose a free port with `--master_port` (deepspeed, torchrun) or MASTER_PORT"
+            ) from e
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return Ranks(rank, world_size, local_rank, device, control)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """The same inputs give the same bits: deterministic kernels and a fixed number of CPU threads."""
+    # On a GPU an operation without a deterministic kernel warns: the run is worth more than its last bit.
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if device.type == "cpu":
+        # OMP_NUM_THREADS decides where set; otherwise the processes of a machine share its cores.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, len(os.sched_getaffinity(0)) // processes))
+        torch.set_num_threads(threads)

@@ -1,0 +1,41 @@
+"""Which samples a rank reads in a step, and reading them ahead of time."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+Batch = dict[str, Any]
+
+
+def sample_indices(step: int, rank: int, world_size: int, global_batch: int, micro_batch: int) -> list[range]:
+    """Global sample indices of each micro batch of ``rank`` in ``step``.
+
+    Step s reads samples s * global_batch .. (s + 1) * global_batch - 1, whatever the number of ranks.
+    """
+    per_pass = micro_batch * world_size
+    assert global_batch % per_pass == 0
+    first = step * global_batch + rank * micro_batch
+    return [range(first + p, first + p + micro_batch) for p in range(0, global_batch, per_pass)]
+
+
+class StepLoader:
+    """Reads the micro batches of a step; the next step's are read in the background meanwhile.
+
+    Args:
+        read: step -> its micro batches, a pure function.
+    """
+
+    def __init__(self, read: Callable[[int], list[Batch]]) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(1, "batches")
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
+
+    def __call__(self, step: int, last: bool = False) -> list[Batch]:
+        """The micro batches of ``step``; unless it is the ``last``, the next step is read ahead."""
+        ready = self._ahead is not None and self._ahead[0] == step
+        batches = self._ahead[1].result() if self._ahead and ready else self._read(step)
+        self._ahead = None if last else (step + 1, self._pool.submit(self._read, step + 1))
+        return batches
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,99 @@
+"""The folder of a run: made, locked and labelled with the configuration."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from nsa.config import Config, dump_config
+
+# What may differ between a checkpoint and the configuration that resumes it: it changes neither what is learned up to
+# the checkpoint nor the order of the data. `training.steps` extends or shortens a run (and so the decay ahead).
+CHANGEABLE = (
+    "name",
+    "output_dir",
+    "evaluation",
+    "checkpoint",
+    "engine",
+    "data.cache_dir",
+    "data.workers",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.validation_every",
+    "training.validation_samples",
+    "training.log_every",
+    "training.probe_every",
+    "training.max_skipped_steps",
+)
+
+
+class RunFolder:
+    """``<output_dir>/<name>``, locked for this process until it ends (however it ends).
+
+    Raises:
+        ValueError: another process trains there, or it cannot be written.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.path = Path(config.output_dir) / config.name
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock: IO[str] = (self.path / "run.lock").open("a+")
+        except OSError as e:
+            raise ValueError(
+                f"the run folder {self.path} cannot be written ({e.strerror}): set output_dir to a folder that can"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise ValueError(
+                f"another process ({self._lock.read().strip() or 'unknown'}) trains in {self.path}: "
+                "wait for it, stop it, or start this run under another name (name=...)"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        self._lock.flush()
+
+    def label(self, config: Config, deepspeed: dict[str, Any]) -> None:
+        """Save what the run is: config.yaml and deepspeed.json."""
+        for name, text in (("config.yaml", dump_config(config)), ("deepspeed.json", json.dumps(deepspeed, indent=1))):
+            part = self.path / f"{name}.tmp"
+            part.write_text(text)
+            part.replace(self.path / name)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def check_same(saved: str, config: Config, where: Path) -> None:
+    """Refuse to resume from a checkpoint of another configuration.
+
+    Args:
+        saved: config.yaml of the checkpoint. where: the checkpoint, for the message.
+
+    Raises:
+        ValueError: naming every key that differs.
+    """
+    before, now = _flatten(yaml.safe_load(saved)), _flatten(yaml.safe_load(dump_config(config)))
+    different = [
+        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key, "absent") != now.get(key, "absent")
+        and not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
+    ]
+    if different:
+        raise ValueError(
+            f"{where} was written under another configuration:\n"
+            + "\n".join(different)
+            + "\nSet these keys back to resume it, or start a new run under another name (name=...)"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, value in tree.items() for k, v in _flatten(value, f"{prefix}.{key}".lstrip(".")).items()}

@@ -1,0 +1,150 @@
+"""Where DeepSpeed keeps the fp32 weights and moments of a parameter, in every ZeRO stage, as one view of them.
+
+A checkpoint holds logical tensors: whole, fp32, under the parameter's name. A rank holds a run of consecutive elements
+of the flattened tensor (ZeRO 1 and 2: or none; ZeRO 3; ZeRO 0: all of them). `local_shards` names these runs as views
+into DeepSpeed's own buffers, `gather` puts whole tensors together, `scatter` writes them back; both move bits and
+compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in tests/training/test_resume.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from torch import Tensor
+
+WEIGHT = "weight"
+
+
+@dataclass
+class Shard:
+    """This rank's part of one parameter's state.
+
+    Attributes:
+        shape: of the whole parameter. start: first element of the part in the flattened parameter.
+        tensors: flat fp32 views of equal length, ``weight`` and the optimizer's (``exp_avg``, ...); empty if this rank
+            holds nothing of the parameter.
+        replicated: every rank holds the whole parameter.
+    """
+
+    shape: torch.Size
+    start: int
+    tensors: dict[str, Tensor]
+    replicated: bool = False
+
+
+def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updates: int = 0) -> None:
+    """Give every parameter the optimizer's state before the first step: zeros, after ``updates`` updates."""
+    optimizer = engine.optimizer
+    base = getattr(optimizer, "optimizer", optimizer)
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        parameters = optimizer.fp32_partitioned_groups_flat
+    else:
+        parameters = [p for group in base.param_groups for p in group["params"]]
+    for p in parameters if keys else []:
+        # A fused optimizer wants the count beside the weights, the others on the CPU.
+        where = p.device if base.defaults.get("fused") else torch.device("cpu")
+        state = {"step": torch.tensor(float(updates), device=where)}
+        base.state[p] = state | {key: torch.zeros_like(p, requires_grad=False) for key in keys}
+    if keys and isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
+    """The shard of every parameter, by name, in the model's order. ``keys``: the optimizer's tensors."""
+    optimizer = engine.optimizer
+    named = dict(engine.module.named_parameters())
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        return {name: _stage_3_shard(p, keys) for name, p in named.items()}
+    if isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        return {name: _stage_1_2_shard(p, keys) for name, p in named.items()}
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        masters = {low: master for lows, highs in groups for low, master in zip(lows, highs, strict=True)}
+        state = optimizer.optimizer.state
+    else:
+        masters, state = {p: p for p in named.values()}, optimizer.state
+    shards = {}
+    for name, p in named.items():
+        tensors = {WEIGHT: masters[p].data} | {key: state[masters[p]][key] for key in keys}
+        shards[name] = Shard(p.shape, 0, {key: t.view(-1) for key, t in tensors.items()}, replicated=True)
+    return shards
+
+
+def _stage_1_2_shard(p: torch.nn.Parameter, keys: tuple[str, ...]) -> Shard:
+    mapping = p._hp_mapping
+    if mapping is None:
+        return Shard(p.shape, 0, {})
+    tensors = {WEIGHT: mapping.get_hp_fragment()} | {key: mapping.get_hp_fragment(key) for key in keys}
+    return Shard(p.shape, mapping.lp_fragment_address.start, {key: t.data for key, t in tensors.items()})
+
+
+def _stage_3_shard(p: torch.nn.Parameter, keys: tuple[str, ...]) -> Shard:
+    tensors = {WEIGHT: safe_get_local_fp32_param(p)}
+    tensors |= {key: safe_get_local_optimizer_state(p, key) for key in keys}
+    # Partitions have equal size; the last ones may reach, or lie, beyond the parameter's end.
+    size = tensors[WEIGHT].numel()
+    start = min(dist.get_rank() * size, p.ds_numel)
+    held = min(size, p.ds_numel - start)
+    return Shard(p.ds_shape, start, {key: t.data[:held] for key, t in tensors.items()} if held else {})
+
+
+def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[str, str, Tensor]]:
+    """Whole tensors as (key, name, fp32 CPU tensor): each on one rank, of about equal total size.
+
+    Collective: every rank must exhaust it.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    load = [0] * world_size
+    for name, shard in shards.items():
+        owner = load.index(min(load))
+        load[owner] += shard.shape.numel()
+        for key in keys:
+            if shard.replicated or world_size == 1:
+                whole = shard.tensors[key]
+            else:
+                # Summing the bits as integers, where at most one rank has other than zero, keeps every bit (even -0.0).
+                device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+                bits = torch.zeros(shard.shape.numel(), dtype=torch.int32, device=device)
+                if shard.tensors:
+                    part = shard.tensors[key]
+                    bits[shard.start : shard.start + part.numel()] = part.view(torch.int32)
+                dist.reduce(bits, dst=owner)
+                whole = bits.view(torch.float32)
+            if owner == rank:
+                yield key, name, whole.detach().cpu().view(shard.shape)
+
+
+@torch.no_grad()
+def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[str, str], Tensor]) -> None:
+    """Write whole tensors ``read(key, name)`` into the shards and the weights that the model computes with."""
+    for name, shard in shards.items():
+        for key, part in shard.tensors.items():
+            whole = read(key, name)
+            assert whole.shape == shard.shape and whole.dtype == torch.float32, (key, name, whole.shape, whole.dtype)
+            part.copy_(whole.flatten()[shard.start : shard.start + part.numel()])
+    _refresh_model(engine)
+
+
+def _refresh_model(engine: DeepSpeedEngine) -> None:
+    """Copy the fp32 weights into the model's own, as the end of each stage's optimizer step does."""
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
+        optimizer.update_lp_params()
+    elif isinstance(optimizer, FP16_UnfusedOptimizer):
+        for lows, highs in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for low, high in zip(lows, highs, strict=True):
+                low.data.copy_(high.data)

@@ -1,0 +1,340 @@
+"""The training loop."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.config import Config
+from nsa.data.loader import SampleStream, batch
+from nsa.data.prepare import prepare
+from nsa.models import training_flops_per_token
+from nsa.training import checkpoint
+from nsa.training.attention_probe import probe
+from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
+from nsa.training.distributed import Ranks, ReportedError, initialize, make_deterministic
+from nsa.training.engine import build_engine
+from nsa.training.loading import Batch, StepLoader, sample_indices
+from nsa.training.monitor import Monitor
+from nsa.training.performance import memory_gib, peak_flops
+from nsa.training.run_folder import RunFolder
+from nsa.training.saving import Identity, restore, save, state_bytes
+from nsa.training.schedule import learning_rate
+from nsa.training.signals import StopRequest
+
+IGNORED = -100  # targets that are not counted
+
+
+class TrainingError(ValueError):
+    """The run cannot go on."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, alike on all ranks.
+
+    Attributes:
+        loss: nats per counted target of the global batch. bits_per_byte: of the text that the targets cover.
+        grad_norm: global, before clipping. learning_rate: of the step.
+        skipped: loss or gradient was not finite; weights and moments are as before.
+        data_seconds: waited for the batch. stop: a rank was asked to stop.
+    """
+
+    loss: float
+    bits_per_byte: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+    data_seconds: float
+    stop: bool
+
+
+class Trainer:
+    """One run: everything from the configuration to the last checkpoint.
+
+    Args:
+        ranks: the processes that train together; None: those that the environment describes.
+
+    Raises:
+        ValueError: what the user can mend, with what to do.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+        self.config = config
+        self.ranks = ranks or initialize()
+        training, world_size = config.training, self.ranks.world_size
+        deepspeed_json = self.ranks.on_main(lambda: deepspeed_config(config, world_size))
+        make_deterministic(self.ranks.device)
+        self.folder = self.ranks.on_main(lambda: self._open_folder(deepspeed_json))
+
+        self.ranks.on_main(lambda: prepare(config.data, config.seed) and None)
+        self.prepared = prepare(config.data, config.seed, progress=False)
+        if self.prepared.tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.prepared.tokenizer.vocab_size} pieces, model.vocab_size is "
+                f"{config.model.vocab_size}: set it to at least as many"
+            )
+        self.train_stream = SampleStream(self.prepared, config.data, split="train", seed=config.seed)
+        self.validation_stream = SampleStream(self.prepared, config.data, split="validation", seed=config.seed)
+        self.loader = StepLoader(self._read_step)
+
+        self.engine = build_engine(config, self.ranks, deepspeed_json)
+        self.identity = Identity(self.prepared.fingerprint, Path(self.prepared.tokenizer.path))
+        self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
+        self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(self.engine, config)))
+
+        self.tokens_per_step = training.global_batch_size * config.data.sequence_length
+        self.flops = training_flops_per_token(config.model, config.attention, config.data.sequence_length)
+        self.peak, self.peak_source = peak_flops(self.ranks.device, config.engine.precision)
+        self.monitor = Monitor(self.folder, self.progress.step) if self.ranks.is_main else None
+
+    def _open_folder(self, deepspeed_json: dict[str, Any]) -> Path:
+        self._run_folder = RunFolder(self.config)  # kept: it holds the lock
+        return self._run_folder.path
+
+    # ------------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> None:
+        """Train to the last step, or until a signal asks to stop; a checkpoint is saved in both cases."""
+        config, training = self.config, self.config.training
+        self._greet()
+        if self.ranks.is_main:
+            self._run_folder.label(config, deepspeed_config(config, self.ranks.world_size))
+        stop = StopRequest()
+        saved = self.progress.step
+        since, seconds, data_seconds = self.progress.step, 0.0, 0.0
+        try:
+            while self.progress.step < training.steps:
+                started = time.perf_counter()
+                result = self.train_step(stop)
+                step = self.progress.step
+                seconds += time.perf_counter() - started
+                data_seconds += result.data_seconds
+                last = step == training.steps or result.stop
+                self._check_skips(result)
+
+                metrics: dict[str, float] = {}
+                logged = step % training.log_every == 0 or last
+                if logged:
+                    metrics |= self._step_metrics(result, seconds / (step - since), data_seconds / (step - since))
+                if step % training.probe_every == 0 or step == 1 or step == training.steps:
+                    metrics |= self.probe_attention()
+                if step % training.validation_every == 0 or step == training.steps:
+                    metrics |= self.validate()
+                if self.monitor and metrics:
+                    self.monitor.write(step, metrics)
+                if self.ranks.is_main and (logged or "validation/loss" in metrics):
+                    print(self._line(result, metrics), flush=True)
+                if logged:
+                    since, seconds, data_seconds = step, 0.0, 0.0
+                if step % config.checkpoint.every == 0 or last:
+                    self.save()
+                    saved = step
+                if result.stop:
+                    break
+        finally:
+            stop.restore()
+            self.loader.close()
+            if self.monitor:
+                self.monitor.close()
+        assert saved == self.progress.step
+        self._farewell()
+
+    def close(self) -> None:
+        """Leave the process group and unlock the run folder."""
+        torch.distributed.destroy_process_group()
+        if self.ranks.is_main:
+            self._run_folder.close()
+
+    def train_step(self, stop: StopRequest) -> StepResult:
+        """One step: forward and backward of every micro batch, then the update, unless something is not finite.
+
+        The loss is the sum of the negative log-likelihoods of all targets that are counted in the global batch, over
+        their number: neither ranks nor micro batches nor the packing of documents change it.
+        """
+        config, engine, ranks = self.config, self.engine, self.ranks
+        started = time.perf_counter()
+        step = self.progress.step
+        batches = self.loader(step, last=step + 1 == config.training.steps)
+        data_seconds = time.perf_counter() - started
+
+        rate = learning_rate(config.optimizer, step, config.training.steps)
+        client = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside of what shards it
+        for group in client.param_groups:
+            group["lr"] = rate
+        sums = torch.tensor(
+            [
+                sum(int((b["targets"] != IGNORED).sum()) for b in batches),
+                sum(float(b["num_bytes"]) for b in batches),
+                stop.signal is not None,
+            ],
+            dtype=torch.float64,
+            device=ranks.device,
+        )
+        targets, num_bytes, stops = ranks.sum(sums).tolist()
+
+        nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        norm = None
+        for i, micro_batch in enumerate(batches):
+            losses = self._losses(micro_batch)
+            # DeepSpeed averages gradients over the ranks; told not to, it does not divide by the micro batches.
+            engine.backward(losses.sum() * (ranks.world_size / max(targets, 1.0)), scale_wrt_gas=False)
+            nll += losses.detach().sum(dtype=torch.float64)
+            if i + 1 == len(batches):
+                loss = ranks.sum(nll).item() / max(targets, 1.0)
+                if not self._sharded:
+                    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()]).item()
+                client.skip = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm))
+            engine.step()
+        # DeepSpeed's own optimizers know the norm, and refuse an update whose norm is not finite on all ranks alike.
+        norm = float(engine.get_global_grad_norm()) if norm is None else norm
+        skipped = client.skip or not engine.was_step_applied()
+        client.skip = False
+
+        self.progress.step += 1
+        self.progress.updates += not skipped
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
+        bits = loss * targets / math.log(2) / max(num_bytes, 1.0)
+        return StepResult(loss, bits, norm, rate, skipped, data_seconds, bool(stops))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss and bits per byte on the first ``training.validation_samples`` held-out samples."""
+        training, ranks = self.config.training, self.ranks
+        samples, micro = training.validation_samples, training.micro_batch_size
+        batches = [range(i, min(i + micro, samples)) for i in range(0, samples, micro)]
+        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+        self.engine.eval()
+        # Every rank runs as many forward passes, since ZeRO 3 gathers weights in each; the surplus is not counted.
+        for first in range(0, len(batches), ranks.world_size):
+            mine = first + ranks.rank
+            micro_batch = batch(self.validation_stream, batches[min(mine, len(batches) - 1)])
+            losses = self._losses(micro_batch)
+            if mine < len(batches):
+                sums[0] += losses.sum(dtype=torch.float64)
+                sums[1] += (micro_batch["targets"] != IGNORED).sum().to(ranks.device)
+                sums[2] += float(micro_batch["num_bytes"])
+        self.engine.train()
+        nll, targets, num_bytes = ranks.sum(sums).tolist()
+        return {
+            "validation/loss": nll / max(targets, 1.0),
+            "validation/bits_per_byte": nll / math.log(2) / max(num_bytes, 1.0),
+        }
+
+    @torch.no_grad()
+    def probe_attention(self) -> dict[str, float]:
+        """Figures of the sparse attention on the first held-out sample: the same text at every step."""
+        metrics: dict[str, float] = {}
+        self.engine.eval()
+        with probe(self.engine.module.layers, metrics):
+            self._losses(batch(self.validation_stream, range(1)))
+        self.engine.train()
+        return metrics
+
+    def save(self) -> None:
+        started = time.perf_counter()
+        path = save(self.engine, self.config, self.ranks, self.folder, self.progress, self.identity)
+        self._say(f"  saved {path} in {time.perf_counter() - started:.1f} s")
+
+    # -------------------------------------------------------------------------------------------------- parts
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether one of DeepSpeed's optimizers holds the gradients, and with them their norm."""
+        return self.config.engine.zero_stage > 0 or self.config.engine.precision == "bf16"
+
+    def _read_step(self, step: int) -> list[Batch]:
+        training, ranks = self.config.training, self.ranks
+        sizes = training.global_batch_size, training.micro_batch_size
+        return [batch(self.train_stream, i) for i in sample_indices(step, ranks.rank, ranks.world_size, *sizes)]
+
+    def _losses(self, micro_batch: Batch) -> Tensor:
+        """Negative log-likelihood of each target, 0 where not counted."""
+        device = self.ranks.device
+        inputs, targets, borders = (micro_batch[k].to(device) for k in ("input_ids", "targets", "cu_seqlens"))
+        return self.engine(inputs, targets=targets, cu_seqlens=borders)
+
+    def _check_skips(self, result: StepResult) -> None:
+        if not result.skipped:
+            return
+        training, skipped = self.config.training, self.progress.skipped_in_a_row
+        last = self.progress.step * training.global_batch_size - 1
+        samples = f"samples {last - training.global_batch_size + 1} to {last}"
+        self._say(
+            f"step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the update "
+            f"is skipped on all ranks ({samples}; {skipped} in a row, at most {training.max_skipped_steps})"
+        )
+        if skipped > training.max_skipped_steps:
+            if not self.ranks.is_main:
+                raise ReportedError("too many skipped steps")
+            raise TrainingError(
+                f"{skipped} steps in a row had a loss or gradient that is not finite (training.max_skipped_steps is "
+                f"{training.max_skipped_steps}), the last on {samples}. Lower optimizer.learning_rate or look at the "
+                f"data; checkpoints in {self.folder} hold finite weights"
+            )
+
+    def _step_metrics(self, result: StepResult, seconds: float, data_seconds: float) -> dict[str, float]:
+        tokens_per_second = self.tokens_per_step / seconds
+        metrics = {
+            "train/learning_rate": result.learning_rate,
+            "train/tokens": self.progress.step * self.tokens_per_step,
+            "train/skipped_steps": self.progress.step - self.progress.updates,
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/step_seconds": seconds,
+            "perf/data_seconds": data_seconds,
+            "perf/memory_gib": memory_gib(self.ranks.device),
+        }
+        if not result.skipped:  # JSON knows no NaN
+            metrics |= {"train/loss": result.loss, "train/bits_per_byte": result.bits_per_byte}
+            metrics["train/grad_norm"] = result.grad_norm
+        # The processes of one machine share its cores, so on CPU all of them together have the measured peak.
+        devices = self.ranks.world_size if self.ranks.device.type == "cuda" else 1
+        for kind, flops in self.flops.items():
+            metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * devices)
+        return metrics
+
+    def _line(self, result: StepResult, metrics: dict[str, float]) -> str:
+        steps, step = self.config.training.steps, self.progress.step
+        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+        parts.append(f"loss {result.loss:.4f}  bpb {result.bits_per_byte:.4f}")
+        parts.append(f"lr {result.learning_rate:.2e}  grad {result.grad_norm:.3f}")
+        if "perf/tokens_per_second" in metrics:
+            left = (steps - step) * metrics["perf/step_seconds"]
+            parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tok/s  eta {_duration(left)}")
+        if "validation/loss" in metrics:
+            loss, bits = metrics["validation/loss"], metrics["validation/bits_per_byte"]
+            parts.append(f"validation loss {loss:.4f}  bpb {bits:.4f}")
+        return "  |  ".join(parts)
+
+    def _greet(self) -> None:
+        config, ranks = self.config, self.ranks
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        self._say(
+            f"{config.name}: {parameters / 1e6:.2f} M parameters, {ranks.world_size} x {ranks.device.type}, "
+            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
+            f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
+            f"x {config.data.sequence_length} tokens; peak {self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})"
+        )
+        if self.progress.step:
+            self._say(f"resumed {self.folder} after step {self.progress.step}")
+
+    def _farewell(self) -> None:
+        steps = self.config.training.steps
+        if self.progress.step < steps:
+            self._say(f"stopped after step {self.progress.step} of {steps}; run the same command to go on")
+        else:
+            self._say(f"done: {steps} steps in {self.folder}")
+
+    def _say(self, text: str) -> None:
+        if self.ranks.is_main:
+            print(text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
