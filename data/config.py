@@ -35,7 +35,7 @@ class TokenizerConfig(Section):
     """The sentencepiece tokenizer."""
 
     path: str | None = Field(None, description="an existing sentencepiece .model to use; null: train one on the corpus")
-    vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 byte pieces included")
+    vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 bytes included")
     train_bytes: int = Field(20_000_000, ge=10_000, description="bytes of text that a trained tokenizer sees at most")
 
 

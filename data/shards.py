@@ -1,0 +1,214 @@
+"""Token shards on disk: written once, mapped into memory, and never trusted before they are checked.
+
+<folder>/manifest.json              what was made, from what, and the sha256 of every other file; written last
+         tokenizer.model            sentencepiece
+         <source>/tokens-00000.bin  token ids, little endian, uint16 or uint32; documents one after another
+                  documents.npy     (documents,) DOCUMENT records
+                  names.txt         ids of the documents, UTF-8, one after another
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsa.data.tokenizer import Tokenizer
+
+FORMAT = 1
+SHARD_TOKENS = 1 << 27
+# token_end and name_end count from the source's beginning; num_bytes is the length of the document's text.
+DOCUMENT = np.dtype([("token_end", "<i8"), ("name_end", "<i8"), ("num_bytes", "<i8"), ("validation", "?")])
+REPAIR = "run `python -m nsa.data.prepare CONFIG` to build it again"
+
+
+class SourceWriter:
+    """Writes one source's shards. A document's tokens never straddle two shards."""
+
+    def __init__(self, folder: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
+        folder.mkdir(parents=True)
+        self._folder, self._limit = folder, shard_tokens
+        self._vocab_size = vocab_size
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.shards: list[dict[str, Any]] = []
+        self._records: list[tuple[int, int, int, bool]] = []
+        self._tokens = self._name_end = 0
+        self._file: Any = None
+        self._names = (folder / "names.txt").open("wb")
+
+    def add(self, name: str, tokens: np.ndarray, num_bytes: int, validation: bool) -> None:
+        """tokens: the whole document, bos and eos included."""
+        largest = int(tokens.max())
+        assert int(tokens.min()) >= 0 and largest < self._vocab_size, "the tokenizer wrote an id beyond its vocabulary"
+        if self._file is None or self.shards[-1]["tokens"] >= self._limit:
+            self._close_shard()
+            self.shards.append({"file": f"tokens-{len(self.shards):05d}.bin", "tokens": 0, "max_token": 0})
+            self._file = (self._folder / self.shards[-1]["file"]).open("wb")
+        self._file.write(tokens.astype(self.dtype).tobytes())
+        shard = self.shards[-1]
+        shard["tokens"] += len(tokens)
+        shard["max_token"] = max(shard["max_token"], largest)
+        encoded = name.encode("utf-8", "surrogatepass")
+        self._names.write(encoded)
+        self._tokens += len(tokens)
+        self._name_end += len(encoded)
+        self._records.append((self._tokens, self._name_end, num_bytes, validation))
+
+    def close(self) -> dict[str, Any]:
+        """The source's entry in the manifest."""
+        self._close_shard()
+        _sync_close(self._names)
+        records = np.array(self._records, DOCUMENT)
+        with (self._folder / "documents.npy").open("wb") as file:
+            np.save(file, records, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        lengths = np.diff(records["token_end"], prepend=0)
+        entry: dict[str, Any] = {"dtype": self.dtype.str, "shards": self.shards}
+        for split, mask in (("train", ~records["validation"]), ("validation", records["validation"])):
+            entry[split] = {
+                "documents": int(mask.sum()),
+                "tokens": int(lengths[mask].sum()),
+                "bytes": int(records["num_bytes"][mask].sum()),
+            }
+        return entry
+
+    def _close_shard(self) -> None:
+        if self._file is not None:
+            _sync_close(self._file)
+            self._file = None
+
+
+class TokenSource:
+    """One source's documents, memory-mapped."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], vocab_size: int):
+        """Raises ValueError if the files contradict the manifest (what is checked is cheap: no token is read)."""
+        self.name, self.folder, self.vocab_size = folder.name, folder, vocab_size
+        self._dtype = np.dtype(entry["dtype"])
+        self._shards = []
+        for shard in entry["shards"]:
+            path = folder / shard["file"]
+            if shard["max_token"] >= vocab_size:
+                raise ValueError(
+                    f"{path}: holds token {shard['max_token']}, the tokenizer has {vocab_size} pieces; {REPAIR}"
+                )
+            _expect_size(path, shard["tokens"] * self._dtype.itemsize)
+            self._shards.append(np.memmap(path, self._dtype, mode="r"))
+        self._shard_ends = np.cumsum([len(s) for s in self._shards])
+        try:
+            self.documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder / 'documents.npy'}: cannot be read ({error}); {REPAIR}") from error
+        ends = self.documents["token_end"] if self.documents.dtype == DOCUMENT else np.empty(0, np.int64)
+        counted = entry["train"]["documents"] + entry["validation"]["documents"]
+        if len(ends) != counted or ends[-1] != self._shard_ends[-1] or (np.diff(ends, prepend=0) < 2).any():
+            raise ValueError(f"{folder / 'documents.npy'}: offsets do not fit the shards; {REPAIR}")
+        self.token_ends = np.asarray(ends)
+        self.token_starts = np.concatenate([[0], self.token_ends[:-1]])
+
+    def members(self, split: str) -> np.ndarray:
+        """(n,) int64 indices of the documents of "train" or "validation"."""
+        return np.flatnonzero(self.documents["validation"] == (split == "validation"))
+
+    def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Tokens start..stop of a document, a view of the shard. Raises ValueError on an id beyond the vocabulary."""
+        begin, end = int(self.token_starts[document]), int(self.token_ends[document])
+        shard = int(np.searchsorted(self._shard_ends, begin, side="right"))
+        offset = begin - (int(self._shard_ends[shard - 1]) if shard else 0)
+        length = end - begin
+        tokens = self._shards[shard][offset + start : offset + (length if stop is None else min(stop, length))]
+        if len(tokens) and int(tokens.max()) >= self.vocab_size:
+            raise ValueError(
+                f"{self._shards[shard].filename}: document {self.document_id(document)!r} holds token "
+                f"{int(tokens.max())}, the tokenizer has {self.vocab_size} pieces; {REPAIR}"
+            )
+        return tokens
+
+    def document_id(self, document: int) -> str:
+        """Where the document is from."""
+        start = int(self.documents["name_end"][document - 1]) if document else 0
+        stop = int(self.documents["name_end"][document])
+        with (self.folder / "names.txt").open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start).decode("utf-8", "surrogatepass")
+
+
+class PreparedData:
+    """A prepared folder. `fingerprint` is one hash of all its content: equal fingerprints, equal data."""
+
+    def __init__(self, folder: str | Path, verify: bool = False):
+        """verify: hash every file too (about a second per GB). Raises ValueError naming the file that is not right."""
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            self.manifest: dict[str, Any] = json.loads(path.read_bytes())
+            files = self.manifest["files"]
+            intact = self.manifest["fingerprint"] == fingerprint(self.manifest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: no readable manifest ({error}); {REPAIR}") from error
+        if not intact:
+            raise ValueError(f"{path}: the manifest was changed; {REPAIR}")
+        for name, entry in files.items():
+            _expect_size(self.folder / name, entry["bytes"])
+            if verify and file_sha256(self.folder / name) != entry["sha256"]:
+                raise ValueError(f"{self.folder / name}: content does not match its sha256; {REPAIR}")
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        self.sources = {
+            name: TokenSource(self.folder / name, entry, self.vocab_size)
+            for name, entry in self.manifest["sources"].items()
+        }
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.folder / "tokenizer.model")
+
+    def texts(self, split: str) -> Iterator[tuple[str, bytes]]:
+        """(id, text) of every document of a split, byte for byte what was prepared."""
+        for name, source in self.sources.items():
+            for document in source.members(split):
+                text = self.tokenizer.decode_bytes(source.read(document).tolist())
+                yield f"{name}/{source.document_id(document)}", text
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Hash every file below `folder`, and write the manifest, durably. The last thing written."""
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": file_sha256(folder / n)} for n in names}
+    manifest = {"format": FORMAT, **manifest, "files": files}
+    manifest["fingerprint"] = fingerprint(manifest)
+    with (folder / "manifest.json").open("w") as file:
+        json.dump(manifest, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fingerprint(manifest: dict[str, Any]) -> str:
+    """sha256 of what the data are (not of where they come from)."""
+    content = {key: manifest[key] for key in ("format", "tokenizer", "sources", "files")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _expect_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path}: missing ({error.strerror}); {REPAIR}") from error
+    if found != size:
+        raise ValueError(f"{path}: {found} bytes, the manifest says {size}; {REPAIR}")
+
+
+def _sync_close(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

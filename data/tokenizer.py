@@ -1,0 +1,163 @@
+"""A sentencepiece tokenizer that loses nothing: any byte string encodes, and decodes to itself.
+
+Sentencepiece alone is not lossless. It writes a space as U+2581 and so reads a U+2581 of the text back as a space, and
+it takes no bytes that are not UTF-8. Both go around it here, as byte pieces (`<0x00>` .. `<0xFF>`), and decoding joins
+the bytes of the pieces instead of asking sentencepiece. Text that looks like a control token ("</s>") is text:
+sentencepiece never parses its control pieces.
+
+The rule, for whoever rebuilds the tokenizer elsewhere: BPE with byte fallback over the raw text, pieces written with
+real spaces (no U+2581 anywhere), no normaliser and no prefix space; a newline is always a token of its own.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+SPACE = "\u2581"
+# Characters that sentencepiece would not give back: its space mark, and the bytes that are not UTF-8 (PEP 383).
+FOREIGN = re.compile("([\udc80-\udcff\u2581]+)")
+# Sentencepiece's cost per byte grows with the length of what it is given (4x from a line to a megabyte) and so does
+# its memory (100 bytes per byte). A cut after a newline never changes the tokens, since no piece spans it; longer lines
+# are cut at this many characters, where a cut can part one piece in two.
+MAX_LINE = 1 << 16
+LINES = re.compile(rf"[^\n]{{0,{MAX_LINE - 1}}}\n|[^\n]{{1,{MAX_LINE}}}")
+MAX_SENTENCE = 4096  # bytes of a training sentence: sentencepiece leaves out what is longer
+# Every way of losing text that we know of: spaces, normalisation, control tokens, unknown characters.
+PROBE = (
+    "  a  b \t\r\n\n c\u00a0\u2581\u2581 e\u0301 \u00e9 \ufb01 \uff21 \u2028 \x00\x7f"
+    "<s></s><unk><0x41> \U0001f600\U0010ffff 1234 "
+)
+
+
+class Tokenizer:
+    """Text to token ids and back. Control pieces: `bos_id`, `eos_id` (ends a document), `pad_id`, never made from text.
+
+    byte_lengths: (vocab_size,) int64, the bytes of text a token stands for; 0 for control pieces.
+    """
+
+    def __init__(self, path: str | Path):
+        """Raises ValueError if the file is no sentencepiece model or its tokenizer would lose text."""
+        self.path = Path(path)
+        try:
+            self.model = self.path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a sentencepiece model ({error})") from error
+        processor = self._processor
+        self.vocab_size: int = processor.vocab_size()
+        self.bos_id: int = processor.bos_id()
+        self.eos_id: int = processor.eos_id()
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise ValueError(f"{path}: the tokenizer has no bos or no eos piece; train it with bos_id and eos_id set")
+        self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self._bytes = [_piece_bytes(processor, i) for i in range(self.vocab_size)]
+        self.byte_lengths = np.array([len(b) for b in self._bytes], np.int64)
+        ids = {processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_byte(i)}
+        self._byte_ids = [ids.get(f"<0x{b:02X}>", -1) for b in range(256)]
+        if -1 in self._byte_ids or self.decode_bytes(self.encode(PROBE)) != PROBE.encode():
+            raise ValueError(
+                f"{path}: this tokenizer loses text. It must be trained with byte_fallback=true, "
+                "normalization_rule_name=identity, add_dummy_prefix=false and remove_extra_whitespaces=false; "
+                "or leave data.tokenizer.path null to train one"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the model file."""
+        return hashlib.sha256(self.model).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of any str, lone surrogates included; no bos, no eos."""
+        return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
+
+    def encode_bytes(self, text: bytes) -> list[int]:
+        """Ids of any byte string; UTF-8 where it is UTF-8, byte pieces elsewhere."""
+        ids: list[int] = []
+        for i, part in enumerate(FOREIGN.split(text.decode("utf-8", "surrogateescape"))):
+            if i % 2:
+                ids.extend(self._byte_ids[b] for b in part.encode("utf-8", "surrogateescape"))
+            elif part:
+                for line in self._processor.encode(LINES.findall(part)):
+                    ids.extend(line)
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes; control pieces stand for none. Raises IndexError for an id beyond the vocabulary."""
+        pieces = self._bytes
+        return b"".join([pieces[i] for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; bytes that are no text (a model may write any) become U+FFFD."""
+        text = self.decode_bytes(ids)
+        try:
+            return text.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return text.decode("utf-8", "replace")
+
+    def ordinary_ids(self) -> np.ndarray:
+        """(n,) int64, ascending: ids that stand for text other than a newline. What synthetic tasks draw from."""
+        newline = np.array([b == b"\n" for b in self._bytes])
+        return np.flatnonzero((self.byte_lengths > 0) & ~newline)
+
+
+def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
+    """Train BPE with byte fallback on `texts` and write it to `path`. The same texts give the same file, bit for bit.
+
+    Raises ValueError if the texts are too few for the vocabulary.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,  # a number is its digits, so that arithmetic and copying see them
+            allow_whitespace_only_pieces=True,  # indentation is one token
+            user_defined_symbols=["\n"],
+            character_coverage=0.9995,  # rarer characters are bytes, and do not fill a small vocabulary
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            num_threads=1,  # the order of merges must not depend on the machine
+            max_sentence_length=MAX_SENTENCE,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"cannot train a tokenizer of {vocab_size} pieces on this text: {error}\n"
+            "lower data.tokenizer.vocab_size (and model.vocab_size), or add text"
+        ) from error
+    path = Path(path)
+    path.write_bytes(model.getvalue())
+    return Tokenizer(path)
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines, cut to what the trainer takes; without U+2581, which it would learn as a space, and NUL."""
+    for text in texts:
+        for line in text.translate({0: None, ord(SPACE): None}).split("\n"):
+            for start in range(0, len(line), MAX_SENTENCE // 4):
+                yield line[start : start + MAX_SENTENCE // 4].encode("utf-8", "replace").decode()
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int) -> bytes:
+    if processor.is_control(index) or processor.is_unknown(index):
+        return b""
+    piece: str = processor.id_to_piece(index)
+    if processor.is_byte(index):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE, " ").encode()
