@@ -157,20 +157,24 @@ train() {
 }
 
 demo() {
-    local config=configs/demo.yaml run
+    local config=configs/demo.yaml run trigram
     run=$(python -m nsa.config "$config" "$@" | python -c \
         'import sys, yaml; c = yaml.safe_load(sys.stdin); print(c["output_dir"] + "/" + c["name"])')
     say "1/5 data: the sources and docs of Python's standard library, a tokenizer trained on them"
     python -m nsa.data.prepare "$config" "$@"
     say "2/5 a byte-level trigram model on the same split, to compare with"
-    python -m nsa.data.trigram "$config" "$@"
+    trigram=$(python -m nsa.data.trigram "$config" "$@")
+    echo "$trigram"
     say "3/5 training"
     train "$config" "$@"
     say "4/5 export to a Hugging Face folder"
     python -m nsa.export "$run"
     say "5/5 evaluation of the export"
     python -m nsa.evaluate "$run/export"
+    say "done: the recall scores are above; here is the rest"
     python -m nsa.summary "$run"
+    echo "to compare with: $trigram"
+    echo "watch the curves: bash launch.sh tensorboard"
 }
 
 run_tests() {

@@ -1,0 +1,54 @@
+"""What a finished run left behind and how well it did: `python -m nsa.summary RUN`, the end of the demo."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+LEFT_BEHIND = {  # what, and the pattern of its files in the run folder
+    "configuration": "config.yaml",
+    "figures": "metrics.jsonl",
+    "checkpoint": "step_*/manifest.json",
+    "export": "export/config.json",
+    "evaluation": "evaluation/*.json",
+    "plot": "evaluation/*.png",
+}
+
+
+def summarise(run: Path) -> str:
+    """A text of a few lines. Raises ``ValueError`` if ``run`` is no folder of a run that was validated."""
+    try:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except OSError as error:
+        raise ValueError(f"{run}: not the folder of a run (no metrics.jsonl: {error.strerror})") from error
+    validations = [line for line in lines if "validation/bits_per_byte" in line]
+    if not validations:
+        raise ValueError(f"{run}: the run has not been validated yet")
+    first, last = validations[0], validations[-1]
+    told = [
+        f"validation bits per byte: {last['validation/bits_per_byte']:.3f} after {last['step']} steps"
+        f" ({first['validation/bits_per_byte']:.3f} after {first['step']})"
+    ]
+    for name, pattern in LEFT_BEHIND.items():
+        found = sorted(run.glob(pattern))
+        if name in ("checkpoint", "export"):
+            found = [path.parent for path in found][-1:]  # the folder; of checkpoints the last
+        told += [f"{name + ':':<15}{path}" for path in found]
+    return "\n".join(told)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m nsa.summary", description="What a run left behind.")
+    parser.add_argument("run", type=Path, help="the folder of a run, such as checkpoints/demo")
+    try:
+        print(summarise(parser.parse_args(arguments).run))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
