@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa.config import Config
 from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
+from nsa.data.shards import PreparedData
 from nsa.models import training_flops_per_token
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
@@ -38,14 +39,13 @@ class StepResult:
     """One optimizer step, alike on all ranks.
 
     Attributes:
-        loss: nats per counted target of the global batch. bits_per_byte: of the text that the targets cover.
+        loss: nats per counted target of the global batch.
         grad_norm: global, before clipping. learning_rate: of the step.
         skipped: loss or gradient was not finite; weights and moments are as before.
         data_seconds: waited for the batch. stop: a rank was asked to stop.
     """
 
     loss: float
-    bits_per_byte: float
     grad_norm: float
     learning_rate: float
     skipped: bool
@@ -71,19 +71,13 @@ class Trainer:
         make_deterministic(self.ranks.device)
         self.folder = self.ranks.on_main(lambda: self._open_folder(deepspeed_json))
 
-        self.ranks.on_main(lambda: prepare(config.data, config.seed) and None)
-        self.prepared = prepare(config.data, config.seed, progress=False)
-        if self.prepared.tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {self.prepared.tokenizer.vocab_size} pieces, model.vocab_size is "
-                f"{config.model.vocab_size}: set it to at least as many"
-            )
-        self.train_stream = SampleStream(self.prepared, config.data, split="train", seed=config.seed)
-        self.validation_stream = SampleStream(self.prepared, config.data, split="validation", seed=config.seed)
+        prepared = PreparedData(self.ranks.on_main(self._prepare))
+        self.train_stream = SampleStream(prepared, config.data, "train", config.seed)
+        self.validation_stream = SampleStream(prepared, config.data, "validation", config.seed)
         self.loader = StepLoader(self._read_step)
 
         self.engine = build_engine(config, self.ranks, deepspeed_json)
-        self.identity = Identity(self.prepared.fingerprint, Path(self.prepared.tokenizer.path))
+        self.identity = Identity(prepared.fingerprint, prepared.tokenizer.path)
         self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
         self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(self.engine, config)))
 
@@ -95,6 +89,15 @@ class Trainer:
     def _open_folder(self, deepspeed_json: dict[str, Any]) -> Path:
         self._run_folder = RunFolder(self.config)  # kept: it holds the lock
         return self._run_folder.path
+
+    def _prepare(self) -> Path:
+        prepared = prepare(self.config.data, self.config.seed)
+        if prepared.vocab_size > self.config.model.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {prepared.vocab_size} pieces, model.vocab_size is {self.config.model.vocab_size}: "
+                "set it to at least as many"
+            )
+        return prepared.folder
 
     # ------------------------------------------------------------------------------------------------ the run
 
@@ -166,16 +169,9 @@ class Trainer:
         client = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside of what shards it
         for group in client.param_groups:
             group["lr"] = rate
-        sums = torch.tensor(
-            [
-                sum(int((b["targets"] != IGNORED).sum()) for b in batches),
-                sum(float(b["num_bytes"]) for b in batches),
-                stop.signal is not None,
-            ],
-            dtype=torch.float64,
-            device=ranks.device,
-        )
-        targets, num_bytes, stops = ranks.sum(sums).tolist()
+        counted = sum(int((b["targets"] != IGNORED).sum()) for b in batches)
+        sums = torch.tensor([counted, stop.signal is not None], dtype=torch.float64, device=ranks.device)
+        targets, stops = ranks.sum(sums).tolist()
 
         nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
         norm = None
@@ -198,14 +194,13 @@ class Trainer:
         self.progress.step += 1
         self.progress.updates += not skipped
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
-        bits = loss * targets / math.log(2) / max(num_bytes, 1.0)
-        return StepResult(loss, bits, norm, rate, skipped, data_seconds, bool(stops))
+        return StepResult(loss, norm, rate, skipped, data_seconds, bool(stops))
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and bits per byte on the first ``training.validation_samples`` held-out samples."""
         training, ranks = self.config.training, self.ranks
-        samples, micro = training.validation_samples, training.micro_batch_size
+        samples, micro = min(training.validation_samples, len(self.validation_stream)), training.micro_batch_size
         batches = [range(i, min(i + micro, samples)) for i in range(0, samples, micro)]
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.engine.eval()
@@ -289,8 +284,7 @@ class Trainer:
             "perf/memory_gib": memory_gib(self.ranks.device),
         }
         if not result.skipped:  # JSON knows no NaN
-            metrics |= {"train/loss": result.loss, "train/bits_per_byte": result.bits_per_byte}
-            metrics["train/grad_norm"] = result.grad_norm
+            metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         # The processes of one machine share its cores, so on CPU all of them together have the measured peak.
         devices = self.ranks.world_size if self.ranks.device.type == "cuda" else 1
         for kind, flops in self.flops.items():
@@ -300,7 +294,7 @@ class Trainer:
     def _line(self, result: StepResult, metrics: dict[str, float]) -> str:
         steps, step = self.config.training.steps, self.progress.step
         parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-        parts.append(f"loss {result.loss:.4f}  bpb {result.bits_per_byte:.4f}")
+        parts.append(f"loss {result.loss:.4f}")
         parts.append(f"lr {result.learning_rate:.2e}  grad {result.grad_norm:.3f}")
         if "perf/tokens_per_second" in metrics:
             left = (steps - step) * metrics["perf/step_seconds"]
