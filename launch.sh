@@ -138,6 +138,7 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); pr
 
 train() {
     [[ $# -ge 1 ]] || fail "train needs a configuration, e.g. bash launch.sh train configs/demo.yaml"
+    python -m nsa.config "$@" >/dev/null # a mistake is told once and at once, not by every rank of a launcher
     if [[ -n ${SLURM_STEP_ID:-} && ${SLURM_NTASKS:-1} -gt 1 ]]; then # inside srun: this process is one rank
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
         export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}

@@ -151,7 +151,7 @@ class Config(Section):
         if self.optimizer.warmup_steps + decay > self.training.steps:
             raise ValueError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}){f' + decay_steps ({decay})' if decay else ''} "
-                f"exceed training.steps ({self.training.steps})"
+                f"exceed training.steps ({self.training.steps}): shorten the warm-up too (optimizer.warmup_steps=...)"
             )
         return self
 
