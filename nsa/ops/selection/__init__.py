@@ -9,7 +9,7 @@ from nsa.ops.compressed import compressed_ranges
 from nsa.ops.compressed import naive_mask as compressed_mask
 from nsa.ops.dispatch import accumulation_dtype, check_attention, check_compression, resolve_backend, softmax_scale
 from nsa.ops.packing import Documents, block_starts
-from nsa.ops.tiles import Ranges
+from nsa.ops.tiles import LOG2_E, Ranges
 
 
 @torch.no_grad()
@@ -119,17 +119,17 @@ def _importance_tiles(
 ) -> Iterator[tuple[slice, Tensor]]:
     """(queries, their importance (B, G, t, M)) tile by tile, M enough for the tile's last query."""
     groups, dtype = k_cmp.shape[2], accumulation_dtype(q)
-    queries = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # (B, G, h, T, D)
+    queries = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) * (scale * LOG2_E)  # (B, G, h, T, D)
     keys = k_cmp.to(dtype).transpose(1, 2)
-    # exp(s - 0) is masked below; exp(s - -inf) would be inf.
-    lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1))
+    # exp2(s - 0) is masked below; exp2(s - -inf) would be inf.
+    lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1)) * LOG2_E
     weights = overlap_weights(length, stride, block_size).to(queries)
     first_block = documents.compressed_bounds(length, stride)[documents.query_document]
     for tile in visible.tiles(q.shape[1], k_cmp.shape[1], q.shape[0] * q.shape[2]):
         assert isinstance(tile.keys, slice)
         rows = slice(tile.start, tile.stop)
-        scores = queries[:, :, :, rows] @ keys[:, :, None, tile.keys].mT * scale
-        p = (scores - lse[:, :, :, rows, None]).exp().masked_fill_(~tile.mask, 0).sum(2)  # (B, G, t, U)
+        scores = queries[:, :, :, rows] @ keys[:, :, None, tile.keys].mT
+        p = scores.sub_(lse[:, :, :, rows, None]).exp2_().sum(2).masked_fill_(~tile.mask, 0)  # (B, G, t, U)
         # Selection block j weighs the compressed blocks j*per_block - lead .. of its document.
         most = int(documents.query_local[rows].max()) // block_size + 1
         lead = length // stride - 1
