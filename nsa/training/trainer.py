@@ -285,10 +285,8 @@ class Trainer:
         }
         if not result.skipped:  # JSON knows no NaN
             metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
-        # The processes of one machine share its cores, so on CPU all of them together have the measured peak.
-        devices = self.ranks.world_size if self.ranks.device.type == "cuda" else 1
         for kind, flops in self.flops.items():
-            metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * devices)
+            metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * self.ranks.world_size)
         return metrics
 
     def _line(self, result: StepResult, metrics: dict[str, float]) -> str:
