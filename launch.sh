@@ -145,7 +145,7 @@ train() {
         export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
         exec python -m nsa.train "$@"
     fi
-    local launcher=(deepspeed)
+    local launcher=(deepspeed --quiet)
     if [[ -n ${HOSTFILE:-} ]]; then
         launcher+=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
         launcher+=(${MASTER_PORT:+--master_port "$MASTER_PORT"})

@@ -103,7 +103,7 @@ def describe(config: Config, gpus: int) -> str:
         f"  layers      {layers}",
         f"  step        {config.training.global_batch_size} samples of {config.data.sequence_length} tokens = "
         f"{plan.tokens_per_step:,} tokens; micro batches per GPU: {plan.micro_batches_per_step}",
-        f"  run         {config.training.steps:,} steps = {tokens / 1e9:.3g} billion tokens, "
+        f"  run         {config.training.steps:,} steps = {tokens:,} tokens, "
         f"{tokens / plan.parameters:.1f} per parameter",
         "",
         f"FLOPs, forward and backward {'per token':>12} {'per step':>12} {'whole run':>12}",
@@ -117,7 +117,7 @@ def describe(config: Config, gpus: int) -> str:
     recompute = "with" if engine.activation_checkpointing else "without"
     lines += [
         "",
-        f"Memory per GPU (estimate): {gpus} GPUs, ZeRO {engine.zero_stage}, {engine.precision}, "
+        f"Memory per GPU (estimate): GPUs: {gpus}, ZeRO {engine.zero_stage}, {engine.precision}, "
         f"{recompute} activation checkpointing",
         *(f"  {kind:<12} {size / GIB:>9.3f} GiB" for kind, size in plan.memory.items()),
         f"  {'total':<12} {total / GIB:>9.3f} GiB  (communication buffers and fragmentation come on top)",
