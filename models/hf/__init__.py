@@ -1,0 +1,1 @@
+"""What an export carries: `modeling_nsa.py` is copied into every exported folder."""

@@ -1,0 +1,186 @@
+"""The folder of an export: written beside its final name, proven, renamed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nsa.config import Config, load_config
+from nsa.data.tokenizer import Tokenizer
+from nsa.exporting.model_card import model_card
+from nsa.exporting.proof import ExportError, Proof, prove
+from nsa.exporting.tokenizer import write_tokenizer
+from nsa.models import Decoder
+from nsa.models.hf import modeling_nsa
+from nsa.models.hf.modeling_nsa import NSAConfig
+from nsa.training import checkpoint
+
+CONFIG = "training_config.yaml"
+STATE = "training_state.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export(source: Path | str, out: Path | str | None = None, dtype: str = "float32") -> tuple[Path, Proof]:
+    """Export a checkpoint as a Hugging Face folder and prove that it is the trained model.
+
+    Args:
+        source: a run folder (its newest good checkpoint is taken) or a step folder.
+        out: the folder to write; None: ``export`` in the run folder. An earlier export there is replaced.
+        dtype: of the weights: float32 or bfloat16.
+
+    Returns:
+        The folder, and what was compared.
+
+    Raises:
+        ExportError: there is no such checkpoint, ``out`` is something else, or the proof fails; ``out`` is then
+            as it was before.
+    """
+    step = _find_checkpoint(Path(source))
+    final = Path(out) if out is not None else step.parent / "export"
+    if final.exists() and not (final / CONFIG).is_file():
+        raise ExportError(f"{final} exists and is no export: name another folder with --out")
+    config = load_config(step / "config.yaml")
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in checkpoint.load_weights(step).items()}
+    tokenizer = Tokenizer(step / "tokenizer.model")
+    decoder = fill(config, weights)
+
+    temporary = final.with_name(f"{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write_folder(temporary, config, weights, tokenizer)
+        proof = prove(temporary, decoder, tokenizer)
+        (temporary / CONFIG).write_bytes((step / "config.yaml").read_bytes())
+        (temporary / STATE).write_bytes((step / "state.json").read_bytes())
+        state = checkpoint.load_state(step)
+        card = model_card(config, state, _last_validation(step.parent, state["step"]), proof, final.resolve().name)
+        (temporary / "README.md").write_text(card)
+        _replace(temporary, final)
+    except OSError as e:
+        raise ExportError(f"{final} cannot be written ({e.strerror or e}): name another folder with --out") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final, proof
+
+
+def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
+    """Write what `transformers` reads. ``weights``: by the decoder's names; they are the names in the export too."""
+    hf = hf_config(config, tokenizer)
+    dtype = next(iter(weights.values())).dtype
+    hf.dtype = dtype
+    hf.save_pretrained(folder)
+    shutil.copyfile(modeling_nsa.__file__, folder / "modeling_nsa.py")
+    save_torch_state_dict(weights, folder, max_shard_size="5GB", metadata={"format": "pt"})
+    for path in folder.glob("*.safetensors"):  # written for their owner alone
+        path.chmod((folder / "config.json").stat().st_mode)
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_tokenizer(tokenizer, folder, hf.max_position_embeddings)
+
+
+def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
+    """The configuration of the export."""
+    model, attention, rope = config.model, config.attention, config.model.rope
+    return NSAConfig(
+        architectures=["NSAForCausalLM"],
+        auto_map={"AutoConfig": "modeling_nsa.NSAConfig", "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM"},
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        v_head_dim=model.v_head_dim,
+        attention_kinds=attention.kinds(model.num_layers),
+        max_position_embeddings=int(model.max_position * rope.yarn_factor),
+        original_max_position=model.max_position,
+        rotary_base=rope.theta,
+        yarn_factor=rope.yarn_factor,
+        yarn_beta_fast=rope.yarn_beta_fast,
+        yarn_beta_slow=rope.yarn_beta_slow,
+        rms_norm_eps=model.norm_eps,
+        initializer_range=model.init_std,
+        tie_word_embeddings=model.tie_embeddings,
+        **attention.model_dump(exclude={"kind"}),
+    )
+
+
+def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, Tokenizer]:
+    """The native decoder (fp32), the configuration of its training and the tokenizer of an export.
+
+    Args:
+        yarn_factor: rotary length extension, in place of the configuration's.
+
+    Raises:
+        ExportError: the folder is no export.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ExportError(f"{folder} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
+    config = load_config(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
+    weights: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(path)
+    return fill(config, weights), config, Tokenizer(folder / "tokenizer.model")
+
+
+def fill(config: Config, weights: dict[str, Tensor]) -> Decoder:
+    """A decoder (fp32, not training) with these weights.
+
+    Raises:
+        ExportError: names or shapes are not those of the configuration.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config.model, config.attention, backend=config.engine.backend)
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    if config.model.tie_embeddings and "embedding.weight" in weights:
+        weights["head.weight"] = weights["embedding.weight"]
+    try:
+        decoder.load_state_dict(weights, assign=True)
+    except RuntimeError as e:
+        raise ExportError(f"the weights do not fit the configuration: {e}") from e
+    if config.model.tie_embeddings:
+        decoder.head.weight = decoder.embedding.weight
+    return decoder.eval().requires_grad_(False)
+
+
+def _find_checkpoint(source: Path) -> Path:
+    if (source / checkpoint.MANIFEST).is_file():
+        checkpoint.verify(source)
+        return source
+    step = checkpoint.latest_complete(source)
+    if step is None:
+        raise ExportError(f"{source} holds no complete checkpoint: name a run folder or a step_* folder")
+    return step
+
+
+def _last_validation(run: Path, step: int) -> float | None:
+    """Validation bits per byte at ``step``, from the run's metrics if they are there."""
+    metrics = run / "metrics.jsonl"
+    if not metrics.is_file():
+        return None
+    lines = (json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}"))
+    found = [
+        line["validation/bits_per_byte"]
+        for line in lines
+        if line.get("step") == step and "validation/bits_per_byte" in line
+    ]
+    return found[-1] if found else None
+
+
+def _replace(new: Path, final: Path) -> None:
+    """Rename ``new`` to ``final``; an earlier export there goes once the new one has its name."""
+    old = final.with_name(f"{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,95 @@
+"""README.md of an export: what the model is, how it was trained, how to load and to measure it."""
+
+from typing import Any
+
+import yaml
+
+from nsa.config import Config
+from nsa.exporting.proof import TOLERANCE, Proof
+from nsa.models import count_parameters
+
+
+def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | None, proof: Proof, folder: str) -> str:
+    """Markdown with YAML front matter.
+
+    Args:
+        state: state.json of the checkpoint. bits_per_byte: on held-out text, if it was measured.
+        folder: name of the export, for the examples.
+    """
+    model, attention, optimizer = config.model, config.attention, config.optimizer
+    kinds = attention.kinds(model.num_layers)
+    front: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["nsa", "native-sparse-attention", "sparse-attention", "custom_code"],
+    }
+    hub = [source.path for source in config.data.sources if source.kind == "hub"]
+    if hub:
+        front["datasets"] = hub
+    if bits_per_byte is not None:
+        result = {
+            "type": "bits_per_byte",
+            "name": "bits per byte, held-out documents",
+            "value": round(bits_per_byte, 4),
+        }
+        task = {"task": {"type": "text-generation"}, "dataset": {"name": "held-out split", "type": "text"}}
+        front["model-index"] = [{"name": config.name, "results": [{**task, "metrics": [result]}]}]
+
+    rows = {
+        "parameters": f"{count_parameters(model, attention)['total']:,}",
+        "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
+        "width": f"{model.hidden_size}; {model.num_heads} query heads, {model.num_kv_heads} key/value heads of "
+        f"{model.head_dim} (values {model.v_head_dim or model.head_dim})",
+        "compression": f"blocks of {attention.compress_length} tokens at stride {attention.compress_stride}",
+        "selection": f"{attention.num_blocks} blocks of {attention.block_size} tokens, {attention.num_initial} initial "
+        f"and {attention.num_local} local ones among them",
+        "window": f"{attention.window} tokens",
+        "rotary range": f"{model.max_position} tokens"
+        + (f", extended {model.rope.yarn_factor:g} times with YaRN" if model.rope.yarn_factor > 1 else ""),
+        "training": f"{state['step']:,} steps, {state['tokens']:,} tokens, samples of {config.data.sequence_length}",
+        "optimizer": f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule} decay",
+        "data": ", ".join(f"{s.name} ({s.kind}, weight {s.weight:g})" for s in config.data.sources),
+    }
+    if "nsa" not in kinds:
+        for row in ("compression", "selection", "window"):
+            del rows[row]
+    if bits_per_byte is not None:
+        rows["held-out text"] = f"{bits_per_byte:.4f} bits per byte"
+    table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {config.name}
+
+A decoder language model with {"Native Sparse Attention (arXiv 2502.11089)" if "nsa" in kinds else "dense attention"}.
+
+| | |
+|---|---|
+{table}
+
+`training_config.yaml` is the whole configuration, `training_state.json` where the training stood.
+
+## Use
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(")]])
+print(tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0]))
+```
+
+It needs `torch` and `transformers` 5. In training every document began with the token `bos_token_id` and ended with
+`eos_token_id`; the tokenizer adds neither, and takes their names in a text for text.
+
+    lm_eval run --model hf --model_args pretrained={folder},trust_remote_code=True --tasks ...
+
+## Proof
+
+Before this folder got its name it was loaded without the training code. Its tokenizer gave the training tokenizer's
+tokens on {proof.texts:,} hostile texts. On {proof.tokens:,} tokens its logits, and those of generation with its cache,
+were the trainer's to within {proof.difference:.1e} of the largest ({proof.dtype}; {TOLERANCE:g} was allowed).
+"""

@@ -1,0 +1,83 @@
+"""The training tokenizer as `tokenizer.json`, for `transformers` and everything else that reads that format.
+
+`nsa.data.tokenizer` states the rule that is rebuilt here. Two points are subtle:
+
+* sentencepiece merges the pair whose result has the best score, leftmost first; `tokenizers` ranks pairs. A piece that
+  several pairs make is given all of them, the longest left part first, which keeps its leftmost merge first.
+* "</s>" in a text is text. `split_special_tokens` says so; without it `transformers` would end the document there.
+"""
+
+import json
+from pathlib import Path
+
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
+from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import BPE
+
+from nsa.data.tokenizer import MAX_LINE, SPACE, Tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the original tokenizer.model.
+
+    Args:
+        max_length: tokens that the model takes.
+
+    Raises:
+        ValueError: the tokenizer is of a kind that tokenizer.json cannot say exactly.
+    """
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    model = ModelProto.FromString(tokenizer.model)
+    fast = _fast_tokenizer(model, str(tokenizer.path))
+    control = {
+        "bos_token": model.pieces[tokenizer.bos_id].piece,
+        "eos_token": model.pieces[tokenizer.eos_id].piece,
+        "pad_token": model.pieces[tokenizer.pad_id].piece,
+        "unk_token": model.pieces[model.trainer_spec.unk_id].piece,
+    }
+    fast.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in dict.fromkeys(control.values())])
+    fast.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **control,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "model_max_length": max_length,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _fast_tokenizer(model: ModelProto, name: str) -> FastTokenizer:
+    if model.trainer_spec.model_type != TrainerSpec.BPE:
+        raise ValueError(f"{name}: only a BPE tokenizer can be exported exactly, this one is of another kind")
+    kinds = ModelProto.SentencePiece
+    vocabulary: dict[str, int] = {}
+    cost: dict[str, float] = {}  # of the pieces that merges make
+    for i, entry in enumerate(model.pieces):
+        text = entry.type in (kinds.NORMAL, kinds.USER_DEFINED)
+        piece = entry.piece.replace(SPACE, " ") if text else entry.piece
+        if piece in vocabulary:
+            raise ValueError(f"{name}: two pieces stand for {piece!r}; it cannot be exported")
+        vocabulary[piece] = i
+        if entry.type == kinds.NORMAL:
+            cost[piece] = -entry.score
+
+    merges = []
+    for piece in sorted(cost, key=cost.__getitem__):
+        cuts = range(len(piece) - 1, 0, -1)
+        merges += [(piece[:k], piece[k:]) for k in cuts if piece[:k] in cost and piece[k:] in cost]
+    unknown = model.pieces[model.trainer_spec.unk_id].piece
+    fast = FastTokenizer(BPE(vocabulary, merges, byte_fallback=True, unk_token=unknown))
+    lines = Regex(rf"[^\n]{{0,{MAX_LINE - 1}}}\n|[^\n]{{1,{MAX_LINE}}}")
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(SPACE, "isolated"), pre_tokenizers.Split(lines, "isolated")]
+    )
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    # User-defined pieces are cut out before anything is merged; one that is a single character is so anyway.
+    user = [entry.piece for entry in model.pieces if entry.type == kinds.USER_DEFINED and len(entry.piece) > 1]
+    fast.add_tokens([AddedToken(piece.replace(SPACE, " "), normalized=False) for piece in user])
+    return fast
