@@ -1,0 +1,37 @@
+"""Measure an exported model: bits per byte by position, and recall at and beyond the training length.
+
+Command:
+    python -m nsa.evaluate checkpoints/demo/export
+    python -m nsa.evaluate checkpoints/demo/export --config other.yaml --out results evaluation.recall_samples=16
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nsa.config import load_config
+from nsa.evaluation import evaluate
+from nsa.exporting.folder import CONFIG
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m nsa.evaluate", description="Measure an exported model.")
+    parser.add_argument("export", help="a folder written by nsa.export")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.recall_samples=16")
+    parser.add_argument("--config", help="YAML whose data and evaluation sections to use (default: the training's)")
+    parser.add_argument("--out", help="folder for the results (default: evaluation, beside the export)")
+    options = parser.parse_args(arguments)
+    try:
+        path = Path(options.config or Path(options.export) / CONFIG)
+        config = load_config(path, options.overrides) if options.config or options.overrides else None
+        evaluate(options.export, options.out, config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

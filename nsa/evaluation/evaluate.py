@@ -1,0 +1,140 @@
+"""One evaluation of one export."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from nsa.config import Config
+from nsa.data.loader import SampleStream
+from nsa.data.prepare import prepare
+from nsa.data.shards import PreparedData
+from nsa.data.synthetic import Task, TaskName
+from nsa.data.tokenizer import Tokenizer
+from nsa.evaluation import bits_per_byte, recall, report
+from nsa.exporting import load_decoder
+from nsa.exporting.folder import STATE
+from nsa.models import Decoder
+
+
+def evaluate(
+    export: Path | str,
+    out: Path | str | None = None,
+    config: Config | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measure an export; write evaluation.json, bits_per_byte.png and recall.png.
+
+    Args:
+        export: folder written by `nsa.export`.
+        out: folder for the results; None: ``evaluation`` beside the export.
+        config: whose ``data`` and ``evaluation`` sections say what is read and how much; None: the training's.
+        say: gets the tables, as they grow.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        ValueError: the folder is no export, or the data cannot be had.
+    """
+    began = time.monotonic()
+    export = Path(export)
+    out = Path(out) if out is not None else export.resolve().parent / "evaluation"
+    decoders = Decoders(export)
+    trained = decoders.config
+    config = config or trained
+    factors = config.evaluation.length_factors
+    length = trained.data.sequence_length
+    prepared = _prepare(config, decoders.tokenizer, export / "tokenizer.model")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"{out} cannot be made ({e.strerror}): name another folder with --out") from e
+
+    curves = []
+    for factor in dict.fromkeys((1, max(factors))):
+        decoder, _ = decoders.reaching(factor * length)
+        data = config.data.model_copy(update={"sequence_length": factor * length})
+        stream = SampleStream(prepared, data, "validation", config.seed)
+        samples = min(len(stream), max(1, config.evaluation.bpb_samples // factor))
+        curves.append(bits_per_byte.measure(decoder, stream, samples))
+    say(report.curve_table(curves) + "\n")
+
+    say(f"recall (trained on samples of {length} tokens)\n" + report.recall_header())
+    results, rows = [], []
+    for name in get_args(TaskName):
+        for factor in factors:
+            decoder, yarn = decoders.reaching(factor * length)
+            task = Task(name, decoders.tokenizer)
+            if factor * length < task.shortest:
+                continue
+            predict = recall.predictor(decoder)
+            result = recall.measure(predict, task, factor * length, config.evaluation.recall_samples)
+            results.append(result)
+            rows.append({**asdict(result), "factor": factor, "yarn_factor": yarn})
+            say(report.recall_row(result, factor, yarn))
+
+    document = {
+        "export": str(export),
+        "training": json.loads((export / STATE).read_text()),
+        "training_length": length,
+        "bits_per_byte": [asdict(curve) for curve in curves],
+        "recall": rows,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    (out / "evaluation.json").write_text(json.dumps(_without_nan(document), indent=1) + "\n")
+    report.plot_curves(curves, length, out / "bits_per_byte.png")
+    if results:
+        report.plot_recall(results, length, out / "recall.png")
+    say(f"\nwritten to {out}: evaluation.json, bits_per_byte.png, recall.png ({document['seconds']} s)")
+    return document
+
+
+class Decoders:
+    """The decoder of an export; for lengths beyond its rotary range, the same with YaRN that stretches it so far."""
+
+    def __init__(self, export: Path) -> None:
+        self._export = export
+        decoder, self.config, self.tokenizer = load_decoder(export)
+        self._yarn = self.config.model.rope.yarn_factor
+        self._decoders = {self._yarn: self._place(decoder)}
+
+    def reaching(self, length: int) -> tuple[Decoder, float]:
+        """A decoder for sequences of ``length`` tokens, and its YaRN factor (1: none)."""
+        factor = max(self._yarn, length / self.config.model.max_position)
+        if factor not in self._decoders:
+            self._decoders[factor] = self._place(load_decoder(self._export, yarn_factor=factor)[0])
+        return self._decoders[factor], factor
+
+    def _place(self, decoder: Decoder) -> Decoder:
+        if not torch.cuda.is_available():
+            return decoder
+        half = self.config.engine.precision == "bf16"
+        return decoder.to("cuda", torch.bfloat16 if half else torch.float32)
+
+
+def _prepare(config: Config, tokenizer: Tokenizer, path: Path) -> PreparedData:
+    """The held-out text in the model's tokens: the run's own prepared data if they are there, else made anew.
+
+    The split depends on the text and the seed alone, so that held-out documents stay held out.
+    """
+    if config.data.tokenizer.path is None:
+        prepared = prepare(config.data, config.seed)
+        if prepared.tokenizer.sha256 == tokenizer.sha256:
+            return prepared
+    section = config.data.tokenizer.model_copy(update={"path": str(path)})
+    return prepare(config.data.model_copy(update={"tokenizer": section}), config.seed)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
