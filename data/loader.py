@@ -40,10 +40,14 @@ class Sample:
 
 
 class Span(NamedTuple):
-    """Tokens start..stop-1 (bos and eos included) of a document. For a synthetic source: an episode, and its length."""
+    """Tokens start..stop-1 (bos and eos included) of a document: its id, and its row in the source's documents.
+
+    For a synthetic source row is the sample's number in the source, document says which episode of it.
+    """
 
     source: str
     document: str
+    row: int
     start: int
     stop: int
 
@@ -150,14 +154,14 @@ class Windows:
 
     def spans(self, index: int) -> list[Span]:
         pieces = self._pieces(self._window(index), self._length)
-        return [Span(self._source.name, self._source.document_id(d), start, stop) for d, start, stop in pieces]
+        return [Span(self._source.name, self._source.document_id(d), d, start, stop) for d, start, stop in pieces]
 
     def _window(self, index: int) -> int:
         """The window that is visited at `index`: windows are reordered within the epoch in which they begin."""
         epoch = index * self._length // self._epoch_tokens
         first = -(-epoch * self._epoch_tokens // self._length)
         count = -(-(epoch + 1) * self._epoch_tokens // self._length) - first
-        return first + int(permute(np.int64(index - first), count, round_keys(self._seed, "windows", epoch)))
+        return first + int(permute(np.array(index - first), count, round_keys(self._seed, "windows", epoch)))
 
     def _pieces(self, window: int, length: int) -> list[tuple[int, int, int]]:
         """(document, start, stop) of the `length` tokens that begin at the window's beginning."""
@@ -198,7 +202,7 @@ class Episodes:
         return tokens, targets, np.concatenate([[0], np.cumsum(lengths)[:-1]]), 0
 
     def spans(self, index: int) -> list[Span]:
-        return [Span(self._name, f"{index}/{part}", 0, n) for part, n in enumerate(self._cut(index))]
+        return [Span(self._name, f"{index}/{part}", index, 0, n) for part, n in enumerate(self._cut(index))]
 
     def _cut(self, index: int) -> list[int]:
         """Lengths of a sample's episodes: as much of the sample in long episodes as in short ones."""

@@ -15,6 +15,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,19 +30,21 @@ from nsa.data.shards import FORMAT, PreparedData, SourceWriter, write_manifest
 from nsa.data.tokenizer import Tokenizer, train
 
 TRAIN, VALIDATION, DUPLICATE, EMPTY = range(4)
+Encode = Callable[[list[bytes]], Future]
 BATCH_BYTES = 1 << 20  # text that one task of a worker holds
+MAX_WAITING = 32  # batches read ahead of the workers
 MAX_DOCUMENT = 1 << 30  # bytes; a longer one would not fit a worker's memory
 
 
 class Scan(NamedTuple):
     """What pass 1 found in a source. fate: TRAIN, VALIDATION, DUPLICATE or EMPTY of each document in turn.
 
-    key: a hash of each document's text and the seed, uniform in 0 .. 2^64-1. num_bytes: of all documents.
+    key: a hash of each document's text and the seed, uniform in 0 .. 2^64-1. size: bytes of each document.
     """
 
     fate: bytearray
     key: array
-    num_bytes: int
+    size: array
 
 
 def prepare(config: DataConfig, seed: int, progress: bool = True) -> PreparedData:
@@ -108,7 +111,7 @@ def _build(
         shutil.copyfile(config.tokenizer.path, model)
         tokenizer = Tokenizer(model)
     entries = {}
-    with Encoders(model, config.workers) as encode:
+    with _encoders(model, config.workers) as encode:
         for source in texts:
             entries[source.name] = _write(source, scans[source.name], folder / source.name, tokenizer, encode, progress)
     about = {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
@@ -117,7 +120,7 @@ def _build(
 
 def _scan(source: SourceConfig, seed: int, fraction: float, seen: set[bytes], progress: bool) -> Scan:
     """Pass 1. The split depends on a document's text and the seed alone: equal texts are never on both sides."""
-    fate, key, total = bytearray(), array("Q"), 0
+    fate, key, size = bytearray(), array("Q"), array("Q")
     salt = seed.to_bytes(16, "little")
     with Progress(f"read {source.name}", enabled=progress) as bar:
         for document in sources.documents(source):
@@ -135,7 +138,7 @@ def _scan(source: SourceConfig, seed: int, fraction: float, seen: set[bytes], pr
             else:
                 seen.add(digest)
                 fate.append(VALIDATION if key[-1] < fraction * 2**64 else TRAIN)
-            total += len(document.text)
+            size.append(len(document.text))
             bar.update(len(document.text))
     kept = sorted((k, i) for i, k in enumerate(key) if fate[i] in (TRAIN, VALIDATION))
     if len(kept) < 2:
@@ -146,20 +149,24 @@ def _scan(source: SourceConfig, seed: int, fraction: float, seen: set[bytes], pr
         )
     fate[kept[0][1]] = VALIDATION  # a small source has both splits all the same
     fate[kept[-1][1]] = TRAIN
-    return Scan(fate, key, total)
+    return Scan(fate, key, size)
 
 
 def _tokenizer_texts(texts: list[SourceConfig], scans: dict[str, Scan], limit: int) -> Iterator[str]:
-    """Training documents, at most `limit` bytes of them, a random choice (by key) if there are more."""
-    share = min(1.0, limit / max(1, sum(scan.num_bytes for scan in scans.values())))
-    left = limit
+    """Training documents, `limit` bytes of them, a random choice (by key) if there are more."""
+    candidates = [(name, i) for name, scan in scans.items() for i, fate in enumerate(scan.fate) if fate == TRAIN]
+    # By the low half of the key: the high half has decided on the split.
+    candidates.sort(key=lambda candidate: scans[candidate[0]].key[candidate[1]] & 0xFFFFFFFF)
+    taken: dict[tuple[str, int], int] = {}
+    for name, i in candidates:
+        if limit <= 0:
+            break
+        taken[name, i] = min(limit, scans[name].size[i])
+        limit -= taken[name, i]
     for source in texts:
-        scan = scans[source.name]
         for i, document in enumerate(sources.documents(source)):
-            # The low half of the key: the high half has decided on the split.
-            if left > 0 and scan.fate[i] == TRAIN and (scan.key[i] & 0xFFFFFFFF) <= share * 2**32:
-                yield document.text[:left].decode("utf-8", "replace")
-                left -= len(document.text)
+            if size := taken.get((source.name, i)):
+                yield document.text[:size].decode("utf-8", "replace")
 
 
 def _counted(texts: Iterator[str], bar: Progress) -> Iterator[str]:
@@ -173,13 +180,13 @@ def _write(
     scan: Scan,
     folder: Path,
     tokenizer: Tokenizer,
-    encode: Callable[[list[bytes]], Future],
+    encode: Encode,
     progress: bool,
 ) -> dict[str, Any]:
     """Pass 3 of one source."""
     writer = SourceWriter(folder, tokenizer.vocab_size)
     count = total = 0
-    with Progress(f"tokenize {source.name}", total=scan.num_bytes, enabled=progress) as bar:
+    with Progress(f"tokenize {source.name}", total=sum(scan.size), enabled=progress) as bar:
 
         def flush(waiting: deque, leave: int) -> None:
             while len(waiting) > leave:
@@ -205,35 +212,24 @@ def _write(
                 flush(waiting, leave=MAX_WAITING)
         waiting.append((batch, encode([d.text for d, _ in batch])))
         flush(waiting, leave=0)
-    if (count, total) != (len(scan.fate), scan.num_bytes):
+    if (count, total) != (len(scan.fate), sum(scan.size)):
         raise ValueError(f"data source {source.name!r} changed while it was read: run prepare again")
     return {**writer.close(), "duplicates": scan.fate.count(DUPLICATE), "empty": scan.fate.count(EMPTY)}
 
 
-MAX_WAITING = 32  # batches read ahead of the workers
-
-
-class Encoders:
-    """Calls to `encode_batch`, in worker processes or, with one worker, right here."""
-
-    def __init__(self, model: Path, workers: int):
-        self._model = model
-        # spawn: the caller may hold threads and locks (torch, gloo) that a forked child must not inherit
-        self._pool = (
-            ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load_tokenizer, initargs=(str(model),))
-            if workers > 1
-            else None
-        )
-
-    def __enter__(self) -> Callable[[list[bytes]], Future]:
-        if self._pool is None:
-            _load_tokenizer(str(self._model))
-            return _run_here
-        return lambda texts: self._pool.submit(encode_batch, texts)
-
-    def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+@contextmanager
+def _encoders(model: Path, workers: int) -> Iterator[Encode]:
+    """`encode_batch` in worker processes or, with one worker, right here."""
+    if workers == 1:
+        _load_tokenizer(str(model))
+        yield _run_here
+        return
+    # spawn: the caller may hold threads and locks (torch, gloo) that a forked child must not inherit
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_load_tokenizer, initargs=(str(model),))
+    try:
+        yield lambda texts: pool.submit(encode_batch, texts)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _tokenizer: Tokenizer | None = None

@@ -168,6 +168,14 @@ class PreparedData:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.folder / "tokenizer.model")
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise ValueError if a model of `size` embeddings cannot read these tokens."""
+        if self.vocab_size > size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} pieces and the model {size} embeddings: "
+                f"set model.vocab_size to {self.vocab_size} or more"
+            )
+
     def texts(self, split: str) -> Iterator[tuple[str, bytes]]:
         """(id, text) of every document of a split, byte for byte what was prepared."""
         for name, source in self.sources.items():

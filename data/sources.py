@@ -25,10 +25,10 @@ class Document(NamedTuple):
 
 
 class BadByte(NamedTuple):
-    """position: of the first byte that is not UTF-8. count: of all such bytes."""
+    """position: of the first byte that is not UTF-8. total: number of such bytes."""
 
     position: int
-    count: int
+    total: int
 
 
 def describe(source: SourceConfig) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def check(source: SourceConfig) -> None:
     bad = []
     for _, path in _files(source):
         if path.suffix not in (".parquet", ".gz", ".zst", ".xz", ".bz2") and (found := find_bad_byte(path)):
-            bad.append(f"  {path}: byte {found.position} is the first of {found.count} that are not UTF-8")
+            bad.append(f"  {path}: byte {found.position} is the first of {found.total} that are not UTF-8")
     if bad:
         more = [f"  ... and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
         raise ValueError(

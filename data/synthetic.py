@@ -11,6 +11,7 @@ vocabulary: they are the same for training and evaluation, and for every seed.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -83,11 +84,11 @@ class Task:
         return Episode(tokens, targets, 1 / len(self.values))
 
     def pairs(self, length: int) -> int:
-        """Key-value pairs of an mqar episode: they grow with its length until the keys run out."""
-        return min(len(self.keys), length // 8)
+        """Key-value pairs of an mqar episode: they grow as the square root of its length (2 at 32, 11 at 512)."""
+        return min(len(self.keys), math.isqrt(length // 4))
 
     def _mqar(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """bos, pairs, filler, the same pairs in another order; half of a long episode or more is filler."""
+        """bos, pairs, filler, and the pairs in another order."""
         n = self.pairs(length)
         keys = rng.permutation(self.keys)[:n]
         values = rng.choice(self.values, n)

@@ -1,0 +1,123 @@
+"""Every answer follows from the episode, and from nothing else."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nsa.data.config import DataConfig
+from nsa.data.loader import SampleStream
+from nsa.data.shards import PreparedData
+from nsa.data.synthetic import IGNORED, PASSKEY_TOKENS, Task
+
+lengths = st.integers(100, 700)
+TASKS = ["mqar", "passkey", "copy"]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@settings(max_examples=40, deadline=None)
+@given(length=lengths, index=st.integers(0, 10**9))
+def test_an_episode_is_a_pure_function_of_its_name(prepared: PreparedData, name: str, length: int, index: int) -> None:
+    first, second = (Task(name, prepared.tokenizer).generate(length, 5, index) for _ in range(2))
+    assert np.array_equal(first.tokens, second.tokens) and np.array_equal(first.targets, second.targets)
+    assert first.tokens.shape == first.targets.shape == (length,)
+    assert first.tokens.dtype == first.targets.dtype == np.int64
+    assert first.tokens[0] == prepared.tokenizer.bos_id
+    assert first.tokens.min() >= 0 and first.tokens.max() < prepared.vocab_size
+    other = Task(name, prepared.tokenizer).generate(length, 6, index)
+    assert not np.array_equal(first.tokens, other.tokens)
+    asked = first.targets[:-1] != IGNORED
+    assert asked.any() or name == "passkey"
+    assert np.array_equal(first.targets[:-1][asked], first.tokens[1:][asked]), "an answer is the token that follows"
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=lengths, index=st.integers(0, 10**9))
+def test_mqar_answers_are_the_values_told(prepared: PreparedData, length: int, index: int) -> None:
+    task = Task("mqar", prepared.tokenizer)
+    episode = task.generate(length, 5, index)
+    n = task.pairs(length)
+    told = {}
+    asked = set()
+    for at in range(1, 2 * n, 2):
+        told[int(episode.tokens[at])] = int(episode.tokens[at + 1])
+    assert len(told) == n
+    for at in np.flatnonzero(episode.targets != IGNORED):
+        key = int(episode.tokens[at])
+        assert at > 2 * n and told[key] == episode.targets[at]
+        asked.add(key)
+    assert asked == set(told)
+    assert (episode.targets != IGNORED).sum() >= n
+
+
+def test_mqar_grows_with_length(prepared: PreparedData) -> None:
+    task = Task("mqar", prepared.tokenizer)
+    pairs = [task.pairs(length) for length in (32, 64, 128, 512, 1024, 2048)]
+    assert pairs == sorted(set(pairs))
+
+
+def test_the_sets_are_disjoint_and_hold_no_control_token(prepared: PreparedData) -> None:
+    task = Task("mqar", prepared.tokenizer)
+    ids = np.concatenate([task.keys, task.values, task.others])
+    assert len(set(ids)) == len(ids)
+    assert (prepared.tokenizer.byte_lengths[ids] > 0).all()
+    assert b"\n" not in {prepared.tokenizer.decode_bytes([i]) for i in ids.tolist()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=lengths, index=st.integers(0, 10**9))
+def test_the_passkey_is_in_the_text_before_the_question(prepared: PreparedData, length: int, index: int) -> None:
+    tokenizer = prepared.tokenizer
+    task = Task("passkey", tokenizer)
+    episode = task.generate(max(length, task.shortest), 5, index)
+    key = episode.targets[-PASSKEY_TOKENS:]
+    assert (episode.targets[:-PASSKEY_TOKENS] == IGNORED).all() and (key != IGNORED).all()
+    needle = b"The pass key is " + tokenizer.decode_bytes(key.tolist()) + b". Remember it."
+    assert tokenizer.decode_bytes(episode.tokens.tolist()).count(needle) == 1
+    question = b"What is the pass key? The pass key is " + tokenizer.decode_bytes(key[:-1].tolist())
+    assert tokenizer.decode_bytes(episode.tokens.tolist()).endswith(question)
+
+
+def test_the_passkey_is_anywhere(prepared: PreparedData) -> None:
+    task = Task("passkey", prepared.tokenizer)
+    texts = [prepared.tokenizer.decode_bytes(task.generate(600, 5, i).tokens.tolist()) for i in range(60)]
+    depths = [text.index(b"Remember") / len(text) for text in texts]
+    assert min(depths) < 0.25 and max(depths) > 0.75
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=lengths, index=st.integers(0, 10**9))
+def test_copy_repeats_what_was_shown(prepared: PreparedData, length: int, index: int) -> None:
+    episode = Task("copy", prepared.tokenizer).generate(length, 5, index)
+    answer = episode.targets[episode.targets != IGNORED]
+    n = (length - 1) // 2
+    assert len(answer) == n
+    assert np.array_equal(episode.tokens[length - 2 * n : length - n], answer)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_too_short(prepared: PreparedData, name: str) -> None:
+    task = Task(name, prepared.tokenizer)
+    task.generate(task.shortest, 1, 1)
+    with pytest.raises(ValueError, match="needs"):
+        task.generate(task.shortest - 1, 1, 1)
+
+
+def test_unknown_task(prepared: PreparedData) -> None:
+    with pytest.raises(ValueError, match="one of mqar, passkey, copy"):
+        Task("recall", prepared.tokenizer)
+
+
+def test_samples_are_episodes_of_many_lengths(prepared: PreparedData, config: DataConfig) -> None:
+    stream = SampleStream(prepared, config, "train", 7)
+    seen = set()
+    for sample, spans in ((stream[i], stream.locate(i)) for i in range(200)):
+        if sample.source == 0:
+            continue
+        assert sample.num_bytes == 0
+        lengths = [span.stop for span in spans]
+        assert sum(lengths) == len(sample.tokens)
+        assert np.array_equal(sample.starts, np.cumsum([0, *lengths[:-1]]))
+        assert (sample.tokens[sample.starts] == prepared.tokenizer.bos_id).all()
+        seen |= set(lengths)
+    assert min(seen) < 64 and max(seen) == 128
