@@ -2,10 +2,10 @@
 
     python benchmarks/kill_campaign.py --kills 50
 
-Trains a tiny model on this folder's own sources, one CPU process, a checkpoint every other step. Half of the kills aim
-at a save (they wait for the temporary folder, then up to 40 ms more), half at any moment after the first step. After
-each kill the newest checkpoint must verify. A run that reaches its end must equal the untouched one: every weight,
-moment, generator and counter, and every logged loss. Then the next run starts, until there were enough kills.
+Trains a tiny model on a little of Python's own text, one CPU process, a checkpoint every other step. Half of the kills
+aim at a save (they wait for the temporary folder, then up to 40 ms more), half at any moment after the first step.
+After each kill the newest checkpoint must verify. A run that reaches its end must equal the untouched one: every
+weight, moment, generator and counter, and every logged loss. Then the next run starts, until there were enough kills.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
@@ -44,7 +45,7 @@ class Campaign:
     def __init__(self, folder: Path, overrides: list[str], seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
         (folder / "tiny.yaml").write_text(CONFIG)
-        source = {"name": "text", "kind": "files", "path": str(ROOT / "nsa" / "training" / "*.py")}
+        source = {"name": "text", "kind": "files", "path": f"{sysconfig.get_path('stdlib')}/json/*.py"}
         self.command = [sys.executable, "-m", "nsa.train", str(folder / "tiny.yaml"), f"training.steps={STEPS}"]
         self.command += [f"data.sources=[{json.dumps(source)}]", f"data.cache_dir={folder / 'cache'}", *overrides]
 

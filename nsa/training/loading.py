@@ -32,8 +32,9 @@ class StepLoader:
 
     def __call__(self, step: int, last: bool = False) -> list[Batch]:
         """The micro batches of ``step``; unless it is the ``last``, the next step is read ahead."""
-        ready = self._ahead is not None and self._ahead[0] == step
-        batches = self._ahead[1].result() if self._ahead and ready else self._read(step)
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._pool.submit(self._read, step)
+        batches = self._ahead[1].result()
         self._ahead = None if last else (step + 1, self._pool.submit(self._read, step + 1))
         return batches
 

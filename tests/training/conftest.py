@@ -1,0 +1,43 @@
+"""Two launches that many tests look at: starting ranks takes longer than most of what they do."""
+
+import pytest
+from tiny import on_ranks
+
+SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3"]
+ADAMW = ["optimizer.kind=adamw"]
+CONSTANT = "optimizer.schedule=constant"
+STEPS = 20
+
+
+def engines(precision, *overrides, stages=(0, 1, 2, 3)):
+    """The overrides of a case for each ZeRO stage."""
+    return [[f"engine.zero_stage={stage}", f"engine.precision={precision}", *overrides] for stage in stages]
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_rank")
+    checks = {
+        "curves": ("curves", {"cases": [SGD, ADAMW], "steps": STEPS}),
+        "resume": ("resume", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[2]), "after": [4]}),
+        "to_step_3": ("go_on", {"overrides": [CONSTANT, "training.steps=3"]}),
+        "to_step_6": ("go_on", {"overrides": [CONSTANT, "name=straight"]}),
+    }
+    return folder, on_ranks(1, folder, checks)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory, one_rank):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    begun = str(one_rank[0] / "to_step_3/runs/run")
+    elsewhere = [CONSTANT, "engine.zero_stage=3"]
+    curves = engines("fp32", *SGD, stages=[1, 3]) + engines("fp32", *ADAMW, stages=[0, 2])
+    resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3])
+    checks = {
+        "curves": ("curves", {"cases": curves, "steps": STEPS}),
+        "resume": ("resume", {"cases": resumed, "after": [2]}),
+        "elsewhere": ("go_on", {"overrides": elsewhere, "checkpoint_of": begun}),
+        "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
+        "stopped": ("stop_one_rank", {}),
+    }
+    return folder, on_ranks(2, folder, checks)

@@ -1,0 +1,181 @@
+"""What the tests run on several ranks: `rank_checks.py FOLDER`, started by tiny.on_ranks."""
+
+import json
+import math
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_config
+
+from nsa.config import Config
+from nsa.training import checkpoint
+from nsa.training.distributed import Ranks, initialize
+from nsa.training.optimizer import STATE_KEYS
+from nsa.training.sharded_state import local_shards
+from nsa.training.signals import StopRequest
+from nsa.training.trainer import Trainer
+
+
+def curves(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[list[list[float]]]:
+    """For each case (overrides): loss and gradient norm of every step."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        config = tiny_config(folder, f"name=curve{number}-{ranks.world_size}", f"training.steps={steps}", *overrides)
+        trainer, stop = Trainer(config, ranks), StopRequest()
+        results = [trainer.train_step(stop) for _ in range(steps)]
+        close(trainer)
+        answer.append([[r.loss, r.grad_norm] for r in results])
+    return answer
+
+
+def resume(ranks: Ranks, folder: Path, cases: list[list[str]], after: list[int]) -> list[list[list[str]]]:
+    """For each case and each step in ``after``: what differs between a run that went through, and one resumed there."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        straight = tiny_config(folder, f"name=straight{number}", *overrides)
+        run(ranks, straight)
+        different = []
+        for step in after:
+            resumed = tiny_config(folder, f"name=resumed{number}-{step}", *overrides)
+            ranks.on_main(lambda straight=straight, resumed=resumed, step=step: copy(straight, resumed, step))
+            run(ranks, resumed)
+            different.append(ranks.on_main(lambda a=straight, b=resumed: differences(a, b)))
+        answer.append(different)
+    return answer
+
+
+def go_on(ranks: Ranks, folder: Path, overrides: list[str], checkpoint_of: str | None = None) -> list[float]:
+    """Losses of a run, or of what another left: ``checkpoint_of`` is a run folder whose checkpoints it takes over."""
+    config = tiny_config(folder, *overrides)
+    if checkpoint_of:
+        target = Path(config.output_dir) / config.name
+        ranks.on_main(lambda: shutil.copytree(checkpoint_of, target) and None)
+    run(ranks, config)
+    return ranks.on_main(lambda: logged(Path(config.output_dir) / config.name, "train/loss"))
+
+
+def not_finite(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[str, Any]]]:
+    """For each case, three steps that break on the last rank alone, by loss or by gradient, with a good one between:
+    what every rank saw, and the weights before and after."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        trainer = Trainer(tiny_config(folder, f"name=broken{number}", *overrides), ranks)
+        stop, seen = StopRequest(), []
+        for fault in ("loss", "none", "gradient", "none"):
+            before = weights(trainer)
+            with broken(trainer, fault if ranks.rank == ranks.world_size - 1 else "none"):
+                result = trainer.train_step(stop)
+            after = weights(trainer)
+            changed = any(not torch.equal(before[name], after[name]) for name in before)
+            finite = all(bool(t.isfinite().all()) for t in after.values())
+            mine = {"skipped": result.skipped, "changed": changed, "finite": finite}
+            mine |= {"loss": result.loss, "updates": trainer.progress.updates, "rate": result.learning_rate}
+            seen.append(ranks.gather(mine))
+        close(trainer)
+        answer.append(seen)
+    return answer
+
+
+def stop_one_rank(ranks: Ranks, folder: Path) -> int:
+    """The step in which all ranks stopped, after the last rank alone was asked to before its third step."""
+    trainer = Trainer(tiny_config(folder, "name=stopped"), ranks)
+    step = trainer.train_step
+
+    def asked(stop: StopRequest) -> Any:
+        if trainer.progress.step == 2 and ranks.rank == ranks.world_size - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(stop)
+
+    trainer.train_step = asked
+    trainer.run()
+    assert len(set(ranks.gather(trainer.progress.step))) == 1
+    return trainer.progress.step
+
+
+# ------------------------------------------------------------------------------------------------------- parts
+
+
+def run(ranks: Ranks, config: Config) -> None:
+    Trainer(config, ranks).run()
+
+
+def close(trainer: Trainer) -> None:
+    """Of a trainer whose steps were taken one by one."""
+    trainer.loader.close()
+    if trainer.monitor:
+        trainer.monitor.close()
+
+
+def copy(source: Config, target: Config, step: int) -> None:
+    """Leave ``target`` as a run that was killed after ``step``."""
+    folder = Path(target.output_dir) / target.name
+    folder.mkdir(parents=True)
+    name = checkpoint.folder_name(step)
+    shutil.copytree(Path(source.output_dir) / source.name / name, folder / name)
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Files of the last checkpoint whose bytes differ."""
+    name = checkpoint.folder_name(a.training.steps)
+    entries = []
+    for config in (a, b):
+        manifest = (Path(config.output_dir) / config.name / name / checkpoint.MANIFEST).read_text()
+        entries.append({k: v["sha256"] for k, v in json.loads(manifest)["files"].items() if k != "config.yaml"})
+    return [key for key in sorted(entries[0].keys() | entries[1].keys()) if entries[0].get(key) != entries[1].get(key)]
+
+
+def logged(folder: Path, key: str) -> list[float]:
+    return [json.loads(line)[key] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The weights that this rank computes with, and what it holds of the fp32 weights and moments."""
+    shards = local_shards(trainer.engine, STATE_KEYS[trainer.config.optimizer.kind])
+    held = {f"{key}.{name}": t.clone() for name, shard in shards.items() for key, t in shard.tensors.items()}
+    # Between steps ZeRO 3 keeps partitions (ds_tensor) of the weights it computes with.
+    return held | {n: getattr(p, "ds_tensor", p).detach().clone() for n, p in trainer.engine.module.named_parameters()}
+
+
+class broken:
+    """While open, the trainer's losses (or the gradient that flows from them) are not finite."""
+
+    def __init__(self, trainer: Trainer, fault: str) -> None:
+        self.trainer, self.fault = trainer, fault
+
+    def __enter__(self) -> None:
+        self.losses = losses = self.trainer._losses
+
+        def with_fault(micro_batch: Any) -> torch.Tensor:
+            values = losses(micro_batch)
+            if self.fault == "loss":
+                return values * math.nan
+            if self.fault == "gradient":
+                values.register_hook(lambda gradient: gradient * math.inf)
+            return values
+
+        self.trainer._losses = with_fault
+
+    def __exit__(self, *error: object) -> None:
+        self.trainer._losses = self.losses
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    ranks = initialize()
+    answers = {}
+    for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
+        function: Callable[..., Any] = globals()[check]
+        (folder / name).mkdir(exist_ok=True)
+        answers[name] = function(ranks, folder / name, **arguments)
+    if ranks.is_main:
+        (folder / "answers.json").write_text(json.dumps(answers))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

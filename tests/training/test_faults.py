@@ -1,0 +1,76 @@
+"""Steps that are not finite, and signals."""
+
+import json
+import signal
+import time
+
+import pytest
+from conftest import engines
+from tiny import start, write_yaml
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks):
+    """By a NaN in the loss, or by an infinite gradient under a finite loss; in every stage and precision."""
+    losses = []
+    for case, steps in zip(engines("fp32") + engines("bf16"), two_ranks[1]["not_finite"], strict=True):
+        for fault, step in zip(("loss", "none", "gradient", "none"), steps, strict=True):
+            for rank, seen in enumerate(step):
+                told = f"{case}, {fault}, rank {rank}: {seen}"
+                assert seen["finite"], told
+                assert seen["skipped"] == (fault != "none"), told
+                assert seen["changed"] == (fault == "none"), told
+        assert [step[0]["updates"] for step in steps] == [0, 1, 1, 2], "skipped steps are no updates of AdamW"
+        assert [step[0]["rate"] for step in steps[:2]] == [1.5e-3, 3e-3], "but steps of the schedule"
+        losses.append([step[0]["loss"] for step in steps[1:]])
+    assert all(found == pytest.approx(losses[0], rel=1e-5) for found in losses[1:4]), "all stages go on alike"
+
+
+ALWAYS_BROKEN = """
+import math, sys
+from nsa.training.trainer import Trainer
+losses = Trainer._losses
+Trainer._losses = lambda self, batch: losses(self, batch) * (math.nan if self.progress.step >= 2 else 1)
+from nsa.train import main
+sys.exit(main())
+"""
+
+
+def test_the_run_stops_after_too_many_skipped_steps(tmp_path):
+    process = start(["-c", ALWAYS_BROKEN, str(write_yaml(tmp_path)), "training.max_skipped_steps=1"])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in output
+    assert "step 3: loss nan" in output and "1 in a row" in output, output
+    assert "error: 2 steps in a row" in output and "samples 12 to 15" in output, output
+
+
+def test_all_ranks_stop_when_one_is_asked_to(two_ranks):
+    folder, answers = two_ranks
+    assert answers["stopped"] == 3
+    assert (folder / "stopped/runs/stopped/step_00000003/manifest.json").is_file()
+
+
+def test_sigterm_and_sigint_save_and_resume(tmp_path):
+    arguments = [
+        "training.steps=400",
+        "training.validation_every=400",
+        "checkpoint.every=400",
+        "checkpoint.keep_last=1",
+    ]
+    run = tmp_path / "runs/run"
+    reached = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(["-m", "nsa.train", str(write_yaml(tmp_path)), *arguments])
+        for line in process.stdout:
+            if line.startswith("step"):
+                break
+        time.sleep(0.2)
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, output
+        assert "run the same command to go on" in output
+        (saved,) = (p for p in run.glob("step_*") if p.is_dir())
+        step = json.loads((saved / "state.json").read_text())["step"]
+        assert reached < step < 400
+        reached = step
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, reached + 1)), "also those of the life before"

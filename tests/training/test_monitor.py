@@ -1,0 +1,95 @@
+"""Figures: what is measured, and that each step has one point however often a run was resumed."""
+
+import json
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import tiny_config
+
+from nsa.models import Decoder
+from nsa.training.attention_probe import block_entropy, block_overlap, first_block_share, probe
+from nsa.training.monitor import Monitor
+from nsa.training.performance import memory_gib, peak_flops
+
+BRANCHES = ("compressed", "selected", "window")
+PANELS = {
+    "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens", "validation/loss",
+    "validation/bits_per_byte", "perf/tokens_per_second", "perf/step_seconds", "perf/data_seconds", "perf/memory_gib",
+    "perf/mfu_sparse", "perf/mfu_dense_equivalent", "attention/block_entropy/layer_00",
+    "attention/block_overlap/layer_00", "attention/first_block_share/layer_00",
+    *(f"attention/gate_{b}/layer_00" for b in BRANCHES), *(f"attention/mass_{b}/layer_00" for b in BRANCHES),
+}  # fmt: skip
+
+
+def test_a_resumed_run_has_one_point_a_step(tmp_path):
+    monitor = Monitor(tmp_path, 0)
+    for step in range(1, 6):
+        monitor.write(step, {"train/loss": float(step)})
+    monitor.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "train/l')  # killed while it wrote
+
+    monitor = Monitor(tmp_path, 3)
+    for step in range(4, 8):
+        monitor.write(step, {"train/loss": 10.0 * step})
+    monitor.close()
+
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [(1, 1), (2, 2), (3, 3), (4, 40), (5, 50), (6, 60), (7, 70)]
+    assert [(line["step"], line["train/loss"]) for line in lines] == expected
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == expected
+
+
+def test_every_panel_of_a_run_is_there(one_rank):
+    run = one_rank[0] / "to_step_6/runs/straight"
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert set(board.Tags()["scalars"]) >= PANELS
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*lines) >= PANELS
+    last = lines[-1]
+    assert last["train/tokens"] == 6 * 4 * 64
+    assert 0 < last["perf/mfu_sparse"] < 1 and 0 < last["perf/mfu_dense_equivalent"] < 1
+    assert 0 < last["validation/bits_per_byte"] < 8.5
+    assert (run / "deepspeed.json").is_file() and (run / "config.yaml").is_file()
+
+
+def test_the_probe_sees_each_sparse_layer_and_leaves_no_hook(tmp_path):
+    config = tiny_config(tmp_path)
+    torch.manual_seed(0)
+    model = Decoder(config.model, config.attention)
+    metrics = {}
+    tokens = torch.randint(0, 400, (1, 128))
+    borders = torch.tensor([0, 50, 51, 128], dtype=torch.int32)
+    with probe(model.layers, metrics):
+        model(tokens, cu_seqlens=borders)
+    assert {name.rsplit("/", 1)[1] for name in metrics} == {"layer_00"}, "layer 1 is dense"
+    assert sum(metrics[f"attention/mass_{b}/layer_00"] for b in BRANCHES) == pytest.approx(1)
+    assert all(metrics[f"attention/gate_{b}/layer_00"] == pytest.approx(0.5, abs=0.1) for b in BRANCHES)
+    assert all(0 <= value <= 1 for value in metrics.values())
+    seen = dict(metrics)
+    model(tokens)
+    assert metrics == seen
+
+
+def test_block_statistics():
+    document = torch.tensor([0, 0, 0, 1])
+    blocks = torch.tensor([[0, -1], [0, 1], [1, 2], [0, -1]])[None, :, None]  # (B, T, G, n)
+    # Follow in one document: 1 after 0 (shares 0 of 0, 1), 2 after 1 (shares 1 of 1, 2).
+    assert block_overlap(blocks, document) == pytest.approx(2 / 4)
+    # Selected: block 0 twice, 1 twice and 2 once of the first document, block 0 once of the second.
+    share = torch.tensor([2, 2, 1, 1]).double() / 6
+    assert block_entropy(blocks, document) == pytest.approx(
+        float(-(share * share.log()).sum() / torch.tensor(4.0).log())
+    )
+    assert block_entropy(torch.zeros(1, 4, 1, 1, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)) == 0
+    choice = torch.tensor([False, True, True, False])
+    assert first_block_share(blocks, choice) == pytest.approx(0.5)
+    assert first_block_share(blocks, torch.zeros(4, dtype=torch.bool)) == 1
+
+
+def test_peak_and_memory_are_figures_on_a_cpu():
+    flops, source = peak_flops(torch.device("cpu"), "fp32")
+    assert flops > 1e8 and source == "measured"
+    assert 0 < memory_gib(torch.device("cpu")) < 1000

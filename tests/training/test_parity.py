@@ -1,0 +1,37 @@
+"""Two ranks in every ZeRO stage train as one process does: loss and unclipped gradient norm, 20 steps, fp32, 1e-5.
+
+SGD, whose updates show the scale of gradients, and AdamW, which hides it.
+"""
+
+import pytest
+from conftest import ADAMW, SGD, STEPS, engines
+from tiny import on_ranks
+
+
+def assert_equal_curves(curves, reference, relative):
+    for case, curve in enumerate(curves):
+        for step, (found, expected) in enumerate(zip(curve, reference, strict=True)):
+            assert found == pytest.approx(expected, rel=relative), f"case {case}, step {step}"
+
+
+def test_zero_stages_on_two_ranks_equal_one_process(one_rank, two_ranks):
+    """Stages 1 and 3 by SGD, 0 and 2 by AdamW; all eight in the slow test."""
+    sgd, adamw = one_rank[1]["curves"]
+    curves = two_ranks[1]["curves"]
+    assert_equal_curves(curves[:2], sgd, 1e-5)
+    assert_equal_curves(curves[2:], adamw, 1e-5)
+    assert sgd[-1][0] < sgd[0][0] and adamw[-1][0] < adamw[0][0], "it learns"
+    assert max(norm for _, norm in adamw) > 1, "some steps are clipped, and the norm is that before clipping"
+
+
+@pytest.mark.slow
+def test_every_stage_optimizer_micro_batch_and_recomputation(tmp_path, one_rank):
+    """Neither sizes of micro batches nor activation checkpointing change anything; bf16 follows fp32."""
+    sgd, adamw = one_rank[1]["curves"]
+    recomputed = "engine.activation_checkpointing=true"
+    cases = engines("fp32", *SGD) + engines("fp32", *ADAMW) + engines("fp32", recomputed)
+    cases += engines("fp32", "training.micro_batch_size=2") + engines("bf16")
+    curves = on_ranks(2, tmp_path, {"all": ("curves", {"cases": cases, "steps": STEPS})})["all"]
+    assert_equal_curves(curves[:4], sgd, 1e-5)
+    assert_equal_curves(curves[4:16], adamw, 1e-5)
+    assert_equal_curves(curves[16:], adamw, 2e-2)

@@ -1,0 +1,51 @@
+"""The run folder: one process at a time, and only with the configuration it began with."""
+
+import socket
+
+import pytest
+from tiny import free_port, start, tiny_config, write_yaml
+
+from nsa.config import dump_config
+from nsa.training.run_folder import RunFolder, check_same
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    first = RunFolder(config)
+    with pytest.raises(ValueError, match=r"another process \(process \d+ on .*\) trains in"):
+        RunFolder(config)
+    first.close()
+    RunFolder(config).close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written .*output_dir"):
+        RunFolder(tiny_config(tmp_path, f"output_dir={tmp_path / 'file'}"))
+
+
+def test_what_may_change_on_resume(tmp_path):
+    saved = dump_config(tiny_config(tmp_path))
+    free = ["training.steps=9", "training.micro_batch_size=2", "engine.zero_stage=3", "checkpoint.every=5", "name=b"]
+    check_same(saved, tiny_config(tmp_path, *free), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=7", "model.num_layers=4", "attention.window=8", "data.sequence_length=32", "training.global_batch_size=8",
+     "optimizer.learning_rate=1e-3", "data.tokenizer.vocab_size=390"],
+)  # fmt: skip
+def test_what_may_not(tmp_path, override):
+    saved = dump_config(tiny_config(tmp_path))
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        check_same(saved, tiny_config(tmp_path, override), tmp_path)
+
+
+def test_a_port_in_use_is_said(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        taken.listen()
+        process = start(["-m", "nsa.train", str(write_yaml(tmp_path))], 0, 2, taken.getsockname()[1])
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in output
+    assert "free port" in output and str(taken) not in output

@@ -1,0 +1,99 @@
+"""A run small enough for a test, and a way to start several ranks of it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from nsa.config import Config, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = f"{sysconfig.get_path('stdlib')}/json/*.py"
+YAML = """
+name: run
+output_dir: {folder}/runs
+model: {{vocab_size: 400, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16,
+         intermediate_size: 48, max_position: 128}}
+attention: {{kind: [nsa, dense], compress_length: 8, compress_stride: 4, block_size: 8, num_blocks: 4, window: 16}}
+data:
+  cache_dir: {folder}/../cache
+  sequence_length: 64
+  validation_fraction: 0.2
+  tokenizer: {{vocab_size: 400}}
+  sources:
+    - {{name: text, kind: files, path: "{text}"}}
+    - {{name: copy, kind: synthetic, task: copy, weight: 0.25}}
+optimizer: {{learning_rate: 3.0e-3, warmup_steps: 2}}
+training: {{steps: 6, global_batch_size: 4, micro_batch_size: 1, validation_every: 4, validation_samples: 3,
+            probe_every: 4}}
+checkpoint: {{every: 2, keep_last: 10}}
+engine: {{zero_stage: 0, precision: fp32}}
+"""
+
+
+def write_yaml(folder: Path) -> Path:
+    """The tiny configuration as a file; runs land in ``folder``, prepared data beside it, for its sisters."""
+    path = folder / f"tiny-{os.getpid()}.yaml"  # ranks write at the same time
+    path.write_text(YAML.format(folder=folder, text=TEXT))
+    return path
+
+
+def tiny_config(folder: Path, *overrides: str) -> Config:
+    return load_config(write_yaml(folder), overrides)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen[str]:
+    """Start ``python *arguments`` as one rank, as a launcher would (or without a launcher: ``world_size`` 1)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    if world_size > 1:
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """`python -m nsa.train` on the tiny configuration, in one process."""
+    process = start(["-m", "nsa.train", str(write_yaml(folder)), *overrides])
+    output, _ = process.communicate(timeout=180)
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
+def on_ranks(world_size: int, folder: Path, checks: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Run checks of rank_checks.py, one after the other, in ``world_size`` processes.
+
+    Args:
+        checks: a name for each, the check's function and its arguments.
+
+    Returns:
+        What each returned on rank 0, by name.
+    """
+    write_yaml(folder)
+    (folder / "checks.json").write_text(json.dumps(checks))
+    script, port = str(Path(__file__).with_name("rank_checks.py")), free_port()
+    processes = [start([script, str(folder)], rank, world_size, port) for rank in range(world_size)]
+    try:
+        outputs = [process.communicate(timeout=900)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    return json.loads((folder / "answers.json").read_text())
