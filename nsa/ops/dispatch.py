@@ -6,17 +6,31 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "torch", "naive")
 
 
-def resolve_backend(backend: str) -> str:
-    """The implementation to run: ``naive`` (the definition) or ``torch`` (portable, linear memory).
+def resolve_backend(backend: str, *tensors: Tensor) -> str:
+    """The implementation to run: ``naive`` (the definition), ``torch`` (portable, linear memory) or ``triton``.
+
+    ``auto`` takes the kernels for ``tensors`` on a GPU that they can handle.
 
     Raises:
-        ValueError: unknown name, or ``triton`` where no kernel exists.
+        ValueError: unknown name, or ``triton`` for tensors that the kernels cannot handle.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton":
-        raise ValueError("backend='triton': this operator has no Triton kernel yet; use 'auto' or 'torch'")
-    return "torch" if backend == "auto" else backend
+    if backend == "triton" and (obstacle := _kernel_obstacle(*tensors)):
+        raise ValueError(f"backend='triton': {obstacle}; or use 'auto' or 'torch'")
+    if backend == "auto":
+        on_gpu = all(x.is_cuda for x in tensors)
+        return "triton" if on_gpu and _kernel_obstacle(*tensors) is None else "torch"
+    return backend
+
+
+def _kernel_obstacle(*tensors: Tensor) -> str | None:
+    # Triton exists on Linux only, and costs a second to import.
+    try:
+        from nsa.ops.kernels.launch import why_not
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return why_not(*tensors)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -45,8 +45,13 @@ def compressed_attention(
     check_attention(q, k_cmp, v_cmp, cu_seqlens)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     scale = softmax_scale(scale, q.shape[3])
-    if resolve_backend(backend) == "naive":
+    implementation = resolve_backend(backend, q, k_cmp, v_cmp)
+    if implementation == "naive":
         return masked_attention(q, k_cmp, v_cmp, naive_mask(documents, k_cmp.shape[1], length, stride), scale)
+    if implementation == "triton":
+        from nsa.ops.kernels.operators import range_attention
+
+        return range_attention(q, k_cmp, v_cmp, visible.first, visible.last, scale)
     return tiled_attention(q, k_cmp, v_cmp, visible, scale)
 
 

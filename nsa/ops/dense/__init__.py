@@ -73,11 +73,18 @@ def dense_attention(
     scale = softmax_scale(scale, q.shape[3])
     documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
     reach = k.shape[1] if window is None else window
-    if resolve_backend(backend) == "naive":
+    implementation = resolve_backend(backend, q, k, v)
+    if implementation == "naive":
         out, lse = masked_attention(q, k, v, naive_mask(documents, k.shape[1], reach), scale)
     else:
         first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
-        out, lse = tiled_attention(q, k, v, Ranges(first, documents.query_position + 1), scale)
+        last = documents.query_position + 1
+        if implementation == "triton":
+            from nsa.ops.kernels.operators import range_attention
+
+            out, lse = range_attention(q, k, v, first, last, scale)
+        else:
+            out, lse = tiled_attention(q, k, v, Ranges(first, last), scale)
     return (out, lse) if return_lse else out
 
 

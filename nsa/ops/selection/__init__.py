@@ -59,7 +59,7 @@ def select_blocks(
         )
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     sizes = (length, stride, block_size, softmax_scale(scale, q.shape[3]))
-    if resolve_backend(backend) == "naive":
+    if resolve_backend(backend, q, k_cmp) == "naive":
         tiles = iter([(slice(0, q.shape[1]), naive_importance(q, k_cmp, lse, documents, *sizes))])
     else:
         tiles = _importance_tiles(q, k_cmp, lse, documents, visible, *sizes)

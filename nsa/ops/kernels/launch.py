@@ -1,0 +1,78 @@
+"""What all kernels need at launch: tensor descriptors, tile sizes, and whether kernels can run here at all."""
+
+import functools
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2_E = 1 / math.log(2)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_WIDTH = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_not(*tensors: Tensor) -> str | None:
+    """Why the kernels cannot run on these (.., width) tensors; None if they can."""
+    if not all(x.is_cuda for x in tensors) and not INTERPRETED:
+        return "tensors must be on a CUDA device (or TRITON_INTERPRET=1 be set before the start)"
+    if tensors[0].dtype not in DTYPES or any(x.dtype != tensors[0].dtype for x in tensors):
+        return f"tensors must share one of float16, bfloat16, float32; got {', '.join(str(x.dtype) for x in tensors)}"
+    if any(x.shape[-1] > MAX_WIDTH or x.shape[-1] * x.element_size() % 16 for x in tensors):
+        return f"head widths must be at most {MAX_WIDTH} and a multiple of 16 bytes"
+    return None
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """A head width as a power of two, and a second one (or 0) for the rest: 128 -> 128, 0; 192 -> 128, 64."""
+    if width <= 16:
+        return 16, 0
+    whole = triton.next_power_of_2(width)
+    if whole == width:
+        return width, 0
+    rest = max(16, triton.next_power_of_2(width - whole // 2))
+    return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
+
+
+def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """(B, S, G, D) contiguous as a (B * S, G * D) matrix of which (rows, columns) boxes are loaded by the copy engine.
+
+    A box may reach into the next head's columns where D is no power of two: the other factor is 0 there.
+    """
+    height, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
+    return TensorDescriptor(x, [height, width], [width, 1], [rows, columns])
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(Path(__file__).with_name("tiles.json").read_text())
+
+
+@functools.cache
+def architecture() -> str:
+    """Key of the tile table for the current device."""
+    if INTERPRETED:
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm_{major}{minor}"
+    return name if name in _table() else "sm_80"
+
+
+@functools.cache
+def _entry(arch: str, kernel: str, width: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+    for entry in _table()[arch][kernel]:
+        if width <= entry.get("max_width", MAX_WIDTH) and itemsize <= entry.get("max_itemsize", 4):
+            tile = {key: value for key, value in entry.items() if key.isupper()}
+            return tile, {key: value for key, value in entry.items() if key.startswith("num_")}
+    raise AssertionError(f"no tile sizes for {kernel} at width {width} on {arch}")
+
+
+def tile_sizes(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """(tile constants, launch options) of a kernel from tiles.json: the first entry that is wide enough."""
+    tile, options = _entry(architecture(), kernel, max(q.shape[3], v.shape[3]), q.element_size())
+    return dict(tile), dict(options)

@@ -1,0 +1,368 @@
+"""Attention where each query sees a run of keys: dense, sliding window and compressed, packed or not.
+
+Rows: for KV head g, row r is query head ``g * h + r % h`` of token ``r // h``, h = H / G. A program takes consecutive
+rows, so that any group size fills a tile and all heads of neighbouring tokens share each key tile.
+
+Token t sees keys ``first[t] .. last[t] - 1``, both rising with t. For a tile of tokens t0..t1 the keys from
+``first[t1]`` to ``last[t0]`` are seen by all: those tiles need no mask. The inverse, the tokens that see a tile of
+keys, is a run again, found by binary search. So the backward pass for keys is the mirror of the forward one.
+
+Algorithm: FlashAttention-2 (arXiv 2307.08691); the backward pass recomputes the probabilities from the LSE, once with
+queries outside (dQ), once with keys outside (dK, dV): seven products instead of five, but no atomics, so that the same
+inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.launch import LOG2_E, descriptor, split_width, tile_sizes
+
+
+@triton.jit
+def _scores(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
+    s = tl.dot(q1, k1.T, input_precision=PRECISION)
+    if D2 > 0:
+        s = tl.dot(q2, k2.T, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def _load_rows(X, row, ok, column, D):
+    """(rows, columns) of X (.., D) at int64 row numbers; 0 where there is none."""
+    return tl.load(X + row[:, None] * D + column[None, :], mask=ok[:, None] & (column[None, :] < D), other=0.0)
+
+
+@triton.jit
+def _store_rows(X, row, ok, column, D, value):
+    value = value.to(X.dtype.element_ty)
+    tl.store(X + row[:, None] * D + column[None, :], value, mask=ok[:, None] & (column[None, :] < D))
+
+
+@triton.jit
+def _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, start, stop, k_column, v_column,
+                  scale_log2, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    for j in tl.range(start, stop, BN):
+        k1 = K1.load([key_row + j, k_column])
+        k2 = k1
+        if D2 > 0:
+            k2 = K2.load([key_row + j, k_column + D1])
+        s = _scores(q1, q2, k1, k2, D2, PRECISION)
+        if MASKED:
+            key = j + tl.arange(0, BN)
+            s = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < last[:, None]), s, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(s, 1) * scale_log2)
+        # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
+        base = new_peak
+        if MASKED:
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(s * scale_log2 - base[:, None])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        v = V.load([key_row + j, v_column])
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit
+def forward_kernel(Q, K1, K2, V, Out, Lse, First, Last, num_tokens, num_keys, num_tiles, scale_log2,
+                   GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                   D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """out, lse of BM rows. Q, Out (B, T, H, D or Dv); K1, K2, V: descriptors of (B * S, G * D); Lse (B, T, H)."""
+    slots = tl.num_programs(0) // num_tiles  # batch x groups
+    tile = num_tiles - 1 - tl.program_id(0) // slots  # the last tiles see most: they go first
+    slot = tl.program_id(0) % slots
+    batch, group = slot // GROUPS, slot % GROUPS
+    row = tile * BM + tl.arange(0, BM)
+    token = row // HEADS
+    ok = token < num_tokens
+    q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+    q1 = _load_rows(Q, q_row, ok, tl.arange(0, D1), D)
+    q2 = q1
+    if D2 > 0:
+        q2 = _load_rows(Q, q_row, ok, D1 + tl.arange(0, D2), D)
+    first = tl.load(First + token, mask=ok, other=0)
+    last = tl.load(Last + token, mask=ok, other=0)
+
+    token0 = tile * BM // HEADS
+    token1 = tl.minimum((tile * BM + BM - 1) // HEADS, num_tokens - 1)
+    begin, end = tl.load(First + token0), tl.load(Last + token1)
+    full_begin, full_end = tl.load(First + token1), tl.load(Last + token0)
+    full_begin = tl.minimum(begin + tl.cdiv(full_begin - begin, BN) * BN, end)
+    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+
+    acc = tl.zeros([BM, DV1], tl.float32)
+    peak = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    key_row = batch * num_keys
+    acc, peak, total = _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, begin, full_begin,
+                                     group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
+    # A masked tile may have left rows without any key; the unmasked ones need a finite peak or a fresh -inf.
+    acc, peak, total = _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, full_begin, full_end,
+                                     group * D, group * DV, scale_log2, D1, D2, BN, False, PRECISION)  # fmt: skip
+    acc, peak, total = _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, full_end, end,
+                                     group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
+    _store_rows(Out, q_row, ok, tl.arange(0, DV1), DV, acc / tl.where(total == 0, 1.0, total)[:, None])
+    tl.store(Lse + q_row, (peak + tl.log2(total)) * 0.6931471805599453, mask=ok)
+
+
+@triton.jit
+def delta_kernel(Out, DOut, Delta, num_rows, DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):
+    """Delta (rows,) = sum of Out * DOut (rows, Dv), fp32."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    column = tl.arange(0, DV1)
+    out = _load_rows(Out, row, row < num_rows, column, DV).to(tl.float32)
+    d_out = _load_rows(DOut, row, row < num_rows, column, DV).to(tl.float32)
+    tl.store(Delta + row, tl.sum(out * d_out, 1), mask=row < num_rows)
+
+
+@triton.jit
+def _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, start, stop, k_column, v_column,
+                scale_log2, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
+    for j in tl.range(start, stop, BN):
+        k1 = K1.load([key_row + j, k_column])
+        k2 = k1
+        if D2 > 0:
+            k2 = K2.load([key_row + j, k_column + D1])
+        v = V.load([key_row + j, v_column])
+        p = tl.exp2(_scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])
+        if MASKED:
+            key = j + tl.arange(0, BN)
+            p = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < last[:, None]), p, 0.0)
+        ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)
+        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        if D2 > 0:
+            dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+    return dq1, dq2
+
+
+@triton.jit
+def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, num_keys, num_tiles, scale_log2, scale,
+                 GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                 D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """DQ (B, T, H, D) of BM rows; arguments as in `forward_kernel`."""
+    slots = tl.num_programs(0) // num_tiles
+    tile = num_tiles - 1 - tl.program_id(0) // slots
+    slot = tl.program_id(0) % slots
+    batch, group = slot // GROUPS, slot % GROUPS
+    row = tile * BM + tl.arange(0, BM)
+    token = row // HEADS
+    ok = token < num_tokens
+    q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+    q1 = _load_rows(Q, q_row, ok, tl.arange(0, D1), D)
+    q2 = q1
+    if D2 > 0:
+        q2 = _load_rows(Q, q_row, ok, D1 + tl.arange(0, D2), D)
+    d_out = _load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)
+    lse = tl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing seen: every probability is exp2(-inf)
+    delta = tl.load(Delta + q_row, mask=ok, other=0.0)
+    first = tl.load(First + token, mask=ok, other=0)
+    last = tl.load(Last + token, mask=ok, other=0)
+
+    token0 = tile * BM // HEADS
+    token1 = tl.minimum((tile * BM + BM - 1) // HEADS, num_tokens - 1)
+    begin, end = tl.load(First + token0), tl.load(Last + token1)
+    full_begin, full_end = tl.load(First + token1), tl.load(Last + token0)
+    full_begin = tl.minimum(begin + tl.cdiv(full_begin - begin, BN) * BN, end)
+    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+
+    dq1 = tl.zeros([BM, D1], tl.float32)
+    dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
+    key_row = batch * num_keys
+    dq1, dq2 = _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, begin, full_begin,
+                           group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
+    dq1, dq2 = _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, full_begin, full_end,
+                           group * D, group * DV, scale_log2, D1, D2, BN, False, PRECISION)  # fmt: skip
+    dq1, dq2 = _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, full_end, end,
+                           group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
+    _store_rows(DQ, q_row, ok, tl.arange(0, D1), D, dq1 * scale)
+    if D2 > 0:
+        _store_rows(DQ, q_row, ok, D1 + tl.arange(0, D2), D, dq2 * scale)
+
+
+@triton.jit
+def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, start, stop, num_tokens,
+              scale_log2, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+              D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
+    for i in tl.range(start, stop):
+        row = row0 + i * BM + tl.arange(0, BM)
+        token = row // HEADS
+        ok = token < num_tokens
+        q_row = q_row0 + token.to(tl.int64) * (GROUPS * HEADS) + row % HEADS
+        q1 = _load_rows(Q, q_row, ok, tl.arange(0, D1), D)
+        q2 = q1
+        if D2 > 0:
+            q2 = _load_rows(Q, q_row, ok, D1 + tl.arange(0, D2), D)
+        lse = tl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
+        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        p = tl.exp2(_scores(k1, k2, q1, q2, D2, PRECISION) * scale_log2 - lse[None, :])  # (BN, BM)
+        if MASKED:
+            first = tl.load(First + token, mask=ok, other=0)
+            last = tl.load(Last + token, mask=ok, other=0)
+            p = tl.where((key[:, None] >= first[None, :]) & (key[:, None] < last[None, :]), p, 0.0)
+        d_out = _load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+        delta = tl.load(Delta + q_row, mask=ok, other=0.0)
+        ds = (p * (tl.dot(v, d_out.T, input_precision=PRECISION) - delta[None, :])).to(q1.dtype)
+        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        if D2 > 0:
+            dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+    return dk1, dk2, dv
+
+
+@triton.jit
+def key_kernel(Q, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, FullBegin, FullEnd, DK, DV_, num_tokens,
+               num_keys, num_splits, scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+               DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """DK, DV_ (splits, B, S, G, D or Dv) of BN keys, from one share of the rows that see them.
+
+    SeenBegin .. SeenEnd - 1 are the tokens that see some key of the tile, FullBegin .. FullEnd - 1 all of them.
+    """
+    slots = tl.num_programs(1)
+    split = tl.program_id(0) % num_splits
+    tile = tl.program_id(0) // num_splits
+    slot = tl.program_id(1)
+    batch, group = slot // GROUPS, slot % GROUPS
+    key = tile * BN + tl.arange(0, BN)
+    ok = key < num_keys
+    k_row = (batch.to(tl.int64) * num_keys + key) * GROUPS + group
+    k1 = _load_rows(K, k_row, ok, tl.arange(0, D1), D)
+    k2 = k1
+    if D2 > 0:
+        k2 = _load_rows(K, k_row, ok, D1 + tl.arange(0, D2), D)
+    v = _load_rows(V, k_row, ok, tl.arange(0, DV1), DV)
+
+    token0, token1 = tl.load(SeenBegin + tile), tl.load(SeenEnd + tile)
+    row0 = token0 * HEADS
+    tiles = tl.cdiv(tl.maximum(token1 - token0, 0) * HEADS, BM)
+    begin = (tiles.to(tl.int64) * split // num_splits).to(tl.int32)
+    end = (tiles.to(tl.int64) * (split + 1) // num_splits).to(tl.int32)
+    full_begin = tl.cdiv(tl.maximum(tl.load(FullBegin + tile) - token0, 0) * HEADS, BM)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+    full_end = tl.maximum(tl.load(FullEnd + tile) - token0, 0) * HEADS // BM
+    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+
+    dk1 = tl.zeros([BN, D1], tl.float32)
+    dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
+    dv = tl.zeros([BN, DV1], tl.float32)
+    q_row0 = batch.to(tl.int64) * num_tokens * (GROUPS * HEADS) + group * HEADS
+    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, begin,
+                             full_begin, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, True,
+                             PRECISION)  # fmt: skip
+    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, full_begin,
+                             full_end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, False,
+                             PRECISION)  # fmt: skip
+    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, full_end,
+                             end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, True,
+                             PRECISION)  # fmt: skip
+    out_row = k_row + split.to(tl.int64) * (slots // GROUPS) * num_keys * GROUPS
+    _store_rows(DK, out_row, ok, tl.arange(0, D1), D, dk1 * scale)
+    if D2 > 0:
+        _store_rows(DK, out_row, ok, D1 + tl.arange(0, D2), D, dk2 * scale)
+    _store_rows(DV_, out_row, ok, tl.arange(0, DV1), DV, dv)
+
+
+def shape_constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int | str]:
+    """The compile-time constants that every attention kernel shares."""
+    D, DV = q.shape[3], v.shape[3]
+    D1, D2 = split_width(D)
+    return {
+        "GROUPS": k.shape[2],
+        "HEADS": q.shape[2] // k.shape[2],
+        "D": D,
+        "DV": DV,
+        "D1": D1,
+        "D2": D2,
+        "DV1": max(16, triton.next_power_of_2(DV)),
+        # fp32 products in three tf32 passes: errors of fp32 at the tensor cores' speed.
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+    }
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, T, H, Dv) in q's dtype and lse (B, T, H) fp32.
+
+    Args:
+        q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv): contiguous. first, last: (T,) int32, never falling.
+    """
+    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    out = q.new_empty(batch, tokens, heads, v.shape[3])
+    lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
+    if not keys or not tokens:
+        return out.zero_(), lse.fill_(-torch.inf)
+    constants = shape_constants(q, k, v)
+    tile, options = tile_sizes("range_forward", q, k, v)
+    num_tiles = triton.cdiv(tokens * heads // groups, tile["BM"])
+    forward_kernel[(num_tiles * batch * groups,)](
+        q,
+        descriptor(k, tile["BN"], constants["D1"]),
+        descriptor(k, tile["BN"], constants["D2"] or constants["D1"]),
+        descriptor(v, tile["BN"], constants["DV1"]),
+        out, lse, first, last, tokens, keys, num_tiles, scale * LOG2_E, **constants, **tile, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def delta(out: Tensor, d_out: Tensor) -> Tensor:
+    """(B, T, H) fp32: the sum of out * d_out (B, T, H, Dv) over its last axis."""
+    result = out.new_empty(out.shape[:3], dtype=torch.float32)
+    width = max(16, triton.next_power_of_2(out.shape[3]))
+    rows = max(1, 8192 // width)
+    if result.numel():
+        grid = (triton.cdiv(result.numel(), rows),)
+        delta_kernel[grid](out, d_out, result, result.numel(), out.shape[3], width, rows, num_warps=4)
+    return result
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv in the dtypes of q, k, v; d_out (B, T, H, Dv) contiguous, delta (B, T, H) fp32."""
+    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    if not keys or not tokens:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    constants = shape_constants(q, k, v)
+    dq = torch.empty_like(q)
+    tile, options = tile_sizes("range_query", q, k, v)
+    num_tiles = triton.cdiv(tokens * heads // groups, tile["BM"])
+    query_kernel[(num_tiles * batch * groups,)](
+        q,
+        descriptor(k, tile["BN"], constants["D1"]),
+        descriptor(k, tile["BN"], constants["D2"] or constants["D1"]),
+        descriptor(v, tile["BN"], constants["DV1"]),
+        d_out, lse, delta, first, last, dq, tokens, keys, num_tiles, scale * LOG2_E, scale,
+        **constants, **tile, **options,
+    )  # fmt: skip
+
+    tile, options = tile_sizes("range_key", q, k, v)
+    begin = torch.arange(0, keys, tile["BN"], device=q.device, dtype=torch.int32)
+    end = (begin + tile["BN"]).clamp_(max=keys)
+    seen_begin = torch.searchsorted(last, begin, right=True, out_int32=True)
+    seen_end = torch.searchsorted(first, end, out_int32=True)
+    full_begin = torch.searchsorted(last, end, out_int32=True)
+    full_end = torch.searchsorted(first, begin, right=True, out_int32=True)
+    # Few key tiles, each seen by many queries (compressed keys): several programs share one, and their sums are
+    # added in a fixed order.
+    splits = max(1, min(16, PROGRAMS // (len(begin) * batch * groups), tokens * heads // groups // (8 * tile["BM"])))
+    whole = splits == 1
+    dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
+    dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
+    key_kernel[(len(begin) * splits, batch * groups)](
+        q, k, v, d_out, lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys,
+        splits, scale * LOG2_E, scale, **constants, **tile, **options,
+    )  # fmt: skip
+    return (dq, dk, dv) if whole else (dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
+
+
+PROGRAMS = 1056  # enough to balance uneven work over a GPU of some 130 multiprocessors: eight each

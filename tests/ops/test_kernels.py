@@ -1,0 +1,84 @@
+"""The Triton kernels against the definition: on the GPU where there is one, else in Triton's interpreter (fp32)."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import ops
+from tests.conftest import HAS_GPU
+from tests.ops.cases import cumulative, gradients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
+needs_kernels = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="runs within test_in_the_interpreter")
+
+
+@pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="the tests below run by themselves")
+def test_in_the_interpreter(run_python) -> None:
+    """Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own."""
+    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=600, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape) + seed)
+    return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_()
+
+
+def packing(documents: list[int]) -> Tensor | None:
+    return cumulative(documents).to(DEVICE) if len(documents) > 1 else None
+
+
+def check(kernel, definition, inputs: list[Tensor]) -> None:
+    """Outputs and gradients; ``kernel`` and ``definition`` give (output, other outputs...)."""
+    out, expected = kernel(), definition()
+    for ours, theirs in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(gradients(out[0], inputs), gradients(expected[0], inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+RANGES = [  # batch, documents, heads, groups, D, Dv, window
+    (1, [1], 2, 1, 16, 16, None),
+    (2, [63], 6, 2, 16, 32, 7),
+    (2, [40], 3, 1, 48, 24, None),
+    (1, [1, 1, 0, 31, 37], 4, 1, 16, 16, 9),
+    (1, [33, 17, 20], 1, 1, 16, 16, None),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "window"), RANGES)
+def test_dense(batch, documents, heads, groups, width, v_width, window) -> None:
+    tokens = sum(documents)
+    q, k, v = normal(batch, tokens, heads, width), normal(batch, tokens, groups, width), None
+    v = normal(batch, tokens, groups, v_width, seed=1)
+    options = {"window": window, "cu_seqlens": packing(documents), "return_lse": True}
+    check(
+        lambda: ops.dense_attention(q, k, v, **options, backend="triton"),
+        lambda: ops.dense_attention(q, k, v, **options, backend="naive"),
+        [q, k, v],
+    )
+
+
+COMPRESSED = [  # documents, heads, groups, length, stride
+    ([3], 2, 1, 4, 2),
+    ([129], 6, 2, 4, 2),
+    ([1, 50, 3, 20], 3, 1, 6, 2),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("documents", "heads", "groups", "length", "stride"), COMPRESSED)
+def test_compressed(documents, heads, groups, length, stride) -> None:
+    tokens = sum(documents)
+    blocks = max(0, (tokens - length) // stride + 1)
+    q, k, v = normal(1, tokens, heads, 16), normal(1, blocks, groups, 16), normal(1, blocks, groups, 16, seed=1)
+    options = {"length": length, "stride": stride, "cu_seqlens": packing(documents)}
+    check(
+        lambda: ops.compressed_attention(q, k, v, **options, backend="triton"),
+        lambda: ops.compressed_attention(q, k, v, **options, backend="naive"),
+        [q, k, v],
+    )
