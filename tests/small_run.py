@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from nsa.config import Config, dump_config
+from nsa.config import Config, dump_config, load_config
 from nsa.data import tokenizer
+from nsa.exporting.folder import CONFIG, STATE, write_folder
 from nsa.models import Decoder
 from nsa.training import checkpoint
 
@@ -71,3 +72,15 @@ def small_run(folder: Path, kind="nsa", **model) -> Path:
     entries["tokenizer.model"] = checkpoint.write_file(temporary / "tokenizer.model", model_file)
     checkpoint.commit(temporary, step, entries)
     return step.parent
+
+
+def small_export(folder: Path, kind="nsa", **model) -> Path:
+    """The export of `small_run`, unproven."""
+    step = small_run(folder, kind, **model) / "step_00000003"
+    path = step.parent / "export"
+    path.mkdir()
+    config = load_config(step / "config.yaml")
+    write_folder(path, config, checkpoint.load_weights(step), tokenizer.Tokenizer(step / "tokenizer.model"))
+    (path / CONFIG).write_bytes((step / "config.yaml").read_bytes())
+    (path / STATE).write_bytes((step / "state.json").read_bytes())
+    return path

@@ -1,5 +1,5 @@
 """What a trained model can do: bits per byte by position, recall at and beyond the training length."""
 
-from nsa.evaluation.evaluate import evaluate
+from nsa.evaluation.runner import evaluate
 
 __all__ = ["evaluate"]

@@ -1,0 +1,64 @@
+"""`python -m nsa.evaluate`, from an export to the files it leaves."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_run import small_export
+
+from nsa import evaluate as command
+from nsa.data.prepare import prepare
+from nsa.evaluation import runner
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_export(tmp_path_factory.mktemp("run"), ["dense", "nsa"], max_position=128)
+
+
+FEW = ["evaluation.recall_samples=3", "evaluation.bpb_samples=4"]
+
+
+def test_everything_is_measured_and_written(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(exported), *FEW]) == 0
+    out = exported.parent / "evaluation"
+    assert sorted(path.name for path in out.iterdir()) == ["bits_per_byte.png", "evaluation.json", "recall.png"]
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("bits_per_byte.png", "recall.png"))
+    document = json.loads((out / "evaluation.json").read_text())
+    assert document["training"]["step"] == 3
+    assert [(c["length"], c["samples"]) for c in document["bits_per_byte"]] == [(64, 4), (256, 1)]
+    # nobody trained this model: it needs about as many bits as a uniform one, and recalls nothing
+    assert 3 < document["bits_per_byte"][0]["bits_per_byte"] < 12
+    rows = {(r["task"], r["factor"]): r for r in document["recall"]}
+    assert set(rows) == {(task, f) for task in ("mqar", "passkey", "copy") for f in (1, 2, 4)} - {("passkey", 1)}
+    assert {r["yarn_factor"] for r in document["recall"] if r["factor"] < 4} == {1.0}
+    assert {r["yarn_factor"] for r in document["recall"] if r["factor"] == 4} == {2.0}  # 256 tokens, trained for 128
+    assert all(r["chance"] == pytest.approx(1 / 64) for r in document["recall"])
+    assert all(r["low"] <= r["accuracy"] <= r["high"] for r in document["recall"])
+    text = capsys.readouterr().out
+    assert text.count("(YaRN 2)") == 3
+    assert "chance" in text
+
+
+def test_held_out_text_is_read_in_the_tokens_of_the_model(exported: Path) -> None:
+    decoders = runner.Decoders(exported)
+    config = decoders.config
+    own = runner._prepare(config, decoders.tokenizer, exported / "tokenizer.model")
+    assert own.tokenizer.sha256 == decoders.tokenizer.sha256
+    # A corpus that trains another tokenizer, as on a machine with another Python.
+    section = config.data.tokenizer.model_copy(update={"vocab_size": 390})
+    other = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": section})})
+    assert prepare(other.data, other.seed, progress=False).tokenizer.sha256 != decoders.tokenizer.sha256
+    again = runner._prepare(other, decoders.tokenizer, exported / "tokenizer.model")
+    assert again.tokenizer.sha256 == decoders.tokenizer.sha256
+    assert [name for name, _ in again.texts("validation")] == [name for name, _ in own.texts("validation")]
+
+
+def test_mistakes_are_explained(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(tmp_path)]) == 2
+    assert "is no export" in capsys.readouterr().err
+    assert command.main([str(exported), "evaluation.recall_sample=3"]) == 2
+    assert "recall_samples" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert command.main([str(exported), "--out", str(tmp_path / "file")]) == 2
+    assert "--out" in capsys.readouterr().err

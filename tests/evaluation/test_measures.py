@@ -1,0 +1,125 @@
+"""Bits per byte and recall of models whose figures are known."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_run import TEXT, small_config
+from torch import nn
+
+from nsa.data import tokenizer as tokenizers
+from nsa.data.loader import SampleStream, batch
+from nsa.data.prepare import prepare
+from nsa.data.synthetic import Task
+from nsa.evaluation import bits_per_byte, recall
+from nsa.models import Decoder
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> SampleStream:
+    config = small_config(tmp_path_factory.mktemp("data"))
+    return SampleStream(prepare(config.data, 0, progress=False), config.data, "validation", 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
+    return tokenizers.train(TEXT, 400, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+class Known(nn.Module):
+    """Costs position + 1 bits a token: position in the document."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1, 1)
+
+    def forward(self, ids, targets, cu_seqlens):
+        positions = torch.cat([torch.arange(n) for n in cu_seqlens.diff().tolist()])
+        return torch.where(targets >= 0, (positions + 1.0) * math.log(2), 0.0)
+
+
+@pytest.mark.parametrize("samples", [1, 7])
+def test_bits_per_byte_of_a_known_model(stream: SampleStream, samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bits_per_byte, "BATCH_TOKENS", 3 * 64)
+    curve = bits_per_byte.measure(Known(), stream, samples)
+    assert curve.starts == [0, 8, 12, 16, 24, 32, 48]
+    bits, size = np.zeros(7), np.zeros(7)
+    for index in range(samples):
+        sample = stream[index]
+        for t, target in enumerate(sample.targets):
+            position = t - max(s for s in sample.starts if s <= t)
+            bucket = max(i for i, start in enumerate(curve.starts) if start <= position)
+            if target >= 0:
+                bits[bucket] += position + 1
+                size[bucket] += stream.prepared.tokenizer.byte_lengths[target]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        np.testing.assert_allclose(curve.by_position, np.where(size > 0, bits / size, np.nan))
+    assert curve.bytes == batch(stream, range(samples))["num_bytes"] == size.sum()
+    assert curve.bits_per_byte == pytest.approx(bits.sum() / size.sum())
+
+
+def lookup(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Solves mqar: what followed this key the first time."""
+    found = []
+    for row, where in zip(tokens.tolist(), asked, strict=True):
+        found += [row[row.index(row[t]) + 1] for t in where.nonzero()[:, 0].tolist()]
+    return torch.tensor(found)
+
+
+def echo(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Solves copy: the token as many places back as there are answers."""
+    return torch.cat([row[where.nonzero()[:, 0] - int(where.sum())] for row, where in zip(tokens, asked, strict=True)])
+
+
+@pytest.mark.parametrize(("name", "solve"), [("mqar", lookup), ("copy", echo)])
+def test_an_oracle_scores_one(tokenizer, name: str, solve) -> None:
+    result = recall.measure(solve, Task(name, tokenizer), 128, 100)
+    assert (result.accuracy, result.episodes) == (1.0, 100)
+    assert result.high == pytest.approx(1.0)
+    assert 0.9 < result.low < 1
+
+
+@pytest.mark.parametrize("name", ["mqar", "copy", "passkey"])
+def test_a_guess_among_the_values_scores_chance(tokenizer, name: str) -> None:
+    task = Task(name, tokenizer)
+    rng = np.random.default_rng(0)
+    result = recall.measure(lambda _, asked: torch.tensor(rng.choice(task.values, int(asked.sum()))), task, 256, 400)
+    assert result.low < result.chance < result.high
+    assert result.chance == pytest.approx(1 / 64)
+    assert result.high - result.low < 0.02
+
+
+def test_predictions_are_the_most_likely_tokens(tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    decoder = Decoder(config.model, config.attention)
+    tokens = torch.randint(0, 400, (3, 40))
+    asked = torch.rand(3, 40) < 0.3
+    predict = recall.predictor(decoder)
+    expected = decoder(tokens).argmax(-1)[asked]
+    assert torch.equal(predict(tokens, asked), expected)
+    assert torch.equal(predict(tokens, asked), expected)
+    assert decoder(tokens).shape == (3, 40, 420)  # nothing is left behind
+
+
+def test_interval_counts_episodes_where_answers_go_together() -> None:
+    rng = np.random.default_rng(0)
+    independent = rng.random((200, 50)) < 0.5
+    low, high = recall.interval(independent)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(10_000), rel=0.2)
+    together = np.repeat(rng.random((200, 1)) < 0.5, 50, axis=1)
+    low, high = recall.interval(together)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200), rel=0.1)
+    assert recall.interval(np.ones((10, 50), bool)) == pytest.approx((1 / (1 + 1.96**2 / 10), 1.0))
+    assert recall.interval(np.zeros((1, 4), bool))[0] == 0.0
+
+
+def test_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(400):
+        difficulty = rng.beta(2, 6, size=(60, 1))  # some episodes are easier: the mean is 1/4
+        low, high = recall.interval(rng.random((60, 20)) < difficulty)
+        covered += low <= 0.25 <= high
+    assert 0.90 < covered / 400 < 0.985

@@ -1,0 +1,261 @@
+"""The exported folder: complete, usable without this project, and refused when it is not the trained model."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_run import small_run
+
+from nsa import export as command
+from nsa.data.tokenizer import Tokenizer
+from nsa.exporting import ExportError, export, folder, load_decoder, proof
+from nsa.exporting.tokenizer import write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with an export in it."""
+    path = small_run(tmp_path_factory.mktemp("export"), ["dense", "nsa"])
+    metrics = [{"step": 1, "validation/bits_per_byte": 9.0}, {"step": 3, "validation/bits_per_byte": 2.5}, {"step": 3}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    export(path)
+    return path
+
+
+def test_folder_is_complete(run: Path) -> None:
+    exported = run / "export"
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_nsa.py",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "training_config.yaml",
+        "training_state.json",
+    }
+    config = json.loads((exported / "config.json").read_text())
+    assert config["architectures"] == ["NSAForCausalLM"]
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nsa.NSAForCausalLM"
+    assert config["dtype"] == "float32"
+    assert config["attention_kinds"] == ["dense", "nsa"]
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "2.5000 bits per byte" in card
+    assert not (run / "export.tmp").exists()
+    assert not (run / "export.old").exists()
+
+
+STRANGER = """
+import importlib.util, sys
+assert importlib.util.find_spec("nsa") is None, "the project is in reach"
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+tokenizer = AutoTokenizer.from_pretrained("export", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("export", trust_remote_code=True)
+ids = tokenizer("def write(self):\\n    return", return_tensors="pt")
+assert model.generate(**ids, max_new_tokens=5, min_new_tokens=5).shape[1] == ids.input_ids.shape[1] + 5
+model.save_pretrained("saved"), tokenizer.save_pretrained("saved")
+again = AutoModelForCausalLM.from_pretrained("saved", trust_remote_code=True)
+assert torch.equal(again(ids.input_ids).logits, model(ids.input_ids).logits)
+text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def ", max_new_tokens=3)[0]["generated_text"]
+assert text.startswith("def ")
+print(model.head.weight is model.embedding.weight, sum(p.numel() for p in model.parameters()))
+"""
+
+
+def test_works_where_this_project_is_not(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "export", tmp_path / "export")
+    root = str(Path(folder.__file__).resolve().parents[2])
+    # -I ignores PYTHONPATH and the current folder; an editable install of the project must not be found either.
+    hide = f"import sys; sys.path = [p for p in sys.path if p != {root!r}]\n"
+    hide += "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", hide + STRANGER],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    decoder, *_ = load_decoder(run / "export")
+    assert done.stdout.split() == ["True", str(sum(p.numel() for p in decoder.parameters()))]
+
+
+def test_native_decoder_loads_from_the_export(run: Path) -> None:
+    decoder, config, tokenizer = load_decoder(run / "export")
+    assert config.name == "run"
+    assert tokenizer.vocab_size == 400
+    expected = folder.checkpoint.load_weights(run / "step_00000003")
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(tensor, expected["embedding.weight" if name == "head.weight" else name])
+
+
+def perturb_weights(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    weights["layers.1.attention.compress.key.inner.weight"][0] += 0.5
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+def parse_special_tokens(path: Path) -> None:
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": False}))
+
+
+TAMPERED = [
+    (perturb_weights, r"logits of sequence \d differ.*float64"),
+    (parse_special_tokens, "tokenizer differs on"),
+]
+
+
+@pytest.mark.parametrize(("tamper", "message"), TAMPERED)
+def test_an_export_that_differs_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch, tamper, message: str) -> None:
+    before = {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    write = folder.write_folder
+
+    def write_and_tamper(path: Path, *arguments) -> None:
+        write(path, *arguments)
+        tamper(path)
+
+    monkeypatch.setattr(folder, "write_folder", write_and_tamper)
+    monkeypatch.setattr(proof, "hostile_texts", lambda: ["a </s> b", "\n\n x"])
+    with pytest.raises(ExportError, match=message):
+        export(run)
+    assert {path.name: path.read_bytes() for path in (run / "export").iterdir()} == before
+    assert not (run / "export.tmp").exists()
+
+
+def keep(told: dict, tensors: dict) -> None:
+    pass
+
+
+def another_token(told: dict, tensors: dict) -> None:
+    told["ids"][0][0] += 1
+
+
+def another_text(told: dict, tensors: dict) -> None:
+    told["decoded"][0] += " "
+
+
+def another_logit(told: dict, tensors: dict) -> None:
+    tensors["logits.1"][1, 5] += 2e-4 * tensors["logits.1"].abs().max()
+
+
+def no_number(told: dict, tensors: dict) -> None:
+    tensors["logits.0"][0, 0] = torch.nan
+
+
+def another_step(told: dict, tensors: dict) -> None:
+    tensors["steps.2"][-1] *= 1.001
+
+
+def one_row_less(told: dict, tensors: dict) -> None:
+    tensors["logits.1"] = tensors["logits.1"][1:]
+
+
+CHANGES = [
+    (another_token, "tokenizer differs"),
+    (another_text, "tokenizer decodes"),
+    (another_logit, "logits of sequence 1 differ: 0.0002 of the largest at token 1"),
+    (no_number, "logits of sequence 0 differ"),
+    (another_step, "with cache and without differ"),
+    (one_row_less, "shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), [(keep, None), *CHANGES])
+def test_every_difference_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch, change, message: str | None) -> None:
+    decoder, _, tokenizer = load_decoder(run / "export")
+    monkeypatch.setattr(proof, "hostile_texts", lambda: ["a </s> b", "\n\n x"])
+
+    def told_by_the_decoder_itself(path: Path, question: dict) -> tuple[dict, dict]:
+        ids = [tokenizer.encode(text) for text in question["texts"]]
+        with torch.no_grad():
+            tensors = {f"logits.{i}": decoder(torch.tensor([x]))[0] for i, x in enumerate(question["inputs"])}
+        for i in range(len(question["prompts"])):
+            tensors[f"again.{i}"] = torch.randn(5, 420)
+            tensors[f"steps.{i}"] = tensors[f"again.{i}"].clone()
+        told = {"ids": ids, "decoded": list(question["texts"])}
+        change(told, tensors)
+        return told, tensors
+
+    monkeypatch.setattr(proof, "_ask", told_by_the_decoder_itself)
+    if message is None:
+        assert proof.prove(run / "export", decoder, tokenizer).difference == 0
+    else:
+        with pytest.raises(ExportError, match=message):
+            proof.prove(run / "export", decoder, tokenizer)
+
+
+def test_a_tie_that_fp32_rounds_either_way_is_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def compare(path: Path, decoder, tokenizer, question: dict) -> float:
+        asked.append((question["dtype"], decoder.embedding.weight.dtype))
+        if question["dtype"] == "float32":
+            raise proof.LogitsDiffer("a tie")
+        return 1e-9
+
+    monkeypatch.setattr(proof, "_compare", compare)
+    decoder, _, tokenizer = load_decoder(run / "export")
+    assert proof.prove(run / "export", decoder, tokenizer).dtype == "float64"
+    assert asked == [("float32", torch.float32), ("float64", torch.float64)]
+
+
+def test_wrong_arguments_are_explained(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([str(tmp_path)]) == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+    (tmp_path / "photos").mkdir()
+    assert command.main([str(run), "--out", str(tmp_path / "photos")]) == 2
+    assert "is no export" in capsys.readouterr().err
+    shutil.copytree(run / "step_00000003", tmp_path / "step_00000003")
+    part = tmp_path / "step_00000003" / "tokenizer.model"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert command.main([str(tmp_path / "step_00000003")]) == 2
+    assert "cut short" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tokenizers(run: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The training tokenizer, and what `transformers` makes of its export."""
+    from transformers import AutoTokenizer
+
+    path = tmp_path_factory.mktemp("tokenizer")
+    native = Tokenizer(run / "export" / "tokenizer.model")
+    write_tokenizer(native, path, 512)
+    return native, AutoTokenizer.from_pretrained(path)
+
+
+def test_tokens_of_hostile_texts_are_the_trainings(tokenizers) -> None:
+    native, fast = tokenizers
+    texts = proof.hostile_texts()
+    assert sum(map(len, texts)) > 100_000
+    for text in texts:
+        ids = fast(text).input_ids
+        assert ids == native.encode(text), text[:80]
+        assert fast.decode(ids) == text
+
+
+def test_pieces_in_every_order_are_merged_as_in_training(tokenizers) -> None:
+    native, fast = tokenizers
+    pieces = [native.decode([i]) for i in range(native.vocab_size)]
+    pieces = [piece for piece in pieces if piece and "\ufffd" not in piece]
+    texts = [a + b + a for a in pieces[::3] for b in pieces[::5]]
+    for text, ids in zip(texts, fast(texts).input_ids, strict=True):
+        assert ids == native.encode(text), text
+
+
+def test_special_tokens_are_known(tokenizers) -> None:
+    native, fast = tokenizers
+    assert (fast.bos_token_id, fast.eos_token_id, fast.pad_token_id) == (native.bos_id, native.eos_id, native.pad_id)
+    assert fast.decode([native.bos_id, *native.encode("x"), native.eos_id], skip_special_tokens=True) == "x"
+    assert len(fast) == native.vocab_size

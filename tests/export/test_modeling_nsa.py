@@ -1,0 +1,226 @@
+"""The exported model against the decoder it is exported from, and decoding with its cache against none."""
+
+import inspect
+import random
+
+import pytest
+import torch
+
+from nsa.models import AttentionConfig, Decoder, ModelConfig, RopeConfig
+from nsa.models.hf import modeling_nsa
+from nsa.models.hf.modeling_nsa import NSAConfig, NSAForCausalLM
+
+VOCABULARY = 97
+# heads, KV heads, head dim, value dim
+SHAPES = [(4, 1, 8, 8), (6, 3, 8, 6), (4, 4, 6, 10)]
+# compress length, stride, block size, blocks, initial, local, window
+SIZES = [(8, 4, 8, 4, 1, 2, 12), (8, 2, 16, 3, 0, 1, 5), (4, 4, 12, 5, 2, 0, 1), (16, 4, 16, 2, 1, 1, 200)]
+LENGTHS = [1, 2, 17, 63, 129]
+
+
+def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Decoder, NSAForCausalLM]:
+    """A decoder and the exported model with its weights, both float64."""
+    heads, groups, head_dim, v_head_dim = shape
+    names = ("compress_length", "compress_stride", "block_size", "num_blocks", "num_initial", "num_local", "window")
+    attention = AttentionConfig(kind=kind, compress_hidden=5, **dict(zip(names, sizes, strict=True)))
+    rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
+    model = ModelConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        num_layers=3,
+        num_heads=heads,
+        num_kv_heads=groups,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        intermediate_size=40,
+        max_position=64,
+        rope=rope,
+        init_std=0.3,
+        **changes,
+    )
+    torch.manual_seed(seed)
+    decoder = Decoder(model, attention, backend="naive")
+    with torch.no_grad():  # weights that start at a constant would hide a mistake
+        for name, parameter in decoder.named_parameters():
+            if name.endswith(("position", "norm.weight", "bias")):
+                parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.5)
+    config = NSAConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        attention_kinds=attention.kinds(3),
+        max_position_embeddings=64,
+        rotary_base=rope.theta,
+        yarn_factor=rope.yarn_factor,
+        yarn_beta_fast=rope.yarn_beta_fast,
+        rms_norm_eps=model.norm_eps,
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=3,
+        **attention.model_dump(exclude={"kind"}),
+    )
+    exported = NSAForCausalLM(config)
+    exported.load_state_dict(decoder.state_dict())
+    exported.tie_weights()
+    return decoder.double(), exported.double().eval()
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(4, VOCABULARY, (rows, length))
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # norms and rotary are fp32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["dense", "nsa", ["dense", "nsa"]])
+def test_logits_are_the_decoders(kind, shape) -> None:
+    for sizes in SIZES if kind == "nsa" else SIZES[:1]:
+        decoder, exported = pair(kind, shape, sizes)
+        for length in LENGTHS:
+            ids = tokens(2, length)
+            with torch.no_grad():
+                close(exported(ids).logits, decoder(ids))
+
+
+@pytest.mark.parametrize("changes", [{"yarn_factor": 4.0}, {"tie_embeddings": False}, {"norm_eps": 0.1}])
+def test_options_are_the_decoders(changes) -> None:
+    decoder, exported = pair("nsa", **changes)
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        close(exported(ids).logits, decoder(ids))
+
+
+def test_loss_and_gradients_are_the_decoders() -> None:
+    decoder, exported = pair(["nsa", "dense"])
+    exported.train()
+    ids = tokens(2, 50)
+    labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
+    loss = exported(ids, labels=labels).loss
+    nll = decoder(ids[:, :-1], labels[:, 1:])
+    expected = nll.sum() / (labels[:, 1:] != -100).sum()
+    close(loss, expected)
+    expected.backward()
+    loss.backward()
+    theirs = dict(exported.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        close(theirs[name].grad, parameter.grad)
+
+
+def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, exported = pair(["nsa", "dense"])
+    ids = tokens(2, 90)
+    with torch.no_grad():
+        whole = exported(ids).logits
+        monkeypatch.setattr(modeling_nsa, "CHUNK_SCORES", 7 * 2 * 6 * 90)
+        close(exported(ids).logits, whole)
+
+
+@torch.no_grad()
+def test_right_padding_changes_nothing() -> None:
+    _, exported = pair(["nsa", "dense"])
+    ids, mask = tokens(3, 70), torch.ones(3, 70, dtype=torch.long)
+    for row, length in enumerate((70, 41, 1)):
+        mask[row, length:] = 0
+    logits = exported(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    for row, length in enumerate((70, 41, 1)):
+        close(logits[row, :length], exported(ids[row : row + 1, :length]).logits[0])
+
+
+@torch.no_grad()
+def test_any_padding_fed_in_any_pieces_equals_each_row_alone() -> None:
+    """Rows that fill at different speeds: blocks of one row are complete long before another's."""
+    _, exported = pair(["nsa", "dense"])
+    ids = tokens(3, 100)
+    keep = torch.tensor([[0.9], [0.4], [0.05]])
+    mask = torch.rand(3, 100) < keep
+    mask[0, :30], mask[1, -1], mask[2, 50] = False, False, True
+    cache, logits, start = None, [], 0
+    chance = random.Random(1)
+    while start < 100:
+        stop = min(100, start + chance.choice([1, 1, 2, 9, 23]))
+        out = exported(ids[:, start:stop], attention_mask=mask[:, :stop].long(), past_key_values=cache, use_cache=True)
+        cache, start = out.past_key_values, stop
+        logits.append(out.logits)
+    logits = torch.cat(logits, 1)
+    for row in range(3):
+        close(logits[row, mask[row]], exported(ids[row : row + 1, mask[row]], use_cache=False).logits[0])
+
+
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
+    "beams": {"num_beams": 3, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("mode", GENERATION)
+def test_generation_with_cache_equals_without(mode: str) -> None:
+    _, exported = pair(["nsa", "dense"])
+    ids, outputs = tokens(2, 21), []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        outputs.append(
+            exported.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, use_cache=use_cache, **GENERATION[mode]
+            )
+        )
+    assert outputs[0].shape == (2, 51)
+    assert outputs[0].tolist() == outputs[1].tolist()
+
+
+def test_left_padded_batch_generates_what_each_prompt_does_alone() -> None:
+    _, exported = pair(["nsa", "dense"])
+    prompts = [tokens(1, n)[0].tolist() for n in (40, 1, 7, 23)]
+    ids = torch.tensor([[3] * (40 - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (40 - len(p)) + [1] * len(p) for p in prompts])
+    together = exported.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    for row, prompt in enumerate(prompts):
+        alone = torch.tensor([prompt])
+        alone = exported.generate(alone, attention_mask=torch.ones_like(alone), max_new_tokens=30, do_sample=False)
+        assert together[row, 40:].tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_generation_continues_from_a_returned_cache() -> None:
+    _, exported = pair("nsa")
+    ids = tokens(1, 30)
+    first = exported.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    again = exported.generate(
+        first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False
+    )
+    assert again.tolist() == exported.generate(ids, max_new_tokens=20, do_sample=False).tolist()
+
+
+@torch.no_grad()
+def test_cache_keeps_what_later_queries_see_and_no_more() -> None:
+    _, exported = pair("nsa")  # blocks of 8 at stride 4, window 12
+    cache = exported(tokens(2, 50), use_cache=True).past_key_values
+    spans = cache.layers[0]
+    assert spans["compressed"].keys.shape[1] == (50 - 8) // 4 + 1
+    assert (spans["tail"].start, spans["tail"].keys.shape[1]) == (44, 6)
+    assert (spans["window"].start, spans["window"].keys.shape[1]) == (39, 11)
+    assert spans["selected"].keys.shape[1] == 50
+
+
+def test_other_caches_and_masks_are_refused() -> None:
+    from transformers import DynamicCache
+
+    _, exported = pair("nsa")
+    with pytest.raises(ValueError, match="NSACache"):
+        exported(tokens(1, 4), past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="attention_mask"):
+        exported(tokens(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
+
+
+def test_the_file_stands_alone() -> None:
+    source = inspect.getsource(modeling_nsa)
+    imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert set(imports) <= {"math", "dataclasses", "torch", "transformers"}
