@@ -192,11 +192,20 @@ class Episodes:
     """Samples of a synthetic task: episodes of many lengths, up to a whole sample, each a document of its own."""
 
     def __init__(self, task: synthetic.Task, length: int, name: str, seed: str):
+        if length < task.shortest:
+            raise ValueError(
+                f"data source {name!r}: task {task.name} needs data.sequence_length to be {task.shortest} or more, "
+                f"it is {length}"
+            )
         self._task, self._length, self._name, self._seed = task, length, name, seed
 
     def sample(self, index: int) -> Arrays:
         lengths = self._cut(index)
-        episodes = [self._task.generate(n, self._seed, (index, part)) for part, n in enumerate(lengths)]
+        rehearse = synthetic.generator(self._seed, "rehearse", index).random(len(lengths)) < 0.5
+        episodes = [
+            self._task.generate(n, self._seed, (index, part), rehearse=bool(again))
+            for part, (n, again) in enumerate(zip(lengths, rehearse, strict=True))
+        ]
         tokens = np.concatenate([e.tokens for e in episodes])
         targets = np.concatenate([e.targets for e in episodes])
         return tokens, targets, np.concatenate([[0], np.cumsum(lengths)[:-1]]), 0
@@ -205,12 +214,11 @@ class Episodes:
         return [Span(self._name, f"{index}/{part}", index, 0, n) for part, n in enumerate(self._cut(index))]
 
     def _cut(self, index: int) -> list[int]:
-        """Lengths of a sample's episodes: as much of the sample in long episodes as in short ones."""
+        """Lengths of a sample's episodes. Their density falls as length^-2: each doubling gets as many tokens."""
         shortest = self._task.shortest
         rng = synthetic.generator(self._seed, "cut", index)
         cuts = [0]
         while (left := self._length - cuts[-1]) > 0:
-            ratio = np.log(max(1.0, self._length / shortest))
-            length = int(shortest * np.exp(rng.random() * ratio))
+            length = int(shortest / (1 - rng.random() * (1 - shortest / self._length)))
             cuts.append(self._length if left - length < shortest else cuts[-1] + length)
         return np.diff(cuts).tolist()

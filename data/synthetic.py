@@ -1,7 +1,7 @@
 """Recall tasks, made on the fly from (seed, index): how far back, and how exactly, a model can look things up.
 
-mqar     multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): key-value pairs, then every key again in
-         another order; after each key its value is asked for.
+mqar     multi-query associative recall (Arora et al. 2023, arXiv 2312.04927): key-value pairs, filler, then every key
+         again in another order; after each key its value is asked for.
 passkey  a key of a few tokens in a sentence, somewhere in filler text; asked for at the end (Mohtashami and Jaggi 2023,
          arXiv 2305.16300).
 copy     random tokens, a separator, the same tokens.
@@ -20,7 +20,7 @@ import numpy as np
 from nsa.data.tokenizer import Tokenizer
 
 IGNORED = -100  # target of a position that is not counted
-SET_SIZE = 64  # ids in each of the three sets
+SET_SIZE = 32  # ids in each of the three sets
 TaskName = Literal["mqar", "passkey", "copy"]
 
 SENTENCES = [
@@ -42,7 +42,8 @@ PASSKEY_TOKENS = 4
 class Episode:
     """tokens, targets: (length,) int64; targets[t] is the token that should follow tokens[t], or -100: not asked.
 
-    chance: accuracy on the answers of a model that knows the task's sets but not the episode.
+    chance: accuracy on the answers without recall. mqar: of naming one of the values told, whatever the key; passkey
+    and copy: of naming any value.
     """
 
     tokens: np.ndarray
@@ -74,31 +75,41 @@ class Task:
         frame = 1 + sum(map(len, self._hidden)) + len(self._question) + 2 * PASSKEY_TOKENS - 1
         self.shortest = max(32, frame) if name == "passkey" else 32
 
-    def generate(self, length: int, seed: int | str, index: int | tuple[int, ...]) -> Episode:
-        """The episode of exactly `length` tokens that (seed, index) name. Raises ValueError if it is too short."""
+    def generate(
+        self, length: int, seed: int | str, index: int | tuple[int, ...], *, rehearse: bool = False
+    ) -> Episode:
+        """The episode of exactly `length` tokens that (seed, index) name. Raises ValueError if it is too short.
+
+        rehearse: mqar asks for its keys again and again instead of showing filler. Many answers in few tokens make it
+        quick to learn; but a repeated question can be answered from the last time, so scoring is done without.
+        """
         if length < self.shortest:
             raise ValueError(f"task {self.name}: an episode needs {self.shortest} tokens or more, not {length}")
         rng = generator(seed, self.name, length, index)
-        tokens, targets = getattr(self, f"_{self.name}")(length, rng)
+        if self.name == "mqar":
+            tokens, targets = self._mqar(length, rng, rehearse)
+        else:
+            tokens, targets = (self._passkey if self.name == "passkey" else self._copy)(length, rng)
         assert len(tokens) == length == len(targets)
-        return Episode(tokens, targets, 1 / len(self.values))
+        return Episode(tokens, targets, 1 / (self.pairs(length) if self.name == "mqar" else len(self.values)))
 
     def pairs(self, length: int) -> int:
         """Key-value pairs of an mqar episode: they grow as the square root of its length (2 at 32, 11 at 512)."""
         return min(len(self.keys), math.isqrt(length // 4))
 
-    def _mqar(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """bos, pairs, filler, and the pairs in another order."""
+    def _mqar(self, length: int, rng: np.random.Generator, rehearse: bool) -> tuple[np.ndarray, np.ndarray]:
+        """bos, pairs, filler, and the pairs in another order (rehearsed: in another and another, up to the end)."""
         n = self.pairs(length)
         keys = rng.permutation(self.keys)[:n]
         values = rng.choice(self.values, n)
-        asked = rng.permutation(n)
-        filler = rng.choice(self.others, length - 1 - 4 * n)
+        questions = (length - 1 - 2 * n) // 2 if rehearse else n
+        asked = np.concatenate([rng.permutation(n) for _ in range(-(-questions // n))])[:questions]
+        filler = rng.choice(self.others, length - 1 - 2 * n - 2 * questions)
         told = np.stack([keys, values], 1).reshape(-1)
         recalled = np.stack([keys[asked], values[asked]], 1).reshape(-1)
         tokens = np.concatenate([[self._bos], told, filler, recalled]).astype(np.int64)
         targets = np.full(length, IGNORED, np.int64)
-        targets[length - 2 * n :: 2] = values[asked]
+        targets[length - 2 * questions :: 2] = values[asked]
         return tokens, targets
 
     def _passkey(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -55,6 +55,8 @@ def test_a_batch_is_its_samples(prepared: PreparedData, config: DataConfig) -> N
     borders = whole["cu_seqlens"]
     assert borders.dtype == torch.int32
     assert borders[0] == 0 and borders[-1] == 6 * 128 and (borders.diff() > 0).all()
+    spans = [span for i in range(6) for span in stream.locate(i)]
+    assert borders.tolist() == np.cumsum([0] + [span.stop - span.start for span in spans]).tolist()
     assert set(range(0, 6 * 128 + 1, 128)) <= set(borders.tolist())
 
 
@@ -133,6 +135,11 @@ def test_a_source_that_was_not_prepared(prepared: PreparedData, config: DataConf
         SampleStream(prepared, config.model_copy(update={"sources": [other]}), "train", 7)
 
 
+def test_samples_too_short_for_a_task(prepared: PreparedData, config: DataConfig) -> None:
+    with pytest.raises(ValueError, match=r"data\.sequence_length to be \d+ or more"):
+        SampleStream(prepared, config.model_copy(update={"sequence_length": 31}), "train", 7)
+
+
 def test_a_source_shorter_than_a_window(
     tmp_path: Path, make_config: Callable[..., DataConfig], prepared: PreparedData
 ) -> None:
@@ -168,6 +175,8 @@ def test_quotas_hold_at_every_prefix(weights: list[float]) -> None:
 
 def test_quotas_are_exact_far_out() -> None:
     assert Blend([0.7, 0.2, 0.1]).counts(10**15) == [7 * 10**14, 2 * 10**14, 10**14]
+    assert sum(Blend([1, 1, 1]).counts(10**20)) == 10**20
+    assert max(abs(3 * count - 10**20) for count in Blend([1, 1, 1]).counts(10**20)) < 3
 
 
 @settings(max_examples=50, deadline=None)
