@@ -251,9 +251,10 @@ def encode_batch(texts: list[bytes]) -> list[np.ndarray]:
     assert _tokenizer is not None
     encoded = []
     for text in texts:
-        ids = _tokenizer.encode_bytes(text)
-        assert _tokenizer.decode_bytes(ids) == text, "the tokenizer lost text"
-        encoded.append(np.array(ids, np.int32))
+        ids = _tokenizer.encode_array(text)
+        pieces = np.array_split(ids, len(ids) // BATCH_BYTES + 1)  # a list of all ids would fill the memory
+        assert b"".join([_tokenizer.decode_bytes(p.tolist()) for p in pieces]) == text, "the tokenizer lost text"
+        encoded.append(ids)
     return encoded
 
 

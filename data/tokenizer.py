@@ -11,6 +11,7 @@ real spaces (no U+2581 anywhere), no normaliser and no prefix space; a newline i
 
 import hashlib
 import io
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -80,14 +81,20 @@ class Tokenizer:
 
     def encode_bytes(self, text: bytes) -> list[int]:
         """Ids of any byte string; UTF-8 where it is UTF-8, byte pieces elsewhere."""
-        ids: list[int] = []
+        return [i for ids in self._encode_parts(text) for i in ids]
+
+    def encode_array(self, text: bytes) -> np.ndarray:
+        """(n,) int32, the same ids in a tenth of the memory: for long documents."""
+        return np.concatenate([np.empty(0, np.int32), *(np.array(ids, np.int32) for ids in self._encode_parts(text))])
+
+    def _encode_parts(self, text: bytes) -> Iterator[list[int]]:
         for i, part in enumerate(FOREIGN.split(text.decode("utf-8", "surrogateescape"))):
             if i % 2:
-                ids.extend(self._byte_ids[b] for b in part.encode("utf-8", "surrogateescape"))
-            elif part:
-                for line in self._processor.encode(LINES.findall(part)):
-                    ids.extend(line)
-        return ids
+                yield [self._byte_ids[b] for b in part.encode("utf-8", "surrogateescape")]
+                continue
+            lines = (match.group() for match in LINES.finditer(part))
+            while some := list(itertools.islice(lines, 1024)):
+                yield [i for ids in self._processor.encode(some) for i in ids]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes; control pieces stand for none. Raises IndexError for an id beyond the vocabulary."""

@@ -46,7 +46,9 @@ def test_any_str_comes_back(prepared: PreparedData, text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(text=st.binary(max_size=200) | st.lists(st.sampled_from([b"\xe2\x96", b"\x81", b"a ", b"\xff\n"])).map(b"".join))
 def test_any_bytes_come_back(prepared: PreparedData, text: bytes) -> None:
-    assert prepared.tokenizer.decode_bytes(prepared.tokenizer.encode_bytes(text)) == text
+    ids = prepared.tokenizer.encode_bytes(text)
+    assert prepared.tokenizer.decode_bytes(ids) == text
+    assert prepared.tokenizer.encode_array(text).tolist() == ids
 
 
 def test_cutting_at_newlines_changes_no_token(prepared: PreparedData) -> None:
