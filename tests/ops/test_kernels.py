@@ -82,3 +82,84 @@ def test_compressed(documents, heads, groups, length, stride) -> None:
         lambda: ops.compressed_attention(q, k, v, **options, backend="naive"),
         [q, k, v],
     )
+
+
+SELECTION = [  # documents, heads, groups, length, stride, block size, blocks, initial, local
+    ([70], 4, 2, 4, 2, 6, 5, 1, 2),
+    ([1, 40, 34], 3, 1, 4, 4, 4, 3, 1, 1),
+    ([130], 1, 1, 8, 4, 16, 16, 2, 1),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("documents", "heads", "groups", "length", "stride", "block_size", "blocks", "initial", "local"), SELECTION
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_selection(documents, heads, groups, length, stride, block_size, blocks, initial, local, ties) -> None:
+    tokens = sum(documents)
+    keys = max(0, (tokens - length) // stride + 1)
+    q, k = normal(1, tokens, heads, 16).detach(), normal(1, keys, groups, 16).detach()
+    if ties:
+        k.zero_()
+    sizes, packed = {"length": length, "stride": stride}, {"cu_seqlens": packing(documents)}
+    _, lse = ops.compressed_attention(q, k, k, **sizes, **packed, backend="naive")
+    sizes |= {"block_size": block_size, "num_blocks": blocks, "num_initial": initial, "num_local": local}
+    chosen = ops.select_blocks(q, k, lse, **sizes, **packed, backend="triton")
+    assert torch.equal(chosen, ops.select_blocks(q, k, lse, **sizes, **packed, backend="naive"))
+
+
+SELECTED = [  # batch, documents, heads, groups, D, Dv, block size, blocks
+    (1, [70], 4, 2, 16, 16, 8, 4),
+    (1, [1, 40, 34], 3, 1, 16, 32, 6, 3),
+    (2, [33], 2, 1, 48, 16, 16, 2),
+    (1, [300], 1, 1, 16, 16, 64, 3),  # the first block's list is cut
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("batch", "documents", "heads", "groups", "width", "v_width", "block_size", "blocks"), SELECTED
+)
+def test_selected(batch, documents, heads, groups, width, v_width, block_size, blocks) -> None:
+    tokens = sum(documents)
+    q, k = normal(batch, tokens, heads, width), normal(batch, tokens, groups, width)
+    v = normal(batch, tokens, groups, v_width, seed=1)
+    order = normal(batch, tokens, groups, tokens // block_size + 1).detach().argsort(-1)
+    indices = order[..., :blocks].int()  # blocks after the query among them
+    indices[..., 0] = torch.where((indices == 0).any(-1), indices[..., 0], 0)
+    indices[:, ::5, :, -1] = -1
+    options = {"block_size": block_size, "cu_seqlens": packing(documents)}
+    check(
+        lambda: (ops.selected_attention(q, k, v, indices, **options, backend="triton"),),
+        lambda: (ops.selected_attention(q, k, v, indices, **options, backend="naive"),),
+        [q, k, v],
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("documents", [[75], [20, 1, 40]])
+def test_native_sparse(documents) -> None:
+    tokens = sum(documents)
+    keys = (tokens - 4) // 2 + 1
+    q, gates = normal(1, tokens, 6, 16), torch.rand(1, tokens, 6, 3, device=DEVICE).requires_grad_()
+    pairs = [
+        (normal(1, n, 2, 16, seed=i), normal(1, n, 2, 16, seed=i + 9)) for i, n in enumerate((keys, tokens, tokens))
+    ]
+    sizes = {"length": 4, "stride": 2, "block_size": 8, "num_blocks": 4, "window": 9, "cu_seqlens": packing(documents)}
+    check(
+        lambda: (ops.native_sparse_attention(q, *pairs, gates, **sizes, backend="triton"),),
+        lambda: (ops.native_sparse_attention(q, *pairs, gates, **sizes, backend="naive"),),
+        [q, *(x for pair in pairs for x in pair), gates],
+    )
+
+
+@needs_kernels
+def test_decoding_equals_prefill() -> None:
+    tokens, keys = 40, 19
+    q, gates = normal(1, tokens, 4, 16).detach(), torch.rand(1, tokens, 4, 3, device=DEVICE)
+    pairs = [(normal(1, n, 2, 16, seed=i).detach(),) * 2 for i, n in enumerate((keys, tokens, tokens))]
+    sizes = {"length": 4, "stride": 2, "block_size": 8, "num_blocks": 4, "window": 9, "backend": "triton"}
+    whole = ops.native_sparse_attention(q, *pairs, gates, **sizes)
+    last = ops.native_sparse_attention(q[:, -1:], *pairs, gates[:, -1:], **sizes, offset=tokens - 1)
+    torch.testing.assert_close(last, whole[:, -1:])

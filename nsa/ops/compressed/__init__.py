@@ -49,9 +49,9 @@ def compressed_attention(
     if implementation == "naive":
         return masked_attention(q, k_cmp, v_cmp, naive_mask(documents, k_cmp.shape[1], length, stride), scale)
     if implementation == "triton":
-        from nsa.ops.kernels.operators import range_attention
+        from nsa.ops.kernels import operators
 
-        return range_attention(q, k_cmp, v_cmp, visible.first, visible.last, scale)
+        return operators.range_attention(q, k_cmp, v_cmp, visible.first, visible.last, scale)
     return tiled_attention(q, k_cmp, v_cmp, visible, scale)
 
 

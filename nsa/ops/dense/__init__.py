@@ -68,8 +68,7 @@ def dense_attention(
         ValueError: shapes that do not belong together, window < 1, unknown backend.
     """
     check_attention(q, k, v, cu_seqlens)
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
+    check_window(window)
     scale = softmax_scale(scale, q.shape[3])
     documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
     reach = k.shape[1] if window is None else window
@@ -77,15 +76,26 @@ def dense_attention(
     if implementation == "naive":
         out, lse = masked_attention(q, k, v, naive_mask(documents, k.shape[1], reach), scale)
     else:
-        first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
-        last = documents.query_position + 1
+        visible = window_ranges(documents, reach)
         if implementation == "triton":
-            from nsa.ops.kernels.operators import range_attention
+            from nsa.ops.kernels import operators
 
-            out, lse = range_attention(q, k, v, first, last, scale)
+            out, lse = operators.range_attention(q, k, v, visible.first, visible.last, scale)
         else:
-            out, lse = tiled_attention(q, k, v, Ranges(first, last), scale)
+            out, lse = tiled_attention(q, k, v, visible, scale)
     return (out, lse) if return_lse else out
+
+
+def check_window(window: int | None) -> None:
+    """Raise ValueError for a window in which a query does not see itself."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
+
+
+def window_ranges(documents: Documents, reach: int) -> Ranges:
+    """The run of keys that each query sees: its own and the ``reach`` - 1 before it, of its document."""
+    first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
+    return Ranges(first, documents.query_position + 1)
 
 
 def naive_mask(documents: Documents, num_keys: int, reach: int) -> Tensor:

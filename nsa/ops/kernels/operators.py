@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from nsa.ops.kernels import ranges
+from nsa.ops.kernels import gates as gating
+from nsa.ops.kernels import ranges, selected, selection
+from nsa.ops.kernels.selected import BlockLayout
+from nsa.ops.packing import Documents
 
 
 @torch.library.custom_op("nsa::range_attention", mutates_args=())
@@ -59,3 +62,175 @@ def range_attention(
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, lse = _range_attention(q, k, v, first.int(), last.int(), scale)
     return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("nsa::select_blocks", mutates_args=())
+def _select_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, first: Tensor, last: Tensor, local: Tensor, bounds: Tensor, offset: int,
+    length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
+) -> Tensor:  # fmt: skip
+    tile, _ = selection.select_tile(q, k, block_size // stride, num_blocks)
+    start, end = selection.document_tiles(bounds - offset, q.shape[1], tile["BQ"])
+    sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
+    return selection.select(q, k, lse, first, last, local, start, end, *sizes, scale)
+
+
+@_select_blocks.register_fake
+def _(q, k, lse, first, last, local, bounds, offset, length, stride, block_size, num_blocks, num_initial, num_local,
+      scale):  # fmt: skip
+    return q.new_empty(*q.shape[:2], k.shape[2], num_blocks, dtype=torch.int32)
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, first: Tensor, last: Tensor, offset: int,
+    length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """(B, T, G, num_blocks) int32, as `nsa.ops.select_blocks`; lse (B, H, T) fp32, first and last (T,) as above."""
+    q, k, lse = q.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
+    ranges_ = (first.int(), last.int(), documents.query_local.int(), documents.bounds, offset)
+    sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
+    return _select_blocks(q, k, lse, *ranges_, *sizes, scale)
+
+
+@torch.library.custom_op("nsa::selected_attention", mutates_args=())
+def _selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, start: Tensor, end: Tensor, position: Tensor, block_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return selected.forward(q, k, v, BlockLayout(blocks, start, end, position), block_size, scale)
+
+
+@_selected_attention.register_fake
+def _(q, k, v, blocks, start, end, position, block_size, scale):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nsa::selected_attention_backward", mutates_args=())
+def _selected_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, blocks: Tensor, start: Tensor,
+    end: Tensor, position: Tensor, block_size: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    layout = BlockLayout(blocks, start, end, position)
+    return selected.backward(q, k, v, d_out, lse, ranges.delta(out, d_out), layout, block_size, scale)
+
+
+@_selected_attention_backward.register_fake
+def _(q, k, v, out, d_out, lse, blocks, start, end, position, block_size, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_selected(ctx, inputs, output):
+    q, k, v, blocks, start, end, position, ctx.block_size, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, blocks, start, end, position)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_selected(ctx, d_out, _d_lse):
+    q, k, v, out, lse, *layout = ctx.saved_tensors
+    gradients = _selected_attention_backward(
+        q, k, v, out, d_out.contiguous(), lse, *layout, ctx.block_size, ctx.scale
+    )  # fmt: skip
+    return *gradients, None, None, None, None, None, None
+
+
+_selected_attention.register_autograd(_differentiate_selected, setup_context=_save_selected)
+
+
+def selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, documents: Documents, block_indices: Tensor, block_size: int, scale: float
+) -> Tensor:
+    """(B, T, H, Dv), as `nsa.ops.selected_attention`."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    layout = BlockLayout.of(documents, block_indices, k.shape[1], block_size)
+    return _selected_attention(q, k, v, layout.blocks, layout.start, layout.end, layout.position, block_size, scale)[0]
+
+
+@torch.library.custom_op("nsa::gated_sum", mutates_args=())
+def _gated_sum(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor,
+    gates: Tensor, out_cmp: Tensor, out_slc: Tensor, out_win: Tensor, lses: list[Tensor], ranges_: list[Tensor],
+    layout: list[Tensor], block_size: int, scale: float,
+) -> Tensor:  # fmt: skip
+    return gating.combine(gates, [out_cmp, out_slc, out_win])
+
+
+@_gated_sum.register_fake
+def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
+    return torch.empty_like(out_cmp)
+
+
+@torch.library.custom_op("nsa::gated_sum_backward", mutates_args=())
+def _gated_sum_backward(
+    d_out: Tensor, q: Tensor, kv: list[Tensor], gates: Tensor, outs: list[Tensor], lses: list[Tensor],
+    ranges_: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
+) -> list[Tensor]:  # fmt: skip
+    k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
+    lse, delta = gating.combine_backward(gates, d_out, outs, lses)
+    d_gates = torch.stack(delta, -1).to(gates.dtype)
+    dq, dk_cmp, dv_cmp = ranges.backward(q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
+    blocks = BlockLayout(*layout)
+    _, dk_slc, dv_slc = selected.backward(q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale, dq)
+    _, dk_win, dv_win = ranges.backward(q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale, dq)
+    return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, d_gates]
+
+
+@_gated_sum_backward.register_fake
+def _(d_out, q, kv, gates, *rest):
+    return [torch.empty_like(x) for x in (q, *kv, gates)]
+
+
+def _save_gated_sum(ctx, inputs, output):
+    *tensors, lses, ranges_, layout, ctx.block_size, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *lses, *ranges_, *layout)
+
+
+def _differentiate_gated_sum(ctx, d_out):
+    q, *kv = ctx.saved_tensors[:7]
+    gates, *rest = ctx.saved_tensors[7:]
+    gradients = _gated_sum_backward(
+        d_out.contiguous(), q, kv, gates, rest[:3], rest[3:6], rest[6:10], rest[10:], ctx.block_size, ctx.scale
+    )
+    return *gradients, None, None, None, [None] * 3, [None] * 4, [None] * 4, None, None
+
+
+_gated_sum.register_autograd(_differentiate_gated_sum, setup_context=_save_gated_sum)
+
+
+def native_sparse_attention(
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor],
+    kv_win: tuple[Tensor, Tensor],
+    gates: Tensor,
+    documents: Documents,
+    slc_documents: Documents,
+    cmp_range: tuple[Tensor, Tensor],
+    win_range: tuple[Tensor, Tensor],
+    offset: int,
+    length: int,
+    stride: int,
+    block_size: int,
+    num_blocks: int,
+    num_initial: int,
+    num_local: int,
+    scale: float,
+) -> Tensor:
+    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`.
+
+    The branches run without gradient, and their gated sum carries all of it: its backward pass hands d_out to the
+    branches without writing a gated copy for each, and adds their dq in place.
+    """
+    q, gates = q.contiguous(), gates.contiguous()
+    kv_cmp, kv_slc, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_slc, kv_win))
+    cmp_range, win_range = ((first.int(), last.int()) for first, last in (cmp_range, win_range))
+    with torch.no_grad():
+        out_cmp, lse_cmp = _range_attention(q, *kv_cmp, *cmp_range, scale)
+        indices = _select_blocks(q, kv_cmp[0], lse_cmp, *cmp_range, documents.query_local.int(), documents.bounds,
+                                 offset, length, stride, block_size, num_blocks, num_initial, num_local,
+                                 scale)  # fmt: skip
+        blocks = BlockLayout.of(slc_documents, indices, kv_slc[0].shape[1], block_size)
+        layout = [blocks.blocks, blocks.start, blocks.end, blocks.position]
+        out_slc, lse_slc = _selected_attention(q, *kv_slc, *layout, block_size, scale)
+        out_win, lse_win = _range_attention(q, *kv_win, *win_range, scale)
+    return _gated_sum(q, *kv_cmp, *kv_slc, *kv_win, gates, out_cmp, out_slc, out_win, [lse_cmp, lse_slc, lse_win],
+                      [*cmp_range, *win_range], layout, block_size, scale)  # fmt: skip

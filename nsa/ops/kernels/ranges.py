@@ -146,8 +146,8 @@ def _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key
 def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, num_keys, num_tiles, scale_log2, scale,
                  GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
                  D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """DQ (B, T, H, D) of BM rows; arguments as in `forward_kernel`."""
+                 ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """DQ (B, T, H, D) of BM rows; added to what is there if ADD. Arguments as in `forward_kernel`."""
     slots = tl.num_programs(0) // num_tiles
     tile = num_tiles - 1 - tl.program_id(0) // slots
     slot = tl.program_id(0) % slots
@@ -183,9 +183,15 @@ def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, nu
                            group * D, group * DV, scale_log2, D1, D2, BN, False, PRECISION)  # fmt: skip
     dq1, dq2 = _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, full_end, end,
                            group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
-    _store_rows(DQ, q_row, ok, tl.arange(0, D1), D, dq1 * scale)
+    dq1 *= scale
+    dq2 *= scale
+    if ADD:
+        dq1 += _load_rows(DQ, q_row, ok, tl.arange(0, D1), D).to(tl.float32)
+    _store_rows(DQ, q_row, ok, tl.arange(0, D1), D, dq1)
     if D2 > 0:
-        _store_rows(DQ, q_row, ok, D1 + tl.arange(0, D2), D, dq2 * scale)
+        if ADD:
+            dq2 += _load_rows(DQ, q_row, ok, D1 + tl.arange(0, D2), D).to(tl.float32)
+        _store_rows(DQ, q_row, ok, D1 + tl.arange(0, D2), D, dq2)
 
 
 @triton.jit
@@ -326,14 +332,18 @@ def delta(out: Tensor, d_out: Tensor) -> Tensor:
 
 def backward(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
-    scale: float,
+    scale: float, add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv in the dtypes of q, k, v; d_out (B, T, H, Dv) contiguous, delta (B, T, H) fp32."""
+    """dq (``add_to`` plus it, in place, if given), dk, dv in the dtypes of q, k, v; d_out contiguous.
+
+    Args:
+        q, k, v, first, last: as for `forward`. d_out: (B, T, H, Dv). lse, delta: (B, T, H) fp32.
+    """
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     if not keys or not tokens:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return torch.zeros_like(q) if add_to is None else add_to, torch.zeros_like(k), torch.zeros_like(v)
     constants = shape_constants(q, k, v)
-    dq = torch.empty_like(q)
+    dq = torch.empty_like(q) if add_to is None else add_to
     tile, options = tile_sizes("range_query", q, k, v)
     num_tiles = triton.cdiv(tokens * heads // groups, tile["BM"])
     query_kernel[(num_tiles * batch * groups,)](
@@ -342,7 +352,7 @@ def backward(
         descriptor(k, tile["BN"], constants["D2"] or constants["D1"]),
         descriptor(v, tile["BN"], constants["DV1"]),
         d_out, lse, delta, first, last, dq, tokens, keys, num_tiles, scale * LOG2_E, scale,
-        **constants, **tile, **options,
+        **constants, **tile, ADD=add_to is not None, **options,
     )  # fmt: skip
 
     tile, options = tile_sizes("range_key", q, k, v)

@@ -2,10 +2,12 @@
 
 from torch import Tensor
 
-from nsa.ops.compressed import compressed_attention
-from nsa.ops.dense import dense_attention
+from nsa.ops.compressed import compressed_attention, compressed_ranges
+from nsa.ops.dense import check_window, dense_attention, window_ranges
+from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.packing import Documents
 from nsa.ops.selected import selected_attention
-from nsa.ops.selection import select_blocks
+from nsa.ops.selection import check_selection, select_blocks
 
 
 def native_sparse_attention(
@@ -50,6 +52,11 @@ def native_sparse_attention(
     """
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {(*q.shape[:3], 3)}, got {tuple(gates.shape)}")
+    if resolve_backend(backend, q, *kv_cmp, *kv_slc, *kv_win) == "triton":
+        return _fused(
+            q, kv_cmp, kv_slc, kv_win, gates, window, cu_seqlens, offset,
+            (length, stride, block_size, num_blocks, num_initial, num_local, softmax_scale(scale, q.shape[3])),
+        )  # fmt: skip
     out_cmp, lse = compressed_attention(
         q,
         *kv_cmp,
@@ -81,3 +88,30 @@ def native_sparse_attention(
     out_win = dense_attention(q, *kv_win, window=window, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
     g = gates.to(q.dtype).unsqueeze(-1)
     return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win
+
+
+def _fused(
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor],
+    kv_win: tuple[Tensor, Tensor],
+    gates: Tensor,
+    window: int,
+    cu_seqlens: Tensor | None,
+    offset: int,
+    sizes: tuple[int, int, int, int, int, int, float],
+) -> Tensor:
+    """The kernels' way: one backward pass for the three branches, and no gated copies of the gradient."""
+    from nsa.ops.kernels import operators
+
+    for k, v in (kv_cmp, kv_slc, kv_win):
+        check_attention(q, k, v, cu_seqlens)
+    check_selection(*sizes[:6])
+    check_window(window)
+    documents, visible = compressed_ranges(q, kv_cmp[0], sizes[0], sizes[1], cu_seqlens, offset)
+    slc, win = (
+        Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device) for k, _ in (kv_slc, kv_win)
+    )
+    near = window_ranges(win, window)
+    runs = ((visible.first, visible.last), (near.first, near.last))
+    return operators.native_sparse_attention(q, kv_cmp, kv_slc, kv_win, gates, documents, slc, *runs, offset, *sizes)

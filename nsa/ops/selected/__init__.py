@@ -46,7 +46,12 @@ def selected_attention(
         raise ValueError(f"block_size must be positive, got {block_size}")
     scale = softmax_scale(scale, q.shape[3])
     documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
-    if resolve_backend(backend, q, k, v) == "naive":
+    implementation = resolve_backend(backend, q, k, v)
+    if implementation == "triton":
+        from nsa.ops.kernels import operators
+
+        return operators.selected_attention(q, k, v, documents, block_indices, block_size, scale)
+    if implementation == "naive":
         mask = naive_mask(documents, block_indices, k.shape[1], block_size)
         return masked_attention(q, k, v, mask, scale)[0]
     return tiled_attention(q, k, v, block_pattern(documents, block_indices, k.shape[1], block_size), scale)[0]

@@ -52,19 +52,33 @@ def select_blocks(
         ValueError: more forced blocks than ``num_blocks``, shapes that do not belong together, unknown backend.
     """
     check_attention(q, k_cmp, k_cmp, cu_seqlens)
-    check_compression(length, stride, block_size)
-    if num_blocks < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > num_blocks:
-        raise ValueError(
-            f"num_initial ({num_initial}) + num_local ({num_local}) forced blocks must fit num_blocks ({num_blocks})"
-        )
+    check_selection(length, stride, block_size, num_blocks, num_initial, num_local)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     sizes = (length, stride, block_size, softmax_scale(scale, q.shape[3]))
-    if resolve_backend(backend, q, k_cmp) == "naive":
+    implementation = resolve_backend(backend, q, k_cmp)
+    if implementation == "triton":
+        from nsa.ops.kernels import operators
+
+        forced = (num_initial, num_local, sizes[3])
+        runs = (visible.first, visible.last, offset)
+        return operators.select_blocks(q, k_cmp, lse, documents, *runs, *sizes[:3], num_blocks, *forced)
+    if implementation == "naive":
         tiles = iter([(slice(0, q.shape[1]), naive_importance(q, k_cmp, lse, documents, *sizes))])
     else:
         tiles = _importance_tiles(q, k_cmp, lse, documents, visible, *sizes)
     local, forced = documents.query_local, (num_initial, num_local)
     return torch.cat([pick_blocks(i, local[rows], block_size, num_blocks, *forced) for rows, i in tiles], dim=1)
+
+
+def check_selection(
+    length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int
+) -> None:
+    """Raise ValueError unless the blocks fit the compression, and the forced ones their number."""
+    check_compression(length, stride, block_size)
+    if num_blocks < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > num_blocks:
+        raise ValueError(
+            f"num_initial ({num_initial}) + num_local ({num_local}) forced blocks must fit num_blocks ({num_blocks})"
+        )
 
 
 def naive_importance(

@@ -1,0 +1,75 @@
+"""The gated sum of the three branches (NSA, arXiv 2502.11089, Eq. 5), and what its gradient hands to theirs.
+
+With y = sum_c g_c o_c, branch c would get d_out_c = g_c dy and from it delta_c = d_out_c . o_c. Neither is written:
+its kernels need g_c p (dy v^T - dg_c) with dg_c = dy . o_c, which is what they compute from dy itself, delta = dg_c and
+an LSE lowered by log(g_c), since g exp(s - lse) = exp(s - (lse - log g)).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.ranges import _load_rows, _store_rows
+
+
+@triton.jit
+def combine_kernel(Gates, Out0, Out1, Out2, Out, num_rows, DV: tl.constexpr, DV1: tl.constexpr,
+                   BM: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ok, column = row < num_rows, tl.arange(0, DV1)
+    total = tl.load(Gates + row * 3, mask=ok, other=0.0)[:, None] * _load_rows(Out0, row, ok, column, DV)
+    total += tl.load(Gates + row * 3 + 1, mask=ok, other=0.0)[:, None] * _load_rows(Out1, row, ok, column, DV)
+    total += tl.load(Gates + row * 3 + 2, mask=ok, other=0.0)[:, None] * _load_rows(Out2, row, ok, column, DV)
+    _store_rows(Out, row, ok, column, DV, total)
+
+
+@triton.jit
+def _branch(Gates, Out, Lse, GatedLse, DGates, branch, row, ok, column, d_out, num_rows, DV: tl.constexpr):
+    d_gate = tl.sum(d_out * _load_rows(Out, row, ok, column, DV).to(tl.float32), 1)
+    tl.store(DGates + branch.to(tl.int64) * num_rows + row, d_gate, mask=ok)
+    gate, lse = tl.load(Gates + row * 3 + branch, mask=ok, other=0.0), tl.load(Lse + row, mask=ok, other=0.0)
+    # -inf says that the row sees nothing or that its gate is shut: probabilities 0 either way.
+    gated = tl.where(gate > 0, lse - tl.log2(gate) * 0.6931471805599453, float("-inf"))
+    tl.store(GatedLse + branch.to(tl.int64) * num_rows + row, gated, mask=ok)
+
+
+@triton.jit
+def combine_backward_kernel(Gates, DOut, Out0, Out1, Out2, Lse0, Lse1, Lse2, GatedLse, DGates, num_rows,
+                            DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """GatedLse, DGates (3, rows) fp32."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    ok, column = row < num_rows, tl.arange(0, DV1)
+    d_out = _load_rows(DOut, row, ok, column, DV).to(tl.float32)
+    _branch(Gates, Out0, Lse0, GatedLse, DGates, tl.full([], 0, tl.int32), row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out1, Lse1, GatedLse, DGates, tl.full([], 1, tl.int32), row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out2, Lse2, GatedLse, DGates, tl.full([], 2, tl.int32), row, ok, column, d_out, num_rows, DV)
+
+
+def _grid(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    rows, width = out.shape[:3].numel(), max(16, triton.next_power_of_2(out.shape[3]))
+    block = max(1, 4096 // width)
+    return (triton.cdiv(rows, block),), {"DV": out.shape[3], "DV1": width, "BM": block, "num_warps": 4}
+
+
+def combine(gates: Tensor, outs: list[Tensor]) -> Tensor:
+    """(B, T, H, Dv): the sum of outs (three of (B, T, H, Dv)) weighted by gates (B, T, H, 3), all contiguous."""
+    out = torch.empty_like(outs[0])
+    if out.numel():
+        grid, constants = _grid(out)
+        combine_kernel[grid](gates, *outs, out, gates.numel() // 3, **constants)
+    return out
+
+
+def combine_backward(
+    gates: Tensor, d_out: Tensor, outs: list[Tensor], lses: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What each branch's backward kernels take with ``d_out``: their LSEs and deltas, three of (B, T, H) fp32 each.
+
+    The deltas are the gradients of the gates.
+    """
+    lse, d_gates = (gates.new_zeros(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
+    if d_out.numel():
+        grid, constants = _grid(d_out)
+        combine_backward_kernel[grid](gates, d_out, *outs, *lses, lse, d_gates, gates.numel() // 3, **constants)
+    return list(lse), list(d_gates)
