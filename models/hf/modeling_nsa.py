@@ -12,6 +12,7 @@ Positions and blocks count slots; padded tokens take part in nothing, and their 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -193,7 +194,7 @@ def attend(q: Tensor, span: Span, mask: Tensor) -> tuple[Tensor, Tensor]:
     return torch.einsum("bghcs,bsge->bcghe", p, span.values.to(dtype)).to(q.dtype), p
 
 
-def query_chunks(heads: int, step: Step):
+def query_chunks(heads: int, step: Step) -> Iterator[tuple[slice, int, int]]:
     """Slices of the T queries that keep the scores within bounds, each with its first slot and its last one + 1."""
     rows, tokens = step.slots.shape
     size = max(1, CHUNK_SCORES // (rows * heads * step.stop))

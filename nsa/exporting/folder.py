@@ -99,7 +99,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         v_head_dim=model.v_head_dim,
-        attention_kinds=attention.kinds(model.num_layers),
+        attention_kinds=[*attention.kinds(model.num_layers)],
         max_position_embeddings=int(model.max_position * rope.yarn_factor),
         original_max_position=model.max_position,
         rotary_base=rope.theta,

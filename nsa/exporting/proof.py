@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -48,7 +49,7 @@ def prove(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> Proof:
     Raises:
         ExportError: saying what differs.
     """
-    question = {"texts": hostile_texts(), "new_tokens": NEW_TOKENS}
+    question: dict[str, Any] = {"texts": hostile_texts(), "new_tokens": NEW_TOKENS}
     question |= _sequences(decoder, tokenizer)
     try:
         difference, dtype = _compare(folder, decoder.float(), tokenizer, {**question, "dtype": "float32"}), "float32"
@@ -125,7 +126,7 @@ def _sequences(decoder: Decoder, tokenizer: Tokenizer) -> dict:
     return {"inputs": [*inputs, text], "prompts": [text[:short], text[5:6], text[: max(2, longest - NEW_TOKENS)]]}
 
 
-def _reach(attention: torch.nn.Module) -> int:
+def _reach(attention: object) -> int:
     """Tokens that a query sees at most in one sparse branch."""
     attend = getattr(attention, "attend", None)
     return 64 if attend is None else max(attend.num_blocks * attend.block_size, attend.window)

@@ -223,4 +223,4 @@ def test_other_caches_and_masks_are_refused() -> None:
 def test_the_file_stands_alone() -> None:
     source = inspect.getsource(modeling_nsa)
     imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert set(imports) <= {"math", "dataclasses", "torch", "transformers"}
+    assert set(imports) <= {"math", "collections", "dataclasses", "torch", "transformers"}
