@@ -62,10 +62,10 @@ def measure(
 ) -> dict[str, float]:
     """The figures of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`)."""
     assert offset == 0, "the probe looks at whole sequences"
-    common = {"scale": attend.scale, "cu_seqlens": cu_seqlens, "backend": attend.backend}
-    sizes = {"length": attend.length, "stride": attend.stride}
+    common: dict[str, Any] = {"scale": attend.scale, "cu_seqlens": cu_seqlens, "backend": attend.backend}
+    sizes: dict[str, Any] = {"length": attend.length, "stride": attend.stride}
     selection = sizes | {"block_size": attend.block_size, "num_blocks": attend.num_blocks}
-    compressed, lse = ops.compressed_attention(q, *kv_cmp, **sizes, **common)
+    compressed, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **sizes, **common)
 
     def select(num_initial: int) -> Tensor:
         forced = {"num_initial": num_initial, "num_local": attend.num_local}

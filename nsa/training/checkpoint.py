@@ -187,7 +187,7 @@ class TensorReader:
     """Reads single tensors of a checkpoint by the name they have on disk."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self._files = {}
+        self._files: dict[str, Any] = {}
         for path in sorted(folder.glob(f"{kind}-*.safetensors")):
             try:
                 file = safe_open(path, framework="pt")

@@ -119,7 +119,7 @@ def make_deterministic(device: torch.device) -> None:
     """The same inputs give the same bits: deterministic kernels and a fixed number of CPU threads."""
     # On a GPU an operation without a deterministic kernel warns: the run is worth more than its last bit.
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":
         # OMP_NUM_THREADS decides where set; otherwise the processes of a machine share its cores.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])

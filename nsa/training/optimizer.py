@@ -24,11 +24,11 @@ class _Skippable:
             super().step(closure)  # type: ignore[misc]
 
 
-class AdamW(_Skippable, torch.optim.AdamW):
+class AdamW(_Skippable, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (arXiv 1711.05101)."""
 
 
-class SGD(_Skippable, torch.optim.SGD):
+class SGD(_Skippable, torch.optim.SGD):  # type: ignore[misc]
     """Plain gradient descent: its updates show the scale of gradients, which Adam hides."""
 
 

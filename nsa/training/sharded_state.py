@@ -8,6 +8,7 @@ compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,7 @@ def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Sh
     return shards
 
 
-def _stage_1_2_shard(p: torch.nn.Parameter, keys: tuple[str, ...]) -> Shard:
+def _stage_1_2_shard(p: Any, keys: tuple[str, ...]) -> Shard:
     mapping = p._hp_mapping
     if mapping is None:
         return Shard(p.shape, 0, {})
@@ -86,7 +87,7 @@ def _stage_1_2_shard(p: torch.nn.Parameter, keys: tuple[str, ...]) -> Shard:
     return Shard(p.shape, mapping.lp_fragment_address.start, {key: t.data for key, t in tensors.items()})
 
 
-def _stage_3_shard(p: torch.nn.Parameter, keys: tuple[str, ...]) -> Shard:
+def _stage_3_shard(p: Any, keys: tuple[str, ...]) -> Shard:
     tensors = {WEIGHT: safe_get_local_fp32_param(p)}
     tensors |= {key: safe_get_local_optimizer_state(p, key) for key in keys}
     # Partitions have equal size; the last ones may reach, or lie, beyond the parameter's end.

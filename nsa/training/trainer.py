@@ -169,7 +169,7 @@ class Trainer:
         client = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside of what shards it
         for group in client.param_groups:
             group["lr"] = rate
-        counted = sum(int((b["targets"] != IGNORED).sum()) for b in batches)
+        counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches)
         sums = torch.tensor([counted, stop.signal is not None], dtype=torch.float64, device=ranks.device)
         targets, stops = ranks.sum(sums).tolist()
 
@@ -211,7 +211,7 @@ class Trainer:
             losses = self._losses(micro_batch)
             if mine < len(batches):
                 sums[0] += losses.sum(dtype=torch.float64)
-                sums[1] += (micro_batch["targets"] != IGNORED).sum().to(ranks.device)
+                sums[1] += (micro_batch["targets"] != IGNORED).sum().to(ranks.device)  # type: ignore[union-attr]
                 sums[2] += float(micro_batch["num_bytes"])
         self.engine.train()
         nll, targets, num_bytes = ranks.sum(sums).tolist()
