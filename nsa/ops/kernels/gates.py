@@ -14,36 +14,44 @@ from nsa.ops.kernels.ranges import _load_rows, _store_rows
 
 
 @triton.jit
+def _load_gate(Gates, branch, row, ok):
+    return tl.load(Gates + row * 3 + branch, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def combine_kernel(Gates, Out0, Out1, Out2, Out, num_rows, DV: tl.constexpr, DV1: tl.constexpr,
                    BM: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     ok, column = row < num_rows, tl.arange(0, DV1)
-    total = tl.load(Gates + row * 3, mask=ok, other=0.0)[:, None] * _load_rows(Out0, row, ok, column, DV)
-    total += tl.load(Gates + row * 3 + 1, mask=ok, other=0.0)[:, None] * _load_rows(Out1, row, ok, column, DV)
-    total += tl.load(Gates + row * 3 + 2, mask=ok, other=0.0)[:, None] * _load_rows(Out2, row, ok, column, DV)
+    total = _load_gate(Gates, 0, row, ok)[:, None] * _load_rows(Out0, row, ok, column, DV).to(tl.float32)
+    total += _load_gate(Gates, 1, row, ok)[:, None] * _load_rows(Out1, row, ok, column, DV).to(tl.float32)
+    total += _load_gate(Gates, 2, row, ok)[:, None] * _load_rows(Out2, row, ok, column, DV).to(tl.float32)
     _store_rows(Out, row, ok, column, DV, total)
 
 
 @triton.jit
-def _branch(Gates, Out, Lse, GatedLse, DGates, branch, row, ok, column, d_out, num_rows, DV: tl.constexpr):
+def _branch(
+    Gates, Out, Lse, GatedLse, DGates, branch: tl.constexpr, row, ok, column, d_out, num_rows, DV: tl.constexpr
+):
     d_gate = tl.sum(d_out * _load_rows(Out, row, ok, column, DV).to(tl.float32), 1)
-    tl.store(DGates + branch.to(tl.int64) * num_rows + row, d_gate, mask=ok)
-    gate, lse = tl.load(Gates + row * 3 + branch, mask=ok, other=0.0), tl.load(Lse + row, mask=ok, other=0.0)
+    tl.store(DGates + branch * num_rows + row, d_gate, mask=ok)
+    gate, lse = _load_gate(Gates, branch, row, ok), tl.load(Lse + row, mask=ok, other=0.0)
     # -inf says that the row sees nothing or that its gate is shut: probabilities 0 either way.
     gated = tl.where(gate > 0, lse - tl.log2(gate) * 0.6931471805599453, float("-inf"))
-    tl.store(GatedLse + branch.to(tl.int64) * num_rows + row, gated, mask=ok)
+    tl.store(GatedLse + branch * num_rows + row, gated, mask=ok)
 
 
 @triton.jit
 def combine_backward_kernel(Gates, DOut, Out0, Out1, Out2, Lse0, Lse1, Lse2, GatedLse, DGates, num_rows,
                             DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """GatedLse, DGates (3, rows) fp32."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # int64: so are the products with num_rows
     ok, column = row < num_rows, tl.arange(0, DV1)
+    num_rows = num_rows.to(tl.int64)
     d_out = _load_rows(DOut, row, ok, column, DV).to(tl.float32)
-    _branch(Gates, Out0, Lse0, GatedLse, DGates, tl.full([], 0, tl.int32), row, ok, column, d_out, num_rows, DV)
-    _branch(Gates, Out1, Lse1, GatedLse, DGates, tl.full([], 1, tl.int32), row, ok, column, d_out, num_rows, DV)
-    _branch(Gates, Out2, Lse2, GatedLse, DGates, tl.full([], 2, tl.int32), row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out0, Lse0, GatedLse, DGates, 0, row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out1, Lse1, GatedLse, DGates, 1, row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out2, Lse2, GatedLse, DGates, 2, row, ok, column, d_out, num_rows, DV)
 
 
 def _grid(out: Tensor) -> tuple[tuple[int], dict[str, int]]:

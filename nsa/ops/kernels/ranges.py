@@ -339,9 +339,17 @@ def backward(
     Args:
         q, k, v, first, last: as for `forward`. d_out: (B, T, H, Dv). lse, delta: (B, T, H) fp32.
     """
-    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
-    if not keys or not tokens:
+    tensors = (q, k, v, d_out, lse, delta, first, last)
+    if not k.numel() or not q.numel():
         return torch.zeros_like(q) if add_to is None else add_to, torch.zeros_like(k), torch.zeros_like(v)
+    return query_gradient(*tensors, scale, add_to), *key_gradients(*tensors, scale)
+
+
+def query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
+    scale: float, add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     constants = shape_constants(q, k, v)
     dq = torch.empty_like(q) if add_to is None else add_to
     tile, options = tile_sizes("range_query", q, k, v)
@@ -354,7 +362,14 @@ def backward(
         d_out, lse, delta, first, last, dq, tokens, keys, num_tiles, scale * LOG2_E, scale,
         **constants, **tile, ADD=add_to is not None, **options,
     )  # fmt: skip
+    return dq
 
+
+def key_gradients(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     tile, options = tile_sizes("range_key", q, k, v)
     begin = torch.arange(0, keys, tile["BN"], device=q.device, dtype=torch.int32)
     end = (begin + tile["BN"]).clamp_(max=keys)
@@ -370,9 +385,9 @@ def backward(
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
     key_kernel[(len(begin) * splits, batch * groups)](
         q, k, v, d_out, lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys,
-        splits, scale * LOG2_E, scale, **constants, **tile, **options,
+        splits, scale * LOG2_E, scale, **shape_constants(q, k, v), **tile, **options,
     )  # fmt: skip
-    return (dq, dk, dv) if whole else (dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
+    return (dk, dv) if whole else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
 
 
 PROGRAMS = 1056  # enough to balance uneven work over a GPU of some 130 multiprocessors: eight each

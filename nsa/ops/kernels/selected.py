@@ -387,10 +387,18 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, block_size: int,
     scale: float, add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq (``add_to`` plus it, in place, if given), dk, dv in the dtypes of q, k, v."""
-    (batch, tokens), groups = q.shape[:2], k.shape[2]
-    if not tokens:
+    """dq (``add_to`` plus it, in place, if given), dk, dv in the dtypes of q, k, v; all contiguous."""
+    if not q.numel():
         return torch.zeros_like(q) if add_to is None else add_to, torch.zeros_like(k), torch.zeros_like(v)
+    tensors = (q, k, v, d_out, lse, delta, layout, block_size, scale)
+    return query_gradient(*tensors, add_to), *key_gradients(*tensors)
+
+
+def query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, block_size: int,
+    scale: float, add_to: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    (batch, tokens), groups = q.shape[:2], k.shape[2]
     constants = shape_constants(q, k, v)
     tile, options = _tile("selected_query", q, k, v, block_size)
     starts, members, counts, num_tiles = _unions(layout, tile["BT"], block_size)
@@ -403,11 +411,10 @@ def backward(
         d_out, lse, delta, dq, starts, members, counts, layout.position, tokens, k.shape[1], num_tiles, block_size,
         scale * LOG2_E, scale, **constants, **tile, WIDTH=starts.shape[3], ADD=add_to is not None, **options,
     )  # fmt: skip
-    del starts, members, counts
-    return dq, *_key_gradients(q, k, v, d_out, lse, delta, layout, block_size, scale)
+    return dq
 
 
-def _key_gradients(
+def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip

@@ -1,0 +1,163 @@
+"""Times candidate tile sizes of the attention kernels; the winners go into nsa/ops/kernels/tiles.json by hand.
+
+    python benchmarks/tune_attention.py [--kernels range_forward ...] [--shape A] [--tokens 32768] [--out FILE]
+
+Compilation runs in parallel processes first, so that the timing pass finds every kernel in Triton's cache.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, distinct_blocks, normal
+from nsa.ops.compressed import compressed_ranges
+from nsa.ops.dense import window_ranges
+from nsa.ops.kernels import launch, ranges, selected, selection
+from nsa.ops.packing import Documents
+
+
+def grid(**axes: list[int]) -> list[dict[str, int]]:
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+CANDIDATES = {
+    "range_forward": [
+        *grid(BM=[128], BN=[64, 128], num_warps=[8], num_stages=[2, 3]),
+        *grid(BM=[128], BN=[64], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[64], BN=[64, 128], num_warps=[4], num_stages=[2, 3]),
+    ],
+    "range_query": [
+        *grid(BM=[128], BN=[64, 128], num_warps=[8], num_stages=[2]),
+        *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[3]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2, 3]),
+    ],
+    "range_key": [
+        *grid(BM=[64], BN=[128], num_warps=[8], num_stages=[2, 3]),
+        *grid(BM=[32], BN=[128], num_warps=[8], num_stages=[3]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[32], BN=[64], num_warps=[4], num_stages=[3]),
+    ],
+    "select": [
+        *grid(BQ=[64], KEYS=[128, 256], num_warps=[8], num_stages=[2]),
+        *grid(BQ=[64], KEYS=[128], num_warps=[4], num_stages=[2, 3]),
+        *grid(BQ=[128], KEYS=[128, 256], num_warps=[8], num_stages=[2]),
+    ],
+    "selected_forward": [
+        *grid(BM=[64], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[128], num_warps=[4, 8], num_stages=[2]),
+        *grid(BM=[32], num_warps=[2, 4], num_stages=[2]),
+        *grid(BM=[16], num_warps=[1, 2, 4], num_stages=[2]),
+    ],
+    "selected_query": [
+        *grid(BM=[64], num_warps=[4], num_stages=[1, 2]),
+        *grid(BM=[128], num_warps=[8], num_stages=[2]),
+        *grid(BM=[32], num_warps=[2, 4], num_stages=[2]),
+        *grid(BM=[16], num_warps=[1, 2, 4], num_stages=[1, 2]),
+    ],
+    "selected_key": [
+        *grid(BM=[64], num_warps=[4, 8], num_stages=[2]),
+        *grid(BM=[32], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[128], num_warps=[8], num_stages=[2]),
+    ],
+}
+
+
+def stages(shape: Shape, tokens: int, kernel: str) -> dict[str, object]:
+    """Name -> a call that runs ``kernel`` once, on each kind of input that it serves."""
+    scale = shape.width**-0.5
+    q, d_out = normal(1, tokens, shape.heads, shape.width), normal(1, tokens, shape.heads, shape.v_width, seed=1)
+    calls: dict[str, object] = {}
+    if kernel.startswith("range") or kernel == "select":
+        keys = (tokens - shape.length) // shape.stride + 1
+        documents, cmp = compressed_ranges(q, q.new_empty(1, keys, 1, 1), shape.length, shape.stride, None, 0)
+        win = window_ranges(Documents.of(tokens, 0, None, q.device), shape.window)
+        for name, run, count in (("compressed", cmp, keys), ("window", win, tokens)):
+            k, v = normal(1, count, shape.groups, shape.width), normal(1, count, shape.groups, shape.v_width)
+            first, last = run.first.int(), run.last.int()
+            out, lse = ranges.forward(q, k, v, first, last, scale)
+            if kernel == "select":
+                if name == "compressed":
+                    tile, _ = selection.select_tile(q, k, shape.block_size // shape.stride, shape.num_blocks)
+                    ends = selection.document_tiles(documents.bounds, tokens, tile["BQ"])
+                    sizes = (shape.length, shape.stride, shape.block_size, shape.num_blocks, 1, 2, scale)
+                    args = (q, k, lse, first, last, documents.query_local.int(), *ends, *sizes)
+                    calls[name] = lambda args=args: selection.select(*args)
+            elif kernel == "range_forward":
+                calls[name] = lambda args=(q, k, v, first, last, scale): ranges.forward(*args)
+            else:
+                args = (q, k, v, d_out, lse, ranges.delta(out, d_out), first, last, scale)
+                function = ranges.query_gradient if kernel == "range_query" else ranges.key_gradients
+                calls[name] = lambda args=args, function=function: function(*args)
+        return calls
+    k, v = normal(1, tokens, shape.groups, shape.width), normal(1, tokens, shape.groups, shape.v_width)
+    documents = Documents.of(tokens, 0, None, q.device)
+    for regime in REGIMES:
+        indices = block_indices(shape, tokens, regime)
+        layout = selected.BlockLayout.of(documents, indices, tokens, shape.block_size)
+        out, lse = selected.forward(q, k, v, layout, shape.block_size, scale)
+        if kernel == "selected_forward":
+            calls[regime] = lambda args=(q, k, v, layout, shape.block_size, scale): selected.forward(*args)
+        else:
+            args = (q, k, v, d_out, lse, ranges.delta(out, d_out), layout, shape.block_size, scale)
+            function = selected.query_gradient if kernel == "selected_query" else selected.key_gradients
+            calls[regime] = lambda args=args, function=function: function(*args)
+    return calls
+
+
+def tune(shape: Shape, tokens: int, kernel: str, compile_only: bool) -> list[dict]:
+    rows = []
+    for candidate in CANDIDATES[kernel]:
+        table = launch._table()[launch.architecture()]
+        saved, table[kernel] = table[kernel], [candidate]
+        launch._entry.cache_clear()
+        row = {"kernel": kernel, "shape": shape.name, "tokens": tokens, **candidate}
+        try:
+            for name, call in stages(shape, 2048 if compile_only else tokens, kernel).items():
+                call()
+                torch.cuda.synchronize()
+                if not compile_only:
+                    row[name] = round(do_bench(call, warmup=10, rep=50, return_mode="median"), 3)
+        except Exception as error:  # a tile that does not fit is an answer
+            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+        table[kernel] = saved
+        launch._entry.cache_clear()
+        if not compile_only:
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernels", nargs="+", default=list(CANDIDATES))
+    parser.add_argument("--shape", default="A", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--compile-only", action="store_true")
+    options = parser.parse_args()
+    if not options.compile_only:
+        same = ["--shape", options.shape, "--compile-only"]
+        workers = [
+            subprocess.Popen([sys.executable, __file__, *same, "--kernels", kernel]) for kernel in options.kernels
+        ]
+        for worker in workers:
+            worker.wait()
+        for regime in REGIMES:
+            indices = block_indices(SHAPES[options.shape], options.tokens, regime)
+            print(regime, [round(distinct_blocks(indices, tile), 1) for tile in (1, 2, 4, 8, 16)], flush=True)
+    rows = []
+    for kernel in options.kernels:
+        rows += tune(SHAPES[options.shape], options.tokens, kernel, options.compile_only)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
