@@ -29,42 +29,39 @@ def grid(**axes: list[int]) -> list[dict[str, int]]:
 
 CANDIDATES = {
     "range_forward": [
-        *grid(BM=[128], BN=[64, 128], num_warps=[8], num_stages=[2, 3]),
-        *grid(BM=[128], BN=[64], num_warps=[4], num_stages=[2, 3]),
-        *grid(BM=[64], BN=[64, 128], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[128], BN=[64], num_warps=[4], num_stages=[1, 2]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2, 3, 4]),
+        *grid(BM=[64], BN=[32], num_warps=[4], num_stages=[4]),
+        *grid(BM=[128], BN=[128], num_warps=[8], num_stages=[3]),
     ],
     "range_query": [
-        *grid(BM=[128], BN=[64, 128], num_warps=[8], num_stages=[2]),
         *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[3]),
-        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2]),
     ],
     "range_key": [
-        *grid(BM=[64], BN=[128], num_warps=[8], num_stages=[2, 3]),
-        *grid(BM=[32], BN=[128], num_warps=[8], num_stages=[3]),
-        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2, 3]),
-        *grid(BM=[32], BN=[64], num_warps=[4], num_stages=[3]),
+        *grid(BM=[64, 128], BN=[128], num_warps=[8], num_stages=[2]),
+        *grid(BM=[64], BN=[128], num_warps=[8], num_stages=[3]),
+        *grid(BM=[32, 64], BN=[64], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[128], BN=[64], num_warps=[4, 8], num_stages=[1]),
     ],
     "select": [
-        *grid(BQ=[64], KEYS=[128, 256], num_warps=[8], num_stages=[2]),
-        *grid(BQ=[64], KEYS=[128], num_warps=[4], num_stages=[2, 3]),
-        *grid(BQ=[128], KEYS=[128, 256], num_warps=[8], num_stages=[2]),
+        *grid(BQ=[64], KEYS=[64], num_warps=[4], num_stages=[3, 4]),
+        *grid(BQ=[64], KEYS=[128], num_warps=[4], num_stages=[2, 3, 4]),
+        *grid(BQ=[64], KEYS=[256], num_warps=[8], num_stages=[3]),
+        *grid(BQ=[128], KEYS=[128], num_warps=[8], num_stages=[3]),
     ],
     "selected_forward": [
-        *grid(BM=[64], num_warps=[4], num_stages=[2, 3]),
-        *grid(BM=[128], num_warps=[4, 8], num_stages=[2]),
-        *grid(BM=[32], num_warps=[2, 4], num_stages=[2]),
-        *grid(BM=[16], num_warps=[1, 2, 4], num_stages=[2]),
+        *grid(BM=[64], num_warps=[4], num_stages=[1, 2]),
+        *grid(BM=[16], num_warps=[1], num_stages=[2]),
+        *grid(BM=[128], num_warps=[4], num_stages=[2]),
     ],
     "selected_query": [
-        *grid(BM=[64], num_warps=[4], num_stages=[1, 2]),
-        *grid(BM=[128], num_warps=[8], num_stages=[2]),
-        *grid(BM=[32], num_warps=[2, 4], num_stages=[2]),
-        *grid(BM=[16], num_warps=[1, 2, 4], num_stages=[1, 2]),
+        *grid(BM=[64, 128], num_warps=[4], num_stages=[2]),
+        *grid(BM=[16], num_warps=[2], num_stages=[2]),
     ],
     "selected_key": [
-        *grid(BM=[64], num_warps=[4, 8], num_stages=[2]),
-        *grid(BM=[32], num_warps=[4], num_stages=[2, 3]),
-        *grid(BM=[128], num_warps=[8], num_stages=[2]),
+        *grid(BM=[64], num_warps=[4], num_stages=[1, 2, 3]),
+        *grid(BM=[128], num_warps=[4], num_stages=[1]),
     ],
 }
 

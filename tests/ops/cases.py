@@ -91,5 +91,5 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, packed: bool | No
 
 def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Gradients of a fixed, uneven weighting of ``out``."""
-    weights = torch.arange(1, out.numel() + 1, dtype=out.dtype).view_as(out).sin()
+    weights = torch.arange(1, out.numel() + 1, dtype=out.dtype, device=out.device).view_as(out).sin()
     return list(torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True, materialize_grads=True))

@@ -48,6 +48,12 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(x, [height, width], [width, 1], [rows, columns])
 
 
+def head_descriptor(x: Tensor, rows: int, heads: int, columns: int) -> TensorDescriptor:
+    """(B, T, H, D) contiguous as (B * T, H, D), in boxes of ``heads`` heads of ``rows / heads`` tokens."""
+    shape = [x.shape[0] * x.shape[1], *x.shape[2:]]
+    return TensorDescriptor(x, shape, [x.stride(1), x.stride(2), 1], [rows // heads, heads, columns])
+
+
 @functools.cache
 def _table() -> dict:
     return json.loads(Path(__file__).with_name("tiles.json").read_text())

@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa.ops.kernels.launch import LOG2_E, descriptor, split_width, tile_sizes
+from nsa.ops.kernels.launch import LOG2_E, descriptor, head_descriptor, split_width, tile_sizes
 
 
 @triton.jit
@@ -195,19 +196,34 @@ def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, nu
 
 
 @triton.jit
-def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, start, stop, num_tokens,
-              scale_log2, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-              D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
+def _load_box(X, token, head, column, row, ok, D, HEADS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
+              BOXED: tl.constexpr):  # fmt: skip
+    """(BM, WIDTH): BM / HEADS tokens of HEADS heads from ``token``, ``head`` of a (B * T, H, D) descriptor.
+
+    Where the heads of a group are no power of two there is no such box, and the rows are gathered.
+    """
+    if BOXED:
+        return tl.reshape(X.load([token, head, column]), [BM, WIDTH])
+    else:
+        return _load_rows(X, row, ok, column + tl.arange(0, WIDTH), D)
+
+
+@triton.jit
+def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last, batch, group, row0, start, stop,
+              num_tokens, scale_log2, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+              D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BOXED: tl.constexpr,
+              MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     for i in tl.range(start, stop):
         row = row0 + i * BM + tl.arange(0, BM)
         token = row // HEADS
         ok = token < num_tokens
-        q_row = q_row0 + token.to(tl.int64) * (GROUPS * HEADS) + row % HEADS
-        q1 = _load_rows(Q, q_row, ok, tl.arange(0, D1), D)
+        q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+        box = batch * num_tokens + (row0 + i * BM) // HEADS
+        head = group * HEADS
+        q1 = _load_box(Q, box, head, 0, q_row, ok, D, HEADS, BM, D1, BOXED)
         q2 = q1
         if D2 > 0:
-            q2 = _load_rows(Q, q_row, ok, D1 + tl.arange(0, D2), D)
+            q2 = _load_box(Q2, box, head, D1, q_row, ok, D, HEADS, BM, D2, BOXED)
         lse = tl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
         lse = tl.where(lse == float("-inf"), float("inf"), lse)
         p = tl.exp2(_scores(k1, k2, q1, q2, D2, PRECISION) * scale_log2 - lse[None, :])  # (BN, BM)
@@ -215,7 +231,7 @@ def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_
             first = tl.load(First + token, mask=ok, other=0)
             last = tl.load(Last + token, mask=ok, other=0)
             p = tl.where((key[:, None] >= first[None, :]) & (key[:, None] < last[None, :]), p, 0.0)
-        d_out = _load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)
+        d_out = _load_box(DOut, box, head, 0, q_row, ok, DV, HEADS, BM, DV1, BOXED)
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
         delta = tl.load(Delta + q_row, mask=ok, other=0.0)
         ds = (p * (tl.dot(v, d_out.T, input_precision=PRECISION) - delta[None, :])).to(q1.dtype)
@@ -226,10 +242,10 @@ def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_
 
 
 @triton.jit
-def key_kernel(Q, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, FullBegin, FullEnd, DK, DV_, num_tokens,
+def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, FullBegin, FullEnd, DK, DV_, num_tokens,
                num_keys, num_splits, scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               BN: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """DK, DV_ (splits, B, S, G, D or Dv) of BN keys, from one share of the rows that see them.
 
     SeenBegin .. SeenEnd - 1 are the tokens that see some key of the tile, FullBegin .. FullEnd - 1 all of them.
@@ -261,15 +277,14 @@ def key_kernel(Q, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, FullB
     dk1 = tl.zeros([BN, D1], tl.float32)
     dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
     dv = tl.zeros([BN, DV1], tl.float32)
-    q_row0 = batch.to(tl.int64) * num_tokens * (GROUPS * HEADS) + group * HEADS
-    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, begin,
-                             full_begin, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, True,
-                             PRECISION)  # fmt: skip
-    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, full_begin,
-                             full_end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, False,
-                             PRECISION)  # fmt: skip
-    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, First, Last, q_row0, row0, full_end,
-                             end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, True,
+    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last, batch, group, row0,
+                             begin, full_begin, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, BOXED,
+                             True, PRECISION)  # fmt: skip
+    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last, batch, group, row0,
+                             full_begin, full_end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM,
+                             BOXED, False, PRECISION)  # fmt: skip
+    dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last, batch, group, row0,
+                             full_end, end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, BOXED, True,
                              PRECISION)  # fmt: skip
     out_row = k_row + split.to(tl.int64) * (slots // GROUPS) * num_keys * GROUPS
     _store_rows(DK, out_row, ok, tl.arange(0, D1), D, dk1 * scale)
@@ -383,9 +398,16 @@ def key_gradients(
     whole = splits == 1
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
+    constants = shape_constants(q, k, v)
+    boxed = constants["HEADS"] <= tile["BM"] and constants["HEADS"] & (constants["HEADS"] - 1) == 0
+
+    def rows(x: Tensor, width: int) -> Tensor | TensorDescriptor:
+        return head_descriptor(x, tile["BM"], constants["HEADS"], width) if boxed else x
+
     key_kernel[(len(begin) * splits, batch * groups)](
-        q, k, v, d_out, lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys,
-        splits, scale * LOG2_E, scale, **shape_constants(q, k, v), **tile, **options,
+        rows(q, constants["D1"]), rows(q, constants["D2"] or constants["D1"]), k, v, rows(d_out, constants["DV1"]),
+        lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys,
+        splits, scale * LOG2_E, scale, **constants, **tile, BOXED=boxed, **options,
     )  # fmt: skip
     return (dk, dv) if whole else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
 

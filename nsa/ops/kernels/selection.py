@@ -70,15 +70,17 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
             k2 = _load_rows(K, k_row, k_ok, D1 + tl.arange(0, D2), D)
         p = tl.zeros([BQ, RATIO2 * BJ], tl.float32)
         heads = tl.where(j0 * RATIO < most_seen, HEADS, 0)
+        # Not an operand of a product, so Triton does not prefetch it: one head ahead by hand.
+        lse = tl.load(Lse + q_row, mask=ok, other=float("-inf"))
         for head in tl.range(0, heads):
             q1 = Q1.load([batch * num_tokens + start, (group * HEADS + head) * D])
             q2 = q1
             if D2 > 0:
                 q2 = Q2.load([batch * num_tokens + start, (group * HEADS + head) * D + D1])
-            lse = tl.load(Lse + q_row + head, mask=ok, other=float("-inf")) * 1.4426950408889634
-            lse = tl.where(lse == float("-inf"), float("inf"), lse)
+            base = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+            lse = tl.load(Lse + q_row + tl.minimum(head + 1, HEADS - 1), mask=ok, other=float("-inf"))
             # Keys that the query does not see may overflow to inf here; they are dropped below.
-            p += tl.exp2(_scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])
+            p += tl.exp2(_scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - base[:, None])
         p = tl.where(key[None, :] < seen[:, None], p, 0.0)
         here = tl.sum(tl.reshape(p * own_weight[None, :], [BQ, RATIO2, BJ]), 1)
         j = tl.arange(0, BJ)

@@ -1,0 +1,113 @@
+"""The kernels in bf16 on random shapes, on a GPU: errors like dense attention's, poisoned memory, same bits."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from nsa import ops
+from tests.ops.cases import cumulative
+
+pytestmark = pytest.mark.gpu
+
+# Compiling costs seconds for each: (heads, groups, width, v width, length, stride, block size, blocks). What varies
+# within a family costs nothing: tokens, documents, batch, window, forced blocks.
+FAMILIES = [
+    (16, 1, 128, 128, 32, 16, 64, 16),
+    (8, 2, 128, 128, 32, 16, 64, 16),
+    (6, 2, 64, 64, 16, 8, 32, 5),
+    (2, 2, 64, 64, 32, 32, 32, 8),
+    (12, 1, 192, 128, 32, 16, 64, 4),
+    (5, 5, 64, 128, 8, 4, 24, 6),
+    (32, 1, 128, 128, 32, 8, 64, 16),
+    (4, 2, 256, 256, 32, 16, 64, 16),
+]
+
+
+def poison() -> None:
+    """Leave NaN where the allocator will take its next tensors from."""
+    torch.full((2**26,), torch.nan, device="cuda")
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+def allowed(generator: torch.Generator) -> float:
+    """Twice the largest error of torch's dense bf16 attention, outputs and gradients."""
+    q, k, v, d_out = (torch.randn(1, 4, 256, 64, device="cuda", generator=generator) for _ in range(4))
+    low = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    d_low = d_out.bfloat16()
+    out, expected = (scaled_dot_product_attention(*x, is_causal=True) for x in (low, exact))
+    ours = [out, *torch.autograd.grad(out, low, d_low)]
+    theirs = [expected, *torch.autograd.grad(expected, exact, d_low.double())]
+    return 2 * max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("family", range(len(FAMILIES)))
+def test_random_shapes(family: int) -> None:
+    choose, generator = random.Random(family), torch.Generator("cuda").manual_seed(family)
+    limit = allowed(generator)
+    for _ in range(40):
+        check_random_case(family, choose, generator, limit)
+
+
+def check_random_case(family: int, choose: random.Random, generator: torch.Generator, limit: float) -> None:
+    heads, groups, width, v_width, length, stride, block_size, blocks = FAMILIES[family]
+    if packed := choose.random() < 0.5:
+        documents = [choose.choice([1, 2, 17, 63, 129, 300, 700]) for _ in range(choose.randint(1, 5))]
+    else:
+        documents = [choose.choice([1, 2, 17, 31, 32, 63, 64, 65, 129, 511, 1000, choose.randint(1, 2000)])]
+    tokens, batch = sum(documents), 1 if packed else choose.choice([1, 1, 2])
+    keys = max(0, (tokens - length) // stride + 1)
+    case = f"{FAMILIES[family]} {documents} batch {batch}"
+
+    def tensor(count: int, heads: int, width: int, batch: int = batch) -> Tensor:
+        return torch.randn(batch, count, heads, width, device="cuda", generator=generator).bfloat16()
+
+    counts = (keys, tokens, tokens)
+    kv = [tensor(n, groups, w) for n in counts for w in (width, v_width)]
+    inputs = [tensor(tokens, heads, width), *kv, torch.sigmoid(tensor(tokens, heads, 3))]
+    d_out = tensor(tokens, heads, v_width)
+    packing = {"cu_seqlens": cumulative(documents).cuda() if packed else None}
+    window, initial = choose.choice([1, 64, 100, 512]), choose.choice([0, 1])
+    compression = {"length": length, "stride": stride}
+    selecting = {**compression, "block_size": block_size, "num_blocks": blocks, "num_initial": initial}
+
+    def run(backend: str, indices: Tensor | None, tensors: list[Tensor]) -> list[Tensor]:
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = tensors = [x.requires_grad_() for x in tensors]
+        if indices is None:
+            out = ops.native_sparse_attention(
+                q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates, **selecting, window=window, **packing,
+                backend=backend,
+            )  # fmt: skip
+        else:
+            options = {**packing, "backend": backend}
+            branches = (
+                ops.compressed_attention(q, k_cmp, v_cmp, **compression, **options)[0],
+                ops.selected_attention(q, k_slc, v_slc, indices, block_size=block_size, **options),
+                ops.dense_attention(q, k_win, v_win, window=window, **options),
+            )
+            out = sum(gates[..., i, None] * branch for i, branch in enumerate(branches))
+        return [out.detach(), *torch.autograd.grad(out, tensors, d_out.to(out.dtype))]
+
+    poison()
+    ours = run("triton", None, [x.clone() for x in inputs])
+    again = run("triton", None, [x.clone() for x in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), f"{case}: other bits the second time"
+    _, lse = ops.compressed_attention(inputs[0], inputs[1], inputs[2], **compression, **packing)
+    indices = ops.select_blocks(inputs[0], inputs[1], lse, **selecting, **packing)
+    expected = ops.select_blocks(inputs[0].float(), inputs[1].float(), lse, **selecting, **packing, backend="torch")
+    # Importances that nearly tie may swap: the sums are rounded in another order.
+    assert (indices != expected).float().mean() < 0.002, f"{case}: other blocks"
+    exact = run("naive", indices, [x.double() for x in inputs])
+    names = ("out", "q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
+    for name, a, b in zip(names, ours, exact, strict=True):
+        # A gradient that is 0 but for rounding (one key: dq = dk = 0) has no relative error.
+        noise = 1e-2 if name in ("q", "k_cmp", "k_slc", "k_win") else 0
+        scale = max(b.norm().item(), noise * d_out.float().norm().item())
+        error = (a.double() - b).norm().item() / max(scale, 1e-30)
+        assert error <= limit, f"{case}: {name} is off by {error:.2e}, allowed {limit:.2e}"
