@@ -81,10 +81,8 @@ def stages(shape: Shape, tokens: int, kernel: str) -> dict[str, object]:
             out, lse = ranges.forward(q, k, v, first, last, scale)
             if kernel == "select":
                 if name == "compressed":
-                    tile, _ = selection.select_tile(q, k, shape.block_size // shape.stride, shape.num_blocks)
-                    ends = selection.document_tiles(documents.bounds, tokens, tile["BQ"])
                     sizes = (shape.length, shape.stride, shape.block_size, shape.num_blocks, 1, 2, scale)
-                    args = (q, k, lse, first, last, documents.query_local.int(), *ends, *sizes)
+                    args = (q, k, lse, documents, cmp, 0, *sizes)
                     calls[name] = lambda args=args: selection.select(*args)
             elif kernel == "range_forward":
                 calls[name] = lambda args=(q, k, v, first, last, scale): ranges.forward(*args)

@@ -4,6 +4,7 @@ Everything here is index arithmetic on device: shapes depend on the number of to
 documents' lengths, so nothing waits for the GPU. Unpacked input is the case of one document.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ def num_compressed(num_tokens: int, length: int, stride: int) -> int:
     return (num_tokens - length) // stride + 1 if num_tokens >= length else 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and cached by identity: equality of tensors is not a bool
 class Documents:
     """The documents of a (packed) batch, and for each query which one it lies in.
 
@@ -35,10 +36,9 @@ class Documents:
     @classmethod
     def of(cls, num_queries: int, offset: int, cu_seqlens: Tensor | None, device: torch.device) -> "Documents":
         """Queries ``offset .. offset + num_queries - 1`` of one sequence, or all tokens of packed documents."""
-        position = torch.arange(offset, offset + num_queries, device=device)
         if cu_seqlens is None:
-            bounds = torch.tensor([0, offset + num_queries], device=device)
-            return cls(bounds, position, torch.zeros_like(position))
+            return _one_document(num_queries, offset, device)
+        position = torch.arange(offset, offset + num_queries, device=device)
         bounds = cu_seqlens.to(torch.int64)
         # right=True passes over empty documents: a token lies in the last document that starts at or before it.
         return cls(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
@@ -60,6 +60,15 @@ class Documents:
     def selection_bounds(self, block_size: int) -> Tensor:
         """(N+1,) first selection block of each document in their concatenation; the last block may be partial."""
         return _cumulate((self.lengths + block_size - 1) // block_size)
+
+
+@functools.lru_cache(maxsize=16)
+def _one_document(num_queries: int, offset: int, device: torch.device) -> Documents:
+    """Cached, with what is derived from it: every layer asks for the same, and small tensors cost the host more than
+    the GPU."""
+    position = torch.arange(offset, offset + num_queries, device=device)
+    bounds = torch.tensor([0, offset + num_queries], device=device)
+    return Documents(bounds, position, torch.zeros_like(position))
 
 
 def _cumulate(counts: Tensor) -> Tensor:

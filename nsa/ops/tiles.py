@@ -48,7 +48,7 @@ def tile_bounds(num_queries: int, num_keys: int, num_heads: int) -> Iterator[tup
         yield start, min(start + rows, num_queries)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ranges:
     """Query t sees keys ``first[t] .. last[t]-1``; both (T,) int64 and never falling, as causal masks are."""
 

@@ -1,5 +1,7 @@
 """Attention to compressed blocks: NSA's first branch (arXiv 2502.11089, section 3.3.1)."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,7 @@ def compressed_attention(
     if implementation == "triton":
         from nsa.ops.kernels import operators
 
-        return operators.range_attention(q, k_cmp, v_cmp, visible.first, visible.last, scale)
+        return operators.range_attention(q, k_cmp, v_cmp, visible, scale)
     return tiled_attention(q, k_cmp, v_cmp, visible, scale)
 
 
@@ -68,9 +70,15 @@ def compressed_ranges(
             f"{offset + q.shape[1]} tokens have {needed} blocks of {length} at {stride}, got {k_cmp.shape[1]}"
         )
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    return documents, visible_blocks(documents, length, stride)
+
+
+@functools.lru_cache(maxsize=16)
+def visible_blocks(documents: Documents, length: int, stride: int) -> Ranges:
+    """The run of compressed blocks that end at or before each query, within its document."""
     first = documents.compressed_bounds(length, stride)[documents.query_document]
     seen = torch.where(documents.query_local >= length - 1, (documents.query_local - length + 1) // stride + 1, 0)
-    return documents, Ranges(first, first + seen)
+    return Ranges(first, first + seen)
 
 
 def naive_mask(documents: Documents, num_blocks: int, length: int, stride: int) -> Tensor:

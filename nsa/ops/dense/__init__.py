@@ -1,5 +1,6 @@
 """Causal attention, optionally within a sliding window."""
 
+import functools
 from typing import Literal, overload
 
 import torch
@@ -80,7 +81,7 @@ def dense_attention(
         if implementation == "triton":
             from nsa.ops.kernels import operators
 
-            out, lse = operators.range_attention(q, k, v, visible.first, visible.last, scale)
+            out, lse = operators.range_attention(q, k, v, visible, scale)
         else:
             out, lse = tiled_attention(q, k, v, visible, scale)
     return (out, lse) if return_lse else out
@@ -92,6 +93,7 @@ def check_window(window: int | None) -> None:
         raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
 
 
+@functools.lru_cache(maxsize=16)
 def window_ranges(documents: Documents, reach: int) -> Ranges:
     """The run of keys that each query sees: its own and the ``reach`` - 1 before it, of its document."""
     first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)

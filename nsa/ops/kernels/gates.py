@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels.launch import INTEGERS
 from nsa.ops.kernels.ranges import _load_rows, _store_rows
 
 
@@ -18,7 +19,7 @@ def _load_gate(Gates, branch, row, ok):
     return tl.load(Gates + row * 3 + branch, mask=ok, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def combine_kernel(Gates, Out0, Out1, Out2, Out, num_rows, DV: tl.constexpr, DV1: tl.constexpr,
                    BM: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -41,7 +42,7 @@ def _branch(
     tl.store(GatedLse + branch * num_rows + row, gated, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def combine_backward_kernel(Gates, DOut, Out0, Out1, Out2, Lse0, Lse1, Lse2, GatedLse, DGates, num_rows,
                             DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """GatedLse, DGates (3, rows) fp32."""

@@ -14,6 +14,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2_E = 1 / math.log(2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_WIDTH = 256
+# What differs between calls must not compile a kernel anew, as it would where it is 1 or a multiple of 16.
+INTEGERS = (
+    *("num_tokens", "num_keys", "num_tiles", "num_rows", "num_splits", "num_blocks", "num_lists"),
+    *("num_initial", "num_local", "chunk"),
+)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -74,7 +79,9 @@ def _entry(arch: str, kernel: str, width: int, itemsize: int) -> tuple[dict[str,
     for entry in _table()[arch][kernel]:
         if width <= entry.get("max_width", MAX_WIDTH) and itemsize <= entry.get("max_itemsize", 4):
             tile = {key: value for key, value in entry.items() if key.isupper()}
-            return tile, {key: value for key, value in entry.items() if key.startswith("num_")}
+            return tile, {
+                key: value for key, value in entry.items() if not key.isupper() and not key.startswith("max_")
+            }
     raise AssertionError(f"no tile sizes for {kernel} at width {width} on {arch}")
 
 

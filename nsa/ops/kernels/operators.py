@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from nsa.ops.compressed import visible_blocks
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import ranges, selected, selection
 from nsa.ops.kernels.selected import BlockLayout
 from nsa.ops.packing import Documents
+from nsa.ops.tiles import Ranges
 
 
 @torch.library.custom_op("nsa::range_attention", mutates_args=())
@@ -48,48 +50,44 @@ def _differentiate_range(ctx, d_out, _d_lse):
 _range_attention.register_autograd(_differentiate_range, setup_context=_save_range)
 
 
-def range_attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of query t to keys ``first[t] .. last[t] - 1``.
+def range_attention(q: Tensor, k: Tensor, v: Tensor, visible: Ranges, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each query to its run of keys.
 
     Args:
-        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv). first, last: (T,), never falling.
+        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv).
 
     Returns:
         out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32, not differentiable.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    out, lse = _range_attention(q, k, v, first.int(), last.int(), scale)
+    out, lse = _range_attention(q, k, v, *ranges.int32_runs(visible), scale)
     return out, lse.transpose(1, 2)
 
 
 @torch.library.custom_op("nsa::select_blocks", mutates_args=())
 def _select_blocks(
-    q: Tensor, k: Tensor, lse: Tensor, first: Tensor, last: Tensor, local: Tensor, bounds: Tensor, offset: int,
-    length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
+    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, length: int, stride: int,
+    block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    tile, _ = selection.select_tile(q, k, block_size // stride, num_blocks)
-    start, end = selection.document_tiles(bounds - offset, q.shape[1], tile["BQ"])
+    documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    visible = visible_blocks(documents, length, stride)
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
-    return selection.select(q, k, lse, first, last, local, start, end, *sizes, scale)
+    return selection.select(q, k, lse, documents, visible, offset, *sizes, scale)
 
 
 @_select_blocks.register_fake
-def _(q, k, lse, first, last, local, bounds, offset, length, stride, block_size, num_blocks, num_initial, num_local,
-      scale):  # fmt: skip
+def _(q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale):
     return q.new_empty(*q.shape[:2], k.shape[2], num_blocks, dtype=torch.int32)
 
 
 def select_blocks(
-    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, first: Tensor, last: Tensor, offset: int,
-    length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
+    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, length: int, stride: int,
+    block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """(B, T, G, num_blocks) int32, as `nsa.ops.select_blocks`; lse (B, H, T) fp32, first and last (T,) as above."""
+    """(B, T, G, num_blocks) int32, as `nsa.ops.select_blocks`; lse (B, H, T) fp32."""
     q, k, lse = q.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
-    ranges_ = (first.int(), last.int(), documents.query_local.int(), documents.bounds, offset)
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
-    return _select_blocks(q, k, lse, *ranges_, *sizes, scale)
+    return _select_blocks(q, k, lse, cu_seqlens, offset, *sizes, scale)
 
 
 @torch.library.custom_op("nsa::selected_attention", mutates_args=())
@@ -202,10 +200,10 @@ def native_sparse_attention(
     kv_slc: tuple[Tensor, Tensor],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
-    documents: Documents,
     slc_documents: Documents,
-    cmp_range: tuple[Tensor, Tensor],
-    win_range: tuple[Tensor, Tensor],
+    seen: Ranges,
+    near: Ranges,
+    cu_seqlens: Tensor | None,
     offset: int,
     length: int,
     stride: int,
@@ -215,22 +213,21 @@ def native_sparse_attention(
     num_local: int,
     scale: float,
 ) -> Tensor:
-    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`.
+    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`; ``seen`` and ``near``: what the first and last branch see.
 
     The branches run without gradient, and their gated sum carries all of it: its backward pass hands d_out to the
     branches without writing a gated copy for each, and adds their dq in place.
     """
     q, gates = q.contiguous(), gates.contiguous()
     kv_cmp, kv_slc, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_slc, kv_win))
-    cmp_range, win_range = ((first.int(), last.int()) for first, last in (cmp_range, win_range))
+    cmp_run, win_run = ranges.int32_runs(seen), ranges.int32_runs(near)
+    sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
     with torch.no_grad():
-        out_cmp, lse_cmp = _range_attention(q, *kv_cmp, *cmp_range, scale)
-        indices = _select_blocks(q, kv_cmp[0], lse_cmp, *cmp_range, documents.query_local.int(), documents.bounds,
-                                 offset, length, stride, block_size, num_blocks, num_initial, num_local,
-                                 scale)  # fmt: skip
+        out_cmp, lse_cmp = _range_attention(q, *kv_cmp, *cmp_run, scale)
+        indices = _select_blocks(q, kv_cmp[0], lse_cmp, cu_seqlens, offset, *sizes, scale)
         blocks = BlockLayout.of(slc_documents, indices, kv_slc[0].shape[1], block_size)
         layout = [blocks.blocks, blocks.start, blocks.end, blocks.position]
         out_slc, lse_slc = _selected_attention(q, *kv_slc, *layout, block_size, scale)
-        out_win, lse_win = _range_attention(q, *kv_win, *win_range, scale)
+        out_win, lse_win = _range_attention(q, *kv_win, *win_run, scale)
     return _gated_sum(q, *kv_cmp, *kv_slc, *kv_win, gates, out_cmp, out_slc, out_win, [lse_cmp, lse_slc, lse_win],
-                      [*cmp_range, *win_range], layout, block_size, scale)  # fmt: skip
+                      [*cmp_run, *win_run], layout, block_size, scale)  # fmt: skip

@@ -12,13 +12,16 @@ queries outside (dQ), once with keys outside (dK, dV): seven products instead of
 inputs give the same bits.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa.ops.kernels.launch import LOG2_E, descriptor, head_descriptor, split_width, tile_sizes
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, head_descriptor, split_width, tile_sizes
+from nsa.ops.tiles import Ranges
 
 
 @triton.jit
@@ -69,7 +72,7 @@ def _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, sta
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def forward_kernel(Q, K1, K2, V, Out, Lse, First, Last, num_tokens, num_keys, num_tiles, scale_log2,
                    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
                    D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -112,7 +115,7 @@ def forward_kernel(Q, K1, K2, V, Out, Lse, First, Last, num_tokens, num_keys, nu
     tl.store(Lse + q_row, (peak + tl.log2(total)) * 0.6931471805599453, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def delta_kernel(Out, DOut, Delta, num_rows, DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):
     """Delta (rows,) = sum of Out * DOut (rows, Dv), fp32."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -143,7 +146,7 @@ def _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, num_keys, num_tiles, scale_log2, scale,
                  GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
                  D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -241,7 +244,7 @@ def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last
     return dk1, dk2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, FullBegin, FullEnd, DK, DV_, num_tokens,
                num_keys, num_splits, scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
@@ -293,21 +296,31 @@ def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, F
     _store_rows(DV_, out_row, ok, tl.arange(0, DV1), DV, dv)
 
 
+@functools.lru_cache(maxsize=16)
+def int32_runs(visible: Ranges) -> tuple[Tensor, Tensor]:
+    """first and last (T,) int32 of a pattern."""
+    return visible.first.int(), visible.last.int()
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(heads: int, groups: int, width: int, v_width: int, dtype: torch.dtype) -> dict[str, int | str]:
+    first, second = split_width(width)
+    return {
+        "GROUPS": groups,
+        "HEADS": heads // groups,
+        "D": width,
+        "DV": v_width,
+        "D1": first,
+        "D2": second,
+        "DV1": max(16, triton.next_power_of_2(v_width)),
+        # fp32 products in three tf32 passes: errors of fp32 at the tensor cores' speed.
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }
+
+
 def shape_constants(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int | str]:
     """The compile-time constants that every attention kernel shares."""
-    D, DV = q.shape[3], v.shape[3]
-    D1, D2 = split_width(D)
-    return {
-        "GROUPS": k.shape[2],
-        "HEADS": q.shape[2] // k.shape[2],
-        "D": D,
-        "DV": DV,
-        "D1": D1,
-        "D2": D2,
-        "DV1": max(16, triton.next_power_of_2(DV)),
-        # fp32 products in three tf32 passes: errors of fp32 at the tensor cores' speed.
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
-    }
+    return dict(_constants(q.shape[2], k.shape[2], q.shape[3], v.shape[3], q.dtype))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ Keys outside (dK, dV): the inverse lists, per block the tokens that chose it, co
 into work items of bounded length, whose fp32 sums are added in order. All heads of a token are rows of one product.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import LOG2_E, descriptor, tile_sizes
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes
 from nsa.ops.kernels.ranges import _load_rows, _scores, _store_rows, shape_constants
 from nsa.ops.packing import Documents, block_starts
 
 NO_BLOCK = tl.constexpr(0x1FFFFFF)  # above every block number: with the token's 6 bits it fits an int32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def union_kernel(Blocks, BlockStart, Position, Starts, Members, Counts, num_tokens, num_tiles, block_size,
                  GROUPS: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, WIDTH: tl.constexpr,
                  WIDTH2: tl.constexpr):  # fmt: skip
@@ -87,7 +88,7 @@ def _forward_loop(acc, peak, total, q1, q2, place, position, K1, K2, V, Starts, 
     return acc, peak, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def forward_kernel(Q, K1, K2, V, Out, Lse, Starts, Members, Counts, Position, num_tokens, num_keys, num_tiles,
                    block_size, scale_log2, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                    DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BT: tl.constexpr,
@@ -152,7 +153,7 @@ def _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, place, position, K1, K2, V,
     return dq1, dq2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, DQ, Starts, Members, Counts, Position, num_tokens, num_keys,
                  num_tiles, block_size, scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                  D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr,
@@ -231,7 +232,7 @@ def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, Order, Position
     return dk1, dk2, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def key_kernel(Q, K, V, DOut, Lse, Delta, DK, DV_, PartK, PartV, Order, ListBegin, ItemBlock, ItemBegin, PartBegin,
                BlockStart, BlockEnd, Position, num_tokens, num_keys, num_blocks, num_lists, block_size, chunk,
                scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
@@ -283,7 +284,7 @@ def key_kernel(Q, K, V, DOut, Lse, Delta, DK, DV_, PartK, PartV, Order, ListBegi
         _store_rows(PartV, part, ok, tl.arange(0, DV1), DV, dv)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def add_parts_kernel(Part, Out, ItemBegin, PartBegin, BlockStart, BlockEnd, num_keys, num_blocks, block_size,
                      GROUPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """Out (B, S, G, D) of one block: the sum of its parts (parts, BN, D), where it has several."""
@@ -320,15 +321,21 @@ class BlockLayout:
 
     @classmethod
     def of(cls, documents: Documents, block_indices: Tensor, num_keys: int, block_size: int) -> "BlockLayout":
-        bounds = documents.selection_bounds(block_size)
-        count = num_keys // block_size + len(documents.bounds) - 1
-        start, document = block_starts(documents.bounds, bounds, block_size, count)
-        end = torch.minimum(start + block_size, documents.bounds[document + 1])
-        first = bounds[documents.query_document].int()[:, None, None]
-        own = (documents.query_local // block_size).int()[:, None, None]
+        start, end, first, own, position = _blocks(documents, num_keys, block_size)
         # A block after the query has no key that it may see.
         blocks = torch.where((block_indices < 0) | (block_indices > own), NO_BLOCK.value, block_indices + first)
-        return cls(blocks.int().contiguous(), start.int(), end.int(), documents.query_position.int())
+        return cls(blocks.int().contiguous(), start, end, position)
+
+
+@functools.lru_cache(maxsize=16)
+def _blocks(documents: Documents, num_keys: int, block_size: int) -> tuple[Tensor, ...]:
+    """start, end of all blocks; the first block of each query's document and its own within it, (T, 1, 1); position."""
+    bounds = documents.selection_bounds(block_size)
+    count = num_keys // block_size + len(documents.bounds) - 1
+    start, document = block_starts(documents.bounds, bounds, block_size, count)
+    end = torch.minimum(start + block_size, documents.bounds[document + 1])
+    first, own = bounds[documents.query_document], documents.query_local // block_size
+    return start.int(), end.int(), first.int()[:, None, None], own.int()[:, None, None], documents.query_position.int()
 
 
 def _unions(layout: BlockLayout, tokens_per_tile: int, block_size: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -7,28 +7,40 @@ next. The probabilities are recomputed from the LSE; a program holds a chunk of 
 them, adding probabilities in registers, so that the mask, the weights and the top-n cost once per group.
 
 A candidate is one int64, ``bits of the fp32 importance << 32 | (2^31 - 1 - j)``: importance is never negative, so
-integer order is importance first, lower block next. The running best n are merged with each chunk; there is no limit
-to the number of blocks, and the result does not depend on the order of anything.
+integer order is importance first, lower block next. The n best so far stay in registers;
+there is no limit to the number of blocks, and the result does not depend on the order of anything.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import LOG2_E, descriptor, tile_sizes
-from nsa.ops.kernels.ranges import _load_rows, _scores, shape_constants
-from nsa.ops.packing import block_starts
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes
+from nsa.ops.kernels.ranges import _load_rows, _scores, int32_runs, shape_constants
+from nsa.ops.packing import Documents, block_starts
+from nsa.ops.tiles import Ranges
 
 
 @triton.jit
-def _merge(best, candidates, BQ: tl.constexpr, N: tl.constexpr):
-    """The N largest of best (BQ, N) and candidates (BQ, >= N)."""
-    candidates = tl.topk(candidates, N, dim=1)
-    return tl.topk(tl.reshape(tl.join(best, candidates), [BQ, 2 * N]), N, dim=1)
+def _insert(best, candidates):
+    """The largest of best (BQ, N) and candidates (BQ, BJ), all different: one candidate of each row at a time.
+
+    Few candidates beat the n-th best after the first chunks, so this is several times cheaper than merging sorted
+    lists, and it ends at once where none does.
+    """
+    top, low = tl.max(candidates, 1), tl.min(best, 1)
+    while tl.max((top > low).to(tl.int32), 0) > 0:
+        better = (top > low)[:, None]
+        best = tl.where(better & (best == low[:, None]), top[:, None], best)
+        candidates = tl.where(candidates == top[:, None], -0x7FFFFFFFFFFFFFFF, candidates)
+        top, low = tl.max(candidates, 1), tl.min(best, 1)
+    return best
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, num_tokens, num_keys, num_tiles,
                   num_blocks, num_initial, num_local, block_size, scale_log2, GROUPS: tl.constexpr,
                   HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, RATIO: tl.constexpr,
@@ -58,7 +70,10 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
     own_weight = tl.where(m < RATIO, tl.minimum(UNITS, RATIO - m), 0).to(tl.float32)
     next_weight = tl.where(m < RATIO, tl.maximum(0, m + UNITS - RATIO), 0).to(tl.float32)
     q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS
-    best = tl.full([BQ, N], -1, tl.int64)
+    slot_n = tl.arange(0, N)
+    # Negative: free, each different. Beyond num_blocks: never to be replaced.
+    best = tl.where(slot_n < num_blocks, -1 - slot_n.to(tl.int64), 0x7FFFFFFFFFFFFFFF)
+    best = tl.broadcast_to(best[None, :], [BQ, N])
     carry = tl.zeros([BQ], tl.float32)
     for j0 in tl.range(0, most_own + 1, BJ):
         key = (j0 + part % BJ) * RATIO + m
@@ -93,28 +108,24 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
         forced = (j[None, :] < num_initial) | (j[None, :] > own[:, None] - num_local)
         here = tl.where(forced, float("inf"), here)
         candidate = (here.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (0x7FFFFFFF - j)[None, :].to(tl.int64)
-        candidate = tl.where(j[None, :] <= own[:, None], candidate, -1)
-        news = tl.max(candidate, 1) > tl.min(best, 1)
-        if tl.max(news.to(tl.int32), 0) > 0:
-            best = _merge(best, candidate, BQ, N)
+        best = _insert(best, tl.where(j[None, :] <= own[:, None], candidate, -0x7FFFFFFFFFFFFFFF))
 
-    best = tl.sort(best, dim=1, descending=True)
-    slot_n = tl.arange(0, N)
+    ok_n = (slot_n < num_blocks)[None, :]
     chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    chosen = tl.where((best >= 0) & (slot_n < num_blocks)[None, :], chosen, 0x7FFFFFFF)
+    chosen = tl.where((best >= 0) & ok_n, chosen, 0x7FFFFFFF)
     chosen = tl.sort(chosen, dim=1)
     out_row = (batch.to(tl.int64) * num_tokens + token) * GROUPS + group
     tl.store(Out + out_row[:, None] * num_blocks + slot_n[None, :], tl.where(chosen == 0x7FFFFFFF, -1, chosen),
-             mask=ok[:, None] & (slot_n < num_blocks)[None, :])  # fmt: skip
+             mask=ok[:, None] & ok_n)  # fmt: skip
 
 
-def document_tiles(bounds: Tensor, tokens: int, size: int) -> tuple[Tensor, Tensor]:
+@functools.lru_cache(maxsize=16)
+def document_tiles(documents: Documents, offset: int, size: int) -> tuple[Tensor, Tensor]:
     """(start, end) int32 of tiles of at most ``size`` queries that never straddle documents; the last ones are empty.
 
-    Args:
-        bounds: (N+1,) first query of each document, and the total; below 0 where keys precede the first query.
+    ``offset`` is the position of the first query: keys may precede it.
     """
-    bounds = bounds.clamp(min=0)
+    bounds, tokens = (documents.bounds - offset).clamp(min=0), len(documents.query_position)
     counts = torch.nn.functional.pad(((bounds[1:] - bounds[:-1] + size - 1) // size).cumsum(0), (1, 0))
     start, document = block_starts(bounds, counts, size, tokens // size + len(bounds) - 1)
     end = torch.minimum(start + size, bounds[document + 1])
@@ -122,14 +133,14 @@ def document_tiles(bounds: Tensor, tokens: int, size: int) -> tuple[Tensor, Tens
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, first: Tensor, last: Tensor, local: Tensor, start: Tensor, end: Tensor,
-    length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
+    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, visible: Ranges, offset: int, length: int, stride: int,
+    block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """(B, T, G, num_blocks) int32, as `nsa.ops.select_blocks`.
 
     Args:
-        q (B, T, H, D), k (B, S, G, D), lse (B, T, H) fp32: contiguous. first, last: (T,) int32 run of compressed keys
-            that each query sees; local: (T,) int32 its position in the document; start, end: `document_tiles`.
+        q (B, T, H, D), k (B, S, G, D), lse (B, T, H) fp32: contiguous. visible: the run of compressed keys that each
+            query sees. offset: position of the first query.
     """
     (batch, tokens), groups = q.shape[:2], k.shape[2]
     constants = shape_constants(q, k, k)
@@ -138,20 +149,25 @@ def select(
     out = q.new_empty(batch, tokens, groups, num_blocks, dtype=torch.int32)
     if not tokens:
         return out
+    start, end = document_tiles(documents, offset, tile["BQ"])
     select_kernel[(len(start) * batch * groups,)](
         descriptor(q, tile["BQ"], constants["D1"]),
         descriptor(q, tile["BQ"], constants["D2"] or constants["D1"]),
-        k, lse, first, last, local, start, end, out, tokens, k.shape[1], len(start), num_blocks, num_initial,
-        num_local, block_size, scale * LOG2_E, **constants, RATIO=block_size // stride, UNITS=length // stride,
-        **tile, **options,
+        k, lse, *int32_runs(visible), _local(documents), start, end, out, tokens, k.shape[1], len(start), num_blocks,
+        num_initial, num_local, block_size, scale * LOG2_E, **constants, RATIO=block_size // stride,
+        UNITS=length // stride, **tile, **options,
     )  # fmt: skip
     return out
 
 
+@functools.lru_cache(maxsize=16)
+def _local(documents: Documents) -> Tensor:
+    return documents.query_local.int()
+
+
 def select_tile(q: Tensor, k: Tensor, ratio: int, num_blocks: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile constants and launch options: as many selection blocks in a chunk as its keys allow, at least n."""
+    """Tile constants and launch options: KEYS keys, that is BJ selection blocks, in a chunk."""
     tile, options = tile_sizes("select", q, k, k)
-    n = max(2, triton.next_power_of_2(num_blocks))
     ratio2 = triton.next_power_of_2(ratio)
-    blocks = max(n, tile.pop("KEYS") // ratio2)
-    return {**tile, "BJ": blocks, "RATIO2": ratio2, "N": n}, options
+    blocks = max(1, tile.pop("KEYS") // ratio2)
+    return {**tile, "BJ": blocks, "RATIO2": ratio2, "N": max(2, triton.next_power_of_2(num_blocks))}, options

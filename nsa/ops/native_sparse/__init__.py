@@ -108,10 +108,11 @@ def _fused(
         check_attention(q, k, v, cu_seqlens)
     check_selection(*sizes[:6])
     check_window(window)
-    documents, visible = compressed_ranges(q, kv_cmp[0], sizes[0], sizes[1], cu_seqlens, offset)
+    _, seen = compressed_ranges(q, kv_cmp[0], sizes[0], sizes[1], cu_seqlens, offset)
     slc, win = (
         Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device) for k, _ in (kv_slc, kv_win)
     )
     near = window_ranges(win, window)
-    runs = ((visible.first, visible.last), (near.first, near.last))
-    return operators.native_sparse_attention(q, kv_cmp, kv_slc, kv_win, gates, documents, slc, *runs, offset, *sizes)
+    return operators.native_sparse_attention(
+        q, kv_cmp, kv_slc, kv_win, gates, slc, seen, near, cu_seqlens, offset, *sizes
+    )

@@ -60,8 +60,7 @@ def select_blocks(
         from nsa.ops.kernels import operators
 
         forced = (num_initial, num_local, sizes[3])
-        runs = (visible.first, visible.last, offset)
-        return operators.select_blocks(q, k_cmp, lse, documents, *runs, *sizes[:3], num_blocks, *forced)
+        return operators.select_blocks(q, k_cmp, lse, cu_seqlens, offset, *sizes[:3], num_blocks, *forced)
     if implementation == "naive":
         tiles = iter([(slice(0, q.shape[1]), naive_importance(q, k_cmp, lse, documents, *sizes))])
     else:
