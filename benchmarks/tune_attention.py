@@ -1,6 +1,9 @@
-"""Times candidate tile sizes of the attention kernels; the winners go into nsa/ops/kernels/tiles.json by hand.
+"""Times candidate tile sizes of the attention kernels, and writes the winners into nsa/ops/kernels/tiles.json.
 
-    python benchmarks/tune_attention.py [--kernels range_forward ...] [--shape A] [--tokens 32768] [--out FILE]
+    python benchmarks/tune_attention.py [--kernels range_forward ...] [--shape A] [--tokens 32768] [--write]
+
+The winner has the least sum of times over what a kernel serves (compressed and window, or the index regimes without
+the random one); it replaces the first entry of the table that serves the shape.
 
 Compilation runs in parallel processes first, so that the timing pass finds every kernel in Triton's cache.
 """
@@ -8,6 +11,7 @@ Compilation runs in parallel processes first, so that the timing pass finds ever
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +26,9 @@ from nsa.ops.dense import window_ranges
 from nsa.ops.kernels import launch, ranges, selected, selection
 from nsa.ops.packing import Documents
 
+TABLE = Path(launch.__file__).with_name("tiles.json")
+OPTIONS = ("num_warps", "num_stages")
+
 
 def grid(**axes: list[int]) -> list[dict[str, int]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -29,39 +36,39 @@ def grid(**axes: list[int]) -> list[dict[str, int]]:
 
 CANDIDATES = {
     "range_forward": [
-        *grid(BM=[128], BN=[64], num_warps=[4], num_stages=[1, 2]),
-        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2, 3, 4]),
-        *grid(BM=[64], BN=[32], num_warps=[4], num_stages=[4]),
-        *grid(BM=[128], BN=[128], num_warps=[8], num_stages=[3]),
+        *grid(BM=[128, 64], BN=[64], num_warps=[4], num_stages=[2]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[1, 3]),
+        *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[2], maxnreg=[128]),
+        *grid(BM=[128], BN=[128], num_warps=[8], num_stages=[2]),
     ],
     "range_query": [
         *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[3]),
         *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[1], maxnreg=[168]),
     ],
     "range_key": [
-        *grid(BM=[64, 128], BN=[128], num_warps=[8], num_stages=[2]),
-        *grid(BM=[64], BN=[128], num_warps=[8], num_stages=[3]),
-        *grid(BM=[32, 64], BN=[64], num_warps=[4], num_stages=[2, 3]),
-        *grid(BM=[128], BN=[64], num_warps=[4, 8], num_stages=[1]),
+        *grid(BM=[64], BN=[128], num_warps=[8], num_stages=[2, 3]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[2]),
+        *grid(BM=[32], BN=[64], num_warps=[4], num_stages=[3]),
     ],
     "select": [
-        *grid(BQ=[64], KEYS=[64], num_warps=[4], num_stages=[3, 4]),
-        *grid(BQ=[64], KEYS=[128], num_warps=[4], num_stages=[2, 3, 4]),
-        *grid(BQ=[64], KEYS=[256], num_warps=[8], num_stages=[3]),
-        *grid(BQ=[128], KEYS=[128], num_warps=[8], num_stages=[3]),
+        *grid(BQ=[64], KEYS=[64, 128], num_warps=[4], num_stages=[2, 3]),
+        *grid(BQ=[64], KEYS=[64], num_warps=[4], num_stages=[2], maxnreg=[128]),
+        *grid(BQ=[64], KEYS=[64], num_warps=[4], num_stages=[3], maxnreg=[168]),
+        *grid(BQ=[128], KEYS=[64], num_warps=[8], num_stages=[3], maxnreg=[128]),
     ],
     "selected_forward": [
         *grid(BM=[64], num_warps=[4], num_stages=[1, 2]),
-        *grid(BM=[16], num_warps=[1], num_stages=[2]),
-        *grid(BM=[128], num_warps=[4], num_stages=[2]),
+        *grid(BM=[64], num_warps=[4], num_stages=[1], maxnreg=[128]),
+        *grid(BM=[128], num_warps=[8], num_stages=[1], maxnreg=[128]),
     ],
     "selected_query": [
-        *grid(BM=[64, 128], num_warps=[4], num_stages=[2]),
-        *grid(BM=[16], num_warps=[2], num_stages=[2]),
+        *grid(BM=[64], num_warps=[4], num_stages=[2]),
+        *grid(BM=[64], num_warps=[4], num_stages=[1], maxnreg=[168]),
     ],
     "selected_key": [
-        *grid(BM=[64], num_warps=[4], num_stages=[1, 2, 3]),
-        *grid(BM=[128], num_warps=[4], num_stages=[1]),
+        *grid(BM=[64], num_warps=[4], num_stages=[2, 3]),
+        *grid(BM=[32], num_warps=[4], num_stages=[4]),
     ],
 }
 
@@ -135,6 +142,7 @@ def main() -> None:
     parser.add_argument("--shape", default="A", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
     if not options.compile_only:
@@ -152,6 +160,26 @@ def main() -> None:
         rows += tune(SHAPES[options.shape], options.tokens, kernel, options.compile_only)
     if options.out:
         options.out.write_text(json.dumps(rows, indent=1))
+    if options.write:
+        write_winners(rows, SHAPES[options.shape])
+
+
+def write_winners(rows: list[dict], shape: Shape) -> None:
+    table = json.loads(TABLE.read_text())
+    for kernel in {row["kernel"] for row in rows}:
+        timed = [row for row in rows if row["kernel"] == kernel and "error" not in row]
+        best = min(
+            timed, key=lambda row: sum(row.get(name, 0) for name in ("compressed", "window", "coherent", "trained"))
+        )
+        entries = table[launch.architecture()][kernel]
+        width = max(shape.width, shape.v_width)
+        index = next(i for i, entry in enumerate(entries) if width <= entry.get("max_width", launch.MAX_WIDTH))
+        limits = {key: value for key, value in entries[index].items() if key.startswith("max_")}
+        sizes = {key: value for key, value in best.items() if key.isupper() or key in ("maxnreg", *OPTIONS)}
+        entries[index] = limits | sizes
+    text = json.dumps(table, indent=2)
+    # One entry a line.
+    TABLE.write_text(re.sub(r"\{\s+([^{}\[\]]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text) + "\n")
 
 
 if __name__ == "__main__":
