@@ -161,6 +161,34 @@ def measure(shape: Shape, tokens: int, profile: bool) -> dict:
     return result
 
 
+def longest(shape: Shape, tokens: int) -> dict:
+    """One forward and backward pass at the selection's own choice; the last queries checked by the portable path."""
+    x = Inputs(shape, tokens)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    start.record()
+    out = ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes)
+    middle.record()
+    gradients = torch.autograd.grad(out, x.all, torch.ones_like(out))
+    end.record()
+    torch.cuda.synchronize()
+    row = {
+        "shape": shape.name,
+        "tokens": tokens,
+        "forward": round(start.elapsed_time(middle), 1),
+        "backward": round(middle.elapsed_time(end), 1),
+        "peak_mb": (torch.cuda.max_memory_allocated() - before) >> 20,
+        "finite": all(bool(g.isfinite().all()) for g in gradients),
+    }
+    with torch.no_grad():
+        tail = (x.q[:, -4:], *x.pairs, x.gates[:, -4:])
+        expected = ops.native_sparse_attention(*tail, **shape.sizes, offset=tokens - 4, backend="torch")
+        row["error"] = float(f"{((out[:, -4:] - expected).norm() / expected.norm()).item():.2e}")
+    print("longest", row, flush=True)
+    return row
+
+
 def kernel_times(call) -> dict[str, float]:
     """Milliseconds by kernel of one call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -217,6 +245,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["A"], choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 65536])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--longest", nargs="*", type=int, default=[], help="tokens of single passes of shape 'long'")
     parser.add_argument("--profile", action="store_true", help="also list the time of every kernel")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -228,6 +257,7 @@ def main() -> None:
         "commit": commit or None,
         "errors": {name: errors(SHAPES[name]) for name in options.shapes},
         "runs": [],
+        "longest": [longest(SHAPES["long"], tokens) for tokens in options.longest],
     }
     for name in options.shapes:
         for tokens in options.tokens:

@@ -72,6 +72,26 @@ CANDIDATES = {
     ],
 }
 
+# For head widths above 128, where accumulators leave fewer registers.
+WIDE_CANDIDATES = {
+    "range_forward": [
+        *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[1, 2]),
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[1, 2]),
+    ],
+    "range_query": [
+        *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[1, 2]),
+        *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[1, 2]),
+    ],
+    "range_key": [
+        *grid(BM=[32, 64], BN=[128], num_warps=[8], num_stages=[2]),
+        *grid(BM=[32, 64], BN=[64], num_warps=[4], num_stages=[2]),
+    ],
+    "select": grid(BQ=[64], KEYS=[64, 128], num_warps=[4], num_stages=[2, 3]),
+    "selected_forward": grid(BM=[64], num_warps=[4], num_stages=[1, 2]),
+    "selected_query": grid(BM=[64], num_warps=[4], num_stages=[1, 2]),
+    "selected_key": grid(BM=[32, 64], num_warps=[4], num_stages=[2, 3]),
+}
+
 
 def stages(shape: Shape, tokens: int, kernel: str) -> dict[str, object]:
     """Name -> a call that runs ``kernel`` once, on each kind of input that it serves."""
@@ -115,7 +135,8 @@ def stages(shape: Shape, tokens: int, kernel: str) -> dict[str, object]:
 
 def tune(shape: Shape, tokens: int, kernel: str, compile_only: bool) -> list[dict]:
     rows = []
-    for candidate in CANDIDATES[kernel]:
+    candidates = CANDIDATES if max(shape.width, shape.v_width) <= 128 else WIDE_CANDIDATES
+    for candidate in candidates[kernel]:
         table = launch._table()[launch.architecture()]
         saved, table[kernel] = table[kernel], [candidate]
         launch._entry.cache_clear()

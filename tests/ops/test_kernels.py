@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.layers import NativeSparseAttention
 from tests.conftest import HAS_GPU
 from tests.ops.cases import cumulative, gradients
 
@@ -165,3 +166,17 @@ def test_decoding_equals_prefill() -> None:
     whole = ops.native_sparse_attention(q, *pairs, gates, **sizes)
     last = ops.native_sparse_attention(q[:, -1:], *pairs, gates[:, -1:], **sizes, offset=tokens - 1)
     torch.testing.assert_close(last, whole[:, -1:])
+
+
+@needs_kernels
+def test_compiles_without_graph_breaks() -> None:
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(
+        32, 4, 2, 16, compress_length=4, compress_stride=2, block_size=8, num_blocks=4, window=9, backend="triton"
+    ).to(DEVICE)
+    x = torch.randn(1, 20, 32, device=DEVICE)
+    out, expected = torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x)
+    torch.testing.assert_close(out, expected)
+    weights = list(layer.parameters())
+    for ours, theirs in zip(gradients(out, weights), gradients(expected, weights), strict=True):
+        torch.testing.assert_close(ours, theirs)

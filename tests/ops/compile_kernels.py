@@ -1,0 +1,105 @@
+"""Compiles every kernel at every entry of the tile table for a GPU that need not be there, and prints what it takes.
+
+    python tests/ops/compile_kernels.py [--arch 90]      -> JSON: registers, stack (spills), shared memory, wgmma count
+
+The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation: what
+is compiled is what would be launched, its alignment and its constants included.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from nsa.ops.compressed import visible_blocks
+from nsa.ops.kernels import gates, launch, ranges, selected, selection
+from nsa.ops.packing import Documents
+
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+# One shape for each row of the table: widths up to 128, wider ones (two loads of the keys), and fp32.
+SHAPES = {
+    "128": (16, 128, 128, torch.bfloat16),
+    "192/128": (16, 192, 128, torch.bfloat16),
+    "fp32": (6, 64, 64, torch.float32),
+}
+
+
+class NamedOnly:
+    """A driver that knows which GPU is meant, and has none."""
+
+    def __init__(self, arch: int) -> None:
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    counts = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared}
+    return counts | {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
+
+
+def compile_all(arch: int) -> dict[str, dict[str, int]]:
+    driver.set_active(NamedOnly(arch))
+    name = f"sm_{arch}" if f"sm_{arch}" in launch._table() else "sm_80"
+    launch.architecture = lambda: name  # type: ignore[assignment]
+    report: dict[str, dict[str, int]] = {}
+    shape_name = ""
+
+    def compile_instead(self: JITFunction, grid: tuple) -> object:
+        def call(*args: object, **kwargs: object) -> None:
+            module = self.fn.__module__.rsplit(".", 1)[1]
+            key = f"{module}.{self.__name__} {shape_name}"
+            report.setdefault(key, resources(self.warmup(*args, grid=grid, **kwargs)))
+
+        return call
+
+    JITFunction.__getitem__ = compile_instead  # type: ignore[method-assign]
+    for shape_name, (heads, width, v_width, dtype) in SHAPES.items():
+        tokens = 256
+        q = torch.zeros(1, tokens, heads, width, dtype=dtype)
+        k, v = torch.zeros(1, tokens, 1, width, dtype=dtype), torch.zeros(1, tokens, 1, v_width, dtype=dtype)
+        lse = torch.zeros(1, tokens, heads)
+        documents = Documents.of(tokens, 0, None, q.device)
+        run = visible_blocks(documents, 32, 16)
+        out, _ = ranges.forward(q, k, v, *ranges.int32_runs(run), 1.0)
+        delta = ranges.delta(out, out)
+        ranges.backward(q, k, v, out, lse, delta, *ranges.int32_runs(run), 1.0)
+        selection.select(q, k, lse, documents, run, 0, 32, 16, 64, 16, 1, 2, 1.0)
+        indices = torch.zeros(1, tokens, 1, 16, dtype=torch.int32)
+        layout = selected.BlockLayout.of(documents, indices, tokens, 64)
+        selected.forward(q, k, v, layout, 64, 1.0)
+        selected.backward(q, k, v, out, lse, delta, layout, 64, 1.0)
+        weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
+        gates.combine(weights, [out] * 3)
+        gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
+    return report
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, default=90)
+    print(json.dumps(compile_all(parser.parse_args().arch), indent=1))
