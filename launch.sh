@@ -91,26 +91,9 @@ setup() {
     fi
     say "installing the dependencies of pyproject.toml"
     pip install --no-cache-dir --progress-bar off --editable '.[dev]'
-    prebuild_cpu_communication
     echo "$wanted" >"$stamp"
     exec 9>&-
     say "set-up done"
-}
-
-# DeepSpeed compiles its shared-memory collectives at the first start of several CPU ranks: 45 s that would else
-# fall into the first test or run.
-prebuild_cpu_communication() {
-    if has_gpu; then
-        return
-    fi
-    if ! command -v g++ >/dev/null; then
-        say "no g++: training on several CPU processes (and its tests) will not work; one process will"
-        return
-    fi
-    say "compiling DeepSpeed's CPU communication"
-    python -c "from deepspeed.accelerator import get_accelerator as a
-a().create_op_builder('ShareMemCommBuilder').load()" >.venv/prebuild.log 2>&1 ||
-        say "that failed (see .venv/prebuild.log): only training on several CPU processes needs it"
 }
 
 activate() {

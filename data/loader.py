@@ -201,11 +201,7 @@ class Episodes:
 
     def sample(self, index: int) -> Arrays:
         lengths = self._cut(index)
-        rehearse = synthetic.generator(self._seed, "rehearse", index).random(len(lengths)) < 0.5
-        episodes = [
-            self._task.generate(n, self._seed, (index, part), rehearse=bool(again))
-            for part, (n, again) in enumerate(zip(lengths, rehearse, strict=True))
-        ]
+        episodes = [self._task.generate(n, self._seed, (index, part), crowded=True) for part, n in enumerate(lengths)]
         tokens = np.concatenate([e.tokens for e in episodes])
         targets = np.concatenate([e.targets for e in episodes])
         return tokens, targets, np.concatenate([[0], np.cumsum(lengths)[:-1]]), 0
@@ -214,11 +210,11 @@ class Episodes:
         return [Span(self._name, f"{index}/{part}", index, 0, n) for part, n in enumerate(self._cut(index))]
 
     def _cut(self, index: int) -> list[int]:
-        """Lengths of a sample's episodes. Their density falls as length^-2: each doubling gets as many tokens."""
+        """Lengths of a sample's episodes. Their density falls as length^-3: each doubling gets half as many tokens."""
         shortest = self._task.shortest
         rng = synthetic.generator(self._seed, "cut", index)
         cuts = [0]
         while (left := self._length - cuts[-1]) > 0:
-            length = int(shortest / (1 - rng.random() * (1 - shortest / self._length)))
+            length = int(shortest / (1 - rng.random() * (1 - (shortest / self._length) ** 2)) ** 0.5)
             cuts.append(self._length if left - length < shortest else cuts[-1] + length)
         return np.diff(cuts).tolist()

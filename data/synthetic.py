@@ -20,7 +20,7 @@ import numpy as np
 from nsa.data.tokenizer import Tokenizer
 
 IGNORED = -100  # target of a position that is not counted
-SET_SIZE = 32  # ids in each of the three sets
+SET_SIZE = 16  # ids in each of the three sets
 TaskName = Literal["mqar", "passkey", "copy"]
 
 SENTENCES = [
@@ -75,41 +75,42 @@ class Task:
         frame = 1 + sum(map(len, self._hidden)) + len(self._question) + 2 * PASSKEY_TOKENS - 1
         self.shortest = max(32, frame) if name == "passkey" else 32
 
-    def generate(
-        self, length: int, seed: int | str, index: int | tuple[int, ...], *, rehearse: bool = False
-    ) -> Episode:
+    def generate(self, length: int, seed: int | str, index: int | tuple[int, ...], *, crowded: bool = False) -> Episode:
         """The episode of exactly `length` tokens that (seed, index) name. Raises ValueError if it is too short.
 
-        rehearse: mqar asks for its keys again and again instead of showing filler. Many answers in few tokens make it
-        quick to learn; but a repeated question can be answered from the last time, so scoring is done without.
+        crowded: mqar has as many pairs as fit, and filler only once the keys run out. Many answers in few tokens make
+        it quick to learn; it is scored with few pairs far back.
         """
         if length < self.shortest:
             raise ValueError(f"task {self.name}: an episode needs {self.shortest} tokens or more, not {length}")
         rng = generator(seed, self.name, length, index)
         if self.name == "mqar":
-            tokens, targets = self._mqar(length, rng, rehearse)
+            tokens, targets = self._mqar(length, rng, crowded)
         else:
             tokens, targets = (self._passkey if self.name == "passkey" else self._copy)(length, rng)
         assert len(tokens) == length == len(targets)
-        return Episode(tokens, targets, 1 / (self.pairs(length) if self.name == "mqar" else len(self.values)))
+        return Episode(
+            tokens, targets, 1 / (int((targets != IGNORED).sum()) if self.name == "mqar" else len(self.values))
+        )
 
     def pairs(self, length: int) -> int:
         """Key-value pairs of an mqar episode: they grow as the square root of its length (2 at 32, 11 at 512)."""
         return min(len(self.keys), math.isqrt(length // 4))
 
-    def _mqar(self, length: int, rng: np.random.Generator, rehearse: bool) -> tuple[np.ndarray, np.ndarray]:
-        """bos, pairs, filler, and the pairs in another order (rehearsed: in another and another, up to the end)."""
+    def _mqar(self, length: int, rng: np.random.Generator, crowded: bool) -> tuple[np.ndarray, np.ndarray]:
+        """bos, pairs, filler, and the pairs in another order."""
         n = self.pairs(length)
+        if crowded:
+            n = min(len(self.keys), (length - 1) // 4)
         keys = rng.permutation(self.keys)[:n]
         values = rng.choice(self.values, n)
-        questions = (length - 1 - 2 * n) // 2 if rehearse else n
-        asked = np.concatenate([rng.permutation(n) for _ in range(-(-questions // n))])[:questions]
-        filler = rng.choice(self.others, length - 1 - 2 * n - 2 * questions)
+        asked = rng.permutation(n)
+        filler = rng.choice(self.others, length - 1 - 4 * n)
         told = np.stack([keys, values], 1).reshape(-1)
         recalled = np.stack([keys[asked], values[asked]], 1).reshape(-1)
         tokens = np.concatenate([[self._bos], told, filler, recalled]).astype(np.int64)
         targets = np.full(length, IGNORED, np.int64)
-        targets[length - 2 * questions :: 2] = values[asked]
+        targets[length - 2 * n :: 2] = values[asked]
         return tokens, targets
 
     def _passkey(self, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

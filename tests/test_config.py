@@ -6,13 +6,13 @@ import string
 
 import pytest
 import yaml
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa.config import Config, ConfigError, dump_config, json_schema, load_config, reference
 from nsa.config import main as config_command
 from nsa.strict_yaml import is_section, walk
+from tests.conftest import ROOT
 
 SMALL = """\
 name: small

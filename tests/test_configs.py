@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
 
 from nsa.config import load_config
 from nsa.models import Decoder, count_parameters
+from tests.conftest import ROOT
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 SIZES = {"m": 10**6, "b": 10**9}

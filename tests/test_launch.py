@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch.sh"
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,11 +1,11 @@
 """nsa.plan: what a run will need."""
 
 import pytest
-from conftest import ROOT
 
 from nsa.config import ConfigError, load_config
 from nsa.models import count_parameters
 from nsa.plan import main, make_plan
+from tests.conftest import ROOT
 
 CONFIG = ROOT / "configs/1b.yaml"
 

@@ -63,8 +63,9 @@ def plot_recall(results: list[Recall], training_length: int, path: Path) -> None
         mine = [r for r in results if r.task == task]
         errors = [[r.accuracy - r.low for r in mine], [r.high - r.accuracy for r in mine]]
         lengths, accuracies = [r.length for r in mine], [r.accuracy for r in mine]
-        axes.errorbar(lengths, accuracies, errors, marker="o", capsize=3, label=task)
-    axes.axhline(results[0].chance, color="grey", linestyle="--", label="chance")
+        line, *_ = axes.errorbar(lengths, accuracies, errors, marker="o", capsize=3, label=task)
+        axes.plot(lengths, [r.chance for r in mine], color=line.get_color(), linestyle="--", linewidth=1)
+    axes.plot([], [], color="grey", linestyle="--", linewidth=1, label="chance")
     axes.axvline(training_length, color="grey", linestyle=":", label="training length")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({r.length for r in results}), sorted({str(r.length) for r in results}, key=int))

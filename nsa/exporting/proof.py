@@ -91,7 +91,7 @@ def _ask(folder: Path, question: dict) -> tuple[dict, dict[str, Tensor]]:
         # transformers copies the modeling file to its module cache: give it one that goes away.
         environment = {**os.environ, "HF_HOME": work, "HF_MODULES_CACHE": f"{work}/modules", "HF_HUB_OFFLINE": "1"}
         script = Path(__file__).with_name("load_alone.py")
-        command = [sys.executable, "-I", str(script), str(folder), str(path / "question.json"), work]
+        command = [sys.executable, "-I", str(script), str(folder.resolve()), str(path / "question.json"), work]
         done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True)
         if done.returncode:
             raise ExportError(f"transformers cannot use the export:\n{done.stderr.strip()[-2000:]}")

@@ -9,7 +9,7 @@ the granularity of torch calls). The two patterns serve every operator: `Ranges`
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
         (batch, num_queries, heads, _), groups = q.shape, k.shape[2]
         q_, k_, v_ = _grouped(q, groups) * (scale * LOG2_E), _keys_first(k), _keys_first(v)
         out = q_.new_zeros(batch, groups, heads // groups, num_queries, v.shape[3])
@@ -159,7 +159,7 @@ class _TiledAttention(torch.autograd.Function):
         return result, lse
 
     @staticmethod
-    def backward(ctx, d_result: Tensor, _d_lse: Tensor):
+    def backward(ctx: Any, d_result: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, result, lse = ctx.saved_tensors
         groups = k.shape[2]
         q_, k_, v_ = _grouped(q, groups) * (ctx.scale * LOG2_E), _keys_first(k), _keys_first(v)

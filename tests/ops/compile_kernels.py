@@ -26,10 +26,11 @@ from nsa.ops.kernels import gates, launch, ranges, selected, selection
 from nsa.ops.packing import Documents
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-# One shape for each row of the table: widths up to 128, wider ones (two loads of the keys), and fp32.
+# One shape for each row of the table: widths up to 128, to 192 (two loads of the keys), to 256, and fp32.
 SHAPES = {
     "128": (16, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
+    "256": (16, 256, 256, torch.bfloat16),
     "fp32": (6, 64, 64, torch.float32),
 }
 
@@ -64,8 +65,8 @@ def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
 
 def compile_all(arch: int) -> dict[str, dict[str, int]]:
     driver.set_active(NamedOnly(arch))
-    name = f"sm_{arch}" if f"sm_{arch}" in launch._table() else "sm_80"
-    launch.architecture = lambda: name  # type: ignore[assignment]
+    table = f"sm_{arch}" if f"sm_{arch}" in launch._table() else "sm_80"
+    launch.architecture = lambda: table  # type: ignore[assignment]
     report: dict[str, dict[str, int]] = {}
     shape_name = ""
 
@@ -78,7 +79,8 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         return call
 
     JITFunction.__getitem__ = compile_instead  # type: ignore[method-assign]
-    for shape_name, (heads, width, v_width, dtype) in SHAPES.items():
+    for name, (heads, width, v_width, dtype) in SHAPES.items():
+        shape_name = name
         tokens = 256
         q = torch.zeros(1, tokens, heads, width, dtype=dtype)
         k, v = torch.zeros(1, tokens, 1, width, dtype=dtype), torch.zeros(1, tokens, 1, v_width, dtype=dtype)

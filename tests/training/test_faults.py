@@ -5,8 +5,9 @@ import signal
 import time
 
 import pytest
-from conftest import engines
 from tiny import start, write_yaml
+
+from tests.conftest import engines
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks):

@@ -1,10 +1,10 @@
 """A resumed run is bitwise the run that went through."""
 
 import pytest
-from conftest import engines
 from tiny import on_ranks
 
 from nsa.training.loading import StepLoader, sample_indices
+from tests.conftest import engines
 
 
 def test_resume_is_bitwise(one_rank, two_ranks):

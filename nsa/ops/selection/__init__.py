@@ -59,8 +59,9 @@ def select_blocks(
     if implementation == "triton":
         from nsa.ops.kernels import operators
 
-        forced = (num_initial, num_local, sizes[3])
-        return operators.select_blocks(q, k_cmp, lse, cu_seqlens, offset, *sizes[:3], num_blocks, *forced)
+        return operators.select_blocks(
+            q, k_cmp, lse, cu_seqlens, offset, *sizes[:3], num_blocks, num_initial, num_local, sizes[3]
+        )
     if implementation == "naive":
         tiles = iter([(slice(0, q.shape[1]), naive_importance(q, k_cmp, lse, documents, *sizes))])
     else:
