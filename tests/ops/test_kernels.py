@@ -180,3 +180,14 @@ def test_compiles_without_graph_breaks() -> None:
     weights = list(layer.parameters())
     for ours, theirs in zip(gradients(out, weights), gradients(expected, weights), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("width", "dtype", "reason"), [(6, torch.float32, "16 bytes"), (16, torch.float64, "float16"), (256, None, "fp32")]
+)
+def test_what_the_kernels_cannot_do_is_refused(width: int, dtype: torch.dtype | None, reason: str) -> None:
+    x = torch.randn(1, 4, 2, width, device=DEVICE, dtype=dtype)
+    with pytest.raises(ValueError, match=reason):
+        ops.dense_attention(x, x, x, backend="triton")
+    torch.testing.assert_close(ops.dense_attention(x, x, x), ops.dense_attention(x, x, x, backend="naive"))

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2_E = 1 / math.log(2)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MAX_WIDTH = 256
+MAX_ROW_BYTES = 512
 # What differs between calls must not compile a kernel anew, as it would where it is 1 or a multiple of 16.
 INTEGERS = (
     *("num_tokens", "num_keys", "num_tiles", "num_rows", "num_splits", "num_blocks", "num_lists"),
@@ -28,8 +29,8 @@ def why_not(*tensors: Tensor) -> str | None:
         return "tensors must be on a CUDA device (or TRITON_INTERPRET=1 be set before the start)"
     if tensors[0].dtype not in DTYPES or any(x.dtype != tensors[0].dtype for x in tensors):
         return f"tensors must share one of float16, bfloat16, float32; got {', '.join(str(x.dtype) for x in tensors)}"
-    if any(x.shape[-1] > MAX_WIDTH or x.shape[-1] * x.element_size() % 16 for x in tensors):
-        return f"head widths must be at most {MAX_WIDTH} and a multiple of 16 bytes"
+    if any(x.shape[-1] * x.element_size() > MAX_ROW_BYTES or x.shape[-1] * x.element_size() % 16 for x in tensors):
+        return f"head widths must be multiples of 16 bytes, at most {MAX_ROW_BYTES} (256 in 16 bits, 128 in fp32)"
     return None
 
 
