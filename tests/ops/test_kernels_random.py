@@ -35,9 +35,13 @@ def relative_error(ours: Tensor, exact: Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
 
-def allowed(generator: torch.Generator) -> float:
-    """Twice the largest error of torch's dense bf16 attention, outputs and gradients, on a few lengths."""
-    return 2 * max(dense_error(tokens, generator) for tokens in (4, 16, 16, 64, 256))
+FEW = 32  # tokens; over so few rows an error does not average out, in dense attention either
+
+
+def allowed(generator: torch.Generator) -> tuple[float, float]:
+    """Twice the largest error of torch's dense bf16 attention, outputs and gradients: on few tokens, and on many."""
+    few, many = (max(dense_error(tokens, generator) for tokens in lengths) for lengths in ((2, 4, 4, 16), (64, 256)))
+    return 2 * max(few, many), 2 * many
 
 
 def dense_error(tokens: int, generator: torch.Generator) -> float:
@@ -54,12 +58,14 @@ def dense_error(tokens: int, generator: torch.Generator) -> float:
 @pytest.mark.parametrize("family", range(len(FAMILIES)))
 def test_random_shapes(family: int) -> None:
     choose, generator = random.Random(family), torch.Generator("cuda").manual_seed(family)
-    limit = allowed(generator)
+    limits = allowed(generator)
     for _ in range(12):
-        check_random_case(family, choose, generator, limit)
+        check_random_case(family, choose, generator, limits)
 
 
-def check_random_case(family: int, choose: random.Random, generator: torch.Generator, limit: float) -> None:
+def check_random_case(
+    family: int, choose: random.Random, generator: torch.Generator, limits: tuple[float, float]
+) -> None:
     heads, groups, width, v_width, length, stride, block_size, blocks = FAMILIES[family]
     if packed := choose.random() < 0.5:
         documents = [choose.choice([1, 2, 17, 63, 129, 300, 700]) for _ in range(choose.randint(1, 5))]
@@ -114,4 +120,5 @@ def check_random_case(family: int, choose: random.Random, generator: torch.Gener
         noise = 1e-2 if name in ("q", "k_cmp", "k_slc", "k_win") else 0
         scale = max(b.norm().item(), noise * d_out.float().norm().item())
         error = (a.double() - b).norm().item() / max(scale, 1e-30)
+        limit = limits[0] if b.shape[1] < FEW else limits[1]
         assert error <= limit, f"{case}: {name} is off by {error:.2e}, allowed {limit:.2e}"
