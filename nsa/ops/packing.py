@@ -5,10 +5,33 @@ documents' lengths, so nothing waits for the GPU. Unpacked input is the case of 
 """
 
 import functools
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def cached(function: _Function) -> _Function:
+    """Remember the index tensors of the last few geometries: every layer asks for the same, and building small tensors
+    costs the host more than attention to 8K tokens costs the GPU.
+
+    They are built as normal tensors even in inference mode: training could not save the others for its backward pass.
+    """
+
+    @functools.lru_cache(maxsize=16)
+    @functools.wraps(function)
+    def build(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args)
+        with torch.inference_mode(False):
+            return function(*args)
+
+    return cast(_Function, build)
 
 
 def num_compressed(num_tokens: int, length: int, stride: int) -> int:
@@ -38,10 +61,14 @@ class Documents:
         """Queries ``offset .. offset + num_queries - 1`` of one sequence, or all tokens of packed documents."""
         if cu_seqlens is None:
             return _one_document(num_queries, offset, device)
-        position = torch.arange(offset, offset + num_queries, device=device)
-        bounds = cu_seqlens.to(torch.int64)
-        # right=True passes over empty documents: a token lies in the last document that starts at or before it.
-        return cls(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
+        if torch.compiler.is_compiling() or cu_seqlens.is_inference():
+            return _packed_documents(num_queries, cu_seqlens)
+        # All layers of a step get the same tensor; its version tells whether it was written to since.
+        state = (cu_seqlens._version, num_queries)
+        known = _known_packings.get(cu_seqlens)
+        if known is None or known[0] != state:
+            known = _known_packings[cu_seqlens] = (state, _packed_documents(num_queries, cu_seqlens))
+        return known[1]
 
     @property
     def lengths(self) -> Tensor:
@@ -62,13 +89,20 @@ class Documents:
         return _cumulate((self.lengths + block_size - 1) // block_size)
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def _one_document(num_queries: int, offset: int, device: torch.device) -> Documents:
-    """Cached, with what is derived from it: every layer asks for the same, and small tensors cost the host more than
-    the GPU."""
     position = torch.arange(offset, offset + num_queries, device=device)
     bounds = torch.tensor([0, offset + num_queries], device=device)
     return Documents(bounds, position, torch.zeros_like(position))
+
+
+_known_packings: MutableMapping[Tensor, tuple[tuple[int, int], Documents]] = WeakTensorKeyDictionary()
+
+
+def _packed_documents(num_queries: int, cu_seqlens: Tensor) -> Documents:
+    bounds, position = cu_seqlens.to(torch.int64), torch.arange(num_queries, device=cu_seqlens.device)
+    # right=True passes over empty documents: a token lies in the last document that starts at or before it.
+    return Documents(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
 
 
 def _cumulate(counts: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """Attention to compressed blocks: NSA's first branch (arXiv 2502.11089, section 3.3.1)."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import check_attention, check_compression, resolve_backend, softmax_scale
 from nsa.ops.naive import masked_attention
-from nsa.ops.packing import Documents, block_starts, num_compressed
+from nsa.ops.packing import Documents, block_starts, cached, num_compressed
 from nsa.ops.tiles import Ranges, tiled_attention
 
 
@@ -73,7 +71,7 @@ def compressed_ranges(
     return documents, visible_blocks(documents, length, stride)
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def visible_blocks(documents: Documents, length: int, stride: int) -> Ranges:
     """The run of compressed blocks that end at or before each query, within its document."""
     first = documents.compressed_bounds(length, stride)[documents.query_document]

@@ -1,6 +1,5 @@
 """Causal attention, optionally within a sliding window."""
 
-import functools
 from typing import Literal, overload
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
 from nsa.ops.naive import masked_attention
-from nsa.ops.packing import Documents
+from nsa.ops.packing import Documents, cached
 from nsa.ops.tiles import Ranges, tiled_attention
 
 
@@ -93,7 +92,7 @@ def check_window(window: int | None) -> None:
         raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def window_ranges(documents: Documents, reach: int) -> Ranges:
     """The run of keys that each query sees: its own and the ``reach`` - 1 before it, of its document."""
     first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)

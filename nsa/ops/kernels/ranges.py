@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, head_descriptor, split_width, tile_sizes
+from nsa.ops.packing import cached
 from nsa.ops.tiles import Ranges
 
 
@@ -296,7 +297,7 @@ def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, F
     _store_rows(DV_, out_row, ok, tl.arange(0, DV1), DV, dv)
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def int32_runs(visible: Ranges) -> tuple[Tensor, Tensor]:
     """first and last (T,) int32 of a pattern."""
     return visible.first.int(), visible.last.int()

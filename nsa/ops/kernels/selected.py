@@ -10,7 +10,6 @@ Keys outside (dK, dV): the inverse lists, per block the tokens that chose it, co
 into work items of bounded length, whose fp32 sums are added in order. All heads of a token are rows of one product.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes
 from nsa.ops.kernels.ranges import _load_rows, _scores, _store_rows, shape_constants
-from nsa.ops.packing import Documents, block_starts
+from nsa.ops.packing import Documents, block_starts, cached
 
 NO_BLOCK = tl.constexpr(0x1FFFFFF)  # above every block number: with the token's 6 bits it fits an int32
 
@@ -327,7 +326,7 @@ class BlockLayout:
         return cls(blocks.int().contiguous(), start, end, position)
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def _blocks(documents: Documents, num_keys: int, block_size: int) -> tuple[Tensor, ...]:
     """start, end of all blocks; the first block of each query's document and its own within it, (T, 1, 1); position."""
     bounds = documents.selection_bounds(block_size)

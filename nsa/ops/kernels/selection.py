@@ -11,8 +11,6 @@ integer order is importance first, lower block next. The n best so far stay in r
 there is no limit to the number of blocks, and the result does not depend on the order of anything.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes
 from nsa.ops.kernels.ranges import _load_rows, _scores, int32_runs, shape_constants
-from nsa.ops.packing import Documents, block_starts
+from nsa.ops.packing import Documents, block_starts, cached
 from nsa.ops.tiles import Ranges
 
 
@@ -119,7 +117,7 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
              mask=ok[:, None] & ok_n)  # fmt: skip
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def document_tiles(documents: Documents, offset: int, size: int) -> tuple[Tensor, Tensor]:
     """(start, end) int32 of tiles of at most ``size`` queries that never straddle documents; the last ones are empty.
 
@@ -160,7 +158,7 @@ def select(
     return out
 
 
-@functools.lru_cache(maxsize=16)
+@cached
 def _local(documents: Documents) -> Tensor:
     return documents.query_local.int()
 
