@@ -7,7 +7,7 @@ import time
 import pytest
 from tiny import start, write_yaml
 
-from tests.conftest import engines
+from tests.training.conftest import engines
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks):

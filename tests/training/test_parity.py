@@ -6,7 +6,7 @@ SGD, whose updates show the scale of gradients, and AdamW, which hides it.
 import pytest
 from tiny import on_ranks
 
-from tests.conftest import ADAMW, SGD, STEPS, engines
+from tests.training.conftest import ADAMW, SGD, STEPS, engines
 
 
 def assert_equal_curves(curves, reference, relative):

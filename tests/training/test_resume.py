@@ -4,7 +4,7 @@ import pytest
 from tiny import on_ranks
 
 from nsa.training.loading import StepLoader, sample_indices
-from tests.conftest import engines
+from tests.training.conftest import engines
 
 
 def test_resume_is_bitwise(one_rank, two_ranks):
