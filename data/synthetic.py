@@ -102,8 +102,7 @@ class Task:
         n = self.pairs(length)
         if crowded:
             n = min(len(self.keys), (length - 1) // 4)
-        keys = rng.permutation(self.keys)[:n]
-        values = rng.choice(self.values, n)
+        keys, values = rng.permutation(self.keys)[:n], rng.permutation(self.values)[:n]  # all unlike: chance is 1/n
         asked = rng.permutation(n)
         filler = rng.choice(self.others, length - 1 - 4 * n)
         told = np.stack([keys, values], 1).reshape(-1)
