@@ -89,9 +89,13 @@ class Task:
         else:
             tokens, targets = (self._passkey if self.name == "passkey" else self._copy)(length, rng)
         assert len(tokens) == length == len(targets)
-        return Episode(
-            tokens, targets, 1 / (int((targets != IGNORED).sum()) if self.name == "mqar" else len(self.values))
-        )
+        return Episode(tokens, targets, self._chance(int((targets != IGNORED).sum())))
+
+    def _chance(self, answers: int) -> float:
+        if self.name != "mqar":
+            return 1 / len(self.values)
+        # The value named is that of the key asked for, or by luck that of another.
+        return 1 / answers + (1 - 1 / answers) / len(self.values)
 
     def pairs(self, length: int) -> int:
         """Key-value pairs of an mqar episode: they grow as the square root of its length (2 at 32, 11 at 512)."""
@@ -102,7 +106,8 @@ class Task:
         n = self.pairs(length)
         if crowded:
             n = min(len(self.keys), (length - 1) // 4)
-        keys, values = rng.permutation(self.keys)[:n], rng.permutation(self.values)[:n]  # all unlike: chance is 1/n
+        keys = rng.permutation(self.keys)[:n]
+        values = rng.choice(self.values, n)
         asked = rng.permutation(n)
         filler = rng.choice(self.others, length - 1 - 4 * n)
         told = np.stack([keys, values], 1).reshape(-1)

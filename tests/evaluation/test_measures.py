@@ -94,7 +94,6 @@ def test_a_guess_scores_chance(tokenizer, name: str) -> None:
 
     result = recall.measure(guess, task, 256, 400)
     assert result.low < result.chance < result.high
-    assert result.chance == pytest.approx(1 / (task.pairs(256) if name == "mqar" else len(task.values)))
     assert result.high - result.low < 0.05
 
 
