@@ -4,8 +4,9 @@ from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import NativeSparseCache
-from nsa.layers.compression import BlockCompression, compressed_ends
+from nsa.layers.compression import BlockCompression
 from nsa.layers.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from nsa.ops.compression import block_ends
 from nsa.ops.packing import Documents
 
 Pair = tuple[Tensor, Tensor]
@@ -128,8 +129,8 @@ class NativeSparseAttention(nn.Module):
         )
         self.compress = nn.ModuleDict(
             {
-                "key": BlockCompression(head_dim, compress_length, compress_stride, compress_hidden),
-                "value": BlockCompression(v_head_dim, compress_length, compress_stride, compress_hidden),
+                kind: BlockCompression(width, compress_length, compress_stride, compress_hidden, backend=backend)
+                for kind, width in (("key", head_dim), ("value", v_head_dim))
             }
         )
         self.gate = nn.Linear(hidden_size, 3 * num_heads)
@@ -172,8 +173,10 @@ class NativeSparseAttention(nn.Module):
         def compress(raw: Pair, first: int) -> Pair:
             """Compress tokens from position ``first`` on. A block ends within the new tokens, so their tables do."""
             k_cmp, v_cmp = self.compress["key"](raw[0], cu_seqlens), self.compress["value"](raw[1], cu_seqlens)
-            ends = compressed_ends(raw[0].shape[1], cu_seqlens, self.attend.length, self.attend.stride, x.device)
-            ends = ends + (first - offset)
+            documents = Documents.of(raw[0].shape[1], 0, cu_seqlens, x.device)
+            ends = block_ends(documents, self.attend.length, self.attend.stride)
+            if first != offset:
+                ends = ends + (first - offset)
             return apply_rotary(k_cmp, rotary[0][ends], rotary[1][ends]), v_cmp
 
         if cache is None:

@@ -7,8 +7,10 @@ import torch
 from torch.nn.functional import silu
 
 from nsa.layers import DenseAttention, NativeSparseAttention
-from nsa.layers.compression import BlockCompression, compressed_ends
+from nsa.layers.compression import BlockCompression
 from nsa.layers.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from nsa.ops.compression import block_ends
+from nsa.ops.packing import Documents
 
 SIZES = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 10}
 
@@ -45,7 +47,7 @@ def test_packed_compression_equals_each_document_alone(documents: list[int]) -> 
     blocks = sum(part.shape[1] for part in alone)
     torch.testing.assert_close(phi(x, cu)[:, :blocks], torch.cat(alone, dim=1))
     ends = [a + 4 * i + 7 for a, b in itertools.pairwise(cu.tolist()) for i in range(max(0, (b - a - 8) // 4 + 1))]
-    assert compressed_ends(sum(documents), cu, 8, 4, x.device)[:blocks].tolist() == ends
+    assert block_ends(Documents.of(sum(documents), 0, cu, x.device), 8, 4)[:blocks].tolist() == ends
 
 
 @pytest.mark.parametrize("steps", [[1] * 45, [45], [20, 1, 1, 7, 16], [3, 42]])

@@ -22,7 +22,8 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.compressed import visible_blocks
-from nsa.ops.kernels import gates, launch, ranges, selected, selection
+from nsa.ops.compression import compression_layout
+from nsa.ops.kernels import compression, gates, launch, ranges, selected, selection
 from nsa.ops.packing import Documents
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
@@ -95,6 +96,10 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         layout = selected.BlockLayout.of(documents, indices, tokens, 64)
         selected.forward(q, k, v, layout, 64, 1.0)
         selected.backward(q, k, v, out, lse, delta, layout, 64, 1.0)
+        blocks = compression_layout(documents, 32, 16)
+        inner, position, outer = (k.new_zeros(size) for size in ((width, 32 * width), (32, width), (v_width, width)))
+        out_cmp, pre = compression.forward(k, inner, position, outer, blocks.start, 32)
+        compression.backward(out_cmp, k, inner, position, outer, pre, blocks, 32, 16)
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)

@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import NativeSparseAttention
 from tests.conftest import HAS_GPU
+from tests.ops import test_compression
 from tests.ops.cases import cumulative, gradients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -155,6 +156,27 @@ def test_native_sparse(documents) -> None:
         lambda: (ops.native_sparse_attention(q, *pairs, gates, **sizes, backend="naive"),),
         [q, *(x for pair in pairs for x in pair), gates],
     )
+
+
+@needs_kernels
+@pytest.mark.parametrize(test_compression.COLUMNS, test_compression.CASES)
+def test_compress_blocks(batch, documents, groups, width, v_width, hidden, length, stride) -> None:
+    inputs = test_compression.inputs_of(batch, documents, groups, width, v_width, hidden, length, torch.float32, DEVICE)
+    options = {"length": length, "stride": stride, "cu_seqlens": packing(documents)}
+    check(
+        lambda: (ops.compress_blocks(*inputs, **options, backend="triton"),),
+        lambda: (ops.compress_blocks(*inputs, **options, backend="naive"),),
+        inputs,
+    )
+
+
+@needs_kernels
+def test_compression_sums_long_runs_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa.ops.kernels import compression
+
+    monkeypatch.setattr(compression, "ROWS_PER_SPLIT", 8)
+    monkeypatch.setattr(compression, "MOST_SPLITS", 3)
+    test_compress_blocks(1, [63], 2, 16, 16, 16, 4, 2)
 
 
 @needs_kernels

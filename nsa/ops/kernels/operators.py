@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from nsa.ops.compressed import visible_blocks
+from nsa.ops.compression import CompressionLayout, compression_layout
+from nsa.ops.kernels import compression, ranges, selected, selection
 from nsa.ops.kernels import gates as gating
-from nsa.ops.kernels import ranges, selected, selection
 from nsa.ops.kernels.selected import BlockLayout
 from nsa.ops.packing import Documents
 from nsa.ops.tiles import Ranges
@@ -231,3 +232,54 @@ def native_sparse_attention(
         out_win, lse_win = _range_attention(q, *kv_win, *win_run, scale)
     return _gated_sum(q, *kv_cmp, *kv_slc, *kv_win, gates, out_cmp, out_slc, out_win, [lse_cmp, lse_slc, lse_win],
                       [*cmp_run, *win_run], layout, block_size, scale)  # fmt: skip
+
+
+@torch.library.custom_op("nsa::compress_blocks", mutates_args=())
+def _compress_blocks(
+    x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, layout: list[Tensor], length: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    return compression.forward(x, inner, position, outer, layout[0], length)
+
+
+@_compress_blocks.register_fake
+def _(x, inner, position, outer, layout, length, stride):
+    shape = (x.shape[0], layout[0].shape[0], x.shape[2])
+    return x.new_empty(*shape, outer.shape[0]), x.new_empty(*shape, outer.shape[1])
+
+
+@torch.library.custom_op("nsa::compress_blocks_backward", mutates_args=())
+def _compress_blocks_backward(
+    d_out: Tensor, x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, pre: Tensor, layout: list[Tensor],
+    length: int, stride: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return compression.backward(d_out, x, inner, position, outer, pre, CompressionLayout(*layout), length, stride)
+
+
+@_compress_blocks_backward.register_fake
+def _(d_out, x, inner, position, outer, *rest):
+    return torch.empty_like(x), torch.empty_like(inner), torch.empty_like(position), torch.empty_like(outer)
+
+
+def _save_compressed(ctx, inputs, output):
+    *tensors, layout, ctx.length, ctx.stride = inputs
+    ctx.save_for_backward(*tensors, output[1], *layout)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_compressed(ctx, d_out, _d_pre):
+    *tensors, pre = ctx.saved_tensors[:5]
+    layout = list(ctx.saved_tensors[5:])
+    gradients = _compress_blocks_backward(d_out.contiguous(), *tensors, pre, layout, ctx.length, ctx.stride)
+    return *gradients, [None] * len(layout), None, None
+
+
+_compress_blocks.register_autograd(_differentiate_compressed, setup_context=_save_compressed)
+
+
+def compress_blocks(
+    x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, documents: Documents, length: int, stride: int
+) -> Tensor:
+    """(B, M, G, Dv), as `nsa.ops.compress_blocks`, for at least one block."""
+    layout = compression_layout(documents, length, stride)
+    tensors = (w.contiguous() for w in (x, inner, position, outer))
+    return _compress_blocks(*tensors, list(vars(layout).values()), length, stride)[0]

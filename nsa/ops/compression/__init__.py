@@ -1,0 +1,146 @@
+"""Blocks of keys or values to one vector each: NSA's learned compression (arXiv 2502.11089, Eq. 7)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from nsa.ops.dispatch import accumulation_dtype, check_compression, check_packing, resolve_backend
+from nsa.ops.packing import Documents, block_starts, cached, num_compressed
+
+
+def compress_blocks(
+    x: Tensor,
+    inner: Tensor,
+    position: Tensor,
+    outer: Tensor,
+    *,
+    length: int,
+    stride: int,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """phi(block) = outer silu(inner flatten(block + position)), of every block of every head.
+
+    Args:
+        x: (B, T, G, D).
+        inner: (hidden, length * D), the tokens of a block one after the other. position: (length, D), added to every
+            block. outer: (Dv, hidden). All are cast to x's dtype.
+        length: tokens of a block (l), a multiple of ``stride`` (d), the tokens between two blocks.
+        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; blocks are laid within each document.
+        backend: auto, triton, torch or naive.
+
+    Returns:
+        (B, M, G, Dv) in x's dtype, M = (T - l) // d + 1 (0 if T < l). With ``cu_seqlens`` the blocks of each document,
+        concatenated in order; there may be fewer than M, the rows beyond them are 0.
+
+    Raises:
+        ValueError: shapes that do not belong together, unknown backend.
+    """
+    check_compression(length, stride)
+    check_packing(x, cu_seqlens)
+    if x.dim() != 4 or inner.shape[1] != length * x.shape[3] or position.shape != (length, x.shape[3]):
+        raise ValueError(
+            f"x (B, T, G, D) {tuple(x.shape)} goes with inner (hidden, {length} * D) and position ({length}, D); got "
+            f"{tuple(inner.shape)} and {tuple(position.shape)}"
+        )
+    if outer.shape[1] != inner.shape[0]:
+        raise ValueError(f"inner {tuple(inner.shape)} and outer {tuple(outer.shape)} must share the hidden width")
+    if not num_compressed(x.shape[1], length, stride):
+        return x.new_zeros(x.shape[0], 0, x.shape[2], outer.shape[0])
+    inner, position, outer = (w.to(x.dtype) for w in (inner, position, outer))
+    implementation = resolve_backend(backend, x, outer)
+    documents = Documents.of(x.shape[1], 0, cu_seqlens, x.device)
+    if implementation == "naive":
+        return _naive(x, inner, position, outer, documents, length, stride)
+    if implementation == "triton":
+        from nsa.ops.kernels import operators
+
+        return operators.compress_blocks(x, inner, position, outer, documents, length, stride)
+    return _portable(x, inner, position, outer, documents, length, stride)
+
+
+def _naive(
+    x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, documents: Documents, length: int, stride: int
+) -> Tensor:
+    start = compression_layout(documents, length, stride).start
+    token = start.clamp(min=0)[:, None] + torch.arange(length, device=x.device)
+    dtype = accumulation_dtype(x)
+    blocks = x.to(dtype)[:, token] + position.to(dtype)[:, None]  # (B, M, l, G, D)
+    hidden = silu(blocks.transpose(2, 3).flatten(3) @ inner.to(dtype).T)
+    return ((hidden @ outer.to(dtype).T) * (start >= 0)[:, None, None]).to(x.dtype)
+
+
+def _portable(
+    x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, documents: Documents, length: int, stride: int
+) -> Tensor:
+    """A block's product is the sum of its segments' products: each token is multiplied once, by all its columns."""
+    layout = compression_layout(documents, length, stride)
+    whole = layout.segment_token[: x.shape[1] // stride]
+    # Without packing the whole segments come first, in order; with it the short ones lie between.
+    if len(documents.bounds) == 2:
+        segments = x[:, : len(whole) * stride].unflatten(1, (len(whole), stride))
+    else:
+        token = layout.segment_token[:, None] + torch.arange(stride, device=x.device)
+        segments = x[:, token.clamp(max=x.shape[1] - 1)]
+    per_block = length // stride
+    weight = inner.unflatten(1, (per_block, -1)).transpose(0, 1)  # (r, hidden, d * D)
+    products = linear(segments.transpose(2, 3).flatten(3), weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+    total = linear(position.flatten(), inner)
+    first = layout.block_segment.clamp(min=0)
+    for r in range(per_block):
+        total = total + products[:, first + r, :, r]
+    out = linear(silu(total), outer)
+    return out if len(documents.bounds) == 2 else out * (layout.start >= 0)[:, None, None]
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionLayout:
+    """Where blocks and segments (the ``stride`` tokens from one block to the next) lie; all int32.
+
+    Attributes:
+        start: (M,) first token of each block, -1 where there is none (documents too short to have M in all).
+        block_segment: (M,) segment that each block begins with; -1 likewise.
+        segment_token: (N,) first token of each segment of each document; T where there is none.
+        segment_end: (N,) token after its last one: the last segment of a document may be short.
+        segment_block: (N,) the block that begins with the segment, if its document has so many.
+        block_first, block_last: (N,) run of the blocks of the segment's document.
+    """
+
+    start: Tensor
+    block_segment: Tensor
+    segment_token: Tensor
+    segment_end: Tensor
+    segment_block: Tensor
+    block_first: Tensor
+    block_last: Tensor
+
+
+@cached
+def compression_layout(documents: Documents, length: int, stride: int) -> CompressionLayout:
+    """The layout of compression blocks in (packed) documents; built once for all layers."""
+    bounds, tokens = documents.bounds, len(documents.query_position)
+    block_bounds = documents.compressed_bounds(length, stride)
+    start, document = block_starts(bounds, block_bounds, stride, num_compressed(tokens, length, stride))
+    exists = torch.arange(len(start), device=start.device) < block_bounds[-1]
+    segment_bounds = documents.selection_bounds(stride)
+    segment = segment_bounds[document] + (start - bounds[document]) // stride
+    # Every document may end in a short segment: this many hold any packing.
+    token, owner = block_starts(bounds, segment_bounds, stride, tokens // stride + len(bounds) - 1)
+    token = token.clamp(max=tokens)
+    first, last = block_bounds[owner], block_bounds[owner + 1]
+    end = torch.minimum(token + stride, bounds[owner + 1])
+    block = first + (token - bounds[owner]) // stride
+    columns = (start.where(exists, -1), segment.where(exists, -1), token, end, block, first, last)
+    return CompressionLayout(*(column.int() for column in columns))
+
+
+@cached
+def block_ends(documents: Documents, length: int, stride: int) -> Tensor:
+    """(M,) int64 token at which each compression block ends; the last token where there is no such block."""
+    tokens = len(documents.query_position)
+    start, _ = block_starts(
+        documents.bounds, documents.compressed_bounds(length, stride), stride, num_compressed(tokens, length, stride)
+    )
+    return (start + length - 1).clamp(max=tokens - 1)
