@@ -1,15 +1,20 @@
-"""Times every stage of native sparse attention, forward and backward, beside dense attention in the same run.
+"""Times every stage of native sparse attention and the whole, beside dense attention and other implementations of it.
 
     python benchmarks/attention.py [--shapes A B] [--tokens 8192 32768] [--out FILE] [--profile]
+        [--dense cudnn flash flex flash-attn flash-attn-4] [--peers fla=8192 sfnsa xunhao] [--peer-path sfnsa=DIR]
 
-Per stage: milliseconds (median, L2 flushed between repeats), TFLOP/s of the algorithm's operations, and the share of
-the time that those would take at 700 TFLOP/s. Totals are of `ops.native_sparse_attention` itself with the selection
-computed and then replaced by indices of each regime (benchmarks/attention_inputs.py), as ratios to torch's cuDNN and
-flash attention. Correctness on a short sequence stands beside: relative L2 errors against float64, and those of cuDNN's
-dense attention in bf16 for scale.
+Per stage: milliseconds (median, L2 flushed between repeats), TFLOP/s of the algorithm's operations, GB/s of the bytes
+that must move, and the share of the time that these would take at the ceilings in benchmarks/measure.py. Totals are of
+`ops.native_sparse_attention` itself with the selection computed and then replaced by indices of each regime
+(benchmarks/attention_inputs.py), with peak and saved memory, as ratios to each dense implementation. A peer of one of
+our stages stands beside our call of the same function, in the same run, with the distance between the two.
+
+Correctness: relative L2 errors against the float64 definition on 1024 tokens, cuDNN's dense ones for scale.
+`python benchmarks/report.py` turns the JSON of --out into docs/performance.md.
 """
 
 import argparse
+import datetime
 import json
 import platform
 import subprocess
@@ -20,54 +25,16 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
-from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, distinct_blocks, normal
+from benchmarks import dense, measure, peers
+from benchmarks.attention_inputs import REGIMES, SHAPES, Inputs, Shape, block_indices, distinct_blocks, normal
+from benchmarks.measure import Call, agreement, forward_backward, memory_mb, time_ms
 from nsa import ops
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import selection
 
-CEILING = 700e12  # what a bf16 matrix product of random data reaches on an H200
-DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-
-def time_ms(call) -> float:
-    return do_bench(call, warmup=15, rep=80, return_mode="median")
-
-
-def forward_backward(function, inputs: list[Tensor]) -> tuple[float, float]:
-    """Milliseconds of the forward pass and of the backward pass alone."""
-    out = function()
-    d_out = torch.randn_like(out)
-    backward = time_ms(lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True))
-    return time_ms(function), backward
-
-
-def dense(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel([DENSE[backend]]):
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-class Inputs:
-    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        blocks = (tokens - shape.length) // shape.stride + 1
-        self.q = normal(1, tokens, shape.heads, shape.width, dtype=dtype, grad=True)
-        self.gates = torch.rand(1, tokens, shape.heads, 3, device="cuda").to(dtype).requires_grad_()
-        self.pairs = [
-            tuple(
-                normal(1, count, shape.groups, width, seed=2 * i + j, dtype=dtype, grad=True)
-                for j, width in enumerate((shape.width, shape.v_width), start=1)
-            )
-            for i, count in enumerate((blocks, tokens, tokens))
-        ]
-
-    @property
-    def all(self) -> list[Tensor]:
-        return [self.q, *(x for pair in self.pairs for x in pair), self.gates]
+BRANCHES = ("compressed", "selected", "window")
 
 
 def fixed_indices(indices: Tensor):
@@ -76,89 +43,169 @@ def fixed_indices(indices: Tensor):
     return mock.patch.object(selection, "select", lambda *a: (select(*a), indices)[1])
 
 
-def measure(shape: Shape, tokens: int, profile: bool) -> dict:
-    x = Inputs(shape, tokens)
+class Report:
+    """One shape at one length; `result` is its entry in the JSON."""
+
+    def __init__(self, shape: Shape, tokens: int) -> None:
+        self.shape, self.tokens = shape, tokens
+        self.flops, self.bytes = shape.flops(tokens), shape.bytes(tokens)
+        self.result: dict = {"shape": shape.name, "tokens": tokens, "stages": {}, "dense": {}, "total": {}, "peers": {}}
+
+    def show(self, what: str, row: object) -> None:
+        print(f"{self.shape.name:5} {self.tokens:7} {what:36} {row}", flush=True)
+
+    def stage(self, name: str, milliseconds: float, counted_as: str) -> None:
+        row = measure.row(milliseconds, self.flops.get(counted_as), self.bytes.get(counted_as))
+        self.result["stages"][name] = row
+        self.show(name, row)
+
+    def both(self, name: str, call: Call, counted_as: str) -> None:
+        for direction, milliseconds in zip(("forward", "backward"), forward_backward(call), strict=True):
+            self.stage(name.replace("*", direction), milliseconds, f"{counted_as} {direction}")
+
+
+def stages(report: Report, x: Inputs, indices: dict[str, Tensor]) -> None:
+    """Every stage by itself."""
+    shape, tokens = report.shape, report.tokens
     compression = {"length": shape.length, "stride": shape.stride}
     selecting = {**compression, "block_size": shape.block_size, "num_blocks": shape.num_blocks}
-    flops = shape.flops(tokens)
-    result: dict = {"shape": shape.name, "tokens": tokens, "stages": {}, "total": {}}
-
-    def stage(name: str, milliseconds: float, count: float | None) -> None:
-        row = {"ms": round(milliseconds, 3)}
-        if count:
-            row |= {
-                "tflops": round(count / milliseconds / 1e9),
-                "floor": round(count / CEILING * 1e3 / milliseconds, 2),
-            }
-        result["stages"][name] = row
-        print(f"{shape.name:5} {tokens:7} {name:32} {row}", flush=True)
-
     (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win) = x.pairs
-    for name, call, inputs in (
-        ("compressed", lambda: ops.compressed_attention(x.q, k_cmp, v_cmp, **compression)[0], [x.q, k_cmp, v_cmp]),
-        ("window", lambda: ops.dense_attention(x.q, k_win, v_win, window=shape.window), [x.q, k_win, v_win]),
-    ):
-        forward, backward = forward_backward(call, inputs)
-        stage(f"{name} forward", forward, flops[f"{name} forward"])
-        stage(f"{name} backward", backward, flops[f"{name} backward"])
+
+    weights = []
+    for width in (shape.width, shape.v_width):
+        inner = normal(width, shape.length * width, grad=True), normal(shape.length, width, grad=True)
+        weights.append((*inner, normal(width, width, grad=True)))
+
+    def compress() -> Tensor:
+        pair = (ops.compress_blocks(t, *w, **compression) for t, w in zip((k_slc, v_slc), weights, strict=True))
+        return torch.cat(list(pair), -1)  # one output for both: a copy of T / 16 rows
+
+    report.both("compression *", Call(compress, (k_slc, v_slc, *weights[0], *weights[1])), "compression")
+    inputs = (x.q, k_cmp, v_cmp)
+    report.both(
+        "compressed *",
+        Call(lambda: ops.compressed_attention(x.q, k_cmp, v_cmp, **compression)[0], inputs),
+        "compressed",
+    )
     with torch.no_grad():
         _, lse = ops.compressed_attention(x.q, k_cmp, v_cmp, **compression)
-        stage("selection", time_ms(lambda: ops.select_blocks(x.q, k_cmp, lse, **selecting)), flops["selection"])
-    indices = {regime: block_indices(shape, tokens, regime) for regime in REGIMES}
-    result["distinct_blocks"] = {
-        regime: [round(distinct_blocks(i, tile), 1) for tile in (1, 2, 4, 8, 16)] for regime, i in indices.items()
-    }
+        report.stage("selection", time_ms(lambda: ops.select_blocks(x.q, k_cmp, lse, **selecting)), "selection")
     for regime, chosen in indices.items():
 
-        def call(chosen: Tensor = chosen) -> Tensor:
+        def select(chosen: Tensor = chosen) -> Tensor:
             return ops.selected_attention(x.q, k_slc, v_slc, chosen, block_size=shape.block_size)
 
-        forward, backward = forward_backward(call, [x.q, k_slc, v_slc])
-        stage(f"selected forward {regime}", forward, flops["selected forward"])
-        stage(f"selected backward {regime}", backward, flops["selected backward"])
+        report.both(f"selected * {regime}", Call(select, (x.q, k_slc, v_slc)), "selected")
+    windowed = Call(lambda: ops.dense_attention(x.q, k_win, v_win, window=shape.window), (x.q, k_win, v_win))
+    report.both("window *", windowed, "window")
     with torch.no_grad():
         outs = [torch.randn(1, tokens, shape.heads, shape.v_width, device="cuda", dtype=x.q.dtype) for _ in range(3)]
         rows = lse.transpose(1, 2).contiguous()
-        stage("combine forward", time_ms(lambda: gating.combine(x.gates, outs)), None)
-        stage("combine backward", time_ms(lambda: gating.combine_backward(x.gates, outs[0], outs, [rows] * 3)), None)
-        outs = rows = None  # type: ignore[assignment]
+        report.stage("combine forward", time_ms(lambda: gating.combine(x.gates, outs)), "combine forward")
+        backward = time_ms(lambda: gating.combine_backward(x.gates, outs[0], outs, [rows] * 3))
+        report.stage("combine backward", backward, "combine backward")
 
-    reference = {}
-    for backend in DENSE:
-        try:
-            reference[backend] = forward_backward(lambda b=backend: dense(b, x.q, k_slc, v_slc), [x.q, k_slc, v_slc])
-        except RuntimeError as error:
-            print(f"dense {backend}: {str(error).splitlines()[0]}")
-            continue
-        for direction, ms in zip(("forward", "backward"), reference[backend], strict=True):
-            stage(f"dense {backend} {direction}", ms, flops[f"dense {direction}"])
 
-    def whole() -> Tensor:
-        return ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes)
+def against_dense(report: Report, x: Inputs, names: list[str]) -> None:
+    """Dense and windowed attention of others on the same tensors."""
+    (k, v), window = x.pairs[1], report.shape.window
+    for name in names:
+        function, entry = dense.KNOWN[name], {}
+        for kind, size in (("dense", None), ("window", window)):
+            call = Call(lambda f=function, s=size: f(x.q, k, v, s), (x.q, k, v))
+            reference = Call(lambda s=size: ops.dense_attention(x.q, k, v, window=s), (x.q, k, v))
+            try:
+                differs = agreement(call, reference)
+                forward, backward = forward_backward(call)
+            except NotImplementedError:
+                continue
+            except Exception as error:  # a refusal is an answer; what it refuses is in its words
+                entry[kind] = {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+                report.show(f"{name} {kind}", entry[kind])
+                continue
+            entry[kind] = _times(forward, backward) | {"differs": differs}
+            if kind == "dense":
+                entry[kind] |= memory_mb(call)
+            for direction, ms in (("forward", forward), ("backward", backward)):
+                count = report.flops[f"{kind} {direction}"]
+                entry[kind][f"{direction}_tflops"] = round(count / ms / 1e9)
+            report.show(f"{name} {kind}", entry[kind])
+        report.result["dense"][name] = entry
+        torch.cuda.empty_cache()
 
+
+def whole(report: Report, x: Inputs, indices: dict[str, Tensor], profile: bool) -> None:
+    """The operator in each regime, with memory and ratios to dense attention."""
+    shape = report.shape
+    call = Call(lambda: ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes), x.all)
+    floor = {
+        direction: sum(
+            measure.row(1.0, report.flops[f"{b} {direction}"], report.bytes[f"{b} {direction}"])["floor_ms"]
+            for b in BRANCHES
+        )
+        for direction in ("forward", "backward")
+    }
+    floor["forward"] += measure.row(1.0, report.flops["selection"], report.bytes["selection"])["floor_ms"]
+    report.result["floor_ms"] = {direction: round(ms, 2) for direction, ms in floor.items()}
     for regime, chosen in indices.items():
         with fixed_indices(chosen):
-            forward, backward = forward_backward(whole, x.all)
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            out = whole()
-            saved = torch.cuda.memory_allocated() - before
-            torch.autograd.grad(out, x.all, torch.ones_like(out))
-            peak = torch.cuda.max_memory_allocated() - before
-            del out
-            row: dict = {"forward": forward, "backward": backward, "both": forward + backward}
-            row = {name: round(ms, 2) for name, ms in row.items()} | {"peak_mb": peak >> 20, "saved_mb": saved >> 20}
-            for backend, (dense_forward, dense_backward) in reference.items():
-                row[f"vs_{backend}"] = {
-                    "forward": round(dense_forward / forward, 2),
-                    "backward": round(dense_backward / backward, 2),
-                    "both": round((dense_forward + dense_backward) / (forward + backward), 2),
-                }
-            result["total"][regime] = row
-            print(f"{shape.name:5} {tokens:7} total {regime:26} {row}", flush=True)
+            forward, backward = forward_backward(call)
+            row = _times(forward, backward) | memory_mb(call)
+            row["floor_share"] = {
+                "forward": round(floor["forward"] / forward, 2),
+                "backward": round(floor["backward"] / backward, 2),
+            }
+            row["vs"] = {
+                name: {d: round(entry["dense"][d] / row[d], 2) for d in ("forward", "backward", "both")}
+                for name, entry in report.result["dense"].items()
+                if "both" in entry.get("dense", {})
+            }
+            report.result["total"][regime] = row
+            report.show(f"total {regime}", row)
             if profile and regime == "trained":
-                result["kernels"] = kernel_times(lambda: torch.autograd.grad(whole().sum(), x.all))
-    return result
+                report.result["kernels"] = kernel_times(lambda: torch.autograd.grad(call.run().sum(), x.all))
+
+
+def against_peers(report: Report, x: Inputs, indices: dict[str, Tensor], adapters: dict[str, object]) -> None:
+    """Other implementations, stage by stage, beside ours in the same function."""
+    for name, peer in adapters.items():
+        if reason := peer.refuses(report.shape):
+            report.result["peers"][name] = {"version": peer.version, "refuses": reason}
+            report.show(name, f"refuses: {reason}")
+            continue
+        entry = report.result["peers"][name] = {"version": peer.version, "stages": {}}
+        try:
+            for stage, theirs, mine in peer.calls(x, report.shape, indices):
+                row = _times(*forward_backward(theirs)) | {"differs": agreement(theirs, mine)}
+                if stage == "total":
+                    row |= memory_mb(theirs)
+                row["ours"] = _times(*forward_backward(mine))
+                row["ratio"] = {d: round(row[d] / ms, 2) for d, ms in row["ours"].items() if ms}
+                entry["stages"][stage] = row
+                report.show(f"{name} {stage}", row)
+                torch.cuda.empty_cache()
+        except Exception as error:  # its stages so far stay; the run goes on
+            entry["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            report.show(name, entry["failed"])
+
+
+def _times(forward: float, backward: float) -> dict[str, float]:
+    return {"forward": round(forward, 3), "backward": round(backward, 3), "both": round(forward + backward, 3)}
+
+
+def run(shape: Shape, tokens: int, options: argparse.Namespace, adapters: dict[str, object]) -> dict:
+    report, x = Report(shape, tokens), Inputs(shape, tokens)
+    indices = {regime: block_indices(shape, tokens, regime) for regime in options.regimes}
+    report.result["distinct_blocks"] = {
+        regime: [round(distinct_blocks(i, tile), 1) for tile in (1, 2, 4, 8, 16)] for regime, i in indices.items()
+    }
+    if not options.no_stages:
+        stages(report, x, indices)
+    against_dense(report, x, [name for name in options.dense if tokens <= options.dense[name]])
+    whole(report, x, indices, options.profile)
+    chosen = {name: peer for name, peer in adapters.items() if tokens in (options.peers[name] or (tokens,))}
+    against_peers(report, x, {r: i for r, i in indices.items() if r != "coherent"}, chosen)
+    return report.result
 
 
 def longest(shape: Shape, tokens: int) -> dict:
@@ -229,7 +276,7 @@ def errors(shape: Shape, tokens: int = 1024) -> dict:
     result["gradients"] = compare(
         list(torch.autograd.grad(out, x.all, d_out)), list(torch.autograd.grad(expected, exact, d_out.double()))
     )
-    out = dense("cudnn", x.q, k_d := x.pairs[1][0], v_d := x.pairs[1][1])
+    out = dense.cudnn(x.q, k_d := x.pairs[1][0], v_d := x.pairs[1][1])
     expected = ops.dense_attention(q, k_slc, v_slc, **naive)
     result["dense_output"] = compare([out], [expected])
     result["dense_gradients"] = compare(
@@ -240,28 +287,67 @@ def errors(shape: Shape, tokens: int = 1024) -> dict:
     return {name: float(f"{error:.3g}") for name, error in result.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["A"], choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 65536])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--longest", nargs="*", type=int, default=[], help="tokens of single passes of shape 'long'")
-    parser.add_argument("--profile", action="store_true", help="also list the time of every kernel")
-    options = parser.parse_args()
+def environment() -> dict:
+    """Hardware, versions and commit."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report = {
+    return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
+        "cuda": torch.version.cuda,
         "commit": commit or None,
-        "errors": {name: errors(SHAPES[name]) for name in options.shapes},
-        "runs": [],
-        "longest": [longest(SHAPES["long"], tokens) for tokens in options.longest],
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "dense": dense.versions(),
+        "ceiling": measure.CEILING,
+        "measured_ceiling": measure.ceilings(),
     }
+
+
+def _limits(values: list[str]) -> dict[str, tuple[int, ...]]:
+    """["fla=8192,32768", "sfnsa"] -> {"fla": (8192, 32768), "sfnsa": ()}."""
+    pairs = (value.partition("=") for value in values)
+    return {name: tuple(int(n) for n in numbers.split(",") if n) for name, _, numbers in pairs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["A"], choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 65536])
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--longest", nargs="*", type=int, default=[], help="tokens of single passes of shape 'long'")
+    parser.add_argument("--profile", action="store_true", help="also list the time of every kernel")
+    parser.add_argument("--no-stages", action="store_true", help="the whole only")
+    parser.add_argument("--dense", nargs="*", default=["cudnn", "flash"], metavar="NAME[=MOST_TOKENS]")
+    parser.add_argument(
+        "--peers", nargs="*", default=[], metavar="NAME[=TOKENS,..]", help=f"of {', '.join(peers.KNOWN)}"
+    )
+    parser.add_argument("--peer-path", nargs="*", default=[], metavar="NAME=DIR")
+    options = parser.parse_args()
+    options.dense = {name: (limit or (1 << 40,))[0] for name, limit in _limits(options.dense).items()}
+    options.peers = _limits(options.peers)
+    for name in (*(options.dense.keys() - dense.KNOWN.keys()), *(options.peers.keys() - peers.KNOWN.keys())):
+        parser.error(f"unknown {name}: dense of {', '.join(dense.KNOWN)}; peers of {', '.join(peers.KNOWN)}")
+    paths = {name: Path(path).resolve() for name, _, path in (value.partition("=") for value in options.peer_path)}
+
+    report: dict = environment() | {"command": " ".join(sys.argv[1:]), "missing": {}, "errors": {}, "runs": []}
+    print(json.dumps({key: value for key, value in report.items() if value}), flush=True)
+    for name in [name for name in options.dense if name not in report["dense"]]:
+        report["missing"][name] = "not installed"
+        del options.dense[name]
+    adapters: dict[str, object] = {}
+    for name in options.peers:
+        try:
+            adapters[name] = peers.KNOWN[name](paths.get(name))
+        except Exception as error:
+            report["missing"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            print(name, report["missing"][name], flush=True)
+    report["errors"] = {name: errors(SHAPES[name]) for name in options.shapes}
+    report["longest"] = [longest(SHAPES["long"], tokens) for tokens in options.longest]
     for name in options.shapes:
         for tokens in options.tokens:
-            report["runs"].append(measure(SHAPES[name], tokens, options.profile))
+            report["runs"].append(run(SHAPES[name], tokens, options, adapters))
             torch.cuda.empty_cache()
             if options.out:
                 options.out.write_text(json.dumps(report, indent=1) + "\n")

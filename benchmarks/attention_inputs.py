@@ -44,7 +44,35 @@ class Shape:
         for branch, pairs in self.pairs(tokens).items():
             result[f"{branch} forward"], result[f"{branch} backward"] = pairs * forward, pairs * backward
         result["selection"] = self.pairs(tokens)["compressed"] * 2 * self.width
+        blocks = self.num_compressed(tokens) * self.groups
+        for width in (self.width, self.v_width):  # keys, then values, each with a hidden layer of its width
+            product = 2.0 * blocks * width * (self.length * width + width)
+            result["compression forward"] = result.get("compression forward", 0) + product
+            result["compression backward"] = result.get("compression backward", 0) + 2 * product
         return result
+
+    def num_compressed(self, tokens: int) -> int:
+        return (tokens - self.length) // self.stride + 1
+
+    def bytes(self, tokens: int, itemsize: int = 2) -> dict[str, float]:
+        """Bytes that each stage must read and write at least, every tensor once."""
+        q, out, lse = tokens * self.heads * self.width, tokens * self.heads * self.v_width, 4 * tokens * self.heads
+        kv = tokens * self.groups * (self.width + self.v_width)
+        blocks = self.num_compressed(tokens) * self.groups
+        kv_cmp = blocks * (self.width + self.v_width)
+        chosen = 4 * tokens * self.groups * self.num_blocks
+        result = {}
+        for branch, keys, index in (
+            ("compressed", kv_cmp, 0), ("selected", kv, chosen), ("window", kv, 0), ("dense", kv, 0),
+        ):  # fmt: skip
+            result[f"{branch} forward"] = (q + keys + out) * itemsize + lse + index
+            result[f"{branch} backward"] = (2 * (q + keys) + 2 * out) * itemsize + lse + index
+        result["selection"] = (q + blocks * self.width) * itemsize + lse + chosen
+        result["combine forward"] = (4 * out + 3 * tokens * self.heads) * itemsize
+        result["combine backward"] = (4 * out + 3 * tokens * self.heads) * itemsize + 9 * lse
+        result["compression forward"] = (kv + kv_cmp) * itemsize
+        result["compression backward"] = (2 * kv + kv_cmp) * itemsize
+        return {name: float(count) for name, count in result.items()}
 
 
 SHAPES = {
@@ -98,6 +126,30 @@ def block_indices(shape: Shape, tokens: int, regime: str, device: str = "cuda", 
             chosen = torch.nn.functional.pad(chosen, (0, n - chosen.shape[1]), value=count)
             result[0, start:stop, group] = chosen.masked_fill(chosen == count, -1).int()
     return result
+
+
+class Inputs:
+    """Queries, the three pairs of keys and values, and gates of one sequence; all require gradients.
+
+    Attributes:
+        q: (1, T, H, D). pairs: compressed, selected, window, each k (1, S, G, D) and v (1, S, G, Dv).
+        gates: (1, T, H, 3).
+    """
+
+    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.q = normal(1, tokens, shape.heads, shape.width, dtype=dtype, grad=True)
+        self.gates = torch.rand(1, tokens, shape.heads, 3, device="cuda").to(dtype).requires_grad_()
+        self.pairs = [
+            (
+                normal(1, count, shape.groups, shape.width, seed=2 * i + 1, dtype=dtype, grad=True),
+                normal(1, count, shape.groups, shape.v_width, seed=2 * i + 2, dtype=dtype, grad=True),
+            )
+            for i, count in enumerate((shape.num_compressed(tokens), tokens, tokens))
+        ]
+
+    @property
+    def all(self) -> tuple[Tensor, ...]:
+        return (self.q, *(x for pair in self.pairs for x in pair), self.gates)
 
 
 def distinct_blocks(indices: Tensor, tile: int) -> float:

@@ -1,0 +1,109 @@
+"""Time, memory and error of differentiable calls, and what the hardware allows for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.testing import do_bench
+
+# What a bf16 matrix product of random data, and a copy (read + write), reach on an H200: floors are taken of these.
+CEILING = {"tflops": 700.0, "tb_per_s": 4.3}
+
+
+@dataclass(frozen=True)
+class Call:
+    """``run()`` gives a tensor; gradients are taken of ``inputs``, none if empty."""
+
+    run: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...] = ()
+
+
+def time_ms(call: Callable[[], object]) -> float:
+    """Median milliseconds, the L2 cache flushed between repeats."""
+    return do_bench(call, warmup=15, rep=80, return_mode="median")
+
+
+def forward_backward(call: Call) -> tuple[float, float]:
+    """Milliseconds of the forward pass and of the backward pass alone (0 without inputs)."""
+    if not call.inputs:
+        with torch.no_grad():
+            return time_ms(call.run), 0.0
+
+    def backward() -> float:  # by itself, so that its graph is gone before the forward pass is timed
+        out = call.run()
+        d_out = torch.randn_like(out)
+        return time_ms(lambda: torch.autograd.grad(out, call.inputs, d_out, retain_graph=True))
+
+    milliseconds = backward()
+    return time_ms(call.run), milliseconds
+
+
+def memory_mb(call: Call) -> dict[str, int]:
+    """MiB beyond the inputs: the peak of one forward and backward pass, and what is held between the two."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = call.run()
+    saved = torch.cuda.memory_allocated() - before
+    gradients = torch.autograd.grad(out, call.inputs, torch.ones_like(out)) if call.inputs else None
+    peak = torch.cuda.max_memory_allocated() - before
+    del out, gradients
+    return {"peak_mb": peak >> 20, "saved_mb": saved >> 20}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Relative L2 distance, in float32 sums taken slice by slice: both may be gigabytes."""
+    difference = square = 0.0
+    rows = max(1, ours.shape[:-1].numel() // 16)
+    for a, b in zip(ours.flatten(0, -2).split(rows), theirs.flatten(0, -2).split(rows), strict=True):
+        difference += (a.float() - b.float()).square().sum().item()
+        square += b.float().square().sum().item()
+    return (difference / max(square, 1e-30)) ** 0.5
+
+
+def agreement(call: Call, reference: Call) -> dict[str, float]:
+    """How far ``call`` is from ``reference``: output, and the worst of the gradients for the same d_out.
+
+    Of integer outputs (.., n), lists of chosen blocks in any order: the share of the reference's that are missing.
+    """
+    if not call.inputs:
+        with torch.no_grad():
+            out, expected = call.run(), reference.run()
+        if not out.is_floating_point():
+            missing = (expected >= 0) & ~(expected[..., None] == out[..., None, :]).any(-1)
+            return {"missing": round((missing.sum() / (expected >= 0).sum()).item(), 6)}
+        return {"output": float(f"{relative_error(out, expected):.3g}")}
+    out, expected = call.run(), reference.run()
+    d_out = torch.randn_like(expected)
+    result = {"output": relative_error(out.detach(), expected.detach())}
+    ours = torch.autograd.grad(out, call.inputs, d_out.view_as(out))
+    theirs = torch.autograd.grad(expected, reference.inputs, d_out)
+    result["gradients"] = max(relative_error(a, b) for a, b in zip(ours, theirs, strict=True))
+    return {name: float(f"{error:.3g}") for name, error in result.items()}
+
+
+def row(milliseconds: float, flops: float | None, num_bytes: float | None) -> dict[str, float]:
+    """A line of the report: rates, the floor (the longer of operations and bytes at CEILING) and its share."""
+    result: dict[str, float] = {"ms": round(milliseconds, 3)}
+    floors = []
+    if flops:
+        result["tflops"] = round(flops / milliseconds / 1e9)
+        floors.append(flops / CEILING["tflops"] / 1e9)
+    if num_bytes:
+        result["gb_per_s"] = round(num_bytes / milliseconds / 1e6)
+        floors.append(num_bytes / CEILING["tb_per_s"] / 1e9)
+    if floors:
+        result |= {"floor_ms": round(max(floors), 3), "floor_share": round(max(floors) / milliseconds, 2)}
+    return result
+
+
+def ceilings() -> dict[str, float]:
+    """The same two ceilings as this machine shows them now."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**30, device="cuda", dtype=torch.int32)
+    target = torch.empty_like(source)
+    return {
+        "matmul_tflops": round(2 * 8192**3 / time_ms(lambda: a @ b) / 1e9),
+        "copy_tb_per_s": round(2 * source.numel() * 4 / time_ms(lambda: target.copy_(source)) / 1e9, 2),
+    }
