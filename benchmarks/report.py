@@ -1,0 +1,304 @@
+"""Writes docs/performance.md, and its figure, from the JSON of benchmarks/attention.py (and benchmarks/models.py).
+
+    python benchmarks/report.py [RESULT.json ...] [--out docs/performance.md]
+
+Without files, all of benchmarks/results/performance-*.json. Several files are several sections of one page, each with
+its own hardware, versions and commit; figures of different machines are never mixed in one table.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# Aims of the project: ratios of cuDNN's dense attention to the whole operator, with indices like a trained model's.
+AIMS = {
+    ("A", 65536, "forward"): 5.0,
+    ("A", 65536, "backward"): 6.3,
+    ("A", 131072, "forward"): 6.0,
+    ("A", 32768, "both"): 4.0,
+    ("A", 8192, "both"): 1.0,
+    ("B", 32768, "both"): 2.3,
+    ("E", 32768, "both"): 1.2,
+}
+SHAPES = {
+    "A": "64 query heads, 4 KV heads, width 128",
+    "B": "32 / 8, 128",
+    "C": "16 / 1, 128",
+    "D": "32 / 16, 64",
+    "E": "32 / 16, 128",
+    "A192": "64 / 4, keys 192, values 128",
+    "long": "32 / 2, 128",
+}
+
+
+def table(header: list[str], rows: list[list[object]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
+    for row in rows:
+        yield "| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |"
+    yield ""
+
+
+def length(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
+
+
+def ms(value: float | None) -> str | None:
+    if not value:
+        return None
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def regime_of(run: dict) -> str:
+    return next((regime for regime in ("trained", "random") if regime in run["total"]), next(iter(run["total"])))
+
+
+def names_of(runs: list[dict], key: str) -> list[str]:
+    """Names under ``key`` in any run, in their order."""
+    return list(dict.fromkeys(name for run in runs for name in run[key]))
+
+
+def section(result: dict, figure: Path) -> Iterator[str]:
+    """One result file."""
+    commit = f", commit {result['commit'][:12]}" if result.get("commit") else ""
+    yield (
+        f"{result['device']}, torch {result['torch']}, Triton {result['triton']}, CUDA {result.get('cuda')}, Python "
+        f"{result['python']}; {result.get('date', '')}{commit}."
+    )
+    if measured := result.get("measured_ceiling"):
+        yield (
+            f"This machine, in the same run: {measured['matmul_tflops']} TFLOP/s in a bf16 product of two 8192 x 8192 "
+            f"matrices, {measured['copy_tb_per_s']} TB/s copying."
+        )
+    yield ""
+    if result.get("runs"):
+        yield f"![time and speed-up by length]({figure.parent.name}/{figure.name})\n"
+        yield from whole(result["runs"])
+        yield from others(result)
+        yield from stage_tables(result["runs"])
+    yield from correctness(result)
+    yield from models(result.get("models", []))
+
+
+def whole(runs: list[dict]) -> Iterator[str]:
+    yield "### The whole operator\n"
+    yield "Compressed, selection, selected, window and combine; indices like those of a trained model.\n"
+    dense = [
+        name for name in names_of(runs, "dense") if any(name in run["total"][regime_of(run)]["vs"] for run in runs)
+    ]
+    header = ["shape, tokens", "forward ms", "backward ms", "both ms", "share of the floor", "peak MB", "saved MB"]
+    rows = []
+    for run in runs:
+        row = run["total"][regime_of(run)]
+        share = "{forward:.2f} / {backward:.2f}".format(**row["floor_share"])
+        times = [ms(row[direction]) for direction in ("forward", "backward", "both")]
+        rows.append([f"{run['shape']} {length(run['tokens'])}", *times, share, row["peak_mb"], row["saved_mb"]])
+    yield from table(header, rows)
+    yield "Times faster than dense attention, forward / backward / both:\n"
+    rows = []
+    for run in runs:
+        against, aims = run["total"][regime_of(run)]["vs"], []
+        for direction in ("forward", "backward", "both"):
+            if aim := AIMS.get((run["shape"], run["tokens"], direction)):
+                aims.append(f"{direction} {aim:g}")
+        cells = [
+            "{forward:.1f} / {backward:.1f} / **{both:.1f}**".format(**against[n]) if n in against else None
+            for n in dense
+        ]
+        rows.append([f"{run['shape']} {length(run['tokens'])}", *cells, ", ".join(aims) or None])
+    yield from table(["shape, tokens", *dense, "aim, over cudnn"], rows)
+    yield "By the regime of the indices (forward + backward ms; distinct blocks in tiles of 4 tokens):\n"
+    regimes = names_of(runs, "total")
+    rows = [
+        [f"{run['shape']} {length(run['tokens'])}"]
+        + [
+            f"{ms(run['total'][r]['both'])} ({run['distinct_blocks'][r][2]})" if r in run["total"] else None
+            for r in regimes
+        ]
+        for run in runs
+    ]
+    yield from table(["shape, tokens", *regimes], rows)
+
+
+def others(result: dict) -> Iterator[str]:
+    runs = result["runs"]
+    yield "### Dense attention of others\n"
+    rows = []
+    for run in runs:
+        for name, entry in run["dense"].items():
+            for kind, row in entry.items():
+                label = f"{run['shape']} {length(run['tokens'])} {name} {kind}"
+                if "refused" in row:
+                    rows.append([label, row["refused"], *[None] * 5])
+                    continue
+                rates = f"{row['forward_tflops']} / {row['backward_tflops']}"
+                differs = f"{row['differs']['output']:.1e} / {row['differs']['gradients']:.1e}"
+                times = [ms(row["forward"]), ms(row["backward"])]
+                rows.append([label, *times, rates, row.get("peak_mb"), row.get("saved_mb"), differs])
+    header = ["", "forward ms", "backward ms", "TFLOP/s", "peak MB", "saved MB", "distance to ours: output / gradients"]
+    yield from table(header, rows)
+    for name, reason in result.get("missing", {}).items():
+        yield f"Not run: {name} ({reason}).\n"
+    entries = [(run, name, entry) for run in runs for name, entry in run["peers"].items()]
+    if not entries:
+        return
+    yield "### Native sparse attention of others\n"
+    yield "Each beside our call of the same function; `total` on what each one selects itself.\n"
+    rows, notes = [], []
+    for run, name, entry in entries:
+        label = f"{run['shape']} {length(run['tokens'])} {name}"
+        for reason in (f"{label} {key}: {entry[key]}" for key in ("refuses", "failed") if key in entry):
+            notes.append(reason)
+        for stage, row in entry.get("stages", {}).items():
+            mine, ratio = row["ours"], row["ratio"]
+            pairs = [f"{ms(row[d])} : {ms(mine[d])}" if row[d] else None for d in ("forward", "backward")]
+            differs = " / ".join(f"{value:.1e}" for value in row["differs"].values())
+            rows.append([f"{label} {stage}", *pairs, f"**{ratio['both']:.2f}**", row.get("peak_mb"), differs])
+    header = ["", "forward ms, theirs : ours", "backward ms", "ours is faster by", "their peak MB", "distance"]
+    yield from table(header, rows)
+    yield "Distance: relative L2 of output / gradients; of a selection, the share of our blocks that is missing.\n"
+    versions = {name: entry["version"] for _, name, entry in entries}
+    yield "; ".join(f"{name}: {version}" for name, version in versions.items()) + ".\n"
+    yield from (f"- {note}" for note in notes)
+    yield ""
+
+
+def stage_tables(runs: list[dict]) -> Iterator[str]:
+    if not any(run["stages"] for run in runs):
+        return
+    yield "### Stage by stage\n"
+    yield (
+        "Rates count the algorithm's operations and each tensor once; the floor is the longer of both at the ceilings "
+        "of benchmarks/measure.py.\n"
+    )
+    for run in (run for run in runs if run["stages"]):
+        keys = ("ms", "tflops", "gb_per_s", "floor_ms", "floor_share")
+        rows = [[name, ms(row["ms"]), *(row.get(key) for key in keys[1:])] for name, row in run["stages"].items()]
+        yield from table(
+            [f"{run['shape']} {length(run['tokens'])}", "ms", "TFLOP/s", "GB/s", "floor ms", "share"], rows
+        )
+
+
+def correctness(result: dict) -> Iterator[str]:
+    if result.get("errors"):
+        yield "### Correctness\n"
+        yield "Relative L2 errors in bf16 on 1024 tokens, float64 as the truth; cuDNN's dense attention for scale.\n"
+        keys = ("output", "gradients", "dense_output", "dense_gradients")
+        rows = [[shape, *(f"{row[key]:.1e}" for key in keys)] for shape, row in result["errors"].items()]
+        yield from table(["shape", "output", "gradients (worst)", "cuDNN output", "cuDNN gradients"], rows)
+    if result.get("longest"):
+        yield "### The longest sequence\n"
+        rows = [
+            [f"{row['shape']} {length(row['tokens'])}", row["forward"], row["backward"], row["peak_mb"], row["error"]]
+            for row in result["longest"]
+        ]
+        yield from table(["one layer", "forward ms", "backward ms", "peak MB", "error of the last queries"], rows)
+
+
+def models(rows: list[dict]) -> Iterator[str]:
+    """Rows of benchmarks/models.py: config, attention, tokens, tokens_per_s, mfu, peak_mb."""
+    if not rows:
+        return
+    yield "### Whole models\n"
+    yield "Forward, backward and optimizer step in bf16; tokens/s (MFU); NSA over dense in bold.\n"
+    lengths = sorted({row["tokens"] for row in rows})
+    by = {(row["config"], row["attention"], row["tokens"]): row for row in rows}
+    lines = []
+    for config in dict.fromkeys(row["config"] for row in rows):
+        for kind in dict.fromkeys(row["attention"] for row in rows if row["config"] == config):
+            cells: list[object] = []
+            for tokens in lengths:
+                row, other = by.get((config, kind, tokens)), by.get((config, "dense", tokens))
+                if row is None or "tokens_per_s" not in row:
+                    cells.append(None)
+                    continue
+                cell = f"{row['tokens_per_s'] / 1e3:.0f} K ({row['mfu']:.0%})"
+                if kind != "dense" and other and "tokens_per_s" in other:
+                    cell += f" **{row['tokens_per_s'] / other['tokens_per_s']:.2f}**"
+                cells.append(cell)
+            lines.append([f"{config} {kind}", *cells])
+    yield from table(["", *(length(tokens) for tokens in lengths)], lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Left: forward + backward of shape A by length, everyone. Right: times faster than cuDNN, every shape."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    runs = result["runs"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    shape = "A" if any(run["shape"] == "A" for run in runs) else runs[0]["shape"]
+    lines: dict[str, list[tuple[int, float]]] = {"ours": []}
+    for run in sorted((run for run in runs if run["shape"] == shape), key=lambda run: run["tokens"]):
+        lines["ours"].append((run["tokens"], run["total"][regime_of(run)]["both"]))
+        for name, entry in run["dense"].items():
+            if "both" in entry.get("dense", {}):
+                lines.setdefault(f"dense: {name}", []).append((run["tokens"], entry["dense"]["both"]))
+        for name, entry in run["peers"].items():
+            if "total" in entry.get("stages", {}):
+                lines.setdefault(f"sparse: {name}", []).append((run["tokens"], entry["stages"]["total"]["both"]))
+    for name, points in lines.items():
+        style = "--" if name.startswith("dense") else ":" if name.startswith("sparse") else "-"
+        colour = {"color": "black", "linewidth": 2.5} if name == "ours" else {}
+        left.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=name, **colour)
+    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms", title=f"Shape {shape}")
+    ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+    left.set_xticks(ticks, [length(tokens) for tokens in ticks])
+    left.set_xticks([], minor=True)
+    left.grid(alpha=0.3)
+    left.legend(fontsize=8)
+
+    bars = [(f"{r['shape']}\n{length(r['tokens'])}", r["total"][regime_of(r)]["vs"].get("cudnn")) for r in runs]
+    bars = [(label, against) for label, against in bars if against]
+    colours = {"forward": "#4c78a8", "backward": "#f58518", "both": "#333333"}
+    for i, (direction, colour) in enumerate(colours.items()):
+        places = [place + (i - 1) * 0.27 for place in range(len(bars))]
+        right.bar(places, [against[direction] for _, against in bars], 0.27, label=direction, color=colour)
+    right.axhline(1, color="gray", linewidth=1)
+    right.set_xticks(range(len(bars)), [label for label, _ in bars], fontsize=8)
+    right.set(ylabel="times faster than cuDNN's dense attention", title="All shapes")
+    right.grid(axis="y", alpha=0.3)
+    right.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def page(results: list[tuple[str, dict]], images: Path) -> str:
+    lines = [
+        "# Performance",
+        "",
+        "Written by `python benchmarks/report.py` from the files named below, in `benchmarks/results/`; measured by",
+        "`benchmarks/attention.py` and `benchmarks/models.py`. bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of",
+        "them, window 512. Milliseconds are medians, the L2 cache flushed between repeats. Query / KV heads, width:",
+        "; ".join(f"{name} = {words}" for name, words in SHAPES.items()) + ".",
+        "",
+    ]
+    if not results:
+        lines.append("No result yet: run `benchmarks/attention.py --out benchmarks/results/performance-GPU.json`.")
+    for name, result in results:
+        figure = images / f"{Path(name).stem}.png"
+        if result.get("runs"):
+            draw(result, figure)
+        lines += [f"## {name}", "", *section(result, figure)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
+    options = parser.parse_args()
+    paths = options.results or sorted(RESULTS.glob("performance-*.json"))
+    results = [(path.name, json.loads(path.read_text())) for path in paths]
+    options.out.write_text(page(results, options.out.parent / "images"))
+    print(f"{options.out}: {len(results)} result files")
+
+
+if __name__ == "__main__":
+    main()
