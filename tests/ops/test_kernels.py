@@ -5,9 +5,11 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nsa import ops
 from nsa.layers import NativeSparseAttention
+from nsa.ops.selection import recall
 from tests.conftest import HAS_GPU
 from tests.ops import test_compression
 from tests.ops.cases import cumulative, gradients
@@ -202,6 +204,22 @@ def test_compiles_without_graph_breaks() -> None:
     weights = list(layer.parameters())
     for ours, theirs in zip(gradients(out, weights), gradients(expected, weights), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@needs_kernels
+def test_a_recomputed_pass_takes_the_blocks_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa.ops.kernels import selection
+
+    calls, select = [], selection.select
+    monkeypatch.setattr(selection, "select", lambda *a: (calls.append(0), select(*a))[1])
+    torch.manual_seed(0)
+    sizes = {"compress_length": 4, "compress_stride": 2, "block_size": 8, "num_blocks": 4, "window": 9}
+    layer = NativeSparseAttention(32, 4, 2, 16, **sizes, backend="triton").to(DEVICE)
+    x, weights = torch.randn(1, 37, 32, device=DEVICE), list(layer.parameters())
+    recomputed = checkpoint(layer, x, use_reentrant=False, context_fn=recall.contexts)
+    ours, theirs = (gradients(out, weights) for out in (recomputed, layer(x)))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(calls) == 2
 
 
 @needs_kernels

@@ -9,6 +9,7 @@ from nsa.ops.kernels import compression, ranges, selected, selection
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels.selected import BlockLayout
 from nsa.ops.packing import Documents
+from nsa.ops.selection.recall import recalled
 from nsa.ops.tiles import Ranges
 
 
@@ -73,7 +74,7 @@ def _select_blocks(
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     visible = visible_blocks(documents, length, stride)
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
-    return selection.select(q, k, lse, documents, visible, offset, *sizes, scale)
+    return recalled(lambda: selection.select(q, k, lse, documents, visible, offset, *sizes, scale))
 
 
 @_select_blocks.register_fake

@@ -1,0 +1,68 @@
+"""Recomputed layers: the same gradients to the bit, and no second selection of blocks."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from nsa.layers import NativeSparseAttention
+from nsa.ops import selection
+from nsa.training.activation_checkpointing import checkpoint_layers
+
+
+def stack(count: int) -> nn.ModuleList:
+    torch.manual_seed(0)
+    sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 10}
+    return nn.ModuleList(NativeSparseAttention(16, 4, 2, 6, 4, **sizes) for _ in range(count))
+
+
+def run(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = x + layer(x)
+    return x
+
+
+@pytest.fixture
+def selections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each selection."""
+    calls: list[int] = []
+    tiles = selection._importance_tiles
+    monkeypatch.setattr(selection, "_importance_tiles", lambda *a: (calls.append(0), tiles(*a))[1])
+    return calls
+
+
+def test_selects_once_and_gives_the_same_gradients(selections: list[int]) -> None:
+    plain = stack(3)
+    recomputed = copy.deepcopy(plain)
+    checkpoint_layers(recomputed)
+    x = torch.randn(2, 61, 16)
+    outs = [run(layers, x) for layers in (plain, recomputed)]
+    assert len(selections) == 6
+    for out in outs:
+        out.square().sum().backward()
+    assert len(selections) == 6, "the recomputed pass selected again"
+    assert torch.equal(*outs)
+    for ours, theirs in zip(recomputed.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_layer_used_twice_keeps_both_choices(selections: list[int]) -> None:
+    plain = stack(1)
+    recomputed = copy.deepcopy(plain)
+    checkpoint_layers(recomputed)
+    x = torch.randn(1, 40, 16)
+    twice = [run(nn.ModuleList([layers[0]] * 2), x).square().sum() for layers in (plain, recomputed)]
+    weights = [list(layers.parameters()) for layers in (plain, recomputed)]
+    expected = torch.autograd.grad(twice[0], weights[0])
+    for retain in (True, False):  # a retained graph is recomputed a second time
+        gradients = torch.autograd.grad(twice[1], weights[1], retain_graph=retain)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert len(selections) == 4
+
+
+def test_selection_is_not_kept_outside_of_checkpoints(selections: list[int]) -> None:
+    layers = stack(1)
+    with torch.no_grad():
+        assert torch.equal(run(layers, torch.ones(1, 20, 16)), run(layers, torch.ones(1, 20, 16)))
+    assert len(selections) == 2
