@@ -185,8 +185,8 @@ def _save_gated_sum(ctx, inputs, output):
 
 
 def _differentiate_gated_sum(ctx, d_out):
-    q, *kv = ctx.saved_tensors[:7]
-    gates, *rest = ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    q, kv, gates, rest = saved[0], list(saved[1:7]), saved[7], list(saved[8:])
     gradients = _gated_sum_backward(
         d_out.contiguous(), q, kv, gates, rest[:3], rest[3:6], rest[6:10], rest[10:], ctx.block_size, ctx.scale
     )
@@ -268,8 +268,8 @@ def _save_compressed(ctx, inputs, output):
 
 
 def _differentiate_compressed(ctx, d_out, _d_pre):
-    *tensors, pre = ctx.saved_tensors[:5]
-    layout = list(ctx.saved_tensors[5:])
+    saved = ctx.saved_tensors
+    tensors, pre, layout = saved[:4], saved[4], list(saved[5:])
     gradients = _compress_blocks_backward(d_out.contiguous(), *tensors, pre, layout, ctx.length, ctx.stride)
     return *gradients, [None] * len(layout), None, None
 
