@@ -30,6 +30,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # One shape for each row of the table: widths up to 128, to 192 (two loads of the keys), to 256, and fp32.
 SHAPES = {
     "128": (16, 128, 128, torch.bfloat16),
+    "128, uneven group": (6, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
     "256": (16, 256, 256, torch.bfloat16),
     "fp32": (6, 64, 64, torch.float32),
@@ -73,7 +74,7 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
 
     def compile_instead(self: JITFunction, grid: tuple) -> object:
         def call(*args: object, **kwargs: object) -> None:
-            module = self.fn.__module__.rsplit(".", 1)[1]
+            module = self.fn.__module__.removeprefix("nsa.ops.kernels.")
             key = f"{module}.{self.__name__} {shape_name}"
             report.setdefault(key, resources(self.warmup(*args, grid=grid, **kwargs)))
 

@@ -17,7 +17,7 @@ MAX_WIDTH = 256
 MAX_ROW_BYTES = 512
 # What differs between calls must not compile a kernel anew, as it would where it is 1 or a multiple of 16.
 INTEGERS = (
-    *("num_tokens", "num_keys", "num_tiles", "num_rows", "num_splits", "num_blocks", "num_lists"),
+    *("num_tokens", "num_keys", "num_tiles", "num_rows", "num_splits", "num_blocks", "num_lists", "num_slots"),
     *("num_initial", "num_local", "chunk"),
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +43,13 @@ def split_width(width: int) -> tuple[int, int]:
         return width, 0
     rest = max(16, triton.next_power_of_2(width - whole // 2))
     return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
+
+
+def warpgroups(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+    """Whether the kernels written for Hopper's warpgroups (nsa/ops/kernels/hopper) serve these tensors."""
+    heads, width = q.shape[2] // k.shape[2], q.shape[3]
+    fits = width == v.shape[3] and width in (64, 128) and heads <= 64 and heads & (heads - 1) == 0
+    return architecture() == "sm_90" and q.element_size() == 2 and fits and scale > 0
 
 
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, head_descriptor, split_width, tile_sizes
+from nsa.ops.kernels.launch import (
+    INTEGERS,
+    LOG2_E,
+    descriptor,
+    head_descriptor,
+    split_width,
+    tile_sizes,
+    warpgroups,
+)
 from nsa.ops.packing import cached
 from nsa.ops.tiles import Ranges
 
@@ -335,6 +343,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not keys or not tokens:
         return out.zero_(), lse.fill_(-torch.inf)
+    if warpgroups(q, k, v, scale):
+        from nsa.ops.kernels.hopper import forward as hopper
+
+        return hopper.forward(q, k, v, first, last, scale, out, lse)
     constants = shape_constants(q, k, v)
     tile, options = tile_sizes("range_forward", q, k, v)
     num_tiles = triton.cdiv(tokens * heads // groups, tile["BM"])
@@ -399,7 +411,8 @@ def key_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
-    tile, options = tile_sizes("range_key", q, k, v)
+    on_hopper = warpgroups(q, k, v, scale)
+    tile, options = tile_sizes("hopper_key" if on_hopper else "range_key", q, k, v)
     begin = torch.arange(0, keys, tile["BN"], device=q.device, dtype=torch.int32)
     end = (begin + tile["BN"]).clamp_(max=keys)
     seen_begin = torch.searchsorted(last, begin, right=True, out_int32=True)
@@ -412,16 +425,25 @@ def key_gradients(
     whole = splits == 1
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
+    rows = (lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys, splits)
+    grid = (len(begin) * splits, batch * groups)
+    if on_hopper:
+        from nsa.ops.kernels.hopper import keys as hopper
+
+        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] * groups // heads, tile["BN"])
+        hopper.range_key_kernel[grid](
+            *inputs, *rows, scale * LOG2_E, scale, **hopper.shape_constants(q, k), **tile, **options
+        )  # fmt: skip
+        return (dk, dv) if whole else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
     constants = shape_constants(q, k, v)
     boxed = constants["HEADS"] <= tile["BM"] and constants["HEADS"] & (constants["HEADS"] - 1) == 0
 
-    def rows(x: Tensor, width: int) -> Tensor | TensorDescriptor:
+    def box(x: Tensor, width: int) -> Tensor | TensorDescriptor:
         return head_descriptor(x, tile["BM"], constants["HEADS"], width) if boxed else x
 
-    key_kernel[(len(begin) * splits, batch * groups)](
-        rows(q, constants["D1"]), rows(q, constants["D2"] or constants["D1"]), k, v, rows(d_out, constants["DV1"]),
-        lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys,
-        splits, scale * LOG2_E, scale, **constants, **tile, BOXED=boxed, **options,
+    key_kernel[grid](
+        box(q, constants["D1"]), box(q, constants["D2"] or constants["D1"]), k, v, box(d_out, constants["DV1"]), *rows,
+        scale * LOG2_E, scale, **constants, **tile, BOXED=boxed, **options,
     )  # fmt: skip
     return (dk, dv) if whole else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.ranges import _load_rows, _scores, _store_rows, shape_constants
 from nsa.ops.packing import Documents, block_starts, cached
 
@@ -439,16 +439,27 @@ def key_gradients(
     )
     # A list of c > chunk entries has ceil(c / chunk) <= 2 c / chunk parts.
     parts = 2 * order.numel() // chunk
-    tile, options = tile_sizes("selected_key", q, k, v)
     rows = _block_constants(block_size)["BN"]
     part_k = k.new_empty(parts, rows, k.shape[3], dtype=torch.float32)
     part_v = v.new_empty(parts, rows, v.shape[3], dtype=torch.float32)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    key_kernel[(max_items,)](
-        q, k, v, d_out, lse, delta, dk, dv, part_k, part_v, order, list_begin, item_block, item_begin, part_begin,
-        layout.start, layout.end, layout.position, tokens, k.shape[1], num_blocks, lists, block_size, chunk,
-        scale * LOG2_E, scale, **shape_constants(q, k, v), **tile, BN=rows, **options,
-    )  # fmt: skip
+    lists_ = (order, list_begin, item_block, item_begin, part_begin, layout.start, layout.end)
+    sizes = (tokens, k.shape[1], num_blocks, lists, block_size, chunk, scale * LOG2_E, scale)
+    # Boxes of a token's heads must fill the eight rows after which shared memory's layout repeats.
+    if warpgroups(q, k, v, scale) and rows == 64 and q.shape[2] >= 8 * groups:
+        from nsa.ops.kernels.hopper import keys as hopper
+
+        tile, options = tile_sizes("hopper_key", q, k, v)
+        hopper.selected_key_kernel[(max_items,)](
+            *hopper.descriptors(q, k, v, d_out, 1, rows), lse, delta, layout.position, dk, dv, part_k, part_v, *lists_,
+            *sizes, **hopper.shape_constants(q, k), **tile, **options,
+        )  # fmt: skip
+    else:
+        tile, options = tile_sizes("selected_key", q, k, v)
+        key_kernel[(max_items,)](
+            q, k, v, d_out, lse, delta, dk, dv, part_k, part_v, *lists_, layout.position, *sizes,
+            **shape_constants(q, k, v), **tile, BN=rows, **options,
+        )  # fmt: skip
     for part, out in ((part_k, dk), (part_v, dv)):
         width = min(64, max(16, triton.next_power_of_2(out.shape[3])))
         add_parts_kernel[(lists, triton.cdiv(out.shape[3], width))](

@@ -1,0 +1,245 @@
+"""Attention to runs of keys on Hopper, forward: two computing warpgroups and a copying warp.
+
+The warpgroups take 64 rows each, a row being a (token, head of the group), and share a ring of keys and values that the
+copying warp fills ahead, into the next tile of rows already while this one is being finished. Each warpgroup starts the
+scores of the next keys before the softmax of these, and adds these to its output meanwhile (FlashAttention-3, arXiv
+2407.08608, section 3.2).
+"""
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
+
+
+@gluon.jit
+def _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS: gl.constexpr, HEADS: gl.constexpr,
+          BN: gl.constexpr):  # fmt: skip
+    """(batch, group, first token, first key, tiles of keys)."""
+    TOKENS: gl.constexpr = 128 // HEADS
+    tile, slot = num_tiles - 1 - index // slots, index % slots  # the last tiles see most: they go first
+    token0 = tile * TOKENS
+    token1 = gl.minimum(token0 + TOKENS, num_tokens) - 1
+    begin, end = gl.load(First + token0), gl.load(Last + token1)
+    return slot // GROUPS, slot % GROUPS, token0, begin, gl.maximum(gl.cdiv(end - begin, BN), 1)
+
+
+@gluon.jit
+def _rows(index, First, Last, num_tokens, num_tiles, slots, HALF: gl.constexpr, GROUPS: gl.constexpr,
+          HEADS: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """`_tile`, and the run of keys (64,) that each row of one half sees."""
+    batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
+    token = token0 + HALF * (64 // HEADS) + gl.arange(0, 64, layout) // HEADS
+    first = gl.load(First + token, mask=token < num_tokens, other=0)
+    last = gl.load(Last + token, mask=token < num_tokens, other=0)
+    return batch, group, token0, begin, count, first, last
+
+
+@gluon.jit
+def _copy(q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+          HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    q_smem, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
+        for half in gl.static_range(2):
+            mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
+            mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(
+                q_desc,
+                [batch, token0 + half * (64 // HEADS), group * HEADS, 0],
+                q_ready.index(half),
+                q_smem.index(half),
+            )
+        for j in range(count):
+            slot, phase = step % STAGES, (step // STAGES) & 1
+            row = batch * num_keys + begin + j * BN
+            mbarrier.wait(k_free.index(slot), phase ^ 1)
+            mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [row, group * D], k_ready.index(slot), k_ring.index(slot))
+            mbarrier.wait(v_free.index(slot), phase ^ 1)
+            mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, [row, group * DV], v_ready.index(slot), v_ring.index(slot))
+            step += 1
+        turn += 1
+
+
+@gluon.jit
+def _softmax(s, peak, total, scale_log2, MASKED: gl.constexpr):
+    """(p, new peak, new total, factor of what was summed before) of scores s."""
+    new_peak = gl.maximum(peak, gl.max(s, 1) * scale_log2)
+    base = new_peak
+    if MASKED:  # a row that has seen nothing: exp2(-inf - 0) = 0, where -inf - -inf would be NaN
+        base = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    p = gl.exp2(s * scale_log2 - base[:, None])
+    shrink = gl.exp2(peak - base)
+    return p, new_peak, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon.jit
+def _mask(s, first, last, key0, BN: gl.constexpr):
+    key = key0 + gl.arange(0, BN, gl.SliceLayout(0, s.type.layout))
+    return gl.where((key[None, :] >= first[:, None]) & (key[None, :] < last[:, None]), s, float("-inf"))
+
+
+@gluon.jit
+def _loop(acc, left, peak, total, q, memory, first, last, begin, step, start, stop, scale_log2, D: gl.constexpr,
+          DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
+    _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    for j in range(start, stop):
+        slot, phase = (step + j) % STAGES, ((step + j) // STAGES) & 1
+        before, before_phase = (step + j - 1) % STAGES, ((step + j - 1) // STAGES) & 1
+        mbarrier.wait(k_ready.index(slot), phase)
+        s = warpgroup_mma(
+            q,
+            k_ring.index(slot).permute([1, 0]),
+            gl.zeros([64, BN], gl.float32, s_layout),
+            use_acc=False,
+            is_async=True,
+        )
+        mbarrier.wait(v_ready.index(before), before_phase)
+        acc = warpgroup_mma(left, v_ring.index(before), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        mbarrier.arrive(k_free.index(slot), count=1)
+        if MASKED:
+            s = _mask(s, first, last, begin + j * BN, BN)
+        p, peak, total, shrink = _softmax(s, peak, total, scale_log2, MASKED)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(v_free.index(before), count=1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, o_layout))[:, None]
+        left = gl.convert_layout(p.to(left.dtype), gl.DotOperandLayout(0, o_layout, 2))
+    return acc, left, peak, total
+
+
+@gluon.jit
+def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_log2, HALF: gl.constexpr,
+             GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
+             STAGES: gl.constexpr):  # fmt: skip
+    """Rows 64 HALF .. 64 HALF + 63 of each tile."""
+    q_smem, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = q_smem.dtype
+    step = 0
+    turn = 0
+    index = gl.program_id(0)
+    batch, group, token0, begin, count, first, last = _rows(
+        index, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row
+    )  # fmt: skip
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        # What the next tile is gets loaded while this one is computed.
+        after = gl.minimum(index + gl.num_programs(0), num_tiles * slots - 1)
+        # These keys are seen by all rows. (Carried over like the rest, Triton 3.6 and 3.7 take them for constant.)
+        all_from = gl.load(First + gl.minimum(token0 + 128 // HEADS, num_tokens) - 1)
+        all_until = gl.load(Last + token0)
+        tile_after = _rows(after, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row)
+        mbarrier.wait(q_ready.index(HALF), turn & 1)
+        q = q_smem.index(HALF).reshape([64, D])
+        slot, phase = step % STAGES, (step // STAGES) & 1
+        mbarrier.wait(k_ready.index(slot), phase)
+        s = warpgroup_mma(
+            q, k_ring.index(slot).permute([1, 0]), gl.zeros([64, BN], gl.float32, s_layout), use_acc=False
+        )
+        mbarrier.arrive(k_free.index(slot), count=1)
+        s = _mask(s, first, last, begin, BN)
+        p, peak, total, _ = _softmax(
+            s, gl.full([64], float("-inf"), gl.float32, s_row), gl.zeros([64], gl.float32, s_row), scale_log2, True
+        )
+        left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+        acc = gl.zeros([64, DV], gl.float32, o_layout)
+        # The first tile of keys is done.
+        full_begin = gl.minimum(gl.maximum(gl.cdiv(all_from - begin, BN), 1), count)
+        full_end = gl.minimum(gl.maximum((all_until - begin) // BN, full_begin), count)
+        acc, left, peak, total = _loop(acc, left, peak, total, q, memory, first, last, begin, step, 1, full_begin,
+                                       scale_log2, D, DV, BN, STAGES, True)  # fmt: skip
+        acc, left, peak, total = _loop(acc, left, peak, total, q, memory, first, last, begin, step, full_begin,
+                                       full_end, scale_log2, D, DV, BN, STAGES, False)  # fmt: skip
+        acc, left, peak, total = _loop(acc, left, peak, total, q, memory, first, last, begin, step, full_end, count,
+                                       scale_log2, D, DV, BN, STAGES, True)  # fmt: skip
+        mbarrier.arrive(q_free.index(HALF), count=1)
+        step += count
+        slot, phase = (step - 1) % STAGES, ((step - 1) // STAGES) & 1
+        mbarrier.wait(v_ready.index(slot), phase)
+        acc = warpgroup_mma(left, v_ring.index(slot), acc)
+        mbarrier.arrive(v_free.index(slot), count=1)
+        turn += 1
+
+        row = gl.arange(0, 64, s_row)
+        token = token0 + HALF * (64 // HEADS) + row // HEADS
+        out_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+        gl.store(Lse + out_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=token < num_tokens)
+        acc = acc / gl.convert_layout(gl.where(total == 0, 1.0, total), o_row)[:, None]
+        column = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
+        at = gl.convert_layout(out_row, o_row)[:, None] * DV + column[None, :]
+        gl.store(Out + at, acc.to(dtype), mask=gl.convert_layout(token, o_row)[:, None] < num_tokens)
+        batch, group, token0, begin, count, first, last = tile_after
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, First, Last, num_tokens, num_keys, num_tiles, num_slots,
+                   scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                   BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """out (B, T, H, Dv), lse (B, T, H) of tiles of 128 rows, by as many programs as there are multiprocessors.
+
+    Descriptors: q (B, T, H, D) in boxes of 64 rows; k, v (B * S, G * D or Dv) in boxes of BN keys.
+    """
+    TOKENS: gl.constexpr = 64 // HEADS
+    dtype: gl.constexpr = q_desc.dtype
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    memory = (
+        gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, D], q_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [2, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [2, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars),
+    )
+    _, _, _, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_free.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 0, GROUPS, HEADS,
+                        D, DV, BN, STAGES)),
+            (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 1, GROUPS, HEADS,
+                        D, DV, BN, STAGES)),
+            (_copy, (q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots, GROUPS,
+                     HEADS, D, DV, BN, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.kernels.ranges.forward`, into out (B, T, H, Dv) and lse (B, T, H)."""
+    (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
+    heads //= groups
+    tile, options = tile_sizes("hopper_forward", q, k, v)
+    tiles, slots = triton.cdiv(tokens * heads, 128), batch * groups
+    forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
+        boxes(q, [1, 64 // heads, heads, width]), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]), out, lse, first,
+        last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width, DV=width, **tile,
+        **options,
+    )  # fmt: skip
+    return out, lse

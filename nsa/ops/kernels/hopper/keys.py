@@ -1,0 +1,261 @@
+"""dK and dV on Hopper: the queries that see a tile of keys come by, in boxes of (tokens, heads of the group) rows.
+
+The tile's keys and values stay in shared memory; the copy engine puts the boxes, their dO, LSE and delta into a ring.
+Which tokens come is all that differs between the two uses: a run of them (dense, window, compressed), or the list of
+those that chose a block (selected).
+
+With S = K Q^T and dP = V dO^T, keys down and queries across, P and dS are left-hand operands in registers of
+dV += P dO and dK += dS Q. The products of one box run on while the scores of the next begin; two such programs share a
+multiprocessor, and one's softmax hides behind the other's products. A program has 128 threads of 255 registers, of
+which the accumulators take 192: there is no room for a warp that only copies.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from nsa.ops.kernels.hopper import boxes, key_boxes
+from nsa.ops.kernels.launch import INTEGERS
+
+
+@gluon.jit
+def _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, boxes, entries, group, HEADS: gl.constexpr,
+           BM: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
+    """Start the copies of box ``i``, if there is one; its tokens follow ``row0``, or the list ``Order`` says which."""
+    BT: gl.constexpr = BM // HEADS
+    COPIES: gl.constexpr = BT if LISTED else 1
+    ROWS: gl.constexpr = BT // COPIES
+    slot, ok = i % STAGES, i < boxes
+    landed, q_box, d_box = ready.index(slot), q_ring.index(slot), d_ring.index(slot)
+    mbarrier.expect(landed, COPIES * (q_desc.block_type.nbytes + d_desc.block_type.nbytes), pred=ok)
+    for b in gl.static_range(COPIES):
+        if LISTED:
+            # Entries beyond the list repeat its last token; they are masked.
+            at = row0 + gl.load(Order + gl.minimum(i * BT + b, entries - 1), mask=ok, other=0)
+        else:
+            at = row0 + i * BT
+        tma.async_copy_global_to_shared(q_desc, [at, group * HEADS, 0], landed, q_box.slice(b * ROWS, ROWS, 0), ok)
+        tma.async_copy_global_to_shared(d_desc, [at, group * HEADS, 0], landed, d_box.slice(b * ROWS, ROWS, 0), ok)
+
+
+@gluon.jit
+def _token(Order, token0, i, entries, HEADS: gl.constexpr, BM: gl.constexpr, LISTED: gl.constexpr,
+           layout: gl.constexpr):  # fmt: skip
+    """(BM,) token of each row of box ``i``, and which rows there are."""
+    entry = i * (BM // HEADS) + gl.arange(0, BM, layout) // HEADS
+    ok = entry < entries
+    if LISTED:
+        return gl.load(Order + entry, mask=ok, other=0), ok
+    else:
+        return token0 + entry, ok
+
+
+@gluon.jit
+def _load_stats(Lse, Delta, token, ok, q_row0, GROUPS: gl.constexpr, HEADS: gl.constexpr, BM: gl.constexpr,
+                layout: gl.constexpr):  # fmt: skip
+    """LSE and delta (BM,) of rows; -inf and 0 where there is none."""
+    row = q_row0 + token.to(gl.int64) * (GROUPS * HEADS) + gl.arange(0, BM, layout) % HEADS
+    return gl.load(Lse + row, mask=ok, other=float("-inf")), gl.load(Delta + row, mask=ok, other=0.0)
+
+
+@gluon.jit
+def _accumulate(dk, dv, memory, stats, work, key, start, stop, scale_log2, scale, GROUPS: gl.constexpr,
+                HEADS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                STAGES: gl.constexpr, LISTED: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
+    """Boxes start .. stop - 1 into the accumulators dk, dv, whose last products may be under way."""
+    q_desc, d_desc, k_smem, v_smem, q_ring, d_ring, lse_ring, delta_ring, ready = memory
+    Lse, Delta, First, Last = stats
+    Order, group, row0, q_row0, token0, entries, boxes = work
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, BM, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, DV, 16])
+    across: gl.constexpr = gl.SliceLayout(0, s_layout)
+    spread: gl.constexpr = gl.BlockedLayout([1], [32], [BN // 16], [0])
+    next_token, next_ok = _token(Order, token0, start + 1, entries, HEADS, BM, LISTED, spread)
+    for i in range(start, stop):
+        slot, phase = i % STAGES, (i // STAGES) & 1
+        lse, delta = _load_stats(Lse, Delta, next_token, next_ok, q_row0, GROUPS, HEADS, BM, spread)
+        next_token, next_ok = _token(Order, token0, i + 2, entries, HEADS, BM, LISTED, spread)
+        # The products start from -LSE and -delta: that saves registers. Nothing seen: every score is -inf.
+        s = gl.zeros([BN, BM], gl.float32, s_layout) + lse_ring.index(i % 2).load(across)[None, :]
+        if MASKED:
+            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            token, ok = _token(Order, token0, i, entries, HEADS, BM, LISTED, across)
+            last = gl.load(Last + token, mask=ok, other=-1 if LISTED else 0)
+            last = last + 1 if LISTED else last
+            s = gl.where(key[:, None] < last[None, :], s, float("-inf"))
+            if not LISTED:
+                first = gl.load(First + token, mask=ok, other=0)
+                s = gl.where(key[:, None] >= first[None, :], s, float("-inf"))
+        mbarrier.wait(ready.index(slot), phase)
+        q, d_out = q_ring.index(slot).reshape([BM, D]), d_ring.index(slot).reshape([BM, DV])
+        s = warpgroup_mma(k_smem, q.permute([1, 0]), s, is_async=True)
+        # All but S is done: the box before this one has been read, and its P and dS leave their registers to dP.
+        dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
+        if i > 0:
+            _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i - 1 + STAGES, boxes, entries, group, HEADS, BM,
+                   STAGES, LISTED)  # fmt: skip
+        dp = gl.zeros([BN, BM], gl.float32, s_layout) + delta_ring.index(i % 2).load(across)[None, :]
+        dp = warpgroup_mma(v_smem, d_out.permute([1, 0]), dp, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+        p = gl.exp2(s * scale_log2)
+        left = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, dv_layout, 2))
+        dv = warpgroup_mma(left, d_out, dv, is_async=True)
+        lse_ring.index((i + 1) % 2).store(gl.where(lse == float("-inf"), lse, lse * (-1.0 / scale)))
+        delta_ring.index((i + 1) % 2).store(-delta)
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+        left = gl.convert_layout((p * dp).to(q.dtype), gl.DotOperandLayout(0, dk_layout, 2))
+        dk = warpgroup_mma(left, q, dk, is_async=True)
+    return dk, dv
+
+
+@gluon.jit
+def _store(Out, value, row0, stride, size, BN: gl.constexpr, WIDTH: gl.constexpr):
+    layout: gl.constexpr = value.type.layout
+    row = gl.arange(0, BN, gl.SliceLayout(1, layout))
+    column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    at = (row0 + row.to(gl.int64) * stride)[:, None] * WIDTH + column[None, :]
+    gl.store(Out + at, value.to(Out.dtype.element_ty), mask=(row < size)[:, None])
+
+
+@gluon.jit
+def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0, token0, entries, boxes, full_begin,
+               full_end, num_tokens, num_keys, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr,
+               D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+               LISTED: gl.constexpr):  # fmt: skip
+    """dK (BN, D), dV (BN, DV) of the keys from ``key0`` on, from ``boxes`` boxes of BM / HEADS tokens: ``entries`` of
+    them from ``token0`` on, or in the list ``Order``. Boxes full_begin .. full_end - 1 need no mask."""
+    BT: gl.constexpr = BM // HEADS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, BM, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, DV, 16])
+    spread: gl.constexpr = gl.BlockedLayout([1], [32], [BN // 16], [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = q_desc.dtype
+    k_smem = gl.allocate_shared_memory(dtype, [BN, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [BN, DV], v_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BT, HEADS, D], q_desc.layout)
+    d_ring = gl.allocate_shared_memory(dtype, [STAGES, BT, HEADS, DV], d_desc.layout)
+    lse_ring = gl.allocate_shared_memory(gl.float32, [2, BM], plain)
+    delta_ring = gl.allocate_shared_memory(gl.float32, [2, BM], plain)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    resident = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    mbarrier.init(resident, count=1)
+    mbarrier.expect(resident, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    key_row = batch * num_keys + key0
+    tma.async_copy_global_to_shared(k_desc, [key_row, group * D], resident, k_smem)
+    tma.async_copy_global_to_shared(v_desc, [key_row, group * DV], resident, v_smem)
+    row0 = batch * num_tokens + token0
+    for i in gl.static_range(STAGES):
+        _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, boxes, entries, group, HEADS, BM, STAGES, LISTED)
+    Lse, Delta, _, _ = stats
+    q_row0 = batch.to(gl.int64) * num_tokens * (GROUPS * HEADS) + group * HEADS
+    token, ok = _token(Order, token0, 0, entries, HEADS, BM, LISTED, spread)
+    lse, delta = _load_stats(Lse, Delta, token, ok, q_row0, GROUPS, HEADS, BM, spread)
+    lse_ring.index(0).store(gl.where(lse == float("-inf"), lse, lse * (-1.0 / scale)))
+    delta_ring.index(0).store(-delta)
+
+    memory = (q_desc, d_desc, k_smem, v_smem, q_ring, d_ring, lse_ring, delta_ring, ready)
+    work = (Order, group, row0, q_row0, token0, entries, boxes)
+    key = key0 + gl.arange(0, BN, gl.SliceLayout(1, s_layout))
+    dk = warpgroup_mma_init(gl.zeros([BN, D], gl.float32, dk_layout))
+    dv = warpgroup_mma_init(gl.zeros([BN, DV], gl.float32, dv_layout))
+    mbarrier.wait(resident, 0)
+    dk, dv = _accumulate(dk, dv, memory, stats, work, key, 0, full_begin, scale_log2, scale, GROUPS, HEADS, BM, BN, D,
+                         DV, STAGES, LISTED, True)  # fmt: skip
+    dk, dv = _accumulate(dk, dv, memory, stats, work, key, full_begin, full_end, scale_log2, scale, GROUPS, HEADS, BM,
+                         BN, D, DV, STAGES, LISTED, False)  # fmt: skip
+    dk, dv = _accumulate(dk, dv, memory, stats, work, key, full_end, boxes, scale_log2, scale, GROUPS, HEADS, BM, BN, D,
+                         DV, STAGES, LISTED, True)  # fmt: skip
+    dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+    return dk * scale, dv
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def range_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, First, Last, SeenBegin, SeenEnd, FullBegin, FullEnd,
+                     DK, DV_, num_tokens, num_keys, num_splits, scale_log2, scale, GROUPS: gl.constexpr,
+                     HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                     STAGES: gl.constexpr):  # fmt: skip
+    """DK, DV_ (splits, B, S, G, D or Dv) of BN keys, from one share of the rows that see them.
+
+    Descriptors: q, dO (B * T, H, D or Dv); k, v (B * S, G * D or Dv). Lse, Delta (B, T, H). SeenBegin .. SeenEnd - 1
+    are the tokens that see some key of the tile, FullBegin .. FullEnd - 1 all of them.
+    """
+    split, tile = gl.program_id(0) % num_splits, gl.program_id(0) // num_splits
+    slots, slot = gl.num_programs(1), gl.program_id(1)
+    batch, group = slot // GROUPS, slot % GROUPS
+    BT: gl.constexpr = BM // HEADS
+    token0, token1 = gl.load(SeenBegin + tile), gl.load(SeenEnd + tile)
+    boxes = gl.cdiv(gl.maximum(token1 - token0, 0), BT)
+    begin = (boxes.to(gl.int64) * split // num_splits).to(gl.int32)
+    end = (boxes.to(gl.int64) * (split + 1) // num_splits).to(gl.int32)
+    full_begin = gl.cdiv(gl.maximum(gl.load(FullBegin + tile) - token0, 0), BT)
+    full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
+    full_end = gl.maximum(gl.load(FullEnd + tile) - token0, 0) // BT
+    full_end = gl.minimum(gl.maximum(full_end, full_begin), end)
+    token0 += begin * BT
+    dk, dv = _gradients(q_desc, d_desc, k_desc, v_desc, (Lse, Delta, First, Last), First, batch, group,
+                        tile * BN, token0, token1 - token0, end - begin, full_begin - begin, full_end - begin,
+                        num_tokens, num_keys, scale_log2, scale, GROUPS, HEADS, D, DV, BM, BN, STAGES,
+                        False)  # fmt: skip
+    row = ((split * (slots // GROUPS) + batch).to(gl.int64) * num_keys + tile * BN) * GROUPS + group
+    _store(DK, dk, row, GROUPS, num_keys - tile * BN, BN, D)
+    _store(DV_, dv, row, GROUPS, num_keys - tile * BN, BN, DV)
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def selected_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, Position, DK, DV_, PartK, PartV, Order, ListBegin,
+                        ItemBlock, ItemBegin, PartBegin, BlockStart, BlockEnd, num_tokens, num_keys,
+                        num_blocks, num_lists, block_size, chunk, scale_log2, scale, GROUPS: gl.constexpr,
+                        HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+                        STAGES: gl.constexpr):  # fmt: skip
+    """dK, dV of one block from one chunk of its list: into DK, DV_ (B, S, G, ..) if it is the only one, else into the
+    item's part, PartK, PartV (parts, BN, ..) fp32."""
+    item = gl.program_id(0)
+    index = gl.load(ItemBlock + item)  # of the list: (batch, group, block)
+    if index < num_lists:
+        BT: gl.constexpr = BM // HEADS
+        slot, block = index // num_blocks, index % num_blocks
+        batch, group = slot // GROUPS, slot % GROUPS
+        item0 = gl.load(ItemBegin + index)
+        begin = gl.load(ListBegin + index) + (item - item0) * chunk
+        entries = gl.minimum(gl.load(ListBegin + index + 1) - begin, chunk)
+        key0 = gl.load(BlockStart + block)
+        boxes = gl.cdiv(entries, BT)
+        # Lists are in token order: only the first block_size entries can be tokens of the block itself. The last box
+        # may reach beyond the list.
+        masked = gl.where(item == item0, gl.minimum(gl.cdiv(block_size, BT), boxes), 0)
+        dk, dv = _gradients(q_desc, d_desc, k_desc, v_desc, (Lse, Delta, Position, Position), Order + begin, batch,
+                            group, key0, 0, entries, boxes, masked, gl.maximum(entries // BT, masked), num_tokens,
+                            num_keys, scale_log2, scale, GROUPS, HEADS, D, DV, BM, BN, STAGES, True)  # fmt: skip
+        size = gl.minimum(gl.load(BlockEnd + block) - key0, block_size)
+        if gl.load(ItemBegin + index + 1) - item0 == 1:
+            row = (batch.to(gl.int64) * num_keys + key0) * GROUPS + group
+            _store(DK, dk, row, GROUPS, size, BN, D)
+            _store(DV_, dv, row, GROUPS, size, BN, DV)
+        else:
+            row = (gl.load(PartBegin + index) + item - item0).to(gl.int64) * BN
+            _store(PartK, dk, row, 1, size, BN, D)
+            _store(PartV, dv, row, 1, size, BN, DV)
+
+
+def descriptors(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, tokens: int, keys: int) -> list[TensorDescriptor]:
+    """Of q and d_out (B, T, H, D) in boxes of ``tokens`` tokens, and of k and v (B, S, G, D) in boxes of ``keys``."""
+    heads = q.shape[2] // k.shape[2]
+    rows = (boxes(x.flatten(0, 1), [tokens, heads, x.shape[3]]) for x in (q, d_out))
+    return [*rows, key_boxes(k, keys), key_boxes(v, keys)]
+
+
+def shape_constants(q: Tensor, k: Tensor) -> dict[str, int]:
+    groups, width = k.shape[2], q.shape[3]
+    return {"GROUPS": groups, "HEADS": q.shape[2] // groups, "D": width, "DV": width}
