@@ -276,7 +276,8 @@ def page(results: list[tuple[str, dict]], images: Path) -> str:
         "Written by `python benchmarks/report.py` from the files named below, in `benchmarks/results/`; measured by",
         "`benchmarks/attention.py` and `benchmarks/models.py`. bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of",
         "them, window 512. Milliseconds are medians, the L2 cache flushed between repeats. Query / KV heads, width:",
-        "; ".join(f"{name} = {words}" for name, words in SHAPES.items()) + ".",
+        "",
+        *(f"- {name} = {words}" for name, words in SHAPES.items()),
         "",
     ]
     if not results:

@@ -1,6 +1,8 @@
 """Compiles every kernel at every entry of the tile table for a GPU that need not be there, and prints what it takes.
 
-    python tests/ops/compile_kernels.py [--arch 90]      -> JSON: registers, stack (spills), shared memory, wgmma count
+    python tests/ops/compile_kernels.py [--arch 90] [--write]
+
+-> JSON: registers, stack (spills), shared memory, wgmma count; --write keeps it as the record that CI compares with.
 
 The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation: what
 is compiled is what would be launched, its alignment and its constants included.
@@ -26,6 +28,7 @@ from nsa.ops.compression import compression_layout
 from nsa.ops.kernels import compression, gates, launch, ranges, selected, selection
 from nsa.ops.packing import Documents
 
+RECORD = Path(__file__).with_name("kernel_resources.json")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # One shape for each row of the table: widths up to 128, to 192 (two loads of the keys), to 256, and fp32.
 SHAPES = {
@@ -51,6 +54,10 @@ class NamedOnly:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+def record_of(arch: int) -> Path:
+    return RECORD if arch == 90 else RECORD.with_stem(f"{RECORD.stem}_sm_{arch}")
 
 
 def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
@@ -110,4 +117,9 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90)
-    print(json.dumps(compile_all(parser.parse_args().arch), indent=1))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    text = json.dumps(compile_all(options.arch), indent=1)
+    if options.write:
+        record_of(options.arch).write_text(text + "\n")
+    print(text)
