@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.ranges import _load_rows, _scores, int32_runs, shape_constants
 from nsa.ops.packing import Documents, block_starts, cached
 from nsa.ops.tiles import Ranges
@@ -36,6 +36,23 @@ def _insert(best, candidates):
         candidates = tl.where(candidates == top[:, None], -0x7FFFFFFFFFFFFFFF, candidates)
         top, low = tl.max(candidates, 1), tl.min(best, 1)
     return best
+
+
+@triton.jit
+def _store_sorted(Out, chosen, row, slot_n, ok, num_blocks):
+    """Block numbers (rows, N), -1 for none, to rows of Out, ascending, -1 behind."""
+    chosen = tl.sort(tl.where(chosen < 0, 0x7FFFFFFF, chosen), dim=1)
+    tl.store(Out + row[:, None] * num_blocks + slot_n[None, :], tl.where(chosen == 0x7FFFFFFF, -1, chosen),
+             mask=ok[:, None] & (slot_n < num_blocks)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def sort_kernel(Out, num_rows, num_blocks, N: tl.constexpr, BM: tl.constexpr):
+    row, slot_n = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, N)
+    ok = row < num_rows
+    chosen = tl.load(Out + row[:, None] * num_blocks + slot_n[None, :],
+                     mask=ok[:, None] & (slot_n < num_blocks)[None, :], other=-1)  # fmt: skip
+    _store_sorted(Out, chosen, row, slot_n, ok, num_blocks)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -110,11 +127,8 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
 
     ok_n = (slot_n < num_blocks)[None, :]
     chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
-    chosen = tl.where((best >= 0) & ok_n, chosen, 0x7FFFFFFF)
-    chosen = tl.sort(chosen, dim=1)
     out_row = (batch.to(tl.int64) * num_tokens + token) * GROUPS + group
-    tl.store(Out + out_row[:, None] * num_blocks + slot_n[None, :], tl.where(chosen == 0x7FFFFFFF, -1, chosen),
-             mask=ok[:, None] & ok_n)  # fmt: skip
+    _store_sorted(Out, tl.where((best >= 0) & ok_n, chosen, -1), out_row, slot_n, ok, num_blocks)
 
 
 @cached
@@ -141,19 +155,32 @@ def select(
             query sees. offset: position of the first query.
     """
     (batch, tokens), groups = q.shape[:2], k.shape[2]
-    constants = shape_constants(q, k, k)
-    del constants["DV"], constants["DV1"]
-    tile, options = select_tile(q, k, block_size // stride, num_blocks)
     out = q.new_empty(batch, tokens, groups, num_blocks, dtype=torch.int32)
     if not tokens:
         return out
+    ratio, units = block_size // stride, length // stride
+    if warpgroups(q, k, k, scale) and ratio <= 32 and num_blocks <= 32:
+        from nsa.ops.kernels.hopper import selection as hopper
+
+        tiles = document_tiles(documents, offset, hopper.TILE)
+        runs = (*int32_runs(visible), _local(documents))
+        hopper.select(
+            q, k, lse, runs, tiles, out, (num_blocks, num_initial, num_local, block_size), ratio, units, scale
+        )
+        n = max(2, triton.next_power_of_2(num_blocks))
+        rows = batch * tokens * groups
+        sort_kernel[(triton.cdiv(rows, 2048 // n),)](out, rows, num_blocks, N=n, BM=2048 // n, num_warps=4)
+        return out
+    constants = shape_constants(q, k, k)
+    del constants["DV"], constants["DV1"]
+    tile, options = select_tile(q, k, ratio, num_blocks)
     start, end = document_tiles(documents, offset, tile["BQ"])
     select_kernel[(len(start) * batch * groups,)](
         descriptor(q, tile["BQ"], constants["D1"]),
         descriptor(q, tile["BQ"], constants["D2"] or constants["D1"]),
         k, lse, *int32_runs(visible), _local(documents), start, end, out, tokens, k.shape[1], len(start), num_blocks,
-        num_initial, num_local, block_size, scale * LOG2_E, **constants, RATIO=block_size // stride,
-        UNITS=length // stride, **tile, **options,
+        num_initial, num_local, block_size, scale * LOG2_E, **constants, RATIO=ratio, UNITS=units,
+        **tile, **options,
     )  # fmt: skip
     return out
 
