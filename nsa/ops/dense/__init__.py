@@ -4,6 +4,8 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
 from nsa.ops.naive import masked_attention
@@ -70,6 +72,12 @@ def dense_attention(
     check_attention(q, k, v, cu_seqlens)
     check_window(window)
     scale = softmax_scale(scale, q.shape[3])
+    plain = window is None and cu_seqlens is None and not return_lse and q.shape[1] == k.shape[1]
+    if backend == "auto" and plain and _cudnn_is_faster(q, v):
+        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            out = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
     documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
     reach = k.shape[1] if window is None else window
     implementation = resolve_backend(backend, q, k, v)
@@ -84,6 +92,16 @@ def dense_attention(
         else:
             out, lse = tiled_attention(q, k, v, visible, scale)
     return (out, lse) if return_lse else out
+
+
+def _cudnn_is_faster(q: Tensor, v: Tensor) -> bool:
+    """Whether torch's cuDNN attention takes plain causal attention: measured ahead of our kernels on Hopper, most of all
+    backward (five products for our seven; docs/performance.md). Its gradients differ from run to run in the last bits,
+    so that ours stay where determinism is asked for (`torch.use_deterministic_algorithms`)."""
+    if not q.is_cuda or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling():
+        return False
+    widths = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128)
+    return q.element_size() == 2 and widths and torch.cuda.get_device_capability(q.device)[0] == 9
 
 
 def check_window(window: int | None) -> None:

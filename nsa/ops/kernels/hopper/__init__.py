@@ -15,15 +15,23 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def boxes(x: Tensor, box: list[int]) -> TensorDescriptor:
-    """A contiguous tensor whose boxes the copy engine moves, laid out as the products read them."""
-    layout = gl.NVMMASharedLayout.get_default_for(box, _DTYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box, layout)
+def boxes(x: Tensor, shape: list[int], box: list[int]) -> TensorDescriptor:
+    """A contiguous tensor, seen as ``shape``, in boxes that the copy engine lays out as the products read them."""
+    strides = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        strides[i - 1] = strides[i] * shape[i]
+    return TensorDescriptor(x, shape, strides, box, _layout(tuple(box), x.dtype))
 
 
 def key_boxes(x: Tensor, rows: int) -> TensorDescriptor:
     """(B, S, G, D) in boxes of ``rows`` keys of one head."""
-    return boxes(x.flatten(2).flatten(0, 1), [rows, x.shape[3]])
+    batch, keys, groups, width = x.shape
+    return boxes(x, [batch * keys, groups * width], [rows, width])
+
+
+@functools.cache
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
 
 
 @functools.cache

@@ -252,8 +252,8 @@ def selected_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, Position, DK
 def descriptors(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, tokens: int, keys: int) -> list[TensorDescriptor]:
     """Of q and d_out (B, T, H, D) in boxes of ``tokens`` tokens, and of k and v (B, S, G, D) in boxes of ``keys``."""
     heads = q.shape[2] // k.shape[2]
-    rows = (boxes(x.flatten(0, 1), [tokens, heads, x.shape[3]]) for x in (q, d_out))
-    return [*rows, key_boxes(k, keys), key_boxes(v, keys)]
+    shape = [q.shape[0] * q.shape[1], *q.shape[2:]]
+    return [*(boxes(x, shape, [tokens, heads, shape[2]]) for x in (q, d_out)), key_boxes(k, keys), key_boxes(v, keys)]
 
 
 def shape_constants(q: Tensor, k: Tensor) -> dict[str, int]:

@@ -170,7 +170,7 @@ def select(
     tile, options = tile_sizes("hopper_select", q, k, k)
     n = max(2, triton.next_power_of_2(out.shape[3]))
     select_kernel[(len(tiles[0]) * batch * groups,)](
-        boxes(q.flatten(2).flatten(0, 1), [TILE, width]), k, lse, *runs, *tiles, out, tokens, k.shape[1],
+        boxes(q, [batch * tokens, heads * width], [TILE, width]), k, lse, *runs, *tiles, out, tokens, k.shape[1],
         len(tiles[0]), *sizes, scale * LOG2_E, GROUPS=groups, HEADS=heads // groups, D=width, RATIO=ratio, UNITS=units,
         N=n, BQ=TILE, RATIO2=triton.next_power_of_2(ratio),
         **tile, **options,
