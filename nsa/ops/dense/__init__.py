@@ -74,9 +74,9 @@ def dense_attention(
     scale = softmax_scale(scale, q.shape[3])
     plain = window is None and cu_seqlens is None and not return_lse and q.shape[1] == k.shape[1]
     if backend == "auto" and plain and _cudnn_is_faster(q, v):
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
+        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            out = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=True)
+            out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
     documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
     reach = k.shape[1] if window is None else window
@@ -95,9 +95,9 @@ def dense_attention(
 
 
 def _cudnn_is_faster(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's cuDNN attention takes plain causal attention: measured ahead of our kernels on Hopper, most of all
-    backward (five products for our seven; docs/performance.md). Its gradients differ from run to run in the last bits,
-    so that ours stay where determinism is asked for (`torch.use_deterministic_algorithms`)."""
+    """Whether torch's cuDNN attention takes plain causal attention: measured ahead of our kernels on Hopper, most
+    of all backward (five products for our seven; docs/performance.md). Its gradients differ from run to run in the last
+    bits, so that ours stay where determinism is asked for (`torch.use_deterministic_algorithms`)."""
     if not q.is_cuda or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling():
         return False
     widths = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128)

@@ -238,8 +238,8 @@ def forward(
     tile, options = tile_sizes("hopper_forward", q, k, v)
     tiles, slots = triton.cdiv(tokens * heads, 128), batch * groups
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        boxes(q, list(q.shape), [1, 64 // heads, heads, width]), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]), out,
-        lse, first, last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width, DV=width,
-        **tile, **options,
+        boxes(q, list(q.shape), [1, 64 // heads, heads, width]), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]),
+        out, lse, first, last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
+        DV=width, **tile, **options,
     )  # fmt: skip
     return out, lse
