@@ -1,0 +1,88 @@
+"""Which part of a logical parameter a rank holds, and who speaks for it.
+
+A checkpoint and the norm of the gradient know logical parameters: whole, under one name, whatever the layout. Tensor
+parallelism says on each parameter how the rank's one belongs to it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nsa.parallel.collectives import all_reduce
+from nsa.parallel.grid import Axis, Grid
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The rank's part: the ``index``-th of ``parts`` equal ones along ``dim``.
+
+    Attributes:
+        owner: whether this rank speaks for the part. Of the ranks that hold the same part (not those that only see
+            other data) one does.
+    """
+
+    dim: int = 0
+    index: int = 0
+    parts: int = 1
+    owner: bool = True
+
+    def whole(self, shape: torch.Size) -> torch.Size:
+        """Shape of the logical parameter, from the part's."""
+        sizes = list(shape)
+        sizes[self.dim] *= self.parts
+        return torch.Size(sizes)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The part's view of a logical tensor."""
+        size = whole.shape[self.dim] // self.parts
+        return whole.narrow(self.dim, self.index * size, size)
+
+
+WHOLE = Partition()
+
+
+def partition_of(parameter: Tensor) -> Partition:
+    return getattr(parameter, "logical_part", WHOLE)
+
+
+def mark(parameter: nn.Parameter, partition: Partition) -> None:
+    """Attach ``partition``. DeepSpeed counts a marked parameter in the norm of the gradient on every model-parallel
+    rank and an unmarked one on the first alone, which is the owner of all that it holds."""
+    parameter.logical_part = partition  # type: ignore[attr-defined]
+    parameter.model_parallel = partition.owner  # type: ignore[attr-defined]
+    parameter.tensor_model_parallel = partition.owner  # type: ignore[attr-defined]
+
+
+def part_of(whole: Tensor, partition: Partition) -> nn.Parameter:
+    """A parameter with a copy of this rank's part of ``whole``."""
+    part = nn.Parameter(partition.cut(whole.detach()).clone(memory_format=torch.contiguous_format))
+    mark(part, partition)
+    return part
+
+
+def sum_gradient(parameter: nn.Parameter, axis: Axis) -> None:
+    """Sum the gradient over ``axis`` as soon as it is computed, before DeepSpeed sees it: for parameters that several
+    ranks hold alike, while each computes from a part of the heads or tokens."""
+    if axis.size > 1:
+        parameter.register_hook(lambda gradient: _summed(gradient, axis))
+
+
+def _summed(gradient: Tensor, axis: Axis) -> Tensor:
+    return all_reduce(gradient.to(torch.float32, copy=True), axis, "gradients").to(gradient.dtype)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], grid: Grid) -> float:
+    """2-norm of the gradient of the whole model, from gradients that are already averaged over the replicas.
+
+    For engines that have no norm of their own (no ZeRO, fp32). Collective over ``grid.model``.
+    """
+    owned = [p.grad for p in parameters if p.grad is not None and partition_of(p).owner]
+    norm = torch.nn.utils.get_total_norm(owned)
+    if grid.model.size == 1:
+        return norm.item()
+    square = norm.double().square()
+    dist.all_reduce(square, group=grid.model.group)
+    return square.sqrt().item()
