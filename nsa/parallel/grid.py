@@ -175,6 +175,9 @@ class ModelParallelUnit:
     def get_pipeline_model_parallel_world_size(self) -> int:
         return 1
 
+    def get_pipeline_model_parallel_group(self) -> None:
+        return None
+
     def get_data_parallel_rank(self) -> int:
         return self._data.rank
 

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class StepResult:
         grad_norm: global, before clipping. learning_rate: of the step.
         skipped: loss or gradient was not finite; weights and moments are as before.
         data_seconds: waited for the batch. stop: a rank was asked to stop.
+        sent: bytes that this rank sent to others of its replica, by what they are.
     """
 
     loss: float
@@ -53,6 +55,7 @@ class StepResult:
     skipped: bool
     data_seconds: float
     stop: bool
+    sent: dict[str, int]
 
 
 class Trainer:
@@ -164,6 +167,7 @@ class Trainer:
         """
         config, engine, ranks, grid = self.config, self.engine, self.ranks, self.grid
         started = time.perf_counter()
+        grid.traffic.take()  # of validation
         step = self.progress.step
         batches = self.loader(step, last=step + 1 == config.training.steps)
         data_seconds = time.perf_counter() - started
@@ -197,7 +201,7 @@ class Trainer:
         self.progress.step += 1
         self.progress.updates += not skipped
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
-        return StepResult(loss, norm, rate, skipped, data_seconds, bool(stops))
+        return StepResult(loss, norm, rate, skipped, data_seconds, bool(stops), grid.traffic.take())
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -232,7 +236,11 @@ class Trainer:
         with probe(self.engine.module.layers, metrics):
             self._losses(batch(self.validation_stream, range(1)))
         self.engine.train()
-        return metrics
+        if not self.grid.spread:
+            return metrics
+        seen = self.ranks.gather(metrics)  # each of its heads and tokens
+        names = dict.fromkeys(name for figures in seen for name in figures)
+        return {n: fmean(figures[n] for figures in seen if n in figures) for n in names}
 
     def save(self) -> None:
         started = time.perf_counter()
@@ -287,6 +295,8 @@ class Trainer:
             "perf/data_seconds": data_seconds,
             "perf/memory_gib": memory_gib(self.ranks.device),
         }
+        for what, num_bytes in result.sent.items():
+            metrics[f"comm/{what.replace('/', '_')}_mib"] = num_bytes / 2**20
         if not result.skipped:  # JSON knows no NaN
             metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         for kind, flops in self.flops.items():
