@@ -149,7 +149,7 @@ class Config(Section):
                 f"data.tokenizer.vocab_size ({self.data.tokenizer.vocab_size}) exceeds model.vocab_size "
                 f"({self.model.vocab_size}): every piece of the tokenizer needs a row of the embedding"
             )
-        check_layout(self.parallel, self.model, self.data.sequence_length)
+        check_layout(self.parallel, self.model, self.data.sequence_length, self.engine.zero_stage)
         decay = self.optimizer.decay_steps or 0
         if self.optimizer.warmup_steps + decay > self.training.steps:
             raise ValueError(

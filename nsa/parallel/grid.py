@@ -45,6 +45,8 @@ class Grid:
             state. Context belongs to it because its ranks, too, see different tokens with the same weights; so every
             ZeRO stage divides by the same number, where DeepSpeed's own sequence-parallel groups do not.
         model: pipeline x tensor: the ranks that hold different weights of one model.
+        sharers: the tensor-parallel ranks with the same KV head as this one.
+        ends: the first and the last stage of the pipeline; on others this rank alone.
     """
 
     tensor: Axis
@@ -53,6 +55,8 @@ class Grid:
     data: Axis
     replicas: Axis
     model: Axis
+    sharers: Axis
+    ends: Axis
     traffic: Traffic
 
     @property
@@ -76,50 +80,54 @@ class Grid:
         return " x ".join(f"{axis.size} {axis.name}" for axis in axes) or "one rank"
 
 
-def build_grid(sizes: ParallelConfig, rank: int, world_size: int, timeout: timedelta | None = None) -> Grid:
+def build_grid(
+    sizes: ParallelConfig, rank: int, world_size: int, *, num_kv_heads: int, timeout: timedelta | None = None
+) -> Grid:
     """The grid of ``world_size`` ranks as seen by ``rank``. Collective.
 
     Args:
+        num_kv_heads: of the model: where there are more tensor-parallel ranks, some share a head.
         timeout: of a collective; None: the default process group's.
 
     Raises:
         ValueError: the ranks cannot be dealt out.
     """
-    shape = dict(zip(NAMES, _shape(sizes, world_size), strict=True))
-    places = list(product(*(range(n) for n in shape.values())))  # in the order of ranks
-    here = dict(zip(NAMES, places[rank], strict=True))
+    shape = _shape(sizes, world_size)
+    places = list(product(*(range(n) for n in shape)))  # in the order of ranks
     traffic = Traffic()
 
-    def axis(name: str, along: tuple[str, ...]) -> Axis:
-        """Every rank makes every group, in the same order: NCCL and gloo want that."""
-        teams: dict[tuple[int, ...], list[int]] = {}
+    def teams(*along: str) -> list[list[int]]:
+        """All lines of the grid in a direction (or planes, in two)."""
+        found: dict[tuple[int, ...], list[int]] = {}
         for number, place in enumerate(places):
-            fixed = tuple(at for n, at in zip(NAMES, place, strict=True) if n not in along)
-            teams.setdefault(fixed, []).append(number)
-        mine = next(team for team in teams.values() if rank in team)
-        group = None
-        if len(mine) > 1 or name in ("replicas", "model"):  # DeepSpeed wants a group even of one
-            for team in teams.values():
+            fixed = tuple(at for name, at in zip(NAMES, place, strict=True) if name not in along)
+            found.setdefault(fixed, []).append(number)
+        return list(found.values())
+
+    def axis(name: str, all_teams: list[list[int]], alone_too: bool = False) -> Axis:
+        """Every rank makes every group, in the same order: their names are counted alike on all only then."""
+        mine, group = [rank], None
+        for team in all_teams:
+            if len(team) > 1 or alone_too:
                 made = dist.new_group(team, timeout=timeout)
-                group = made if team is mine else group
+                if rank in team:
+                    mine, group = team, made
         return Axis(name, mine.index(rank), len(mine), tuple(mine), group, traffic)
 
-    single = {name: axis(name, (name,)) for name in NAMES}
-    assert all(single[name].rank == here[name] for name in NAMES)
+    tensor, pipeline = teams("tensor"), teams("pipeline")
+    copies = max(1, sizes.tensor // num_kv_heads)
     return Grid(
-        **single,
-        replicas=axis("replicas", ("data", "context")),
-        model=axis("model", ("pipeline", "tensor")),
+        tensor=axis("tensor", tensor),
+        context=axis("context", teams("context")),
+        pipeline=axis("pipeline", pipeline),
+        data=axis("data", teams("data")),
+        # DeepSpeed wants a group even of one.
+        replicas=axis("replicas", teams("data", "context"), alone_too=True),
+        model=axis("model", teams("pipeline", "tensor"), alone_too=True),
+        sharers=axis("tensor", [team[i : i + copies] for team in tensor for i in range(0, len(team), copies)]),
+        ends=axis("pipeline", [[team[0], team[-1]] for team in pipeline if len(team) > 1]),
         traffic=traffic,
     )
-
-
-def neighbours(axis: Axis, size: int) -> Axis:
-    """The team of ``size`` consecutive ranks of ``axis`` that this rank belongs to. Collective among them."""
-    first = axis.rank // size * size
-    ranks = axis.ranks[first : first + size]
-    group = dist.new_group(list(ranks), use_local_synchronization=True) if size > 1 else None
-    return Axis(axis.name, axis.rank - first, size, ranks, group, axis.traffic)
 
 
 def data_parallel_size(sizes: ParallelConfig, world_size: int) -> int:
@@ -138,7 +146,7 @@ def data_parallel_size(sizes: ParallelConfig, world_size: int) -> int:
 
 
 def _shape(sizes: ParallelConfig, world_size: int) -> tuple[int, int, int, int]:
-    return data_parallel_size(sizes, world_size), 1, sizes.context, sizes.tensor
+    return data_parallel_size(sizes, world_size), sizes.pipeline, sizes.context, sizes.tensor
 
 
 class ModelParallelUnit:

@@ -63,15 +63,30 @@ def part_of(whole: Tensor, partition: Partition) -> nn.Parameter:
     return part
 
 
-def sum_gradient(parameter: nn.Parameter, axis: Axis) -> None:
-    """Sum the gradient over ``axis`` as soon as it is computed, before DeepSpeed sees it: for parameters that several
-    ranks hold alike, while each computes from a part of the heads or tokens."""
+def sum_over(parameter: nn.Parameter, axis: Axis) -> None:
+    """Say that the gradient is to be summed over ``axis``, before DeepSpeed averages it over the replicas: ranks along
+    it hold the parameter alike, while each computes from a part of the heads, tokens or layers."""
     if axis.size > 1:
-        parameter.register_hook(lambda gradient: _summed(gradient, axis))
+        parameter.summed_over = (*axes_of(parameter), axis)  # type: ignore[attr-defined]
 
 
-def _summed(gradient: Tensor, axis: Axis) -> Tensor:
-    return all_reduce(gradient.to(torch.float32, copy=True), axis, "gradients").to(gradient.dtype)
+def axes_of(parameter: Tensor) -> tuple[Axis, ...]:
+    """What `sum_over` said."""
+    return getattr(parameter, "summed_over", ())
+
+
+def add_up(gradient: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """The fp32 sum of a gradient over ``axes``, in place."""
+    for axis in axes:
+        all_reduce(gradient, axis, "gradients")
+    return gradient
+
+
+def add_up_in_backward(parameters: Iterable[nn.Parameter]) -> None:
+    """Let each backward pass sum gradients as soon as they are computed."""
+    for parameter in parameters:
+        if axes := axes_of(parameter):
+            parameter.register_hook(lambda g, axes=axes: add_up(g.to(torch.float32, copy=True), axes).to(g.dtype))
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], grid: Grid) -> float:

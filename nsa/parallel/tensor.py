@@ -25,20 +25,19 @@ from nsa.layers.native_sparse import GatedBranches, Pair
 from nsa.models import Decoder
 from nsa.ops.native_sparse import key_borders
 from nsa.parallel.collectives import all_gather, gather_parts, reduce_scatter
-from nsa.parallel.grid import Axis, neighbours
-from nsa.parallel.partition import Partition, mark, part_of, sum_gradient
+from nsa.parallel.grid import Axis
+from nsa.parallel.partition import Partition, mark, part_of, sum_over
 from nsa.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 
 TOKENS = 1  # the axis of x (B, T, C) that is split between attention and MLP
 
 
-def split_over_tensor_ranks(model: Decoder, axis: Axis) -> None:
-    """Keep this rank's part of a whole decoder, initialised alike on every rank. Collective."""
+def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
+    """Keep this rank's part of a whole decoder, initialised alike on every rank. ``sharers``: of its KV head."""
     if axis.size == 1:
         return
     columns, rows = Partition(0, axis.rank, axis.size), Partition(1, axis.rank, axis.size)
-    copies = max(1, axis.size // model.config.num_kv_heads)  # ranks that hold the same KV head
-    sharers = neighbours(axis, copies)
+    copies = sharers.size
     kv_heads = Partition(0, axis.rank // copies, axis.size // copies, owner=sharers.rank == 0)
 
     layer: Any
@@ -48,7 +47,7 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis) -> None:
         for key_value in _key_values(attention):
             for linear in (key_value.key, key_value.value):
                 _shard_linear(linear, kv_heads)
-                sum_gradient(linear.weight, sharers)
+                sum_over(linear.weight, sharers)
         if isinstance(attention, NativeSparseAttention):
             _shard_linear(attention.gate, columns)
             _replicate(attention.compress, axis)
@@ -96,7 +95,7 @@ def _shard_linear(linear: nn.Linear, part: Partition) -> None:
 def _replicate(module: nn.Module, axis: Axis) -> None:
     for parameter in module.parameters():
         mark(parameter, Partition(owner=axis.rank == 0))
-        sum_gradient(parameter, axis)
+        sum_over(parameter, axis)
 
 
 def _gather_tokens(axis: Axis, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

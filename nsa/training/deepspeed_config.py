@@ -30,11 +30,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage, bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
     # Without ZeRO DeepSpeed accumulates gradients in the dtype of the weights only.
     accumulation = "bf16" if bf16 and stage == 0 else "fp32"
+    micro_batch, passes = config.training.micro_batch_size, micro_batches_per_step(config, world_size)
+    if config.parallel.pipeline > 1:  # which accumulates by itself and hands the sum over
+        micro_batch, passes = micro_batch * passes, 1
     return {
         # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each.
         "train_batch_size": config.training.global_batch_size * config.parallel.context,
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches_per_step(config, world_size),
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,

@@ -34,7 +34,7 @@ class Shard:
         tensors: flat fp32 views of equal length, ``weight`` and the optimizer's (``exp_avg``, ...); empty if this rank
             holds nothing of the parameter.
         partition: which part of the logical parameter the model on this rank has.
-        replicated: every replica of the model holds the same.
+        replicated: every replica of the model holds the same. everywhere: and every rank has it all.
         speaks: whether this rank's elements go into a checkpoint; of the ranks that hold an element one does.
     """
 
@@ -43,6 +43,7 @@ class Shard:
     tensors: dict[str, Tensor]
     partition: Partition = WHOLE
     replicated: bool = False
+    everywhere: bool = False
     speaks: bool = True
 
     @property
@@ -69,14 +70,18 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
 
 
 def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
-    """The shard of every parameter, by name, in the model's order. ``keys``: the optimizer's tensors."""
+    """The shard of every parameter of the whole model, by name, in its order. ``keys``: the optimizer's tensors."""
     named = dict(engine.module.named_parameters())
     shards = _local_shards(engine, named, keys)
     first_replica = engine.mpu.get_data_parallel_rank() == 0
+    stages = getattr(engine.module, "everywhere", None)  # of a pipeline: the parameters of all
     for name, shard in shards.items():
         shard.partition = partition_of(named[name])
+        shard.everywhere = shard.replicated and shard.partition.parts == 1 and stages is None
         shard.speaks = shard.partition.owner and (first_replica or not shard.replicated)
-    return shards
+    if stages is None:
+        return shards
+    return {name: shards.get(name) or Shard(shape, 0, {}, part, speaks=False) for name, (shape, part) in stages.items()}
 
 
 def _local_shards(engine: DeepSpeedEngine, named: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Shard]:
@@ -129,7 +134,7 @@ def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[st
         shape = shard.logical_shape
         load[owner] += shape.numel()
         for key in keys:
-            if world_size == 1 or (shard.replicated and shape == shard.shape):
+            if world_size == 1 or shard.everywhere:
                 whole = shard.tensors[key]
             else:
                 # Summing the bits as integers, where at most one rank has other than zero, keeps every bit (even -0.0).

@@ -17,6 +17,7 @@ from nsa.data.shards import PreparedData
 from nsa.models import count_parameters, training_flops_per_token
 from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm
+from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
@@ -73,7 +74,10 @@ class Trainer:
         self.ranks = ranks or initialize()
         training, world_size = config.training, self.ranks.world_size
         deepspeed_json = self.ranks.on_main(lambda: deepspeed_config(config, world_size))
-        self.grid = build_grid(config.parallel, self.ranks.rank, world_size, timeout=COLLECTIVE_TIMEOUT)
+        heads = config.model.num_kv_heads
+        self.grid = build_grid(
+            config.parallel, self.ranks.rank, world_size, num_kv_heads=heads, timeout=COLLECTIVE_TIMEOUT
+        )
         make_deterministic(self.ranks.device)
         self.folder = self.ranks.on_main(lambda: self._open_folder(deepspeed_json))
 
@@ -83,6 +87,9 @@ class Trainer:
         self.loader = StepLoader(self._read_step)
 
         self.engine = build_engine(config, self.ranks, self.grid, deepspeed_json)
+        self.pipeline = None
+        if self.grid.pipeline.size > 1:
+            self.pipeline = Pipeline(self.engine, self.grid.pipeline, self._stage, self._stage_shape)
         self.identity = Identity(prepared.fingerprint, prepared.tokenizer.path)
         self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
         self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(config)))
@@ -182,12 +189,11 @@ class Trainer:
 
         nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
         norm = None
-        for i, micro_batch in enumerate(batches):
-            losses = self._losses(micro_batch)
-            # DeepSpeed averages gradients over the replicas; told not to, it does not divide by the micro batches.
-            engine.backward(losses.sum() * (grid.replicas.size / max(targets, 1.0)), scale_wrt_gas=False)
-            nll += losses.detach().sum(dtype=torch.float64) * grid.counts_losses
-            if i + 1 == len(batches):
+        scale = grid.replicas.size / max(targets, 1.0)  # DeepSpeed averages gradients over the replicas
+        passes = [batches] if self.pipeline else [[micro_batch] for micro_batch in batches]
+        for i, together in enumerate(passes):
+            nll += self._backward(together, scale) * grid.counts_losses
+            if i + 1 == len(passes):
                 loss = ranks.sum(nll).item() / max(targets, 1.0)
                 if not self._sharded:
                     norm = gradient_norm(engine.module.parameters(), grid)
@@ -259,11 +265,30 @@ class Trainer:
         sizes = training.global_batch_size, training.micro_batch_size
         return [batch(self.train_stream, i) for i in sample_indices(step, data.rank, data.size, *sizes)]
 
+    def _backward(self, batches: list[Batch], scale: float) -> Tensor:
+        """Forward and backward pass of one micro batch (of all of a step, by the pipeline): the sum of its losses."""
+        if self.pipeline:
+            return self.pipeline.backward(batches, scale)
+        (micro_batch,) = batches
+        losses = self._losses(micro_batch)
+        self.engine.backward(losses.sum() * scale, scale_wrt_gas=False)  # nor divided by the micro batches
+        return losses.detach().sum(dtype=torch.float64)
+
     def _losses(self, micro_batch: Batch) -> Tensor:
         """Negative log-likelihood of each target of this rank's tokens, 0 where not counted."""
+        return self.pipeline.forward(micro_batch) if self.pipeline else self._stage(micro_batch)
+
+    def _stage(self, micro_batch: Batch) -> Tensor:
+        """What this rank's part of the model makes of a micro batch: losses, or a stage's activations."""
         device = self.ranks.device
         inputs, targets, borders = (micro_batch[k].to(device) for k in ("input_ids", "targets", "cu_seqlens"))
-        return self.engine(inputs, targets=targets, cu_seqlens=borders)
+        model = self.engine.module if self.pipeline else self.engine
+        return model(inputs, targets=targets, cu_seqlens=borders)
+
+    def _stage_shape(self, micro_batch: Batch) -> tuple[int, ...]:
+        """Of the activations between two stages."""
+        rows, tokens = micro_batch["input_ids"].shape
+        return rows, tokens // self.grid.context.size // self.grid.tensor.size, self.config.model.hidden_size
 
     def _check_skips(self, result: StepResult) -> None:
         if not result.skipped:

@@ -20,8 +20,9 @@ Case = list[str]
 Curve = list[list[float]]  # of each step: loss, norm of the gradient
 
 
-def layout(tensor: int = 1, context: int = 1, zero: int = 0) -> list[str]:
-    return [f"parallel.tensor={tensor}", f"parallel.context={context}", f"engine.zero_stage={zero}"]
+def layout(tensor: int = 1, context: int = 1, pipeline: int = 1, zero: int = 0) -> list[str]:
+    sizes = [f"parallel.{k}={n}" for k, n in (("tensor", tensor), ("context", context), ("pipeline", pipeline))]
+    return [*sizes, f"engine.zero_stage={zero}"]
 
 
 def learned(case: Case) -> Case:

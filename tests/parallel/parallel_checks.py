@@ -32,17 +32,23 @@ def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: i
     gradients relative to the largest entry of each, over all ranks."""
     answer = []
     for layout in layouts:
-        grid = build_grid(ParallelConfig(**layout), ranks.rank, ranks.world_size)
-        answer.append([max(ranks.gather(decoder_difference(grid, seed))) for seed in range(seeds)])
+        grids = {
+            heads: build_grid(ParallelConfig(**layout), ranks.rank, ranks.world_size, num_kv_heads=heads)
+            for heads in (1, 2, 4, 8)
+        }
+        answer.append([max(ranks.gather(decoder_difference(grids, seed))) for seed in range(seeds)])
     return answer
 
 
-def decoder_difference(grid: Grid, seed: int) -> float:
-    """Of a random small decoder, packing and layout of blocks. The same ``seed`` gives all ranks the same."""
+def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
+    """Of a random small decoder, packing and layout of blocks. The same ``seed`` gives all ranks the same. ``grids``:
+    by number of KV heads."""
     dice = random.Random(seed)
+    num_kv_heads = dice.choice(list(grids))
+    grid = grids[num_kv_heads]
     unit = 2 * grid.context.size * grid.tensor.size
     tokens = unit * dice.randint(1, 120 // unit)
-    config, attention = random_shapes(dice, tokens)
+    config, attention = random_shapes(dice, tokens, num_kv_heads)
     torch.manual_seed(seed)
     whole = Decoder(config, attention).double()
     for name, p in whole.named_parameters():
@@ -111,7 +117,7 @@ def check_state(trainer: Trainer) -> None:
     assert len(together) == len(read["model"].names()) + len(read["optimizer"].names())
 
 
-def random_shapes(dice: random.Random, tokens: int) -> tuple[ModelConfig, AttentionConfig]:
+def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[ModelConfig, AttentionConfig]:
     stride = dice.choice([1, 2, 4])
     length = stride * dice.randint(1, 3)
     model = ModelConfig(
@@ -119,7 +125,7 @@ def random_shapes(dice: random.Random, tokens: int) -> tuple[ModelConfig, Attent
         hidden_size=12,
         num_layers=2,
         num_heads=8,
-        num_kv_heads=dice.choice([1, 2, 4, 8]),
+        num_kv_heads=num_kv_heads,
         head_dim=4,
         v_head_dim=dice.choice([4, 6]),
         intermediate_size=16,

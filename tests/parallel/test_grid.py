@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from nsa.config import ConfigError
 from nsa.parallel import Grid, ParallelConfig
 from nsa.parallel.grid import ModelParallelUnit, build_grid, data_parallel_size
+from nsa.parallel.pipeline import stage_layers
 from nsa.parallel.traffic import Traffic
 from tests.training.tiny import tiny_config
 
@@ -22,7 +23,7 @@ def grid_of(rank: int, world_size: int, **sizes: int) -> Iterator[Grid]:
     """As one rank of a process group that is not there."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield build_grid(ParallelConfig(**sizes), rank, world_size)
+        yield build_grid(ParallelConfig(**sizes), rank, world_size, num_kv_heads=2)
     finally:
         dist.destroy_process_group()
 
@@ -37,7 +38,7 @@ def test_tensor_ranks_are_neighbours_then_context_then_data():
         assert grid.describe() == "2 data x 4 context x 2 tensor"
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tensor": 4}, {"context": 2}, {"tensor": 2, "context": 2}])
+@pytest.mark.parametrize("sizes", [{}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 2, "context": 2}])
 def test_the_axes_of_all_ranks_fit_together(sizes):
     world_size, counted_samples, counted_losses = 8, 0, 0
     for rank in range(world_size):
@@ -51,7 +52,33 @@ def test_the_axes_of_all_ranks_fit_together(sizes):
             counted_losses += grid.counts_losses
     parallel = ParallelConfig(**sizes)
     assert counted_samples == data_parallel_size(parallel, world_size), "each sample once"
-    assert counted_losses == world_size // parallel.tensor, "each token once"
+    assert counted_losses == world_size // (parallel.tensor * parallel.pipeline), "each token once"
+
+
+def test_pipeline_comes_between_context_and_data():
+    with grid_of(rank=13, world_size=16, tensor=2, context=2, pipeline=2) as grid:
+        assert grid.pipeline.ranks == (9, 13) and grid.context.ranks == (13, 15) and grid.data.ranks == (5, 13)
+        assert grid.model.ranks == (8, 9, 12, 13) and grid.model.rank == 3
+        assert grid.replicas.ranks == (5, 7, 13, 15)
+        assert grid.ends.ranks == (9, 13) and grid.ends.rank == 1
+
+
+def test_some_share_a_kv_head_or_a_tied_embedding():
+    with grid_of(rank=6, world_size=8, tensor=8) as grid:
+        assert grid.sharers.ranks == (4, 5, 6, 7) and grid.sharers.rank == 2
+    with grid_of(rank=2, world_size=8, pipeline=4) as grid:
+        assert grid.ends.size == 1 and grid.sharers.size == 1
+    with grid_of(rank=7, world_size=8, pipeline=4) as grid:
+        assert grid.ends.ranks == (4, 7) and grid.ends.rank == 1
+
+
+def test_stages_share_the_layers():
+    for layers in range(1, 12):
+        for stages in range(1, layers + 1):
+            parts = [stage_layers(layers, stages, stage) for stage in range(stages)]
+            assert [number for part in parts for number in part] == list(range(layers))
+            sizes = [len(part) for part in parts]
+            assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1 and sizes[-1] == min(sizes)
 
 
 def test_ranks_that_make_no_whole_replicas_are_refused():
@@ -69,6 +96,8 @@ def test_ranks_that_make_no_whole_replicas_are_refused():
         (["parallel.context=3"], r"data.sequence_length \(64\) must be a multiple of 2 x parallel.context \(6\)"),
         (["parallel.tensor=4", "data.sequence_length=62"], r"\(62\) must be a multiple of parallel.tensor \(4\)"),
         (["parallel.context=0"], "parallel.context"),
+        (["parallel.pipeline=3"], r"parallel.pipeline \(3\) exceeds model.num_layers \(2\)"),
+        (["parallel.pipeline=2", "engine.zero_stage=3"], r"use engine.zero_stage 1"),
     ],
 )
 def test_layouts_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path, overrides, told):

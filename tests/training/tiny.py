@@ -78,7 +78,11 @@ def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 
 
 def on_ranks(
-    world_size: int, folder: Path, checks: dict[str, tuple[str, dict[str, Any]]], script: Path | None = None
+    world_size: int,
+    folder: Path,
+    checks: dict[str, tuple[str, dict[str, Any]]],
+    script: Path | None = None,
+    timeout: float = 240,
 ) -> dict[str, Any]:
     """Run checks of ``script`` (rank_checks.py), one after the other, in ``world_size`` processes.
 
@@ -93,7 +97,7 @@ def on_ranks(
     script, port = script or Path(__file__).with_name("rank_checks.py"), free_port()
     processes = [start([str(script), str(folder)], rank, world_size, port) for rank in range(world_size)]
     try:
-        outputs = [process.communicate(timeout=900)[0] for process in processes]
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
