@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from nsa.layers import NativeSparseAttention
-from nsa.layers.compression import compressed_ends
 from nsa.layers.native_sparse import KeyValueCompression, Pair
 from nsa.models import Decoder
+from nsa.ops.compression import block_ends
 from nsa.ops.packing import Documents, clip_borders, derived, num_compressed
 from nsa.parallel.chunks import TOKENS, Chunks
 from nsa.parallel.collectives import all_gather
@@ -122,11 +122,14 @@ def _compress(
         cu_seqlens = _one_document(chunks.tokens, device)
     length, stride = compress.length, compress.stride
     widths = raw[0].shape[-1], raw[1].shape[-1]
-    k, v = chunks.with_halos(torch.cat(raw, -1), length - 1, "compression").split(widths, -1)
+    rows = chunks.with_halos(torch.cat(raw, -1), length - 1, "compression")
+    # A batch is more heads: so the packing below is that of one row.
+    k, v = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(widths, -1)
     borders, row = derived(cu_seqlens, _block_layout, chunks, length, stride)
     cos, sin = (_behind_halos(table, chunks, length - 1) for table in rotary)
     blocks = type(compress).forward(compress, (k, v), (cos, sin), borders)
-    k, v = all_gather(torch.cat(blocks, -1), axis, TOKENS, "compressed")[:, row].split(widths, -1)
+    gathered = all_gather(torch.cat(blocks, -1), axis, TOKENS, "compressed")[0, row]
+    k, v = gathered.unflatten(1, (len(rows), -1)).transpose(0, 1).split(widths, -1)
     return k, v
 
 
@@ -159,7 +162,7 @@ def _block_layout(cu_seqlens: Tensor, chunks: Chunks, length: int, stride: int) 
     borders = torch.cat(pieces).to(torch.int32)
 
     ranks, rows = chunks.axis.size, num_compressed(2 * (behind + chunks.size), length, stride)
-    ends = compressed_ends(chunks.tokens, cu_seqlens, length, stride, device)
+    ends = block_ends(Documents.of(chunks.tokens, 0, cu_seqlens, device), length, stride)
     chunk = ends // chunks.size
     before = torch.searchsorted(ends, torch.arange(2 * ranks + 1, device=device) * chunks.size)  # blocks before each
     holder = torch.minimum(chunk, 2 * ranks - 1 - chunk)

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
+from tests.parallel import matrix
 from tests.parallel.conftest import CASES, SPREADS
-from tests.parallel.layouts import BASE, SCRIPT, difference, learned
+from tests.parallel.layouts import BASE, SCRIPT, difference, learned, references
 from tests.training.tiny import on_ranks
 
 
@@ -36,3 +37,12 @@ def test_a_run_goes_on_in_any_layout(four_ranks, tmp_path):
     assert len(found["straight"]) == 8
     assert found["on"] == pytest.approx(found["straight"], rel=1e-5)
     assert found["on"][:6] == answers["chain"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", matrix.layouts(16), ids=str)
+def test_the_whole_table(tmp_path, tmp_path_factory, sizes):
+    """As `python tests/parallel/matrix.py`, which writes docs/parallelism.md."""
+    one = references(tmp_path_factory.mktemp("one"), matrix.cases((1, 1, 1)))
+    for zero, differences in matrix.run(sizes, tmp_path, one).items():
+        assert max(differences) < matrix.LIMIT, f"ZeRO {zero}"
