@@ -95,6 +95,7 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         caches: list[Cache] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Logits, or the loss of each token.
 
@@ -103,12 +104,14 @@ class Decoder(nn.Module):
             targets: (B, T) int64, the token that follows each; -100 is not counted.
             cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; positions start anew in each.
             caches: of the tokens before, from `new_caches`; the T new tokens are appended.
+            positions: (T,) int64, of each token in its document; None: counted from ``cu_seqlens`` and ``caches``.
 
         Returns:
             Without targets: logits (B, T, V). With: negative log-likelihood (B, T) fp32 in nats, 0 where not counted.
         """
-        offset = caches[0].length if caches else 0
-        positions = Documents.of(input_ids.shape[1], offset, cu_seqlens, input_ids.device).query_local
+        if positions is None:
+            offset = caches[0].length if caches else 0
+            positions = Documents.of(input_ids.shape[1], offset, cu_seqlens, input_ids.device).query_local
         rotary = self.rotary(positions)
         x = self.embedding(input_ids)
         for i, layer in enumerate(self.layers):

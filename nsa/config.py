@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from nsa import strict_yaml
 from nsa.data.config import DataConfig
 from nsa.models.config import AttentionConfig, ModelConfig
+from nsa.parallel.config import ParallelConfig, check_layout
 from nsa.schema import Section
 from nsa.strict_yaml import ConfigError
 
@@ -131,6 +132,7 @@ class Config(Section):
     training: TrainingConfig = Field(description="how long and in what pieces")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written, how many stay")
     engine: EngineConfig = Field(EngineConfig(), description="DeepSpeed and memory")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="ranks that share one replica of the model")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what nsa.evaluate measures on an export")
 
     @model_validator(mode="after")
@@ -147,6 +149,7 @@ class Config(Section):
                 f"data.tokenizer.vocab_size ({self.data.tokenizer.vocab_size}) exceeds model.vocab_size "
                 f"({self.model.vocab_size}): every piece of the tokenizer needs a row of the embedding"
             )
+        check_layout(self.parallel, self.model, self.data.sequence_length, self.engine.zero_stage)
         decay = self.optimizer.decay_steps or 0
         if self.optimizer.warmup_steps + decay > self.training.steps:
             raise ValueError(

@@ -7,6 +7,18 @@ from nsa.cache import FullCache
 from nsa.layers.rotary import apply_rotary
 
 
+class CausalAttention(nn.Module):
+    """The operator of the layer, without parameters: where hooks see queries, keys and values."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As `nsa.ops.dense_attention`."""
+        return ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
+
+
 class DenseAttention(nn.Module):
     """Causal grouped-query attention (arXiv 2305.13245) with rotary embedding.
 
@@ -28,11 +40,12 @@ class DenseAttention(nn.Module):
     ) -> None:
         super().__init__()
         v_head_dim = v_head_dim or head_dim
-        self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
+        self.head_dim, self.v_head_dim = head_dim, v_head_dim
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
         self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.attend = CausalAttention(backend)
 
     def forward(
         self,
@@ -53,7 +66,7 @@ class DenseAttention(nn.Module):
         v = self.value(x).unflatten(-1, (-1, self.v_head_dim))
         if cache is not None:
             k, v = cache.append(k, v)
-        out = ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
+        out = self.attend(q, k, v, cu_seqlens)
         return self.output(out.flatten(2))
 
     def new_cache(self) -> FullCache:

@@ -17,13 +17,38 @@ class KeyValue(nn.Module):
 
     def __init__(self, hidden_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
         super().__init__()
-        self.num_kv_heads = num_kv_heads
+        self.widths = head_dim, v_head_dim
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
 
     def forward(self, x: Tensor) -> Pair:
-        heads = (self.num_kv_heads, -1)
-        return self.key(x).unflatten(-1, heads), self.value(x).unflatten(-1, heads)
+        key, value = self.widths
+        return self.key(x).unflatten(-1, (-1, key)), self.value(x).unflatten(-1, (-1, value))
+
+
+class KeyValueCompression(nn.Module):
+    """The compressed keys and values of a branch, each by an MLP of its own; keys are rotated after."""
+
+    def __init__(
+        self, head_dim: int, v_head_dim: int, length: int, stride: int, hidden: int | None, *, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.length, self.stride = length, stride
+        self.key = BlockCompression(head_dim, length, stride, hidden, backend=backend)
+        self.value = BlockCompression(v_head_dim, length, stride, hidden, backend=backend)
+
+    def forward(self, raw: Pair, rotary: Pair, cu_seqlens: Tensor | None = None, ahead: int = 0) -> Pair:
+        """(B, T, G, D), (B, T, G, Dv) -> the blocks of `BlockCompression` for each.
+
+        Args:
+            rotary: cos and sin of the tokens from the ``ahead``-th on: there every block ends.
+        """
+        documents = Documents.of(raw[0].shape[1], 0, cu_seqlens, raw[0].device)
+        ends = block_ends(documents, self.length, self.stride)
+        if ahead:
+            ends = ends - ahead
+        k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
+        return apply_rotary(k_cmp, rotary[0][ends], rotary[1][ends]), v_cmp
 
 
 class GatedBranches(nn.Module):
@@ -127,11 +152,8 @@ class NativeSparseAttention(nn.Module):
         self.key_value = nn.ModuleDict(
             {b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in ("compressed", "selected", "window")}
         )
-        self.compress = nn.ModuleDict(
-            {
-                kind: BlockCompression(width, compress_length, compress_stride, compress_hidden, backend=backend)
-                for kind, width in (("key", head_dim), ("value", v_head_dim))
-            }
+        self.compress = KeyValueCompression(
+            head_dim, v_head_dim, compress_length, compress_stride, compress_hidden, backend=backend
         )
         self.gate = nn.Linear(hidden_size, 3 * num_heads)
         self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
@@ -170,19 +192,12 @@ class NativeSparseAttention(nn.Module):
         slc, win = (_rotated(self.key_value[branch](x), rotary) for branch in ("selected", "window"))
         gates = self.gate(x).sigmoid().unflatten(-1, (-1, 3))
 
-        def compress(raw: Pair, first: int) -> Pair:
-            """Compress tokens from position ``first`` on. A block ends within the new tokens, so their tables do."""
-            k_cmp, v_cmp = self.compress["key"](raw[0], cu_seqlens), self.compress["value"](raw[1], cu_seqlens)
-            documents = Documents.of(raw[0].shape[1], 0, cu_seqlens, x.device)
-            ends = block_ends(documents, self.attend.length, self.attend.stride)
-            if first != offset:
-                ends = ends + (first - offset)
-            return apply_rotary(k_cmp, rotary[0][ends], rotary[1][ends]), v_cmp
-
         if cache is None:
-            cmp = compress(raw_cmp, 0)
+            cmp = self.compress(raw_cmp, rotary, cu_seqlens)
         else:
-            cmp, slc, win = cache.append(raw_cmp, slc, win, compress)
+            cmp, slc, win = cache.append(
+                raw_cmp, slc, win, lambda raw, first: self.compress(raw, rotary, ahead=offset - first)
+            )
         out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 

@@ -33,8 +33,11 @@ def _kernel_obstacle(*tensors: Tensor) -> str | None:
     return why_not(*tensors)
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError unless q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) belong together."""
+def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, offset: int | None = None) -> None:
+    """Raise ValueError unless q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) belong together.
+
+    ``offset``: position of the first query; None: the queries are the last T of the S positions of the keys.
+    """
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(
             f"q, k, v must be (batch, tokens, heads, width); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
@@ -45,11 +48,11 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) 
         raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must share batch and head width")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads ({q.shape[2]}) must be a multiple of key/value heads ({k.shape[2]})")
-    check_packing(q, cu_seqlens)
+    check_packing(q, cu_seqlens, k.shape[1] if offset is None else offset + q.shape[1])
 
 
-def check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError unless ``cu_seqlens`` (N+1,) int32 can describe the packed batch of ``q`` (1, T, ...)."""
+def check_packing(q: Tensor, cu_seqlens: Tensor | None, tokens: int) -> None:
+    """Raise ValueError unless ``cu_seqlens`` (N+1,) int32 borders documents in ``tokens`` tokens, and q is (1, ...)."""
     if cu_seqlens is None:
         return
     if q.shape[0] != 1:
@@ -59,20 +62,19 @@ def check_packing(q: Tensor, cu_seqlens: Tensor | None) -> None:
     # On a GPU the look at the values would wait for the device.
     if cu_seqlens.device.type == "cpu":
         inner_ok = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
-        if not inner_ok or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != q.shape[1]:
-            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({q.shape[1]})")
+        if not inner_ok or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:
+            raise ValueError(f"cu_seqlens must rise from 0 to the number of tokens ({tokens})")
 
 
-def check_positions(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
+def check_positions(q: Tensor, k: Tensor) -> int:
     """The position of the first query: the T queries are the last of the S positions of the keys.
 
     Raises:
-        ValueError: fewer keys than queries, or not as many where documents are packed.
+        ValueError: fewer keys than queries.
     """
     offset = k.shape[1] - q.shape[1]
-    if offset < 0 or (offset and cu_seqlens is not None):
-        wanted = "as many keys as queries" if cu_seqlens is not None else "at least as many keys as queries"
-        raise ValueError(f"need {wanted}, got {k.shape[1]} keys for {q.shape[1]} queries")
+    if offset < 0:
+        raise ValueError(f"need at least as many keys as queries, got {k.shape[1]} keys for {q.shape[1]} queries")
     return offset
 
 

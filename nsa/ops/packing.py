@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _Function = TypeVar("_Function", bound=Callable)
+_Result = TypeVar("_Result")
 
 
 def cached(function: _Function) -> _Function:
@@ -58,17 +59,10 @@ class Documents:
 
     @classmethod
     def of(cls, num_queries: int, offset: int, cu_seqlens: Tensor | None, device: torch.device) -> "Documents":
-        """Queries ``offset .. offset + num_queries - 1`` of one sequence, or all tokens of packed documents."""
+        """Queries ``offset .. offset + num_queries - 1`` of one sequence, or of packed documents."""
         if cu_seqlens is None:
             return _one_document(num_queries, offset, device)
-        if torch.compiler.is_compiling() or cu_seqlens.is_inference():
-            return _packed_documents(num_queries, cu_seqlens)
-        # All layers of a step get the same tensor; its version tells whether it was written to since.
-        state = (cu_seqlens._version, num_queries)
-        known = _known_packings.get(cu_seqlens)
-        if known is None or known[0] != state:
-            known = _known_packings[cu_seqlens] = (state, _packed_documents(num_queries, cu_seqlens))
-        return known[1]
+        return derived(cu_seqlens, _packed_documents, num_queries, offset)
 
     @property
     def lengths(self) -> Tensor:
@@ -96,11 +90,36 @@ def _one_document(num_queries: int, offset: int, device: torch.device) -> Docume
     return Documents(bounds, position, torch.zeros_like(position))
 
 
-_known_packings: MutableMapping[Tensor, tuple[tuple[int, int], Documents]] = WeakTensorKeyDictionary()
+_known_packings: MutableMapping[Tensor, tuple[int, dict[Any, Any]]] = WeakTensorKeyDictionary()
 
 
-def _packed_documents(num_queries: int, cu_seqlens: Tensor) -> Documents:
-    bounds, position = cu_seqlens.to(torch.int64), torch.arange(num_queries, device=cu_seqlens.device)
+def derived(cu_seqlens: Tensor, function: Callable[..., _Result], *args: Any) -> _Result:
+    """``function(cu_seqlens, *args)``, computed once: all layers of a step get the same tensor. Hashable ``args``."""
+    if torch.compiler.is_compiling() or cu_seqlens.is_inference():
+        return function(cu_seqlens, *args)
+    # The version tells whether the tensor was written to since.
+    version, known = _known_packings.get(cu_seqlens, (None, {}))
+    if version != cu_seqlens._version:
+        known = {}
+        _known_packings[cu_seqlens] = (cu_seqlens._version, known)
+    key = (function, *args)
+    if key not in known:
+        known[key] = function(cu_seqlens, *args)
+    return known[key]
+
+
+def clip_borders(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
+    """Borders (N+1,) int32 of the documents among tokens ``start .. stop - 1``; those outside become empty."""
+    return derived(cu_seqlens, _clip_borders, start, stop)
+
+
+def _clip_borders(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
+    return cu_seqlens.clamp(start, stop) - start
+
+
+def _packed_documents(cu_seqlens: Tensor, num_queries: int, offset: int) -> Documents:
+    bounds = cu_seqlens.to(torch.int64)
+    position = torch.arange(offset, offset + num_queries, device=cu_seqlens.device)
     # right=True passes over empty documents: a token lies in the last document that starts at or before it.
     return Documents(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
 

@@ -1,6 +1,6 @@
 """What the sparse attention does: gates, selected blocks and the share of each branch, by layer.
 
-Forward pre-hooks on the parameter-free ``attend`` module of NSA layers see its inputs; the layer knows nothing of it.
+Forward pre-hooks on the parameter-free `GatedBranches` of NSA layers see its inputs; the layer knows nothing of it.
 """
 
 import math
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.layers import NativeSparseAttention
+from nsa.layers.native_sparse import GatedBranches
+from nsa.ops.native_sparse import key_borders
+from nsa.ops.packing import Documents
 
 BRANCHES = ("compressed", "selected", "window")
 
 
 @contextmanager
 def probe(layers: nn.ModuleList, metrics: dict[str, float]) -> Iterator[None]:
-    """While open, each forward pass of the decoder ``layers`` adds its figures to ``metrics``.
+    """When closed, ``metrics`` has the figures of the forward passes of the decoder ``layers`` (means, of several).
 
     Tags end in the layer's number:
         attention/gate_<branch>: mean gate over tokens and heads.
@@ -30,22 +32,25 @@ def probe(layers: nn.ModuleList, metrics: dict[str, float]) -> Iterator[None]:
             those that have a choice (more blocks than they may select).
     """
     handles = []
+    seen: dict[str, list[float]] = {}
     for number, layer in enumerate(layers):
-        if isinstance(layer.attention, NativeSparseAttention):
-            hook = _hook(f"layer_{number:02d}", metrics)
-            handles.append(layer.attention.attend.register_forward_pre_hook(hook, with_kwargs=True))
+        for module in layer.modules():
+            if isinstance(module, GatedBranches):
+                hook = _hook(f"layer_{number:02d}", seen)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        metrics |= {name: sum(values) / len(values) for name, values in seen.items()}
 
 
-def _hook(layer: str, metrics: dict[str, float]) -> Any:
+def _hook(layer: str, seen: dict[str, list[float]]) -> Any:
     @torch.no_grad()
     def record(attend: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for name, value in measure(attend, *args, **kwargs).items():
-            metrics[f"attention/{name}/{layer}"] = value
+            seen.setdefault(f"attention/{name}/{layer}", []).append(value)
 
     return record
 
@@ -61,9 +66,8 @@ def measure(
     offset: int = 0,
 ) -> dict[str, float]:
     """The figures of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`)."""
-    assert offset == 0, "the probe looks at whole sequences"
     common: dict[str, Any] = {"scale": attend.scale, "cu_seqlens": cu_seqlens, "backend": attend.backend}
-    sizes: dict[str, Any] = {"length": attend.length, "stride": attend.stride}
+    sizes: dict[str, Any] = {"length": attend.length, "stride": attend.stride, "offset": offset}
     selection = sizes | {"block_size": attend.block_size, "num_blocks": attend.num_blocks}
     compressed, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **sizes, **common)
 
@@ -72,7 +76,9 @@ def measure(
         return ops.select_blocks(q, kv_cmp[0], lse, **selection, **forced, **common)
 
     blocks = select(attend.num_initial)
+    first_block = select(0)
     selected = ops.selected_attention(q, *kv_slc, blocks, block_size=attend.block_size, **common)
+    common["cu_seqlens"] = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     window = ops.dense_attention(q, *kv_win, window=attend.window, **common)
 
     figures = {}
@@ -83,22 +89,12 @@ def measure(
     for i, branch in enumerate(BRANCHES):
         figures[f"gate_{branch}"] = gates[..., i].float().mean().item()
         figures[f"mass_{branch}"] = norms[i] / max(sum(norms), 1e-30)
-    document, position = _documents(q.shape[1], cu_seqlens, q.device)
-    figures["block_entropy"] = block_entropy(blocks, document)
-    figures["block_overlap"] = block_overlap(blocks, document)
-    choice = position // attend.block_size >= max(attend.num_blocks, attend.num_local)
-    figures["first_block_share"] = first_block_share(select(0), choice)
+    documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    figures["block_entropy"] = block_entropy(blocks, documents.query_document)
+    figures["block_overlap"] = block_overlap(blocks, documents.query_document)
+    choice = documents.query_local // attend.block_size >= max(attend.num_blocks, attend.num_local)
+    figures["first_block_share"] = first_block_share(first_block, choice)
     return figures
-
-
-def _documents(tokens: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Document and position in it of each token, both (T,) int64."""
-    index = torch.arange(tokens, device=device)
-    if cu_seqlens is None:
-        return torch.zeros_like(index), index
-    borders = cu_seqlens.to(torch.int64)
-    document = torch.searchsorted(borders, index, right=True) - 1
-    return document, index - borders[document]
 
 
 def block_entropy(blocks: Tensor, document: Tensor) -> float:

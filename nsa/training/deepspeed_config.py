@@ -3,22 +3,24 @@
 from typing import Any
 
 from nsa.config import Config
+from nsa.parallel.grid import data_parallel_size
 
 
 def micro_batches_per_step(config: Config, world_size: int) -> int:
     """Forward passes of one rank per optimizer step (gradient accumulation).
 
     Raises:
-        ValueError: the global batch cannot be divided over the ranks.
+        ValueError: the global batch cannot be divided over the ranks, or the ranks not over the parallel layout.
     """
-    training = config.training
-    per_pass = training.micro_batch_size * world_size
+    training, replicas = config.training, data_parallel_size(config.parallel, world_size)
+    per_pass = training.micro_batch_size * replicas
     if training.global_batch_size % per_pass:
         most = training.global_batch_size // training.micro_batch_size
         raise ValueError(
             f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
-            f"training.micro_batch_size ({training.micro_batch_size}) x {world_size} ranks: set "
-            f"training.micro_batch_size or training.global_batch_size, or use a number of ranks that divides {most}"
+            f"training.micro_batch_size ({training.micro_batch_size}) x {replicas} data-parallel ranks: set "
+            "training.micro_batch_size or training.global_batch_size, or use a number of data-parallel ranks that "
+            f"divides {most}"
         )
     return training.global_batch_size // per_pass
 
@@ -28,10 +30,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     stage, bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
     # Without ZeRO DeepSpeed accumulates gradients in the dtype of the weights only.
     accumulation = "bf16" if bf16 and stage == 0 else "fp32"
+    micro_batch, passes = config.training.micro_batch_size, micro_batches_per_step(config, world_size)
+    if config.parallel.pipeline > 1:  # which accumulates by itself and hands the sum over
+        micro_batch, passes = micro_batch * passes, 1
     return {
-        "train_batch_size": config.training.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches_per_step(config, world_size),
+        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each.
+        "train_batch_size": config.training.global_batch_size * config.parallel.context,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": passes,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,

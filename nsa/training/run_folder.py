@@ -18,6 +18,7 @@ CHANGEABLE = (
     "evaluation",
     "checkpoint",
     "engine",
+    "parallel",
     "data.cache_dir",
     "data.workers",
     "training.steps",

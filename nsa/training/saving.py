@@ -9,6 +9,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from nsa.config import Config, dump_config
+from nsa.models import count_parameters
 from nsa.training import checkpoint
 from nsa.training.checkpoint import CheckpointError
 from nsa.training.distributed import Ranks, ReportedError
@@ -44,9 +45,9 @@ class Identity:
     tokenizer: Path
 
 
-def state_bytes(engine: DeepSpeedEngine, config: Config) -> int:
+def state_bytes(config: Config) -> int:
     """Bytes of a checkpoint's tensors."""
-    elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    elements = count_parameters(config.model, config.attention)["total"]
     return 4 * elements * (1 + len(STATE_KEYS[config.optimizer.kind]))
 
 
@@ -62,7 +63,7 @@ def save(
     temporary = final.with_name(f"{final.name}.tmp")
 
     def prepare() -> None:
-        checkpoint.check_space(run, state_bytes(engine, config))
+        checkpoint.check_space(run, state_bytes(config))
         temporary.mkdir()
 
     def write() -> dict[str, dict[str, object]]:
@@ -81,6 +82,7 @@ def save(
             "data": identity.data,
             "world_size": ranks.world_size,
             "zero_stage": config.engine.zero_stage,
+            "parallel": config.parallel.model_dump(),
         }
         entries["state.json"] = checkpoint.write_json(temporary / "state.json", state)
         entries["config.yaml"] = checkpoint.write_file(temporary / "config.yaml", dump_config(config).encode())

@@ -20,6 +20,8 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 
+from nsa.parallel.partition import WHOLE, Partition, partition_of
+
 WEIGHT = "weight"
 
 
@@ -28,16 +30,25 @@ class Shard:
     """This rank's part of one parameter's state.
 
     Attributes:
-        shape: of the whole parameter. start: first element of the part in the flattened parameter.
+        shape: of the parameter as the model on this rank has it. start: first element of the part in it, flattened.
         tensors: flat fp32 views of equal length, ``weight`` and the optimizer's (``exp_avg``, ...); empty if this rank
             holds nothing of the parameter.
-        replicated: every rank holds the whole parameter.
+        partition: which part of the logical parameter the model on this rank has.
+        replicated: every replica of the model holds the same. everywhere: and every rank has it all.
+        speaks: whether this rank's elements go into a checkpoint; of the ranks that hold an element one does.
     """
 
     shape: torch.Size
     start: int
     tensors: dict[str, Tensor]
+    partition: Partition = WHOLE
     replicated: bool = False
+    everywhere: bool = False
+    speaks: bool = True
+
+    @property
+    def logical_shape(self) -> torch.Size:
+        return self.partition.whole(self.shape)
 
 
 def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updates: int = 0) -> None:
@@ -59,11 +70,25 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
 
 
 def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
-    """The shard of every parameter, by name, in the model's order. ``keys``: the optimizer's tensors."""
-    optimizer = engine.optimizer
+    """The shard of every parameter of the whole model, by name, in its order. ``keys``: the optimizer's tensors."""
     named = dict(engine.module.named_parameters())
+    shards = _local_shards(engine, named, keys)
+    first_replica = engine.mpu.get_data_parallel_rank() == 0
+    stages = getattr(engine.module, "everywhere", None)  # of a pipeline: the parameters of all
+    for name, shard in shards.items():
+        shard.partition = partition_of(named[name])
+        shard.everywhere = shard.replicated and shard.partition.parts == 1 and stages is None
+        shard.speaks = shard.partition.owner and (first_replica or not shard.replicated)
+    if stages is None:
+        return shards
+    return {name: shards.get(name) or Shard(shape, 0, {}, part, speaks=False) for name, (shape, part) in stages.items()}
+
+
+def _local_shards(engine: DeepSpeedEngine, named: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Shard]:
+    optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        return {name: _stage_3_shard(p, keys) for name, p in named.items()}
+        rank = engine.mpu.get_data_parallel_rank()
+        return {name: _stage_3_shard(p, keys, rank) for name, p in named.items()}
     if isinstance(optimizer, (DeepSpeedZeroOptimizer, BF16_Optimizer)):
         return {name: _stage_1_2_shard(p, keys) for name, p in named.items()}
     if isinstance(optimizer, FP16_UnfusedOptimizer):
@@ -87,12 +112,12 @@ def _stage_1_2_shard(p: Any, keys: tuple[str, ...]) -> Shard:
     return Shard(p.shape, mapping.lp_fragment_address.start, {key: t.data for key, t in tensors.items()})
 
 
-def _stage_3_shard(p: Any, keys: tuple[str, ...]) -> Shard:
+def _stage_3_shard(p: Any, keys: tuple[str, ...], rank: int) -> Shard:
     tensors = {WEIGHT: safe_get_local_fp32_param(p)}
     tensors |= {key: safe_get_local_optimizer_state(p, key) for key in keys}
     # Partitions have equal size; the last ones may reach, or lie, beyond the parameter's end.
     size = tensors[WEIGHT].numel()
-    start = min(dist.get_rank() * size, p.ds_numel)
+    start = min(rank * size, p.ds_numel)
     held = min(size, p.ds_numel - start)
     return Shard(p.ds_shape, start, {key: t.data[:held] for key, t in tensors.items()} if held else {})
 
@@ -106,21 +131,24 @@ def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[st
     load = [0] * world_size
     for name, shard in shards.items():
         owner = load.index(min(load))
-        load[owner] += shard.shape.numel()
+        shape = shard.logical_shape
+        load[owner] += shape.numel()
         for key in keys:
-            if shard.replicated or world_size == 1:
+            if world_size == 1 or shard.everywhere:
                 whole = shard.tensors[key]
             else:
                 # Summing the bits as integers, where at most one rank has other than zero, keeps every bit (even -0.0).
                 device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-                bits = torch.zeros(shard.shape.numel(), dtype=torch.int32, device=device)
-                if shard.tensors:
+                bits = torch.zeros(shape, dtype=torch.int32, device=device)
+                if shard.tensors and shard.speaks:
                     part = shard.tensors[key]
-                    bits[shard.start : shard.start + part.numel()] = part.view(torch.int32)
+                    mine = torch.zeros(shard.shape.numel(), dtype=torch.int32, device=device)
+                    mine[shard.start : shard.start + part.numel()] = part.view(torch.int32)
+                    shard.partition.cut(bits).copy_(mine.view(shard.shape))
                 dist.reduce(bits, dst=owner)
                 whole = bits.view(torch.float32)
             if owner == rank:
-                yield key, name, whole.detach().cpu().view(shard.shape)
+                yield key, name, whole.detach().cpu().view(shape)
 
 
 @torch.no_grad()
@@ -129,8 +157,8 @@ def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[s
     for name, shard in shards.items():
         for key, part in shard.tensors.items():
             whole = read(key, name)
-            assert whole.shape == shard.shape and whole.dtype == torch.float32, (key, name, whole.shape, whole.dtype)
-            part.copy_(whole.flatten()[shard.start : shard.start + part.numel()])
+            assert whole.shape == shard.logical_shape and whole.dtype == torch.float32, (key, name, whole.shape)
+            part.copy_(shard.partition.cut(whole).flatten()[shard.start : shard.start + part.numel()])
     _refresh_model(engine)
 
 

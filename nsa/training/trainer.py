@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from nsa.config import Config
 from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
-from nsa.models import training_flops_per_token
+from nsa.models import count_parameters, training_flops_per_token
+from nsa.parallel.grid import build_grid
+from nsa.parallel.partition import gradient_norm
+from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
-from nsa.training.distributed import Ranks, ReportedError, initialize, make_deterministic
+from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine
 from nsa.training.loading import Batch, StepLoader, sample_indices
 from nsa.training.monitor import Monitor
@@ -43,6 +47,7 @@ class StepResult:
         grad_norm: global, before clipping. learning_rate: of the step.
         skipped: loss or gradient was not finite; weights and moments are as before.
         data_seconds: waited for the batch. stop: a rank was asked to stop.
+        sent: bytes that this rank sent to others of its replica, by what they are.
     """
 
     loss: float
@@ -51,6 +56,7 @@ class StepResult:
     skipped: bool
     data_seconds: float
     stop: bool
+    sent: dict[str, int]
 
 
 class Trainer:
@@ -68,6 +74,10 @@ class Trainer:
         self.ranks = ranks or initialize()
         training, world_size = config.training, self.ranks.world_size
         deepspeed_json = self.ranks.on_main(lambda: deepspeed_config(config, world_size))
+        heads = config.model.num_kv_heads
+        self.grid = build_grid(
+            config.parallel, self.ranks.rank, world_size, num_kv_heads=heads, timeout=COLLECTIVE_TIMEOUT
+        )
         make_deterministic(self.ranks.device)
         self.folder = self.ranks.on_main(lambda: self._open_folder(deepspeed_json))
 
@@ -76,10 +86,13 @@ class Trainer:
         self.validation_stream = SampleStream(prepared, config.data, "validation", config.seed)
         self.loader = StepLoader(self._read_step)
 
-        self.engine = build_engine(config, self.ranks, deepspeed_json)
+        self.engine = build_engine(config, self.ranks, self.grid, deepspeed_json)
+        self.pipeline = None
+        if self.grid.pipeline.size > 1:
+            self.pipeline = Pipeline(self.engine, self.grid.pipeline, self._stage, self._stage_shape)
         self.identity = Identity(prepared.fingerprint, prepared.tokenizer.path)
         self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
-        self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(self.engine, config)))
+        self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(config)))
 
         self.tokens_per_step = training.global_batch_size * config.data.sequence_length
         self.flops = training_flops_per_token(config.model, config.attention, config.data.sequence_length)
@@ -159,8 +172,9 @@ class Trainer:
         The loss is the sum of the negative log-likelihoods of all targets that are counted in the global batch, over
         their number: neither ranks nor micro batches nor the packing of documents change it.
         """
-        config, engine, ranks = self.config, self.engine, self.ranks
+        config, engine, ranks, grid = self.config, self.engine, self.ranks, self.grid
         started = time.perf_counter()
+        grid.traffic.take()  # of validation
         step = self.progress.step
         batches = self.loader(step, last=step + 1 == config.training.steps)
         data_seconds = time.perf_counter() - started
@@ -169,21 +183,20 @@ class Trainer:
         client = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside of what shards it
         for group in client.param_groups:
             group["lr"] = rate
-        counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches)
+        counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches) * grid.counts_samples
         sums = torch.tensor([counted, stop.signal is not None], dtype=torch.float64, device=ranks.device)
         targets, stops = ranks.sum(sums).tolist()
 
         nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
         norm = None
-        for i, micro_batch in enumerate(batches):
-            losses = self._losses(micro_batch)
-            # DeepSpeed averages gradients over the ranks; told not to, it does not divide by the micro batches.
-            engine.backward(losses.sum() * (ranks.world_size / max(targets, 1.0)), scale_wrt_gas=False)
-            nll += losses.detach().sum(dtype=torch.float64)
-            if i + 1 == len(batches):
+        scale = grid.replicas.size / max(targets, 1.0)  # DeepSpeed averages gradients over the replicas
+        passes = [batches] if self.pipeline else [[micro_batch] for micro_batch in batches]
+        for i, together in enumerate(passes):
+            nll += self._backward(together, scale) * grid.counts_losses
+            if i + 1 == len(passes):
                 loss = ranks.sum(nll).item() / max(targets, 1.0)
                 if not self._sharded:
-                    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()]).item()
+                    norm = gradient_norm(engine.module.parameters(), grid)
                 client.skip = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm))
             engine.step()
         # DeepSpeed's own optimizers know the norm, and refuse an update whose norm is not finite on all ranks alike.
@@ -194,25 +207,26 @@ class Trainer:
         self.progress.step += 1
         self.progress.updates += not skipped
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
-        return StepResult(loss, norm, rate, skipped, data_seconds, bool(stops))
+        return StepResult(loss, norm, rate, skipped, data_seconds, bool(stops), grid.traffic.take())
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss and bits per byte on the first ``training.validation_samples`` held-out samples."""
-        training, ranks = self.config.training, self.ranks
+        training, ranks, grid = self.config.training, self.ranks, self.grid
         samples, micro = min(training.validation_samples, len(self.validation_stream)), training.micro_batch_size
         batches = [range(i, min(i + micro, samples)) for i in range(0, samples, micro)]
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.engine.eval()
         # Every rank runs as many forward passes, since ZeRO 3 gathers weights in each; the surplus is not counted.
-        for first in range(0, len(batches), ranks.world_size):
-            mine = first + ranks.rank
+        for first in range(0, len(batches), grid.data.size):
+            mine = first + grid.data.rank
             micro_batch = batch(self.validation_stream, batches[min(mine, len(batches) - 1)])
             losses = self._losses(micro_batch)
             if mine < len(batches):
-                sums[0] += losses.sum(dtype=torch.float64)
-                sums[1] += (micro_batch["targets"] != IGNORED).sum().to(ranks.device)  # type: ignore[union-attr]
-                sums[2] += float(micro_batch["num_bytes"])
+                sums[0] += losses.sum(dtype=torch.float64) * grid.counts_losses
+                counted = (micro_batch["targets"] != IGNORED).sum().to(ranks.device)  # type: ignore[union-attr]
+                sums[1] += counted * grid.counts_samples
+                sums[2] += float(micro_batch["num_bytes"]) * grid.counts_samples
         self.engine.train()
         nll, targets, num_bytes = ranks.sum(sums).tolist()
         return {
@@ -228,7 +242,11 @@ class Trainer:
         with probe(self.engine.module.layers, metrics):
             self._losses(batch(self.validation_stream, range(1)))
         self.engine.train()
-        return metrics
+        if not self.grid.spread:
+            return metrics
+        seen = self.ranks.gather(metrics)  # each of its heads and tokens
+        names = dict.fromkeys(name for figures in seen for name in figures)
+        return {n: fmean(figures[n] for figures in seen if n in figures) for n in names}
 
     def save(self) -> None:
         started = time.perf_counter()
@@ -243,15 +261,34 @@ class Trainer:
         return self.config.engine.zero_stage > 0 or self.config.engine.precision == "bf16"
 
     def _read_step(self, step: int) -> list[Batch]:
-        training, ranks = self.config.training, self.ranks
+        training, data = self.config.training, self.grid.data
         sizes = training.global_batch_size, training.micro_batch_size
-        return [batch(self.train_stream, i) for i in sample_indices(step, ranks.rank, ranks.world_size, *sizes)]
+        return [batch(self.train_stream, i) for i in sample_indices(step, data.rank, data.size, *sizes)]
+
+    def _backward(self, batches: list[Batch], scale: float) -> Tensor:
+        """Forward and backward pass of one micro batch (of all of a step, by the pipeline): the sum of its losses."""
+        if self.pipeline:
+            return self.pipeline.backward(batches, scale)
+        (micro_batch,) = batches
+        losses = self._losses(micro_batch)
+        self.engine.backward(losses.sum() * scale, scale_wrt_gas=False)  # nor divided by the micro batches
+        return losses.detach().sum(dtype=torch.float64)
 
     def _losses(self, micro_batch: Batch) -> Tensor:
-        """Negative log-likelihood of each target, 0 where not counted."""
+        """Negative log-likelihood of each target of this rank's tokens, 0 where not counted."""
+        return self.pipeline.forward(micro_batch) if self.pipeline else self._stage(micro_batch)
+
+    def _stage(self, micro_batch: Batch) -> Tensor:
+        """What this rank's part of the model makes of a micro batch: losses, or a stage's activations."""
         device = self.ranks.device
         inputs, targets, borders = (micro_batch[k].to(device) for k in ("input_ids", "targets", "cu_seqlens"))
-        return self.engine(inputs, targets=targets, cu_seqlens=borders)
+        model = self.engine.module if self.pipeline else self.engine
+        return model(inputs, targets=targets, cu_seqlens=borders)
+
+    def _stage_shape(self, micro_batch: Batch) -> tuple[int, ...]:
+        """Of the activations between two stages."""
+        rows, tokens = micro_batch["input_ids"].shape
+        return rows, tokens // self.grid.context.size // self.grid.tensor.size, self.config.model.hidden_size
 
     def _check_skips(self, result: StepResult) -> None:
         if not result.skipped:
@@ -283,6 +320,8 @@ class Trainer:
             "perf/data_seconds": data_seconds,
             "perf/memory_gib": memory_gib(self.ranks.device),
         }
+        for what, num_bytes in result.sent.items():
+            metrics[f"comm/{what.replace('/', '_')}_mib"] = num_bytes / 2**20
         if not result.skipped:  # JSON knows no NaN
             metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         for kind, flops in self.flops.items():
@@ -304,9 +343,10 @@ class Trainer:
 
     def _greet(self) -> None:
         config, ranks = self.config, self.ranks
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.module.parameters())
+        parameters = count_parameters(config.model, config.attention)["total"]
         self._say(
-            f"{config.name}: {parameters / 1e6:.2f} M parameters, {ranks.world_size} x {ranks.device.type}, "
+            f"{config.name}: {parameters / 1e6:.2f} M parameters, {ranks.world_size} x {ranks.device.type} "
+            f"({self.grid.describe()}), "
             f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
             f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
             f"x {config.data.sequence_length} tokens; peak {self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})"

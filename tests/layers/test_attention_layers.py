@@ -18,7 +18,7 @@ SIZES = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_block
 def nsa_layer(**changes) -> NativeSparseAttention:
     torch.manual_seed(0)
     layer = NativeSparseAttention(16, 4, 2, 6, 4, **{**SIZES, **changes}).double()
-    for compression in layer.compress.values():
+    for compression in layer.compress.children():
         torch.nn.init.normal_(compression.position)
     return layer
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa import ops
+from nsa.ops.packing import clip_borders
 from tests.ops.cases import Case, gradients, random_case
 
 
@@ -103,6 +104,32 @@ def test_queries_on_a_cache_equal_the_whole_sequence(backend: str) -> None:
                 backend=backend,
             )
             torch.testing.assert_close(part, whole[:, start:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_a_chunk_of_packed_documents_equals_its_part_of_the_whole(backend: str) -> None:
+    """What context parallelism computes: queries start..stop-1 on the keys before stop, the window's cut short."""
+    for seed in range(40):
+        case = random_case(seed, torch.float64, packed=True)
+        assert case.cu_seqlens is not None
+        tokens, sizes = case.q.shape[1], case.sizes
+        whole = run(case, backend)
+        for start, stop in {(0, tokens // 2), (tokens // 2, tokens), (tokens // 3, tokens - tokens // 4)}:
+            if start == stop:
+                continue
+            keep = max(0, start - sizes["window"] + 1)
+            part = ops.native_sparse_attention(
+                case.q[:, start:stop],
+                case.kv_cmp,
+                tuple(x[:, :stop] for x in case.kv_slc),
+                tuple(x[:, keep:stop] for x in case.kv_win),
+                case.gates[:, start:stop],
+                **sizes,
+                cu_seqlens=clip_borders(case.cu_seqlens, 0, stop),
+                offset=start,
+                backend=backend,
+            )
+            torch.testing.assert_close(part, whole[:, start:stop], rtol=1e-9, atol=1e-9)
 
 
 def find_case(wanted: Callable[[Case], bool]) -> Case:

@@ -164,12 +164,12 @@ class broken:
         self.trainer._losses = self.losses
 
 
-def main() -> None:
+def main(checks: dict[str, Any]) -> None:
     folder = Path(sys.argv[1])
     ranks = initialize()
     answers = {}
     for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
-        function: Callable[..., Any] = globals()[check]
+        function: Callable[..., Any] = checks[check]
         (folder / name).mkdir(exist_ok=True)
         answers[name] = function(ranks, folder / name, **arguments)
     if ranks.is_main:
@@ -178,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(globals())

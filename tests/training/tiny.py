@@ -77,8 +77,14 @@ def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def on_ranks(world_size: int, folder: Path, checks: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Run checks of rank_checks.py, one after the other, in ``world_size`` processes.
+def on_ranks(
+    world_size: int,
+    folder: Path,
+    checks: dict[str, tuple[str, dict[str, Any]]],
+    script: Path | None = None,
+    timeout: float = 240,
+) -> dict[str, Any]:
+    """Run checks of ``script`` (rank_checks.py), one after the other, in ``world_size`` processes.
 
     Args:
         checks: a name for each, the check's function and its arguments.
@@ -88,10 +94,10 @@ def on_ranks(world_size: int, folder: Path, checks: dict[str, tuple[str, dict[st
     """
     write_yaml(folder)
     (folder / "checks.json").write_text(json.dumps(checks))
-    script, port = str(Path(__file__).with_name("rank_checks.py")), free_port()
-    processes = [start([script, str(folder)], rank, world_size, port) for rank in range(world_size)]
+    script, port = script or Path(__file__).with_name("rank_checks.py"), free_port()
+    processes = [start([str(script), str(folder)], rank, world_size, port) for rank in range(world_size)]
     try:
-        outputs = [process.communicate(timeout=900)[0] for process in processes]
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -31,8 +31,8 @@ def compressed_attention(
             blocks of each document, concatenated in order; rows beyond the last block are ignored.
         length: tokens of a block (l), a multiple of ``stride`` (d), the tokens between two blocks.
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1.
-        offset: position of the first query (decoding on a cache); not with ``cu_seqlens``.
+        cu_seqlens: (N+1,) int32 borders of packed documents up to the last query, with B = 1.
+        offset: position of the first query (decoding on a cache, a chunk of a sequence).
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -42,7 +42,7 @@ def compressed_attention(
     Raises:
         ValueError: shapes that do not belong together, fewer blocks than the queries can see, unknown backend.
     """
-    check_attention(q, k_cmp, v_cmp, cu_seqlens)
+    check_attention(q, k_cmp, v_cmp, cu_seqlens, offset)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     scale = softmax_scale(scale, q.shape[3])
     implementation = resolve_backend(backend, q, k_cmp, v_cmp)
@@ -60,8 +60,6 @@ def compressed_ranges(
 ) -> tuple[Documents, Ranges]:
     """The documents of the queries and the run of compressed blocks that each query sees."""
     check_compression(length, stride)
-    if offset and cu_seqlens is not None:
-        raise ValueError("offset is for decoding one sequence on a cache; it does not go with cu_seqlens")
     needed = num_compressed(offset + q.shape[1], length, stride)
     if cu_seqlens is None and k_cmp.shape[1] < needed:
         raise ValueError(

@@ -39,7 +39,7 @@ def compress_blocks(
         ValueError: shapes that do not belong together, unknown backend.
     """
     check_compression(length, stride)
-    check_packing(x, cu_seqlens)
+    check_packing(x, cu_seqlens, x.shape[1])
     if x.dim() != 4 or inner.shape[1] != length * x.shape[3] or position.shape != (length, x.shape[3]):
         raise ValueError(
             f"x (B, T, G, D) {tuple(x.shape)} goes with inner (hidden, {length} * D) and position ({length}, D); got "

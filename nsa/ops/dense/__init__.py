@@ -55,11 +55,12 @@ def dense_attention(
     """Causal (grouped-query) attention; with ``window`` w query t sees keys t-w+1 .. t (NSA's third branch).
 
     Args:
-        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. With S > T (decoding on a cache) the queries
-            are the last T of the S positions.
+        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. With S > T (decoding on a cache, a
+            chunk of a sequence) the queries are the last T of the S positions.
         window: keys seen by a query, its own included; None: all before it.
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1 and S = T; no query looks across one.
+        cu_seqlens: (N+1,) int32 borders of packed documents among the S positions, with B = 1; no query looks across
+            one.
         return_lse: also return the log of the softmax's denominator.
         backend: auto, triton, torch or naive.
 
@@ -78,7 +79,7 @@ def dense_attention(
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
-    documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
+    documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     reach = k.shape[1] if window is None else window
     implementation = resolve_backend(backend, q, k, v)
     if implementation == "naive":

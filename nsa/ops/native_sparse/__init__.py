@@ -5,7 +5,7 @@ from torch import Tensor
 from nsa.ops.compressed import compressed_attention, compressed_ranges
 from nsa.ops.dense import check_window, dense_attention, window_ranges
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
-from nsa.ops.packing import Documents
+from nsa.ops.packing import Documents, clip_borders
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import check_selection, select_blocks
 
@@ -34,14 +34,16 @@ def native_sparse_attention(
     Args:
         q: (B, T, H, D).
         kv_cmp: (k_cmp, v_cmp), the compressed blocks, as for `compressed_attention`.
-        kv_slc, kv_win: (k (B, S, G, D), v (B, S, G, Dv)) of the selected and the window branch. While decoding on a
-            cache the queries are the last T positions of each; kv_win may hold just the last window + T - 1.
+        kv_slc, kv_win: (k (B, S, G, D), v (B, S, G, Dv)) of the selected and the window branch. The queries are the
+            last T positions of each (all of them, unless decoding on a cache or given a chunk of a sequence); kv_win
+            may hold just the last window + T - 1.
         gates: (B, T, H, 3) in [0, 1]: compressed, selected, window.
         length, stride, block_size, num_blocks, num_initial, num_local: as for `select_blocks`.
         window: keys that the window branch sees.
         scale: factor of the scores in every branch; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; no branch looks across one.
-        offset: position of the first query (decoding on a cache); not with ``cu_seqlens``.
+        cu_seqlens: (N+1,) int32 borders of packed documents up to the last query, with B = 1; no branch looks across
+            one.
+        offset: position of the first query.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -85,9 +87,16 @@ def native_sparse_attention(
     out_slc = selected_attention(
         q, *kv_slc, indices, block_size=block_size, scale=scale, cu_seqlens=cu_seqlens, backend=backend
     )
-    out_win = dense_attention(q, *kv_win, window=window, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
+    near = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
+    out_win = dense_attention(q, *kv_win, window=window, scale=scale, cu_seqlens=near, backend=backend)
     g = gates.to(q.dtype).unsqueeze(-1)
     return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win
+
+
+def key_borders(cu_seqlens: Tensor | None, tokens: int, k: Tensor) -> Tensor | None:
+    """Borders among the positions of k (B, S, G, D), the last S of ``tokens``."""
+    kept = k.shape[1]
+    return cu_seqlens if cu_seqlens is None or kept >= tokens else clip_borders(cu_seqlens, tokens - kept, tokens)
 
 
 def _fused(
@@ -104,14 +113,15 @@ def _fused(
     """The kernels' way: one backward pass for the three branches, and no gated copies of the gradient."""
     from nsa.ops.kernels import operators
 
-    for k, v in (kv_cmp, kv_slc, kv_win):
-        check_attention(q, k, v, cu_seqlens)
+    near_borders = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
+    check_attention(q, *kv_cmp, cu_seqlens, offset)
+    check_attention(q, *kv_slc, cu_seqlens)
+    check_attention(q, *kv_win, near_borders)
     check_selection(*sizes[:6])
     check_window(window)
     _, seen = compressed_ranges(q, kv_cmp[0], sizes[0], sizes[1], cu_seqlens, offset)
-    slc, win = (
-        Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device) for k, _ in (kv_slc, kv_win)
-    )
+    slc = Documents.of(q.shape[1], check_positions(q, kv_slc[0]), cu_seqlens, q.device)
+    win = Documents.of(q.shape[1], check_positions(q, kv_win[0]), near_borders, q.device)
     near = window_ranges(win, window)
     return operators.native_sparse_attention(
         q, kv_cmp, kv_slc, kv_win, gates, slc, seen, near, cu_seqlens, offset, *sizes

@@ -23,13 +23,13 @@ def selected_attention(
     """Each query of a group attends to the tokens of its listed blocks, at or before itself (NSA Eq. 12).
 
     Args:
-        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. With S > T (decoding on a cache) the queries
-            are the last T of the S positions.
+        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. With S > T (decoding on a cache, a
+            chunk of a sequence) the queries are the last T of the S positions.
         block_indices: (B, T, G, n) int32 block numbers within the query's document, in any order, each at most once;
             -1 is none. Block j covers tokens block_size*j .. block_size*(j+1) - 1 of the document.
         block_size: tokens of a block (l').
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1 and S = T.
+        cu_seqlens: (N+1,) int32 borders of packed documents among the S positions, with B = 1.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -45,7 +45,7 @@ def selected_attention(
     if block_size < 1:
         raise ValueError(f"block_size must be positive, got {block_size}")
     scale = softmax_scale(scale, q.shape[3])
-    documents = Documents.of(q.shape[1], check_positions(q, k, cu_seqlens), cu_seqlens, q.device)
+    documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     implementation = resolve_backend(backend, q, k, v)
     if implementation == "triton":
         from nsa.ops.kernels import operators

@@ -52,7 +52,7 @@ def select_blocks(
     Raises:
         ValueError: more forced blocks than ``num_blocks``, shapes that do not belong together, unknown backend.
     """
-    check_attention(q, k_cmp, k_cmp, cu_seqlens)
+    check_attention(q, k_cmp, k_cmp, cu_seqlens, offset)
     check_selection(length, stride, block_size, num_blocks, num_initial, num_local)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     sizes = (length, stride, block_size, softmax_scale(scale, q.shape[3]))

@@ -1,0 +1,121 @@
+"""The tokens of a sequence, dealt out to context-parallel ranks in balanced shards.
+
+With n ranks the sequence is cut into 2n chunks, and rank r holds chunks r and 2n - 1 - r: a causal mask gives late
+tokens more to see, and so every rank has as many pairs of query and key as the others (the zig-zag of ring attention
+in Llama 3, arXiv 2407.21783, section 3.3.2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa.ops.packing import cached
+from nsa.parallel.collectives import all_gather, exchange
+from nsa.parallel.grid import Axis
+
+TOKENS = 1
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of one rank.
+
+    Attributes:
+        axis: the context-parallel ranks. size: tokens of a chunk.
+    """
+
+    axis: Axis
+    size: int
+
+    @classmethod
+    def of_local(cls, tokens: int, axis: Axis) -> "Chunks":
+        """From the number of tokens that one rank holds."""
+        assert tokens % 2 == 0, tokens
+        return cls(axis, tokens // 2)
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole sequence."""
+        return 2 * self.axis.size * self.size
+
+    def numbers(self, rank: int) -> tuple[int, int]:
+        return rank, 2 * self.axis.size - 1 - rank
+
+    def holder(self, chunk: int) -> int:
+        return min(chunk, 2 * self.axis.size - 1 - chunk)
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First token of each of this rank's chunks, and the one after its last."""
+        return [(k * self.size, (k + 1) * self.size) for k in self.numbers(self.axis.rank)]
+
+    def mine(self, whole: Tensor, dim: int = TOKENS) -> Tensor:
+        """This rank's tokens of the whole sequence."""
+        return torch.cat([whole.narrow(dim, start, self.size) for start, _ in self.spans], dim)
+
+    def pair(self, local: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's tokens (B, 2 x size, ...) as its two chunks."""
+        first, second = local.split(self.size, TOKENS)
+        return first, second
+
+    def whole(self, local: Tensor, what: str) -> Tensor:
+        """(B, 2 x size, ...) of every rank as the whole sequence (B, T, ...)."""
+        parts = all_gather(local, self.axis, TOKENS, what).split(self.size, TOKENS)
+        # Rank r's chunks are parts 2r and 2r + 1.
+        order = range(self.axis.size)
+        return torch.cat([parts[2 * r] for r in order] + [parts[2 * r + 1] for r in reversed(order)], TOKENS)
+
+    def with_halos(self, local: Tensor, width: int, what: str) -> Tensor:
+        """Each chunk behind the ``width`` tokens before it (zeros before the first): (B, 2 x (width + size), ...)."""
+        if not width:
+            return local
+        plan = _halo_plan(self, width)
+        rows = local.transpose(0, 1)  # tokens first
+        received = exchange(rows[plan.rows.to(local.device)], self.axis, plan.send, plan.receive, what)
+        first, second = self.pair(local)
+        known = torch.cat((received, received.new_zeros(1, *received.shape[1:])))
+        halos = known[plan.order.to(local.device)].transpose(0, 1)
+        return torch.cat((halos[:, :width], first, halos[:, width:], second), TOKENS)
+
+
+@dataclass(frozen=True)
+class _HaloPlan:
+    """Who sends which tokens to whom.
+
+    Attributes:
+        rows: (n,) int64 local tokens to send, by receiver. send, receive: tokens to and from each rank.
+        order: (2 x width,) int64: the received token of each place of both halos; the last + 1 is none.
+    """
+
+    rows: Tensor
+    send: list[int]
+    receive: list[int]
+    order: Tensor
+
+
+@cached
+def _halo_plan(chunks: Chunks, width: int) -> _HaloPlan:
+    ranks, here = range(chunks.axis.size), chunks.axis.rank
+
+    def wanted(receiver: int, sender: int) -> list[tuple[int, int]]:
+        """(place in the receiver's halos, token of the sequence) of what ``sender`` holds of them."""
+        found = []
+        for half, chunk in enumerate(chunks.numbers(receiver)):
+            first = chunk * chunks.size - width
+            for token in range(max(0, first), chunk * chunks.size):
+                if chunks.holder(token // chunks.size) == sender:
+                    found.append((half * width + token - first, token))
+        return found
+
+    def local(token: int) -> int:
+        chunk = token // chunks.size
+        return token % chunks.size + (chunks.size if chunk == chunks.numbers(here)[1] else 0)
+
+    sent = [[local(token) for _, token in wanted(receiver, here)] for receiver in ranks]
+    received = [[place for place, _ in wanted(here, sender)] for sender in ranks]
+    places = [place for part in received for place in part]
+    order = torch.full((2 * width,), len(places), dtype=torch.int64)
+    order[torch.tensor(places, dtype=torch.int64)] = torch.arange(len(places))
+    rows = torch.tensor([row for part in sent for row in part], dtype=torch.int64)
+    return _HaloPlan(rows, [len(part) for part in sent], [len(part) for part in received], order)

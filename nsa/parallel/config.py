@@ -1,0 +1,60 @@
+"""The `parallel` section of a configuration, and which layouts a model allows."""
+
+from pydantic import Field
+
+from nsa.models.config import ModelConfig
+from nsa.schema import Section
+
+
+class ParallelConfig(Section):
+    """How many ranks share one replica of the model; the ranks that are left over are data-parallel."""
+
+    tensor: int = Field(
+        1, ge=1, description="ranks that split heads, MLP columns and the vocabulary (Megatron, with sequence-parallel "
+        "norms); keep within one machine"
+    )  # fmt: skip
+    context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, in balanced shards")
+
+    pipeline: int = Field(1, ge=1, description="stages of consecutive layers, through which micro batches flow (1F1B)")
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one replica."""
+        return self.tensor * self.context * self.pipeline
+
+
+def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: int, zero_stage: int) -> None:
+    """Raise ValueError, saying why and what to change, for a layout that cannot hold the model or its samples."""
+    tensor, context = parallel.tensor, parallel.context
+    for key in ("num_heads", "intermediate_size", "vocab_size"):
+        size = getattr(model, key)
+        if size % tensor:
+            raise ValueError(
+                f"parallel.tensor ({tensor}) must divide model.{key} ({size}): every rank computes an equal part; "
+                f"set model.{key} to {-(-size // tensor) * tensor} or change parallel.tensor"
+            )
+    if parallel.pipeline > model.num_layers:
+        raise ValueError(
+            f"parallel.pipeline ({parallel.pipeline}) exceeds model.num_layers ({model.num_layers}): every stage needs "
+            "a layer"
+        )
+    if parallel.pipeline > 1 and zero_stage == 3:
+        raise ValueError(
+            f"engine.zero_stage 3 does not go with parallel.pipeline ({parallel.pipeline}): a stage has several micro "
+            "batches under way, and each would gather the weights anew; use engine.zero_stage 1"
+        )
+    if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
+        raise ValueError(
+            f"parallel.tensor ({tensor}) must divide model.num_kv_heads ({model.num_kv_heads}) or be a multiple of it: "
+            "a rank holds whole KV heads, or an equal part of the query heads of one"
+        )
+    if context > 1 and sequence_length % (2 * context):
+        raise ValueError(
+            f"data.sequence_length ({sequence_length}) must be a multiple of 2 x parallel.context ({2 * context}): "
+            "each rank takes one chunk from the front and one from the back, so that all have equal work"
+        )
+    if sequence_length // context % tensor:
+        raise ValueError(
+            f"data.sequence_length / parallel.context ({sequence_length // context}) must be a multiple of "
+            f"parallel.tensor ({tensor}): between attention and MLP each rank holds an equal part of the tokens"
+        )

@@ -1,0 +1,21 @@
+"""A whole decoder, spread over the grid."""
+
+from nsa.models import Decoder
+from nsa.parallel.context import split_over_context_ranks
+from nsa.parallel.grid import Grid
+from nsa.parallel.partition import add_up_in_backward
+from nsa.parallel.pipeline import split_over_stages
+from nsa.parallel.tensor import split_over_tensor_ranks
+
+
+def parallelize(model: Decoder, grid: Grid) -> None:
+    """Leave of ``model``, whole and initialised alike on all ranks, what this rank holds, in place.
+
+    Parameters keep their names; `nsa.parallel.partition` says which part of the logical one each is. Called like the
+    whole decoder, the model then returns the losses of this rank's tokens (a stage that is not the last: activations).
+    """
+    split_over_tensor_ranks(model, grid.tensor, grid.sharers)
+    split_over_context_ranks(model, grid.context)
+    split_over_stages(model, grid.pipeline, grid.ends)
+    if grid.pipeline.size == 1:
+        add_up_in_backward(model.parameters())  # a pipeline does it once a step

@@ -1,0 +1,199 @@
+"""The rank grid: who works with whom.
+
+Tensor-parallel ranks are neighbours (they talk most: keep them on one machine), then context, pipeline, data:
+rank = ((data * pipeline_size + pipeline) * context_size + context) * tensor_size + tensor.
+"""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import product
+
+import torch.distributed as dist
+
+from nsa.parallel.config import ParallelConfig
+from nsa.parallel.traffic import Traffic
+
+NAMES = ("data", "pipeline", "context", "tensor")  # slowest first
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The ranks that differ from this one along one direction of the grid.
+
+    Attributes:
+        name: what traffic along it is counted under.
+        rank, size: this process's place, and how many there are. ranks: their world ranks, in order.
+        group: None where this process is alone.
+        traffic: counts what this process sends along it.
+    """
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """All axes of this process.
+
+    Attributes:
+        tensor, context, pipeline, data: the four directions.
+        replicas: data x context: the ranks with the same weights, over which DeepSpeed averages gradients and shards
+            state. Context belongs to it because its ranks, too, see different tokens with the same weights; so every
+            ZeRO stage divides by the same number, where DeepSpeed's own sequence-parallel groups do not.
+        model: pipeline x tensor: the ranks that hold different weights of one model.
+        sharers: the tensor-parallel ranks with the same KV head as this one.
+        ends: the first and the last stage of the pipeline; on others this rank alone.
+    """
+
+    tensor: Axis
+    context: Axis
+    pipeline: Axis
+    data: Axis
+    replicas: Axis
+    model: Axis
+    sharers: Axis
+    ends: Axis
+    traffic: Traffic
+
+    @property
+    def counts_samples(self) -> bool:
+        """Whether this rank speaks for the samples it reads: one rank of each replica does."""
+        return self.tensor.rank == 0 and self.context.rank == 0 and self.pipeline.rank == 0
+
+    @property
+    def counts_losses(self) -> bool:
+        """Whether this rank speaks for the losses of its tokens."""
+        return self.tensor.rank == 0 and self.pipeline.rank == self.pipeline.size - 1
+
+    @property
+    def spread(self) -> bool:
+        """Whether a replica takes several ranks."""
+        return self.tensor.size * self.context.size * self.pipeline.size > 1
+
+    def describe(self) -> str:
+        """Such as "2 data x 2 context x 4 tensor"."""
+        axes = [axis for axis in (self.data, self.pipeline, self.context, self.tensor) if axis.size > 1]
+        return " x ".join(f"{axis.size} {axis.name}" for axis in axes) or "one rank"
+
+
+def build_grid(
+    sizes: ParallelConfig, rank: int, world_size: int, *, num_kv_heads: int, timeout: timedelta | None = None
+) -> Grid:
+    """The grid of ``world_size`` ranks as seen by ``rank``. Collective.
+
+    Args:
+        num_kv_heads: of the model: where there are more tensor-parallel ranks, some share a head.
+        timeout: of a collective; None: the default process group's.
+
+    Raises:
+        ValueError: the ranks cannot be dealt out.
+    """
+    shape = _shape(sizes, world_size)
+    places = list(product(*(range(n) for n in shape)))  # in the order of ranks
+    traffic = Traffic()
+
+    def teams(*along: str) -> list[list[int]]:
+        """All lines of the grid in a direction (or planes, in two)."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for number, place in enumerate(places):
+            fixed = tuple(at for name, at in zip(NAMES, place, strict=True) if name not in along)
+            found.setdefault(fixed, []).append(number)
+        return list(found.values())
+
+    def axis(name: str, all_teams: list[list[int]], alone_too: bool = False) -> Axis:
+        """Every rank makes every group, in the same order: their names are counted alike on all only then."""
+        mine, group = [rank], None
+        for team in all_teams:
+            if len(team) > 1 or alone_too:
+                made = dist.new_group(team, timeout=timeout)
+                if rank in team:
+                    mine, group = team, made
+        return Axis(name, mine.index(rank), len(mine), tuple(mine), group, traffic)
+
+    tensor, pipeline = teams("tensor"), teams("pipeline")
+    copies = max(1, sizes.tensor // num_kv_heads)
+    return Grid(
+        tensor=axis("tensor", tensor),
+        context=axis("context", teams("context")),
+        pipeline=axis("pipeline", pipeline),
+        data=axis("data", teams("data")),
+        # DeepSpeed wants a group even of one.
+        replicas=axis("replicas", teams("data", "context"), alone_too=True),
+        model=axis("model", teams("pipeline", "tensor"), alone_too=True),
+        sharers=axis("tensor", [team[i : i + copies] for team in tensor for i in range(0, len(team), copies)]),
+        ends=axis("pipeline", [[team[0], team[-1]] for team in pipeline if len(team) > 1]),
+        traffic=traffic,
+    )
+
+
+def data_parallel_size(sizes: ParallelConfig, world_size: int) -> int:
+    """Replicas of the model among ``world_size`` ranks.
+
+    Raises:
+        ValueError: the ranks do not make whole replicas.
+    """
+    if world_size % sizes.model_ranks:
+        named = " x ".join(f"parallel.{name} ({getattr(sizes, name)})" for name in sizes.model_dump())
+        raise ValueError(
+            f"{named} = {sizes.model_ranks} ranks hold one replica of the model, and {world_size} ranks are no "
+            f"multiple of it: start a multiple of {sizes.model_ranks} ranks or lower one of them"
+        )
+    return world_size // sizes.model_ranks
+
+
+def _shape(sizes: ParallelConfig, world_size: int) -> tuple[int, int, int, int]:
+    return data_parallel_size(sizes, world_size), sizes.pipeline, sizes.context, sizes.tensor
+
+
+class ModelParallelUnit:
+    """What DeepSpeed 0.19 asks its ``mpu``.
+
+    Data parallelism is `Grid.replicas`. There are no get_sequence_* methods and no pipeline: DeepSpeed would divide
+    gradients by another number in each ZeRO stage for the first, and the second is none of its business here: all
+    ranks of `Grid.model` are tensor-parallel to it, and the marks of `nsa.parallel.partition` say which parameters
+    they count in the norm of the gradient.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._data, self._model = grid.replicas, grid.model
+
+    def get_model_parallel_rank(self) -> int:
+        return self._model.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._model.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._model.group
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return self._model.ranks[0]
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_group(self) -> None:
+        return None
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._data.group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self._data.ranks)

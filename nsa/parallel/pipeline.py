@@ -1,0 +1,216 @@
+"""Pipeline parallelism: each stage holds consecutive layers, and micro batches flow through the stages (1F1B).
+
+The first stage has the embedding, the last the norm and the head. After a warm-up every stage alternates one forward
+and one backward pass (PipeDream-Flush, arXiv 2006.09503): a stage keeps the activations of as many micro batches as
+there are stages from it on, and the share of idle time is (stages - 1) / (micro batches + stages - 1).
+
+The decoder's own forward runs on every stage: what lies on others is replaced by a module that passes its input on.
+Gradients of all micro batches are summed here, in fp32, outside of DeepSpeed, which then takes the sum as the gradient
+of one backward pass. So parameters that two stages hold (tied embeddings) and those that tensor-parallel ranks hold
+alike are summed once a step, before DeepSpeed averages over the replicas.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from torch import Tensor, nn
+
+from nsa.models import Decoder
+from nsa.parallel.grid import Axis
+from nsa.parallel.partition import Partition, add_up, axes_of, mark, partition_of, sum_over
+
+
+class Elsewhere(nn.Module):
+    """In the place of a module that lies on another stage: passes its first argument on."""
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
+        return x
+
+
+class StageInput(nn.Module):
+    """In the place of the embedding on later stages: the activations of the stage before, (B, tokens, C).
+
+    ``weight``: the last stage's copy of a tied embedding, which only its head reads.
+    """
+
+    def __init__(self, weight: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.received: Tensor | None = None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        assert self.received is not None
+        return self.received
+
+
+def stage_layers(num_layers: int, stages: int, stage: int) -> range:
+    """The layers of a stage. Where they cannot be equal the later stages have fewer: the last has the head, too."""
+    first, end = (-(-number * num_layers // stages) for number in (stage, stage + 1))
+    return range(first, end)
+
+
+def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:
+    """Keep this stage's part of a decoder. ``ends``: the first and last stage, which share tied embeddings.
+
+    ``model.everywhere`` then says of all parameters, in the order of the whole model, the shape and `Partition` that
+    they have on their stage.
+    """
+    if axis.size == 1:
+        return
+    model.everywhere = {n: (p.shape, partition_of(p)) for n, p in model.named_parameters()}  # type: ignore[assignment]
+    first, last = axis.rank == 0, axis.rank == axis.size - 1
+    tied = model.head.weight is model.embedding.weight
+    here = stage_layers(len(model.layers), axis.size, axis.rank)
+    for number in range(len(model.layers)):
+        if number not in here:
+            model.layers[number] = Elsewhere()
+    if not first:
+        shared: Any = model.embedding.weight if tied and last else None
+        model.embedding = StageInput(shared)  # type: ignore[assignment]
+    if not last:
+        model.norm, model.head = Elsewhere(), Elsewhere()  # type: ignore[assignment]
+    for parameter in model.parameters():
+        mark(parameter, partition_of(parameter))
+    if tied and (first or last):
+        weight: Any = model.embedding.weight
+        part = partition_of(weight)
+        mark(weight, Partition(part.dim, part.index, part.parts, part.owner and first))
+        sum_over(weight, ends)
+
+
+class Pipeline:
+    """The schedule of one stage.
+
+    Args:
+        engine: around the stage, with one micro batch per step: its backward pass takes the sum.
+        stage: forward pass of the stage on a micro batch: losses on the last one, activations on the others.
+        shape: of the activations (B, tokens, C) of a micro batch.
+    """
+
+    def __init__(
+        self,
+        engine: DeepSpeedEngine,
+        axis: Axis,
+        stage: Callable[[Any], Tensor],
+        shape: Callable[[Any], tuple[int, ...]],
+    ) -> None:
+        self.engine, self.axis, self.stage, self.shape = engine, axis, stage, shape
+        self.first, self.last = axis.rank == 0, axis.rank == axis.size - 1
+        self.parameters = list(engine.module.parameters())
+        self.dtype = self.parameters[0].dtype
+        self.device = self.parameters[0].device
+
+    @torch.no_grad()
+    def forward(self, batch: Any) -> Tensor:
+        """Losses of a micro batch on the last stage, zero on the others; no gradients."""
+        _, x = self._talk(receive_forward=not self.first, shape=self.shape(batch))
+        out = self._run(batch, x)
+        self._talk(send_forward=None if self.last else out)
+        return out if self.last else out.new_zeros(())
+
+    def backward(self, batches: list[Any], scale: float) -> Tensor:
+        """Forward and backward passes of ``batches``, of equal shape; the gradient of ``scale`` times the sum of all
+        losses is handed to the engine. Returns the sum of the losses (fp64) on the last stage, zero on the others."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+        waiting: deque[tuple[Tensor | None, Tensor]] = deque()  # inputs and outputs whose backward pass is to come
+        shape, warm_up = self.shape(batches[0]), min(self.axis.size - 1 - self.axis.rank, len(batches))
+
+        def forward(batch: Any, x: Tensor | None) -> Tensor | None:
+            if x is not None:
+                x.requires_grad_()
+            out = self._run(batch, x)
+            if self.last:
+                total.add_(out.detach().sum(dtype=torch.float64))
+                out = out.sum() * scale
+            waiting.append((x, out))
+            return None if self.last else out.detach()
+
+        def backward(gradient: Tensor | None) -> Tensor | None:
+            x, out = waiting.popleft()
+            wanted = self.parameters if x is None else [x, *self.parameters]
+            gradients = list(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
+            d_x = None if x is None else gradients.pop(0)
+            for total_gradient, part in zip(sums, gradients, strict=True):
+                if part is not None:
+                    total_gradient += part
+            return d_x
+
+        for batch in batches[:warm_up]:
+            _, x = self._talk(receive_forward=not self.first, shape=shape)
+            self._talk(send_forward=forward(batch, x))
+        steady = batches[warm_up:]
+        x = None
+        if steady:
+            _, x = self._talk(receive_forward=not self.first, shape=shape)
+        for number, batch in enumerate(steady):
+            out = forward(batch, x)
+            d_out, _ = self._talk(send_forward=out, receive_backward=not self.last, shape=shape)
+            more = number + 1 < len(steady)
+            d_x = backward(d_out)
+            _, x = self._talk(send_backward=d_x, receive_forward=more and not self.first, shape=shape)
+        for _ in range(warm_up):
+            d_out, _ = self._talk(receive_backward=not self.last, shape=shape)
+            self._talk(send_backward=backward(d_out))
+        for parameter, gradient in zip(self.parameters, sums, strict=True):
+            add_up(gradient, axes_of(parameter))
+        self.engine.backward(_Gradient.apply(sums, *self.parameters), scale_wrt_gas=False)
+        return total
+
+    def _run(self, batch: Any, x: Tensor | None) -> Tensor:
+        if x is not None:
+            self.engine.module.embedding.received = x
+        out = self.stage(batch)
+        if x is not None:
+            self.engine.module.embedding.received = None
+        return out
+
+    def _talk(
+        self,
+        *,
+        send_forward: Tensor | None = None,
+        send_backward: Tensor | None = None,
+        receive_forward: bool = False,
+        receive_backward: bool = False,
+        shape: tuple[int, ...] = (),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Exchange with both neighbours at once, so that none waits for one who waits: (from after, from before)."""
+        axis, moves = self.axis, []
+        before, after = axis.ranks[axis.rank - 1], axis.ranks[(axis.rank + 1) % axis.size]
+
+        def send(x: Tensor, peer: int, what: str) -> None:
+            moves.append(dist.P2POp(dist.isend, x.contiguous(), peer, group=axis.group))
+            axis.traffic.add(f"{axis.name}/{what}", x.nbytes)
+
+        def receive(peer: int) -> Tensor:
+            x = torch.empty(shape, dtype=self.dtype, device=self.device)
+            moves.append(dist.P2POp(dist.irecv, x, peer, group=axis.group))
+            return x
+
+        from_before = receive(before) if receive_forward else None
+        if send_backward is not None:
+            send(send_backward, before, "gradients")
+        from_after = receive(after) if receive_backward else None
+        if send_forward is not None:
+            send(send_forward, after, "activations")
+        if moves:
+            for work in dist.batch_isend_irecv(moves):
+                work.wait()
+        return from_after, from_before
+
+
+class _Gradient(torch.autograd.Function):
+    """A zero whose gradient by the parameters is given: in fp32, rounded to theirs once."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = [g.to(p.dtype) for g, p in zip(gradients, parameters, strict=True)]
+        return gradients[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(g * scale for g in ctx.gradients)

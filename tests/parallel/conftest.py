@@ -1,0 +1,43 @@
+"""One launch of four ranks, and one of a single one to compare with."""
+
+import pytest
+
+from tests.parallel.layouts import BASE, CLIPPED, SCRIPT, SGD, layout, references
+from tests.training.tiny import on_ranks
+
+DEEP = ["model.num_layers=5"]
+DENSE, SPARSE = ["attention.kind=dense"], ["attention.kind=nsa"]
+CASES = [
+    [*BASE, *SGD, *layout(tensor=2, context=2, zero=1)],
+    [*BASE, *SGD, *SPARSE, *layout(context=4, zero=2)],
+    [*BASE, *SGD, *DENSE, *layout(context=2, zero=3), "training.micro_batch_size=2"],
+    [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0)],
+    [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
+    [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=true"],
+    [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
+    [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
+]
+SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
+LINKS = [
+    (2, layout(tensor=2, context=2, zero=1)),
+    (3, layout(tensor=2, pipeline=2, zero=1)),
+    (4, layout(context=4, zero=3)),
+    (5, layout(pipeline=2, zero=0)),
+    (6, layout(tensor=4, zero=2)),
+]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    return references(tmp_path_factory.mktemp("one_process"), CASES)
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four_ranks")
+    checks = {
+        "decoders": ("decoders", {"layouts": SPREADS, "seeds": 12}),
+        "curves": ("curves", {"cases": CASES, "steps": 10}),
+        "chain": ("chain", {"overrides": [*BASE, "checkpoint.every=1"], "links": LINKS}),
+    }
+    return folder, on_ranks(4, folder, checks, SCRIPT)

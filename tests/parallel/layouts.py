@@ -1,0 +1,43 @@
+"""Runs in many layouts, and what one process says they must give."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.training.tiny import on_ranks
+
+SCRIPT = Path(__file__).with_name("parallel_checks.py")
+STEPS = 10
+# Four query heads; two KV heads, so that two tensor-parallel ranks have one each, and four must share.
+BASE = ["model.num_heads=4", "model.num_kv_heads=2", "optimizer.schedule=constant"]
+# The updates of SGD show the scale of gradients, which AdamW hides; the first is not clipped, the second in each step.
+SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3", "optimizer.gradient_clipping=0"]
+CLIPPED = ["optimizer.kind=adamw", "optimizer.gradient_clipping=0.2"]
+# What changes nothing that is learned.
+LAYOUT = ("parallel.", "engine.", "training.micro_batch_size")
+
+Case = list[str]
+Curve = list[list[float]]  # of each step: loss, norm of the gradient
+
+
+def layout(tensor: int = 1, context: int = 1, pipeline: int = 1, zero: int = 0) -> list[str]:
+    sizes = [f"parallel.{k}={n}" for k, n in (("tensor", tensor), ("context", context), ("pipeline", pipeline))]
+    return [*sizes, f"engine.zero_stage={zero}"]
+
+
+def learned(case: Case) -> Case:
+    """The case without its layout: what one process runs to compare with."""
+    return [override for override in case if not override.startswith(LAYOUT)]
+
+
+def references(folder: Path, cases: Sequence[Case]) -> dict[str, Curve]:
+    """Curves in one process, by the case without its layout."""
+    distinct = list({str(learned(case)): learned(case) for case in cases}.values())
+    curves = on_ranks(1, folder, {"reference": ("curves", {"cases": distinct, "steps": STEPS})}, SCRIPT)["reference"]
+    return {str(case): curve for case, curve in zip(distinct, curves, strict=True)}
+
+
+def difference(curve: Curve, reference: Curve) -> float:
+    """The largest relative difference in loss or norm of the gradient, over all steps."""
+    pairs: list[Any] = [pair for step in zip(curve, reference, strict=True) for pair in zip(*step, strict=True)]
+    return max(abs(found / expected - 1) for found, expected in pairs)

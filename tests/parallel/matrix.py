@@ -1,0 +1,120 @@
+"""The table of layouts: every one against one process. `python tests/parallel/matrix.py` writes docs/parallelism.md.
+
+For each of tp {1, 2} x cp {1, 2, 4} x pp {1, 2} x ZeRO {0, 1, 2, 3}, with two data-parallel replicas where cp is
+1: dense and NSA, SGD without clipping and AdamW with clipping in every step, ten steps in fp32 on
+packed documents.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.parallel.layouts import (  # noqa: E402
+    BASE,
+    CLIPPED,
+    SCRIPT,
+    SGD,
+    STEPS,
+    Case,
+    Curve,
+    difference,
+    layout,
+    learned,
+    references,
+)
+from tests.training.tiny import on_ranks  # noqa: E402
+
+KINDS = {kind: [f"attention.kind={kind}"] for kind in ("dense", "nsa")}
+OPTIMIZERS = {"SGD": SGD, "AdamW, clipped": CLIPPED}
+LIMIT = 1e-5
+PAGE, BEGIN, END = ROOT / "docs/parallelism.md", "<!-- table -->", "<!-- /table -->"
+
+Layout = tuple[int, int, int]  # tensor, context, pipeline
+
+
+def layouts(most_ranks: int) -> list[Layout]:
+    return [sizes for sizes in product((1, 2), (1, 2, 4), (1, 2)) if ranks_of(sizes) <= most_ranks]
+
+
+def ranks_of(sizes: Layout) -> int:
+    """A replica's ranks, or two replicas' where context does not give ZeRO ranks to shard over."""
+    tensor, context, pipeline = sizes
+    return tensor * max(context, 2) * pipeline
+
+
+def stages(sizes: Layout) -> list[int]:
+    return [0, 1, 2] if sizes[2] > 1 else [0, 1, 2, 3]
+
+
+def cases(sizes: Layout) -> list[Case]:
+    spread = {"tensor": sizes[0], "context": sizes[1], "pipeline": sizes[2]}
+    return [
+        [*BASE, *kind, *optimizer, *layout(**spread, zero=zero)]
+        for zero in stages(sizes)
+        for kind in KINDS.values()
+        for optimizer in OPTIMIZERS.values()
+    ]
+
+
+def run(sizes: Layout, folder: Path, reference: dict[str, Curve], timeout: float = 3600) -> dict[str, list[float]]:
+    """Largest relative difference of each kind and optimizer, by ZeRO stage."""
+    todo = cases(sizes)
+    checks = {"curves": ("curves", {"cases": todo, "steps": STEPS})}
+    curves = on_ranks(ranks_of(sizes), folder, checks, SCRIPT, timeout)["curves"]
+    found: dict[str, list[float]] = {}
+    for case, curve in zip(todo, curves, strict=True):
+        zero = next(override for override in case if override.startswith("engine.zero_stage")).split("=")[1]
+        found.setdefault(zero, []).append(difference(curve, reference[str(learned(case))]))
+    return found
+
+
+def table(results: dict[str, dict[str, list[float]]], commit: str) -> str:
+    """Markdown: the largest difference of a layout and ZeRO stage over kinds, optimizers and steps."""
+    lines = [
+        f"Written by `python tests/parallel/matrix.py` at commit {commit}: the largest relative difference from one "
+        f"process, in loss and unclipped norm of the gradient, over {STEPS} steps of "
+        f"{{{', '.join(KINDS)}}} x {{{', '.join(OPTIMIZERS)}}}, fp32, packed documents. The limit is {LIMIT:g}.",
+        "",
+        "| tensor | context | pipeline | ranks | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, found in results.items():
+        sizes = tuple(int(n) for n in key.split(","))
+        cells = [f"{max(found[z]):.1e}" if z in found else "refused" for z in "0123"]
+        lines.append(f"| {' | '.join(map(str, sizes))} | {ranks_of(sizes)} | {' | '.join(cells)} |")  # type: ignore[arg-type]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compare every layout with one process; write docs/parallelism.md.")
+    parser.add_argument("--most-ranks", type=int, default=16, help="leave out layouts of more (default: 16, all)")
+    parser.add_argument("--results", type=Path, help="a JSON file to go on from: what it has is not run again")
+    options = parser.parse_args()
+    results = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
+    with tempfile.TemporaryDirectory() as name:
+        (Path(name) / "one").mkdir()
+        reference = references(Path(name) / "one", cases((1, 1, 1)))
+        for number, sizes in enumerate(layouts(options.most_ranks)):
+            key = ",".join(map(str, sizes))
+            if key not in results:
+                (Path(name) / str(number)).mkdir()
+                results[key] = run(sizes, Path(name) / str(number), reference)
+                if options.results:
+                    options.results.write_text(json.dumps(results, indent=1))
+            print(key, {zero: f"{max(values):.1e}" for zero, values in results[key].items()}, flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    page = PAGE.read_text()
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(results, commit.stdout.strip())}\n{END}{after}")
+    return int(max(v for found in results.values() for values in found.values() for v in values) >= LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

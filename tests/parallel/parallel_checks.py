@@ -1,0 +1,162 @@
+"""What the tests of parallelism run on several ranks: `parallel_checks.py FOLDER`, started by tiny.on_ranks."""
+
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+from rank_checks import *  # noqa: F403 - its checks serve here, too
+from rank_checks import logged, main
+from tiny import tiny_config
+
+from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.parallel import Grid, ParallelConfig
+from nsa.parallel.chunks import Chunks
+from nsa.parallel.decoder import parallelize
+from nsa.parallel.grid import build_grid
+from nsa.parallel.partition import partition_of
+from nsa.training import checkpoint
+from nsa.training.distributed import Ranks
+from nsa.training.optimizer import STATE_KEYS
+from nsa.training.sharded_state import gather, local_shards
+from nsa.training.trainer import Trainer
+
+
+def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int) -> list[list[float]]:
+    """For each layout and seed: the largest difference of a spread decoder from the whole one, in losses and in
+    gradients relative to the largest entry of each, over all ranks."""
+    answer = []
+    for layout in layouts:
+        grids = {
+            heads: build_grid(ParallelConfig(**layout), ranks.rank, ranks.world_size, num_kv_heads=heads)
+            for heads in (1, 2, 4, 8)
+        }
+        answer.append([max(ranks.gather(decoder_difference(grids, seed))) for seed in range(seeds)])
+    return answer
+
+
+def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
+    """Of a random small decoder, packing and layout of blocks. The same ``seed`` gives all ranks the same. ``grids``:
+    by number of KV heads."""
+    dice = random.Random(seed)
+    num_kv_heads = dice.choice(list(grids))
+    grid = grids[num_kv_heads]
+    unit = 2 * grid.context.size * grid.tensor.size
+    tokens = unit * dice.randint(1, 120 // unit)
+    config, attention = random_shapes(dice, tokens, num_kv_heads)
+    torch.manual_seed(seed)
+    whole = Decoder(config, attention).double()
+    for name, p in whole.named_parameters():
+        if name.endswith("position"):
+            torch.nn.init.normal_(p)
+    part = Decoder(config, attention).double()
+    part.load_state_dict(whole.state_dict())
+    parallelize(part, grid)
+
+    packed = dice.random() < 0.8
+    batch = 1 if packed else dice.randint(1, 2)
+    ids = torch.randint(config.vocab_size, (batch, tokens))
+    targets = torch.randint(config.vocab_size, (batch, tokens)).masked_fill(torch.rand(batch, tokens) < 0.2, -100)
+    weights = torch.rand(batch, tokens)
+    borders = random_borders(dice, tokens) if packed else None
+
+    expected = whole(ids, targets=targets, cu_seqlens=borders)
+    (expected * weights).sum().backward()
+    losses = part(ids, targets=targets, cu_seqlens=borders)
+    if grid.context.size > 1:
+        chunks = Chunks.of_local(losses.shape[1], grid.context)
+        expected, weights = chunks.mine(expected), chunks.mine(weights)
+    (losses * weights).sum().backward()
+
+    difference = (losses - expected).abs().max().item()
+    gradients = {name: gradient(p) for name, p in whole.named_parameters()}
+    largest = max(g.abs().max().item() for g in gradients.values())
+    for name, p in part.named_parameters():
+        found = gradient(p)
+        if grid.context.size > 1:
+            dist.all_reduce(found, group=grid.context.group)
+        wanted = partition_of(p).cut(gradients[name])
+        assert p.shape == wanted.shape, (name, p.shape, wanted.shape)
+        difference = max(difference, (found - wanted).abs().max().item() / largest)
+    return difference
+
+
+def gradient(p: torch.nn.Parameter) -> torch.Tensor:
+    """Zero where there is none: a sample shorter than a compression block."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def chain(ranks: Ranks, folder: Path, overrides: list[str], links: list[tuple[int, list[str]]]) -> list[float]:
+    """One run that goes on under other overrides after some steps. ``links``: last step, overrides.
+
+    Returns:
+        Its losses.
+    """
+    for last, layout in links:
+        config = tiny_config(folder, *overrides, f"training.steps={last}", *layout)
+        trainer = Trainer(config, ranks)
+        check_state(trainer)
+        trainer.run()
+        if ranks.is_main:
+            trainer._run_folder.close()
+    return ranks.on_main(lambda: logged(Path(config.output_dir) / config.name, "train/loss"))
+
+
+def check_state(trainer: Trainer) -> None:
+    """What a trainer holds after it resumed is, put together, bit for bit what the checkpoint holds."""
+    found = checkpoint.checkpoints(trainer.folder)
+    if not found:
+        return
+    keys = STATE_KEYS[trainer.config.optimizer.kind]
+    read = {kind: checkpoint.TensorReader(found[0], kind) for kind in ("model", "optimizer")}
+    names = set()
+    for key, name, tensor in gather(local_shards(trainer.engine, keys), ("weight", *keys)):
+        saved = read["model"](name) if key == "weight" else read["optimizer"](f"{key}.{name}")
+        assert torch.equal(saved, tensor), (key, name)
+        names.add(f"{key}.{name}")
+    together = set().union(*trainer.ranks.gather(names))
+    assert len(together) == len(read["model"].names()) + len(read["optimizer"].names())
+
+
+def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[ModelConfig, AttentionConfig]:
+    stride = dice.choice([1, 2, 4])
+    length = stride * dice.randint(1, 3)
+    model = ModelConfig(
+        vocab_size=24,
+        hidden_size=12,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=num_kv_heads,
+        head_dim=4,
+        v_head_dim=dice.choice([4, 6]),
+        intermediate_size=16,
+        max_position=512,
+        tie_embeddings=dice.random() < 0.5,
+        init_std=0.3,
+    )
+    return model, AttentionConfig(
+        kind=dice.choice(["nsa", "dense", ["nsa", "dense"]]),
+        compress_length=length,
+        compress_stride=stride,
+        block_size=stride * dice.randint(length // stride, 6),
+        num_blocks=dice.randint(2, 5),
+        num_initial=dice.randint(0, 1),
+        num_local=dice.randint(0, 1),
+        window=dice.choice([1, 3, 7, 16, tokens + 3]),
+    )
+
+
+def random_borders(dice: random.Random, tokens: int) -> torch.Tensor:
+    """Documents of any length, empty ones among them."""
+    inner = sorted(dice.randint(0, tokens) for _ in range(dice.randint(0, 6)))
+    return torch.tensor([0, *inner, tokens], dtype=torch.int32)
+
+
+if __name__ == "__main__":
+    checks: dict[str, Any] = dict(globals())
+    main(checks)

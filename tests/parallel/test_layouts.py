@@ -1,0 +1,48 @@
+"""A model that is spread over ranks trains as one process does, and its checkpoints belong to no layout."""
+
+import shutil
+
+import pytest
+
+from tests.parallel import matrix
+from tests.parallel.conftest import CASES, SPREADS
+from tests.parallel.layouts import BASE, SCRIPT, difference, learned, references
+from tests.training.tiny import on_ranks
+
+
+def test_spread_decoders_equal_the_whole_one(four_ranks):
+    """Losses and every gradient of random shapes: packed or not, empty documents, windows wider than a chunk, blocks
+    that straddle chunks, more tensor-parallel ranks than KV heads."""
+    for spread, differences in zip(SPREADS, four_ranks[1]["decoders"], strict=True):
+        for seed, largest in enumerate(differences):
+            assert largest < 2e-6, f"{spread}, seed {seed}: {largest}"
+
+
+def test_curves_equal_one_process(four_ranks, reference):
+    """Loss and unclipped norm of the gradient, ten steps, to 1e-5."""
+    for case, curve in zip(CASES, four_ranks[1]["curves"], strict=True):
+        assert difference(curve, reference[str(learned(case))]) < 1e-5, case
+
+
+def test_a_run_goes_on_in_any_layout(four_ranks, tmp_path):
+    """tp x cp -> cp and ZeRO 3 -> tp beyond the KV heads -> one process: the losses of a run that never changed."""
+    folder, answers = four_ranks
+    overrides = [*BASE, "checkpoint.every=2", "training.steps=8"]
+    shutil.copytree(folder / "chain/runs/run", tmp_path / "on/runs/run")
+    checks = {
+        "on": ("chain", {"overrides": overrides, "links": [(8, [])]}),
+        "straight": ("chain", {"overrides": overrides, "links": [(8, [])]}),
+    }
+    found = on_ranks(1, tmp_path, checks, SCRIPT)
+    assert len(found["straight"]) == 8
+    assert found["on"] == pytest.approx(found["straight"], rel=1e-5)
+    assert found["on"][:6] == answers["chain"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", matrix.layouts(16), ids=str)
+def test_the_whole_table(tmp_path, tmp_path_factory, sizes):
+    """As `python tests/parallel/matrix.py`, which writes docs/parallelism.md."""
+    one = references(tmp_path_factory.mktemp("one"), matrix.cases((1, 1, 1)))
+    for zero, differences in matrix.run(sizes, tmp_path, one).items():
+        assert max(differences) < matrix.LIMIT, f"ZeRO {zero}"
