@@ -361,6 +361,11 @@ def _tile(kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> tupl
     return {**tile, **_block_constants(block_size)}, options
 
 
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> bool:
+    """Whether the queries-outside kernels for Hopper serve: 128 rows are at most the 64 tokens of a list's bits."""
+    return warpgroups(q, k, v, scale) and block_size == 64 and q.shape[2] >= 2 * k.shape[2]
+
+
 def _block_constants(block_size: int) -> dict[str, int]:
     width = max(16, triton.next_power_of_2(block_size))
     return {"BN": width, "PADDED": width != block_size}
@@ -374,6 +379,14 @@ def forward(
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not tokens:
+        return out, lse
+    if _on_hopper(q, k, v, block_size, scale):
+        from nsa.ops.kernels.hopper import selected as hopper
+
+        lists = _unions(layout, 128 * k.shape[2] // heads, block_size)
+        hopper.forward(
+            q, k, v, lists, layout.position, scale, out, lse, *tile_sizes("hopper_selected_forward", q, k, v)
+        )
         return out, lse
     constants = shape_constants(q, k, v)
     tile, options = _tile("selected_forward", q, k, v, block_size)
@@ -405,10 +418,19 @@ def query_gradient(
     scale: float, add_to: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     (batch, tokens), groups = q.shape[:2], k.shape[2]
+    dq = torch.empty_like(q) if add_to is None else add_to
+    if _on_hopper(q, k, v, block_size, scale):
+        from nsa.ops.kernels.hopper import selected as hopper
+
+        lists = _unions(layout, 128 * groups // q.shape[2], block_size)
+        tile, options = tile_sizes("hopper_selected_query", q, k, v)
+        hopper.query_gradient(
+            q, k, v, d_out, lse, delta, lists, layout.position, scale, dq, add_to is not None, tile, options
+        )
+        return dq
     constants = shape_constants(q, k, v)
     tile, options = _tile("selected_query", q, k, v, block_size)
     starts, members, counts, num_tiles = _unions(layout, tile["BT"], block_size)
-    dq = torch.empty_like(q) if add_to is None else add_to
     query_kernel[(num_tiles * batch * groups,)](
         q,
         descriptor(k, tile["BN"], constants["D1"]),

@@ -1,0 +1,298 @@
+"""Attention to selected blocks on Hopper, queries outside: two computing warpgroups share the blocks of their tokens.
+
+Neighbouring tokens choose much the same blocks, but not all the same. A copying warp brings the union of a tile's
+blocks, each once, into a ring; a warpgroup computes those that some of its own tokens (64 rows) chose, and lets the
+others pass. So twice as many tokens share a load as share a product. Rows that did not choose a block get +inf as their
+maximum or LSE, as in nsa/ops/kernels/selected.py.
+"""
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
+from nsa.ops.kernels.launch import INTEGERS, LOG2_E
+
+
+@gluon.jit
+def _tile(index, Counts, num_tiles, slots, GROUPS: gl.constexpr, WIDTH: gl.constexpr):
+    """(batch, group, tile, first entry of its list, number of entries)."""
+    tile, slot = num_tiles - 1 - index // slots, index % slots
+    row = slot.to(gl.int64) * num_tiles + tile
+    return slot // GROUPS, slot % GROUPS, tile, row * WIDTH, gl.load(Counts + row * 2 + 1)
+
+
+@gluon.jit
+def _copy(q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+          HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+          BACKWARD: gl.constexpr):  # fmt: skip
+    q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
+    TOKENS: gl.constexpr = 64 // HEADS
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
+        next_start = gl.load(Starts + entry)
+        for half in gl.static_range(2):
+            box = [batch, (2 * tile + half) * TOKENS, group * HEADS, 0]
+            mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
+            mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes * (2 if BACKWARD else 1))
+            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem.index(half))
+            if BACKWARD:
+                tma.async_copy_global_to_shared(d_desc, box, q_ready.index(half), d_smem.index(half))
+        for i in range(count):
+            slot, phase = step % STAGES, (step // STAGES) & 1
+            at = batch * num_keys + next_start
+            next_start = gl.load(Starts + entry + gl.minimum(i + 1, count - 1))
+            mbarrier.wait(free.index(slot), phase ^ 1)
+            mbarrier.expect(ready.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, [at, group * D], ready.index(slot), k_ring.index(slot))
+            tma.async_copy_global_to_shared(v_desc, [at, group * DV], ready.index(slot), v_ring.index(slot))
+            step += 1
+        turn += 1
+
+
+@gluon.jit
+def _own_rows(batch, group, tile, num_tokens, Position, HALF: gl.constexpr, GROUPS: gl.constexpr,
+              HEADS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+    """(place in the tile, row of Q, whether there is one, position of its token, position of the first) of 64 rows."""
+    TOKENS: gl.constexpr = 64 // HEADS
+    row = gl.arange(0, 64, layout)
+    place = HALF * TOKENS + row // HEADS
+    token = 2 * tile * TOKENS + place
+    ok = token < num_tokens
+    q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+    first = gl.load(Position + gl.minimum((2 * tile + HALF) * TOKENS, num_tokens - 1))
+    return place, q_row, ok, gl.load(Position + token, mask=ok, other=0), first
+
+
+@gluon.jit
+def _members(bits, HALF: gl.constexpr, HEADS: gl.constexpr):
+    """The bits of one half's tokens, nonzero if some of them chose the block."""
+    TOKENS: gl.constexpr = 64 // HEADS
+    return (bits >> (HALF * TOKENS)) & ((1 << TOKENS) - 1)
+
+
+@gluon.jit
+def _scores(q, k, start, position, first_position, BN: gl.constexpr, layout: gl.constexpr):
+    """Masked scores (64, BN) of one block."""
+    s = warpgroup_mma(q, k.permute([1, 0]), gl.zeros([64, BN], gl.float32, layout), use_acc=False)
+    if start + BN - 1 > first_position:
+        key = start + gl.arange(0, BN, gl.SliceLayout(0, layout))
+        s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _forward_half(memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
+                  HALF: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                  BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    q_smem, _, k_ring, v_ring, q_ready, q_free, ready, free = memory
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = q_smem.dtype
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
+        place, q_row, ok, position, first_position = _own_rows(
+            batch, group, tile, num_tokens, Position, HALF, GROUPS, HEADS, s_row
+        )  # fmt: skip
+        next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
+        mbarrier.wait(q_ready.index(HALF), turn & 1)
+        q = q_smem.index(HALF).reshape([64, D])
+        acc = gl.zeros([64, DV], gl.float32, o_layout)
+        peak = gl.full([64], float("-inf"), gl.float32, s_row)
+        total = gl.zeros([64], gl.float32, s_row)
+        for i in range(count):
+            slot, phase = step % STAGES, (step // STAGES) & 1
+            start, bits = next_start, next_bits
+            after = entry + gl.minimum(i + 1, count - 1)
+            next_start, next_bits = gl.load(Starts + after), gl.load(Members + after)
+            # Also for a block that is let pass: the slot must not be handed back twice before the other half did.
+            mbarrier.wait(ready.index(slot), phase)
+            if _members(bits, HALF, HEADS) != 0:
+                s = _scores(q, k_ring.index(slot), start, position, first_position, BN, s_layout)
+                member = ((bits >> place.to(gl.int64)) & 1) != 0
+                new_peak = gl.where(member, gl.maximum(peak, gl.max(s, 1) * scale_log2), peak)
+                p = gl.exp2(s * scale_log2 - gl.where(member, new_peak, float("inf"))[:, None])
+                shrink = gl.where(member, gl.exp2(peak - new_peak), 1.0)
+                total = total * shrink + gl.sum(p, 1)
+                acc = acc * gl.convert_layout(shrink, o_row)[:, None]
+                left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+                acc = warpgroup_mma(left, v_ring.index(slot), acc)
+                peak = new_peak
+            mbarrier.arrive(free.index(slot), count=1)
+            step += 1
+        mbarrier.arrive(q_free.index(HALF), count=1)
+        turn += 1
+        gl.store(Lse + q_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=ok)
+        acc = acc / gl.convert_layout(gl.where(total == 0, 1.0, total), o_row)[:, None]
+        column = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
+        at = gl.convert_layout(q_row, o_row)[:, None] * DV + column[None, :]
+        gl.store(Out + at, acc.to(dtype), mask=gl.convert_layout(ok, o_row)[:, None])
+
+
+@gluon.jit
+def _query_half(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
+                scale, HALF: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+                DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
+                STAGES: gl.constexpr):  # fmt: skip
+    q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+    q_row_layout: gl.constexpr = gl.SliceLayout(1, q_layout)
+    dtype: gl.constexpr = q_smem.dtype
+    step = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
+        place, q_row, ok, position, first_position = _own_rows(
+            batch, group, tile, num_tokens, Position, HALF, GROUPS, HEADS, s_row
+        )  # fmt: skip
+        lse = gl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
+        lse = gl.where(lse == float("-inf"), float("inf"), lse)
+        delta = gl.load(Delta + q_row, mask=ok, other=0.0)
+        next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
+        mbarrier.wait(q_ready.index(HALF), turn & 1)
+        q, d_out = q_smem.index(HALF).reshape([64, D]), d_smem.index(HALF).reshape([64, DV])
+        dq = gl.zeros([64, D], gl.float32, q_layout)
+        for i in range(count):
+            slot, phase = step % STAGES, (step // STAGES) & 1
+            start, bits = next_start, next_bits
+            after = entry + gl.minimum(i + 1, count - 1)
+            next_start, next_bits = gl.load(Starts + after), gl.load(Members + after)
+            mbarrier.wait(ready.index(slot), phase)
+            if _members(bits, HALF, HEADS) != 0:
+                k = k_ring.index(slot)
+                none = gl.zeros([64, BN], gl.float32, s_layout)
+                s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
+                dp = warpgroup_mma(d_out, v_ring.index(slot).permute([1, 0]), none, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(1, deps=(s,))
+                if start + BN - 1 > first_position:
+                    key = start + gl.arange(0, BN, gl.SliceLayout(0, s_layout))
+                    s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
+                member = ((bits >> place.to(gl.int64)) & 1) != 0
+                p = gl.exp2(s * scale_log2 - gl.where(member, lse, float("inf"))[:, None])
+                dp = warpgroup_mma_wait(0, deps=(dp,))
+                ds = (p * (dp - delta[:, None])).to(dtype)
+                dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, q_layout, 2)), k, dq)
+            mbarrier.arrive(free.index(slot), count=1)
+            step += 1
+        mbarrier.arrive(q_free.index(HALF), count=1)
+        turn += 1
+        dq *= scale
+        column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
+        at = DQ + gl.convert_layout(q_row, q_row_layout)[:, None] * D + column[None, :]
+        there = gl.convert_layout(ok, q_row_layout)[:, None]
+        if ADD:
+            dq += gl.load(at, mask=there, other=0.0).to(gl.float32)
+        gl.store(at, dq.to(dtype), mask=there)
+
+
+@gluon.jit
+def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
+            STAGES: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
+    TOKENS: gl.constexpr = 64 // HEADS
+    dtype: gl.constexpr = q_desc.dtype
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, D], q_desc.layout)
+    d_smem = q_smem
+    if BACKWARD:
+        d_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, DV], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
+    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    for i in gl.static_range(2):
+        mbarrier.init(q_ready.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    return q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Position, num_tokens, num_keys, num_tiles,
+                   num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+                   DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """out, lse of tiles of 128 rows; lists as from selected.union_kernel for 128 / HEADS tokens."""
+    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, False)
+    gl.warp_specialize(
+        [
+            (_forward_half, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                             scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES)),
+            (_forward_half, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                             scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES)),
+            (_copy, (q_desc, q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                     HEADS, D, DV, WIDTH, STAGES, False)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def query_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, DQ, Starts, Members, Counts, Position, num_tokens,
+                 num_keys, num_tiles, num_slots, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr,
+                 D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
+    """DQ (B, T, H, D) of tiles of 128 rows; added to what is there if ADD."""
+    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, True)
+    gl.warp_specialize(
+        [
+            (_query_half, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                           scale_log2, scale, 0, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES)),
+            (_query_half, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                           scale_log2, scale, 1, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES)),
+            (_copy, (q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                     HEADS, D, DV, WIDTH, STAGES, True)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+Lists = tuple[Tensor, Tensor, Tensor, int]  # Starts, Members, Counts, tiles: of 128 rows each
+
+
+def _arguments(q: Tensor, k: Tensor, lists: Lists, tile: dict[str, int]) -> tuple[tuple, tuple, dict[str, int]]:
+    """(grid, sizes, constants)."""
+    (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
+    slots, tiles = batch * groups, lists[3]
+    constants = {"GROUPS": groups, "HEADS": heads // groups, "D": width, "DV": width, "WIDTH": lists[0].shape[3]}
+    return (min(tiles * slots, multiprocessors(q.device)),), (tokens, keys, tiles, slots), {**constants, **tile}
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, lists: Lists, position: Tensor, scale: float, out: Tensor, lse: Tensor,
+    tile: dict[str, int], options: dict[str, int],
+) -> None:  # fmt: skip
+    """Into out (B, T, H, Dv), lse (B, T, H)."""
+    grid, sizes, constants = _arguments(q, k, lists, tile)
+    heads = constants["HEADS"]
+    forward_kernel[grid](
+        boxes(q, list(q.shape), [1, 64 // heads, heads, q.shape[3]]), key_boxes(k, 64), key_boxes(v, 64), out, lse,
+        *lists[:3], position, *sizes, scale * LOG2_E, BN=64, **constants, **options,
+    )  # fmt: skip
+
+
+def query_gradient(
+    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, lists: Lists, position: Tensor,
+    scale: float, dq: Tensor, add: bool, tile: dict[str, int], options: dict[str, int],
+) -> None:  # fmt: skip
+    """Into dq (B, T, H, D), added to what is there if ``add``."""
+    grid, sizes, constants = _arguments(q, k, lists, tile)
+    heads = constants["HEADS"]
+    rows = (boxes(x, list(x.shape), [1, 64 // heads, heads, x.shape[3]]) for x in (q, d_out))
+    query_kernel[grid](
+        *rows, key_boxes(k, 64), key_boxes(v, 64), lse, delta, dq, *lists[:3], position, *sizes, scale * LOG2_E, scale,
+        BN=64, ADD=add, **constants, **options,
+    )  # fmt: skip
