@@ -37,6 +37,11 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(path.name.removeprefix("step_"))
+
+
 def write_file(path: Path, content: bytes) -> dict[str, Any]:
     """Write and fsync; the file's entry of the manifest, computed from what was to be written."""
     with path.open("wb") as file:
@@ -114,6 +119,11 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it was not written to its end") from None
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({e})") from None
+    verify_files(folder, files)
+
+
+def verify_files(folder: Path, files: dict[str, Any], content: bool = True) -> None:
+    """Check files against their entries of the manifest; not ``content``: their sizes alone. Raises as `verify`."""
     for name, entry in files.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink():
@@ -122,6 +132,8 @@ def verify(folder: Path) -> None:
             size = path.stat().st_size
             if size != entry["bytes"]:
                 raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; it is cut short")
+            if not content:
+                continue
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as e:
@@ -138,9 +150,12 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def latest_complete(run_folder: Path | str) -> Path | None:
-    """The newest checkpoint that is what its manifest says; broken ones are reported and passed over."""
+def latest_complete(run_folder: Path | str, before: int | None = None) -> Path | None:
+    """The newest checkpoint (of fewer than ``before`` steps) that is what its manifest says; broken ones are reported
+    and passed over."""
     for path in checkpoints(Path(run_folder)):
+        if before is not None and step_of(path) >= before:
+            continue
         try:
             verify(path)
         except CheckpointError as e:
@@ -150,27 +165,36 @@ def latest_complete(run_folder: Path | str) -> Path | None:
     return None
 
 
-def set_aside(run_folder: Path, newest: Path | None) -> None:
-    """Rename the broken checkpoints that are newer than ``newest``, so that their steps can be saved anew, and remove
-    what a killed save left."""
+def set_aside(run_folder: Path, newest: Path | None, why: str = "broken") -> None:
+    """Rename the checkpoints that are newer than ``newest`` to ``*.<why>``, so that their steps can be saved anew, and
+    remove what a killed save left."""
     for path in run_folder.glob("step_*.tmp"):
         shutil.rmtree(path)
     for path in checkpoints(run_folder):
         if path == newest:
             break
-        target = path.with_name(f"{path.name}.broken")
+        target = path.with_name(f"{path.name}.{why}")
         if target.exists():
             shutil.rmtree(target)
         path.rename(target)
         print(f"  {path.name} is kept as {target.name}; remove it when you have looked at it", flush=True)
 
 
-def prune(run_folder: Path, keep_last: int) -> None:
-    """Remove all but the ``keep_last`` newest checkpoints. A folder loses its name before its files."""
-    for path in checkpoints(run_folder)[keep_last:]:
-        doomed = path.with_name(f"{path.name}.tmp")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+def prune(run_folder: Path, keep_last: int, protect: int | None = None) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints. A folder loses its name before its files.
+
+    Call it when the newest one was verified: only that makes older ones superfluous. ``protect``: the newest
+    checkpoint of fewer steps than this stays, too.
+    """
+    found = checkpoints(run_folder)
+    doomed = found[keep_last:]
+    if protect is not None:
+        spared = next((path for path in found if step_of(path) < protect), None)
+        doomed = [path for path in doomed if path != spared]
+    for path in doomed:
+        unnamed = path.with_name(f"{path.name}.tmp")
+        path.rename(unnamed)
+        shutil.rmtree(unnamed)
 
 
 def check_space(run_folder: Path, needed: int) -> None:

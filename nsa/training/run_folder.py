@@ -17,6 +17,7 @@ CHANGEABLE = (
     "output_dir",
     "evaluation",
     "checkpoint",
+    "recovery",
     "engine",
     "data.cache_dir",
     "data.workers",
@@ -27,6 +28,7 @@ CHANGEABLE = (
     "training.log_every",
     "training.probe_every",
     "training.max_skipped_steps",
+    "training.max_hours",
 )
 
 
