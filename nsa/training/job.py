@@ -35,6 +35,9 @@ def train(config: Config) -> int:
         return _end(USER, "")  # rank 0 says it
     except ValueError as e:
         return _end(USER, f"error: {e}" if rank == 0 else f"error (rank {rank}): {e}", watchdog)
+    except OSError as e:
+        what = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
+        return _end(USER, f"error (rank {rank}): {what}. Make room or mend it. {AGAIN}", watchdog)
     except torch.OutOfMemoryError as e:
         advice = "lower training.micro_batch_size or set engine.activation_checkpointing=true"
         return _end(USER, f"error (rank {rank}): out of memory on the device, {advice}: {e}", watchdog)

@@ -1,6 +1,5 @@
 """Saving and restoring the whole state of a run: weights, optimizer, generators, counters."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from nsa.config import Config, dump_config
 from nsa.training import checkpoint
+from nsa.training.checkpoint import CheckpointError
 from nsa.training.distributed import Ranks
 from nsa.training.optimizer import STATE_KEYS
 from nsa.training.rng import rng_state, seed_all, set_rng_state
@@ -107,8 +107,8 @@ def load_newest(
         if newest is not None or before is None:
             checkpoint.set_aside(run, newest, "broken" if before is None else "rolled-back")
         if newest is not None:
-            check_same((newest / "config.yaml").read_text(), config, newest)
-            if checkpoint.load_state(newest)["data"] != identity.data:
+            check_same(newest / "config.yaml", config, newest)
+            if checkpoint.load_state(newest).get("data") != identity.data:
                 raise ValueError(
                     f"{newest} was trained on other data: the prepared data or its tokenizer changed since "
                     "(same configuration, other files). Restore them, or start a new run under another name (name=...)"
@@ -120,19 +120,27 @@ def load_newest(
         return None
 
     state = checkpoint.load_state(folder)
-    progress = Progress(**{name: state[name] for name in ("step", "updates", "skipped_in_a_row")})
-    progress.spikes = SpikeState(**state.get("spikes", {}))
+    try:
+        progress = Progress(**{name: state[name] for name in ("step", "updates", "skipped_in_a_row")})
+        progress.spikes = SpikeState.read(state.get("spikes", {}))
+    except (KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{folder}/state.json is not sound: {e}") from None
     keys = STATE_KEYS[config.optimizer.kind]
     weights, moments = (checkpoint.TensorReader(folder, kind) for kind in ("model", "optimizer"))
 
     def read(key: str, name: str) -> Tensor:
-        return weights(name) if key == WEIGHT else moments(f"{key}.{name}")
+        shape = shards[name].shape
+        return weights(name, shape) if key == WEIGHT else moments(f"{key}.{name}", shape)
 
     create_optimizer_state(engine, keys, progress.updates)
-    scatter(engine, local_shards(engine, keys), read)
+    shards = local_shards(engine, keys)
+    scatter(engine, shards, read)
     generators = folder / f"rng-{ranks.rank:05d}.json"
-    if state["world_size"] == ranks.world_size:
-        set_rng_state(json.loads(generators.read_text()))
+    if state.get("world_size") == ranks.world_size:
+        try:
+            set_rng_state(checkpoint.load_json(generators))
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as e:
+            raise CheckpointError(f"{generators} is not sound: {e}") from None
     else:
         seed_all(config.seed + 1 + ranks.rank + ranks.world_size * progress.step)
     return progress

@@ -129,7 +129,7 @@ def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[s
     for name, shard in shards.items():
         for key, part in shard.tensors.items():
             whole = read(key, name)
-            assert whole.shape == shard.shape and whole.dtype == torch.float32, (key, name, whole.shape, whole.dtype)
+            assert whole.shape == shard.shape and whole.dtype == torch.float32, (key, name)  # as `read` has checked
             part.copy_(whole.flatten()[shard.start : shard.start + part.numel()])
     _refresh_model(engine)
 

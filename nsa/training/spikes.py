@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, pstdev
+from typing import Any
 
 from nsa.config import RecoveryConfig
 
@@ -33,6 +34,17 @@ class SpikeState:
     spikes: list[int] = field(default_factory=list)
     quarantine: list[int] = field(default_factory=list)
     rollbacks: int = 0
+
+    @classmethod
+    def read(cls, saved: Any) -> "SpikeState":
+        """From state.json. Raises ValueError or TypeError if it is not sound."""
+        state = cls(**saved)
+        counts = [*state.spikes, *state.quarantine, state.rollbacks]
+        if not all(type(n) is int and n >= 0 for n in counts):
+            raise ValueError("spikes, quarantine and rollbacks must be counts")
+        if not all(type(x) is float and math.isfinite(x) for x in [*state.losses, *state.grad_norms]):
+            raise ValueError("losses and grad_norms must be finite numbers")
+        return state
 
 
 def batch_number(step: int, quarantine: Iterable[int]) -> int:
