@@ -133,6 +133,8 @@ class Trainer:
                 data_seconds += result.data_seconds
                 last = step == training.steps or bool(result.stop)
                 self._check_skips(result)
+                if self.saver.finished and not self.saver.failed:
+                    self._saved(self.saver.wait())
                 if self.spikes.exhausted:
                     self._roll_back()
                     since, seconds, data_seconds = self.progress.step, 0.0, 0.0
