@@ -103,7 +103,7 @@ class TokenSource:
         self._shard_ends = np.cumsum([len(s) for s in self._shards])
         try:
             self.documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy parses the header as Python literals, and lets that parser's errors through
             raise ValueError(f"{folder / 'documents.npy'}: cannot be read ({error}); {REPAIR}") from error
         ends = self.documents["token_end"] if self.documents.dtype == DOCUMENT else np.empty(0, np.int64)
         counted = entry["train"]["documents"] + entry["validation"]["documents"]

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,23 @@ def killed_rank(stage: Stage, rank: int) -> Row:
         named = f"rank {rank} was lost" in lives[1 - rank].output
         again = _goes_on(stage, output)
         return _row(f"rank {rank} killed", code == 85 and named and again, lives)
+
+
+def nothing_unpickles(stage: Stage) -> Row:
+    """Two ranks train to the end; whichever library looks up a class for an unpickler ends the process."""
+
+    def harm() -> None:
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "pickle.find_class":
+                os.write(2, f"unpickles {arguments}\n".encode())
+                os._exit(99)
+
+        sys.addaudithook(hook)
+
+    with stage.fresh() as output:
+        lives = stage.start_ranks(output, harm={0: harm, 1: harm})
+        codes = [life.end() for life in lives]
+        return _row("two ranks watched for unpickling", codes == [0, 0], lives)
 
 
 def user_error_on_one_rank(stage: Stage) -> Row:
