@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -78,9 +79,9 @@ class Watchdog:
         assert self._file is not None
         self._file.close()
         path = Path(self._file.name)
-        if path.stat().st_size == 0:
-            path.unlink()
-            if not any(self.stacks.iterdir()):
+        with suppress(OSError):  # the folder is not empty, or another rank was faster
+            if path.stat().st_size == 0:
+                path.unlink()
                 self.stacks.rmdir()
 
     # ------------------------------------------------------------------------------------------------ last words
