@@ -132,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero_stage=3")
     parser.add_argument("--gpus", type=int, default=8, help="data-parallel GPUs (default: 8)")
-    parser.add_argument(
-        "--gpu", choices=layouts.GPUS, help="also predict step times and search layouts"
-    )
+    parser.add_argument("--gpu", choices=layouts.GPUS, help="also predict step times and search layouts")
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
