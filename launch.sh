@@ -17,6 +17,9 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
   evaluate EXPORT                   bits per byte by position and recall tasks of an export
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
 
+exit codes of train (docs/reliability.md)
+  0 complete, 2 mend something, 75 stopped and saved, 85 a rank was lost: on 75 and 85 run the same command again
+
 environment
   PYTHON       the interpreter that .venv is made with: 3.11 or newer (default: the first found)
   HOSTFILE     train on the machines of a DeepSpeed hostfile ("host slots=8" a line; needs pdsh and ssh)
@@ -137,7 +140,20 @@ train() {
         launcher+=(--master_port "${MASTER_PORT:-$(free_port)}")
     fi
     say "${launcher[*]} nsa/train.py $*"
-    "${launcher[@]}" nsa/train.py "$@"
+    # The launcher has exit codes of its own when a rank fails: rank 0 writes the run's into a file.
+    local status=0 said
+    NSA_EXIT_FILE=$(mktemp)
+    export NSA_EXIT_FILE
+    "${launcher[@]}" nsa/train.py "$@" || status=$?
+    said=$(<"$NSA_EXIT_FILE")
+    rm -f "$NSA_EXIT_FILE"
+    if [[ $status -ne 0 && -n $said ]]; then
+        status=$said
+    elif [[ $status -gt 128 && $status -ne 130 ]]; then
+        say "a process was killed: run the same command again"
+        status=85
+    fi
+    return "$status"
 }
 
 demo() {

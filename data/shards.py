@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nsa.data.tokenizer import Tokenizer
+from nsa.untrusted import inside, read_json
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
@@ -92,7 +93,7 @@ class TokenSource:
         self._dtype = np.dtype(entry["dtype"])
         self._shards = []
         for shard in entry["shards"]:
-            path = folder / shard["file"]
+            path = inside(folder, shard["file"])
             if shard["max_token"] >= vocab_size:
                 raise ValueError(
                     f"{path}: holds token {shard['max_token']}, the tokenizer has {vocab_size} pieces; {REPAIR}"
@@ -102,7 +103,7 @@ class TokenSource:
         self._shard_ends = np.cumsum([len(s) for s in self._shards])
         try:
             self.documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy parses the header as Python literals, and lets that parser's errors through
             raise ValueError(f"{folder / 'documents.npy'}: cannot be read ({error}); {REPAIR}") from error
         ends = self.documents["token_end"] if self.documents.dtype == DOCUMENT else np.empty(0, np.int64)
         counted = entry["train"]["documents"] + entry["validation"]["documents"]
@@ -146,23 +147,26 @@ class PreparedData:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         try:
-            self.manifest: dict[str, Any] = json.loads(path.read_bytes())
-            files = self.manifest["files"]
+            self.manifest: dict[str, Any] = read_json(path)
+            files = {inside(self.folder, name): entry for name, entry in self.manifest["files"].items()}
             intact = self.manifest["fingerprint"] == fingerprint(self.manifest)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no readable manifest ({error}); {REPAIR}") from error
         if not intact:
             raise ValueError(f"{path}: the manifest was changed; {REPAIR}")
-        for name, entry in files.items():
-            _expect_size(self.folder / name, entry["bytes"])
-            if verify and file_sha256(self.folder / name) != entry["sha256"]:
-                raise ValueError(f"{self.folder / name}: content does not match its sha256; {REPAIR}")
-        self.fingerprint: str = self.manifest["fingerprint"]
-        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
-        self.sources = {
-            name: TokenSource(self.folder / name, entry, self.vocab_size)
-            for name, entry in self.manifest["sources"].items()
-        }
+        try:
+            for file, entry in files.items():
+                _expect_size(file, entry["bytes"])
+                if verify and file_sha256(file) != entry["sha256"]:
+                    raise ValueError(f"{file}: content does not match its sha256; {REPAIR}")
+            self.fingerprint: str = self.manifest["fingerprint"]
+            self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+            self.sources = {
+                name: TokenSource(inside(self.folder, name), entry, self.vocab_size)
+                for name, entry in self.manifest["sources"].items()
+            }
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}: the manifest lacks what it must say ({error!r}); {REPAIR}") from error
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -76,6 +76,9 @@ class TrainingConfig(Section):
     max_skipped_steps: int = Field(
         10, ge=0, description="consecutive non-finite steps that are skipped before the run stops"
     )
+    max_hours: float | None = Field(
+        None, gt=0, description="hours of this job after which it saves and exits to be run again; null: no limit"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
@@ -92,6 +95,24 @@ class CheckpointConfig(Section):
 
     every: int = Field(200, ge=1, description="steps between two checkpoints; the last step always saves")
     keep_last: int = Field(2, ge=1, description="complete checkpoints that are kept")
+
+
+class RecoveryConfig(Section):
+    """What the trainer does about loss spikes, hangs and lost ranks (docs/reliability.md)."""
+
+    loss_sigma: float = Field(
+        6.0, ge=0, description="a step is skipped if its loss is so many deviations above the window's mean; 0: never"
+    )
+    grad_norm_sigma: float = Field(0.0, ge=0, description="the same for the gradient norm before clipping; 0: never")
+    window: int = Field(128, ge=8, description="accepted steps that spikes are measured against")
+    max_spikes: int = Field(
+        4, ge=0, description="steps per window that are skipped as spikes; one more rolls back and quarantines them"
+    )
+    max_rollbacks: int = Field(3, ge=0, description="rollbacks to an earlier checkpoint before the run stops")
+    hang_seconds: float = Field(
+        1800.0, ge=0, description="a rank that makes no progress for so long ends the job, with all stacks; 0: never"
+    )
+    lost_seconds: float = Field(60.0, ge=2, description="a process that gives no sign of life for so long is lost")
 
 
 class EngineConfig(Section):
@@ -131,6 +152,7 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(description="optimizer and learning-rate schedule")
     training: TrainingConfig = Field(description="how long and in what pieces")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written, how many stay")
+    recovery: RecoveryConfig = Field(RecoveryConfig(), description="loss spikes, hangs, lost ranks")
     engine: EngineConfig = Field(EngineConfig(), description="DeepSpeed and memory")
     parallel: ParallelConfig = Field(ParallelConfig(), description="ranks that share one replica of the model")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what nsa.evaluate measures on an export")

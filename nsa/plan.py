@@ -1,7 +1,7 @@
 """What a run will need, before it is started: parameters, memory per GPU, FLOPs.
 
 Command:
-    python -m nsa.plan configs/1b.yaml --gpus 8 [key=value ...]
+    python -m nsa.plan configs/1b.yaml --gpus 8 [--gpu H200] [key=value ...]
 
 The decoder is built on the meta device: nothing is allocated, any size fits on a laptop.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa import layouts
 from nsa.config import Config, ConfigError, load_config
 from nsa.models import Decoder, training_flops_per_token
 from nsa.models.head import CHUNK_LOGITS
@@ -131,9 +132,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero_stage=3")
     parser.add_argument("--gpus", type=int, default=8, help="data-parallel GPUs (default: 8)")
+    parser.add_argument("--gpu", choices=layouts.GPUS, help="also predict step times and search layouts")
     options = parser.parse_args(arguments)
     try:
-        print(describe(load_config(options.config, options.overrides), options.gpus))
+        config = load_config(options.config, options.overrides)
+        print(describe(config, options.gpus))
+        if options.gpu:
+            found = layouts.search(config, options.gpus, layouts.GPUS[options.gpu])
+            print("\n" + layouts.describe(found, options.gpus, options.gpu))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
+LIMIT = 2**20  # bytes of a file
 Path_ = tuple[str | int, ...]  # of a value in the tree: ("data", "sources", 0, "weight")
 
 
@@ -79,10 +80,35 @@ def _parse(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
         mark = error.problem_mark or error.context_mark
         told = [part for part in (error.context, error.problem) if part]
         raise ConfigError(f"{name}{f', line {mark.line + 1}' if mark else ''}: {', '.join(told)}") from error
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
     except ValueError as error:  # a scalar that matches a resolver and still is no value, e.g. a huge integer
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
     finally:
         loader.dispose()
+
+
+def read_tree(path: Path) -> Any:
+    """The plain values in a YAML file of any section. Raises ``ConfigError`` if it is not strict YAML."""
+    return parse(_read(path), str(path))
+
+
+def parse(text: str, name: str) -> Any:
+    """The plain values of a YAML text. Raises ``ConfigError`` if it is not strict YAML."""
+    return _parse(text, name)[0]
+
+
+def _read(path: str | Path) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            text = file.read(LIMIT + 1)
+        if len(text) > LIMIT:
+            raise ConfigError(f"{path}: more than {LIMIT} bytes are no configuration")
+        return text.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -123,13 +149,7 @@ def load(section: type[SectionT], path: str | Path, overrides: Sequence[str] = (
 
     Raises ``ConfigError`` that lists every problem found.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    tree, lines = _parse(text, str(path))
+    tree, lines = _parse(_read(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys such as {', '.join(list(section.model_fields)[:4])}")
     overridden = {_override(tree, override): override for override in overrides}

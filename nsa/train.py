@@ -1,7 +1,8 @@
 """Pretrain a decoder: `python -m nsa.train CONFIG [key=value ...]`, or under a launcher `deepspeed nsa/train.py ...`.
 
-Exit codes: 0 the run is complete, or SIGTERM/SIGINT asked it to stop and its state is saved; 2 something that the
-user can mend, said in one message; anything else is a fault.
+Exit codes: 0 the run is complete; 2 something that the user can mend, said in one message; 75 it was asked to stop and
+is saved, 85 a rank was lost or hung: run the same command again; 130 Ctrl-C, saved; anything else is a fault. See
+docs/reliability.md.
 """
 
 import argparse
@@ -42,19 +43,9 @@ def main() -> int:
         print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
         return 0
 
-    from nsa.training.distributed import ReportedError
-    from nsa.training.trainer import Trainer
+    from nsa.training.job import train
 
-    try:
-        trainer = Trainer(config)
-        trainer.run()
-        trainer.close()
-    except ReportedError:
-        return 2  # rank 0 says it
-    except ValueError as e:
-        print(f"error: {e}" if is_main else f"error (rank {os.environ['RANK']}): {e}", file=sys.stderr, flush=True)
-        return 2
-    return 0
+    return train(config)
 
 
 if __name__ == "__main__":

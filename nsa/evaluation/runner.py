@@ -20,6 +20,7 @@ from nsa.evaluation import bits_per_byte, recall, report
 from nsa.exporting import load_decoder
 from nsa.exporting.folder import STATE
 from nsa.models import Decoder
+from nsa.untrusted import read_json
 
 
 def evaluate(
@@ -81,7 +82,7 @@ def evaluate(
 
     document = {
         "export": str(export),
-        "training": json.loads((export / STATE).read_text()),
+        "training": read_json(export / STATE),
         "training_length": length,
         "bits_per_byte": [asdict(curve) for curve in curves],
         "recall": rows,

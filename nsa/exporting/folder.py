@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from nsa.models import Decoder
 from nsa.models.hf import modeling_nsa
 from nsa.models.hf.modeling_nsa import NSAConfig
 from nsa.training import checkpoint
+from nsa.untrusted import UntrustedError, check_safetensors, regular_size
 
 CONFIG = "training_config.yaml"
 STATE = "training_state.json"
@@ -127,8 +129,14 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
         raise ExportError(f"{folder} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
     config = load_config(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
     weights: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        weights |= load_file(path)
+    try:
+        regular_size(folder / CONFIG), regular_size(folder / "tokenizer.model")
+        for path in sorted(folder.glob("model*.safetensors")):
+            if twice := check_safetensors(path).keys() & weights.keys():
+                raise UntrustedError(f"{path}: tensor {min(twice)} is in another file, too")
+            weights |= load_file(path)
+    except (OSError, UntrustedError, SafetensorError) as e:
+        raise ExportError(f"{folder}: {e}") from None
     return fill(config, weights), config, Tokenizer(folder / "tokenizer.model")
 
 
@@ -138,6 +146,9 @@ def fill(config: Config, weights: dict[str, Tensor]) -> Decoder:
     Raises:
         ExportError: names or shapes are not those of the configuration.
     """
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    if len(layers) != config.model.num_layers:  # before so many are built
+        raise ExportError(f"weights of {len(layers)} layers, the configuration has {config.model.num_layers}")
     with torch.device("meta"):
         decoder = Decoder(config.model, config.attention, backend=config.engine.backend)
     weights = {name: tensor.float() for name, tensor in weights.items()}

@@ -20,13 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nsa.untrusted import UntrustedError, check_safetensors, read_json, regular_size
+
 MANIFEST = "manifest.json"
 FORMAT = 1
+COUNTERS = ("step", "updates", "skipped_in_a_row", "samples", "tokens", "world_size")  # of state.json
 PART_BYTES = 2**30  # a file's tensors are held in memory twice while it is written
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_(\d{8,18})")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 
 class CheckpointError(ValueError):
@@ -35,6 +40,11 @@ class CheckpointError(ValueError):
 
 def folder_name(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(path.name.removeprefix("step_"))
 
 
 def write_file(path: Path, content: bytes) -> dict[str, Any]:
@@ -100,34 +110,54 @@ def commit(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> 
 
 
 def verify(folder: Path) -> None:
-    """Check every file against the manifest.
+    """Check a checkpoint against its manifest: every file, and that there are no others.
+
+    A folder that somebody made on purpose is refused, too: names that lead out of it, links, pipes, duplicate keys.
 
     Raises:
         CheckpointError: saying what is wrong.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = dict(manifest["files"])
+        if folder.is_symlink():
+            raise CheckpointError(f"{folder} is a link; copy what it points to (cp -RL)")
+        manifest = read_json(folder / MANIFEST)
+        files = manifest["files"]
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
+        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+        if not isinstance(files, dict):
+            raise TypeError("its files are no mapping")
+        if extra := sorted(present - files.keys()):
+            raise CheckpointError(f"{folder}: {extra[0]!r} is not in the {MANIFEST}; take it out of the folder")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it was not written to its end") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+    except (OSError, UntrustedError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({e})") from None
+    verify_files(folder, files)
+
+
+def verify_files(folder: Path, files: dict[str, Any], content: bool = True) -> None:
+    """Check files against their entries of the manifest; not ``content``: their sizes alone. Raises as `verify`."""
     for name, entry in files.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink():
+        if not _FILE.fullmatch(name) or name == MANIFEST:
             raise CheckpointError(f"{folder}: {MANIFEST} names {name!r}, which is no file of this folder")
+        path = folder / name
         try:
-            size = path.stat().st_size
+            size = regular_size(path)
             if size != entry["bytes"]:
                 raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry['bytes']}; it is cut short")
+            if not content:
+                continue
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != entry["sha256"]:
+                raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was changed")
         except OSError as e:
             raise CheckpointError(f"{path}: {e.strerror}") from None
-        if digest != entry["sha256"]:
-            raise CheckpointError(f"{path}: its sha256 is not the manifest's; its content was changed")
+        except UntrustedError as e:
+            raise CheckpointError(str(e)) from None
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{folder}: {MANIFEST} does not say size and sha256 of {name}") from None
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -138,9 +168,12 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def latest_complete(run_folder: Path | str) -> Path | None:
-    """The newest checkpoint that is what its manifest says; broken ones are reported and passed over."""
+def latest_complete(run_folder: Path | str, before: int | None = None) -> Path | None:
+    """The newest checkpoint (of fewer than ``before`` steps) that is what its manifest says; broken ones are reported
+    and passed over."""
     for path in checkpoints(Path(run_folder)):
+        if before is not None and step_of(path) >= before:
+            continue
         try:
             verify(path)
         except CheckpointError as e:
@@ -150,27 +183,36 @@ def latest_complete(run_folder: Path | str) -> Path | None:
     return None
 
 
-def set_aside(run_folder: Path, newest: Path | None) -> None:
-    """Rename the broken checkpoints that are newer than ``newest``, so that their steps can be saved anew, and remove
-    what a killed save left."""
+def set_aside(run_folder: Path, newest: Path | None, why: str = "broken") -> None:
+    """Rename the checkpoints that are newer than ``newest`` to ``*.<why>``, so that their steps can be saved anew, and
+    remove what a killed save left."""
     for path in run_folder.glob("step_*.tmp"):
         shutil.rmtree(path)
     for path in checkpoints(run_folder):
         if path == newest:
             break
-        target = path.with_name(f"{path.name}.broken")
+        target = path.with_name(f"{path.name}.{why}")
         if target.exists():
             shutil.rmtree(target)
         path.rename(target)
         print(f"  {path.name} is kept as {target.name}; remove it when you have looked at it", flush=True)
 
 
-def prune(run_folder: Path, keep_last: int) -> None:
-    """Remove all but the ``keep_last`` newest checkpoints. A folder loses its name before its files."""
-    for path in checkpoints(run_folder)[keep_last:]:
-        doomed = path.with_name(f"{path.name}.tmp")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+def prune(run_folder: Path, keep_last: int, protect: int | None = None) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints. A folder loses its name before its files.
+
+    Call it when the newest one was verified: only that makes older ones superfluous. ``protect``: the newest
+    checkpoint of fewer steps than this stays, too.
+    """
+    found = checkpoints(run_folder)
+    doomed = found[keep_last:]
+    if protect is not None:
+        spared = next((path for path in found if step_of(path) < protect), None)
+        doomed = [path for path in doomed if path != spared]
+    for path in doomed:
+        unnamed = path.with_name(f"{path.name}.tmp")
+        path.rename(unnamed)
+        shutil.rmtree(unnamed)
 
 
 def check_space(run_folder: Path, needed: int) -> None:
@@ -184,29 +226,45 @@ def check_space(run_folder: Path, needed: int) -> None:
 
 
 class TensorReader:
-    """Reads single tensors of a checkpoint by the name they have on disk."""
+    """Reads single tensors of a checkpoint by the name they have on disk.
+
+    Raises:
+        CheckpointError: a file of them is not sound.
+    """
 
     def __init__(self, folder: Path, kind: str) -> None:
+        self._folder = folder
         self._files: dict[str, Any] = {}
         for path in sorted(folder.glob(f"{kind}-*.safetensors")):
             try:
+                names = check_safetensors(path)
                 file = safe_open(path, framework="pt")
-            except SafetensorError as e:
+            except (SafetensorError, UntrustedError, OSError) as e:
                 raise CheckpointError(f"{path}: {e}") from None
-            self._files |= dict.fromkeys(file.keys(), file)
+            if twice := names.keys() & self._files.keys():
+                raise CheckpointError(f"{path}: tensor {min(twice)} is in another file, too")
+            self._files |= dict.fromkeys(names, file)
 
     def names(self) -> list[str]:
         return sorted(self._files)
 
-    def __call__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+    def __call__(self, name: str, shape: torch.Size | None = None) -> Tensor:
+        """The tensor, fp32 and of ``shape`` if that is given. Raises CheckpointError if it is not, or absent."""
+        if name not in self._files:
+            raise CheckpointError(f"{self._folder}: tensor {name} is missing")
+        tensor = self._files[name].get_tensor(name)
+        if shape is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
+            raise CheckpointError(
+                f"{self._folder}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not fp32 {tuple(shape)}"
+            )
+        return tensor
 
 
 def load_weights(folder: Path | str) -> dict[str, Tensor]:
     """The fp32 weights of a checkpoint: whole tensors under the names of the decoder's state dict.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or a file is not sound.
     """
     read = TensorReader(Path(folder), "model")
     if not read.names():
@@ -214,9 +272,24 @@ def load_weights(folder: Path | str) -> dict[str, Tensor]:
     return {name: read(name) for name in read.names()}
 
 
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint. Raises CheckpointError if it is none."""
+    try:
+        value = read_json(path)
+    except (OSError, UntrustedError) as e:
+        raise CheckpointError(f"{path}: {e}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a mapping")
+    return value
+
+
 def load_state(folder: Path | str) -> dict[str, Any]:
-    """state.json of a checkpoint."""
-    return json.loads((Path(folder) / "state.json").read_text())
+    """state.json of a checkpoint. Raises CheckpointError if it is not sound."""
+    state = load_json(Path(folder) / "state.json")
+    for name in COUNTERS:
+        if name in state and (type(state[name]) is not int or not 0 <= state[name] < 2**62):
+            raise CheckpointError(f"{folder}/state.json: {name} is {str(state[name])[:80]!r}, no count")
+    return state
 
 
 def write_json(path: Path, value: Any) -> dict[str, Any]:

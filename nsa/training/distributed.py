@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa.training import messages
+
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -44,31 +46,28 @@ class Ranks:
         return self.rank == 0
 
     def on_main(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on rank 0 alone and return its (picklable) result on every rank.
+        """Run ``action`` on rank 0 alone and return its result (JSON or paths) on every rank.
 
         Raises:
             ValueError, OSError: what ``action`` raised, on rank 0; `ReportedError` on the others.
         """
-        message: list[tuple[bool, T | str]] = [(False, "rank 0 stopped")]
+        message: tuple[bool, T | str] = (False, "rank 0 stopped")
         error: Exception | None = None
         if self.is_main:
             try:
-                message = [(True, action())]
+                message = (True, action())
             except (ValueError, OSError) as e:
-                error, message = e, [(False, str(e))]
-        dist.broadcast_object_list(message, src=0, group=self.control)
+                error, message = e, (False, str(e))
+        ok, result = messages.broadcast(message, self.control)
         if error is not None:
             raise error
-        ok, result = message[0]
         if not ok:
             raise ReportedError(result)
-        return result  # type: ignore[return-value]
+        return result
 
     def gather(self, value: T) -> list[T]:
-        """The (picklable) values of all ranks, in order of rank, on every rank."""
-        values: list[T] = [value] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        """The values (JSON or paths) of all ranks, in order of rank, on every rank."""
+        return messages.gather(value, self.control)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

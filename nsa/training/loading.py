@@ -38,5 +38,9 @@ class StepLoader:
         self._ahead = None if last else (step + 1, self._pool.submit(self._read, step + 1))
         return batches
 
+    def forget(self) -> None:
+        """What was read ahead is not wanted any more: the order of the data changed."""
+        self._ahead = None
+
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -39,10 +39,11 @@ class Monitor:
 def _lines_until(path: Path, step: int) -> list[str]:
     """The whole lines of steps up to ``step``; a killed process may have left half a line at the end."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines(keepends=True):
         try:
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return kept

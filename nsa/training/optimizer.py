@@ -1,5 +1,6 @@
 """The optimizer that DeepSpeed shards, and which parameters decay."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,21 @@ class _Skippable:
     """An optimizer whose ``step`` does nothing while ``skip`` is set: neither weights nor moments change.
 
     DeepSpeed's step around it still clears gradients and counts micro-batches, in every ZeRO stage alike.
+
+    ``refuse`` is asked at the first call of a step (DeepSpeed makes one for each group of parameters), when the
+    gradient norm is known; its answer, kept in ``refused`` until it is reset, does the same.
     """
 
     skip = False
+    refuse: Callable[[], bool] | None = None
+    refused: bool | None = None
 
     def step(self, closure: Any = None) -> None:
-        if not self.skip:
+        if self.skip:
+            return
+        if self.refuse is not None and self.refused is None:
+            self.refused = self.refuse()
+        if not self.refused:
             super().step(closure)  # type: ignore[misc]
 
 

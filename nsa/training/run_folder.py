@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
 from nsa.config import Config, dump_config
+from nsa.strict_yaml import parse, read_tree
 
 # What may differ between a checkpoint and the configuration that resumes it: it changes neither what is learned up to
 # the checkpoint nor the order of the data. `training.steps` extends or shortens a run (and so the decay ahead).
@@ -17,6 +16,7 @@ CHANGEABLE = (
     "output_dir",
     "evaluation",
     "checkpoint",
+    "recovery",
     "engine",
     "parallel",
     "data.cache_dir",
@@ -28,6 +28,7 @@ CHANGEABLE = (
     "training.log_every",
     "training.probe_every",
     "training.max_skipped_steps",
+    "training.max_hours",
 )
 
 
@@ -70,16 +71,16 @@ class RunFolder:
         self._lock.close()
 
 
-def check_same(saved: str, config: Config, where: Path) -> None:
+def check_same(saved: Path, config: Config, where: Path) -> None:
     """Refuse to resume from a checkpoint of another configuration.
 
     Args:
         saved: config.yaml of the checkpoint. where: the checkpoint, for the message.
 
     Raises:
-        ValueError: naming every key that differs.
+        ValueError: naming every key that differs; or it is no configuration.
     """
-    before, now = _flatten(yaml.safe_load(saved)), _flatten(yaml.safe_load(dump_config(config)))
+    before, now = (_flatten(tree) for tree in (read_tree(saved), parse(dump_config(config), "configuration")))
     different = [
         f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
         for key in sorted(before.keys() | now.keys())

@@ -157,7 +157,10 @@ def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[s
     for name, shard in shards.items():
         for key, part in shard.tensors.items():
             whole = read(key, name)
-            assert whole.shape == shard.logical_shape and whole.dtype == torch.float32, (key, name, whole.shape)
+            assert whole.shape == shard.logical_shape and whole.dtype == torch.float32, (
+                key,
+                name,
+            )  # as `read` has checked
             part.copy_(shard.partition.cut(whole).flatten()[shard.start : shard.start + part.numel()])
     _refresh_model(engine)
 

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,19 +24,21 @@ from nsa.training.attention_probe import probe
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine
+from nsa.training.exit_codes import DONE, INTERRUPTED, REQUEUE
 from nsa.training.loading import Batch, StepLoader, sample_indices
 from nsa.training.monitor import Monitor
 from nsa.training.performance import memory_gib, peak_flops
+from nsa.training.quarantine import TrainingError, roll_back
 from nsa.training.run_folder import RunFolder
-from nsa.training.saving import Identity, restore, save, state_bytes
+from nsa.training.saver import Saver
+from nsa.training.saving import Identity, load_newest, restore, snapshot, state_bytes
 from nsa.training.schedule import learning_rate
 from nsa.training.signals import StopRequest
+from nsa.training.spikes import SpikeDetector, batch_number
+from nsa.training.watchdog import Watchdog
 
 IGNORED = -100  # targets that are not counted
-
-
-class TrainingError(ValueError):
-    """The run cannot go on."""
+STOPS = (INTERRUPTED, REQUEUE)  # exit codes of a stop; who interrupts decides
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class StepResult:
     Attributes:
         loss: nats per counted target of the global batch.
         grad_norm: global, before clipping. learning_rate: of the step.
-        skipped: loss or gradient was not finite; weights and moments are as before.
-        data_seconds: waited for the batch. stop: a rank was asked to stop.
+        skipped: loss or gradient was not finite, or a spike; weights and moments are as before. spike: the latter.
+        data_seconds: waited for the batch. stop: exit code that a rank was asked to stop with, or 0.
         sent: bytes that this rank sent to others of its replica, by what they are.
     """
 
@@ -55,8 +58,9 @@ class StepResult:
     learning_rate: float
     skipped: bool
     data_seconds: float
-    stop: bool
+    stop: int
     sent: dict[str, int]
+    spike: bool = False
 
 
 class Trainer:
@@ -70,6 +74,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+        self.began = time.monotonic()
         self.config = config
         self.ranks = ranks or initialize()
         training, world_size = config.training, self.ranks.world_size
@@ -92,7 +97,11 @@ class Trainer:
             self.pipeline = Pipeline(self.engine, self.grid.pipeline, self._stage, self._stage_shape)
         self.identity = Identity(prepared.fingerprint, prepared.tokenizer.path)
         self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
+        self.spikes = SpikeDetector(config.recovery, self.progress.spikes)
         self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(config)))
+        self.saver = Saver(self.ranks, self.folder, config.checkpoint.keep_last)
+        recovery, rank = config.recovery, self.ranks.rank
+        self.watchdog = Watchdog(rank, world_size, self.folder, recovery.hang_seconds, recovery.lost_seconds)
 
         self.tokens_per_step = training.global_batch_size * config.data.sequence_length
         self.flops = training_flops_per_token(config.model, config.attention, config.data.sequence_length)
@@ -114,15 +123,20 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ the run
 
-    def run(self) -> None:
-        """Train to the last step, or until a signal asks to stop; a checkpoint is saved in both cases."""
+    def run(self) -> int:
+        """Train to the last step, or until somebody asks to stop; a checkpoint is saved in both cases.
+
+        Returns:
+            The exit code (`nsa.training.exit_codes`).
+        """
         config, training = self.config, self.config.training
         self._greet()
         if self.ranks.is_main:
             self._run_folder.label(config, deepspeed_config(config, self.ranks.world_size))
-        stop = StopRequest()
-        saved = self.progress.step
+        stop = StopRequest(self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began)
+        saved, code = self.progress.step, DONE
         since, seconds, data_seconds = self.progress.step, 0.0, 0.0
+        self.watchdog.start()
         try:
             while self.progress.step < training.steps:
                 started = time.perf_counter()
@@ -130,8 +144,14 @@ class Trainer:
                 step = self.progress.step
                 seconds += time.perf_counter() - started
                 data_seconds += result.data_seconds
-                last = step == training.steps or result.stop
+                last = step == training.steps or bool(result.stop)
                 self._check_skips(result)
+                if self.saver.finished and not self.saver.failed:
+                    self._saved(self.saver.wait())
+                if self.spikes.exhausted:
+                    self._roll_back()
+                    since, seconds, data_seconds = self.progress.step, 0.0, 0.0
+                    continue
 
                 metrics: dict[str, float] = {}
                 logged = step % training.log_every == 0 or last
@@ -148,17 +168,22 @@ class Trainer:
                 if logged:
                     since, seconds, data_seconds = step, 0.0, 0.0
                 if step % config.checkpoint.every == 0 or last:
-                    self.save()
+                    self.save(wait=last)
                     saved = step
-                if result.stop:
+                if result.stop and step < training.steps:
+                    code = result.stop
                     break
         finally:
+            reason = stop.asked()[1]
             stop.restore()
             self.loader.close()
             if self.monitor:
                 self.monitor.close()
         assert saved == self.progress.step
-        self._farewell()
+        stop.forget_file()
+        self.watchdog.close()
+        self._farewell(reason)
+        return code
 
     def close(self) -> None:
         """Leave the process group and unlock the run folder."""
@@ -176,6 +201,8 @@ class Trainer:
         started = time.perf_counter()
         grid.traffic.take()  # of validation
         step = self.progress.step
+        beat = self.watchdog.beat
+        beat(f"step {step + 1}: data")
         batches = self.loader(step, last=step + 1 == config.training.steps)
         data_seconds = time.perf_counter() - started
 
@@ -184,30 +211,50 @@ class Trainer:
         for group in client.param_groups:
             group["lr"] = rate
         counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches) * grid.counts_samples
-        sums = torch.tensor([counted, stop.signal is not None], dtype=torch.float64, device=ranks.device)
-        targets, stops = ranks.sum(sums).tolist()
+        asked = stop.asked()[0]
+        votes = [counted, self.saver.failed, *(asked == code for code in STOPS)]
+        targets, failed, *stops = ranks.sum(torch.tensor(votes, dtype=torch.float64, device=ranks.device)).tolist()
+        if failed:
+            self.saver.wait()  # raises, on all ranks
 
         nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
         norm = None
         scale = grid.replicas.size / max(targets, 1.0)  # DeepSpeed averages gradients over the replicas
         passes = [batches] if self.pipeline else [[micro_batch] for micro_batch in batches]
         for i, together in enumerate(passes):
+            beat(f"step {step + 1}: micro batch {i}")
             nll += self._backward(together, scale) * grid.counts_losses
             if i + 1 == len(passes):
                 loss = ranks.sum(nll).item() / max(targets, 1.0)
                 if not self._sharded:
                     norm = gradient_norm(engine.module.parameters(), grid)
                 client.skip = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm))
+                spike = self.spikes.loss_spikes(loss)
+                # Where DeepSpeed's optimizer knows the norm, it does before it calls ours.
+                client.refuse = lambda norm=norm, spike=spike: spike or self._norm_spikes(norm)
+                beat(f"step {step + 1}: update")
             engine.step()
         # DeepSpeed's own optimizers know the norm, and refuse an update whose norm is not finite on all ranks alike.
         norm = float(engine.get_global_grad_norm()) if norm is None else norm
-        skipped = client.skip or not engine.was_step_applied()
-        client.skip = False
+        broken = client.skip or not engine.was_step_applied()
+        spike = bool(client.refused) and not broken
+        client.skip, client.refuse, client.refused = False, None, None
 
         self.progress.step += 1
-        self.progress.updates += not skipped
-        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if skipped else 0
-        return StepResult(loss, norm, rate, skipped, data_seconds, bool(stops), grid.traffic.take())
+        self.progress.updates += not (broken or spike)
+        self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if broken else 0
+        if not broken:
+            self.spikes.record(step, loss, norm, spike)
+        stopped = next((code for code, votes_for in zip(STOPS, stops, strict=True) if votes_for), 0)
+        return StepResult(loss, norm, rate, broken or spike, data_seconds, stopped, grid.traffic.take(), spike)
+
+    def _norm_spikes(self, norm: float | None) -> bool:
+        """Whether the gradient norm is a spike, agreed by all ranks; called once a step, before the update."""
+        if not self.config.recovery.grad_norm_sigma:
+            return False
+        norm = float(self.engine.optimizer._global_grad_norm) if norm is None else norm
+        vote = torch.tensor(float(self.spikes.norm_spikes(norm)), device=self.ranks.device)
+        return self.ranks.sum(vote).item() > 0
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -219,6 +266,7 @@ class Trainer:
         self.engine.eval()
         # Every rank runs as many forward passes, since ZeRO 3 gathers weights in each; the surplus is not counted.
         for first in range(0, len(batches), grid.data.size):
+            self.watchdog.beat(f"validation after step {self.progress.step}")
             mine = first + grid.data.rank
             micro_batch = batch(self.validation_stream, batches[min(mine, len(batches) - 1)])
             losses = self._losses(micro_batch)
@@ -238,6 +286,7 @@ class Trainer:
     def probe_attention(self) -> dict[str, float]:
         """Figures of the sparse attention on the first held-out sample: the same text at every step."""
         metrics: dict[str, float] = {}
+        self.watchdog.beat(f"probe after step {self.progress.step}")
         self.engine.eval()
         with probe(self.engine.module.layers, metrics):
             self._losses(batch(self.validation_stream, range(1)))
@@ -248,10 +297,36 @@ class Trainer:
         names = dict.fromkeys(name for figures in seen for name in figures)
         return {n: fmean(figures[n] for figures in seen if n in figures) for n in names}
 
-    def save(self) -> None:
+    def save(self, wait: bool = False) -> None:
+        """Copy the state and let it be written in the background; ``wait`` until it is."""
+        self.watchdog.beat(f"checkpoint of step {self.progress.step}")
+        self._saved(self.saver.wait())
         started = time.perf_counter()
-        path = save(self.engine, self.config, self.ranks, self.folder, self.progress, self.identity)
-        self._say(f"  saved {path} in {time.perf_counter() - started:.1f} s")
+        copy = snapshot(self.engine, self.config, self.ranks, self.progress, self.identity)
+        self._copy_seconds = time.perf_counter() - started
+        spikes = self.progress.spikes.spikes
+        self.saver.start(copy, protect=spikes[0] + 1 if spikes else None)
+        if wait:
+            self._saved(self.saver.wait())
+
+    def _saved(self, path: Path | None) -> None:
+        if path is not None:
+            self._say(f"  saved {path} in {self.saver.seconds:.1f} s ({self._copy_seconds:.2f} s to copy it)")
+
+    def _roll_back(self) -> None:
+        """Too many spikes: go on from a checkpoint of before the first of them, without their batches."""
+        self._saved(self.saver.wait())
+        after, spikes = self.progress.step, self.progress.spikes
+        going_back = partial(load_newest, self.engine, self.config, self.ranks, self.folder, self.identity)
+        self.progress, told = roll_back(
+            spikes, self.config, self.ranks, self.folder, self.train_stream, lambda step: going_back(before=step)
+        )
+        self.spikes.state = self.progress.spikes
+        self.loader.forget()
+        if self.monitor:
+            self.monitor.close()
+            self.monitor = Monitor(self.folder, self.progress.step)
+        self._say(f"{told}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
 
     # -------------------------------------------------------------------------------------------------- parts
 
@@ -263,7 +338,8 @@ class Trainer:
     def _read_step(self, step: int) -> list[Batch]:
         training, data = self.config.training, self.grid.data
         sizes = training.global_batch_size, training.micro_batch_size
-        return [batch(self.train_stream, i) for i in sample_indices(step, data.rank, data.size, *sizes)]
+        number = batch_number(step, self.progress.spikes.quarantine)
+        return [batch(self.train_stream, i) for i in sample_indices(number, data.rank, data.size, *sizes)]
 
     def _backward(self, batches: list[Batch], scale: float) -> Tensor:
         """Forward and backward pass of one micro batch (of all of a step, by the pipeline): the sum of its losses."""
@@ -271,6 +347,7 @@ class Trainer:
             return self.pipeline.backward(batches, scale)
         (micro_batch,) = batches
         losses = self._losses(micro_batch)
+        self.watchdog.beat(f"step {self.progress.step + 1}: backward")
         self.engine.backward(losses.sum() * scale, scale_wrt_gas=False)  # nor divided by the micro batches
         return losses.detach().sum(dtype=torch.float64)
 
@@ -294,8 +371,16 @@ class Trainer:
         if not result.skipped:
             return
         training, skipped = self.config.training, self.progress.skipped_in_a_row
-        last = self.progress.step * training.global_batch_size - 1
-        samples = f"samples {last - training.global_batch_size + 1} to {last}"
+        first = batch_number(self.progress.step - 1, self.progress.spikes.quarantine) * training.global_batch_size
+        samples = f"samples {first} to {first + training.global_batch_size - 1}"
+        if result.spike:
+            spikes = len(self.progress.spikes.spikes)
+            self._say(
+                f"step {self.progress.step}: loss {result.loss:.4f}, gradient norm {result.grad_norm:.4g}: a spike, "
+                f"the update is skipped on all ranks ({samples}; {spikes} spikes, at most "
+                f"{self.config.recovery.max_spikes} per {self.config.recovery.window} steps)"
+            )
+            return
         self._say(
             f"step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the update "
             f"is skipped on all ranks ({samples}; {skipped} in a row, at most {training.max_skipped_steps})"
@@ -322,7 +407,7 @@ class Trainer:
         }
         for what, num_bytes in result.sent.items():
             metrics[f"comm/{what.replace('/', '_')}_mib"] = num_bytes / 2**20
-        if not result.skipped:  # JSON knows no NaN
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):  # JSON knows no NaN
             metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
         for kind, flops in self.flops.items():
             metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * self.ranks.world_size)
@@ -354,10 +439,11 @@ class Trainer:
         if self.progress.step:
             self._say(f"resumed {self.folder} after step {self.progress.step}")
 
-    def _farewell(self) -> None:
+    def _farewell(self, reason: str) -> None:
         steps = self.config.training.steps
         if self.progress.step < steps:
-            self._say(f"stopped after step {self.progress.step} of {steps}; run the same command to go on")
+            why = f" ({reason})" if reason else ""  # a signal to another rank
+            self._say(f"stopped after step {self.progress.step} of {steps}{why}; run the same command to go on")
         else:
             self._say(f"done: {steps} steps in {self.folder}")
 

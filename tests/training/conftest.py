@@ -7,6 +7,8 @@ SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3"]
 ADAMW = ["optimizer.kind=adamw"]
 CONSTANT = "optimizer.schedule=constant"
 STEPS = 20
+BY_LOSS = "recovery.loss_sigma=6"
+BY_NORM = ["recovery.loss_sigma=0", "recovery.grad_norm_sigma=6"]
 
 
 def engines(precision, *overrides, stages=(0, 1, 2, 3)):
@@ -20,6 +22,7 @@ def one_rank(tmp_path_factory):
     checks = {
         "curves": ("curves", {"cases": [SGD, ADAMW], "steps": STEPS}),
         "resume": ("resume", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[2]), "after": [4]}),
+        "rolled_back": ("rolled_back", {"cases": engines("fp32", BY_LOSS, stages=[0])}),
         "to_step_3": ("go_on", {"overrides": [CONSTANT, "training.steps=3"]}),
         "to_step_6": ("go_on", {"overrides": [CONSTANT, "name=straight"]}),
     }
@@ -38,6 +41,7 @@ def two_ranks(tmp_path_factory, one_rank):
         "resume": ("resume", {"cases": resumed, "after": [2]}),
         "elsewhere": ("go_on", {"overrides": elsewhere, "checkpoint_of": begun}),
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
+        "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),
         "stopped": ("stop_one_rank", {}),
     }
     return folder, on_ranks(2, folder, checks)

@@ -18,6 +18,7 @@ from nsa.training.distributed import Ranks, initialize
 from nsa.training.optimizer import STATE_KEYS
 from nsa.training.sharded_state import local_shards
 from nsa.training.signals import StopRequest
+from nsa.training.spikes import batch_number
 from nsa.training.trainer import Trainer
 
 
@@ -95,6 +96,35 @@ def stop_one_rank(ranks: Ranks, folder: Path) -> int:
     trainer.run()
     assert len(set(ranks.gather(trainer.progress.step))) == 1
     return trainer.progress.step
+
+
+def rolled_back(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """For each case: a run whose batches 6 and 7 spike goes back and leaves them out. What differs at its end from a
+    run that left them out from the beginning, and what it remembers."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        rules = ["training.steps=10", "recovery.window=8", "recovery.max_spikes=1", "checkpoint.keep_last=2"]
+        spiky, never = (tiny_config(folder, f"name={n}{number}", *rules, *overrides) for n in ("spiky", "never"))
+        trainer = Spiky(spiky, ranks)
+        assert trainer.run() == 0
+        other = Spiky(never, ranks)
+        other.progress.spikes.quarantine, other.progress.spikes.rollbacks = [6, 7], 1
+        assert other.run() == 0
+        told = {"different": ranks.on_main(lambda a=spiky, b=never: differences(a, b))}
+        told |= {"quarantine": trainer.progress.spikes.quarantine, "rollbacks": trainer.progress.spikes.rollbacks}
+        answer.append(told)
+    return answer
+
+
+class Spiky(Trainer):
+    """Batches 6 and 7 have ten times the loss."""
+
+    def _read_step(self, step: int) -> list[Any]:
+        number = batch_number(step, self.progress.spikes.quarantine)
+        return [micro_batch | {"bad": number in (6, 7)} for micro_batch in super()._read_step(step)]
+
+    def _losses(self, micro_batch: Any) -> torch.Tensor:
+        return super()._losses(micro_batch) * (10 if micro_batch.get("bad") else 1)
 
 
 # ------------------------------------------------------------------------------------------------------- parts

@@ -59,7 +59,7 @@ def test_sigterm_and_sigint_save_and_resume(tmp_path):
     ]
     run = tmp_path / "runs/run"
     reached = 0
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number, code in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):
         process = start(["-m", "nsa.train", str(write_yaml(tmp_path)), *arguments])
         for line in process.stdout:
             if line.startswith("step"):
@@ -67,8 +67,8 @@ def test_sigterm_and_sigint_save_and_resume(tmp_path):
         time.sleep(0.2)
         process.send_signal(number)
         output = process.communicate(timeout=60)[0]
-        assert process.returncode == 0, output
-        assert "run the same command to go on" in output
+        assert process.returncode == code, output
+        assert f"({number.name}); run the same command to go on" in output
         (saved,) = (p for p in run.glob("step_*") if p.is_dir())
         step = json.loads((saved / "state.json").read_text())["step"]
         assert reached < step < 400

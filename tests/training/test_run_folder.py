@@ -24,8 +24,14 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         RunFolder(tiny_config(tmp_path, f"output_dir={tmp_path / 'file'}"))
 
 
+def write_config(folder):
+    path = folder / "config.yaml"
+    path.write_text(dump_config(tiny_config(folder)))
+    return path
+
+
 def test_what_may_change_on_resume(tmp_path):
-    saved = dump_config(tiny_config(tmp_path))
+    saved = write_config(tmp_path)
     free = ["training.steps=9", "training.micro_batch_size=2", "engine.zero_stage=3", "checkpoint.every=5", "name=b"]
     check_same(saved, tiny_config(tmp_path, *free), tmp_path)
 
@@ -36,7 +42,7 @@ def test_what_may_change_on_resume(tmp_path):
      "optimizer.learning_rate=1e-3", "data.tokenizer.vocab_size=390"],
 )  # fmt: skip
 def test_what_may_not(tmp_path, override):
-    saved = dump_config(tiny_config(tmp_path))
+    saved = write_config(tmp_path)
     with pytest.raises(ValueError, match=override.split("=")[0]):
         check_same(saved, tiny_config(tmp_path, override), tmp_path)
 

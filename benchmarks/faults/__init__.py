@@ -1,0 +1,1 @@
+"""The parts of the fault campaign (benchmarks/fault_campaign.py)."""

@@ -1,0 +1,65 @@
+"""A training job from its configuration to its exit code: what went wrong is said in words, by one rank."""
+
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+
+from nsa.config import Config
+from nsa.training.distributed import ReportedError
+from nsa.training.exit_codes import FAULT, INTERRUPTED, LOST, USER, write_exit_file
+from nsa.training.trainer import Trainer
+from nsa.training.watchdog import Watchdog
+
+AGAIN = "The last checkpoint stands; run the same command again"
+LOST_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe", "TCPStore")
+
+
+def train(config: Config) -> int:
+    """Train; returns the exit code (`nsa.training.exit_codes`) and has said on stderr what it means.
+
+    A rank that stops by itself leaves word to the others, whose collective operations then fail: they stop with its
+    exit code. Does not return where this process must end while a thread of it still waits for a lost rank.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    watchdog: Watchdog | None = None
+    try:
+        trainer = Trainer(config)
+        watchdog = trainer.watchdog
+        code = trainer.run()
+        trainer.close()
+        return _end(code, "")
+    except ReportedError:
+        return _end(USER, "")  # rank 0 says it
+    except ValueError as e:
+        return _end(USER, f"error: {e}" if rank == 0 else f"error (rank {rank}): {e}", watchdog)
+    except OSError as e:
+        what = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
+        return _end(USER, f"error (rank {rank}): {what}. Make room or mend it. {AGAIN}", watchdog)
+    except torch.OutOfMemoryError as e:
+        advice = "lower training.micro_batch_size or set engine.activation_checkpointing=true"
+        return _end(USER, f"error (rank {rank}): out of memory on the device, {advice}: {e}", watchdog)
+    except KeyboardInterrupt:
+        return _end(INTERRUPTED, f"interrupted while it stopped. {AGAIN}", watchdog)
+    except Exception as e:
+        if isinstance(e, dist.DistError) or (
+            isinstance(e, RuntimeError) and any(word in str(e) for word in LOST_WORDS) and dist.is_initialized()
+        ):
+            code, reason = watchdog.last_words() if watchdog else (LOST, "a rank was lost at the start")
+            told = f"error: {reason}. {AGAIN} (exit code {code})" if code == LOST else f"error: {reason}"
+            _end(code, told if rank == 0 or "rank 0" in reason else "")
+            os._exit(code)  # what waits for the lost rank cannot be told to stop
+        traceback.print_exc()
+        kind = f"{type(e).__name__}: {e}".splitlines()[0]
+        return _end(FAULT, f"error (rank {rank}): a fault of this program, please report it: {kind}. {AGAIN}", watchdog)
+
+
+def _end(code: int, message: str, watchdog: Watchdog | None = None) -> int:
+    if message:
+        print(message, file=sys.stderr, flush=True)
+        if watchdog is not None:
+            watchdog.leave_word(code, message.partition(": ")[2] or message)
+    write_exit_file(code)
+    return code
