@@ -127,13 +127,13 @@ def verify(folder: Path) -> None:
         present = {path.name for path in folder.iterdir()} - {MANIFEST}
         if not isinstance(files, dict):
             raise TypeError("its files are no mapping")
-        if extra := sorted(present - files.keys()):
-            raise CheckpointError(f"{folder}: {extra[0]!r} is not in the {MANIFEST}; take it out of the folder")
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it was not written to its end") from None
     except (OSError, UntrustedError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({e})") from None
     verify_files(folder, files)
+    if extra := sorted(present - files.keys()):
+        raise CheckpointError(f"{folder}: {extra[0]!r} is not in the {MANIFEST}; take it out of the folder")
 
 
 def verify_files(folder: Path, files: dict[str, Any], content: bool = True) -> None:
