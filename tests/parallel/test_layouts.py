@@ -24,6 +24,15 @@ def test_curves_equal_one_process(four_ranks, reference):
         assert difference(curve, reference[str(learned(case))]) < 1e-5, case
 
 
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(four_ranks):
+    """By a NaN in the loss or an infinite gradient on the last rank, whichever axis it differs along."""
+    for steps in four_ranks[1]["not_finite"]:
+        for fault, step in zip(("loss", "none", "gradient", "none"), steps, strict=True):
+            for seen in step:
+                assert seen["finite"] and seen["skipped"] == (fault != "none"), (fault, step)
+                assert seen["changed"] == (fault == "none"), (fault, step)
+
+
 def test_a_run_goes_on_in_any_layout(four_ranks, tmp_path):
     """tp x cp -> cp and ZeRO 3 -> tp beyond the KV heads -> one process: the losses of a run that never changed."""
     folder, answers = four_ranks
