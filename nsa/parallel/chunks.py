@@ -70,12 +70,12 @@ class Chunks:
         """Each chunk behind the ``width`` tokens before it (zeros before the first): (B, 2 x (width + size), ...)."""
         if not width:
             return local
-        plan = _halo_plan(self, width)
+        plan = _halo_plan(self, width, local.device)
         rows = local.transpose(0, 1)  # tokens first
-        received = exchange(rows[plan.rows.to(local.device)], self.axis, plan.send, plan.receive, what)
+        received = exchange(rows[plan.rows], self.axis, plan.send, plan.receive, what)
         first, second = self.pair(local)
         known = torch.cat((received, received.new_zeros(1, *received.shape[1:])))
-        halos = known[plan.order.to(local.device)].transpose(0, 1)
+        halos = known[plan.order].transpose(0, 1)
         return torch.cat((halos[:, :width], first, halos[:, width:], second), TOKENS)
 
 
@@ -95,7 +95,7 @@ class _HaloPlan:
 
 
 @cached
-def _halo_plan(chunks: Chunks, width: int) -> _HaloPlan:
+def _halo_plan(chunks: Chunks, width: int, device: torch.device) -> _HaloPlan:
     ranks, here = range(chunks.axis.size), chunks.axis.rank
 
     def wanted(receiver: int, sender: int) -> list[tuple[int, int]]:
@@ -118,4 +118,5 @@ def _halo_plan(chunks: Chunks, width: int) -> _HaloPlan:
     order = torch.full((2 * width,), len(places), dtype=torch.int64)
     order[torch.tensor(places, dtype=torch.int64)] = torch.arange(len(places))
     rows = torch.tensor([row for part in sent for row in part], dtype=torch.int64)
-    return _HaloPlan(rows, [len(part) for part in sent], [len(part) for part in received], order)
+    counts = [len(part) for part in sent], [len(part) for part in received]
+    return _HaloPlan(rows.to(device), *counts, order.to(device))

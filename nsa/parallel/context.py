@@ -22,7 +22,7 @@ from nsa.layers import NativeSparseAttention
 from nsa.layers.native_sparse import KeyValueCompression, Pair
 from nsa.models import Decoder
 from nsa.ops.compression import block_ends
-from nsa.ops.packing import Documents, clip_borders, derived, num_compressed
+from nsa.ops.packing import Documents, cached, clip_borders, derived, num_compressed
 from nsa.parallel.chunks import TOKENS, Chunks
 from nsa.parallel.collectives import all_gather
 from nsa.parallel.grid import Axis
@@ -133,6 +133,7 @@ def _compress(
     return k, v
 
 
+@cached
 def _one_document(tokens: int, device: torch.device) -> Tensor:
     return torch.tensor([0, tokens], dtype=torch.int32, device=device)
 

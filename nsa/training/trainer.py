@@ -94,7 +94,7 @@ class Trainer:
         self.engine = build_engine(config, self.ranks, self.grid, deepspeed_json)
         self.pipeline = None
         if self.grid.pipeline.size > 1:
-            self.pipeline = Pipeline(self.engine, self.grid.pipeline, self._stage, self._stage_shape)
+            self.pipeline = Pipeline(self.engine, self.grid.pipeline, lambda b: self._stage(b), self._stage_shape)
         self.identity = Identity(prepared.fingerprint, prepared.tokenizer.path)
         self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
         self.spikes = SpikeDetector(config.recovery, self.progress.spikes)

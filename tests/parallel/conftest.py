@@ -18,6 +18,7 @@ CASES = [
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
 ]
 SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
+BROKEN = [[*BASE, *layout(tensor=2, context=2, zero=1)], [*BASE, *layout(tensor=2, pipeline=2, zero=1)]]
 LINKS = [
     (2, layout(tensor=2, context=2, zero=1)),
     (3, layout(tensor=2, pipeline=2, zero=1)),
@@ -38,6 +39,7 @@ def four_ranks(tmp_path_factory):
     checks = {
         "decoders": ("decoders", {"layouts": SPREADS, "seeds": 12}),
         "curves": ("curves", {"cases": CASES, "steps": 10}),
+        "not_finite": ("not_finite", {"cases": BROKEN}),
         "chain": ("chain", {"overrides": [*BASE, "checkpoint.every=1"], "links": LINKS}),
     }
     return folder, on_ranks(4, folder, checks, SCRIPT)

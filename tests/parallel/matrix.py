@@ -96,19 +96,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compare every layout with one process; write docs/parallelism.md.")
     parser.add_argument("--most-ranks", type=int, default=16, help="leave out layouts of more (default: 16, all)")
     parser.add_argument("--results", type=Path, help="a JSON file to go on from: what it has is not run again")
+    parser.add_argument("--at-most", type=int, default=1000, help="layouts to run now (with --results, for pieces)")
     options = parser.parse_args()
     results = json.loads(options.results.read_text()) if options.results and options.results.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "one").mkdir()
         reference = references(Path(name) / "one", cases((1, 1, 1)))
-        for number, sizes in enumerate(layouts(options.most_ranks)):
-            key = ",".join(map(str, sizes))
-            if key not in results:
+        keys = {",".join(map(str, sizes)): sizes for sizes in layouts(options.most_ranks)}
+        now = [key for key in keys if key not in results][: options.at_most]
+        for number, (key, sizes) in enumerate(keys.items()):
+            if key in now:
                 (Path(name) / str(number)).mkdir()
                 results[key] = run(sizes, Path(name) / str(number), reference)
                 if options.results:
                     options.results.write_text(json.dumps(results, indent=1))
-            print(key, {zero: f"{max(values):.1e}" for zero, values in results[key].items()}, flush=True)
+            if key in results:
+                print(key, {zero: f"{max(values):.1e}" for zero, values in results[key].items()}, flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     page = PAGE.read_text()
     before, after = page.split(BEGIN)[0], page.split(END)[1]

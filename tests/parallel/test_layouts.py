@@ -1,5 +1,6 @@
 """A model that is spread over ranks trains as one process does, and its checkpoints belong to no layout."""
 
+import json
 import shutil
 
 import pytest
@@ -22,6 +23,27 @@ def test_curves_equal_one_process(four_ranks, reference):
     """Loss and unclipped norm of the gradient, ten steps, to 1e-5."""
     for case, curve in zip(CASES, four_ranks[1]["curves"], strict=True):
         assert difference(curve, reference[str(learned(case))]) < 1e-5, case
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(four_ranks):
+    """By a NaN in the loss or an infinite gradient on the last rank, whichever axis it differs along."""
+    for steps in four_ranks[1]["not_finite"]:
+        for fault, step in zip(("loss", "none", "gradient", "none"), steps, strict=True):
+            for seen in step:
+                assert seen["finite"] and seen["skipped"] == (fault != "none"), (fault, step)
+                assert seen["changed"] == (fault == "none"), (fault, step)
+
+
+def test_bytes_are_those_of_the_guide(four_ranks):
+    """The first two steps of the chain: two tensor and two context ranks, one NSA layer and one dense one."""
+    lines = (four_ranks[0] / "chain/runs/run/metrics.jsonl").read_text().splitlines()
+    sent = {key: round(mib * 2**20) for key, mib in json.loads(lines[0]).items() if key.startswith("comm/")}
+    tokens, width, micro_batches = 32, 16 + 16, 4  # of a rank: half a sample, one KV head, keys and values
+    once = 2 * micro_batches * tokens * width * 4  # there and back, fp32
+    assert sent["comm/context_keys_mib"] == once
+    assert sent["comm/context_selected_mib"] == once
+    assert once / 4 <= sent["comm/context_compressed_mib"] < once / 2, "stride 4, and rows that are not used"
+    assert sent["comm/tensor_activations_mib"] > 0 and sent["comm/tensor_gradients_mib"] > 0
 
 
 def test_a_run_goes_on_in_any_layout(four_ranks, tmp_path):

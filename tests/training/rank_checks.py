@@ -178,20 +178,20 @@ class broken:
         self.trainer, self.fault = trainer, fault
 
     def __enter__(self) -> None:
-        self.losses = losses = self.trainer._losses
+        self.stage = stage = self.trainer._stage
 
         def with_fault(micro_batch: Any) -> torch.Tensor:
-            values = losses(micro_batch)
+            values = stage(micro_batch)
             if self.fault == "loss":
                 return values * math.nan
             if self.fault == "gradient":
                 values.register_hook(lambda gradient: gradient * math.inf)
             return values
 
-        self.trainer._losses = with_fault
+        self.trainer._stage = with_fault
 
     def __exit__(self, *error: object) -> None:
-        self.trainer._losses = self.losses
+        self.trainer._stage = self.stage
 
 
 def main(checks: dict[str, Any]) -> None:
