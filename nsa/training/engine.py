@@ -1,11 +1,14 @@
 """The decoder inside a DeepSpeed engine."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.runtime import bf16_optimizer
 
 from nsa.config import Config
 from nsa.models import Decoder
@@ -28,13 +31,25 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
         checkpoint_layers(model.layers)
     optimizer = build_optimizer(model, config.optimizer)
 
-    log = logging.getLogger("DeepSpeed")
-    level = log.level
-    log.setLevel(logging.ERROR)  # "untested optimizer": tests/training/test_parity.py tests it
     optimizer.skip = True  # DeepSpeed takes a step with zero gradients to allocate; it would decay the weights
     mpu = ModelParallelUnit(grid)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
+    with _quiet():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.skip = False
-    log.setLevel(level)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed warns of an "untested optimizer" (tests/training/test_parity.py tests it), and its bf16 optimizer
+    prints three lines of memory for every parameter group, whatever the log level. Errors are still told."""
+    log, report = logging.getLogger("DeepSpeed"), bf16_optimizer.see_memory_usage
+    level = log.level
+    log.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        bf16_optimizer.see_memory_usage = report
+        log.setLevel(level)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_config
+from tiny import tiny_config, train
 
 from nsa.models import Decoder
 from nsa.training.attention_probe import block_entropy, block_overlap, first_block_share, probe
@@ -93,3 +93,9 @@ def test_peak_and_memory_are_figures_on_a_cpu():
     flops, source = peak_flops(torch.device("cpu"), "fp32")
     assert flops > 1e8 and source == "measured"
     assert 0 < memory_gib(torch.device("cpu")) < 1000
+
+
+def test_deepspeed_tells_nothing_of_its_own(tmp_path):
+    told = train(tmp_path, "engine.precision=bf16", "engine.zero_stage=1", "training.steps=2")
+    assert told.returncode == 0 and "step 2/2" in told.stdout
+    assert "bf16_optimizer" not in told.stdout and "CPU Virtual Memory" not in told.stdout
