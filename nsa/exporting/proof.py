@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nsa.data.tokenizer import PROBE, Tokenizer
+from nsa.layers.native_sparse import GatedBranches
 from nsa.models import Decoder
 from nsa.models.hf import modeling_nsa
 
@@ -129,7 +130,7 @@ def _sequences(decoder: Decoder, tokenizer: Tokenizer) -> dict:
 def _reach(attention: object) -> int:
     """Tokens that a query sees at most in one sparse branch."""
     attend = getattr(attention, "attend", None)
-    return 64 if attend is None else max(attend.num_blocks * attend.block_size, attend.window)
+    return max(attend.num_blocks * attend.block_size, attend.window) if isinstance(attend, GatedBranches) else 64
 
 
 def hostile_texts() -> list[str]:

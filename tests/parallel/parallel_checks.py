@@ -119,7 +119,7 @@ def check_state(trainer: Trainer) -> None:
         saved = read["model"](name) if key == "weight" else read["optimizer"](f"{key}.{name}")
         assert torch.equal(saved, tensor), (key, name)
         names.add(f"{key}.{name}")
-    together = set().union(*trainer.ranks.gather(names))
+    together = set().union(*trainer.ranks.gather(sorted(names)))
     assert len(together) == len(read["model"].names()) + len(read["optimizer"].names())
 
 
