@@ -1,14 +1,32 @@
 """Time, memory and error of differentiable calls, and what the hardware allows for them."""
 
+import datetime
+import platform
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 from triton.testing import do_bench
 
 # What a bf16 matrix product of random data, and a copy (read + write), reach on an H200: floors are taken of these.
 CEILING = {"tflops": 700.0, "tb_per_s": 4.3}
+
+
+def environment() -> dict[str, str | None]:
+    """Hardware, versions, commit and date of a measurement."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "commit": commit or None,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+    }
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,14 @@ against the data sheet's peak. Results go into FILE under "models"; an existing 
 import argparse
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-import triton
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.measure import environment
 from nsa.config import load_config
 from nsa.models import Decoder, training_flops_per_token
 
@@ -67,15 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    report: dict = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "cuda": torch.version.cuda,
-        "commit": commit or None,
-    }
+    report: dict = environment()
     if options.out and options.out.exists():
         report = json.loads(options.out.read_text())
     rows = report["models"] = []
