@@ -67,6 +67,61 @@ def test_dense(batch, documents, heads, groups, width, v_width, window) -> None:
     )
 
 
+PARTS = [
+    [
+        ops.Heads(3, 16, "rotate"),
+        ops.Heads(1, 16),
+        ops.Heads(2, 8),
+        ops.Heads(1, 16, "rotate"),
+        ops.Heads(3, 3, "sigmoid"),
+    ],
+    [ops.Heads(1, 2, "sigmoid")],
+    [ops.Heads(1, 6, "rotate")],
+    [ops.Heads(1, 7), ops.Heads(5, 48, "rotate")],
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 17), (3, 63), (1, 0)])
+@pytest.mark.parametrize("given", [False, True])
+def test_split_heads(parts: list[ops.Heads], batch: int, tokens: int, given: bool) -> None:
+    x = normal(batch, tokens, sum(part.columns for part in parts))
+    half = next((part.width // 2 for part in parts if part.how == "rotate"), 1)
+    tables = [normal(tokens + 5 if given else tokens, half, seed=i).detach() for i in (1, 2)]
+    rows = torch.arange(tokens, device=DEVICE).flip(0) + 5 if given else None
+    gate = next((part for part in parts if part.how == "sigmoid"), None)
+    bias = normal(gate.columns, seed=3) if gate else None
+    inputs = [x, *([bias] if bias is not None else [])]
+    results = []
+    for backend in ("triton", "torch"):
+        outs = ops.split_heads(x, parts, *tables, rows=rows, bias=bias, backend=backend)
+        assert [out.shape for out in outs] == [(batch, tokens, part.number, part.width) for part in parts]
+        weights = [normal(*out.shape, seed=i).detach() for i, out in enumerate(outs)]
+        results.append([*outs, *torch.autograd.grad(outs, inputs, weights)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_one_part_of_the_gradients_alone() -> None:
+    """The others' are missing, not zeros: as where no token is compressed."""
+    x, (cos, sin) = normal(1, 9, 40), normal(2, 9, 8).detach()
+    parts = [ops.Heads(1, 16, "rotate"), ops.Heads(1, 24)]
+    (ours,) = torch.autograd.grad(ops.split_heads(x, parts, cos, sin, backend="triton")[1].sum(), x)
+    assert (ours[..., :16] == 0).all() and (ours[..., 16:] == 1).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (2, 4096), (0, 4)])
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    gate, up = normal(*shape), normal(*shape, seed=1)
+    check(
+        lambda: [ops.swiglu(gate, up, backend="triton")],
+        lambda: [ops.swiglu(gate, up, backend="torch")],
+        [gate, up],
+    )
+
+
 COMPRESSED = [  # documents, heads, groups, length, stride
     ([3], 2, 1, 4, 2),
     ([129], 6, 2, 4, 2),
