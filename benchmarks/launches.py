@@ -1,4 +1,4 @@
-"""What one decoder layer asks a GPU to do, counted without one: kernels launched, and the host's time for asking.
+"""What one decoder layer asks a GPU to do, counted without one: the kernels that it launches.
 
     python benchmarks/launches.py [--configs 25m] [--tokens 2048] [--list] [KEY=VALUE ...]
 
@@ -92,13 +92,16 @@ def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
         yield
 
 
-def layer_and_input(config_name: str, kind: str, tokens: int, overrides: list[str]) -> tuple[Any, Tensor, Any]:
+def layer_and_input(
+    config_name: str, kind: str, tokens: int, overrides: list[str], device: str = "cpu"
+) -> tuple[Any, Tensor, Any]:
     """The first decoder layer in bf16, an input that wants its gradient, and the rotary tables."""
     config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*overrides, f"attention.kind={kind}"])
     one = config.model.model_copy(update={"num_layers": 1})
-    decoder = Decoder(one, config.attention, backend="triton").bfloat16()
-    x = torch.randn(1, tokens, one.hidden_size).bfloat16().requires_grad_()
-    return decoder.layers[0], x, decoder.rotary(torch.arange(tokens))
+    with torch.device(device):
+        decoder = Decoder(one, config.attention, backend="triton").bfloat16()
+        x = torch.randn(1, tokens, one.hidden_size, dtype=torch.bfloat16).requires_grad_()
+        return decoder.layers[0], x, decoder.rotary(torch.arange(tokens))
 
 
 def count(

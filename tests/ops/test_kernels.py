@@ -1,5 +1,6 @@
 """The Triton kernels against the definition: on the GPU where there is one, else in Triton's interpreter (fp32)."""
 
+import itertools
 import os
 
 import pytest
@@ -120,6 +121,33 @@ def test_swiglu(shape: tuple[int, ...]) -> None:
         lambda: [ops.swiglu(gate, up, backend="torch")],
         [gate, up],
     )
+
+
+LISTS = [(1, 1, 1, 1, 1, 128), (2, 70, 3, 4, 9, 8), (1, 300, 1, 16, 40, 128), (1, 130, 2, 5, 700, 4)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "tokens", "groups", "n", "num_blocks", "chunk"), LISTS)
+def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_blocks, chunk) -> None:
+    from nsa.ops.kernels.lists import NO_BLOCK, work_items
+
+    torch.manual_seed(0)
+    blocks = torch.randint(num_blocks, (batch, tokens, groups, n), dtype=torch.int32)
+    blocks[torch.rand(blocks.shape) < 0.2] = NO_BLOCK.value
+    found = [x.tolist() for x in work_items(blocks.to(DEVICE), num_blocks, chunk)]
+    lists = [
+        [t for t in range(tokens) for chosen in blocks[b, t, g] if chosen == block]
+        for b, g, block in itertools.product(range(batch), range(groups), range(num_blocks))
+    ]
+    begins = [0, *itertools.accumulate(map(len, lists))]
+    items = [max(1, -(-len(tokens_) // chunk)) for tokens_ in lists]
+    parts = [count if count > 1 else 0 for count in items]
+    blocks_of = [i for i, count in enumerate(items) for _ in range(count)]
+    order, list_begin, item_block, item_begin, part_begin = found
+    assert order[: begins[-1]] == list(itertools.chain.from_iterable(lists)) and list_begin == begins
+    assert item_begin == [0, *itertools.accumulate(items)]
+    assert part_begin == [0, *itertools.accumulate(parts)][:-1]
+    assert item_block == blocks_of + [len(lists)] * (len(item_block) - len(blocks_of))
 
 
 COMPRESSED = [  # documents, heads, groups, length, stride
