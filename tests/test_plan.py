@@ -40,9 +40,9 @@ def test_fp32_has_no_second_copy_of_the_weights_and_sgd_no_moments():
 
 def test_activations_follow_the_micro_batch_and_checkpointing():
     without, more, with_ = (
-        plan(8, "engine.activation_checkpointing=false", "training.micro_batch_size=1"),
-        plan(8, "engine.activation_checkpointing=false", "training.micro_batch_size=4"),
-        plan(8, "engine.activation_checkpointing=true", "training.micro_batch_size=1"),
+        plan(8, "engine.activation_checkpointing=none", "training.micro_batch_size=1"),
+        plan(8, "engine.activation_checkpointing=none", "training.micro_batch_size=4"),
+        plan(8, "engine.activation_checkpointing=full", "training.micro_batch_size=1"),
     )
     assert with_.memory["activations"] < without.memory["activations"] / 3
     assert 3 < more.memory["activations"] / without.memory["activations"] <= 4

@@ -13,7 +13,7 @@ CASES = [
     [*BASE, *SGD, *DENSE, *layout(context=2, zero=3), "training.micro_batch_size=2"],
     [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
-    [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=true"],
+    [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
 ]
