@@ -27,7 +27,7 @@ def test_zero_stages_on_two_ranks_equal_one_process(one_rank, two_ranks):
 
 @pytest.mark.slow
 def test_every_stage_optimizer_micro_batch_and_recomputation(tmp_path, one_rank):
-    """Neither sizes of micro batches, activation checkpointing nor where the optimizer lies change anything; bf16 follows fp32."""
+    """Nor do sizes of micro batches, recomputation and where the optimizer lies change anything; bf16 follows fp32."""
     sgd, adamw = one_rank[1]["curves"]
     recomputed = "engine.activation_checkpointing=full"
     cases = engines("fp32", *SGD) + engines("fp32", *ADAMW) + engines("fp32", recomputed)
