@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._tools.fake_collectives  # noqa: F401 - registers collectives of meta tensors
+import torch.distributed._tools.fake_collectives
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,9 +141,9 @@ def _count(config: Config, grid: Grid, model: Decoder, passes: int) -> _Counts:
     return _Counts(passes, grid.traffic.take(), ledger.flops / passes, ledger.peak)
 
 
-@dataclass(frozen=True)
 class _Engine:
-    module: Decoder
+    def __init__(self, module: Decoder) -> None:
+        self.module = module
 
     def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None:
         loss.backward()
