@@ -2,8 +2,9 @@
 
     python benchmarks/report.py [RESULT.json ...] [--out docs/performance.md]
 
-Without files, all of benchmarks/results/performance-*.json, and training-*.json at the end. Several files are several sections of one page, each with
-its own hardware, versions and commit; figures of different machines are never mixed in one table.
+Without files, all of benchmarks/results/performance-*.json; at the end what training-*.json hold. Several files are
+several sections of one page, each with its own hardware, versions and commit; figures of different machines are never
+mixed in one table.
 """
 
 import argparse

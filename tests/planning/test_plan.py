@@ -84,7 +84,7 @@ def test_layouts_are_all_of_them_and_the_best_fits():
 def test_what_the_trainer_refuses_is_refused_in_its_words():
     with pytest.raises(ValueError, match=r"parallel.tensor \(3\) must divide model.num_heads"):
         in_layout(config(), ParallelConfig(tensor=3))
-    with pytest.raises(ConfigError, match=r"no layout of 17 GPUs.*parallel.pipeline \(17\) exceeds"):
+    with pytest.raises(ConfigError, match=r"no layout of 17 GPUs.*parallel.tensor \(17\) must divide"):
         search(config(), 17, H200)
     with pytest.raises(ConfigError, match="fits into"):
         search(config("engine.zero_stage=0", name="7b"), 1, GPUS["H100"])
