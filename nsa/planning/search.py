@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from nsa.config import Config, ConfigError
 from nsa.parallel.config import ParallelConfig
 from nsa.planning.memory import Memory, memory_of
@@ -27,8 +29,11 @@ def layouts(gpus: int) -> Iterator[ParallelConfig]:
 
 
 def in_layout(config: Config, parallel: ParallelConfig) -> Config:
-    """The configuration with another `parallel` section. Raises ValueError, as the trainer would, if it refuses it."""
-    return Config.model_validate(config.model_dump() | {"parallel": parallel.model_dump()})
+    """The configuration with another `parallel` section. Raises ConfigError in the trainer's words if it refuses it."""
+    try:
+        return Config.model_validate(config.model_dump() | {"parallel": parallel.model_dump()})
+    except ValidationError as error:
+        raise ConfigError(str(error.errors()[0]["ctx"]["error"])) from error
 
 
 def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
