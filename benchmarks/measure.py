@@ -19,7 +19,7 @@ def environment() -> dict[str, str | None]:
     """Hardware, versions, commit and date of a measurement."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),

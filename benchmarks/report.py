@@ -2,14 +2,19 @@
 
     python benchmarks/report.py [RESULT.json ...] [--out docs/performance.md]
 
-Without files, all of benchmarks/results/performance-*.json. Several files are several sections of one page, each with
-its own hardware, versions and commit; figures of different machines are never mixed in one table.
+Without files, all of benchmarks/results/performance-*.json; at the end what training-*.json hold. Several files are
+several sections of one page, each with its own hardware, versions and commit; figures of different machines are never
+mixed in one table.
 """
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nsa.planning import measured
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -293,6 +298,9 @@ def page(results: list[tuple[str, dict]], images: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+TRAINING = "`benchmarks/training.py`: one GPU, batch 1, DeepSpeed, bf16; medians of up to 20 steps after the first."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path)
@@ -300,7 +308,14 @@ def main() -> None:
     options = parser.parse_args()
     paths = options.results or sorted(RESULTS.glob("performance-*.json"))
     results = [(path.name, json.loads(path.read_text())) for path in paths]
-    options.out.write_text(page(results, options.out.parent / "images"))
+    text = page(results, options.out.parent / "images")
+    if trained := [path for path in measured.result_files() if path.name.startswith("training-")]:
+        rows = [row for path in trained for row in measured.compare(path)]
+        text += "\n".join(
+            ["", "## The trainer's steps, and the plan's prediction", "", TRAINING, "", measured.table(rows), ""]
+        )
+        text += "\n" + "\n".join(measured.error_lines(rows)) + "\n"
+    options.out.write_text(text)
     print(f"{options.out}: {len(results)} result files")
 
 

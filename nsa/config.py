@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nsa import strict_yaml
 from nsa.data.config import DataConfig
@@ -124,10 +124,30 @@ class EngineConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="weights and activations; the optimizer is fp32 always"
     )
-    activation_checkpointing: bool = Field(False, description="recompute each layer in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="recompute each layer in the backward pass: full, or selective, which keeps what attention "
+        "gave (2 bytes x heads x width per token and branch) and recomputes the rest; true and false: full and none"
+    )  # fmt: skip
+    offload_optimizer: bool = Field(
+        False, description="keep the optimizer's fp32 weights and moments in the host's memory and update there: saves "
+        "12 bytes a parameter on the device (over the replicas), costs time in every step; with zero_stage 1 to 3"
+    )  # fmt: skip
     backend: Literal["auto", "triton", "torch", "naive"] = Field(
         "auto", description="implementation of the attention operators; auto: triton on a GPU, else torch"
     )
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _in_one_word(cls, value: Any) -> Any:
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "EngineConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3: it is ZeRO that keeps the state apart"
+            )
+        return self
 
 
 class EvaluationConfig(Section):

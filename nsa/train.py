@@ -38,9 +38,13 @@ def main() -> int:
         print(dump_config(config), end="")
         return 0
     if arguments.dry_run:
-        from nsa.plan import describe
+        from nsa.planning.report import describe
 
-        print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        try:
+            print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+        except ValueError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
         return 0
 
     from nsa.training.job import train

@@ -70,7 +70,7 @@ class Chunks:
         """Each chunk behind the ``width`` tokens before it (zeros before the first): (B, 2 x (width + size), ...)."""
         if not width:
             return local
-        plan = _halo_plan(self, width, local.device)
+        plan = halo_plan(self, width, local.device)
         rows = local.transpose(0, 1)  # tokens first
         received = exchange(rows[plan.rows], self.axis, plan.send, plan.receive, what)
         first, second = self.pair(local)
@@ -80,7 +80,7 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class _HaloPlan:
+class HaloPlan:
     """Who sends which tokens to whom.
 
     Attributes:
@@ -95,7 +95,8 @@ class _HaloPlan:
 
 
 @cached
-def _halo_plan(chunks: Chunks, width: int, device: torch.device) -> _HaloPlan:
+def halo_plan(chunks: Chunks, width: int, device: torch.device) -> HaloPlan:
+    """For halos of ``width`` tokens, with its index tensors on ``device``."""
     ranks, here = range(chunks.axis.size), chunks.axis.rank
 
     def wanted(receiver: int, sender: int) -> list[tuple[int, int]]:
@@ -119,4 +120,4 @@ def _halo_plan(chunks: Chunks, width: int, device: torch.device) -> _HaloPlan:
     order[torch.tensor(places, dtype=torch.int64)] = torch.arange(len(places))
     rows = torch.tensor([row for part in sent for row in part], dtype=torch.int64)
     counts = [len(part) for part in sent], [len(part) for part in received]
-    return _HaloPlan(rows.to(device), *counts, order.to(device))
+    return HaloPlan(rows.to(device), *counts, order.to(device))

@@ -12,11 +12,10 @@ alike are summed once a step, before DeepSpeed averages over the replicas.
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from nsa.models import Decoder
@@ -82,6 +81,14 @@ def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:
         sum_over(weight, ends)
 
 
+class Engine(Protocol):
+    """What a `Pipeline` asks of a DeepSpeedEngine."""
+
+    module: Any
+
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> Any: ...
+
+
 class Pipeline:
     """The schedule of one stage.
 
@@ -93,7 +100,7 @@ class Pipeline:
 
     def __init__(
         self,
-        engine: DeepSpeedEngine,
+        engine: Engine,
         axis: Axis,
         stage: Callable[[Any], Tensor],
         shape: Callable[[Any], tuple[int, ...]],

@@ -33,6 +33,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     micro_batch, passes = config.training.micro_batch_size, micro_batches_per_step(config, world_size)
     if config.parallel.pipeline > 1:  # which accumulates by itself and hands the sum over
         micro_batch, passes = micro_batch * passes, 1
+    # Its optimizer is ours, torch's (`nsa.training.optimizer`): so DeepSpeed is told not to ask for its own.
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if config.engine.offload_optimizer else {}
     return {
         # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each.
         "train_batch_size": config.training.global_batch_size * config.parallel.context,
@@ -47,6 +49,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": False},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,
@@ -62,6 +65,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 100_000,
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
+            **offload,
         },
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,

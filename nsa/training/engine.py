@@ -27,9 +27,9 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
     with torch.device(ranks.device):
         model = Decoder(config.model, config.attention, backend=config.engine.backend)
     parallelize(model, grid)
-    if config.engine.activation_checkpointing:
-        checkpoint_layers(model.layers)
-    optimizer = build_optimizer(model, config.optimizer)
+    if config.engine.activation_checkpointing != "none":
+        checkpoint_layers(model.layers, config.engine.activation_checkpointing)
+    optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)
 
     optimizer.skip = True  # DeepSpeed takes a step with zero gradients to allocate; it would decay the weights
     mpu = ModelParallelUnit(grid)

@@ -47,8 +47,12 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.startswith("embedding.") and not name.endswith(".position")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW | SGD:
-    """The optimizer over all parameters of ``model``, in two groups: with and without decay."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> AdamW | SGD:
+    """The optimizer over all parameters of ``model``, in two groups: with and without decay.
+
+    ``offload``: DeepSpeed will move its state to the host. torch's own fused AdamW is as vectorised there as
+    DeepSpeed's, which would have to be compiled on every machine.
+    """
     named = list(model.named_parameters())
     groups = [
         {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
@@ -57,5 +61,5 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW | SGD:
     groups = [group for group in groups if group["params"]]
     if config.kind == "sgd":
         return SGD(groups, lr=config.learning_rate)
-    fused = next(model.parameters()).is_cuda
+    fused = next(model.parameters()).is_cuda or offload
     return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=fused)

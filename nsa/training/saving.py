@@ -57,7 +57,8 @@ def snapshot(engine: DeepSpeedEngine, config: Config, ranks: Ranks, progress: Pr
     """A copy of the whole state, for a `Saver` to write. Collective."""
     keys = STATE_KEYS[config.optimizer.kind]
     tensors = gather(local_shards(engine, keys), (WEIGHT, *keys))
-    on_cpu = ranks.device.type == "cpu"  # where what is gathered may be the engine's own memory
+    # Where what is gathered may be the engine's own memory.
+    on_cpu = ranks.device.type == "cpu" or config.engine.offload_optimizer
     state = asdict(progress) | {
         "samples": progress.step * config.training.global_batch_size,
         "tokens": progress.step * config.training.global_batch_size * config.data.sequence_length,

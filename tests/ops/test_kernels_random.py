@@ -1,5 +1,6 @@
 """The kernels in bf16 on random shapes, on a GPU: errors like dense attention's, poisoned memory, same bits."""
 
+import os
 import random
 
 import pytest
@@ -11,6 +12,7 @@ from nsa import ops
 from tests.ops.cases import cumulative
 
 pytestmark = pytest.mark.gpu
+SHAPES = int(os.environ.get("RANDOM_SHAPES", "12"))  # of each family
 
 # Compiling costs seconds for each: (heads, groups, width, v width, length, stride, block size, blocks). What varies
 # within a family costs nothing: tokens, documents, batch, window, forced blocks.
@@ -43,7 +45,8 @@ FEW = 32  # tokens; over so few rows an error does not average out, in dense att
 
 def allowed(generator: torch.Generator) -> tuple[float, float]:
     """Twice the largest error of torch's dense bf16 attention, outputs and gradients: on few tokens, and on many."""
-    few, many = (max(dense_error(tokens, generator) for tokens in lengths) for lengths in ((2, 4, 4, 16), (64, 256)))
+    lengths = [2, 2, 3, 4, 16] * 20, [64, 256]
+    few, many = (max(dense_error(tokens, generator) for tokens in some) for some in lengths)
     return 2 * max(few, many), 2 * many
 
 
@@ -62,7 +65,7 @@ def dense_error(tokens: int, generator: torch.Generator) -> float:
 def test_random_shapes(family: int) -> None:
     choose, generator = random.Random(family), torch.Generator("cuda").manual_seed(family)
     limits = allowed(generator)
-    for _ in range(12):
+    for _ in range(SHAPES):
         check_random_case(family, choose, generator, limits)
 
 
@@ -73,7 +76,8 @@ def check_random_case(
     if packed := choose.random() < 0.5:
         documents = [choose.choice([1, 2, 17, 63, 129, 300, 700]) for _ in range(choose.randint(1, 5))]
     else:
-        documents = [choose.choice([1, 2, 17, 31, 32, 63, 64, 65, 129, 511, 1000, choose.randint(1, 2000)])]
+        most = 4096 if heads <= 16 else 2000
+        documents = [choose.choice([1, 2, 17, 31, 32, 63, 64, 65, 129, 511, 1000, choose.randint(1, most)])]
     tokens, batch = sum(documents), 1 if packed else choose.choice([1, 1, 2])
     keys = max(0, (tokens - length) // stride + 1)
     case = f"{FAMILIES[family]} {documents} batch {batch}"
@@ -125,3 +129,30 @@ def check_random_case(
         error = (a.double() - b).norm().item() / max(scale, 1e-30)
         limit = limits[0] if b.shape[1] < FEW else limits[1]
         assert error <= limit, f"{case}: {name} is off by {error:.2e}, allowed {limit:.2e}"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 128), (16, 1, 64), (6, 3, 128)])
+def test_dense_attention_as_dispatched(heads: int, groups: int, width: int, deterministic: bool) -> None:
+    """Plain causal attention may be cuDNN's, deterministic or not: its errors are a dense attention's, too."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    _, limit = allowed(generator)
+    for tokens in (65, 1000):
+        q, k, v, d_out = (
+            torch.randn(2, tokens, h, width, device="cuda", generator=generator).bfloat16()
+            for h in (heads, groups, groups, heads)
+        )
+
+        def run(backend: str, tensors: list[Tensor], d_out: Tensor) -> list[Tensor]:
+            tensors = [x.requires_grad_() for x in tensors]
+            out = ops.dense_attention(*tensors, backend=backend)
+            return [out.detach(), *torch.autograd.grad(out, tensors, d_out.to(out.dtype))]
+
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            ours = run("auto", [x.clone() for x in (q, k, v)], d_out)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        exact = run("naive", [x.double() for x in (q, k, v)], d_out)
+        for name, a, b in zip(("out", "q", "k", "v"), ours, exact, strict=True):
+            assert relative_error(a, b) < limit, f"{name} at {tokens} tokens"

@@ -13,9 +13,14 @@ CASES = [
     [*BASE, *SGD, *DENSE, *layout(context=2, zero=3), "training.micro_batch_size=2"],
     [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
-    [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=true"],
+    [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
+]
+SENT = [
+    [*BASE, *layout(tensor=2, context=2, zero=1), "engine.activation_checkpointing=full"],
+    [*BASE, *SPARSE, *layout(tensor=4, zero=0)],
+    [*BASE, *layout(tensor=2, pipeline=2, zero=1)],
 ]
 SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
 BROKEN = [[*BASE, *layout(tensor=2, context=2, zero=1)], [*BASE, *layout(tensor=2, pipeline=2, zero=1)]]
@@ -40,6 +45,7 @@ def four_ranks(tmp_path_factory):
         "decoders": ("decoders", {"layouts": SPREADS, "seeds": 12}),
         "curves": ("curves", {"cases": CASES, "steps": 10}),
         "not_finite": ("not_finite", {"cases": BROKEN}),
+        "sent": ("sent", {"cases": SENT}),
         "chain": ("chain", {"overrides": [*BASE, "checkpoint.every=1"], "links": LINKS}),
     }
     return folder, on_ranks(4, folder, checks, SCRIPT)

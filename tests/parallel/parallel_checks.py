@@ -11,7 +11,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from rank_checks import *  # noqa: F403 - its checks serve here, too
-from rank_checks import logged, main
+from rank_checks import close, logged, main
 from tiny import tiny_config
 
 from nsa.models import AttentionConfig, Decoder, ModelConfig
@@ -24,6 +24,7 @@ from nsa.training import checkpoint
 from nsa.training.distributed import Ranks
 from nsa.training.optimizer import STATE_KEYS
 from nsa.training.sharded_state import gather, local_shards
+from nsa.training.signals import StopRequest
 from nsa.training.trainer import Trainer
 
 
@@ -89,6 +90,16 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
 def gradient(p: torch.nn.Parameter) -> torch.Tensor:
     """Zero where there is none: a sample shorter than a compression block."""
     return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[str, int]]]:
+    """For each case: what every rank counts that it sent in a step."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        trainer = Trainer(tiny_config(folder, f"name=sent{number}", *overrides), ranks)
+        answer.append(ranks.gather(trainer.train_step(StopRequest()).sent))
+        close(trainer)
+    return answer
 
 
 def chain(ranks: Ranks, folder: Path, overrides: list[str], links: list[tuple[int, list[str]]]) -> list[float]:

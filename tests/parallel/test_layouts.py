@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
+from nsa.planning.dry_run import dry_run
 from tests.parallel import matrix
-from tests.parallel.conftest import CASES, SPREADS
+from tests.parallel.conftest import CASES, SENT, SPREADS
 from tests.parallel.layouts import BASE, SCRIPT, difference, learned, references
-from tests.training.tiny import on_ranks
+from tests.training.tiny import on_ranks, tiny_config
 
 
 def test_spread_decoders_equal_the_whole_one(four_ranks):
@@ -23,6 +24,13 @@ def test_curves_equal_one_process(four_ranks, reference):
     """Loss and unclipped norm of the gradient, ten steps, to 1e-5."""
     for case, curve in zip(CASES, four_ranks[1]["curves"], strict=True):
         assert difference(curve, reference[str(learned(case))]) < 1e-5, case
+
+
+def test_ranks_send_what_a_dry_run_says(four_ranks, tmp_path):
+    """Byte for byte, on every rank."""
+    for case, ranks in zip(SENT, four_ranks[1]["sent"], strict=True):
+        for rank, sent in enumerate(ranks):
+            assert sent and sent == dry_run(tiny_config(tmp_path, *case), 4, rank).sent, (case, rank)
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(four_ranks):

@@ -5,6 +5,7 @@ from tiny import on_ranks
 
 SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3"]
 ADAMW = ["optimizer.kind=adamw"]
+OFFLOAD = "engine.offload_optimizer=true"
 CONSTANT = "optimizer.schedule=constant"
 STEPS = 20
 BY_LOSS = "recovery.loss_sigma=6"
@@ -35,7 +36,8 @@ def two_ranks(tmp_path_factory, one_rank):
     begun = str(one_rank[0] / "to_step_3/runs/run")
     elsewhere = [CONSTANT, "engine.zero_stage=3"]
     curves = engines("fp32", *SGD, stages=[1, 3]) + engines("fp32", *ADAMW, stages=[0, 2])
-    resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3])
+    curves += engines("fp32", *ADAMW, OFFLOAD, stages=[3])
+    resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3]) + engines("bf16", OFFLOAD, stages=[1])
     checks = {
         "curves": ("curves", {"cases": curves, "steps": STEPS}),
         "resume": ("resume", {"cases": resumed, "after": [2]}),

@@ -1,12 +1,14 @@
 """Recomputed layers: the same gradients to the bit, and no second selection of blocks."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa.layers import NativeSparseAttention
+from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.ops import selection
 from nsa.training.activation_checkpointing import checkpoint_layers
 
@@ -23,6 +25,37 @@ def run(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+class Calls(TorchDispatchMode):
+    """Counts calls of the kernels' operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nsa":
+            self.counts[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "again"), [("full", 1), ("selective", 0)])
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
+    """On the meta device, where the kernels' operators exist without a GPU."""
+    with torch.device("meta"):
+        layers = nn.ModuleList([NativeSparseAttention(64, 4, 2, 16, backend="triton") if kind == "nsa" else
+                                DenseAttention(64, 4, 2, 16, backend="triton")])  # fmt: skip
+        x = torch.empty(1, 128, 64, requires_grad=True)
+        rotary = torch.empty(128, 8), torch.empty(128, 8)
+    checkpoint_layers(layers, mode)
+    out = layers[0](x, rotary)
+    with Calls() as calls:
+        out.sum().backward()
+    forward = {name: n for name, n in calls.counts.items() if not name.endswith(("backward", "gated_sum"))}
+    once = {"nsa": {"range_attention": 2, "select_blocks": 1, "selected_attention": 1, "compress_blocks": 2}}
+    assert forward == ({} if not again else once.get(kind, {"range_attention": 1}))
+
+
 @pytest.fixture
 def selections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with each selection."""
@@ -32,10 +65,11 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_selects_once_and_gives_the_same_gradients(selections: list[int]) -> None:
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_selects_once_and_gives_the_same_gradients(selections: list[int], mode: str) -> None:
     plain = stack(3)
     recomputed = copy.deepcopy(plain)
-    checkpoint_layers(recomputed)
+    checkpoint_layers(recomputed, mode)
     x = torch.randn(2, 61, 16)
     outs = [run(layers, x) for layers in (plain, recomputed)]
     assert len(selections) == 6

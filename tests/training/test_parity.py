@@ -6,7 +6,7 @@ SGD, whose updates show the scale of gradients, and AdamW, which hides it.
 import pytest
 from tiny import on_ranks
 
-from tests.training.conftest import ADAMW, SGD, STEPS, engines
+from tests.training.conftest import ADAMW, OFFLOAD, SGD, STEPS, engines
 
 
 def assert_equal_curves(curves, reference, relative):
@@ -16,7 +16,7 @@ def assert_equal_curves(curves, reference, relative):
 
 
 def test_zero_stages_on_two_ranks_equal_one_process(one_rank, two_ranks):
-    """Stages 1 and 3 by SGD, 0 and 2 by AdamW; all eight in the slow test."""
+    """Stages 1 and 3 by SGD, 0, 2 and 3 with its optimizer on the host by AdamW; all in the slow test."""
     sgd, adamw = one_rank[1]["curves"]
     curves = two_ranks[1]["curves"]
     assert_equal_curves(curves[:2], sgd, 1e-5)
@@ -27,12 +27,13 @@ def test_zero_stages_on_two_ranks_equal_one_process(one_rank, two_ranks):
 
 @pytest.mark.slow
 def test_every_stage_optimizer_micro_batch_and_recomputation(tmp_path, one_rank):
-    """Neither sizes of micro batches nor activation checkpointing change anything; bf16 follows fp32."""
+    """Nor do sizes of micro batches, recomputation and where the optimizer lies change anything; bf16 follows fp32."""
     sgd, adamw = one_rank[1]["curves"]
-    recomputed = "engine.activation_checkpointing=true"
+    recomputed = "engine.activation_checkpointing=full"
     cases = engines("fp32", *SGD) + engines("fp32", *ADAMW) + engines("fp32", recomputed)
-    cases += engines("fp32", "training.micro_batch_size=2") + engines("bf16")
+    cases += engines("fp32", "training.micro_batch_size=2") + engines("fp32", OFFLOAD, stages=[1, 2, 3])
+    cases += engines("bf16") + engines("bf16", OFFLOAD, stages=[1, 2, 3])
     curves = on_ranks(2, tmp_path, {"all": ("curves", {"cases": cases, "steps": STEPS})})["all"]
     assert_equal_curves(curves[:4], sgd, 1e-5)
-    assert_equal_curves(curves[4:16], adamw, 1e-5)
-    assert_equal_curves(curves[16:], adamw, 2e-2)
+    assert_equal_curves(curves[4:19], adamw, 1e-5)
+    assert_equal_curves(curves[19:], adamw, 2e-2)

@@ -105,3 +105,16 @@ def test_what_deepspeed_is_told(tmp_path, stage, precision):
     assert told["gradient_clipping"] == config.optimizer.gradient_clipping
     assert told["data_types"]["grad_accum_dtype"] == ("bf16" if (stage, precision) == (0, "bf16") else "fp32")
     assert json.loads(json.dumps(told)) == told
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_deepspeed_is_told_of_an_optimizer_on_the_host(tmp_path, stage):
+    config = tiny_config(tmp_path, f"engine.zero_stage={stage}", "engine.offload_optimizer=true")
+    told = deepspeed_config(config, 2)
+    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert told["zero_force_ds_cpu_optimizer"] is False, "the optimizer is ours"
+    model = Decoder(config.model, config.attention)
+    assert build_optimizer(model, config.optimizer, offload=True).defaults["fused"]
+    assert "offload_optimizer" not in deepspeed_config(tiny_config(tmp_path), 2)["zero_optimization"]
+    with pytest.raises(ValueError, match=r"offload_optimizer needs engine.zero_stage 1, 2 or 3"):
+        tiny_config(tmp_path, "engine.zero_stage=0", "engine.offload_optimizer=true")

@@ -24,8 +24,11 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def why_not(*tensors: Tensor, heads: bool = True) -> str | None:
-    """Why the kernels cannot run on these tensors, (.., width of a head) if ``heads``; None if they can."""
-    if not all(x.is_cuda for x in tensors) and not INTERPRETED:
+    """Why the kernels cannot run on these tensors, (.., width of a head) if ``heads``; None if they can.
+
+    On meta tensors they "run", too: their operators know the shapes of their results.
+    """
+    if not all(x.is_cuda or x.is_meta for x in tensors) and not INTERPRETED:
         return "tensors must be on a CUDA device (or TRITON_INTERPRET=1 be set before the start)"
     if tensors[0].dtype not in DTYPES or any(x.dtype != tensors[0].dtype for x in tensors):
         return f"tensors must share one of float16, bfloat16, float32; got {', '.join(str(x.dtype) for x in tensors)}"

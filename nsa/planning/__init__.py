@@ -1,0 +1,1 @@
+"""What a run will need and how fast it may be, before it is started."""

@@ -1,0 +1,189 @@
+"""One rank's forward and backward passes without its GPU and without the other ranks.
+
+The rank's part of the decoder is built on the meta device, where tensors have shapes and no memory, inside a process
+group that is only pretended, and runs a micro batch through the very code that trains. So a layout that breaks does so
+here, and what is counted is what would be sent and kept. The operators are those of the kernels, which know the shapes
+of their results; what a kernel needs for itself while it runs is not seen.
+"""
+
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from nsa.config import Config, ConfigError
+from nsa.models import Decoder
+from nsa.parallel.decoder import parallelize
+from nsa.parallel.grid import Grid, build_grid
+from nsa.parallel.pipeline import Pipeline
+from nsa.training.activation_checkpointing import checkpoint_layers
+from nsa.training.deepspeed_config import micro_batches_per_step
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank does in a step.
+
+    Attributes:
+        rank: in the world. layout: such as "2 data x 4 tensor". parameters: that the rank holds.
+        sent: bytes to others of its replica in a step, by the names of `comm/...` in the metrics.
+        flops: of its matrix products in a step, those that run again included; without attention and compression.
+        peak_bytes: most that lives at once beside weights, gradients and optimizer: activations, and what the
+            backward pass has under way.
+        seconds: that the dry run took.
+    """
+
+    rank: int
+    layout: str
+    parameters: int
+    sent: dict[str, int]
+    flops: float
+    peak_bytes: int
+    seconds: float
+
+
+def dry_run(config: Config, gpus: int, rank: int = 0) -> DryRun:
+    """Run a step of ``rank`` among ``gpus`` ranks without computing anything.
+
+    Raises:
+        ConfigError: the ranks cannot be dealt out, or the kernels do not know such heads.
+    """
+    started = time.perf_counter()
+    try:
+        passes = micro_batches_per_step(config, gpus)
+        with _pretended_ranks(rank, gpus):
+            grid = build_grid(config.parallel, rank, gpus, num_kv_heads=config.model.num_kv_heads)
+            model = _build(config, grid)
+            runs = [_count(config, grid, model, n) for n in sorted({1, min(passes, grid.pipeline.size)})]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    first, last = runs[0], runs[-1]
+
+    def of_step(name: str) -> int:
+        """Every micro batch sends the same; the rest, once a step, is what one pass alone sends beyond that."""
+        a, b, more = first.sent.get(name, 0), last.sent.get(name, 0), last.passes - first.passes
+        return a + (b - a) // more * (passes - 1) if more else a * passes
+
+    return DryRun(
+        rank=rank,
+        layout=grid.describe(),
+        parameters=sum(p.numel() for p in model.parameters()),
+        sent={name: of_step(name) for name in last.sent},
+        flops=first.flops * passes,
+        peak_bytes=last.peak,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@contextmanager
+def _pretended_ranks(rank: int, world_size: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _build(config: Config, grid: Grid) -> Decoder:
+    """As `nsa.training.engine.build_engine`, without DeepSpeed."""
+    engine = config.engine
+    with META:
+        model = Decoder(config.model, config.attention, backend="triton")
+    parallelize(model, grid)
+    if grid.pipeline.group is not None:  # its sends ask for the device's backend before they go
+        backend = grid.pipeline.group._get_backend(torch.device("cpu"))
+        grid.pipeline.group._register_backend(META, dist.ProcessGroup.BackendType.CUSTOM, backend)
+    if engine.activation_checkpointing != "none":
+        checkpoint_layers(model.layers, engine.activation_checkpointing)
+    for parameter in model.parameters():
+        # DeepSpeed, or the pipeline's sum, takes a gradient as soon as it is there.
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    return model.bfloat16() if engine.precision == "bf16" else model
+
+
+@dataclass(frozen=True)
+class _Counts:
+    passes: int
+    sent: dict[str, int]
+    flops: float
+    peak: int
+
+
+def _count(config: Config, grid: Grid, model: Decoder, passes: int) -> _Counts:
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    ids = torch.empty(1, tokens, dtype=torch.int64, device=META)
+    borders = torch.empty(2, dtype=torch.int32, device=META)
+
+    def run(_: Any = None) -> Tensor:
+        return model(ids, targets=ids, cu_seqlens=borders)
+
+    grid.traffic.take()
+    with Ledger([ids, borders, *model.parameters()]) as ledger:
+        if grid.pipeline.size == 1:
+            assert passes == 1
+            run().sum().backward()
+        else:
+            shape = (1, tokens // grid.context.size // grid.tensor.size, config.model.hidden_size)
+            Pipeline(_Engine(model), grid.pipeline, run, lambda _: shape).backward([None] * passes, 1.0)
+    return _Counts(passes, grid.traffic.take(), ledger.flops / passes, ledger.peak)
+
+
+class _Engine:
+    def __init__(self, module: Decoder) -> None:
+        self.module = module
+
+    def backward(self, loss: Tensor, *, scale_wrt_gas: bool) -> None:
+        loss.backward()
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the meta tensors that operators made and that live, and FLOPs of matrix products, while it is entered.
+
+    Args:
+        given: tensors that are not to be counted, and that live longer.
+
+    Attributes:
+        now, peak: bytes. flops: forward and backward.
+    """
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.flops = 0.0
+        self._known = {x.untyped_storage()._cdata for x in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := flop_registry.get(func._overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(x, Tensor) and x.is_meta:
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

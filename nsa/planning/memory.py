@@ -1,0 +1,130 @@
+"""Memory of one rank, by what takes it.
+
+Weights, gradients and the optimizer's state are counted as DeepSpeed 0.19 keeps them in each ZeRO stage. Activations
+come from dry runs of decoders of one and two layers: so they are what the code keeps, whatever it is.
+"""
+
+from dataclasses import dataclass
+
+from nsa.config import Config
+from nsa.models import count_parameters
+from nsa.parallel.config import ParallelConfig
+from nsa.parallel.grid import data_parallel_size
+from nsa.parallel.pipeline import stage_layers
+from nsa.planning.dry_run import dry_run
+from nsa.planning.traffic import element_bytes
+from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank: the first of a replica, which holds the most layers and micro batches.
+
+    Attributes:
+        device: by kind, while it trains. host: the same, of the optimizer's state if it is offloaded.
+        start: on the device before the decoder is split: all of it is built there, in fp32.
+    """
+
+    device: dict[str, float]
+    host: dict[str, float]
+    start: float
+
+    @property
+    def peak(self) -> float:
+        """Of the device."""
+        return max(self.start, sum(self.device.values()))
+
+
+def memory_of(config: Config, gpus: int) -> Memory:
+    """Raises ValueError if the ranks cannot be dealt out."""
+    passes = micro_batches_per_step(config, gpus)
+    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context
+    model, engine, width = config.model, config.engine, element_bytes(config)
+    stages = config.parallel.pipeline
+    kinds = [str(config.attention.kinds(model.num_layers)[i]) for i in stage_layers(model.num_layers, stages, 0)]
+
+    costs = {kind: _layer_costs(_alone(config, kind)) for kind in dict.fromkeys(kinds)}
+    table = model.vocab_size // config.parallel.tensor * model.hidden_size
+    tables = 1 if stages > 1 or model.tie_embeddings else 2
+    parameters = tables * table + sum(costs[kind].parameters for kind in kinds)
+    if stages == 1:
+        parameters += model.hidden_size  # the last norm
+    in_flight = min(passes, stages)  # micro batches, under 1F1B
+    activations = max(cost.fixed for cost in costs.values()) + in_flight * sum(costs[kind].kept for kind in kinds)
+
+    device: dict[str, float] = {"weights": parameters * width}
+    if engine.zero_stage == 3:
+        told = deepspeed_config(config, gpus)["zero_optimization"]
+        # Weights that are used again soon stay gathered.
+        device["weights"] = device["weights"] / replicas + min(parameters, told["stage3_max_live_parameters"]) * width
+    device["gradients"] = parameters * _gradient_bytes(config, replicas)
+    if stages > 1:
+        device["gradients"] += parameters * (4 + width)  # the pipeline's own sum, and a pass's beside it
+    state: dict[str, float] = {}
+    copies = 4 if width == 2 or engine.offload_optimizer else 0
+    copies += 8 if config.optimizer.kind == "adamw" else 0
+    state["optimizer"] = parameters * copies / (replicas if engine.zero_stage else 1)
+    if engine.offload_optimizer:
+        state["gradients"] = parameters * 4 / replicas
+        host, state = state, {}
+    else:
+        host = {}
+    device |= state
+    device["buffers"] = _bucket(config, gpus, parameters) if replicas > 1 or engine.zero_stage >= 2 else 0.0
+    device["activations"] = activations
+    whole = count_parameters(model, config.attention)["total"]
+    start = 4.0 * (whole + (parameters if config.parallel.model_ranks > 1 else 0))
+    return Memory(device, host, start)
+
+
+def _gradient_bytes(config: Config, replicas: int) -> float:
+    """Per parameter of a rank."""
+    stage, width = config.engine.zero_stage, element_bytes(config)
+    if stage == 0:
+        return 4 if width == 4 else 2 + 4  # accumulated in bf16, and in fp32 for the update
+    if stage == 1 and width == 2:
+        return 4 + 2  # the sum of all in fp32, and those of one pass
+    if stage == 1:
+        return 4 + (0 if config.engine.offload_optimizer else 4 / replicas)  # and the average of the rank's part
+    return 0 if config.engine.offload_optimizer else 4 / replicas
+
+
+def _bucket(config: Config, gpus: int, parameters: float) -> float:
+    """What gradients are gathered in before they are reduced, and its fp32 copy."""
+    size = deepspeed_config(config, gpus)["zero_optimization"]["reduce_bucket_size"]
+    width = element_bytes(config)
+    return min(size, parameters) * (width + (4 if width == 2 else 0))
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Of one layer: bytes that it keeps until its backward pass; parameters. fixed: bytes beside what layers keep."""
+
+    kept: float
+    fixed: float
+    parameters: int
+
+
+def _alone(config: Config, kind: str) -> Config:
+    """The same rank's work on one micro batch, with layers of one kind; equal for all numbers of layers and ranks."""
+    attention = config.attention.model_copy(update={"kind": kind})
+    model = config.model.model_copy(update={"num_layers": 1})
+    parallel = ParallelConfig(tensor=config.parallel.tensor, context=config.parallel.context)
+    training = config.training.model_copy(update={"global_batch_size": config.training.micro_batch_size})
+    update = {"attention": attention, "model": model, "parallel": parallel, "training": training}
+    return config.model_copy(update=update)
+
+
+_known: dict[str, _Costs] = {}
+
+
+def _layer_costs(config: Config) -> _Costs:
+    """From decoders of one and of two layers."""
+    key = config.model_dump_json(include={"attention", "model", "parallel", "training", "engine", "data"})
+    if key not in _known:
+        two = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 2})})
+        ranks = config.parallel.model_ranks
+        one, both = dry_run(config, ranks), dry_run(two, ranks)
+        kept = both.peak_bytes - one.peak_bytes
+        _known[key] = _Costs(kept, one.peak_bytes - kept, both.parameters - one.parameters)
+    return _known[key]

@@ -1,0 +1,111 @@
+"""A plan in words."""
+
+from nsa.config import Config
+from nsa.models import count_parameters, training_flops_per_token
+from nsa.parallel.config import ParallelConfig
+from nsa.parallel.grid import data_parallel_size
+from nsa.planning.dry_run import DryRun
+from nsa.planning.memory import Memory, memory_of
+from nsa.planning.search import Found
+from nsa.planning.speed import Gpu, Speed, fits
+from nsa.planning.traffic import bytes_sent, data_bytes
+from nsa.training.deepspeed_config import micro_batches_per_step
+
+GIB = 2**30
+
+
+def describe(config: Config, gpus: int) -> str:
+    """Parameters, FLOPs, memory and traffic in the configured layout. Raises ValueError if it cannot be dealt out."""
+    training, engine, length = config.training, config.engine, config.data.sequence_length
+    passes, memory = micro_batches_per_step(config, gpus), memory_of(config, gpus)
+    counts = count_parameters(config.model, config.attention)
+    kinds = config.attention.kinds(config.model.num_layers)
+    layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    step = training.global_batch_size * length
+    lines = [
+        f"{config.name}: {counts['total']:,} parameters, {counts['embedding']:,} of them embeddings",
+        f"  layers      {layers}",
+        f"  step        {training.global_batch_size} samples of {length} tokens = {step:,} tokens; "
+        f"micro batches per GPU: {passes}",
+        f"  run         {training.steps:,} steps = {step * training.steps:,} tokens, "
+        f"{step * training.steps / counts['total']:.1f} per parameter",
+        f"  layout      {_layout(config.parallel, gpus)}",
+        "",
+        f"FLOPs, forward and backward {'per token':>12} {'per step':>12} {'whole run':>12}",
+    ]
+    for name, flops in training_flops_per_token(config.model, config.attention, length).items():
+        name = name.replace("_", "-")
+        lines.append(f"  {name:<25} {flops:>12.3g} {flops * step:>12.3g} {flops * step * training.steps:>12.3g}")
+    where = ", optimizer on the host" if engine.offload_optimizer else ""
+    lines += [
+        "",
+        f"Memory per GPU (estimate): GPUs: {gpus}, ZeRO {engine.zero_stage}, {engine.precision}, "
+        f"activation checkpointing: {engine.activation_checkpointing}{where}",
+        *_memory_lines(memory),
+    ]
+    parameters = counts["total"] / (config.parallel.tensor * config.parallel.pipeline)
+    sent: dict[str, float] = {**bytes_sent(config, gpus), "data (DeepSpeed)": data_bytes(config, gpus, parameters)}
+    sent = {name: num_bytes for name, num_bytes in sent.items() if num_bytes}
+    if sent:
+        lines += ["", "Sent by the first GPU in a step:", *_gib_lines(sent)]
+    return "\n".join(lines)
+
+
+def describe_speed(speed: Speed, memory: Memory, gpus: int, gpu: Gpu) -> str:
+    """The prediction for the configured layout."""
+    room = "" if fits(memory, gpu) else f"; DOES NOT FIT into {gpu.memory / 1e9:.0f} GB"
+    lines = [
+        f"Predicted on {gpus} x {gpu.name}: {speed.step_seconds:.3f} s a step, {speed.tokens_per_second:,.0f} tokens/s"
+        + room
+    ]
+    lines += [f"  {kind:<24} {seconds:>9.4f} s" for kind, seconds in speed.seconds.items() if seconds]
+    return "\n".join(lines)
+
+
+def describe_search(found: list[Found], gpus: int, gpu: Gpu) -> str:
+    """The best layouts as a table."""
+    lines = [
+        f"The fastest layouts of {gpus} x {gpu.name} that fit, by the same prediction:",
+        "  tensor context pipeline data   GiB per GPU   s a step     tokens/s",
+    ]
+    for one in found:
+        p, speed = one.config.parallel, one.speed
+        place = f"{p.tensor:>8} {p.context:>7} {p.pipeline:>8} {data_parallel_size(p, gpus):>4}"
+        numbers = f"{one.memory.peak / GIB:>11.1f}   {speed.step_seconds:>8.3f}   {speed.tokens_per_second:>10,.0f}"
+        lines.append(f"{place}   {numbers}")
+    return "\n".join(lines)
+
+
+def describe_dry_run(run: DryRun) -> str:
+    """What a rank did on the meta device."""
+    lines = [
+        f"Dry run of rank {run.rank} of {run.layout}, in {run.seconds:.0f} s: forward and backward passes go through",
+        f"  {'parameters of the rank':<28} {run.parameters:>14,}",
+        f"  {'matrix products in a step':<28} {run.flops:>14.4g} FLOPs",
+        f"  {'activations at most':<28} {run.peak_bytes / GIB:>14.3f} GiB",
+    ]
+    return "\n".join([*lines, *(["  sent in a step:"] if run.sent else []), *_gib_lines(dict(run.sent))])
+
+
+def _layout(parallel: ParallelConfig, gpus: int) -> str:
+    sizes = {"data": data_parallel_size(parallel, gpus), **parallel.model_dump()}
+    return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1) or "one GPU"
+
+
+def _memory_lines(memory: Memory) -> list[str]:
+    total = sum(memory.device.values())
+    lines = _gib_lines(memory.device)
+    lines.append(
+        f"  {'total':<24} {total / GIB:>9.3f} GiB  (what kernels need while they run, and fragments, come on top)"
+    )
+    lines.append(
+        f"  {'at the start':<24} {memory.start / GIB:>9.3f} GiB  (the whole decoder in fp32, before it is split)"
+    )
+    if memory.host:
+        host = sum(memory.host.values())
+        lines.append(f"  {'on the host':<24} {host / GIB:>9.3f} GiB  ({', '.join(memory.host)})")
+    return lines
+
+
+def _gib_lines(sizes: dict[str, float]) -> list[str]:
+    return [f"  {name:<24} {size / GIB:>9.3f} GiB" for name, size in sizes.items()]

@@ -1,0 +1,109 @@
+"""Step time of a configuration in its layout of ranks, predicted.
+
+A step takes the longer of what Python launches and what the device computes, then what the links move (nothing is
+assumed to overlap), stretched by the pipeline's bubble. The efficiencies were fitted to 16 whole-model measurements on
+one H200 without DeepSpeed (docs/log.md, 25m and 125m, dense and NSA, 8K to 64K tokens); `nsa.planning.measured` states
+the error, on these points and on others. Of links and of the host nothing is measured yet: arithmetic from data sheets.
+"""
+
+from dataclasses import dataclass
+
+from nsa.config import Config
+from nsa.models.sizes import attention_flops, count_parameters, training_flops_per_token
+from nsa.planning.memory import Memory
+from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes
+from nsa.training.deepspeed_config import micro_batches_per_step
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """peak: bf16 FLOP/s. memory: bytes. fast, slow: bytes/s one way of a rank within a machine and between machines.
+
+    From data sheets: NVLink, and one 400 Gb/s adapter a GPU (200 on the A100).
+    """
+
+    name: str
+    peak: float
+    memory: float
+    fast: float
+    slow: float
+    per_machine: int = 8
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H200", 989e12, 141e9, 450e9, 50e9),
+        Gpu("H100", 989e12, 80e9, 450e9, 50e9),
+        Gpu("A100", 312e12, 80e9, 300e9, 25e9),
+    )
+}
+# Fitted (see above): shares of the peak; seconds per layer, hidden unit and token of everything between the matrix
+# products (norms, rotary, residuals, on an H200); seconds that Python needs to launch a layer's forward and backward.
+MATRICES = 0.40
+ATTENTION = {"dense": 0.26, "nsa": 0.14}
+ELEMENTWISE = 2.0e-10
+LAUNCH = {"dense": 3.0e-3, "nsa": 8.5e-3}
+# Assumed: the share of a link's bandwidth that is reached, the share of the memory that a plan may fill, bytes/s
+# between device and host, and parameters/s that AdamW updates on the host.
+LINK, ROOM, HOST_LINK, HOST_ADAM = 0.8, 0.9, 25e9, 1e9
+AXES = ("tensor", "context", "pipeline", "data")
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of the first rank and one step.
+
+    Attributes:
+        sent: bytes by name, DeepSpeed's as ``data``. seconds: by kind, without the pipeline's bubble.
+        tokens_per_second: of all ranks.
+    """
+
+    sent: dict[str, float]
+    seconds: dict[str, float]
+    step_seconds: float
+    tokens_per_second: float
+
+
+def fits(memory: Memory, gpu: Gpu) -> bool:
+    """Whether a part of the device's memory stays free, for fragments and what nobody counts."""
+    return memory.peak <= ROOM * gpu.memory
+
+
+def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
+    """Predict a step on ``gpus`` GPUs. Raises ValueError if they cannot be dealt out."""
+    model, engine, parallel = config.model, config.engine, config.parallel
+    tp, cp, pp = parallel.tensor, parallel.context, parallel.pipeline
+    passes, length = micro_batches_per_step(config, gpus), config.data.sequence_length
+    kinds = [str(kind) for kind in config.attention.kinds(model.num_layers)]
+    parameters = count_parameters(model, config.attention)["total"] / (tp * pp)
+    sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus, parameters)}
+
+    scores = {
+        kind: 3 * attention_flops(kind, model, config.attention, length) * kinds.count(kind)
+        for kind in dict.fromkeys(kinds)
+    }
+    matrices = training_flops_per_token(model, config.attention, length)["sparse"] - sum(scores.values())
+    share = passes * config.training.micro_batch_size * length / (cp * tp * pp)  # tokens x part of the model
+    # Recomputed is a forward pass, a third of both; selectively, not that of attention.
+    again = 1.0 if engine.activation_checkpointing == "none" else 4 / 3
+    attention_again = again if engine.activation_checkpointing == "full" else 1.0
+    seconds = {"matrix products": again * share * matrices / (MATRICES * gpu.peak)}
+    seconds["attention"] = attention_again * share * sum(f / (ATTENTION[k] * gpu.peak) for k, f in scores.items())
+    seconds["elementwise"] = again * ELEMENTWISE * share * model.num_layers * model.hidden_size
+    launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds)
+    seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values()))
+    # Tensor-parallel ranks are neighbours, then context, pipeline, data: an axis is slow if it leaves the machine.
+    reach = 1
+    for axis, size in zip(AXES, (tp, cp, pp, gpus // (tp * cp * pp)), strict=True):
+        reach *= size
+        moved = sum(num_bytes for name, num_bytes in sent.items() if name.partition("/")[0] == axis)
+        seconds[f"{axis} links"] = moved / (LINK * (gpu.fast if reach <= gpu.per_machine else gpu.slow))
+    busy = sum(seconds.values()) - seconds["data links"]
+    if engine.offload_optimizer:
+        mine = parameters / (gpus // (tp * pp))  # ZeRO's part
+        seconds["optimizer on the host"] = mine * (2 * element_bytes(config) / HOST_LINK + 1 / HOST_ADAM)
+    step = busy * (1 + (pp - 1) / passes) + seconds["data links"] + seconds.get("optimizer on the host", 0.0)
+    return Speed(sent, seconds, step, config.training.global_batch_size * length / step)

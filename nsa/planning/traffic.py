@@ -1,0 +1,140 @@
+"""Bytes that a rank sends in a step, by arithmetic: what nsa/parallel counts, and DeepSpeed's.
+
+A test compares `bytes_sent` with a dry run, number by number, and a dry run with ranks that really talk.
+"""
+
+from collections import Counter
+
+import torch
+
+from nsa.config import Config
+from nsa.models.head import CHUNK_LOGITS
+from nsa.ops.packing import num_compressed
+from nsa.parallel.chunks import Chunks, halo_plan
+from nsa.parallel.grid import Axis, data_parallel_size
+from nsa.parallel.pipeline import stage_layers
+from nsa.training.deepspeed_config import micro_batches_per_step
+
+
+def element_bytes(config: Config) -> int:
+    """Of an activation or weight that is computed with."""
+    return 2 if config.engine.precision == "bf16" else 4
+
+
+def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
+    """To others of its replica in a step, by the names of `comm/...` in the metrics.
+
+    Raises:
+        ValueError: the ranks cannot be dealt out.
+    """
+    model, parallel = config.model, config.parallel
+    passes = micro_batches_per_step(config, gpus)
+    p, n, stages = parallel.tensor, parallel.context, parallel.pipeline
+    place, stage = rank // p % n, rank // (p * n) % stages
+    first, last = stage == 0, stage == stages - 1
+    kinds = [str(config.attention.kinds(model.num_layers)[i]) for i in stage_layers(model.num_layers, stages, stage)]
+    width, again = element_bytes(config), config.engine.activation_checkpointing != "none"
+    tokens = config.training.micro_batch_size * config.data.sequence_length // n  # of a rank
+    shard = tokens // p * model.hidden_size * width  # bytes of its part of the residual stream
+
+    sent: Counter[str] = Counter()
+    # Around attention and MLP a gather and a scatter, which is the other one backward. What runs again in the backward
+    # pass stops before the last scatter, that nothing waits for.
+    each = (p - 1) * shard
+    sent["tensor/activations"] += passes * each * (len(kinds) * (8 + 3 * again) + 2 * first + 2 * last)
+    copies = max(1, p // model.num_kv_heads)
+    if copies > 1:
+        queries = tokens * (model.num_heads // p) * (model.head_dim * width + 4) * (copies - 1)
+        sent["tensor/queries"] += passes * kinds.count("nsa") * queries * (1 + again)
+    if p > 1:
+        # A pipeline sums gradients once a step, the others after each micro batch.
+        sent["tensor/gradients"] += (passes if stages == 1 else 1) * _gradients(config, kinds, p, copies, last)
+        if last:
+            sent["tensor/loss"] += passes * _losses(config, tokens, p)
+    if n > 1:
+        for name, num_bytes in _context(config, kinds, Chunks.of_local(tokens, _axis(place, n)), again).items():
+            sent[f"context/{name}"] += passes * num_bytes
+    if stages > 1:
+        sent["pipeline/activations"] += passes * shard * (not last)
+        sent["pipeline/gradients"] += passes * shard * (not first)
+        if model.tie_embeddings and (first or last):  # the sum of both stages' gradients: an all-reduce of two, fp32
+            sent["pipeline/gradients"] += model.vocab_size // p * model.hidden_size * 4
+    return {name: num_bytes for name, num_bytes in sorted(sent.items()) if num_bytes}
+
+
+def data_bytes(config: Config, gpus: int, parameters: float) -> float:
+    """Of DeepSpeed, between ranks with the same weights: gradients, and what ZeRO gathers of the weights in a step.
+
+    Rings; gradients go in fp32. ``parameters``: of the rank.
+    """
+    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context
+    stage, again = config.engine.zero_stage, config.engine.activation_checkpointing != "none"
+    passes = micro_batches_per_step(config, gpus) if config.parallel.pipeline == 1 else 1
+    # Stages 2 and 3 reduce after every micro batch; stage 3 gathers weights in every pass over a layer.
+    reduced = {0: 2, 1: 2, 2: passes, 3: passes}[stage] * 4
+    gathered = {0: 0, 1: 1, 2: 1, 3: passes * (2 + again)}[stage] * element_bytes(config)
+    return (replicas - 1) / replicas * parameters * (reduced + gathered)
+
+
+def _axis(rank: int, size: int) -> Axis:
+    return Axis("context", rank, size, tuple(range(size)), None)
+
+
+def _all_reduce(num_bytes: int, ranks: int) -> int:
+    return 2 * num_bytes * (ranks - 1) // ranks
+
+
+def _gradients(config: Config, kinds: list[str], p: int, copies: int, last: bool) -> int:
+    """All-reduces, in fp32, of what tensor-parallel ranks hold alike: norms, compression, shared KV projections."""
+    model, attention = config.model, config.attention
+    key, value = model.head_dim, model.v_head_dim or model.head_dim
+    norms = 2 * len(kinds) + last
+    total = norms * _all_reduce(4 * model.hidden_size, p)
+    for kind in kinds:
+        if copies > 1:
+            for width in (key, value):
+                branches = 3 if kind == "nsa" else 1
+                total += branches * _all_reduce(4 * width * model.hidden_size, copies)
+        if kind == "nsa":
+            for width in (key, value):
+                hidden = attention.compress_hidden or width
+                sizes = (attention.compress_length * width, hidden * attention.compress_length * width, hidden * width)
+                total += sum(_all_reduce(4 * size, p) for size in sizes)
+    return total
+
+
+def _losses(config: Config, tokens: int, p: int) -> int:
+    """Three numbers a token, chunk by chunk: the largest logit, the sum and the target's."""
+    size = max(1, CHUNK_LOGITS // (config.model.vocab_size // p))
+    chunks = [min(size, tokens - start) for start in range(0, tokens, size)]
+    return sum(_all_reduce(4 * rows, p) + _all_reduce(8 * rows, p) for rows in chunks)
+
+
+def _context(config: Config, kinds: list[str], chunks: Chunks, again: bool) -> dict[str, int]:
+    """Of one micro batch, forward and backward: gradients go back the way keys came."""
+    model, a, n = config.model, config.attention, chunks.axis.size
+    heads = max(1, model.num_kv_heads // config.parallel.tensor)
+    row = heads * (model.head_dim + (model.v_head_dim or model.head_dim)) * element_bytes(config)
+    whole = 2 * chunks.size * row * (n - 1) * (2 + again)  # gathered, scattered, and gathered again
+    sent: Counter[str] = Counter()
+    sent["keys"] += kinds.count("dense") * whole
+    if "nsa" in kinds:
+        layers = kinds.count("nsa")
+        sent["selected"] += layers * whole
+        for name, width in (
+            ("window", min(a.window, chunks.tokens) - 1),
+            ("compression", a.compress_length - 1),
+        ):
+            sent[name] += layers * row * _halo(chunks, width, again)
+        blocks = num_compressed(2 * (a.compress_length - 1 + chunks.size), a.compress_length, a.compress_stride)
+        sent["compressed"] += layers * blocks * row * (n - 1) * (2 + again)
+    return sent
+
+
+def _halo(chunks: Chunks, width: int, again: bool) -> int:
+    """Tokens that leave the rank: those that others want, and the gradients of those that it wanted."""
+    if not width:
+        return 0
+    plan, here = halo_plan(chunks, width, torch.device("cpu")), chunks.axis.rank
+    sent, received = (sum(counts) - counts[here] for counts in (plan.send, plan.receive))
+    return sent * (1 + again) + received

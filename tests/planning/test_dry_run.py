@@ -1,0 +1,78 @@
+"""A dry run counts what ranks really send, the arithmetic counts the same, and a layout that breaks, breaks."""
+
+import time
+
+import pytest
+import torch.distributed as dist
+
+from nsa.config import ConfigError, load_config
+from nsa.planning.dry_run import dry_run
+from nsa.planning.memory import memory_of
+from nsa.planning.traffic import bytes_sent
+from tests.conftest import ROOT
+from tests.training.tiny import tiny_config
+
+BASE = ["model.num_heads=4", "model.num_kv_heads=2", "model.num_layers=4"]
+LAYOUTS = [  # tensor, context, pipeline, what is recomputed, rank
+    (2, 2, 1, "none", 0),
+    (4, 1, 1, "full", 0),
+    (4, 2, 1, "selective", 3),
+    (1, 4, 1, "none", 2),
+    (1, 4, 1, "full", 1),
+    (2, 1, 2, "full", 0),
+    (2, 1, 2, "none", 3),
+    (1, 2, 2, "none", 3),
+    (1, 1, 4, "none", 2),
+    (1, 1, 1, "full", 0),
+]
+
+
+@pytest.mark.parametrize(("tensor", "context", "pipeline", "mode", "rank"), LAYOUTS)
+@pytest.mark.parametrize("more", ["model.tie_embeddings=false", "engine.precision=bf16"])
+def test_the_arithmetic_of_traffic_is_a_dry_runs(tmp_path, tensor, context, pipeline, mode, rank, more):
+    sizes = {"tensor": tensor, "context": context, "pipeline": pipeline}
+    overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
+    config = tiny_config(tmp_path, *BASE, *overrides, f"engine.activation_checkpointing={mode}", more)
+    ranks = 2 * tensor * context * pipeline
+    assert bytes_sent(config, ranks, rank) == dry_run(config, ranks, rank).sent
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=4", "parallel.context=2")])
+@pytest.mark.parametrize("mode", ["full", "selective", "none"])
+def test_the_planned_activations_are_a_dry_runs(overrides, mode):
+    config = load_config(ROOT / "configs/1b.yaml", [*overrides, f"engine.activation_checkpointing={mode}"])
+    planned = memory_of(config, 64).device["activations"]
+    assert planned == pytest.approx(dry_run(config, 64).peak_bytes, rel=0.02)
+
+
+def test_a_stages_activations_and_gradients_are_a_dry_runs():
+    config = load_config(ROOT / "configs/1b.yaml", ["parallel.tensor=2", "parallel.pipeline=4"])
+    run, planned = dry_run(config, 64), memory_of(config, 64).device
+    own = run.parameters * (4 + 2)  # the sum that a pipeline keeps, and a pass's beside it
+    assert planned["activations"] + own == pytest.approx(run.peak_bytes, rel=0.05)
+
+
+def test_a_large_decoder_takes_seconds():
+    started = time.process_time()
+    run = dry_run(load_config(ROOT / "configs/7b.yaml", ["parallel.tensor=4", "parallel.context=2"]), 64)
+    assert time.process_time() - started < 60
+    assert run.layout == "8 data x 2 context x 4 tensor" and run.parameters > 1.7e9
+    forward = 2 * run.parameters * 8192 / 2  # of half the tokens of a sample
+    assert run.flops == pytest.approx(64 * 4 * forward, rel=0.1), "once more for what is recomputed"
+
+
+def test_a_layout_that_cannot_work_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no multiple of it"):
+        dry_run(tiny_config(tmp_path, "parallel.context=2"), 3)
+    with pytest.raises(ConfigError, match="head widths"):
+        dry_run(tiny_config(tmp_path, "model.head_dim=6"), 1)
+    assert not dist.is_initialized()
+
+
+def test_a_layer_that_breaks_is_caught(tmp_path, monkeypatch):
+    from nsa.parallel import tensor
+
+    monkeypatch.setattr(tensor, "_gather_tokens", lambda axis, module, args: args)
+    with pytest.raises((RuntimeError, ConfigError)):
+        dry_run(tiny_config(tmp_path, *BASE, "parallel.tensor=2"), 2)

@@ -1,0 +1,137 @@
+"""nsa.plan: what a run will need, how fast it may be, and in which layout."""
+
+import json
+import math
+
+import pytest
+
+from nsa.config import ConfigError, load_config
+from nsa.models import count_parameters
+from nsa.parallel.config import ParallelConfig
+from nsa.plan import main
+from nsa.planning.measured import compare, error_lines, result_files
+from nsa.planning.memory import memory_of
+from nsa.planning.search import in_layout, layouts, search
+from nsa.planning.speed import GPUS, fits, predict_speed
+from tests.conftest import ROOT
+
+CONFIG = ROOT / "configs/1b.yaml"
+H200 = GPUS["H200"]
+
+
+def config(*overrides: str, name: str = "1b"):
+    return load_config(ROOT / f"configs/{name}.yaml", overrides)
+
+
+PARAMETERS = count_parameters(config().model, config().attention)["total"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "bytes_each"),
+    [(0, (2, 6, 12)), (1, (2, 6, 12 / 8)), (2, (2, 4 / 8, 12 / 8)), (3, (2 / 8, 4 / 8, 12 / 8))],
+)
+def test_zero_shards_what_its_stage_says(stage, bytes_each):
+    found = memory_of(config(f"engine.zero_stage={stage}"), 8).device
+    expected = dict(zip(("weights", "gradients", "optimizer"), bytes_each, strict=True))
+    if stage == 3:
+        expected["weights"] += 2 * 1e9 / PARAMETERS  # gathered
+    for kind, size in expected.items():
+        assert found[kind] == pytest.approx(PARAMETERS * size), kind
+
+
+def test_fp32_has_no_second_copy_of_the_weights_and_sgd_no_moments():
+    found = memory_of(config("engine.precision=fp32", "optimizer.kind=sgd", "engine.zero_stage=0"), 1).device
+    assert found["weights"] == 4 * PARAMETERS and found["gradients"] == 4 * PARAMETERS
+    assert found["optimizer"] == 0
+
+
+def test_an_offloaded_optimizer_is_on_the_host():
+    on, off = (memory_of(config("engine.zero_stage=2", f"engine.offload_optimizer={x}"), 8) for x in ("true", "false"))
+    assert on.host["optimizer"] == off.device["optimizer"] and not off.host
+    assert "optimizer" not in on.device and on.device["gradients"] == 0
+    speeds = [predict_speed(config("engine.zero_stage=2", f"engine.offload_optimizer={x}"), 8, H200) for x in
+              ("true", "false")]  # fmt: skip
+    assert speeds[0].step_seconds > speeds[1].step_seconds
+
+
+def test_tensor_and_pipeline_ranks_hold_a_part():
+    whole = memory_of(config(), 8).device["weights"]
+    for parallel in ("parallel.tensor=2", "parallel.pipeline=2"):
+        part = memory_of(config(parallel), 8).device["weights"]
+        assert whole / 2 <= part < 0.56 * whole  # and what all hold
+    start = memory_of(config("parallel.tensor=2"), 8).start
+    assert start > 4 * PARAMETERS, "the whole decoder is built first"
+
+
+def test_recomputation_is_memory_for_time():
+    kept, seconds = {}, {}
+    for mode in ("none", "selective", "full"):
+        one = config(f"engine.activation_checkpointing={mode}", "training.micro_batch_size=1")
+        kept[mode] = memory_of(one, 8).device["activations"]
+        seconds[mode] = predict_speed(one, 8, H200).step_seconds
+    assert kept["full"] < kept["selective"] < kept["none"] / 2
+    assert seconds["none"] < seconds["selective"] < seconds["full"]
+
+
+def test_layouts_are_all_of_them_and_the_best_fits():
+    assert len(set(map(str, layouts(16)))) == 35
+    assert all(16 % math.prod(p.model_dump().values()) == 0 for p in layouts(16))
+    found = search(config("engine.zero_stage=1", name="7b"), 16, H200, most=3)
+    assert all(fits(one.memory, H200) for one in found)
+    assert [one.speed.step_seconds for one in found] == sorted(one.speed.step_seconds for one in found)
+
+
+def test_what_the_trainer_refuses_is_refused_in_its_words():
+    with pytest.raises(ValueError, match=r"parallel.tensor \(3\) must divide model.num_heads"):
+        in_layout(config(), ParallelConfig(tensor=3))
+    with pytest.raises(ConfigError, match=r"no layout of 17 GPUs.*parallel.tensor \(17\) must divide"):
+        search(config(), 17, H200)
+    with pytest.raises(ConfigError, match="fits into"):
+        search(config("engine.zero_stage=0", name="7b"), 1, GPUS["H100"])
+
+
+def test_the_stated_error():
+    rows = [row for path in result_files() for row in compare(path)]
+    fitted = [abs(row.error) for row in rows if row.fitted]
+    assert len(fitted) == 16 and max(fitted) < 0.2 and sum(fitted) / 16 < 0.1
+
+
+def test_a_measurement_of_the_trainer_is_compared_with_its_memory(tmp_path, capsys):
+    row = {"config": "125m", "attention": "nsa", "tokens": 8192, "overrides": ["engine.activation_checkpointing=full"]}
+    rows = [row | {"step_ms": 100.0, "tokens_per_s": 81920, "peak_gib": 3.0}, row | {"refused": "out of memory"}]
+    path = tmp_path / "training.json"
+    path.write_text(json.dumps({"device": "NVIDIA H100 80GB HBM3", "training": rows}))
+    first, second = compare(path)
+    assert first.config == "125m (full)" and second.error is None
+    assert first.memory_gib > 2 and first.memory_error == first.memory_gib / 3 - 1
+    assert main(["--check", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "out of memory" in told and error_lines([first, second])[0] in told
+
+
+def test_the_command_honours_the_layout(capsys):
+    assert main([str(CONFIG), "--gpus", "16", "--gpu", "H100", "parallel.tensor=2", "parallel.context=2"]) == 0
+    told = capsys.readouterr().out
+    for words in ("4 data x 2 tensor x 2 context", "context/selected", "tokens/s", "dense-equivalent", "at the start"):
+        assert words in told, words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpus", "7"], r"training.global_batch_size (128) must be a multiple"),
+        (["--gpus", "0"], "at least one"),
+        (["--gpus", "6", "parallel.tensor=4"], "no multiple of it"),
+        (["--gpu", "Z80"], "one of H200, H100, A100"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(capsys, arguments, words):
+    assert main([str(CONFIG), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_trainers_dry_run_prints_the_plan(run_python):
+    result = run_python("-m", "nsa.train", str(CONFIG), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    for words in ("1,039,404,544 parameters", "dense-equivalent", "weights", "gradients", "optimizer", "activations"):
+        assert words in result.stdout
