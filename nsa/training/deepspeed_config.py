@@ -34,8 +34,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.parallel.pipeline > 1:  # which accumulates by itself and hands the sum over
         micro_batch, passes = micro_batch * passes, 1
     return {
-        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each.
-        "train_batch_size": config.training.global_batch_size * config.parallel.context,
+        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each. Expert-parallel ones are not.
+        "train_batch_size": config.training.global_batch_size * config.parallel.context // config.parallel.expert,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": config.optimizer.gradient_clipping,
