@@ -34,7 +34,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.parallel.pipeline > 1:  # which accumulates by itself and hands the sum over
         micro_batch, passes = micro_batch * passes, 1
     return {
-        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each. Expert-parallel ones are not.
+        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each. Expert-parallel are not.
         "train_batch_size": config.training.global_batch_size * config.parallel.context // config.parallel.expert,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": passes,

@@ -2,8 +2,9 @@
 
 A checkpoint holds logical tensors: whole, fp32, under the parameter's name. A rank holds a run of consecutive elements
 of the flattened tensor (ZeRO 1 and 2: or none; ZeRO 3; ZeRO 0: all of them). `local_shards` names these runs as views
-into DeepSpeed's own buffers (and the model's buffers, which have no optimizer's state), `gather` puts whole tensors together, `scatter` writes them back; both move bits and
-compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in tests/training/test_resume.py.
+into DeepSpeed's own buffers, `gather` puts whole tensors together, `scatter` writes them back; both move bits and
+compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in tests/training/test_resume.py. The
+model's own buffers are saved like weights, without state of the optimizer.
 """
 
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
 
 
 def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
-    """The shard of every parameter and buffer of the whole model, by name, in its order. ``keys``: the optimizer's tensors."""
+    """The shard of every parameter, then of every buffer of the whole model, by name. ``keys``: the optimizer's."""
     named = dict(engine.module.named_parameters())
     shards = _local_shards(engine, named, keys)
     first_replica = engine.mpu.get_data_parallel_rank() == 0

@@ -437,8 +437,8 @@ class Trainer:
         parameters = count_parameters(config.model, config.attention)
         active = f" ({parameters['active'] / 1e6:.2f} M active)" if config.model.moe else ""
         self._say(
-            f"{config.name}: {parameters['total'] / 1e6:.2f} M parameters{active}, {ranks.world_size} x {ranks.device.type} "
-            f"({self.grid.describe()}), "
+            f"{config.name}: {parameters['total'] / 1e6:.2f} M parameters{active}, "
+            f"{ranks.world_size} x {ranks.device.type} ({self.grid.describe()}), "
             f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
             f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
             f"x {config.data.sequence_length} tokens; peak {self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})"
