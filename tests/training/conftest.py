@@ -3,6 +3,8 @@
 import pytest
 from tiny import on_ranks
 
+from tests.parallel.layouts import MOE
+
 SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3"]
 ADAMW = ["optimizer.kind=adamw"]
 CONSTANT = "optimizer.schedule=constant"
@@ -36,6 +38,7 @@ def two_ranks(tmp_path_factory, one_rank):
     elsewhere = [CONSTANT, "engine.zero_stage=3"]
     curves = engines("fp32", *SGD, stages=[1, 3]) + engines("fp32", *ADAMW, stages=[0, 2])
     resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3])
+    resumed += engines("bf16", "parallel.expert=2", *MOE, stages=[1])
     checks = {
         "curves": ("curves", {"cases": curves, "steps": STEPS}),
         "resume": ("resume", {"cases": resumed, "after": [2]}),
