@@ -30,14 +30,24 @@ def mlp_parameters(model: ModelConfig, active: bool = False) -> int:
 
 
 def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str, int]:
-    """``total`` parameters; ``embedding`` (the head's too, unless tied) and ``non_embedding`` ones of them; ``active``:
-    all but those of the routed experts that a token does not go to."""
+    """``total`` parameters; ``embedding`` (the head's too, unless tied) and ``non_embedding`` ones of them; ``routed``:
+    of the routed experts; ``active``: all but those of the experts that a token does not go to."""
     body = model.hidden_size + 2 * model.hidden_size * model.num_layers + mlp_parameters(model)
     body += sum(attention_parameters(kind, model, attention) for kind in attention.kinds(model.num_layers))
     embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     idle = mlp_parameters(model) - mlp_parameters(model, active=True)
     total = body + embedding
-    return {"total": total, "embedding": embedding, "non_embedding": body, "active": total - idle}
+    routed = 0
+    if model.moe is not None:
+        layers = model.num_layers - model.moe.first_dense
+        routed = layers * model.moe.num_experts * 3 * model.hidden_size * model.moe.expert_size
+    return {
+        "total": total,
+        "embedding": embedding,
+        "non_embedding": body,
+        "routed": routed,
+        "active": total - idle,
+    }
 
 
 def attention_flops(kind: str, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:

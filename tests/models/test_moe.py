@@ -177,6 +177,8 @@ def test_counted_parameters_and_flops(first_dense: int) -> None:
     assert counted["total"] == sum(p.numel() for p in decoder.parameters())
     assert counted["total"] == counted["embedding"] + counted["non_embedding"]
     idle = (4 - first_dense) * 4 * 3 * 24 * 5  # layers, experts that a token does not go to, their matrices
+    routed = [p.numel() for name, p in decoder.named_parameters() if ".experts." in name]
+    assert counted["routed"] == sum(routed)
     assert counted["active"] == counted["total"] - idle
     more = small("nsa", moe=MoEConfig(**{**MOE, "num_experts": 7}, first_dense=first_dense))[0]
     flops = [training_flops_per_token(m, attention, 64)["sparse"] for m in (model, more)]
