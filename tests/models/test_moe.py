@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from nsa.models import Decoder, MoEConfig, count_parameters, training_flops_per_token
 from nsa.models.decoder import MLP
-from nsa.models.moe import MixtureOfExperts, Router, expert_counts, moved_bias, take
+from nsa.models.moe import Experts, MixtureOfExperts, Router, expert_counts, moved_bias, take
 from nsa.training.activation_checkpointing import checkpoint_layers
 from tests.models.test_decoder import small
 
@@ -223,3 +223,29 @@ def test_contradictions_are_refused(changes, told) -> None:
 def test_a_model_whose_layers_are_all_dense_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"first_dense \(4\) leaves none"):
         small("nsa", moe=MoEConfig(**MOE, first_dense=4))
+
+
+@pytest.mark.gpu
+def test_one_kernel_computes_what_a_loop_over_experts_does() -> None:
+    """Grouped matrix products in bf16, empty experts among them, against float64; the same bits each time."""
+    torch.manual_seed(0)
+    for num_experts, hidden, width, counts in ((6, 64, 40, [5, 0, 17, 1, 0, 9]), (3, 8, 16, [0, 0, 3])):
+        experts = Experts(num_experts, hidden, width)
+        for weight in experts.parameters():
+            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        experts = experts.cuda().bfloat16()
+        exact = Experts(num_experts, hidden, width).cuda().double()
+        exact.load_state_dict(experts.state_dict())
+        rows = torch.randn(sum(counts), hidden, device="cuda").bfloat16().requires_grad_()
+        rows64 = rows.detach().double().requires_grad_()
+        d, load = torch.randn_like(rows), torch.tensor(counts, device="cuda")
+        assert experts._grouped(rows) and not exact._grouped(rows64)
+        results = []
+        for _ in range(2):
+            out = experts(rows, load)
+            results.append([out, *torch.autograd.grad(out, [rows, *experts.parameters()], d)])
+        out = exact(rows64, load)
+        expected = [out, *torch.autograd.grad(out, [rows64, *exact.parameters()], d.double())]
+        for a, again, b in zip(*results, expected, strict=True):
+            assert torch.equal(a, again)
+            assert (a - b).abs().max() < 0.02 * b.abs().max()

@@ -17,16 +17,23 @@ CASES = [
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
     [*BASE, *SGD, *MOE, *layout(expert=4, zero=0)],
-    [*BASE, *CLIPPED, *MOE, *layout(expert=2, zero=1)],
-    [*BASE, *SGD, *MOE, *layout(expert=2, zero=2)],
-    [*BASE, *CLIPPED, *MOE, *layout(expert=2, context=2, zero=3)],
+    [*BASE, *CLIPPED, *MOE, *layout(expert=2, zero=2)],
     [*BASE, *SGD, *MOE, *layout(expert=2, tensor=2, zero=1), "engine.activation_checkpointing=true"],
-    [*BASE, *CLIPPED, *MOE, *layout(expert=2, pipeline=2, zero=1)],
-    [*BASE, *SGD, *MOE, *layout(tensor=2, zero=0)],
+    [*BASE, *CLIPPED, *MOE, *layout(expert=2, context=2, zero=3)],
+]
+# All of four ranks with experts; the cases above have some of them.
+EXPERT_SPREADS = [{}, {"expert": 2}, {"expert": 4}, {"tensor": 2}]
+EXPERT_SPREADS += [{"expert": 2, other: 2} for other in ("tensor", "context", "pipeline")]
+EXPERT_CASES = [
+    [*BASE, *optimizer, *MOE, *layout(zero=zero, **spread)]
+    for spread in EXPERT_SPREADS
+    for zero in range(3 if "pipeline" in spread else 4)
+    for optimizer in (SGD, CLIPPED)
 ]
 SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
 SPREADS += [{"expert": 4}, {"expert": 2, "tensor": 2}, {"expert": 2, "context": 2}]
 BROKEN = [[*BASE, *layout(tensor=2, context=2, zero=1)], [*BASE, *layout(tensor=2, pipeline=2, zero=1)]]
+BROKEN += [[*BASE, *MOE, *layout(expert=2, zero=1)]]
 LINKS = [
     (2, layout(tensor=2, context=2, zero=1)),
     (3, layout(tensor=2, pipeline=2, zero=1)),

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from tests.parallel import matrix
-from tests.parallel.conftest import CASES, SPREADS
-from tests.parallel.layouts import BASE, MOE, SCRIPT, difference, learned, references
+from tests.parallel.conftest import CASES, EXPERT_CASES, SPREADS
+from tests.parallel.layouts import BASE, MOE, SCRIPT, STEPS, difference, learned, references
 from tests.training.tiny import on_ranks
 
 
@@ -72,6 +72,17 @@ def test_figures_of_experts_are_logged_alike_in_every_layout(four_ranks):
             assert 0 <= line[f"moe/dead_share/{layer}"] < 1
             assert 1 < line[f"moe/balance_loss/{layer}"] < 1.1, "of a router that has hardly learned"
     assert lines[0]["comm/experts_tokens_mib"] > 0
+
+
+@pytest.mark.slow
+def test_experts_in_every_zero_stage_and_beside_every_other_axis(tmp_path, tmp_path_factory):
+    """As the curves above: {no, 2, 4} expert ranks x ZeRO {0, 1, 2, 3}, and two beside two of each other axis."""
+    one = references(tmp_path_factory.mktemp("one"), EXPERT_CASES)
+    checks = {"curves": ("curves", {"cases": EXPERT_CASES, "steps": STEPS})}
+    curves = on_ranks(4, tmp_path, checks, SCRIPT, timeout=3600)["curves"]
+    for case, curve in zip(EXPERT_CASES, curves, strict=True):
+        print(case, found := difference(curve, one[str(learned(case))]))
+        assert found < 1e-5, case
 
 
 @pytest.mark.slow
