@@ -72,7 +72,9 @@ class Experts(nn.Module):
             hidden = silu(grouped_mm(rows, self.gate, offs=ends)) * grouped_mm(rows, self.up, offs=ends)
             return grouped_mm(hidden, self.down, offs=ends)
         # An expert without rows takes part, too: so every weight has a gradient on every rank.
-        parts = zip(rows.split(counts.tolist()), self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True)
+        parts = zip(
+            rows.split(sizes(counts, len(rows))), self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True
+        )
         return torch.cat([(silu(x @ gate) * (x @ up)) @ down for x, gate, up, down in parts])
 
     def _grouped(self, rows: Tensor) -> bool:
@@ -143,6 +145,13 @@ def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
     ids = chosen.flatten(1).sort(dim=1).values
     numbers = torch.arange(num_experts, device=ids.device).expand(len(ids), -1).contiguous()
     return torch.searchsorted(ids, numbers, right=True).diff(dim=1, prepend=ids.new_zeros(len(ids), 1))
+
+
+def sizes(counts: Tensor, total: int) -> list[int]:
+    """``counts``, which add up to ``total``, on the host. The meta device has no data: as even as can be."""
+    if counts.is_meta:
+        return [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
+    return counts.tolist()
 
 
 def balance_losses(affinities: Tensor, counts: Tensor) -> Tensor:

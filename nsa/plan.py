@@ -15,7 +15,7 @@ import torch
 
 from nsa import layouts
 from nsa.config import Config, ConfigError, load_config
-from nsa.models import Decoder, count_parameters, training_flops_per_token
+from nsa.models import Decoder, training_flops_per_token
 from nsa.models.head import CHUNK_LOGITS
 
 GIB = 2**30
@@ -99,10 +99,8 @@ def describe(config: Config, gpus: int) -> str:
     layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     tokens = plan.tokens_per_step * config.training.steps
     total = sum(plan.memory.values())
-    active = count_parameters(config.model, config.attention)["active"]
-    experts = f", {active:,} active" if config.model.moe else ""
     lines = [
-        f"{config.name}: {plan.parameters:,} parameters, {plan.embedding_parameters:,} of them embeddings{experts}",
+        f"{config.name}: {plan.parameters:,} parameters, {plan.embedding_parameters:,} of them embeddings",
         f"  layers      {layers}",
         f"  step        {config.training.global_batch_size} samples of {config.data.sequence_length} tokens = "
         f"{plan.tokens_per_step:,} tokens; micro batches per GPU: {plan.micro_batches_per_step}",

@@ -24,6 +24,11 @@ class ParallelConfig(Section):
         """Ranks that compute one sample."""
         return self.tensor * self.context * self.pipeline
 
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that hold one whole model: those of as many samples as there are expert-parallel ranks."""
+        return self.model_ranks * self.expert
+
 
 def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: int, zero_stage: int) -> None:
     """Raise ValueError, saying why and what to change, for a layout that cannot hold the model or its samples."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa.models import Decoder
-from nsa.models.moe import Experts, MixtureOfExperts, take
+from nsa.models.moe import Experts, MixtureOfExperts, sizes, take
 from nsa.parallel.collectives import all_reduce, exchange
 from nsa.parallel.grid import Axis, Grid
 from nsa.parallel.partition import Partition, mark, part_of, partition_of, sum_over
@@ -49,7 +49,7 @@ def _compute_together(experts: Experts, axis: Axis, rows: Tensor, counts: Tensor
     send = counts.view(axis.size, -1)  # (ranks, experts of each)
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send, group=axis.group)
-    sent, got = torch.stack((send.sum(1), receive.sum(1))).tolist()  # the host must know them
+    sent, got = (sizes(x.sum(1), len(rows)) for x in (send, receive))
     received = exchange(rows, axis, sent, got, "tokens")
     # They come by rank and then by expert; the experts want them by expert.
     number = torch.arange(send.shape[1], device=counts.device).repeat(axis.size)

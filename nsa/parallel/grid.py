@@ -151,7 +151,7 @@ def data_parallel_size(sizes: ParallelConfig, world_size: int) -> int:
     Raises:
         ValueError: the ranks do not make whole replicas of the model.
     """
-    replica = sizes.model_ranks * sizes.expert
+    replica = sizes.replica_ranks
     if world_size % replica:
         named = " x ".join(f"parallel.{name} ({getattr(sizes, name)})" for name in sizes.model_dump())
         raise ValueError(

@@ -168,6 +168,15 @@ def test_the_bias_stays_fp32() -> None:
     assert moe(torch.randn(1, 4, WIDTH, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_runs_without_data() -> None:
+    """On the meta device, where a plan counts what a pass keeps and computes: every expert gets as many tokens."""
+    with torch.device("meta"):
+        moe = MixtureOfExperts(WIDTH, MoEConfig(**MOE, loss_weight=0.1), MLP(WIDTH, 5))
+        x = torch.empty(1, 17, WIDTH, requires_grad=True)
+        moe(x).sum().backward()
+    assert x.grad.shape == x.shape and moe.experts.gate.grad.shape == moe.experts.gate.shape
+
+
 @pytest.mark.parametrize("first_dense", [0, 1, 3])
 def test_counted_parameters_and_flops(first_dense: int) -> None:
     model, attention = small("nsa", moe=MoEConfig(**MOE, first_dense=first_dense))

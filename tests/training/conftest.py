@@ -38,7 +38,6 @@ def two_ranks(tmp_path_factory, one_rank):
     elsewhere = [CONSTANT, "engine.zero_stage=3"]
     curves = engines("fp32", *SGD, stages=[1, 3]) + engines("fp32", *ADAMW, stages=[0, 2])
     resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3])
-    resumed += engines("bf16", "parallel.expert=2", *MOE, stages=[1])
     checks = {
         "curves": ("curves", {"cases": curves, "steps": STEPS}),
         "resume": ("resume", {"cases": resumed, "after": [2]}),
@@ -46,5 +45,6 @@ def two_ranks(tmp_path_factory, one_rank):
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
         "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),
         "stopped": ("stop_one_rank", {}),
+        "experts": ("resume", {"cases": engines("bf16", "parallel.expert=2", *MOE, stages=[1]), "after": [2]}),
     }
     return folder, on_ranks(2, folder, checks)

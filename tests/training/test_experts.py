@@ -4,8 +4,9 @@ import json
 
 import torch
 
+from nsa import plan
 from nsa.config import load_config
-from nsa.plan import describe
+from nsa.models import count_parameters
 from nsa.training import checkpoint
 from tests.conftest import ROOT
 from tests.training.tiny import TEXT, start
@@ -34,13 +35,14 @@ TOY = {
 }
 
 
-def test_the_papers_model_plans_and_trains_at_toy_width(tmp_path):
+def test_the_papers_model_plans_and_trains_at_toy_width(tmp_path, capsys):
     overrides = [f"{section}.{key}={value}" for section, keys in TOY.items() for key, value in keys.items()]
     overrides += [f"data.sources=[{{name: text, kind: files, path: '{TEXT}'}}]", f"output_dir={tmp_path}"]
     overrides += [f"data.cache_dir={tmp_path}/cache"]
     config = load_config(CONFIG, overrides)
     assert (config.model.moe.num_experts, config.model.moe.top_k, config.model.moe.num_shared) == (72, 6, 2)
-    assert "27b-a5b" in describe(config, 1) and "active" in describe(config, 1)
+    assert plan.main([str(CONFIG), *overrides, "--gpus", "1"]) == 0
+    assert f"{count_parameters(config.model, config.attention)['total']:,} parameters" in capsys.readouterr().out
 
     process = start(["-m", "nsa.train", str(CONFIG), *overrides])
     output, _ = process.communicate(timeout=180)
