@@ -149,9 +149,12 @@ def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
 
 def sizes(counts: Tensor, total: int) -> list[int]:
     """``counts``, which add up to ``total``, on the host. The meta device has no data: as even as can be."""
-    if counts.is_meta:
-        return [total // len(counts) + (i < total % len(counts)) for i in range(len(counts))]
-    return counts.tolist()
+    return even(total, len(counts)) if counts.is_meta else counts.tolist()
+
+
+def even(total: int, parts: int) -> list[int]:
+    """``parts`` numbers that add up to ``total`` and differ by one at most."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def balance_losses(affinities: Tensor, counts: Tensor) -> Tensor:
