@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import FullCache
-from nsa.layers.rotary import apply_rotary
+from nsa.layers.projection import joint_linear
 
 
 class CausalAttention(nn.Module):
@@ -40,7 +40,8 @@ class DenseAttention(nn.Module):
     ) -> None:
         super().__init__()
         v_head_dim = v_head_dim or head_dim
-        self.head_dim, self.v_head_dim = head_dim, v_head_dim
+        self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
+        # Modules for their names and initialisation; one product takes the weights.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
@@ -61,9 +62,13 @@ class DenseAttention(nn.Module):
             cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1.
             cache: keys and values of the tokens before; T new ones are appended.
         """
-        q = apply_rotary(self.query(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        k = apply_rotary(self.key(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        v = self.value(x).unflatten(-1, (-1, self.v_head_dim))
+        joint = joint_linear(x, [linear.weight for linear in (self.query, self.key, self.value)])
+        parts = [
+            ops.Heads(self.query.out_features // self.head_dim, self.head_dim, "rotate"),
+            ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "rotate"),
+            ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
+        ]
+        q, k, v = ops.split_heads(joint, parts, *rotary, backend=self.backend)
         if cache is not None:
             k, v = cache.append(k, v)
         out = self.attend(q, k, v, cu_seqlens)

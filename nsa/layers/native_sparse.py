@@ -1,11 +1,14 @@
 """Native Sparse Attention as a layer (DeepSeek, arXiv 2502.11089)."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import NativeSparseCache
 from nsa.layers.compression import BlockCompression
-from nsa.layers.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from nsa.layers.projection import joint_linear
+from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.ops.compression import block_ends
 from nsa.ops.packing import Documents
 
@@ -13,17 +16,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 class KeyValue(nn.Module):
-    """The key and value projections of one branch: (B, T, C) -> (B, T, G, D), (B, T, G, Dv)."""
+    """The key and value projections of one branch; the layer computes them together with all its others."""
 
     def __init__(self, hidden_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
         super().__init__()
-        self.widths = head_dim, v_head_dim
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
-
-    def forward(self, x: Tensor) -> Pair:
-        key, value = self.widths
-        return self.key(x).unflatten(-1, (-1, key)), self.value(x).unflatten(-1, (-1, value))
 
 
 class KeyValueCompression(nn.Module):
@@ -33,7 +31,7 @@ class KeyValueCompression(nn.Module):
         self, head_dim: int, v_head_dim: int, length: int, stride: int, hidden: int | None, *, backend: str = "auto"
     ) -> None:
         super().__init__()
-        self.length, self.stride = length, stride
+        self.length, self.stride, self.backend = length, stride, backend
         self.key = BlockCompression(head_dim, length, stride, hidden, backend=backend)
         self.value = BlockCompression(v_head_dim, length, stride, hidden, backend=backend)
 
@@ -48,7 +46,7 @@ class KeyValueCompression(nn.Module):
         if ahead:
             ends = ends - ahead
         k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
-        return apply_rotary(k_cmp, rotary[0][ends], rotary[1][ends]), v_cmp
+        return ops.apply_rotary(k_cmp, *rotary, ends, backend=self.backend), v_cmp
 
 
 class GatedBranches(nn.Module):
@@ -147,7 +145,8 @@ class NativeSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         v_head_dim = v_head_dim or head_dim
-        self.head_dim, self.rope_theta = head_dim, rope_theta
+        self.head_dim, self.v_head_dim, self.rope_theta, self.backend = head_dim, v_head_dim, rope_theta, backend
+        # Modules for their names and initialisation; one product takes the weights.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.key_value = nn.ModuleDict(
             {b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in ("compressed", "selected", "window")}
@@ -187,11 +186,7 @@ class NativeSparseAttention(nn.Module):
         offset = 0 if cache is None else cache.length
         if rotary is None:
             rotary = self._rotary(x, offset, cu_seqlens)
-        q = apply_rotary(self.query(x).unflatten(-1, (-1, self.head_dim)), *rotary)
-        raw_cmp = self.key_value["compressed"](x)
-        slc, win = (_rotated(self.key_value[branch](x), rotary) for branch in ("selected", "window"))
-        gates = self.gate(x).sigmoid().unflatten(-1, (-1, 3))
-
+        q, raw_cmp, slc, win, gates = self._project(x, rotary)
         if cache is None:
             cmp = self.compress(raw_cmp, rotary, cu_seqlens)
         else:
@@ -201,6 +196,28 @@ class NativeSparseAttention(nn.Module):
         out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 
+    def _project(self, x: Tensor, rotary: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
+        """Rotated queries; keys and values of each branch, those of the compressed one not rotated; gates."""
+        branches: list[Any] = [self.key_value[branch] for branch in ("compressed", "selected", "window")]
+        linears = [self.query, *(linear for kv in branches for linear in (kv.key, kv.value)), self.gate]
+        joint = joint_linear(x, [linear.weight for linear in linears])
+        heads, groups = self.gate.out_features // 3, branches[0].key.out_features // self.head_dim
+        rotated, value = ops.Heads(groups, self.head_dim, "rotate"), ops.Heads(groups, self.v_head_dim)
+        parts = [
+            ops.Heads(heads, self.head_dim, "rotate"),
+            ops.Heads(groups, self.head_dim),
+            value,
+            rotated,
+            value,
+            rotated,
+            value,
+            ops.Heads(heads, 3, "sigmoid"),
+        ]
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = ops.split_heads(
+            joint, parts, *rotary, bias=self.gate.bias, backend=self.backend
+        )
+        return q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates
+
     def new_cache(self) -> NativeSparseCache:
         return NativeSparseCache(self.attend.length, self.attend.stride, self.attend.window)
 
@@ -208,7 +225,3 @@ class NativeSparseAttention(nn.Module):
         positions = Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local
         frequencies = rotary_frequencies(self.head_dim, self.rope_theta, trained_range=1, device=x.device)
         return rotary_tables(positions, frequencies)
-
-
-def _rotated(kv: Pair, rotary: Pair) -> Pair:
-    return apply_rotary(kv[0], *rotary), kv[1]

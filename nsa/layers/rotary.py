@@ -39,10 +39,3 @@ def rotary_tables(positions: Tensor, frequencies: Tensor, *, yarn_factor: float 
     angles = positions[:, None].float() * frequencies
     temperature = 0.1 * math.log(yarn_factor) + 1.0
     return angles.cos() * temperature, angles.sin() * temperature
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x (B, T, H, D) by the tables (T, D/2): pairs are (i, i + D/2), computed in fp32, returned in x's dtype."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -4,14 +4,20 @@ from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.dense import dense_attention
 from nsa.ops.native_sparse import native_sparse_attention
+from nsa.ops.rotary import Heads, apply_rotary, split_heads
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
+from nsa.ops.swiglu import swiglu
 
 __all__ = [
+    "Heads",
+    "apply_rotary",
     "compress_blocks",
     "compressed_attention",
     "dense_attention",
     "native_sparse_attention",
     "select_blocks",
     "selected_attention",
+    "split_heads",
+    "swiglu",
 ]

@@ -6,31 +6,35 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "torch", "naive")
 
 
-def resolve_backend(backend: str, *tensors: Tensor) -> str:
+def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True) -> str:
     """The implementation to run: ``naive`` (the definition), ``torch`` (portable, linear memory) or ``triton``.
 
-    ``auto`` takes the kernels for ``tensors`` on a GPU that they can handle.
+    ``auto`` takes the kernels for ``tensors`` on a GPU that they can handle. ``heads``: their last axis is a head's
+    width, which kernels for attention hold whole.
 
     Raises:
         ValueError: unknown name, or ``triton`` for tensors that the kernels cannot handle.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "triton" and (obstacle := _kernel_obstacle(*tensors)):
+    if backend == "triton" and (obstacle := _kernel_obstacle(*tensors, heads=heads)):
         raise ValueError(f"backend='triton': {obstacle}; or use 'auto' or 'torch'")
     if backend == "auto":
-        on_gpu = all(x.is_cuda for x in tensors)
-        return "triton" if on_gpu and _kernel_obstacle(*tensors) is None else "torch"
+        return "triton" if _on_gpu(*tensors) and _kernel_obstacle(*tensors, heads=heads) is None else "torch"
     return backend
 
 
-def _kernel_obstacle(*tensors: Tensor) -> str | None:
+def _on_gpu(*tensors: Tensor) -> bool:
+    return all(x.is_cuda for x in tensors)
+
+
+def _kernel_obstacle(*tensors: Tensor, heads: bool) -> str | None:
     # Triton exists on Linux only, and costs a second to import.
     try:
         from nsa.ops.kernels.launch import why_not
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return why_not(*tensors)
+    return why_not(*tensors, heads=heads)
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, offset: int | None = None) -> None:

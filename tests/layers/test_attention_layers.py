@@ -8,7 +8,9 @@ from torch.nn.functional import silu
 
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.compression import BlockCompression
-from nsa.layers.rotary import apply_rotary, rotary_frequencies, rotary_tables
+from nsa.layers.projection import joint_linear
+from nsa.layers.rotary import rotary_frequencies, rotary_tables
+from nsa.ops import apply_rotary
 from nsa.ops.compression import block_ends
 from nsa.ops.packing import Documents
 
@@ -94,6 +96,16 @@ def test_compressed_scores_depend_on_distance_alone() -> None:
     x = torch.randn(1, 40, 16, dtype=torch.float64)
     # Tables are fp32: angles of other absolute positions round differently.
     torch.testing.assert_close(layer(x, tables[0]), layer(x, tables[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_joint_linear_equals_one_by_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    weights = [torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (4, 1, 7)]
+    assert torch.autograd.gradcheck(lambda x, *w: joint_linear(x, w), (x, *weights))
+    torch.testing.assert_close(joint_linear(x, weights), torch.cat([x @ w.T for w in weights], -1))
+    (frozen,) = torch.autograd.grad(joint_linear(x.detach(), weights).sum(), weights[:1])  # x wants no gradient
+    torch.testing.assert_close(frozen, x.detach().sum((0, 1)).expand(4, -1))
 
 
 def test_rotary_turns_pairs_and_keeps_norms() -> None:

@@ -25,8 +25,9 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.compressed import visible_blocks
 from nsa.ops.compression import compression_layout
-from nsa.ops.kernels import compression, gates, launch, ranges, selected, selection
+from nsa.ops.kernels import compression, gates, launch, ranges, rotary, selected, selection, swiglu
 from nsa.ops.packing import Documents
+from nsa.ops.rotary import Heads
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
@@ -82,7 +83,8 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
     def compile_instead(self: JITFunction, grid: tuple) -> object:
         def call(*args: object, **kwargs: object) -> None:
             module = self.fn.__module__.removeprefix("nsa.ops.kernels.")
-            key = f"{module}.{self.__name__} {shape_name}"
+            direction = " backward" if kwargs.get("BACKWARD") is True else ""
+            key = f"{module}.{self.__name__}{direction} {shape_name}"
             report.setdefault(key, resources(self.warmup(*args, grid=grid, **kwargs)))
 
         return call
@@ -111,6 +113,25 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
+        parts = [
+            Heads(heads, width, "rotate"),
+            Heads(1, width, "rotate"),
+            Heads(1, v_width),
+            Heads(heads, 3, "sigmoid"),
+        ]
+        joint = torch.zeros(1, tokens, sum(part.columns for part in parts), dtype=dtype, requires_grad=True)
+        tables, bias = torch.zeros(2, tokens, width // 2), torch.zeros(3 * heads, dtype=dtype)
+        split = rotary.split_heads(joint, parts, *tables, None, bias)
+        torch.autograd.grad(split, joint, [torch.zeros_like(part) for part in split])
+        shape_name = f"{name}, rows"  # of compressed keys
+        k = k.flatten(2).requires_grad_()
+        (rotated,) = rotary.split_heads(k, parts[1:2], *tables, torch.arange(tokens), None)
+        torch.autograd.grad(rotated, k, rotated)
+    for dtype in (torch.bfloat16, torch.float32):
+        shape_name = str(dtype).removeprefix("torch.")
+        gate, up = (torch.zeros(64, 64, dtype=dtype, requires_grad=True) for _ in range(2))
+        out = swiglu.swiglu(gate, up)
+        torch.autograd.grad(out, (gate, up), out)
     return report
 
 

@@ -1,5 +1,6 @@
 """The Triton kernels against the definition: on the GPU where there is one, else in Triton's interpreter (fp32)."""
 
+import itertools
 import os
 
 import pytest
@@ -65,6 +66,88 @@ def test_dense(batch, documents, heads, groups, width, v_width, window) -> None:
         lambda: ops.dense_attention(q, k, v, **options, backend="naive"),
         [q, k, v],
     )
+
+
+PARTS = [
+    [
+        ops.Heads(3, 16, "rotate"),
+        ops.Heads(1, 16),
+        ops.Heads(2, 8),
+        ops.Heads(1, 16, "rotate"),
+        ops.Heads(3, 3, "sigmoid"),
+    ],
+    [ops.Heads(1, 2, "sigmoid")],
+    [ops.Heads(1, 6, "rotate")],
+    [ops.Heads(1, 7), ops.Heads(5, 48, "rotate")],
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 17), (3, 63), (1, 0)])
+@pytest.mark.parametrize("given", [False, True])
+def test_split_heads(parts: list[ops.Heads], batch: int, tokens: int, given: bool) -> None:
+    x = normal(batch, tokens, sum(part.columns for part in parts))
+    half = next((part.width // 2 for part in parts if part.how == "rotate"), 1)
+    tables = [normal(tokens + 5 if given else tokens, half, seed=i).detach() for i in (1, 2)]
+    rows = torch.arange(tokens, device=DEVICE).flip(0) + 5 if given else None
+    gate = next((part for part in parts if part.how == "sigmoid"), None)
+    bias = normal(gate.columns, seed=3) if gate else None
+    inputs = [x, *([bias] if bias is not None else [])]
+    results = []
+    for backend in ("triton", "torch"):
+        outs = ops.split_heads(x, parts, *tables, rows=rows, bias=bias, backend=backend)
+        assert [out.shape for out in outs] == [(batch, tokens, part.number, part.width) for part in parts]
+        weights = [normal(*out.shape, seed=i).detach() for i, out in enumerate(outs)]
+        results.append([*outs, *torch.autograd.grad(outs, inputs, weights)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@needs_kernels
+def test_one_part_of_the_gradients_alone() -> None:
+    """The others' are missing, not zeros: as where no token is compressed."""
+    x, (cos, sin) = normal(1, 9, 40), normal(2, 9, 8).detach()
+    parts = [ops.Heads(1, 16, "rotate"), ops.Heads(1, 24)]
+    (ours,) = torch.autograd.grad(ops.split_heads(x, parts, cos, sin, backend="triton")[1].sum(), x)
+    assert (ours[..., :16] == 0).all() and (ours[..., 16:] == 1).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (2, 4096), (0, 4)])
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    gate, up = normal(*shape), normal(*shape, seed=1)
+    check(
+        lambda: [ops.swiglu(gate, up, backend="triton")],
+        lambda: [ops.swiglu(gate, up, backend="torch")],
+        [gate, up],
+    )
+
+
+LISTS = [(1, 1, 1, 1, 1, 128), (2, 70, 3, 4, 9, 8), (1, 300, 1, 16, 40, 128), (1, 130, 2, 5, 700, 4)]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "tokens", "groups", "n", "num_blocks", "chunk"), LISTS)
+def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_blocks, chunk) -> None:
+    from nsa.ops.kernels.lists import NO_BLOCK, work_items
+
+    torch.manual_seed(0)
+    blocks = torch.randint(num_blocks, (batch, tokens, groups, n), dtype=torch.int32)
+    blocks[torch.rand(blocks.shape) < 0.2] = NO_BLOCK.value
+    found = [x.tolist() for x in work_items(blocks.to(DEVICE), num_blocks, chunk)]
+    lists = [
+        [t for t in range(tokens) for chosen in blocks[b, t, g] if chosen == block]
+        for b, g, block in itertools.product(range(batch), range(groups), range(num_blocks))
+    ]
+    begins = [0, *itertools.accumulate(map(len, lists))]
+    items = [max(1, -(-len(tokens_) // chunk)) for tokens_ in lists]
+    parts = [count if count > 1 else 0 for count in items]
+    blocks_of = [i for i, count in enumerate(items) for _ in range(count)]
+    order, list_begin, item_block, item_begin, part_begin = found
+    assert order[: begins[-1]] == list(itertools.chain.from_iterable(lists)) and list_begin == begins
+    assert item_begin == [0, *itertools.accumulate(items)]
+    assert part_begin == [0, *itertools.accumulate(parts)][:-1]
+    assert item_block == blocks_of + [len(lists)] * (len(item_block) - len(blocks_of))
 
 
 COMPRESSED = [  # documents, heads, groups, length, stride

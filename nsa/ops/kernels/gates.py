@@ -31,11 +31,11 @@ def combine_kernel(Gates, Out0, Out1, Out2, Out, num_rows, DV: tl.constexpr, DV1
 
 
 @triton.jit
-def _branch(
-    Gates, Out, Lse, GatedLse, DGates, branch: tl.constexpr, row, ok, column, d_out, num_rows, DV: tl.constexpr
-):
+def _branch(Gates, Out, Lse, GatedLse, Delta, DGates, branch: tl.constexpr, row, ok, column, d_out, num_rows,
+            DV: tl.constexpr):  # fmt: skip
     d_gate = tl.sum(d_out * _load_rows(Out, row, ok, column, DV).to(tl.float32), 1)
-    tl.store(DGates + branch * num_rows + row, d_gate, mask=ok)
+    tl.store(Delta + branch * num_rows + row, d_gate, mask=ok)
+    tl.store(DGates + row * 3 + branch, d_gate.to(DGates.dtype.element_ty), mask=ok)
     gate, lse = _load_gate(Gates, branch, row, ok), tl.load(Lse + row, mask=ok, other=0.0)
     # -inf says that the row sees nothing or that its gate is shut: probabilities 0 either way.
     gated = tl.where(gate > 0, lse - tl.log2(gate) * 0.6931471805599453, float("-inf"))
@@ -43,16 +43,16 @@ def _branch(
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def combine_backward_kernel(Gates, DOut, Out0, Out1, Out2, Lse0, Lse1, Lse2, GatedLse, DGates, num_rows,
-                            DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
-    """GatedLse, DGates (3, rows) fp32."""
+def combine_backward_kernel(Gates, DOut, Out0, Out1, Out2, Lse0, Lse1, Lse2, GatedLse, Delta, DGates,
+                            num_rows, DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """GatedLse, Delta (3, rows) fp32; DGates (rows, 3)."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # int64: so are the products with num_rows
     ok, column = row < num_rows, tl.arange(0, DV1)
     num_rows = num_rows.to(tl.int64)
     d_out = _load_rows(DOut, row, ok, column, DV).to(tl.float32)
-    _branch(Gates, Out0, Lse0, GatedLse, DGates, 0, row, ok, column, d_out, num_rows, DV)
-    _branch(Gates, Out1, Lse1, GatedLse, DGates, 1, row, ok, column, d_out, num_rows, DV)
-    _branch(Gates, Out2, Lse2, GatedLse, DGates, 2, row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out0, Lse0, GatedLse, Delta, DGates, 0, row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out1, Lse1, GatedLse, Delta, DGates, 1, row, ok, column, d_out, num_rows, DV)
+    _branch(Gates, Out2, Lse2, GatedLse, Delta, DGates, 2, row, ok, column, d_out, num_rows, DV)
 
 
 def _grid(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -72,13 +72,14 @@ def combine(gates: Tensor, outs: list[Tensor]) -> Tensor:
 
 def combine_backward(
     gates: Tensor, d_out: Tensor, outs: list[Tensor], lses: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What each branch's backward kernels take with ``d_out``: their LSEs and deltas, three of (B, T, H) fp32 each.
 
-    The deltas are the gradients of the gates.
+    The deltas are the gradients of the gates: third, (B, T, H, 3) in the gates' dtype.
     """
-    lse, d_gates = (gates.new_zeros(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
+    lse, delta = (gates.new_empty(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
+    d_gates = torch.empty_like(gates)
     if d_out.numel():
         grid, constants = _grid(d_out)
-        combine_backward_kernel[grid](gates, d_out, *outs, *lses, lse, d_gates, gates.numel() // 3, **constants)
-    return list(lse), list(d_gates)
+        combine_backward_kernel[grid](gates, d_out, *outs, *lses, lse, delta, d_gates, gates.numel() // 3, **constants)
+    return list(lse), list(delta), d_gates

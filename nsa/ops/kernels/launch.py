@@ -23,13 +23,15 @@ INTEGERS = (
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def why_not(*tensors: Tensor) -> str | None:
-    """Why the kernels cannot run on these (.., width) tensors; None if they can."""
+def why_not(*tensors: Tensor, heads: bool = True) -> str | None:
+    """Why the kernels cannot run on these tensors, (.., width of a head) if ``heads``; None if they can."""
     if not all(x.is_cuda for x in tensors) and not INTERPRETED:
         return "tensors must be on a CUDA device (or TRITON_INTERPRET=1 be set before the start)"
     if tensors[0].dtype not in DTYPES or any(x.dtype != tensors[0].dtype for x in tensors):
         return f"tensors must share one of float16, bfloat16, float32; got {', '.join(str(x.dtype) for x in tensors)}"
-    if any(x.shape[-1] * x.element_size() > MAX_ROW_BYTES or x.shape[-1] * x.element_size() % 16 for x in tensors):
+    if heads and any(
+        x.shape[-1] * x.element_size() > MAX_ROW_BYTES or x.shape[-1] * x.element_size() % 16 for x in tensors
+    ):
         return f"head widths must be multiples of 16 bytes, at most {MAX_ROW_BYTES} (256 in 16 bits, 128 in fp32)"
     return None
 

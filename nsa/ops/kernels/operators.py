@@ -39,6 +39,7 @@ def _(q, k, v, out, d_out, lse, first, last, scale):
 
 def _save_range(ctx, inputs, output):
     q, k, v, first, last, ctx.scale = inputs
+    ctx.set_materialize_grads(False)  # no zeros for lse
     ctx.save_for_backward(q, k, v, *output, first, last)
     ctx.mark_non_differentiable(output[1])
 
@@ -121,6 +122,7 @@ def _(q, k, v, out, d_out, lse, blocks, start, end, position, block_size, scale)
 
 def _save_selected(ctx, inputs, output):
     q, k, v, blocks, start, end, position, ctx.block_size, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, blocks, start, end, position)
     ctx.mark_non_differentiable(output[1])
 
@@ -165,8 +167,7 @@ def _gated_sum_backward(
     ranges_: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
-    lse, delta = gating.combine_backward(gates, d_out, outs, lses)
-    d_gates = torch.stack(delta, -1).to(gates.dtype)
+    lse, delta, d_gates = gating.combine_backward(gates, d_out, outs, lses)
     dq, dk_cmp, dv_cmp = ranges.backward(q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
     blocks = BlockLayout(*layout)
     _, dk_slc, dv_slc = selected.backward(q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale, dq)
@@ -263,6 +264,7 @@ def _(d_out, x, inner, position, outer, *rest):
 
 def _save_compressed(ctx, inputs, output):
     *tensors, layout, ctx.length, ctx.stride = inputs
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, output[1], *layout)
     ctx.mark_non_differentiable(output[1])
 

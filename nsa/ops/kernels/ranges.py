@@ -305,6 +305,50 @@ def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, F
     _store_rows(DV_, out_row, ok, tl.arange(0, DV1), DV, dv)
 
 
+@triton.jit
+def _count_up_to(Values, bound, count, steps):
+    """How many of the ``count`` rising Values are at most each bound; 2^steps > count."""
+    low = tl.zeros_like(bound)
+    high = low + count
+    for _ in tl.range(0, steps):
+        middle = (low + high) // 2
+        below = tl.load(Values + middle, mask=middle < high, other=0x7FFFFFFF) <= bound
+        low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "steps", "pitch"])
+def tile_runs_kernel(First, Last, Runs, num_tokens, num_keys, num_tiles, steps, pitch, BN: tl.constexpr,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    """Runs (4, pitch) int32: for each tile of BN keys the tokens that see some of it, begin and end, and all of it."""
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    begin = tile * BN
+    last = tl.minimum(begin + BN, num_keys) - 1
+    ok = tile < num_tiles
+    tl.store(Runs + tile, _count_up_to(Last, begin, num_tokens, steps), mask=ok)
+    tl.store(Runs + pitch + tile, _count_up_to(First, last, num_tokens, steps), mask=ok)
+    tl.store(Runs + 2 * pitch + tile, _count_up_to(Last, last, num_tokens, steps), mask=ok)
+    tl.store(Runs + 3 * pitch + tile, _count_up_to(First, begin, num_tokens, steps), mask=ok)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_k", "num_v"])
+def add_splits_kernel(PartK, PartV, DK, DV_, num_k, num_v, num_splits, BLOCK: tl.constexpr):
+    """DK and DV_ from the sums (splits, ..) fp32 of the programs that shared a tile, in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        _add_splits(PartK, DK, at, num_k, num_splits, BLOCK)
+    else:
+        _add_splits(PartV, DV_, at, num_v, num_splits, BLOCK)
+
+
+@triton.jit
+def _add_splits(Part, Out, at, count, num_splits, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.range(0, num_splits):
+        total += tl.load(Part + split.to(tl.int64) * count + at, mask=at < count, other=0.0)
+    tl.store(Out + at, total.to(Out.dtype.element_ty), mask=at < count)
+
+
 @cached
 def int32_runs(visible: Ranges) -> tuple[Tensor, Tensor]:
     """first and last (T,) int32 of a pattern."""
@@ -413,20 +457,20 @@ def key_gradients(
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     on_hopper = warpgroups(q, k, v, scale)
     tile, options = tile_sizes("hopper_key" if on_hopper else "range_key", q, k, v)
-    begin = torch.arange(0, keys, tile["BN"], device=q.device, dtype=torch.int32)
-    end = (begin + tile["BN"]).clamp_(max=keys)
-    seen_begin = torch.searchsorted(last, begin, right=True, out_int32=True)
-    seen_end = torch.searchsorted(first, end, out_int32=True)
-    full_begin = torch.searchsorted(last, end, out_int32=True)
-    full_end = torch.searchsorted(first, begin, right=True, out_int32=True)
+    num_tiles = triton.cdiv(keys, tile["BN"])
+    runs = first.new_empty(4, (num_tiles + 3) // 4 * 4)  # rows at multiples of 16 bytes
+    tile_runs_kernel[(triton.cdiv(num_tiles, 128),)](
+        first, last, runs, tokens, keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile["BN"], BLOCK=128,
+        num_warps=4,
+    )  # fmt: skip
     # Few key tiles, each seen by many queries (compressed keys): several programs share one, and their sums are
     # added in a fixed order.
-    splits = max(1, min(16, PROGRAMS // (len(begin) * batch * groups), tokens * heads // groups // (8 * tile["BM"])))
+    splits = max(1, min(16, PROGRAMS // (num_tiles * batch * groups), tokens * heads // groups // (8 * tile["BM"])))
     whole = splits == 1
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
-    rows = (lse, delta, first, last, seen_begin, seen_end, full_begin, full_end, dk, dv, tokens, keys, splits)
-    grid = (len(begin) * splits, batch * groups)
+    rows = (lse, delta, first, last, *runs, dk, dv, tokens, keys, splits)
+    grid = (num_tiles * splits, batch * groups)
     if on_hopper:
         from nsa.ops.kernels.hopper import keys as hopper
 
@@ -434,7 +478,7 @@ def key_gradients(
         hopper.range_key_kernel[grid](
             *inputs, *rows, scale * LOG2_E, scale, **hopper.shape_constants(q, k), **tile, **options
         )  # fmt: skip
-        return (dk, dv) if whole else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
+        return (dk, dv) if whole else _add_splits_of(dk, dv, k, v)
     constants = shape_constants(q, k, v)
     boxed = constants["HEADS"] <= tile["BM"] and constants["HEADS"] & (constants["HEADS"] - 1) == 0
 
@@ -445,7 +489,16 @@ def key_gradients(
         box(q, constants["D1"]), box(q, constants["D2"] or constants["D1"]), k, v, box(d_out, constants["DV1"]), *rows,
         scale * LOG2_E, scale, **constants, **tile, BOXED=boxed, **options,
     )  # fmt: skip
-    return (dk, dv) if whole else (dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype))
+    return (dk, dv) if whole else _add_splits_of(dk, dv, k, v)
+
+
+def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over the first axis of both, in the shapes and dtypes of k and v."""
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), 1024), 2)](
+        parts_k, parts_v, dk, dv, k.numel(), v.numel(), len(parts_k), BLOCK=1024, num_warps=4
+    )
+    return dk, dv
 
 
 PROGRAMS = 1056  # enough to balance uneven work over a GPU of some 130 multiprocessors: eight each

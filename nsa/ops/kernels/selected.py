@@ -18,10 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
+from nsa.ops.kernels.lists import NO_BLOCK, work_items
 from nsa.ops.kernels.ranges import _load_rows, _scores, _store_rows, shape_constants
 from nsa.ops.packing import Documents, block_starts, cached
-
-NO_BLOCK = tl.constexpr(0x1FFFFFF)  # above every block number: with the token's 6 bits it fits an int32
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -322,8 +321,9 @@ class BlockLayout:
     def of(cls, documents: Documents, block_indices: Tensor, num_keys: int, block_size: int) -> "BlockLayout":
         start, end, first, own, position = _blocks(documents, num_keys, block_size)
         # A block after the query has no key that it may see.
-        blocks = torch.where((block_indices < 0) | (block_indices > own), NO_BLOCK.value, block_indices + first)
-        return cls(blocks.int().contiguous(), start, end, position)
+        none = (block_indices < 0) | (block_indices > own)
+        blocks = (block_indices.int() + first).masked_fill_(none, NO_BLOCK.value)
+        return cls(blocks.contiguous(), start, end, position)
 
 
 @cached
@@ -449,23 +449,18 @@ def key_gradients(
     batch, tokens, groups, _ = layout.blocks.shape
     num_blocks = len(layout.start)
     lists = batch * groups * num_blocks
-    order, list_begin = _inverse(layout, num_blocks)
+    entries = layout.blocks.numel()
     # Items long enough to pay for loading the block, short enough that all multiprocessors get several.
-    chunk = max(128, min(2048, triton.next_power_of_2(order.numel() // ITEMS)))
-    items = ((list_begin[1:] - list_begin[:-1] + (chunk - 1)) // chunk).clamp(min=1)
-    item_begin = torch.nn.functional.pad(items.cumsum(0, dtype=torch.int32), (1, 0))
-    part_begin = torch.where(items > 1, items, 0).cumsum(0, dtype=torch.int32) - torch.where(items > 1, items, 0)
-    max_items = lists + order.numel() // chunk
-    item_block = torch.searchsorted(
-        item_begin[1:], torch.arange(max_items, device=q.device, dtype=torch.int32), right=True, out_int32=True
-    )
+    chunk = max(128, min(2048, triton.next_power_of_2(entries // ITEMS)))
+    items = work_items(layout.blocks, num_blocks, chunk)
+    max_items = len(items.item_block)
     # A list of c > chunk entries has ceil(c / chunk) <= 2 c / chunk parts.
-    parts = 2 * order.numel() // chunk
+    parts = 2 * entries // chunk
     rows = _block_constants(block_size)["BN"]
     part_k = k.new_empty(parts, rows, k.shape[3], dtype=torch.float32)
     part_v = v.new_empty(parts, rows, v.shape[3], dtype=torch.float32)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    lists_ = (order, list_begin, item_block, item_begin, part_begin, layout.start, layout.end)
+    lists_ = (*items, layout.start, layout.end)
     sizes = (tokens, k.shape[1], num_blocks, lists, block_size, chunk, scale * LOG2_E, scale)
     # Boxes of a token's heads must fill the eight rows after which shared memory's layout repeats.
     if warpgroups(q, k, v, scale) and rows == 64 and q.shape[2] >= 8 * groups:
@@ -485,26 +480,10 @@ def key_gradients(
     for part, out in ((part_k, dk), (part_v, dv)):
         width = min(64, max(16, triton.next_power_of_2(out.shape[3])))
         add_parts_kernel[(lists, triton.cdiv(out.shape[3], width))](
-            part, out, item_begin, part_begin, layout.start, layout.end, k.shape[1], num_blocks, block_size,
+            part, out, items.item_begin, items.part_begin, layout.start, layout.end, k.shape[1], num_blocks, block_size,
             GROUPS=groups, D=out.shape[3], WIDTH=width, BN=rows, num_warps=4,
         )  # fmt: skip
     return dk, dv
 
 
 ITEMS = 2112  # work items to aim at: sixteen for each of some 130 multiprocessors
-
-
-def _inverse(layout: BlockLayout, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """For each (batch, group, block) the tokens that chose it, ascending.
-
-    Returns:
-        tokens (B * G * T * n,) int32, and the (B * G * M + 1,) int32 first entry of each list.
-    """
-    batch, tokens, groups, n = layout.blocks.shape
-    slots = torch.arange(batch * groups, device=layout.blocks.device, dtype=torch.int32).view(batch, groups, 1, 1)
-    lists = batch * groups * num_blocks
-    block = layout.blocks.transpose(1, 2)
-    key = torch.where(block == NO_BLOCK.value, lists, block + slots * num_blocks).flatten()
-    key, entry = torch.sort(key, stable=True)
-    begin = torch.searchsorted(key, torch.arange(lists + 1, device=key.device, dtype=torch.int32), out_int32=True)
-    return (entry.div_(n, rounding_mode="floor") % tokens).int(), begin

@@ -1,0 +1,148 @@
+"""What one decoder layer asks a GPU to do, counted without one: the kernels that it launches.
+
+    python benchmarks/launches.py [--configs 25m] [--tokens 2048] [--list] [KEY=VALUE ...]
+
+The layer runs forward and backward on CPU tensors as it would on a GPU of --arch: Triton's kernels are counted and not
+run, PyTorch's operators run on the CPU and are counted where one stands for a launch (views and allocations do not).
+Operators that are one kernel on a GPU and several on a CPU (rms_norm) count as on a GPU. Numbers mean nothing here.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from nsa.config import load_config
+from nsa.models import Decoder
+
+ROOT = Path(__file__).parents[1]
+# Of the host alone: views, allocations, questions.
+FREE = {
+    *("view", "_unsafe_view", "t", "transpose", "permute", "slice", "split", "split_with_sizes", "select", "unbind"),
+    *("unsqueeze", "squeeze", "expand", "alias", "detach", "as_strided", "empty", "new_empty", "empty_like", "unfold"),
+    *("empty_strided", "new_empty_strided", "lift_fresh", "_local_scalar_dense", "is_same_size", "_reshape_alias"),
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches by name while active, those within the operators of this project included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = function.name().split("::")
+        if namespace == "nsa":
+            definition = torch._library.custom_ops.OPDEFS[function.name().split(".")[0]]
+            with self:
+                return definition._init_fn(*args, **(kwargs or {}))
+        kernel = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CPU")
+        if not kernel and function._can_decompose():  # such as flatten, matmul: what they are made of is counted
+            with self:
+                return function.decompose(*args, **(kwargs or {}))
+        if name.split(".")[0] not in FREE:
+            self.counts[name.split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
+    """Kernels "run" on CPU tensors as on ``arch``: each launch calls ``launched(name)``."""
+    from triton.runtime.jit import JITFunction
+
+    from nsa.models import decoder
+    from nsa.ops import dispatch
+    from nsa.ops.kernels import launch
+
+    def launch_instead(self: JITFunction, grid: tuple) -> Any:
+        return lambda *args, **kwargs: launched(f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__}")
+
+    class FusedNorm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            launched("rms_norm")
+            return torch.empty_like(x)
+
+        @staticmethod
+        def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+            for part in ("input", "weight"):
+                launched(f"rms_norm_backward_{part}")
+            return torch.empty_like(d_out), torch.empty_like(d_out[0, 0])
+
+    def norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        return FusedNorm.apply(x, weight)
+
+    with (
+        mock.patch.object(decoder, "rms_norm", norm),
+        mock.patch.object(dispatch, "_on_gpu", lambda *tensors: True),
+        mock.patch.object(JITFunction, "__getitem__", launch_instead),
+        mock.patch.object(launch, "architecture", lambda: arch),
+        mock.patch.object(dispatch, "_kernel_obstacle", lambda *tensors, **needs: None),
+    ):
+        yield
+
+
+def layer_and_input(
+    config_name: str, kind: str, tokens: int, overrides: list[str], device: str = "cpu"
+) -> tuple[Any, Tensor, Any]:
+    """The first decoder layer in bf16, an input that wants its gradient, and the rotary tables."""
+    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*overrides, f"attention.kind={kind}"])
+    one = config.model.model_copy(update={"num_layers": 1})
+    with torch.device(device):
+        decoder = Decoder(one, config.attention, backend="triton").bfloat16()
+        x = torch.randn(1, tokens, one.hidden_size, dtype=torch.bfloat16).requires_grad_()
+        return decoder.layers[0], x, decoder.rotary(torch.arange(tokens))
+
+
+def count(
+    config_name: str, kind: str, tokens: int, arch: str = "sm_90", overrides: list[str] | None = None
+) -> tuple[Counter[str], Counter[str]]:
+    """Launches of one layer, forward and backward, once the index tensors that layers share are there."""
+    layer, x, rotary = layer_and_input(config_name, kind, tokens, overrides or [])
+    passes: list[tuple[Counter[str], Counter[str]]] = []
+    mode = Launches()
+    with pretended_gpu(arch, lambda name: mode.counts.update([name])):
+        for _ in range(2):  # the first one builds the index tensors
+            layer.zero_grad()
+            mode.counts = Counter()
+            with mode:
+                out = layer(x, rotary)
+            forward, mode.counts = mode.counts, Counter()
+            with mode:
+                out.backward(torch.ones_like(out))
+            passes.append((forward, mode.counts))
+    return passes[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=["25m"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
+    parser.add_argument("--kinds", nargs="+", default=["nsa", "dense"])
+    parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--list", action="store_true", help="name the launches")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    options = parser.parse_args()
+    for config in options.configs:
+        for tokens in options.tokens:
+            for kind in options.kinds:
+                forward, backward = count(config, kind, tokens, options.arch, options.overrides)
+                total = forward.total() + backward.total()
+                print(f"{config} {kind} {tokens}: {forward.total()} + {backward.total()} = {total} launches")
+                if options.list:
+                    for title, counts in (("forward", forward), ("backward", backward)):
+                        print(f"  {title}: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
+
+
+if __name__ == "__main__":
+    main()

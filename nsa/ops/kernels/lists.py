@@ -1,0 +1,114 @@
+"""For each block the tokens that chose it, and the work items that its list is cut into: dK and dV are sums over them.
+
+One stable sort of (block, token) pairs puts each block's tokens together, ascending; the kernels here write its keys
+and read its result. Four launches beside the sort.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.launch import INTEGERS
+from nsa.ops.kernels.ranges import _count_up_to
+
+NO_BLOCK = tl.constexpr(0x1FFFFFF)  # above every block number: with the token's 6 bits it fits an int32
+BLOCK = 1024
+
+
+class Items(NamedTuple):
+    """All int32; a list is of one (batch, KV head, block).
+
+    Attributes:
+        order: (entries,) tokens, list after list; the entries that are no block's come last.
+        list_begin: (lists + 1,) first entry of each list.
+        item_block: (items,) list of each work item; ``lists`` for those beyond the last.
+        item_begin: (lists + 1,) first item of each list.
+        part_begin: (lists,) first part of each list: items of lists that have several write parts.
+    """
+
+    order: Tensor
+    list_begin: Tensor
+    item_block: Tensor
+    item_begin: Tensor
+    part_begin: Tensor
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_entries"])
+def pair_kernel(Blocks, Keys, num_entries, num_tokens, num_blocks, num_lists, GROUPS: tl.constexpr, N: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """Keys (B, G, T, N): the list of each entry of Blocks (B, T, G, N), or ``num_lists``."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = entry < num_entries
+    token, slot = entry // N % num_tokens, entry // N // num_tokens
+    source = ((slot // GROUPS * num_tokens + token) * GROUPS + slot % GROUPS) * N + entry % N
+    block = tl.load(Blocks + source, mask=ok, other=NO_BLOCK)
+    tl.store(Keys + entry, tl.where(block == NO_BLOCK, num_lists, block + slot.to(tl.int32) * num_blocks), mask=ok)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_entries", "steps"])
+def order_kernel(Keys, Entry, Order, ListBegin, num_entries, num_tokens, num_lists, steps, N: tl.constexpr,
+                 BLOCK: tl.constexpr, LISTS: tl.constexpr):  # fmt: skip
+    """Order: the token of each sorted Entry; ListBegin from the sorted Keys."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    entry = tl.load(Entry + at, mask=at < num_entries, other=0)
+    tl.store(Order + at, (entry // N % num_tokens).to(tl.int32), mask=at < num_entries)
+    for first in tl.range(tl.program_id(0) * LISTS, num_lists + 1, tl.num_programs(0) * LISTS):
+        index = first + tl.arange(0, LISTS)
+        tl.store(ListBegin + index, _count_up_to(Keys, index - 1, num_entries, steps), mask=index <= num_lists)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def item_kernel(ListBegin, ItemBegin, PartBegin, num_lists, chunk, BLOCK: tl.constexpr):
+    """One program: running sums over all lists."""
+    items_before = tl.program_id(0)  # 0, as a tensor
+    parts_before = tl.program_id(0)
+    for first in tl.range(0, num_lists, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        ok = index < num_lists
+        begin = tl.load(ListBegin + index, mask=ok, other=0)
+        end = tl.load(ListBegin + index + 1, mask=ok, other=0)
+        items = tl.where(ok, tl.maximum(tl.cdiv(end - begin, chunk), 1), 0)
+        parts = tl.where(items > 1, items, 0)
+        item_end, part_end = tl.cumsum(items, 0) + items_before, tl.cumsum(parts, 0) + parts_before
+        tl.store(ItemBegin + index + 1, item_end, mask=ok)
+        tl.store(PartBegin + index, part_end - parts, mask=ok)
+        items_before += tl.sum(items, 0)
+        parts_before += tl.sum(parts, 0)
+    tl.store(ItemBegin, 0)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_items", "steps"])
+def item_block_kernel(ItemBegin, ItemBlock, num_items, num_lists, steps, BLOCK: tl.constexpr):
+    item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(ItemBlock + item, _count_up_to(ItemBegin + 1, item, num_lists, steps), mask=item < num_items)
+
+
+def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
+    """The lists of blocks (B, T, G, n) int32 contiguous, numbers below ``num_blocks`` or NO_BLOCK; T, n > 0.
+
+    Items have ``chunk`` entries at most; a list has at least one item.
+    """
+    batch, tokens, groups, n = blocks.shape
+    entries, lists = blocks.numel(), batch * groups * num_blocks
+    grid = (triton.cdiv(entries, BLOCK),)
+    keys = blocks.new_empty(entries)
+    pair_kernel[grid](
+        blocks, keys, entries, tokens, num_blocks, lists, GROUPS=groups, N=n, BLOCK=BLOCK, num_warps=4
+    )  # fmt: skip
+    keys, entry = torch.sort(keys, stable=True)
+    order, list_begin = blocks.new_empty(entries), blocks.new_empty(lists + 1)
+    order_kernel[grid](
+        keys, entry, order, list_begin, entries, tokens, lists, entries.bit_length(), N=n, BLOCK=BLOCK, LISTS=32,
+        num_warps=4,
+    )  # fmt: skip
+    item_begin, part_begin = blocks.new_empty(lists + 1), blocks.new_empty(lists)
+    item_kernel[(1,)](list_begin, item_begin, part_begin, lists, chunk, BLOCK=BLOCK, num_warps=4)
+    num_items = lists + entries // chunk
+    item_block = blocks.new_empty(num_items)
+    item_block_kernel[(triton.cdiv(num_items, 256),)](
+        item_begin, item_block, num_items, lists, lists.bit_length(), BLOCK=256, num_warps=4
+    )  # fmt: skip
+    return Items(order, list_begin, item_block, item_begin, part_begin)

@@ -1,0 +1,162 @@
+"""Heads out of a joint projection, rotated or squashed on the way, and their gradients back into it: one launch each.
+
+A program takes BM tokens of one slot: a head, or all gates. Both halves of a head are in registers, so that a rotated
+pair needs no exchange. Columns of a part are the compiler's constants, its tensor one of a tuple.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.launch import INTEGERS
+from nsa.ops.rotary import Heads
+
+COPY, ROTATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+WAYS = {"copy": 0, "rotate": 1, "sigmoid": 2}
+
+
+@triton.jit
+def _convert(X, Part, Cos, Sin, Rows, Extra, row, ok, slot, num_tokens, COLUMNS: tl.constexpr, TABLE: tl.constexpr,
+             BACKWARD: tl.constexpr, slots: tl.constexpr, width: tl.constexpr, half: tl.constexpr,
+             half1: tl.constexpr, first_column: tl.constexpr, how: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, half1)
+    ok1 = ok[:, None] & (column < half)[None, :]
+    ok2 = ok[:, None] & (column + half < width)[None, :]
+    source = X + row[:, None] * COLUMNS + first_column + slot * width + column[None, :]
+    target = Part + row[:, None] * (slots * width) + slot * width + column[None, :]
+    if BACKWARD:
+        source, target = target, source
+    a = tl.load(source, mask=ok1, other=0.0).to(tl.float32)
+    b = tl.load(source + half, mask=ok2, other=0.0).to(tl.float32)
+    if how == ROTATE:
+        angle = row.to(tl.int32) % num_tokens
+        if Rows is not None:
+            angle = tl.load(Rows + angle, mask=ok, other=0)
+        at = angle[:, None] * TABLE + column[None, :]
+        cos, sin = tl.load(Cos + at, mask=ok1, other=0.0), tl.load(Sin + at, mask=ok1, other=0.0)
+        if BACKWARD:
+            sin = -sin
+        a, b = a * cos - b * sin, b * cos + a * sin
+    elif how == SIGMOID:
+        if BACKWARD:
+            gates = Extra + row[:, None] * width + column[None, :]
+            g1 = tl.load(gates, mask=ok1, other=0.0).to(tl.float32)
+            g2 = tl.load(gates + half, mask=ok2, other=0.0).to(tl.float32)
+            a, b = a * g1 * (1 - g1), b * g2 * (1 - g2)
+        else:
+            bias1 = tl.load(Extra + column, mask=column < half, other=0.0).to(tl.float32)
+            bias2 = tl.load(Extra + half + column, mask=column + half < width, other=0.0).to(tl.float32)
+            a, b = tl.sigmoid(a + bias1[None, :]), tl.sigmoid(b + bias2[None, :])
+    tl.store(target, a.to(X.dtype.element_ty), mask=ok1)
+    tl.store(target + half, b.to(X.dtype.element_ty), mask=ok2)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
+                 TABLE: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+    """X (rows, COLUMNS) -> Parts, each (rows, slots * width); backward: from the Parts' gradients to X's.
+
+    SLOTS: for each part its first slot, then slots, slot width, half of it, the same as a power of two, first column,
+    what to do. Rows (T,) of the tables Cos, Sin (.., TABLE), or None. Extra: forward the bias (slot width) of the
+    sigmoid, backward its results.
+    """
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    slot = tl.program_id(1)
+    ok = row < num_rows
+    for p in tl.static_range(len(SLOTS)):
+        if (slot >= SLOTS[p][0]) & (slot < SLOTS[p][0] + SLOTS[p][1]):
+            _convert(X, Parts[p], Cos, Sin, Rows, Extra, row, ok, slot - SLOTS[p][0], num_tokens, COLUMNS, TABLE,
+                     BACKWARD, SLOTS[p][1], SLOTS[p][2], SLOTS[p][3], SLOTS[p][4], SLOTS[p][5],
+                     SLOTS[p][6])  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _slots(counts: tuple[int, ...], widths: tuple[int, ...], ways: tuple[int, ...]) -> tuple[tuple, int, int]:
+    """SLOTS of the kernel, their number, and the tokens of a program."""
+    result, slot, column, widest = [], 0, 0, 1
+    for count, width, how in zip(counts, widths, ways, strict=True):
+        slots, slot_width = (1, count * width) if how == SIGMOID.value else (count, width)
+        half = (slot_width + 1) // 2
+        power = triton.next_power_of_2(half)
+        result.append((slot, slots, slot_width, half, power, column, how))
+        slot, column, widest = slot + slots, column + count * width, max(widest, power)
+    return tuple(result), slot, max(1, min(64, 2048 // widest))
+
+
+def _launch(
+    x: Tensor, parts: list[Tensor], cos: Tensor, sin: Tensor, rows: Tensor | None, extra: Tensor | None,
+    counts: list[int], widths: list[int], ways: list[int], backward: bool,
+) -> None:  # fmt: skip
+    slots, total, block = _slots(tuple(counts), tuple(widths), tuple(ways))
+    tokens = x.shape[0] * x.shape[1]
+    if tokens:
+        heads_kernel[(triton.cdiv(tokens, block), total)](
+            x, tuple(parts), cos, sin, rows, extra, tokens, x.shape[1], SLOTS=slots, COLUMNS=x.shape[2],
+            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4,
+        )  # fmt: skip
+
+
+@torch.library.custom_op("nsa::split_heads", mutates_args=())
+def _split_heads(
+    x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, bias: Tensor | None, counts: list[int],
+    widths: list[int], ways: list[int],
+) -> list[Tensor]:  # fmt: skip
+    outs = [x.new_empty(*x.shape[:2], count, width) for count, width in zip(counts, widths, strict=True)]
+    _launch(x, outs, cos, sin, rows, bias, counts, widths, ways, backward=False)
+    return outs
+
+
+@_split_heads.register_fake
+def _(x, cos, sin, rows, bias, counts, widths, ways):
+    return [x.new_empty(*x.shape[:2], count, width) for count, width in zip(counts, widths, strict=True)]
+
+
+@torch.library.custom_op("nsa::join_heads", mutates_args=())
+def _join_heads(
+    gradients: list[Tensor], cos: Tensor, sin: Tensor, rows: Tensor | None, gates: Tensor | None, counts: list[int],
+    widths: list[int], ways: list[int],
+) -> Tensor:  # fmt: skip
+    d_x = gradients[0].new_empty(*gradients[0].shape[:2], sum(c * w for c, w in zip(counts, widths, strict=True)))
+    _launch(d_x, gradients, cos, sin, rows, gates, counts, widths, ways, backward=True)
+    return d_x
+
+
+@_join_heads.register_fake
+def _(gradients, cos, sin, rows, gates, counts, widths, ways):
+    return gradients[0].new_empty(*gradients[0].shape[:2], sum(c * w for c, w in zip(counts, widths, strict=True)))
+
+
+def _save(ctx, inputs, output):
+    _, cos, sin, rows, bias, ctx.counts, ctx.widths, ctx.ways = inputs
+    ctx.given = rows is not None, bias is not None
+    gates = [output[ctx.ways.index(SIGMOID.value)]] if bias is not None else []
+    ctx.save_for_backward(cos, sin, *([rows] if rows is not None else []), *gates)
+
+
+def _differentiate(ctx, gradients):
+    cos, sin, *rest = ctx.saved_tensors
+    rows = rest.pop(0) if ctx.given[0] else None
+    gates = rest.pop(0) if ctx.given[1] else None
+    gradients = [d.contiguous() for d in gradients]
+    d_x = _join_heads(gradients, cos, sin, rows, gates, ctx.counts, ctx.widths, ctx.ways)
+    d_bias = None
+    if gates is not None:
+        number = ctx.ways.index(SIGMOID.value)
+        first = sum(c * w for c, w in zip(ctx.counts[:number], ctx.widths[:number], strict=True))
+        d_bias = d_x[..., first : first + ctx.counts[number] * ctx.widths[number]].sum((0, 1))
+    return d_x, None, None, None, d_bias, None, None, None
+
+
+_split_heads.register_autograd(_differentiate, setup_context=_save)
+
+
+def split_heads(
+    x: Tensor, parts: list[Heads], cos: Tensor, sin: Tensor, rows: Tensor | None, bias: Tensor | None
+) -> list[Tensor]:
+    """As `nsa.ops.rotary.split_heads`."""
+    counts, widths, ways = zip(*((part.number, part.width, WAYS[part.how]) for part in parts), strict=True)
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    return _split_heads(x.contiguous(), cos, sin, rows, bias, list(counts), list(widths), list(ways))

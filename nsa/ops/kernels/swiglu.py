@@ -1,0 +1,73 @@
+"""silu(gate) * up and its gradients, each in one pass; what is kept for the backward pass is the inputs alone."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 2048
+
+
+@triton.jit(do_not_specialize=["num_elements"])
+def swiglu_kernel(Gate, Up, Out, num_elements, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)
+    up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)
+    tl.store(Out + at, (gate * tl.sigmoid(gate) * up).to(Out.dtype.element_ty), mask=at < num_elements)
+
+
+@triton.jit(do_not_specialize=["num_elements"])
+def swiglu_backward_kernel(DOut, Gate, Up, DGate, DUp, num_elements, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    d_out = tl.load(DOut + at, mask=at < num_elements, other=0.0).to(tl.float32)
+    gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)
+    up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)
+    s = tl.sigmoid(gate)
+    d_gate = d_out * up * s * (1 + gate * (1 - s))
+    tl.store(DGate + at, d_gate.to(DGate.dtype.element_ty), mask=at < num_elements)
+    tl.store(DUp + at, (d_out * gate * s).to(DUp.dtype.element_ty), mask=at < num_elements)
+
+
+@torch.library.custom_op("nsa::swiglu", mutates_args=())
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate)
+    if out.numel():
+        swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK, num_warps=8)
+    return out
+
+
+@_swiglu.register_fake
+def _(gate, up):
+    return torch.empty_like(gate)
+
+
+@torch.library.custom_op("nsa::swiglu_backward", mutates_args=())
+def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    if gate.numel():
+        swiglu_backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
+            d_out, gate, up, d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=8
+        )
+    return d_gate, d_up
+
+
+@_swiglu_backward.register_fake
+def _(d_out, gate, up):
+    return torch.empty_like(gate), torch.empty_like(up)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, d_out):
+    gate, up = ctx.saved_tensors
+    return _swiglu_backward(d_out.contiguous(), gate, up)
+
+
+_swiglu.register_autograd(_differentiate, setup_context=_save)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `nsa.ops.swiglu`."""
+    return _swiglu(gate.contiguous(), up.contiguous())
