@@ -1,7 +1,15 @@
 """The decoder and its parts."""
 
-from nsa.models.config import AttentionConfig, ModelConfig, RopeConfig
+from nsa.models.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from nsa.models.decoder import Decoder
 from nsa.models.sizes import count_parameters, training_flops_per_token
 
-__all__ = ["AttentionConfig", "Decoder", "ModelConfig", "RopeConfig", "count_parameters", "training_flops_per_token"]
+__all__ = [
+    "AttentionConfig",
+    "Decoder",
+    "MoEConfig",
+    "ModelConfig",
+    "RopeConfig",
+    "count_parameters",
+    "training_flops_per_token",
+]

@@ -76,6 +76,34 @@ class RopeConfig(Section):
         return self
 
 
+class MoEConfig(Section):
+    """Mixture of experts in place of the MLP (DeepSeekMoE, arXiv 2401.06066)."""
+
+    num_experts: int = Field(ge=2, description="routed experts of a layer; without this section every MLP is dense")
+    top_k: int = Field(ge=2, description="routed experts that compute a token; their gates add up to 1")
+    num_shared: int = Field(0, ge=0, description="experts beside them that compute every token")
+    expert_size: int = Field(ge=1, description="hidden width of one expert")
+    first_dense: int = Field(1, ge=0, description="layers at the start that keep a dense MLP of intermediate_size")
+    bias_rate: float = Field(
+        0.001,
+        ge=0,
+        description="balance without a loss: what a step adds to the choice of experts with too few tokens and takes "
+        "from the others; 0: no such bias",
+    )
+    loss_weight: float = Field(
+        0.0, ge=0, description="weight of the balance loss, which is 1 where a micro batch loads all alike; 0: no loss"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MoEConfig":
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.moe.top_k ({self.top_k}) exceeds model.moe.num_experts ({self.num_experts}): "
+                "a token cannot go to more experts than there are"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """Shape of a pre-norm decoder (RMSNorm, rotary, SwiGLU, grouped-query attention)."""
 
@@ -89,6 +117,7 @@ class ModelConfig(Section):
     intermediate_size: int = Field(ge=1, description="hidden width of the SwiGLU MLP")
     max_position: int = Field(ge=1, description="rotary range in tokens that the model is trained for")
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding")
+    moe: MoEConfig | None = Field(None, description="mixture of experts; null: every MLP is dense")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding's weight")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
@@ -101,4 +130,13 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary embedding turns pairs")
+        if self.moe is not None and self.moe.first_dense >= self.num_layers:
+            raise ValueError(
+                f"model.moe.first_dense ({self.moe.first_dense}) leaves none of model.num_layers ({self.num_layers}) "
+                "with experts: lower it, or take model.moe out"
+            )
         return self
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the MLP of ``layer`` (from 0) is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.first_dense

@@ -10,6 +10,7 @@ from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.models.head import LanguageModelHead
+from nsa.models.moe import MixtureOfExperts
 from nsa.ops.packing import Documents
 
 
@@ -39,12 +40,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: DenseAttention | NativeSparseAttention) -> None:
+    def __init__(
+        self, config: ModelConfig, attention: DenseAttention | NativeSparseAttention, mlp: MLP | MixtureOfExperts
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.mlp = mlp
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None, cache: Cache | None = None
@@ -66,8 +69,8 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, build_attention(kind, config, attention, backend))
-            for kind in attention.kinds(config.num_layers)
+            DecoderLayer(config, build_attention(kind, config, attention, backend), build_mlp(number, config))
+            for number, kind in enumerate(attention.kinds(config.num_layers))
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = LanguageModelHead(config.hidden_size, config.vocab_size)
@@ -81,7 +84,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)  # gates start half open
-            elif name.endswith(("attention.output.weight", "mlp.down.weight")):
+            elif name.endswith(("attention.output.weight", "mlp.down.weight", "shared.down.weight", "experts.down")):
                 nn.init.normal_(parameter, std=std / (2 * self.config.num_layers) ** 0.5)
             elif ".compress." in name and parameter.dim() == 2 and not name.endswith("position"):
                 # No norm follows before the attention scores: keep the scale of the input.
@@ -135,6 +138,15 @@ class Decoder(nn.Module):
     def new_caches(self) -> list[Cache]:
         """Empty caches, one a layer, for decoding sequences of equal length side by side."""
         return [layer.attention.new_cache() for layer in self.layers]  # type: ignore[union-attr, operator]
+
+
+def build_mlp(layer: int, config: ModelConfig) -> MLP | MixtureOfExperts:
+    """The MLP of one decoder layer; shared experts are one MLP of their common width."""
+    moe = config.moe
+    if moe is None or not config.has_experts(layer):
+        return MLP(config.hidden_size, config.intermediate_size)
+    shared = MLP(config.hidden_size, moe.num_shared * moe.expert_size) if moe.num_shared else None
+    return MixtureOfExperts(config.hidden_size, moe, shared)
 
 
 def build_attention(

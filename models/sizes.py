@@ -19,13 +19,35 @@ def attention_parameters(kind: str, model: ModelConfig, attention: AttentionConf
     return projections + 3 * key_value + compression + gate
 
 
+def mlp_parameters(model: ModelConfig, active: bool = False) -> int:
+    """Parameters of the MLPs of all layers, mixtures of experts included; ``active``: those that compute a token."""
+    moe, layers = model.moe, [model.has_experts(number) for number in range(model.num_layers)]
+    total = layers.count(False) * 3 * model.hidden_size * model.intermediate_size
+    if moe is not None:
+        experts = (moe.top_k if active else moe.num_experts) + moe.num_shared
+        total += layers.count(True) * model.hidden_size * (3 * experts * moe.expert_size + moe.num_experts)
+    return total
+
+
 def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str, int]:
-    """``total``, ``embedding`` (the head's too, unless tied) and ``non_embedding`` parameters."""
-    layer = 3 * model.hidden_size * model.intermediate_size + 2 * model.hidden_size
-    body = model.hidden_size + model.num_layers * layer
+    """``total`` parameters; ``embedding`` (the head's too, unless tied) and ``non_embedding`` ones of them; ``routed``:
+    of the routed experts; ``active``: all but those of the experts that a token does not go to."""
+    body = model.hidden_size + 2 * model.hidden_size * model.num_layers + mlp_parameters(model)
     body += sum(attention_parameters(kind, model, attention) for kind in attention.kinds(model.num_layers))
     embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    return {"total": body + embedding, "embedding": embedding, "non_embedding": body}
+    idle = mlp_parameters(model) - mlp_parameters(model, active=True)
+    total = body + embedding
+    routed = 0
+    if model.moe is not None:
+        layers = model.num_layers - model.moe.first_dense
+        routed = layers * model.moe.num_experts * 3 * model.hidden_size * model.moe.expert_size
+    return {
+        "total": total,
+        "embedding": embedding,
+        "non_embedding": body,
+        "routed": routed,
+        "active": total - idle,
+    }
 
 
 def attention_flops(kind: str, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:
@@ -48,7 +70,7 @@ def attention_flops(kind: str, model: ModelConfig, attention: AttentionConfig, s
 
 
 def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> dict[str, float]:
-    """Forward and backward FLOPs per token (backward counts twice the forward).
+    """Forward and backward FLOPs per token (backward counts twice the forward), of the active parameters.
 
     Returns:
         ``sparse``: what the configured attention needs. ``dense_equivalent``: the same decoder with dense attention
@@ -56,7 +78,7 @@ def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, seq
     """
 
     def total(kinds: list[str]) -> float:
-        matrices: float = 3 * model.hidden_size * model.intermediate_size * model.num_layers
+        matrices: float = mlp_parameters(model, active=True)
         matrices += sum(_matrix_parameters(kind, model, attention) for kind in kinds)
         matrices += model.vocab_size * model.hidden_size
         scores = sum(attention_flops(kind, model, attention, sequence_length) for kind in kinds)

@@ -58,6 +58,8 @@ def small_run(folder: Path, kind="nsa", **model) -> Path:
     config = small_config(folder, kind, **model)
     torch.manual_seed(0)
     decoder = Decoder(config.model, config.attention)
+    for buffer in decoder.buffers():
+        buffer.normal_(0.0, 0.1)
     step = folder / "run" / "step_00000003"
     temporary = step.with_suffix(".tmp")
     temporary.mkdir(parents=True)

@@ -14,7 +14,7 @@ SIZES = {"m": 10**6, "b": 10**9}
 
 
 def test_the_sizes_of_the_issue_are_there():
-    assert {path.stem for path in FILES} >= {"demo", "25m", "125m", "350m", "1b", "3b", "7b"}
+    assert {path.stem for path in FILES} >= {"demo", "25m", "125m", "350m", "1b", "3b", "7b", "27b-a5b"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -25,9 +25,12 @@ def test_builds_on_the_meta_device_and_has_the_size_of_its_name(path, kind):
         decoder = Decoder(config.model, config.attention)
     parameters = sum(p.numel() for p in decoder.parameters())
     assert parameters == count_parameters(config.model, config.attention)["total"]
-    named = re.fullmatch(r"(\d+)([mb])", path.stem)
+    named = re.fullmatch(r"(\d+)([mb])(?:-a(\d+)([mb]))?", path.stem)
     if named and kind == "nsa":
         assert parameters == pytest.approx(int(named[1]) * SIZES[named[2]], rel=0.05)
+        active = count_parameters(config.model, config.attention)["active"]
+        expected = int(named[3]) * SIZES[named[4]] if named[3] else parameters
+        assert active == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

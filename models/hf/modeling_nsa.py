@@ -37,6 +37,9 @@ class NSAConfig(PreTrainedConfig):
         block_size, num_blocks: tokens in a selection block (l'), blocks that a query selects (n).
         num_initial, num_local: blocks that are always among them: the first, the most recent (the query's own too).
         window: tokens that the sliding window sees, the query's own included (w).
+        num_experts, num_experts_per_token: routed experts of a layer, and how many of them compute a token; 0: none.
+        num_shared_experts, expert_size: experts that compute every token, and the width of an expert.
+        first_dense: layers at the start that have a SwiGLU of intermediate_size instead.
         max_position_embeddings: rotary range, extension included. original_max_position: range of the training.
         rotary_base, yarn_factor, yarn_beta_fast, yarn_beta_slow: rotary embedding and its YaRN length extension.
     """
@@ -63,6 +66,11 @@ class NSAConfig(PreTrainedConfig):
         num_initial: int = 1,
         num_local: int = 2,
         window: int = 512,
+        num_experts: int = 0,
+        num_experts_per_token: int = 0,
+        num_shared_experts: int = 0,
+        expert_size: int = 0,
+        first_dense: int = 0,
         max_position_embeddings: int = 4096,
         original_max_position: int | None = None,
         rotary_base: float = 10000.0,
@@ -92,6 +100,11 @@ class NSAConfig(PreTrainedConfig):
         self.num_initial = num_initial
         self.num_local = num_local
         self.window = window
+        self.num_experts = num_experts
+        self.num_experts_per_token = num_experts_per_token
+        self.num_shared_experts = num_shared_experts
+        self.expert_size = expert_size
+        self.first_dense = first_dense
         self.max_position_embeddings = max_position_embeddings
         self.original_max_position = original_max_position or max_position_embeddings
         self.rotary_base = rotary_base
@@ -399,23 +412,75 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """SwiGLU."""
 
-    def __init__(self, config: NSAConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(silu(self.gate(x)) * self.up(x))
 
 
+class Router(nn.Module):
+    """The experts of each token (N, K) and their gates (DeepSeek-V3, arXiv 2412.19437, Eq. 13 to 16).
+
+    The bias, which balanced the load in training, enters the choice alone. Computed in fp32.
+    """
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_token
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        affinities = (x.to(dtype) @ self.weight.to(dtype).T).sigmoid()
+        chosen = (affinities + self.bias).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+        gates = affinities.gather(-1, chosen)
+        return chosen, gates / (gates.sum(-1, keepdim=True) + 1e-20)
+
+
+class Experts(nn.Module):
+    """The weights of all routed experts, each a SwiGLU."""
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+        self.up = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+        self.down = nn.Parameter(torch.empty(config.num_experts, config.expert_size, config.hidden_size))
+
+
+class MixtureOfExperts(nn.Module):
+    """The shared experts, and the routed ones that each token chose, times their gates (arXiv 2401.06066)."""
+
+    def __init__(self, config: NSAConfig):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        width = config.num_shared_experts * config.expert_size
+        self.shared = MLP(config.hidden_size, width) if width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, experts = x.flatten(0, 1), self.experts
+        chosen, gates = self.router(rows)
+        out = torch.zeros_like(rows) if self.shared is None else self.shared(rows)
+        for number in chosen.unique().tolist():
+            token, rank = (chosen == number).nonzero(as_tuple=True)
+            hidden = silu(rows[token] @ experts.gate[number]) * (rows[token] @ experts.up[number])
+            out = out.index_add(0, token, hidden @ experts.down[number] * gates[token, rank, None].to(x.dtype))
+        return out.view_as(x)
+
+
 class NSADecoderLayer(nn.Module):
-    def __init__(self, config: NSAConfig, kind: str):
+    def __init__(self, config: NSAConfig, kind: str, number: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = {"dense": DenseAttention, "nsa": NativeSparseAttention}[kind](config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        routed = config.num_experts and number >= config.first_dense
+        self.mlp = MixtureOfExperts(config) if routed else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor, rotary: RotaryTables, step: Step, spans: dict[str, Span] | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, step, spans)
@@ -426,12 +491,13 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NSAConfig
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012 - as transformers declares it
     _no_split_modules = ["NSADecoderLayer"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - rounded, it would choose other experts
     _is_stateful = True  # the cache cannot forget tokens, so `generate` refuses assisted decoding
 
     def __init__(self, config: NSAConfig):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(NSADecoderLayer(config, kind) for kind in config.attention_kinds)
+        self.layers = nn.ModuleList(NSADecoderLayer(config, kind, i) for i, kind in enumerate(config.attention_kinds))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -456,6 +522,9 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, BlockCompression):
             nn.init.zeros_(module.position)
+        elif isinstance(module, Router | Experts):
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=self.config.initializer_range)
 
     def forward(
         self,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -46,7 +47,8 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
     if final.exists() and not (final / CONFIG).is_file():
         raise ExportError(f"{final} exists and is no export: name another folder with --out")
     config = load_config(step / "config.yaml")
-    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in checkpoint.load_weights(step).items()}
+    weights = checkpoint.load_weights(step)
+    weights = {name: t if ".router." in name else t.to(DTYPES[dtype]) for name, t in weights.items()}
     tokenizer = Tokenizer(step / "tokenizer.model")
     decoder = fill(config, weights)
 
@@ -86,7 +88,16 @@ def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], token
 
 def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
     """The configuration of the export."""
-    model, attention, rope = config.model, config.attention, config.model.rope
+    model, attention, rope, moe = config.model, config.attention, config.model.rope, config.model.moe
+    experts: dict[str, Any] = {}
+    if moe is not None:
+        experts = {
+            "num_experts": moe.num_experts,
+            "num_experts_per_token": moe.top_k,
+            "num_shared_experts": moe.num_shared,
+            "expert_size": moe.expert_size,
+            "first_dense": moe.first_dense,
+        }
     return NSAConfig(
         architectures=["NSAForCausalLM"],
         auto_map={"AutoConfig": "modeling_nsa.NSAConfig", "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM"},
@@ -112,6 +123,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         initializer_range=model.init_std,
         tie_word_embeddings=model.tie_embeddings,
         **attention.model_dump(exclude={"kind"}),
+        **experts,
     )
 
 

@@ -6,7 +6,7 @@ import yaml
 
 from nsa.config import Config
 from nsa.exporting.proof import TOLERANCE, Proof
-from nsa.models import count_parameters
+from nsa.models import MoEConfig, count_parameters
 
 
 def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | None, proof: Proof, folder: str) -> str:
@@ -35,11 +35,13 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
         task = {"task": {"type": "text-generation"}, "dataset": {"name": "held-out split", "type": "text"}}
         front["model-index"] = [{"name": config.name, "results": [{**task, "metrics": [result]}]}]
 
+    parameters = count_parameters(model, attention)
     rows = {
-        "parameters": f"{count_parameters(model, attention)['total']:,}",
+        "parameters": f"{parameters['total']:,}" + (f", {parameters['active']:,} active" if model.moe else ""),
         "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
         "width": f"{model.hidden_size}; {model.num_heads} query heads, {model.num_kv_heads} key/value heads of "
         f"{model.head_dim} (values {model.v_head_dim or model.head_dim})",
+        "experts": experts_in_words(model.moe) if model.moe else "",
         "compression": f"blocks of {attention.compress_length} tokens at stride {attention.compress_stride}",
         "selection": f"{attention.num_blocks} blocks of {attention.block_size} tokens, {attention.num_initial} initial "
         f"and {attention.num_local} local ones among them",
@@ -50,9 +52,9 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
         "optimizer": f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule} decay",
         "data": ", ".join(f"{s.name} ({s.kind}, weight {s.weight:g})" for s in config.data.sources),
     }
-    if "nsa" not in kinds:
-        for row in ("compression", "selection", "window"):
-            del rows[row]
+    absent = [] if model.moe else ["experts"]
+    for row in absent + ([] if "nsa" in kinds else ["compression", "selection", "window"]):
+        del rows[row]
     if bits_per_byte is not None:
         rows["held-out text"] = f"{bits_per_byte:.4f} bits per byte"
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
@@ -93,3 +95,11 @@ Before this folder got its name it was loaded without the training code. Its tok
 tokens on {proof.texts:,} hostile texts. On {proof.tokens:,} tokens its logits, and those of generation with its cache,
 were the trainer's to within {proof.difference:.1e} of the largest ({proof.dtype}; {TOLERANCE:g} was allowed).
 """
+
+
+def experts_in_words(moe: MoEConfig) -> str:
+    shared = f" and {moe.num_shared} shared" if moe.num_shared else ""
+    return (
+        f"{moe.num_experts} routed{shared} of width {moe.expert_size}, {moe.top_k} routed ones per token; "
+        f"dense MLP in the first {moe.first_dense} layers"
+    )

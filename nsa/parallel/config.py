@@ -14,13 +14,20 @@ class ParallelConfig(Section):
         "norms); keep within one machine"
     )  # fmt: skip
     context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, in balanced shards")
-
+    expert: int = Field(
+        1, ge=1, description="data-parallel ranks that split the routed experts of model.moe and send each other tokens"
+    )
     pipeline: int = Field(1, ge=1, description="stages of consecutive layers, through which micro batches flow (1F1B)")
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that hold one replica."""
+        """Ranks that compute one sample."""
         return self.tensor * self.context * self.pipeline
+
+    @property
+    def replica_ranks(self) -> int:
+        """Ranks that hold one whole model: those of as many samples as there are expert-parallel ranks."""
+        return self.model_ranks * self.expert
 
 
 def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: int, zero_stage: int) -> None:
@@ -32,6 +39,24 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: 
             raise ValueError(
                 f"parallel.tensor ({tensor}) must divide model.{key} ({size}): every rank computes an equal part; "
                 f"set model.{key} to {-(-size // tensor) * tensor} or change parallel.tensor"
+            )
+    if parallel.expert > 1 and model.moe is None:
+        raise ValueError(
+            f"parallel.expert ({parallel.expert}) splits the experts of model.moe, and this model has none: "
+            "set it to 1; ranks that are left over are data-parallel"
+        )
+    if model.moe is not None:
+        holders = parallel.expert * tensor
+        if model.moe.num_experts % holders:
+            raise ValueError(
+                f"parallel.expert x parallel.tensor ({holders}) must divide model.moe.num_experts "
+                f"({model.moe.num_experts}): every one of these ranks holds as many experts"
+            )
+        shared = model.moe.num_shared * model.moe.expert_size
+        if shared % tensor:
+            raise ValueError(
+                f"parallel.tensor ({tensor}) must divide model.moe.num_shared x model.moe.expert_size ({shared}): "
+                "the shared experts are one MLP, of which every rank computes an equal part"
             )
     if parallel.pipeline > model.num_layers:
         raise ValueError(

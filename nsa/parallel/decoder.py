@@ -2,6 +2,7 @@
 
 from nsa.models import Decoder
 from nsa.parallel.context import split_over_context_ranks
+from nsa.parallel.experts import split_over_expert_ranks
 from nsa.parallel.grid import Grid
 from nsa.parallel.partition import add_up_in_backward
 from nsa.parallel.pipeline import split_over_stages
@@ -16,6 +17,7 @@ def parallelize(model: Decoder, grid: Grid) -> None:
     """
     split_over_tensor_ranks(model, grid.tensor, grid.sharers)
     split_over_context_ranks(model, grid.context)
+    split_over_expert_ranks(model, grid)
     split_over_stages(model, grid.pipeline, grid.ends)
     if grid.pipeline.size == 1:
         add_up_in_backward(model.parameters())  # a pipeline does it once a step

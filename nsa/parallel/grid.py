@@ -1,7 +1,11 @@
 """The rank grid: who works with whom.
 
-Tensor-parallel ranks are neighbours (they talk most: keep them on one machine), then context, pipeline, data:
-rank = ((data * pipeline_size + pipeline) * context_size + context) * tensor_size + tensor.
+Tensor-parallel ranks are neighbours (they talk most: keep them on one machine), then expert, context, pipeline, data:
+rank = (((data * pipeline_size + pipeline) * context_size + context) * expert_size + expert) * tensor_size + tensor.
+
+Ranks along ``expert`` read different samples, as along ``data``, but hold different experts. All else they hold alike;
+their gradients of it are summed by the hooks of `nsa.parallel.partition`, so that to DeepSpeed they are what
+tensor-parallel ranks are: it averages, and shards, over the ranks that hold the same experts.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +17,7 @@ import torch.distributed as dist
 from nsa.parallel.config import ParallelConfig
 from nsa.parallel.traffic import Traffic
 
-NAMES = ("data", "pipeline", "context", "tensor")  # slowest first
+NAMES = ("data", "pipeline", "context", "expert", "tensor")  # slowest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,19 +44,26 @@ class Grid:
     """All axes of this process.
 
     Attributes:
-        tensor, context, pipeline, data: the four directions.
+        tensor, expert, context, pipeline, data: the five directions.
+        samples: data x expert: the ranks that read different samples.
+        experts: expert x tensor: the ranks that hold different experts of a layer, and different tokens.
+        row: context x tensor: the ranks that hold different tokens of the same samples.
         replicas: data x context: the ranks with the same weights, over which DeepSpeed averages gradients and shards
             state. Context belongs to it because its ranks, too, see different tokens with the same weights; so every
             ZeRO stage divides by the same number, where DeepSpeed's own sequence-parallel groups do not.
-        model: pipeline x tensor: the ranks that hold different weights of one model.
+        model: pipeline x expert x tensor: the ranks that hold different weights of one model.
         sharers: the tensor-parallel ranks with the same KV head as this one.
         ends: the first and the last stage of the pipeline; on others this rank alone.
     """
 
     tensor: Axis
+    expert: Axis
     context: Axis
     pipeline: Axis
     data: Axis
+    samples: Axis
+    experts: Axis
+    row: Axis
     replicas: Axis
     model: Axis
     sharers: Axis
@@ -61,7 +72,7 @@ class Grid:
 
     @property
     def counts_samples(self) -> bool:
-        """Whether this rank speaks for the samples it reads: one rank of each replica does."""
+        """Whether this rank speaks for the samples it reads: one rank of those that share them does."""
         return self.tensor.rank == 0 and self.context.rank == 0 and self.pipeline.rank == 0
 
     @property
@@ -71,12 +82,12 @@ class Grid:
 
     @property
     def spread(self) -> bool:
-        """Whether a replica takes several ranks."""
+        """Whether a sample is computed by several ranks."""
         return self.tensor.size * self.context.size * self.pipeline.size > 1
 
     def describe(self) -> str:
         """Such as "2 data x 2 context x 4 tensor"."""
-        axes = [axis for axis in (self.data, self.pipeline, self.context, self.tensor) if axis.size > 1]
+        axes = [axis for axis in (self.data, self.pipeline, self.context, self.expert, self.tensor) if axis.size > 1]
         return " x ".join(f"{axis.size} {axis.name}" for axis in axes) or "one rank"
 
 
@@ -118,12 +129,16 @@ def build_grid(
     copies = max(1, sizes.tensor // num_kv_heads)
     return Grid(
         tensor=axis("tensor", tensor),
+        expert=axis("expert", teams("expert")),
         context=axis("context", teams("context")),
         pipeline=axis("pipeline", pipeline),
         data=axis("data", teams("data")),
+        samples=axis("samples", teams("data", "expert")),
+        experts=axis("experts", teams("expert", "tensor")),
+        row=axis("row", teams("context", "tensor")),
         # DeepSpeed wants a group even of one.
         replicas=axis("replicas", teams("data", "context"), alone_too=True),
-        model=axis("model", teams("pipeline", "tensor"), alone_too=True),
+        model=axis("model", teams("pipeline", "expert", "tensor"), alone_too=True),
         sharers=axis("tensor", [team[i : i + copies] for team in tensor for i in range(0, len(team), copies)]),
         ends=axis("pipeline", [[team[0], team[-1]] for team in pipeline if len(team) > 1]),
         traffic=traffic,
@@ -131,22 +146,24 @@ def build_grid(
 
 
 def data_parallel_size(sizes: ParallelConfig, world_size: int) -> int:
-    """Replicas of the model among ``world_size`` ranks.
+    """Samples that ``world_size`` ranks compute at a time.
 
     Raises:
-        ValueError: the ranks do not make whole replicas.
+        ValueError: the ranks do not make whole replicas of the model.
     """
-    if world_size % sizes.model_ranks:
+    replica = sizes.replica_ranks
+    if world_size % replica:
         named = " x ".join(f"parallel.{name} ({getattr(sizes, name)})" for name in sizes.model_dump())
         raise ValueError(
-            f"{named} = {sizes.model_ranks} ranks hold one replica of the model, and {world_size} ranks are no "
-            f"multiple of it: start a multiple of {sizes.model_ranks} ranks or lower one of them"
+            f"{named} = {replica} ranks hold one replica of the model, and {world_size} ranks are no "
+            f"multiple of it: start a multiple of {replica} ranks or lower one of them"
         )
     return world_size // sizes.model_ranks
 
 
-def _shape(sizes: ParallelConfig, world_size: int) -> tuple[int, int, int, int]:
-    return data_parallel_size(sizes, world_size), sizes.pipeline, sizes.context, sizes.tensor
+def _shape(sizes: ParallelConfig, world_size: int) -> tuple[int, ...]:
+    data = data_parallel_size(sizes, world_size) // sizes.expert
+    return data, sizes.pipeline, sizes.context, sizes.expert, sizes.tensor
 
 
 class ModelParallelUnit:

@@ -4,7 +4,7 @@ A checkpoint and the norm of the gradient know logical parameters: whole, under 
 parallelism says on each parameter how the rank's one belongs to it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,13 @@ def mark(parameter: nn.Parameter, partition: Partition) -> None:
     parameter.logical_part = partition  # type: ignore[attr-defined]
     parameter.model_parallel = partition.owner  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = partition.owner  # type: ignore[attr-defined]
+
+
+def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, Partition]]:
+    """The buffers of a model by name; a rank holds them, and speaks for them, as the parameters of their module."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            yield name, buffer, partition_of(next(module.parameters()))
 
 
 def part_of(whole: Tensor, partition: Partition) -> nn.Parameter:

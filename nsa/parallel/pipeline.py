@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nsa.models import Decoder
 from nsa.parallel.grid import Axis
-from nsa.parallel.partition import Partition, add_up, axes_of, mark, partition_of, sum_over
+from nsa.parallel.partition import Partition, add_up, axes_of, mark, named_buffers, partition_of, sum_over
 
 
 class Elsewhere(nn.Module):
@@ -55,12 +55,14 @@ def stage_layers(num_layers: int, stages: int, stage: int) -> range:
 def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:
     """Keep this stage's part of a decoder. ``ends``: the first and last stage, which share tied embeddings.
 
-    ``model.everywhere`` then says of all parameters, in the order of the whole model, the shape and `Partition` that
-    they have on their stage.
+    ``model.everywhere`` then says of all parameters, in the order of the whole model, and then of all buffers, the
+    shape and `Partition` that they have on their stage, and whether they are trained.
     """
     if axis.size == 1:
         return
-    model.everywhere = {n: (p.shape, partition_of(p)) for n, p in model.named_parameters()}  # type: ignore[assignment]
+    everywhere = {n: (p.shape, partition_of(p), True) for n, p in model.named_parameters()}
+    everywhere |= {n: (b.shape, part, False) for n, b, part in named_buffers(model)}
+    model.everywhere = everywhere  # type: ignore[assignment]
     first, last = axis.rank == 0, axis.rank == axis.size - 1
     tied = model.head.weight is model.embedding.weight
     here = stage_layers(len(model.layers), axis.size, axis.rank)

@@ -23,6 +23,7 @@ from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.native_sparse import GatedBranches, Pair
 from nsa.models import Decoder
+from nsa.models.moe import MixtureOfExperts
 from nsa.ops.native_sparse import key_borders
 from nsa.parallel.collectives import all_gather, gather_parts, reduce_scatter
 from nsa.parallel.grid import Axis
@@ -55,12 +56,18 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
                 attend: Any = attention.attend
                 attend.forward = partial(_attend_together, attend, sharers)
         _shard_linear(attention.output, rows)
-        for linear in (mlp.gate, mlp.up):
-            _shard_linear(linear, columns)
-        _shard_linear(mlp.down, rows)
+        split = [attention]
+        if isinstance(mlp, MixtureOfExperts):
+            _replicate(mlp.router, axis)  # each rank routes its tokens; `nsa.parallel.experts` deals out the experts
+            mlp = mlp.shared
+        if mlp is not None:
+            for linear in (mlp.gate, mlp.up):
+                _shard_linear(linear, columns)
+            _shard_linear(mlp.down, rows)
+            split.append(mlp)
         for norm in (layer.attention_norm, layer.mlp_norm):
             _replicate(norm, axis)
-        for module in (attention, mlp):
+        for module in split:
             module.register_forward_pre_hook(partial(_gather_tokens, axis))
             module.register_forward_hook(partial(_sum_and_split_tokens, axis))
     _replicate(model.norm, axis)

@@ -36,8 +36,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     # Its optimizer is ours, torch's (`nsa.training.optimizer`): so DeepSpeed is told not to ask for its own.
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": True}} if config.engine.offload_optimizer else {}
     return {
-        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each.
-        "train_batch_size": config.training.global_batch_size * config.parallel.context,
+        # Context-parallel ranks are data-parallel to DeepSpeed: it counts a sample on each. Expert-parallel are not.
+        "train_batch_size": config.training.global_batch_size * config.parallel.context // config.parallel.expert,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": passes,
         "gradient_clipping": config.optimizer.gradient_clipping,

@@ -3,7 +3,8 @@
 A checkpoint holds logical tensors: whole, fp32, under the parameter's name. A rank holds a run of consecutive elements
 of the flattened tensor (ZeRO 1 and 2: or none; ZeRO 3; ZeRO 0: all of them). `local_shards` names these runs as views
 into DeepSpeed's own buffers, `gather` puts whole tensors together, `scatter` writes them back; both move bits and
-compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in tests/training/test_resume.py.
+compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in tests/training/test_resume.py. The
+model's own buffers are saved like weights, without state of the optimizer.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor
 
-from nsa.parallel.partition import WHOLE, Partition, partition_of
+from nsa.parallel.partition import WHOLE, Partition, named_buffers, partition_of
 
 WEIGHT = "weight"
 
@@ -36,6 +37,7 @@ class Shard:
         partition: which part of the logical parameter the model on this rank has.
         replicated: every replica of the model holds the same. everywhere: and every rank has it all.
         speaks: whether this rank's elements go into a checkpoint; of the ranks that hold an element one does.
+        trained: whether the optimizer has state of it; else there is ``weight`` alone.
     """
 
     shape: torch.Size
@@ -45,6 +47,7 @@ class Shard:
     replicated: bool = False
     everywhere: bool = False
     speaks: bool = True
+    trained: bool = True
 
     @property
     def logical_shape(self) -> torch.Size:
@@ -70,18 +73,24 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
 
 
 def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
-    """The shard of every parameter of the whole model, by name, in its order. ``keys``: the optimizer's tensors."""
+    """The shard of every parameter, then of every buffer of the whole model, by name. ``keys``: the optimizer's."""
     named = dict(engine.module.named_parameters())
     shards = _local_shards(engine, named, keys)
     first_replica = engine.mpu.get_data_parallel_rank() == 0
-    stages = getattr(engine.module, "everywhere", None)  # of a pipeline: the parameters of all
+    stages = getattr(engine.module, "everywhere", None)  # of a pipeline: the tensors of all
     for name, shard in shards.items():
         shard.partition = partition_of(named[name])
+    for name, buffer, part in named_buffers(engine.module):
+        shards[name] = Shard(buffer.shape, 0, {WEIGHT: buffer.view(-1)}, part, replicated=True, trained=False)
+    for shard in shards.values():
         shard.everywhere = shard.replicated and shard.partition.parts == 1 and stages is None
         shard.speaks = shard.partition.owner and (first_replica or not shard.replicated)
     if stages is None:
         return shards
-    return {name: shards.get(name) or Shard(shape, 0, {}, part, speaks=False) for name, (shape, part) in stages.items()}
+    return {
+        name: shards.get(name) or Shard(shape, 0, {}, part, speaks=False, trained=trained)
+        for name, (shape, part, trained) in stages.items()
+    }
 
 
 def _local_shards(engine: DeepSpeedEngine, named: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Shard]:
@@ -133,7 +142,7 @@ def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[st
         owner = load.index(min(load))
         shape = shard.logical_shape
         load[owner] += shape.numel()
-        for key in keys:
+        for key in keys if shard.trained else (WEIGHT,):
             if world_size == 1 or shard.everywhere:
                 whole = shard.tensors[key]
             else:

@@ -21,6 +21,7 @@ from nsa.parallel.partition import gradient_norm
 from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
+from nsa.training.balance import Balance
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine
@@ -51,6 +52,7 @@ class StepResult:
         skipped: loss or gradient was not finite, or a spike; weights and moments are as before. spike: the latter.
         data_seconds: waited for the batch. stop: exit code that a rank was asked to stop with, or 0.
         sent: bytes that this rank sent to others of its replica, by what they are.
+        experts: figures of the load of experts.
     """
 
     loss: float
@@ -60,6 +62,7 @@ class StepResult:
     data_seconds: float
     stop: int
     sent: dict[str, int]
+    experts: dict[str, float]
     spike: bool = False
 
 
@@ -92,6 +95,7 @@ class Trainer:
         self.loader = StepLoader(self._read_step)
 
         self.engine = build_engine(config, self.ranks, self.grid, deepspeed_json)
+        self.balance = Balance(self.engine.module, config, self.ranks, self.grid)
         self.pipeline = None
         if self.grid.pipeline.size > 1:
             self.pipeline = Pipeline(self.engine, self.grid.pipeline, lambda b: self._stage(b), self._stage_shape)
@@ -240,13 +244,15 @@ class Trainer:
         spike = bool(client.refused) and not broken
         client.skip, client.refuse, client.refused = False, None, None
 
+        experts = self.balance.end_step(update=not (broken or spike))
         self.progress.step += 1
         self.progress.updates += not (broken or spike)
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if broken else 0
         if not broken:
             self.spikes.record(step, loss, norm, spike)
         stopped = next((code for code, votes_for in zip(STOPS, stops, strict=True) if votes_for), 0)
-        return StepResult(loss, norm, rate, broken or spike, data_seconds, stopped, grid.traffic.take(), spike)
+        sent = grid.traffic.take()
+        return StepResult(loss, norm, rate, broken or spike, data_seconds, stopped, sent, experts, spike)
 
     def _norm_spikes(self, norm: float | None) -> bool:
         """Whether the gradient norm is a spike, agreed by all ranks; called once a step, before the update."""
@@ -265,9 +271,9 @@ class Trainer:
         sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
         self.engine.eval()
         # Every rank runs as many forward passes, since ZeRO 3 gathers weights in each; the surplus is not counted.
-        for first in range(0, len(batches), grid.data.size):
+        for first in range(0, len(batches), grid.samples.size):
             self.watchdog.beat(f"validation after step {self.progress.step}")
-            mine = first + grid.data.rank
+            mine = first + grid.samples.rank
             micro_batch = batch(self.validation_stream, batches[min(mine, len(batches) - 1)])
             losses = self._losses(micro_batch)
             if mine < len(batches):
@@ -336,10 +342,10 @@ class Trainer:
         return self.config.engine.zero_stage > 0 or self.config.engine.precision == "bf16"
 
     def _read_step(self, step: int) -> list[Batch]:
-        training, data = self.config.training, self.grid.data
+        training, mine = self.config.training, self.grid.samples
         sizes = training.global_batch_size, training.micro_batch_size
         number = batch_number(step, self.progress.spikes.quarantine)
-        return [batch(self.train_stream, i) for i in sample_indices(number, data.rank, data.size, *sizes)]
+        return [batch(self.train_stream, i) for i in sample_indices(number, mine.rank, mine.size, *sizes)]
 
     def _backward(self, batches: list[Batch], scale: float) -> Tensor:
         """Forward and backward pass of one micro batch (of all of a step, by the pipeline): the sum of its losses."""
@@ -408,7 +414,7 @@ class Trainer:
         for what, num_bytes in result.sent.items():
             metrics[f"comm/{what.replace('/', '_')}_mib"] = num_bytes / 2**20
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):  # JSON knows no NaN
-            metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm}
+            metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm} | result.experts
         for kind, flops in self.flops.items():
             metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * self.ranks.world_size)
         return metrics
@@ -428,10 +434,11 @@ class Trainer:
 
     def _greet(self) -> None:
         config, ranks = self.config, self.ranks
-        parameters = count_parameters(config.model, config.attention)["total"]
+        parameters = count_parameters(config.model, config.attention)
+        active = f" ({parameters['active'] / 1e6:.2f} M active)" if config.model.moe else ""
         self._say(
-            f"{config.name}: {parameters / 1e6:.2f} M parameters, {ranks.world_size} x {ranks.device.type} "
-            f"({self.grid.describe()}), "
+            f"{config.name}: {parameters['total'] / 1e6:.2f} M parameters{active}, "
+            f"{ranks.world_size} x {ranks.device.type} ({self.grid.describe()}), "
             f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
             f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
             f"x {config.data.sequence_length} tokens; peak {self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})"

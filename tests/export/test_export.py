@@ -16,6 +16,7 @@ from nsa import export as command
 from nsa.data.tokenizer import Tokenizer
 from nsa.exporting import ExportError, export, folder, load_decoder, proof
 from nsa.exporting.tokenizer import write_tokenizer
+from nsa.models.hf.modeling_nsa import NSAForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,20 @@ def test_folder_is_complete(run: Path) -> None:
     assert "2.5000 bits per byte" in card
     assert not (run / "export.tmp").exists()
     assert not (run / "export.old").exists()
+
+
+def test_experts_are_exported_and_proven(tmp_path: Path) -> None:
+    """Also in bf16, where the router stays fp32: rounded, it would choose other experts."""
+    moe = {"num_experts": 6, "top_k": 2, "num_shared": 1, "expert_size": 8}
+    path, proof = export(small_run(tmp_path, ["dense", "nsa"], moe=moe), dtype="bfloat16")
+    assert proof.difference < 1e-4
+    exported = NSAForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    router, trained = exported.layers[1].mlp.router, load_decoder(path)[0].layers[1].mlp.router
+    assert router.bias.dtype == router.weight.dtype == torch.float32
+    assert exported.layers[1].mlp.experts.up.dtype == torch.bfloat16
+    assert router.bias.abs().min() > 0
+    assert torch.equal(router.bias, trained.bias) and torch.equal(router.weight, trained.weight)
+    assert "6 routed and 1 shared of width 8, 2 routed ones per token" in (path / "README.md").read_text()
 
 
 STRANGER = """

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nsa.models import AttentionConfig, Decoder, ModelConfig, RopeConfig
+from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, RopeConfig
 from nsa.models.hf import modeling_nsa
 from nsa.models.hf.modeling_nsa import NSAConfig, NSAForCausalLM
 
@@ -15,6 +15,7 @@ VOCABULARY = 97
 SHAPES = [(4, 1, 8, 8), (6, 3, 8, 6), (4, 4, 6, 10)]
 # compress length, stride, block size, blocks, initial, local, window
 SIZES = [(8, 4, 8, 4, 1, 2, 12), (8, 2, 16, 3, 0, 1, 5), (4, 4, 12, 5, 2, 0, 1), (16, 4, 16, 2, 1, 1, 200)]
+MOE = MoEConfig(num_experts=5, top_k=2, num_shared=1, expert_size=7, first_dense=1)
 LENGTHS = [1, 2, 17, 63, 129]
 
 
@@ -23,6 +24,7 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
     heads, groups, head_dim, v_head_dim = shape
     names = ("compress_length", "compress_stride", "block_size", "num_blocks", "num_initial", "num_local", "window")
     attention = AttentionConfig(kind=kind, compress_hidden=5, **dict(zip(names, sizes, strict=True)))
+    moe = changes.get("moe")
     rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
     model = ModelConfig(
         vocab_size=VOCABULARY,
@@ -44,6 +46,8 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
         for name, parameter in decoder.named_parameters():
             if name.endswith(("position", "norm.weight", "bias")):
                 parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.5)
+        for buffer in decoder.buffers():
+            buffer.normal_(0.0, 0.1)
     config = NSAConfig(
         vocab_size=VOCABULARY,
         hidden_size=24,
@@ -63,6 +67,11 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
         bos_token_id=1,
         eos_token_id=None,
         pad_token_id=3,
+        num_experts=moe.num_experts if moe else 0,
+        num_experts_per_token=moe.top_k if moe else 0,
+        num_shared_experts=moe.num_shared if moe else 0,
+        expert_size=moe.expert_size if moe else 0,
+        first_dense=moe.first_dense if moe else 0,
         **attention.model_dump(exclude={"kind"}),
     )
     exported = NSAForCausalLM(config)
@@ -90,7 +99,7 @@ def test_logits_are_the_decoders(kind, shape) -> None:
                 close(exported(ids).logits, decoder(ids))
 
 
-@pytest.mark.parametrize("changes", [{"yarn_factor": 4.0}, {"tie_embeddings": False}, {"norm_eps": 0.1}])
+@pytest.mark.parametrize("changes", [{"yarn_factor": 4.0}, {"tie_embeddings": False}, {"norm_eps": 0.1}, {"moe": MOE}])
 def test_options_are_the_decoders(changes) -> None:
     decoder, exported = pair("nsa", **changes)
     ids = tokens(2, 70)
@@ -98,8 +107,9 @@ def test_options_are_the_decoders(changes) -> None:
         close(exported(ids).logits, decoder(ids))
 
 
-def test_loss_and_gradients_are_the_decoders() -> None:
-    decoder, exported = pair(["nsa", "dense"])
+@pytest.mark.parametrize("moe", [None, MOE])
+def test_loss_and_gradients_are_the_decoders(moe) -> None:
+    decoder, exported = pair(["nsa", "dense"], moe=moe)
     exported.train()
     ids = tokens(2, 50)
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
@@ -177,8 +187,9 @@ def test_generation_with_cache_equals_without(mode: str) -> None:
     assert outputs[0].tolist() == outputs[1].tolist()
 
 
-def test_left_padded_batch_generates_what_each_prompt_does_alone() -> None:
-    _, exported = pair(["nsa", "dense"])
+@pytest.mark.parametrize("moe", [None, MOE])
+def test_left_padded_batch_generates_what_each_prompt_does_alone(moe) -> None:
+    _, exported = pair(["nsa", "dense"], moe=moe)
     prompts = [tokens(1, n)[0].tolist() for n in (40, 1, 7, 23)]
     ids = torch.tensor([[3] * (40 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (40 - len(p)) + [1] * len(p) for p in prompts])

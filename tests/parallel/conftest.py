@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parallel.layouts import BASE, CLIPPED, SCRIPT, SGD, layout, references
+from tests.parallel.layouts import BASE, CLIPPED, MOE, SCRIPT, SGD, layout, references
 from tests.training.tiny import on_ranks
 
 DEEP = ["model.num_layers=5"]
@@ -16,6 +16,18 @@ CASES = [
     [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
+    [*BASE, *SGD, *MOE, *layout(expert=4, zero=0)],
+    [*BASE, *CLIPPED, *MOE, *layout(expert=2, zero=2)],
+    [*BASE, *SGD, *MOE, *layout(expert=2, tensor=2, zero=1), "engine.activation_checkpointing=true"],
+]
+# All of four ranks with experts; the cases above have some of them.
+EXPERT_SPREADS = [{}, {"expert": 2}, {"expert": 4}, {"tensor": 2}]
+EXPERT_SPREADS += [{"expert": 2, other: 2} for other in ("tensor", "context", "pipeline")]
+EXPERT_CASES = [
+    [*BASE, *optimizer, *MOE, *layout(zero=zero, **spread)]
+    for spread in EXPERT_SPREADS
+    for zero in range(3 if "pipeline" in spread else 4)
+    for optimizer in (SGD, CLIPPED)
 ]
 SENT = [
     [*BASE, *layout(tensor=2, context=2, zero=1), "engine.activation_checkpointing=full"],
@@ -23,13 +35,20 @@ SENT = [
     [*BASE, *layout(tensor=2, pipeline=2, zero=1)],
 ]
 SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
-BROKEN = [[*BASE, *layout(tensor=2, context=2, zero=1)], [*BASE, *layout(tensor=2, pipeline=2, zero=1)]]
+SPREADS += [{"expert": 4}, {"expert": 2, "tensor": 2}]
+BROKEN = [[*BASE, *layout(tensor=2, context=2, zero=1)], [*BASE, *MOE, *layout(expert=2, pipeline=2, zero=1)]]
 LINKS = [
     (2, layout(tensor=2, context=2, zero=1)),
     (3, layout(tensor=2, pipeline=2, zero=1)),
     (4, layout(context=4, zero=3)),
     (5, layout(pipeline=2, zero=0)),
     (6, layout(tensor=4, zero=2)),
+]
+EXPERT_LINKS = [
+    (2, layout(expert=4, zero=1)),
+    (3, layout(expert=2, tensor=2, zero=0)),
+    (4, layout(expert=2, pipeline=2, zero=2)),
+    (6, layout(expert=2, context=2, zero=3)),
 ]
 
 
@@ -47,5 +66,6 @@ def four_ranks(tmp_path_factory):
         "not_finite": ("not_finite", {"cases": BROKEN}),
         "sent": ("sent", {"cases": SENT}),
         "chain": ("chain", {"overrides": [*BASE, "checkpoint.every=1"], "links": LINKS}),
+        "experts": ("chain", {"overrides": [*BASE, *MOE, "checkpoint.every=1"], "links": EXPERT_LINKS}),
     }
     return folder, on_ranks(4, folder, checks, SCRIPT)

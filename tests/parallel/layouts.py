@@ -13,6 +13,8 @@ BASE = ["model.num_heads=4", "model.num_kv_heads=2", "optimizer.schedule=constan
 # The updates of SGD show the scale of gradients, which AdamW hides; the first is not clipped, the second in each step.
 SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3", "optimizer.gradient_clipping=0"]
 CLIPPED = ["optimizer.kind=adamw", "optimizer.gradient_clipping=0.2"]
+MOE = ["num_experts=8", "top_k=2", "num_shared=1", "expert_size=16", "first_dense=0", "bias_rate=0.01"]
+MOE = [f"model.moe.{override}" for override in [*MOE, "loss_weight=0.1"]]
 # What changes nothing that is learned.
 LAYOUT = ("parallel.", "engine.", "training.micro_batch_size")
 
@@ -20,9 +22,8 @@ Case = list[str]
 Curve = list[list[float]]  # of each step: loss, norm of the gradient
 
 
-def layout(tensor: int = 1, context: int = 1, pipeline: int = 1, zero: int = 0) -> list[str]:
-    sizes = [f"parallel.{k}={n}" for k, n in (("tensor", tensor), ("context", context), ("pipeline", pipeline))]
-    return [*sizes, f"engine.zero_stage={zero}"]
+def layout(zero: int = 0, **sizes: int) -> list[str]:
+    return [*(f"parallel.{axis}={size}" for axis, size in sizes.items()), f"engine.zero_stage={zero}"]
 
 
 def learned(case: Case) -> Case:

@@ -14,7 +14,8 @@ from rank_checks import *  # noqa: F403 - its checks serve here, too
 from rank_checks import close, logged, main
 from tiny import tiny_config
 
-from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
+from nsa.models.moe import MixtureOfExperts
 from nsa.parallel import Grid, ParallelConfig
 from nsa.parallel.chunks import Chunks
 from nsa.parallel.decoder import parallelize
@@ -47,21 +48,25 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
     dice = random.Random(seed)
     num_kv_heads = dice.choice(list(grids))
     grid = grids[num_kv_heads]
+    samples = grid.expert
     unit = 2 * grid.context.size * grid.tensor.size
     tokens = unit * dice.randint(1, 120 // unit)
     config, attention = random_shapes(dice, tokens, num_kv_heads)
     torch.manual_seed(seed)
     whole = Decoder(config, attention).double()
     for name, p in whole.named_parameters():
-        if name.endswith("position"):
+        if name.endswith(("position", "router.weight")):  # and affinities far from ties
             torch.nn.init.normal_(p)
     part = Decoder(config, attention).double()
     part.load_state_dict(whole.state_dict())
+    for moe in (m for decoder in (whole, part) for m in decoder.modules() if isinstance(m, MixtureOfExperts)):
+        moe.tally.scale = 0.1
+        moe.router.bias.copy_(torch.linspace(-0.1, 0.1, len(moe.router.bias)))
     parallelize(part, grid)
 
     packed = dice.random() < 0.8
     batch = 1 if packed else dice.randint(1, 2)
-    ids = torch.randint(config.vocab_size, (batch, tokens))
+    ids = torch.randint(config.vocab_size, (samples.size, batch, tokens))[samples.rank]
     targets = torch.randint(config.vocab_size, (batch, tokens)).masked_fill(torch.rand(batch, tokens) < 0.2, -100)
     weights = torch.rand(batch, tokens)
     borders = random_borders(dice, tokens) if packed else None
@@ -76,6 +81,9 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
 
     difference = (losses - expected).abs().max().item()
     gradients = {name: gradient(p) for name, p in whole.named_parameters()}
+    if samples.size > 1:
+        for g in gradients.values():
+            dist.all_reduce(g, group=samples.group)
     largest = max(g.abs().max().item() for g in gradients.values())
     for name, p in part.named_parameters():
         found = gradient(p)
@@ -149,6 +157,7 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
         max_position=512,
         tie_embeddings=dice.random() < 0.5,
         init_std=0.3,
+        moe=random_experts(dice),
     )
     return model, AttentionConfig(
         kind=dice.choice(["nsa", "dense", ["nsa", "dense"]]),
@@ -159,6 +168,19 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
         num_initial=dice.randint(0, 1),
         num_local=dice.randint(0, 1),
         window=dice.choice([1, 3, 7, 16, tokens + 3]),
+    )
+
+
+def random_experts(dice: random.Random) -> MoEConfig | None:
+    if dice.random() < 0.3:
+        return None
+    return MoEConfig(
+        num_experts=dice.choice([4, 8, 20]),
+        top_k=dice.randint(2, 4),
+        num_shared=dice.randint(0, 2),
+        expert_size=4,
+        first_dense=dice.randint(0, 1),
+        loss_weight=dice.choice([0.0, 0.5]),
     )
 
 

@@ -15,6 +15,7 @@ from nsa.parallel import Grid, ParallelConfig
 from nsa.parallel.grid import ModelParallelUnit, build_grid, data_parallel_size
 from nsa.parallel.pipeline import stage_layers
 from nsa.parallel.traffic import Traffic
+from tests.parallel.layouts import MOE
 from tests.training.tiny import tiny_config
 
 
@@ -38,12 +39,15 @@ def test_tensor_ranks_are_neighbours_then_context_then_data():
         assert grid.describe() == "2 data x 4 context x 2 tensor"
 
 
-@pytest.mark.parametrize("sizes", [{}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 2, "context": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 2, "context": 2}, {"expert": 4}, {"expert": 2, "tensor": 2}],
+)
 def test_the_axes_of_all_ranks_fit_together(sizes):
     world_size, counted_samples, counted_losses = 8, 0, 0
     for rank in range(world_size):
         with grid_of(rank, world_size, **sizes) as grid:
-            for axis in (grid.tensor, grid.context, grid.data, grid.replicas, grid.model):
+            for axis in (grid.tensor, grid.expert, grid.context, grid.data, grid.samples, grid.replicas, grid.model):
                 assert axis.ranks[axis.rank] == rank and axis.size == len(axis.ranks)
             assert {*grid.replicas.ranks} & {*grid.model.ranks} == {rank}
             assert grid.replicas.size * grid.model.size == world_size
@@ -61,6 +65,16 @@ def test_pipeline_comes_between_context_and_data():
         assert grid.model.ranks == (8, 9, 12, 13) and grid.model.rank == 3
         assert grid.replicas.ranks == (5, 7, 13, 15)
         assert grid.ends.ranks == (9, 13) and grid.ends.rank == 1
+
+
+def test_experts_lie_between_tensor_and_context():
+    with grid_of(rank=13, world_size=16, tensor=2, expert=2, context=2) as grid:
+        assert grid.expert.ranks == (13, 15) and grid.context.ranks == (9, 13) and grid.data.ranks == (5, 13)
+        assert grid.experts.ranks == (12, 13, 14, 15) and grid.experts.rank == 1, "they hold different experts"
+        assert grid.samples.ranks == (5, 7, 13, 15) and grid.samples.rank == 2, "they read different samples"
+        assert grid.row.ranks == (8, 9, 12, 13), "they hold tokens of the same sample"
+        assert grid.replicas.ranks == (1, 5, 9, 13) and grid.model.ranks == (12, 13, 14, 15)
+        assert grid.describe() == "2 data x 2 context x 2 expert x 2 tensor"
 
 
 def test_some_share_a_kv_head_or_a_tied_embedding():
@@ -84,6 +98,8 @@ def test_stages_share_the_layers():
 def test_ranks_that_make_no_whole_replicas_are_refused():
     with pytest.raises(ValueError, match=r"parallel.tensor \(2\) x parallel.context \(4\).* 8 ranks .* 12 ranks"):
         data_parallel_size(ParallelConfig(tensor=2, context=4), 12)
+    with pytest.raises(ValueError, match=r"parallel.expert \(4\).* 4 ranks .* 6 ranks"):
+        data_parallel_size(ParallelConfig(expert=4), 6)
 
 
 @pytest.mark.parametrize(
@@ -98,6 +114,10 @@ def test_ranks_that_make_no_whole_replicas_are_refused():
         (["parallel.context=0"], "parallel.context"),
         (["parallel.pipeline=3"], r"parallel.pipeline \(3\) exceeds model.num_layers \(2\)"),
         (["parallel.pipeline=2", "engine.zero_stage=3"], r"use engine.zero_stage 1"),
+        (["parallel.expert=2"], r"parallel.expert \(2\) splits the experts of model.moe, and this model has none"),
+        ([*MOE, "parallel.expert=3"], r"\(3\) must divide model.moe.num_experts \(8\)"),
+        ([*MOE, "parallel.expert=4", "parallel.tensor=4"], r"\(16\) must divide model.moe.num_experts \(8\)"),
+        ([*MOE, "model.moe.expert_size=5", "parallel.tensor=2"], r"model.moe.num_shared x model.moe.expert_size \(5\)"),
     ],
 )
 def test_layouts_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path, overrides, told):

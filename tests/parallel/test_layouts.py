@@ -7,8 +7,8 @@ import pytest
 
 from nsa.planning.dry_run import dry_run
 from tests.parallel import matrix
-from tests.parallel.conftest import CASES, SENT, SPREADS
-from tests.parallel.layouts import BASE, SCRIPT, difference, learned, references
+from tests.parallel.conftest import CASES, EXPERT_CASES, SENT, SPREADS
+from tests.parallel.layouts import BASE, MOE, SCRIPT, STEPS, difference, learned, references
 from tests.training.tiny import on_ranks, tiny_config
 
 
@@ -55,18 +55,42 @@ def test_bytes_are_those_of_the_guide(four_ranks):
 
 
 def test_a_run_goes_on_in_any_layout(four_ranks, tmp_path):
-    """tp x cp -> cp and ZeRO 3 -> tp beyond the KV heads -> one process: the losses of a run that never changed."""
+    """tp x cp -> cp and ZeRO 3 -> tp beyond the KV heads -> one process: the losses of a run that never changed.
+    With experts: split over four ranks -> over two and the tensor-parallel ones -> ... -> one process."""
     folder, answers = four_ranks
-    overrides = [*BASE, "checkpoint.every=2", "training.steps=8"]
-    shutil.copytree(folder / "chain/runs/run", tmp_path / "on/runs/run")
-    checks = {
-        "on": ("chain", {"overrides": overrides, "links": [(8, [])]}),
-        "straight": ("chain", {"overrides": overrides, "links": [(8, [])]}),
-    }
+    checks = {}
+    for name, overrides in {"chain": BASE, "experts": [*BASE, *MOE]}.items():
+        overrides = [*overrides, "checkpoint.every=2", "training.steps=8"]
+        shutil.copytree(folder / name / "runs/run", tmp_path / f"{name}-on/runs/run")
+        for run in ("on", "straight"):
+            checks[f"{name}-{run}"] = ("chain", {"overrides": overrides, "links": [(8, [])]})
     found = on_ranks(1, tmp_path, checks, SCRIPT)
-    assert len(found["straight"]) == 8
-    assert found["on"] == pytest.approx(found["straight"], rel=1e-5)
-    assert found["on"][:6] == answers["chain"]
+    for name in ("chain", "experts"):
+        assert len(found[f"{name}-straight"]) == 8
+        assert found[f"{name}-on"] == pytest.approx(found[f"{name}-straight"], rel=1e-5)
+        assert found[f"{name}-on"][:6] == answers[name]
+
+
+def test_figures_of_experts_are_logged_alike_in_every_layout(four_ranks):
+    """The loads are those of the global batch, whoever counted them: equal in all links but for what training does."""
+    lines = [json.loads(x) for x in (four_ranks[0] / "experts/runs/run/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for layer in ("layer_00", "layer_01"):
+            assert 0 < line[f"moe/mean_violation/{layer}"] <= line[f"moe/max_violation/{layer}"] < 8
+            assert 0 <= line[f"moe/dead_share/{layer}"] < 1
+            assert 1 < line[f"moe/balance_loss/{layer}"] < 1.1, "of a router that has hardly learned"
+    assert lines[0]["comm/experts_tokens_mib"] > 0
+
+
+@pytest.mark.slow
+def test_experts_in_every_zero_stage_and_beside_every_other_axis(tmp_path, tmp_path_factory):
+    """As the curves above: {no, 2, 4} expert ranks x ZeRO {0, 1, 2, 3}, and two beside two of each other axis."""
+    one = references(tmp_path_factory.mktemp("one"), EXPERT_CASES)
+    checks = {"curves": ("curves", {"cases": EXPERT_CASES, "steps": STEPS})}
+    curves = on_ranks(4, tmp_path, checks, SCRIPT, timeout=3600)["curves"]
+    for case, curve in zip(EXPERT_CASES, curves, strict=True):
+        print(case, found := difference(curve, one[str(learned(case))]))
+        assert found < 1e-5, case
 
 
 @pytest.mark.slow

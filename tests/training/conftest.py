@@ -3,6 +3,8 @@
 import pytest
 from tiny import on_ranks
 
+from tests.parallel.layouts import MOE
+
 SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3"]
 ADAMW = ["optimizer.kind=adamw"]
 OFFLOAD = "engine.offload_optimizer=true"
@@ -45,5 +47,6 @@ def two_ranks(tmp_path_factory, one_rank):
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
         "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),
         "stopped": ("stop_one_rank", {}),
+        "experts": ("resume", {"cases": engines("bf16", "parallel.expert=2", *MOE, stages=[1]), "after": [2]}),
     }
     return folder, on_ranks(2, folder, checks)

@@ -164,7 +164,7 @@ def logged(folder: Path, key: str) -> list[float]:
 
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The weights that this rank computes with, and what it holds of the fp32 weights and moments."""
+    """The weights that this rank computes with, and what it holds of the fp32 weights, moments and buffers."""
     shards = local_shards(trainer.engine, STATE_KEYS[trainer.config.optimizer.kind])
     held = {f"{key}.{name}": t.clone() for name, shard in shards.items() for key, t in shard.tensors.items()}
     # Between steps ZeRO 3 keeps partitions (ds_tensor) of the weights it computes with.

@@ -13,6 +13,11 @@ def test_resume_is_bitwise(one_rank, two_ranks):
     assert two_ranks[1]["resume"] == [[[]]] * 4
 
 
+def test_resume_is_bitwise_with_experts(two_ranks):
+    """Split over the ranks, with the biases of the router."""
+    assert two_ranks[1]["experts"] == [[[]]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_resume_is_bitwise_everywhere(tmp_path, world_size):

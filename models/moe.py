@@ -1,0 +1,218 @@
+"""Mixture of experts: fine-grained routed experts beside shared ones (DeepSeekMoE, arXiv 2401.06066, section 3).
+
+    y_t = shared(u_t) + sum_{i chosen} g_{i,t} expert_i(u_t)
+
+Every token gets its experts: none is dropped and there is no capacity. Sizes in the comments: B rows, T tokens,
+C hidden, E experts, K chosen by a token, F width of an expert.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, silu
+
+from nsa.models.config import MoEConfig
+
+
+class Router(nn.Module):
+    """Which experts a token goes to, and what each counts (DeepSeek-V3, arXiv 2412.19437, Eq. 13 to 16).
+
+        s_{i,t} = sigmoid(u_t . e_i)      chosen_t = TopK_i(s_{i,t} + b_i)      g_{i,t} = s_{i,t} / sum_{chosen} s_{j,t}
+
+    The bias b balances the load without a loss (arXiv 2408.15664): it enters the choice alone, has no gradient, and is
+    moved from outside, once a step (`moved_bias`). It is fp32 whatever the dtype of the weights: its steps are small.
+    """
+
+    bias: Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., C) -> affinities s (..., E) and gates (..., K), fp32 (or more); experts (..., K) int64.
+
+        Of equal affinities the expert of the lower number is chosen.
+        """
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        affinities = (x.to(dtype) @ self.weight.to(dtype).mT).sigmoid()
+        ranked = (affinities.detach() + self.bias).sort(dim=-1, descending=True, stable=True).indices
+        chosen = ranked[..., : self.top_k]
+        gates = affinities.gather(-1, chosen)
+        return affinities, chosen, gates / (gates.sum(-1, keepdim=True) + 1e-20)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        before = self.bias
+        super()._apply(fn, recurse)
+        self.bias = self.bias.float() if before.is_meta else before.to(self.bias.device)
+        return self
+
+
+class Experts(nn.Module):
+    """E SwiGLU MLPs, each on rows of its own.
+
+    gate, up (E, C, F); down (E, F, C): ``down(silu(gate(x)) * up(x))`` as in the dense layer.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.up = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+        self.down = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """rows (M, C), the first ``counts[0]`` for expert 0, the next for expert 1 ...; counts (E,) int64 -> (M, C)."""
+        if self._grouped(rows):
+            ends = counts.cumsum(0).to(torch.int32)
+            hidden = silu(grouped_mm(rows, self.gate, offs=ends)) * grouped_mm(rows, self.up, offs=ends)
+            return grouped_mm(hidden, self.down, offs=ends)
+        # An expert without rows takes part, too: so every weight has a gradient on every rank.
+        parts = zip(
+            rows.split(sizes(counts, len(rows))), self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True
+        )
+        return torch.cat([(silu(x @ gate) * (x @ up)) @ down for x, gate, up, down in parts])
+
+    def _grouped(self, rows: Tensor) -> bool:
+        """Whether one kernel can compute all experts: it wants 16-byte rows."""
+        aligned = self.gate.shape[1] % 8 == 0 and self.gate.shape[2] % 8 == 0
+        return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
+
+
+@dataclass
+class Tally:
+    """What the backward passes since the last `clear` saw.
+
+    Attributes:
+        load: (E,) int64, tokens of each expert. loss: the balance loss, summed over tokens.
+        scale: of the balance loss of a token in the objective; None: its mean over a pass.
+    """
+
+    load: Tensor | int = 0
+    loss: Tensor | float = 0.0
+    scale: float | None = None
+
+    def clear(self) -> None:
+        self.load, self.loss = 0, 0.0
+
+
+class MixtureOfExperts(nn.Module):
+    """x (B, T, C) -> (B, T, C).
+
+    Args:
+        shared: an MLP that every token passes through; None: there is none.
+
+    Attributes:
+        tally: loads and balance loss, counted in the backward pass: once, however often a layer is recomputed, and
+            not in validation.
+        row_counts: (B, E) int64 of these tokens -> of the whole rows. Another where ranks share a row's tokens.
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.loss_weight = config.loss_weight
+        self.router = Router(hidden_size, config.num_experts, config.top_k)
+        self.experts = Experts(config.num_experts, hidden_size, config.expert_size)
+        self.shared = shared
+        self.tally = Tally()
+        self.row_counts: Callable[[Tensor], Tensor] = lambda counts: counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        affinities, chosen, gates = self.router(x)
+        counts = expert_counts(chosen, affinities.shape[-1])
+        order = chosen.flatten().argsort(stable=True)
+        inverse = order.argsort()
+        rows = take(x.flatten(0, 1), order, inverse, copies=self.router.top_k)
+        out = take(self.experts(rows, counts.sum(0)), inverse, order).unflatten(0, (*gates.shape,))  # (B, T, K, C)
+        y = (gates.to(x.dtype).unsqueeze(-2) @ out).squeeze(-2)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        if not y.requires_grad:
+            return y
+        loss = affinities.new_zeros(())
+        if self.loss_weight:
+            loss = balance_losses(affinities, self.row_counts(counts.clone())).sum()
+        scale = 1 / gates[..., 0].numel() if self.tally.scale is None else self.tally.scale
+        return _Attach.apply(y, loss, counts.sum(0), self.loss_weight * scale, self.tally)
+
+
+def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
+    """chosen (B, T, K) -> (B, E) int64: how often each row chose each expert."""
+    ids = chosen.flatten(1).sort(dim=1).values
+    numbers = torch.arange(num_experts, device=ids.device).expand(len(ids), -1).contiguous()
+    return torch.searchsorted(ids, numbers, right=True).diff(dim=1, prepend=ids.new_zeros(len(ids), 1))
+
+
+def sizes(counts: Tensor, total: int) -> list[int]:
+    """``counts``, which add up to ``total``, on the host. The meta device has no data: as even as can be."""
+    return even(total, len(counts)) if counts.is_meta else counts.tolist()
+
+
+def even(total: int, parts: int) -> list[int]:
+    """``parts`` numbers that add up to ``total`` and differ by one at most."""
+    return [total // parts + (i < total % parts) for i in range(parts)]
+
+
+def balance_losses(affinities: Tensor, counts: Tensor) -> Tensor:
+    """The classical balance loss, token by token; its mean over a row is that row's (DeepSeek-V3, Eq. 17 to 20).
+
+        sum_i f_i P_i,   f_i = E / (K T) x (tokens that chose i),   P_i = 1 / T sum_t s_{i,t} / sum_j s_{j,t}
+
+    It is 1 where the load is even. f has no gradient. Differently from Eq. 18, f counts the choice with the bias in it:
+    the load that is there.
+
+    Args:
+        affinities: (B, T, E). counts: (B, E) int64 of the whole rows.
+
+    Returns:
+        (B, T), each token's part of the sum over tokens.
+    """
+    shares = affinities / affinities.sum(-1, keepdim=True)
+    f = affinities.shape[-1] * counts / counts.sum(-1, keepdim=True)
+    return (shares @ f.to(shares.dtype).unsqueeze(-1)).squeeze(-1)
+
+
+def moved_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """b_i + rate x sign(mean load - load_i) (arXiv 2408.15664, algorithm 1). bias (E,) fp32; load (E,) int64."""
+    above = load * len(load) - load.sum()  # E times the excess, without rounding
+    return bias - rate * above.sign().to(bias.dtype)
+
+
+def take(rows: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
+    """rows (M, C), each ``copies`` times in a row, in the order ``index`` (M x copies,), whose ``inverse`` is known:
+    so the gradient is a gather and a sum in fixed order, not a sum of whatever comes first."""
+    return _Take.apply(rows, index, inverse, copies)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return rows[index // copies if copies > 1 else index]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        gradient = gradient[inverse]
+        return gradient.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else gradient, None, None, None
+
+
+class _Attach(torch.autograd.Function):
+    """y as it is; its backward pass sends ``scale`` into ``loss``, as if that had been added to the objective, and
+    tallies. So a layer deep in a model, or in a stage of a pipeline, needs to hand out no second result."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, loss: Tensor, counts: Tensor, scale: float, tally: Tally) -> Tensor:
+        ctx.loss, ctx.counts, ctx.scale, ctx.tally = loss.detach(), counts, scale, tally
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.tally.load = ctx.tally.load + ctx.counts
+        ctx.tally.loss = ctx.tally.loss + ctx.loss.double()
+        return gradient, torch.full_like(ctx.loss, ctx.scale), None, None, None

@@ -1,0 +1,59 @@
+"""Expert parallelism: every rank holds some of the experts of a layer, whole, and ranks send each other the tokens.
+
+A rank routes its own tokens and sends each to the holders of its experts (all-to-all), who compute and send back. The
+ranks of `Grid.experts` take part: those along ``parallel.expert``, which read different samples, and tensor-parallel
+ranks, which hold different tokens there, so that no expert need be cut.
+
+An expert's gradient comes from the tokens of all these ranks, and is averaged by DeepSpeed over those that hold the
+same expert. Everything else is held alike along ``parallel.expert``: its gradients are summed there.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nsa.models import Decoder
+from nsa.models.moe import Experts, MixtureOfExperts, sizes, take
+from nsa.parallel.collectives import all_reduce, exchange
+from nsa.parallel.grid import Axis, Grid
+from nsa.parallel.partition import Partition, mark, part_of, partition_of, sum_over
+
+
+def split_over_expert_ranks(model: Decoder, grid: Grid) -> None:
+    """Keep this rank's experts of a decoder that is already split over tensor-parallel ranks."""
+    routed = set()
+    for moe in model.modules():
+        if not isinstance(moe, MixtureOfExperts):
+            continue
+        if grid.row.size > 1:
+            moe.row_counts = partial(all_reduce, axis=grid.row, what="counts")
+        if grid.experts.size > 1:
+            part = Partition(0, grid.experts.rank, grid.experts.size)
+            for name, weight in list(moe.experts.named_parameters()):
+                setattr(moe.experts, name, part_of(weight, part))
+            moe.experts.forward = partial(_compute_together, moe.experts, grid.experts)  # type: ignore[method-assign]
+        routed |= {id(weight) for weight in moe.experts.parameters()}
+    if grid.expert.size > 1:
+        for parameter in model.parameters():
+            if id(parameter) not in routed:
+                part = partition_of(parameter)
+                mark(parameter, replace(part, owner=part.owner and grid.expert.rank == 0))
+                sum_over(parameter, grid.expert)
+
+
+def _compute_together(experts: Experts, axis: Axis, rows: Tensor, counts: Tensor) -> Tensor:
+    """`Experts.forward` for the experts of all ranks, in order; ``experts`` are this rank's."""
+    send = counts.view(axis.size, -1)  # (ranks, experts of each)
+    receive = torch.empty_like(send)
+    dist.all_to_all_single(receive, send, group=axis.group)
+    sent, got = (sizes(x.sum(1), len(rows)) for x in (send, receive))
+    received = exchange(rows, axis, sent, got, "tokens")
+    # They come by rank and then by expert; the experts want them by expert.
+    number = torch.arange(send.shape[1], device=counts.device).repeat(axis.size)
+    order = number.repeat_interleave(receive.flatten(), output_size=len(received)).argsort(stable=True)
+    inverse = order.argsort()
+    out = Experts.forward(experts, take(received, order, inverse), receive.sum(0))
+    return exchange(take(out, inverse, order), axis, got, sent, "tokens")
