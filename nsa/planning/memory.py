@@ -38,12 +38,13 @@ class Memory:
 def memory_of(config: Config, gpus: int) -> Memory:
     """Raises ValueError if the ranks cannot be dealt out."""
     passes = micro_batches_per_step(config, gpus)
-    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context
+    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
     model, engine, width = config.model, config.engine, element_bytes(config)
     stages = config.parallel.pipeline
-    kinds = [str(config.attention.kinds(model.num_layers)[i]) for i in stage_layers(model.num_layers, stages, 0)]
+    attention = config.attention.kinds(model.num_layers)
+    kinds = [(str(attention[i]), model.has_experts(i)) for i in stage_layers(model.num_layers, stages, 0)]
 
-    costs = {kind: _layer_costs(_alone(config, kind)) for kind in dict.fromkeys(kinds)}
+    costs = {kind: _layer_costs(_alone(config, *kind)) for kind in dict.fromkeys(kinds)}
     table = model.vocab_size // config.parallel.tensor * model.hidden_size
     tables = 1 if stages > 1 or model.tie_embeddings else 2
     parameters = tables * table + sum(costs[kind].parameters for kind in kinds)
@@ -73,7 +74,7 @@ def memory_of(config: Config, gpus: int) -> Memory:
     device["buffers"] = _bucket(config, gpus, parameters) if replicas > 1 or engine.zero_stage >= 2 else 0.0
     device["activations"] = activations
     whole = count_parameters(model, config.attention)["total"]
-    start = 4.0 * (whole + (parameters if config.parallel.model_ranks > 1 else 0))
+    start = 4.0 * (whole + (parameters if config.parallel.replica_ranks > 1 else 0))
     return Memory(device, host, start)
 
 
@@ -105,12 +106,14 @@ class _Costs:
     parameters: int
 
 
-def _alone(config: Config, kind: str) -> Config:
+def _alone(config: Config, kind: str, experts: bool) -> Config:
     """The same rank's work on one micro batch, with layers of one kind; equal for all numbers of layers and ranks."""
-    attention = config.attention.model_copy(update={"kind": kind})
-    model = config.model.model_copy(update={"num_layers": 1})
-    parallel = ParallelConfig(tensor=config.parallel.tensor, context=config.parallel.context)
-    training = config.training.model_copy(update={"global_batch_size": config.training.micro_batch_size})
+    attention, parallel = config.attention.model_copy(update={"kind": kind}), config.parallel
+    moe = config.model.moe.model_copy(update={"first_dense": 0}) if config.model.moe and experts else None
+    model = config.model.model_copy(update={"num_layers": 1, "moe": moe})
+    parallel = ParallelConfig(tensor=parallel.tensor, context=parallel.context, expert=parallel.expert)
+    samples = config.training.micro_batch_size * parallel.expert
+    training = config.training.model_copy(update={"global_batch_size": samples})
     update = {"attention": attention, "model": model, "parallel": parallel, "training": training}
     return config.model_copy(update=update)
 
@@ -123,7 +126,7 @@ def _layer_costs(config: Config) -> _Costs:
     key = config.model_dump_json(include={"attention", "model", "parallel", "training", "engine", "data"})
     if key not in _known:
         two = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 2})})
-        ranks = config.parallel.model_ranks
+        ranks = config.parallel.replica_ranks
         one, both = dry_run(config, ranks), dry_run(two, ranks)
         kept = both.peak_bytes - one.peak_bytes
         _known[key] = _Costs(kept, one.peak_bytes - kept, both.parameters - one.parameters)

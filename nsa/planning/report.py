@@ -8,7 +8,7 @@ from nsa.planning.dry_run import DryRun
 from nsa.planning.memory import Memory, memory_of
 from nsa.planning.search import Found
 from nsa.planning.speed import Gpu, Speed, fits
-from nsa.planning.traffic import bytes_sent, data_bytes
+from nsa.planning.traffic import bytes_sent, data_bytes, parameters_of_rank
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 GIB = 2**30
@@ -23,7 +23,8 @@ def describe(config: Config, gpus: int) -> str:
     layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     step = training.global_batch_size * length
     lines = [
-        f"{config.name}: {counts['total']:,} parameters, {counts['embedding']:,} of them embeddings",
+        f"{config.name}: {counts['total']:,} parameters, {counts['embedding']:,} of them embeddings"
+        + (f", {counts['active']:,} active" if config.model.moe else ""),
         f"  layers      {layers}",
         f"  step        {training.global_batch_size} samples of {length} tokens = {step:,} tokens; "
         f"micro batches per GPU: {passes}",
@@ -43,8 +44,8 @@ def describe(config: Config, gpus: int) -> str:
         f"activation checkpointing: {engine.activation_checkpointing}{where}",
         *_memory_lines(memory),
     ]
-    parameters = counts["total"] / (config.parallel.tensor * config.parallel.pipeline)
-    sent: dict[str, float] = {**bytes_sent(config, gpus), "data (DeepSpeed)": data_bytes(config, gpus, parameters)}
+    data = data_bytes(config, gpus, parameters_of_rank(config))
+    sent: dict[str, float] = {**bytes_sent(config, gpus), "data (DeepSpeed)": data}
     sent = {name: num_bytes for name, num_bytes in sent.items() if num_bytes}
     if sent:
         lines += ["", "Sent by the first GPU in a step:", *_gib_lines(sent)]
@@ -66,11 +67,12 @@ def describe_search(found: list[Found], gpus: int, gpu: Gpu) -> str:
     """The best layouts as a table."""
     lines = [
         f"The fastest layouts of {gpus} x {gpu.name} that fit, by the same prediction:",
-        "  tensor context pipeline data   GiB per GPU   s a step     tokens/s",
+        "  tensor context pipeline expert data   GiB per GPU   s a step     tokens/s",
     ]
     for one in found:
         p, speed = one.config.parallel, one.speed
-        place = f"{p.tensor:>8} {p.context:>7} {p.pipeline:>8} {data_parallel_size(p, gpus):>4}"
+        place = f"{p.tensor:>8} {p.context:>7} {p.pipeline:>8} {p.expert:>6}"
+        place += f" {data_parallel_size(p, gpus) // p.expert:>4}"
         numbers = f"{one.memory.peak / GIB:>11.1f}   {speed.step_seconds:>8.3f}   {speed.tokens_per_second:>10,.0f}"
         lines.append(f"{place}   {numbers}")
     return "\n".join(lines)
@@ -88,7 +90,7 @@ def describe_dry_run(run: DryRun) -> str:
 
 
 def _layout(parallel: ParallelConfig, gpus: int) -> str:
-    sizes = {"data": data_parallel_size(parallel, gpus), **parallel.model_dump()}
+    sizes = {"data": data_parallel_size(parallel, gpus) // parallel.expert, **parallel.model_dump()}
     return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1) or "one GPU"
 
 

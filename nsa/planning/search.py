@@ -20,12 +20,13 @@ class Found:
     memory: Memory
 
 
-def layouts(gpus: int) -> Iterator[ParallelConfig]:
-    """Every layout of so many GPUs; those that are left over are data-parallel."""
+def layouts(gpus: int, experts: bool = False) -> Iterator[ParallelConfig]:
+    """Every layout of so many GPUs, of a model with ``experts`` or without; what is left over is data-parallel."""
     for tensor in _divisors(gpus):
         for context in _divisors(gpus // tensor):
             for pipeline in _divisors(gpus // (tensor * context)):
-                yield ParallelConfig(tensor=tensor, context=context, pipeline=pipeline)
+                for expert in _divisors(gpus // (tensor * context * pipeline)) if experts else (1,):
+                    yield ParallelConfig(tensor=tensor, context=context, pipeline=pipeline, expert=expert)
 
 
 def in_layout(config: Config, parallel: ParallelConfig) -> Config:
@@ -44,7 +45,7 @@ def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
     """
     tried: list[tuple[Config, Speed]] = []
     reason = ""
-    for parallel in layouts(gpus):
+    for parallel in layouts(gpus, experts=config.model.moe is not None):
         try:
             other = in_layout(config, parallel)
             tried.append((other, predict_speed(other, gpus, gpu)))

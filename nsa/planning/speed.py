@@ -9,9 +9,9 @@ the error, on these points and on others. Of links and of the host nothing is me
 from dataclasses import dataclass
 
 from nsa.config import Config
-from nsa.models.sizes import attention_flops, count_parameters, training_flops_per_token
+from nsa.models.sizes import attention_flops, training_flops_per_token
 from nsa.planning.memory import Memory
-from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes
+from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, parameters_of_rank
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 GIB = 2**30
@@ -49,7 +49,7 @@ LAUNCH = {"dense": 3.0e-3, "nsa": 8.5e-3}
 # Assumed: the share of a link's bandwidth that is reached, the share of the memory that a plan may fill, bytes/s
 # between device and host, and parameters/s that AdamW updates on the host.
 LINK, ROOM, HOST_LINK, HOST_ADAM = 0.8, 0.9, 25e9, 1e9
-AXES = ("tensor", "context", "pipeline", "data")
+AXES = ("tensor", "expert", "context", "pipeline", "data")
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def fits(memory: Memory, gpu: Gpu) -> bool:
 def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
     """Predict a step on ``gpus`` GPUs. Raises ValueError if they cannot be dealt out."""
     model, engine, parallel = config.model, config.engine, config.parallel
-    tp, cp, pp = parallel.tensor, parallel.context, parallel.pipeline
+    tp, ep, cp, pp = parallel.tensor, parallel.expert, parallel.context, parallel.pipeline
     passes, length = micro_batches_per_step(config, gpus), config.data.sequence_length
     kinds = [str(kind) for kind in config.attention.kinds(model.num_layers)]
-    parameters = count_parameters(model, config.attention)["total"] / (tp * pp)
+    parameters = parameters_of_rank(config)
     sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus, parameters)}
 
     scores = {
@@ -95,15 +95,15 @@ def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
     seconds["elementwise"] = again * ELEMENTWISE * share * model.num_layers * model.hidden_size
     launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds)
     seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values()))
-    # Tensor-parallel ranks are neighbours, then context, pipeline, data: an axis is slow if it leaves the machine.
+    # Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine.
     reach = 1
-    for axis, size in zip(AXES, (tp, cp, pp, gpus // (tp * cp * pp)), strict=True):
+    for axis, size in zip(AXES, (tp, ep, cp, pp, gpus // (tp * ep * cp * pp)), strict=True):
         reach *= size
-        moved = sum(num_bytes for name, num_bytes in sent.items() if name.partition("/")[0] == axis)
+        moved = sum(num_bytes for name, num_bytes in sent.items() if name.partition("/")[0].rstrip("s") == axis)
         seconds[f"{axis} links"] = moved / (LINK * (gpu.fast if reach <= gpu.per_machine else gpu.slow))
     busy = sum(seconds.values()) - seconds["data links"]
     if engine.offload_optimizer:
-        mine = parameters / (gpus // (tp * pp))  # ZeRO's part
+        mine = parameters / (gpus // (tp * ep * pp))  # ZeRO's part
         seconds["optimizer on the host"] = mine * (2 * element_bytes(config) / HOST_LINK + 1 / HOST_ADAM)
     step = busy * (1 + (pp - 1) / passes) + seconds["data links"] + seconds.get("optimizer on the host", 0.0)
     return Speed(sent, seconds, step, config.training.global_batch_size * length / step)

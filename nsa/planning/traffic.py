@@ -8,7 +8,9 @@ from collections import Counter
 import torch
 
 from nsa.config import Config
+from nsa.models import count_parameters
 from nsa.models.head import CHUNK_LOGITS
+from nsa.models.moe import even
 from nsa.ops.packing import num_compressed
 from nsa.parallel.chunks import Chunks, halo_plan
 from nsa.parallel.grid import Axis, data_parallel_size
@@ -30,7 +32,8 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     model, parallel = config.model, config.parallel
     passes = micro_batches_per_step(config, gpus)
     p, n, stages = parallel.tensor, parallel.context, parallel.pipeline
-    place, stage = rank // p % n, rank // (p * n) % stages
+    holders = p * parallel.expert  # of different experts
+    place, stage = rank // holders % n, rank // (holders * n) % stages
     first, last = stage == 0, stage == stages - 1
     kinds = [str(config.attention.kinds(model.num_layers)[i]) for i in stage_layers(model.num_layers, stages, stage)]
     width, again = element_bytes(config), config.engine.activation_checkpointing != "none"
@@ -51,6 +54,16 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * _gradients(config, kinds, p, copies, last)
         if last:
             sent["tensor/loss"] += passes * _losses(config, tokens, p)
+    routed = [model.has_experts(i) for i in stage_layers(model.num_layers, stages, stage)].count(True)
+    if model.moe is not None and holders > 1:
+        rows = tokens // p * model.moe.top_k
+        away = rows - even(rows, holders)[rank % holders]
+        # There and back, forward and backward; what runs again goes both ways once more.
+        sent["experts/tokens"] += passes * routed * (4 + 2 * again) * away * model.hidden_size * width
+    if parallel.expert > 1:  # what is no routed expert, in fp32; on average over the stages
+        counts = count_parameters(model, config.attention)
+        alike = (counts["total"] - counts["routed"]) // (p * stages)
+        sent["expert/gradients"] += (passes if stages == 1 else 1) * _all_reduce(4 * alike, parallel.expert)
     if n > 1:
         for name, num_bytes in _context(config, kinds, Chunks.of_local(tokens, _axis(place, n)), again).items():
             sent[f"context/{name}"] += passes * num_bytes
@@ -62,12 +75,18 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     return {name: num_bytes for name, num_bytes in sorted(sent.items()) if num_bytes}
 
 
+def parameters_of_rank(config: Config) -> float:
+    """On average over the stages of a pipeline; of the routed experts a rank holds fewer."""
+    counts, parallel = count_parameters(config.model, config.attention), config.parallel
+    return (counts["total"] - counts["routed"] * (1 - 1 / parallel.expert)) / (parallel.tensor * parallel.pipeline)
+
+
 def data_bytes(config: Config, gpus: int, parameters: float) -> float:
     """Of DeepSpeed, between ranks with the same weights: gradients, and what ZeRO gathers of the weights in a step.
 
     Rings; gradients go in fp32. ``parameters``: of the rank.
     """
-    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context
+    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
     stage, again = config.engine.zero_stage, config.engine.activation_checkpointing != "none"
     passes = micro_batches_per_step(config, gpus) if config.parallel.pipeline == 1 else 1
     # Stages 2 and 3 reduce after every micro batch; stage 3 gathers weights in every pass over a layer.

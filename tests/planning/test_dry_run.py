@@ -10,6 +10,7 @@ from nsa.planning.dry_run import dry_run
 from nsa.planning.memory import memory_of
 from nsa.planning.traffic import bytes_sent
 from tests.conftest import ROOT
+from tests.parallel.layouts import MOE
 from tests.training.tiny import tiny_config
 
 BASE = ["model.num_heads=4", "model.num_kv_heads=2", "model.num_layers=4"]
@@ -36,6 +37,17 @@ def test_the_arithmetic_of_traffic_is_a_dry_runs(tmp_path, tensor, context, pipe
     ranks = 2 * tensor * context * pipeline
     assert bytes_sent(config, ranks, rank) == dry_run(config, ranks, rank).sent
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("sizes", "rank"), [({"expert": 2}, 1), ({"expert": 2, "tensor": 2}, 2), ({"tensor": 2}, 0)])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_the_arithmetic_of_experts_is_a_dry_runs(tmp_path, sizes, rank, mode):
+    overrides = [*BASE, *MOE, f"engine.activation_checkpointing={mode}"]
+    config = tiny_config(tmp_path, *overrides, *(f"parallel.{name}={size}" for name, size in sizes.items()))
+    found, counted = bytes_sent(config, 4, rank), dry_run(config, 4, rank).sent
+    assert found["experts/tokens"] == counted["experts/tokens"]
+    if "tensor" not in sizes:
+        assert found["expert/gradients"] == pytest.approx(counted["expert/gradients"], rel=0.001)
 
 
 @pytest.mark.parametrize("overrides", [(), ("parallel.tensor=4", "parallel.context=2")])

@@ -135,3 +135,13 @@ def test_the_trainers_dry_run_prints_the_plan(run_python):
     assert result.returncode == 0, result.stderr
     for words in ("1,039,404,544 parameters", "dense-equivalent", "weights", "gradients", "optimizer", "activations"):
         assert words in result.stdout
+
+
+def test_experts_are_counted_where_they_lie():
+    """What is no routed expert is held whole, and sharded over the ranks with the same experts."""
+    papers = config(name="27b-a5b")
+    counts = count_parameters(papers.model, papers.attention)
+    held = counts["total"] - counts["routed"] * 7 / 8
+    found = memory_of(papers, 64)
+    assert found.device["weights"] == pytest.approx(2 * held)
+    assert found.device["optimizer"] == pytest.approx(12 * held / 8)
