@@ -2,9 +2,9 @@
 
     python benchmarks/report.py [RESULT.json ...] [--out docs/performance.md]
 
-Without files, all of benchmarks/results/performance-*.json; at the end what training-*.json hold. Several files are
-several sections of one page, each with its own hardware, versions and commit; figures of different machines are never
-mixed in one table.
+Without files, all performance-, models- and layer-*.json of benchmarks/results; at the end what training-*.json hold.
+Several files are several sections of one page, each with its own hardware, versions and commit; figures of different
+machines are never mixed in one table.
 """
 
 import argparse
@@ -86,6 +86,7 @@ def section(result: dict, figure: Path) -> Iterator[str]:
         yield from stage_tables(result["runs"])
     yield from correctness(result)
     yield from models(result.get("models", []))
+    yield from layers(result.get("layer", []))
 
 
 def whole(runs: list[dict]) -> Iterator[str]:
@@ -228,6 +229,17 @@ def models(rows: list[dict]) -> Iterator[str]:
     yield from table(["", *(length(tokens) for tokens in lengths)], lines)
 
 
+def layers(rows: list[dict]) -> Iterator[str]:
+    """Rows of benchmarks/layer.py: config, attention, tokens, launches, ms, host_ms, gpu_ms."""
+    if not rows:
+        return
+    yield "### One layer, and who waits for whom\n"
+    yield "Forward and backward: its time, that of the host to ask for it, that of the kernels by themselves.\n"
+    columns = ("tokens", "launches", "ms", "host_ms", "gpu_ms")
+    cells = [[f"{row['config']} {row['attention']}", *(row[name] for name in columns)] for row in rows]
+    yield from table(["", *(name.replace("_", " ") for name in columns)], cells)
+
+
 def draw(result: dict, path: Path) -> None:
     """Left: forward + backward of shape A by length, everyone. Right: times faster than cuDNN, every shape."""
     import matplotlib
@@ -281,8 +293,8 @@ def page(results: list[tuple[str, dict]], images: Path) -> str:
     lines = [
         "# Performance",
         "",
-        "Written by `python benchmarks/report.py` from the files named below, in `benchmarks/results/`; measured by",
-        "`benchmarks/attention.py` and `benchmarks/models.py`. bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of",
+        "Written by `python benchmarks/report.py` from the files of `benchmarks/results/` named below; measured by",
+        "its `attention.py`, `models.py` and `layer.py`. bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of",
         "them, window 512. Milliseconds are medians, the L2 cache flushed between repeats. Query / KV heads, width:",
         "",
         *(f"- {name} = {words}" for name, words in SHAPES.items()),
@@ -306,7 +318,8 @@ def main() -> None:
     parser.add_argument("results", nargs="*", type=Path)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args()
-    paths = options.results or sorted(RESULTS.glob("performance-*.json"))
+    kinds = ("performance", "models", "layer")
+    paths = options.results or [path for kind in kinds for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
     results = [(path.name, json.loads(path.read_text())) for path in paths]
     text = page(results, options.out.parent / "images")
     if trained := [path for path in measured.result_files() if path.name.startswith("training-")]:

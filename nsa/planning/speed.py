@@ -1,9 +1,10 @@
 """Step time of a configuration in its layout of ranks, predicted.
 
 A step takes the longer of what Python launches and what the device computes, then what the links move (nothing is
-assumed to overlap), stretched by the pipeline's bubble. The efficiencies were fitted to 16 whole-model measurements on
-one H200 without DeepSpeed (docs/log.md, 25m and 125m, dense and NSA, 8K to 64K tokens); `nsa.planning.measured` states
-the error, on these points and on others. Of links and of the host nothing is measured yet: arithmetic from data sheets.
+assumed to overlap), stretched by the pipeline's bubble. The efficiencies were fitted to 18 measurements on one H200: 16
+of whole models without DeepSpeed (25m and 125m, dense and NSA, 8K to 64K tokens), two of the trainer (1b's layers, 32K
+and 128K tokens); `nsa.planning.measured` states the error, on these points and on others. Of links and of the host
+nothing is measured yet: arithmetic from data sheets.
 """
 
 from dataclasses import dataclass
@@ -40,12 +41,15 @@ GPUS = {
         Gpu("A100", 312e12, 80e9, 300e9, 25e9),
     )
 }
-# Fitted (see above): shares of the peak; seconds per layer, hidden unit and token of everything between the matrix
-# products (norms, rotary, residuals, on an H200); seconds that Python needs to launch a layer's forward and backward.
-MATRICES = 0.40
-ATTENTION = {"dense": 0.26, "nsa": 0.14}
-ELEMENTWISE = 2.0e-10
-LAUNCH = {"dense": 3.0e-3, "nsa": 8.5e-3}
+# Fitted (see above), but for the share of the peak in matrix products, which the fit does not tell from the next two:
+# shares of the peak; seconds per layer, hidden unit and token of everything between the matrix products (norms, rotary,
+# residuals, on an H200), and per token and word of the vocabulary (the loss and its gradient); seconds that Python
+# needs to launch a layer's forward and backward.
+MATRICES = 0.7
+ATTENTION = {"dense": 0.43, "nsa": 0.32}
+ELEMENTWISE = 3.5e-11
+LOGITS = 8.2e-11
+LAUNCH = {"dense": 2.55e-3, "nsa": 9.5e-3}
 # Assumed: the share of a link's bandwidth that is reached, the share of the memory that a plan may fill, bytes/s
 # between device and host, and parameters/s that AdamW updates on the host.
 LINK, ROOM, HOST_LINK, HOST_ADAM = 0.8, 0.9, 25e9, 1e9
@@ -93,6 +97,7 @@ def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
     seconds = {"matrix products": again * share * matrices / (MATRICES * gpu.peak)}
     seconds["attention"] = attention_again * share * sum(f / (ATTENTION[k] * gpu.peak) for k, f in scores.items())
     seconds["elementwise"] = again * ELEMENTWISE * share * model.num_layers * model.hidden_size
+    seconds["logits"] = LOGITS * share * model.vocab_size
     launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds)
     seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values()))
     # Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine.
