@@ -41,7 +41,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize(("mode", "again"), [("full", 1), ("selective", 0)])
 @pytest.mark.parametrize("kind", ["nsa", "dense"])
 def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
-    """On the meta device, where the kernels' operators exist without a GPU."""
+    """On the meta device, where the kernels' operators exist without a GPU. Cutting and rotating heads is cheap."""
     with torch.device("meta"):
         layers = nn.ModuleList([NativeSparseAttention(64, 4, 2, 16, backend="triton") if kind == "nsa" else
                                 DenseAttention(64, 4, 2, 16, backend="triton")])  # fmt: skip
@@ -51,7 +51,8 @@ def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
     out = layers[0](x, rotary)
     with Calls() as calls:
         out.sum().backward()
-    forward = {name: n for name, n in calls.counts.items() if not name.endswith(("backward", "gated_sum"))}
+    others = ("backward", "gated_sum", "split_heads", "join_heads")
+    forward = {name: n for name, n in calls.counts.items() if not name.endswith(others)}
     once = {"nsa": {"range_attention": 2, "select_blocks": 1, "selected_attention": 1, "compress_blocks": 2}}
     assert forward == ({} if not again else once.get(kind, {"range_attention": 1}))
 
