@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from tiny import tiny_config
 
 from nsa.config import Config
 from nsa.training import checkpoint
+from nsa.training import trainer as trainer_module
+from nsa.training.deepspeed_config import deepspeed_config
 from nsa.training.distributed import Ranks, initialize
 from nsa.training.optimizer import STATE_KEYS
 from nsa.training.sharded_state import local_shards
@@ -22,6 +25,15 @@ from nsa.training.spikes import batch_number
 from nsa.training.trainer import Trainer
 
 
+def every_weight_sharded(config: Config, world_size: int) -> dict[str, Any]:
+    """`deepspeed_config`, without ZeRO 3's exception for small weights: those of a tiny model are all small."""
+    result = deepspeed_config(config, world_size)
+    if config.engine.zero_stage == 3:
+        result["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return result
+
+
+@mock.patch.object(trainer_module, "deepspeed_config", every_weight_sharded)
 def curves(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[list[list[float]]]:
     """For each case (overrides): loss and gradient norm of every step."""
     answer = []
