@@ -57,6 +57,7 @@ class Saver:
         self._step = 0
         self._seconds = 0.0
         self._error: str | None = None  # of all ranks; "" if there is none; None while it is written
+        self._lost: RuntimeError | None = None  # of the thread's messages
 
     @property
     def failed(self) -> bool:
@@ -102,11 +103,14 @@ class Saver:
         Raises:
             CheckpointError: it could not be written (disk full, for one); earlier checkpoints are as they were.
                 `ReportedError` on the ranks that are not the first.
+            RuntimeError: of gloo: a rank was lost meanwhile.
         """
         if self._thread is None:
             return None
         self._thread.join()
         self._thread = None
+        if self._lost:
+            raise self._lost
         if self._error:
             self._fail(self._error)
         return self._final
@@ -153,7 +157,7 @@ class Saver:
                 error = self._commit({name: entry for _, files in written for name, entry in files.items()}, protect)
             error = messages.broadcast(error, self._group)
         except RuntimeError as e:  # of gloo: the training will find out who is lost
-            error = f"the ranks lost each other while it was written ({str(e).splitlines()[0]})"
+            error, self._lost = "the ranks lost each other", e
         self._seconds = time.perf_counter() - started
         self._error = error
 

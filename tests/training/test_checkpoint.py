@@ -3,12 +3,13 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import start, train, write_yaml
 
-from nsa.training import checkpoint
+from nsa.training import checkpoint, saver
 from nsa.training.checkpoint import CheckpointError
 
 TENSORS = [("weight", "a.weight", torch.arange(6.0).view(2, 3)), ("exp_avg", "a.weight", torch.ones(2, 3))]
@@ -128,7 +129,7 @@ def test_tensors_are_exhausted_when_a_write_fails(tmp_path, monkeypatch):
 
 FULL_DISK = """
 import errno, sys
-from nsa.training import checkpoint
+from nsa.training import checkpoint, saver
 write = checkpoint.write_file
 def full(path, content):
     if "step_00000006" in str(path) and path.name.startswith("optimizer"):
@@ -165,3 +166,20 @@ def test_faults_of_a_run_and_its_checkpoints(tmp_path):
     refused = train(tmp_path, "model.intermediate_size=64", "optimizer.beta2=0.9")
     assert refused.returncode == 2 and "Traceback" not in refused.stdout
     assert "model.intermediate_size: 48 there, 64 now" in refused.stdout and "optimizer.beta2" in refused.stdout
+
+
+def test_a_rank_lost_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_path, monkeypatch):
+    """The trainer takes a gloo error for a lost rank (exit code 85), a CheckpointError for something to mend (2)."""
+
+    def lost(*_: object) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+
+    monkeypatch.setattr(saver.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(saver.messages, "gather", lost)
+    alone = SimpleNamespace(rank=0, is_main=True, on_main=lambda call: call())
+    writer = saver.Saver(alone, tmp_path, keep_last=1)
+    writer.start(saver.Snapshot(step=2, tensors=[], rng={}, state={}, files={}, num_bytes=0))
+    with pytest.raises(RuntimeError, match="gloo"):
+        writer.wait()
+    assert writer.failed, "other ranks hear of it, if they can"
+    assert checkpoint.checkpoints(tmp_path) == []
