@@ -41,7 +41,7 @@ def hung_rank(stage: Stage) -> Row:
         lives = stage.start_ranks(output, "recovery.hang_seconds=4", harm={1: harm})
         codes = [life.end() for life in lives]
         stacks = [path.read_text() for path in sorted((output / "run/stacks").glob("rank-*.txt"))]
-        named = "slow: rank 1, at step 5: forward" in lives[0].output
+        named = "slow: rank 1, at step 5: micro batch 0" in lives[0].output
         found = (len(stacks) == 2 and "all_reduce" in stacks[0] and "in harm" in stacks[1]) or "<lambda>" in stacks[1]
         again = _goes_on(stage, output)
         return _row("a hung rank", codes == [85, 85] and named and found and again, lives)
