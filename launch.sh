@@ -178,7 +178,7 @@ demo() {
 }
 
 run_tests() {
-    local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')" --dist loadfile)
+    local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')" --dist loadgroup)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     say "ruff"
     ruff check .

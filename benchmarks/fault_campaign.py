@@ -12,6 +12,7 @@ traceback, a lost checkpoint or an undocumented exit code counts against. Exits 
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# Threads of one process that wait for each other spin, and starve those of the others: hours instead of minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402 - after the path
 

@@ -39,8 +39,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
+SHARED = {"one_rank", "two_ranks"}  # fixtures of a session that take minutes: one worker makes them, for all
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot or should not run; keep files together, and the tests that share ranks, which come first."""
+    items.sort(key=lambda item: SHARED.isdisjoint(item.fixturenames))  # type: ignore[attr-defined]
     for item in items:
+        shared = not SHARED.isdisjoint(item.fixturenames)  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group("ranks" if shared else str(item.path)))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
         if "gpu" in item.keywords and not HAS_GPU:
