@@ -65,7 +65,8 @@ def compare(path: Path) -> Iterator[Comparison]:
             told += [f"model.max_position={row['tokens']}", *ALONE]
             told += ["engine.zero_stage=0", "engine.activation_checkpointing=none"] if kind == "models" else []
             config = load_config(ROOT / f"configs/{row['config']}.yaml", [*told, *row.get("overrides", [])])
-            changed = [config.engine.activation_checkpointing, *row.get("overrides", [])]
+            others = [told for told in row.get("overrides", []) if "activation_checkpointing" not in told]
+            changed = [config.engine.activation_checkpointing, *others]
             yield Comparison(
                 device=gpu.name,
                 config=row["config"] + (f" ({', '.join(changed)})" if kind == "training" else ""),
