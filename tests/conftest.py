@@ -44,9 +44,9 @@ SHARED = {"one_rank", "two_ranks"}  # fixtures of a session that take minutes: o
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what cannot or should not run; keep files together, and the tests that share ranks, which come first."""
-    items.sort(key=lambda item: SHARED.isdisjoint(item.fixturenames))  # type: ignore[attr-defined]
+    items.sort(key=lambda item: SHARED.isdisjoint(item.fixturenames))
     for item in items:
-        shared = not SHARED.isdisjoint(item.fixturenames)  # type: ignore[attr-defined]
+        shared = not SHARED.isdisjoint(item.fixturenames)
         item.add_marker(pytest.mark.xdist_group("ranks" if shared else str(item.path)))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
