@@ -45,8 +45,7 @@ FEW = 32  # tokens; over so few rows an error does not average out, in dense att
 
 def allowed(generator: torch.Generator) -> tuple[float, float]:
     """Twice the largest error of torch's dense bf16 attention, outputs and gradients: on few tokens, and on many."""
-    lengths = [2, 2, 3, 4, 16] * 20, [64, 256]
-    few, many = (max(dense_error(tokens, generator) for tokens in some) for some in lengths)
+    few, many = (max(dense_error(tokens, generator) for tokens in lengths) for lengths in ((2, 4, 4, 16), (64, 256)))
     return 2 * max(few, many), 2 * many
 
 

@@ -35,7 +35,5 @@ def test_every_stage_optimizer_micro_batch_and_recomputation(tmp_path, one_rank)
     cases += engines("bf16") + engines("bf16", OFFLOAD, stages=[1, 2, 3])
     curves = on_ranks(2, tmp_path, {"all": ("curves", {"cases": cases, "steps": STEPS})})["all"]
     assert_equal_curves(curves[:4], sgd, 1e-5)
-    assert_equal_curves(curves[4:12] + curves[16:19], adamw, 1e-5)
-    # Products of another shape round differently, and AdamW carries that on: 1.2e-5 in the norm of one step was seen.
-    assert_equal_curves(curves[12:16], adamw, 1e-4)
+    assert_equal_curves(curves[4:19], adamw, 1e-5)
     assert_equal_curves(curves[19:], adamw, 2e-2)
