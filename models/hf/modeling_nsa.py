@@ -45,7 +45,7 @@ class NSAConfig(PreTrainedConfig):
     """
 
     model_type = "nsa"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - as transformers declares it
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - as transformers declares it
 
     def __init__(
         self,
@@ -167,7 +167,8 @@ class NSACache:
     lengths: (B,) real tokens of each row. columns: input columns seen, padding included.
     """
 
-    is_compileable = False  # asked for by `generate`
+    is_compileable = is_croppable = False  # asked for by `generate`
+    is_linear = (False,)  # that is: no layer's state has a fixed size
 
     def __init__(self, num_layers: int):
         self.lengths: Tensor | None = None
@@ -535,6 +536,7 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        cache: NSACache | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """Logits (B, T, V), or of the last ``logits_to_keep`` columns; loss if ``labels`` (B, T; -100: not counted).
 
@@ -542,14 +544,17 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, T) int64.
             attention_mask: (B, columns so far) or (B, T), 0 where padded; None: no padding. Positions follow from it.
             past_key_values: the cache that an earlier call returned; the T tokens are added to it.
+            cache: the same, by the name that `transformers` gives it from 5.24 on.
         """
-        if past_key_values is not None and not isinstance(past_key_values, NSACache):
-            raise ValueError(f"past_key_values must be an NSACache, or None, not {type(past_key_values).__name__}")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, NSACache):
+            raise ValueError(f"the cache must be an NSACache, or None, not {type(cache).__name__}")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (rows, columns), not {tuple(attention_mask.shape)}")
         rows, tokens = input_ids.shape
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        cache = past_key_values
         if cache is None and use_cache:
             cache = NSACache(self.config.num_hidden_layers)
 
@@ -574,5 +579,5 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss, logits, cache)  # by position: its name depends on the release
         return output if return_dict else output.to_tuple()

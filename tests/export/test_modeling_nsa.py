@@ -158,7 +158,7 @@ def test_any_padding_fed_in_any_pieces_equals_each_row_alone() -> None:
     while start < 100:
         stop = min(100, start + chance.choice([1, 1, 2, 9, 23]))
         out = exported(ids[:, start:stop], attention_mask=mask[:, :stop].long(), past_key_values=cache, use_cache=True)
-        cache, start = out.past_key_values, stop
+        cache, start = out[1], stop
         logits.append(out.logits)
     logits = torch.cat(logits, 1)
     for row in range(3):
@@ -204,16 +204,15 @@ def test_generation_continues_from_a_returned_cache() -> None:
     _, exported = pair("nsa")
     ids = tokens(1, 30)
     first = exported.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
-    again = exported.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False
-    )
+    name = "cache" if "cache" in first else "past_key_values"
+    again = exported.generate(first.sequences, **{name: first[name]}, max_new_tokens=10, do_sample=False)
     assert again.tolist() == exported.generate(ids, max_new_tokens=20, do_sample=False).tolist()
 
 
 @torch.no_grad()
 def test_cache_keeps_what_later_queries_see_and_no_more() -> None:
     _, exported = pair("nsa")  # blocks of 8 at stride 4, window 12
-    cache = exported(tokens(2, 50), use_cache=True).past_key_values
+    cache = exported(tokens(2, 50), use_cache=True)[1]
     spans = cache.layers[0]
     assert spans["compressed"].keys.shape[1] == (50 - 8) // 4 + 1
     assert (spans["tail"].start, spans["tail"].keys.shape[1]) == (44, 6)
@@ -229,6 +228,18 @@ def test_other_caches_and_masks_are_refused() -> None:
         exported(tokens(1, 4), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="attention_mask"):
         exported(tokens(1, 4), attention_mask=torch.ones(1, 1, 4, 4))
+
+
+@torch.no_grad()
+def test_the_cache_has_the_names_of_old_and_new_transformers() -> None:
+    _, exported = pair("nsa")  # `past_key_values` before transformers 5.24, `cache` from there on
+    ids = tokens(1, 30)
+    whole = exported(ids, use_cache=False).logits[:, 20:]
+    for name in ("past_key_values", "cache"):
+        start = exported(ids[:, :20], use_cache=True)[1]
+        assert torch.allclose(exported(ids[:, 20:], **{name: start}).logits, whole, atol=1e-5)
+    with pytest.raises(ValueError, match="two names"):
+        exported(ids, past_key_values=start, cache=start)
 
 
 def test_the_file_stands_alone() -> None:
