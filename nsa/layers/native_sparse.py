@@ -1,5 +1,6 @@
 """Native Sparse Attention as a layer (DeepSeek, arXiv 2502.11089)."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class GatedBranches(nn.Module):
         self,
         q: Tensor,
         kv_cmp: Pair,
-        kv_slc: Pair,
+        kv_slc: Pair | Callable[[], Pair],
         kv_win: Pair,
         gates: Tensor,
         cu_seqlens: Tensor | None = None,
@@ -186,7 +187,7 @@ class NativeSparseAttention(nn.Module):
         offset = 0 if cache is None else cache.length
         if rotary is None:
             rotary = self._rotary(x, offset, cu_seqlens)
-        q, raw_cmp, slc, win, gates = self._project(x, rotary)
+        q, raw_cmp, slc, win, gates = self.project(x, rotary)
         if cache is None:
             cmp = self.compress(raw_cmp, rotary, cu_seqlens)
         else:
@@ -196,7 +197,7 @@ class NativeSparseAttention(nn.Module):
         out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 
-    def _project(self, x: Tensor, rotary: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
+    def project(self, x: Tensor, rotary: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
         """Rotated queries; keys and values of each branch, those of the compressed one not rotated; gates."""
         branches: list[Any] = [self.key_value[branch] for branch in ("compressed", "selected", "window")]
         linears = [self.query, *(linear for kv in branches for linear in (kv.key, kv.value)), self.gate]

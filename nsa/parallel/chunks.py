@@ -61,7 +61,11 @@ class Chunks:
 
     def whole(self, local: Tensor, what: str) -> Tensor:
         """(B, 2 x size, ...) of every rank as the whole sequence (B, T, ...)."""
-        parts = all_gather(local, self.axis, TOKENS, what).split(self.size, TOKENS)
+        return self.in_order(all_gather(local, self.axis, TOKENS, what))
+
+    def in_order(self, gathered: Tensor) -> Tensor:
+        """The tokens of all ranks, one rank after the other, as the sequence (B, T, ...)."""
+        parts = gathered.split(self.size, TOKENS)
         # Rank r's chunks are parts 2r and 2r + 1.
         order = range(self.axis.size)
         return torch.cat([parts[2 * r] for r in order] + [parts[2 * r + 1] for r in reversed(order)], TOKENS)

@@ -4,6 +4,7 @@ The gradient of a gather is a sum and the other way round: ranks along an axis c
 what reaches a tensor that many of them read is the sum of what each sends back.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,23 +37,94 @@ def exchange(rows: Tensor, axis: Axis, send: list[int], receive: list[int], what
     return _Exchange.apply(rows, axis, send, receive, what)
 
 
+class Gather:
+    """An `all_gather` behind what is computed between its making and `end`. In the backward pass, which comes the other
+    way, the sum of the gradients is behind the same."""
+
+    def __init__(self, x: Tensor, axis: Axis, dim: int, what: str) -> None:
+        self._way = _UnderWay((axis, dim, what))
+        self._part = _Begin.apply(x, self._way)
+
+    def end(self) -> Tensor:
+        """The parts of all ranks; once."""
+        return _End.apply(self._part, self._way)
+
+
 def gather_parts(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
     """`all_gather` without gradient."""
-    x = x.movedim(dim, 0).contiguous()
-    whole = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(whole, x, group=axis.group)
-    axis.traffic.add(f"{axis.name}/{what}", x.nbytes * (axis.size - 1))
-    return whole.movedim(0, dim)
+    return _begin_gather(x, axis, dim, what).wait()
 
 
 def sum_parts(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
     """`reduce_scatter` without gradient."""
+    return _begin_sum(x, axis, dim, what).wait()
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """A result that is not there before `wait`. ``source`` must live until then."""
+
+    result: Tensor
+    source: Tensor
+    work: Any
+
+    def wait(self) -> Tensor:
+        self.work.wait()
+        return self.result
+
+
+def _begin_gather(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
+    x = x.movedim(dim, 0).contiguous()
+    whole = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    work = dist.all_gather_single(whole, x, group=axis.group, async_op=True)
+    axis.traffic.add(f"{axis.name}/{what}", x.nbytes * (axis.size - 1))
+    return _Transfer(whole.movedim(0, dim), x, work)
+
+
+def _begin_sum(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
     x = x.movedim(dim, 0).contiguous()
     assert x.shape[0] % axis.size == 0, (x.shape, axis.size)
     part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    dist.reduce_scatter_single(part, x, group=axis.group)
+    work = dist.reduce_scatter_single(part, x, group=axis.group, async_op=True)
     axis.traffic.add(f"{axis.name}/{what}", part.nbytes * (axis.size - 1))
-    return part.movedim(0, dim)
+    return _Transfer(part.movedim(0, dim), x, work)
+
+
+@dataclass
+class _UnderWay:
+    """What the two ends of a `Gather` tell each other, in either direction."""
+
+    how: tuple[Axis, int, str]
+    transfer: _Transfer | None = None
+
+    def take(self) -> _Transfer:
+        assert self.transfer is not None, "ended twice"
+        transfer, self.transfer = self.transfer, None
+        return transfer
+
+
+class _Begin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, way: _UnderWay) -> Tensor:
+        ctx.way = way
+        way.transfer = _begin_gather(x, *way.how)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.way.take().wait(), None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, way: _UnderWay) -> Tensor:
+        ctx.way = way
+        return way.take().wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.way.transfer = _begin_sum(gradient, *ctx.way.how)
+        return ctx.way.transfer.result, None  # not there yet: `_Begin` waits for it
 
 
 class _AllGather(torch.autograd.Function):

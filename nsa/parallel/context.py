@@ -5,7 +5,8 @@ What is on its own per token (norms, projections, MLP, loss) needs nothing. Atte
 * dense: keys and values of all ranks are gathered (their gradients are summed and scattered back);
 * NSA, compressed: a rank compresses the blocks that end in its chunks, after a halo of length - 1 tokens; then the
   compressed keys and values are gathered: 1 / stride of the whole;
-* NSA, selected: gathered whole, per KV head: any query may select any block;
+* NSA, selected: gathered whole, per KV head: any query may select any block. The gather is under way while blocks are
+  compressed, attended to and selected;
 * NSA, window: a halo of window - 1 tokens before each chunk.
 
 A chunk's queries are then the last ones of a prefix of the sequence, which the operators know. Documents may be
@@ -24,7 +25,7 @@ from nsa.models import Decoder
 from nsa.ops.compression import block_ends
 from nsa.ops.packing import Documents, cached, clip_borders, derived, num_compressed
 from nsa.parallel.chunks import TOKENS, Chunks
-from nsa.parallel.collectives import all_gather
+from nsa.parallel.collectives import Gather, all_gather
 from nsa.parallel.grid import Axis
 
 
@@ -39,6 +40,8 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
         if isinstance(attention, NativeSparseAttention):
             compress: Any = attention.compress
             compress.forward = partial(_compress, compress, axis)
+            project: Any = attention
+            project.project = partial(_project, attention.project, axis)
             attention.attend = ContextBranches(attention.attend, axis)  # type: ignore[assignment]
         else:
             attention.attend = ContextAttention(attention.attend, axis)
@@ -72,6 +75,30 @@ class ContextAttention(nn.Module):
         return torch.cat(outs, TOKENS)
 
 
+class Arriving:
+    """Keys and values of the whole sequence, that other ranks' are on the way; calling it waits for them."""
+
+    def __init__(self, kv: Pair, axis: Axis, what: str) -> None:
+        self.chunks, self.widths = Chunks.of_local(kv[0].shape[1], axis), [x.shape[-1] for x in kv]
+        self.recorded = torch.is_grad_enabled()
+        self.gather = Gather(torch.cat(kv, -1), axis, TOKENS, what)
+        self.pair: Pair | None = None
+
+    def __call__(self, stop: int) -> Pair:
+        """Of the first ``stop`` tokens."""
+        if self.pair is None:
+            with torch.set_grad_enabled(self.recorded):  # whoever asks first
+                k, v = self.chunks.in_order(self.gather.end()).split(self.widths, -1)
+            self.pair = k, v
+        return self.pair[0][:, :stop], self.pair[1][:, :stop]
+
+
+def _project(project: Any, axis: Axis, x: Tensor, rotary: Pair) -> tuple[Any, ...]:
+    """`NativeSparseAttention.project`; the selected branch's keys and values set out to the other ranks."""
+    q, kv_cmp, kv_slc, kv_win, gates = project(x, rotary)
+    return q, kv_cmp, Arriving(kv_slc, axis, "selected"), kv_win, gates
+
+
 class ContextBranches(nn.Module):
     """`nsa.layers.native_sparse.GatedBranches` for the queries of this rank's chunks; ``kv_cmp`` is gathered before."""
 
@@ -80,12 +107,11 @@ class ContextBranches(nn.Module):
         self.attend, self.axis = attend, axis
 
     def forward(
-        self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, cu_seqlens: Tensor | None = None,
-        offset: int = 0,
+        self, q: Tensor, kv_cmp: Pair, kv_slc: Arriving, kv_win: Pair, gates: Tensor,
+        cu_seqlens: Tensor | None = None, offset: int = 0,
     ) -> Tensor:  # fmt: skip
         assert offset == 0, "decoding is not context-parallel"
         chunks, halo = Chunks.of_local(q.shape[1], self.axis), min(self.attend.window, q.shape[1] * self.axis.size) - 1
-        k_slc, v_slc = _whole(kv_slc, chunks, "selected")
         windows = chunks.with_halos(torch.cat(kv_win, -1), halo, "window").split(halo + chunks.size, TOKENS)
         outs = []
         for queries, gate, near, (start, stop) in zip(
@@ -96,8 +122,8 @@ class ContextBranches(nn.Module):
                 self.attend(
                     queries,
                     kv_cmp,
-                    (k_slc[:, :stop], v_slc[:, :stop]),
-                    near.split((k_slc.shape[-1], v_slc.shape[-1]), -1),
+                    partial(kv_slc, stop),
+                    near.split([x.shape[-1] for x in kv_win], -1),
                     gate,
                     None if cu_seqlens is None else clip_borders(cu_seqlens, 0, stop),
                     start,

@@ -13,6 +13,7 @@ Parameters that every rank holds whole (norms, NSA's compression) see a part of 
 gradients are summed over the ranks.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.native_sparse import GatedBranches, Pair
 from nsa.models import Decoder
 from nsa.models.moe import MixtureOfExperts
-from nsa.ops.native_sparse import key_borders
+from nsa.ops.native_sparse import arrived, key_borders
 from nsa.parallel.collectives import all_gather, gather_parts, reduce_scatter
 from nsa.parallel.grid import Axis
 from nsa.parallel.partition import Partition, mark, part_of, sum_over
@@ -118,7 +119,7 @@ def _attend_together(
     sharers: Axis,
     q: Tensor,
     kv_cmp: Pair,
-    kv_slc: Pair,
+    kv_slc: Pair | Callable[[], Pair],
     kv_win: Pair,
     gates: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -140,7 +141,7 @@ def _attend_together(
             **blocks,
             **common,
         )
-    out_slc = ops.selected_attention(q, *kv_slc, chosen, block_size=attend.block_size, **common)
+    out_slc = ops.selected_attention(q, *arrived(kv_slc), chosen, block_size=attend.block_size, **common)
     common["cu_seqlens"] = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     out_win = ops.dense_attention(q, *kv_win, window=attend.window, **common)
     g = gates.to(q.dtype).unsqueeze(-1)

@@ -4,7 +4,7 @@ Forward pre-hooks on the parameter-free `GatedBranches` of NSA layers see its in
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsa import ops
 from nsa.layers.native_sparse import GatedBranches
-from nsa.ops.native_sparse import key_borders
+from nsa.ops.native_sparse import arrived, key_borders
 from nsa.ops.packing import Documents
 
 BRANCHES = ("compressed", "selected", "window")
@@ -59,7 +59,7 @@ def measure(
     attend: Any,
     q: Tensor,
     kv_cmp: tuple[Tensor, Tensor],
-    kv_slc: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -77,7 +77,7 @@ def measure(
 
     blocks = select(attend.num_initial)
     first_block = select(0)
-    selected = ops.selected_attention(q, *kv_slc, blocks, block_size=attend.block_size, **common)
+    selected = ops.selected_attention(q, *arrived(kv_slc), blocks, block_size=attend.block_size, **common)
     common["cu_seqlens"] = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     window = ops.dense_attention(q, *kv_win, window=attend.window, **common)
 

@@ -30,9 +30,10 @@ def test_every_stage_optimizer_micro_batch_and_recomputation(tmp_path, one_rank)
     """Nor do sizes of micro batches, recomputation and where the optimizer lies change anything; bf16 follows fp32."""
     sgd, adamw = one_rank[1]["curves"]
     recomputed = "engine.activation_checkpointing=full"
-    cases = engines("fp32", *SGD) + engines("fp32", *ADAMW) + engines("fp32", recomputed)
-    cases += engines("fp32", "training.micro_batch_size=2") + engines("fp32", OFFLOAD, stages=[1, 2, 3])
-    cases += engines("bf16") + engines("bf16", OFFLOAD, stages=[1, 2, 3])
+    cases = engines("fp32", *SGD) + engines("fp32", *ADAMW) + engines("fp32", *ADAMW, recomputed)
+    cases += engines("fp32", *ADAMW, "training.micro_batch_size=2")
+    cases += engines("fp32", *ADAMW, OFFLOAD, stages=[1, 2, 3])
+    cases += engines("bf16", *ADAMW) + engines("bf16", *ADAMW, OFFLOAD, stages=[1, 2, 3])
     curves = on_ranks(2, tmp_path, {"all": ("curves", {"cases": cases, "steps": STEPS})})["all"]
     assert_equal_curves(curves[:4], sgd, 1e-5)
     assert_equal_curves(curves[4:19], adamw, 1e-5)

@@ -1,5 +1,7 @@
 """The kernels as torch operators, with shapes for tracing and with gradients: `torch.compile` sees no graph break."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -200,10 +202,9 @@ _gated_sum.register_autograd(_differentiate_gated_sum, setup_context=_save_gated
 def native_sparse_attention(
     q: Tensor,
     kv_cmp: tuple[Tensor, Tensor],
-    kv_slc: tuple[Tensor, Tensor],
+    selected_kv: Callable[[], tuple[Tensor, Tensor, Documents]],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
-    slc_documents: Documents,
     seen: Ranges,
     near: Ranges,
     cu_seqlens: Tensor | None,
@@ -217,18 +218,22 @@ def native_sparse_attention(
     scale: float,
 ) -> Tensor:
     """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`; ``seen`` and ``near``: what the first and last branch see.
+    ``selected_kv`` is called for the keys and values of the selected branch, and their documents, when they are needed.
 
     The branches run without gradient, and their gated sum carries all of it: its backward pass hands d_out to the
     branches without writing a gated copy for each, and adds their dq in place.
     """
     q, gates = q.contiguous(), gates.contiguous()
-    kv_cmp, kv_slc, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_slc, kv_win))
+    kv_cmp, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_win))
     cmp_run, win_run = ranges.int32_runs(seen), ranges.int32_runs(near)
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
     with torch.no_grad():
         out_cmp, lse_cmp = _range_attention(q, *kv_cmp, *cmp_run, scale)
         indices = _select_blocks(q, kv_cmp[0], lse_cmp, cu_seqlens, offset, *sizes, scale)
-        blocks = BlockLayout.of(slc_documents, indices, kv_slc[0].shape[1], block_size)
+    k_slc, v_slc, documents = selected_kv()
+    kv_slc = k_slc.contiguous(), v_slc.contiguous()
+    with torch.no_grad():
+        blocks = BlockLayout.of(documents, indices, kv_slc[0].shape[1], block_size)
         layout = [blocks.blocks, blocks.start, blocks.end, blocks.position]
         out_slc, lse_slc = _selected_attention(q, *kv_slc, *layout, block_size, scale)
         out_win, lse_win = _range_attention(q, *kv_win, *win_run, scale)

@@ -1,5 +1,7 @@
 """Native Sparse Attention: the gated sum of its three branches (arXiv 2502.11089, Eq. 5)."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nsa.ops.compressed import compressed_attention, compressed_ranges
@@ -13,7 +15,7 @@ from nsa.ops.selection import check_selection, select_blocks
 def native_sparse_attention(
     q: Tensor,
     kv_cmp: tuple[Tensor, Tensor],
-    kv_slc: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
     *,
@@ -36,7 +38,8 @@ def native_sparse_attention(
         kv_cmp: (k_cmp, v_cmp), the compressed blocks, as for `compressed_attention`.
         kv_slc, kv_win: (k (B, S, G, D), v (B, S, G, Dv)) of the selected and the window branch. The queries are the
             last T positions of each (all of them, unless decoding on a cache or given a chunk of a sequence); kv_win
-            may hold just the last window + T - 1.
+            may hold just the last window + T - 1. kv_slc may be a function that returns them: it is called when the
+            blocks are chosen, for keys and values that are still on their way from other devices.
         gates: (B, T, H, 3) in [0, 1]: compressed, selected, window.
         length, stride, block_size, num_blocks, num_initial, num_local: as for `select_blocks`.
         window: keys that the window branch sees.
@@ -54,7 +57,8 @@ def native_sparse_attention(
     """
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {(*q.shape[:3], 3)}, got {tuple(gates.shape)}")
-    if resolve_backend(backend, q, *kv_cmp, *kv_slc, *kv_win) == "triton":
+    there = () if callable(kv_slc) else kv_slc
+    if resolve_backend(backend, q, *kv_cmp, *there, *kv_win) == "triton":
         return _fused(
             q, kv_cmp, kv_slc, kv_win, gates, window, cu_seqlens, offset,
             (length, stride, block_size, num_blocks, num_initial, num_local, softmax_scale(scale, q.shape[3])),
@@ -85,12 +89,17 @@ def native_sparse_attention(
         backend=backend,
     )
     out_slc = selected_attention(
-        q, *kv_slc, indices, block_size=block_size, scale=scale, cu_seqlens=cu_seqlens, backend=backend
+        q, *arrived(kv_slc), indices, block_size=block_size, scale=scale, cu_seqlens=cu_seqlens, backend=backend
     )
     near = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     out_win = dense_attention(q, *kv_win, window=window, scale=scale, cu_seqlens=near, backend=backend)
     g = gates.to(q.dtype).unsqueeze(-1)
     return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win
+
+
+def arrived(kv: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The keys and values, or those that the function returns."""
+    return kv() if callable(kv) else kv
 
 
 def key_borders(cu_seqlens: Tensor | None, tokens: int, k: Tensor) -> Tensor | None:
@@ -102,7 +111,7 @@ def key_borders(cu_seqlens: Tensor | None, tokens: int, k: Tensor) -> Tensor | N
 def _fused(
     q: Tensor,
     kv_cmp: tuple[Tensor, Tensor],
-    kv_slc: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
     window: int,
@@ -115,14 +124,16 @@ def _fused(
 
     near_borders = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     check_attention(q, *kv_cmp, cu_seqlens, offset)
-    check_attention(q, *kv_slc, cu_seqlens)
     check_attention(q, *kv_win, near_borders)
     check_selection(*sizes[:6])
     check_window(window)
     _, seen = compressed_ranges(q, kv_cmp[0], sizes[0], sizes[1], cu_seqlens, offset)
-    slc = Documents.of(q.shape[1], check_positions(q, kv_slc[0]), cu_seqlens, q.device)
     win = Documents.of(q.shape[1], check_positions(q, kv_win[0]), near_borders, q.device)
     near = window_ranges(win, window)
-    return operators.native_sparse_attention(
-        q, kv_cmp, kv_slc, kv_win, gates, slc, seen, near, cu_seqlens, offset, *sizes
-    )
+
+    def selected() -> tuple[Tensor, Tensor, Documents]:
+        k, v = arrived(kv_slc)
+        check_attention(q, k, v, cu_seqlens)
+        return k, v, Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
+
+    return operators.native_sparse_attention(q, kv_cmp, selected, kv_win, gates, seen, near, cu_seqlens, offset, *sizes)

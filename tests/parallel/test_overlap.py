@@ -1,0 +1,69 @@
+"""What context-parallel ranks send each other is on its way while something else is computed."""
+
+import dataclasses
+
+import torch
+
+from nsa.models import Decoder
+from nsa.ops.kernels import operators
+from nsa.parallel import collectives
+from nsa.parallel.decoder import parallelize
+from tests.parallel.test_grid import grid_of
+from tests.training.tiny import tiny_config
+
+
+def test_the_selected_keys_and_values_travel_behind_the_compressed_branch(tmp_path, monkeypatch):
+    """And their gradients behind the backward pass of the compression. On the meta device, among ranks that are not
+    there: the order of what is begun, computed and waited for."""
+    events: list[str] = []
+
+    def tell(module, name, event):
+        function = getattr(module, name)
+
+        def told(*args, **kwargs):
+            events.append(event)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, told)
+
+    def tell_transfer(name, kind):
+        function = getattr(collectives, name)
+
+        class Work:
+            def __init__(self, work, what):
+                self.work, self.what = work, what
+
+            def wait(self):
+                events.append(f"{self.what} there")
+                self.work.wait()
+
+        def told(x, axis, dim, what):
+            events.append(f"{kind}{what} out")
+            transfer = function(x, axis, dim, what)
+            return dataclasses.replace(transfer, work=Work(transfer.work, f"{kind}{what}"))
+
+        monkeypatch.setattr(collectives, name, told)
+
+    tell_transfer("_begin_gather", "")
+    tell_transfer("_begin_sum", "gradient of ")
+    tell(operators, "_compress_blocks", "compress")
+    tell(operators, "_compress_blocks_backward", "compress backward")
+    tell(operators, "_select_blocks", "select")
+    tell(operators, "_selected_attention", "attend to selected")
+
+    config = tiny_config(tmp_path, "attention.kind=nsa", "model.num_layers=1")
+    with grid_of(rank=0, world_size=2, context=2) as grid:
+        with torch.device("meta"):
+            model = Decoder(config.model, config.attention, backend="triton")
+            ids = torch.empty(1, 64, dtype=torch.int64)
+        parallelize(model, grid)
+        model(ids, targets=ids, cu_seqlens=torch.empty(2, dtype=torch.int32, device="meta")).sum().backward()
+
+    def between(first: str, last: str) -> list[str]:
+        return events[events.index(first) + 1 : events.index(last)]
+
+    hidden = between("selected out", "selected there")
+    assert hidden.count("compress") == 2 and "compressed there" in hidden and "select" in hidden, events
+    assert "attend to selected" not in hidden and events.count("attend to selected") == 2, "one for each chunk"
+    hidden = between("gradient of selected out", "gradient of selected there")
+    assert hidden.count("compress backward") == 2, events
