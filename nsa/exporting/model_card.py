@@ -84,7 +84,7 @@ prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(")]]
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0]))
 ```
 
-It needs `torch` and `transformers` 5.3 to 5.24. In training every document began with the token `bos_token_id` and
+It needs `torch` and `transformers` 5.4 to 5.24. In training every document began with the token `bos_token_id` and
 ended with `eos_token_id`; the tokenizer adds neither, and takes their names in a text for text.
 
     lm_eval run --model hf --model_args pretrained={folder},trust_remote_code=True --tasks ...
