@@ -34,14 +34,11 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
     if axis.size == 1:
         return
     model.register_forward_pre_hook(partial(_take_tokens, axis), with_kwargs=True)
-    layer: Any
     for layer in model.layers:
-        attention = layer.attention
+        attention: Any = layer.attention
         if isinstance(attention, NativeSparseAttention):
-            compress: Any = attention.compress
-            compress.forward = partial(_compress, compress, axis)
-            project: Any = attention
-            project.project = partial(_project, attention.project, axis)
+            attention.project = partial(_project, attention.project, axis)  # type: ignore[method-assign]
+            attention.compress.forward = partial(_compress, attention.compress, axis)  # type: ignore[method-assign]
             attention.attend = ContextBranches(attention.attend, axis)  # type: ignore[assignment]
         else:
             attention.attend = ContextAttention(attention.attend, axis)
@@ -76,7 +73,7 @@ class ContextAttention(nn.Module):
 
 
 class Arriving:
-    """Keys and values of the whole sequence, that other ranks' are on the way; calling it waits for them."""
+    """Keys and values of the whole sequence, while those of other ranks are on their way. Called, it waits for them."""
 
     def __init__(self, kv: Pair, axis: Axis, what: str) -> None:
         self.chunks, self.widths = Chunks.of_local(kv[0].shape[1], axis), [x.shape[-1] for x in kv]
