@@ -16,7 +16,7 @@ from nsa.parallel.grid import Axis
 
 def all_gather(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
     """The parts of all ranks one after the other along ``dim``; the gradient is summed and cut again."""
-    return x if axis.size == 1 else _AllGather.apply(x, axis, dim, what)
+    return x if axis.size == 1 else Gather(x, axis, dim, what).end()
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
@@ -125,17 +125,6 @@ class _End(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.way.transfer = _begin_sum(gradient, *ctx.way.how)
         return ctx.way.transfer.result, None  # not there yet: `_Begin` waits for it
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
-        ctx.how = axis, dim, what
-        return gather_parts(x, axis, dim, what)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return sum_parts(gradient, *ctx.how), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
