@@ -8,7 +8,7 @@ usage() {
 usage: bash launch.sh [COMMAND] [ARGUMENTS]
 
   (none), demo [KEY=VALUE ...]      set up, then pretrain, export and evaluate a small model on real text
-                                    (about six minutes on two CPU cores, no network after the set-up)
+                                    (about seven minutes on two CPU cores, no network after the set-up)
   setup                             only make the environment in .venv (every command does, when needed)
   test [--slow] [PYTEST ARGUMENTS]  ruff, mypy and the tests
   prepare CONFIG [KEY=VALUE ...]    train the tokenizer and write the token shards (train does it too)
