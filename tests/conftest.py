@@ -39,9 +39,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
 
 
-SHARED = {"one_rank", "two_ranks"}  # fixtures of a session that take minutes: one worker makes them, for all
+# Fixtures of a session that start ranks and take minutes: one worker makes them, for all, and one after the other.
+SHARED = {"one_rank", "two_ranks", "four_ranks"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what cannot or should not run; keep files together, and the tests that share ranks, which come first."""
     items.sort(key=lambda item: SHARED.isdisjoint(item.fixturenames))
