@@ -43,13 +43,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 SHARED = {"one_rank", "two_ranks", "four_ranks"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Keep files together, and the tests that share ranks. Here, since pytest-xdist reads the groups right after."""
+    item.add_marker(pytest.mark.xdist_group("ranks" if shares_ranks(item) else item.path.name))
+
+
+def shares_ranks(item: pytest.Item) -> bool:
+    return not SHARED.isdisjoint(item.fixturenames)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what cannot or should not run; keep files together, and the tests that share ranks, which come first."""
-    items.sort(key=lambda item: SHARED.isdisjoint(item.fixturenames))
+    """Skip what cannot or should not run; the tests that share ranks come first."""
+    items.sort(key=shares_ranks, reverse=True)
     for item in items:
-        shared = not SHARED.isdisjoint(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group("ranks" if shared else str(item.path)))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
         if "gpu" in item.keywords and not HAS_GPU:

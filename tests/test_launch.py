@@ -183,3 +183,10 @@ def test_python_in_the_readme_runs(run_python):
     for block in blocks:
         result = run_python("-c", block)
         assert result.returncode == 0, result.stderr
+
+
+def test_tests_that_share_ranks_share_a_worker(request):
+    """`--dist loadgroup` goes by what pytest-xdist appends to the names; not every pair of releases lets it."""
+    if not os.environ.get("PYTEST_XDIST_WORKER"):
+        pytest.skip("one process: nothing to share")
+    assert request.node.nodeid.endswith("@test_launch.py")
