@@ -58,9 +58,9 @@ def test_the_budget_and_the_memory():
 
 
 @pytest.mark.parametrize("launch", ["one_rank", "two_ranks"])
-def test_a_rolled_back_run_is_one_that_never_read_the_batches(launch, request):
+def test_a_rolled_back_run_is_one_that_never_read_the_batches(launch, one_rank, two_ranks):
     """Bitwise: weights, moments, generators, counters. By the loss and by the gradient norm; ZeRO 0, 1 and 3."""
-    folder, answers = request.getfixturevalue(launch)
+    folder, answers = {"one_rank": one_rank, "two_ranks": two_ranks}[launch]  # named above: so it shares their worker
     for number, case in enumerate(answers["rolled_back"]):
         assert case == {"different": [], "quarantine": [6, 7], "rollbacks": 1}
         run = folder / f"rolled_back/runs/spiky{number}"
