@@ -82,7 +82,7 @@ def on_ranks(
     folder: Path,
     checks: dict[str, tuple[str, dict[str, Any]]],
     script: Path | None = None,
-    timeout: float = 1200,  # seconds: ends what hangs, on two cores that others use, too
+    timeout: float = 600,
 ) -> dict[str, Any]:
     """Run checks of ``script`` (rank_checks.py), one after the other, in ``world_size`` processes.
 
