@@ -50,6 +50,12 @@ def split_width(width: int) -> tuple[int, int]:
     return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
 
 
+def vector_of(*counts: int) -> int:
+    """Elements in a row of which all or none exist, for masks of elementwise kernels: a count that is no constant
+    would make every load a single element's. 8, or 1."""
+    return 1 if any(count % 8 for count in counts) else 8
+
+
 def warpgroups(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
     """Whether the kernels written for Hopper's warpgroups (nsa/ops/kernels/hopper) serve these tensors."""
     heads, width = q.shape[2] // k.shape[2], q.shape[3]

@@ -27,6 +27,7 @@ from nsa.ops.kernels.launch import (
     head_descriptor,
     split_width,
     tile_sizes,
+    vector_of,
     warpgroups,
 )
 from nsa.ops.packing import cached
@@ -331,14 +332,15 @@ def tile_runs_kernel(First, Last, Runs, num_tokens, num_keys, num_tiles, steps, 
     tl.store(Runs + 3 * pitch + tile, _count_up_to(First, begin, num_tokens, steps), mask=ok)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "num_k", "num_v"])
-def add_splits_kernel(PartK, PartV, DK, DV_, num_k, num_v, num_splits, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=[*INTEGERS, "vectors_k", "vectors_v"])
+def add_splits_kernel(PartK, PartV, DK, DV_, vectors_k, vectors_v, num_splits, VECTOR: tl.constexpr,
+                      BLOCK: tl.constexpr):  # fmt: skip
     """DK and DV_ from the sums (splits, ..) fp32 of the programs that shared a tile, in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
-        _add_splits(PartK, DK, at, num_k, num_splits, BLOCK)
+        _add_splits(PartK, DK, at, vectors_k * VECTOR, num_splits, BLOCK)
     else:
-        _add_splits(PartV, DV_, at, num_v, num_splits, BLOCK)
+        _add_splits(PartV, DV_, at, vectors_v * VECTOR, num_splits, BLOCK)
 
 
 @triton.jit
@@ -495,9 +497,11 @@ def key_gradients(
 def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over the first axis of both, in the shapes and dtypes of k and v."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
+    vector = vector_of(k.numel(), v.numel())
     add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), 1024), 2)](
-        parts_k, parts_v, dk, dv, k.numel(), v.numel(), len(parts_k), BLOCK=1024, num_warps=4
-    )
+        parts_k, parts_v, dk, dv, k.numel() // vector, v.numel() // vector, len(parts_k), VECTOR=vector, BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip
     return dk, dv
 
 

@@ -282,24 +282,41 @@ def key_kernel(Q, K, V, DOut, Lse, Delta, DK, DV_, PartK, PartV, Order, ListBegi
         _store_rows(PartV, part, ok, tl.arange(0, DV1), DV, dv)
 
 
+@triton.jit
+def _add_parts(Part, Out, part, items, row, ok, out_row, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
+               ROWS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, WIDTH)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    for first in tl.range(0, items, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):  # several loads under way, summed in order
+            total += _load_rows(Part, (part + first + i) * BN + row, ok & (first + i < items), column, D)
+    _store_rows(Out, out_row, ok, column, D, total)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
-def add_parts_kernel(Part, Out, ItemBegin, PartBegin, BlockStart, BlockEnd, num_keys, num_blocks, block_size,
-                     GROUPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Out (B, S, G, D) of one block: the sum of its parts (parts, BN, D), where it has several."""
+def add_parts_kernel(PartK, PartV, DK, DV_, ItemBegin, PartBegin, BlockStart, BlockEnd, num_keys, num_blocks,
+                     block_size, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
+                     V_WIDTH: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
+                     AT_ONCE: tl.constexpr):  # fmt: skip
+    """ROWS keys of one block in DK or DV_ (B, S, G, ..): the sum of its parts (parts, BN, ..), where it has several.
+
+    The first block, chosen by all, has the most by far: its keys are dealt out so that none waits for its sum.
+    """
     index = tl.program_id(0)
     items = tl.load(ItemBegin + index + 1) - tl.load(ItemBegin + index)
     if items <= 1:
         return
     slot, block = index // num_blocks, index % num_blocks
     batch, group = slot // GROUPS, slot % GROUPS
-    within, column = tl.arange(0, BN), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    key = tl.load(BlockStart + block) + within
-    ok = (key < tl.load(BlockEnd + block)) & (within < block_size)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    key = tl.load(BlockStart + block) + row
+    ok = (key < tl.load(BlockEnd + block)) & (row < block_size)
     part = tl.load(PartBegin + index).to(tl.int64)
-    total = tl.zeros([BN, WIDTH], tl.float32)
-    for i in tl.range(0, items):
-        total += _load_rows(Part, (part + i) * BN + within, ok, column, D)
-    _store_rows(Out, (batch.to(tl.int64) * num_keys + key) * GROUPS + group, ok, column, D, total)
+    out_row = (batch.to(tl.int64) * num_keys + key) * GROUPS + group
+    if tl.program_id(2) == 0:
+        _add_parts(PartK, DK, part, items, row, ok, out_row, D, WIDTH, BN, ROWS, AT_ONCE)
+    else:
+        _add_parts(PartV, DV_, part, items, row, ok, out_row, DV, V_WIDTH, BN, ROWS, AT_ONCE)
 
 
 @dataclass(frozen=True)
@@ -477,12 +494,12 @@ def key_gradients(
             q, k, v, d_out, lse, delta, dk, dv, part_k, part_v, *lists_, layout.position, *sizes,
             **shape_constants(q, k, v), **tile, BN=rows, **options,
         )  # fmt: skip
-    for part, out in ((part_k, dk), (part_v, dv)):
-        width = min(64, max(16, triton.next_power_of_2(out.shape[3])))
-        add_parts_kernel[(lists, triton.cdiv(out.shape[3], width))](
-            part, out, items.item_begin, items.part_begin, layout.start, layout.end, k.shape[1], num_blocks, block_size,
-            GROUPS=groups, D=out.shape[3], WIDTH=width, BN=rows, num_warps=4,
-        )  # fmt: skip
+    widths = [max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v)]
+    add_parts_kernel[(lists, triton.cdiv(rows, 8), 2)](
+        part_k, part_v, dk, dv, items.item_begin, items.part_begin, layout.start, layout.end, k.shape[1], num_blocks,
+        block_size, GROUPS=groups, D=k.shape[3], DV=v.shape[3], WIDTH=widths[0], V_WIDTH=widths[1], BN=rows, ROWS=8,
+        AT_ONCE=8, num_warps=4,
+    )  # fmt: skip
     return dk, dv
 
 

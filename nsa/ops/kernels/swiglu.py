@@ -5,19 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels.launch import vector_of
+
 BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["num_elements"])
-def swiglu_kernel(Gate, Up, Out, num_elements, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_vectors"])
+def swiglu_kernel(Gate, Up, Out, num_vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    num_elements = num_vectors.to(tl.int64) * VECTOR
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)
     up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)
     tl.store(Out + at, (gate * tl.sigmoid(gate) * up).to(Out.dtype.element_ty), mask=at < num_elements)
 
 
-@triton.jit(do_not_specialize=["num_elements"])
-def swiglu_backward_kernel(DOut, Gate, Up, DGate, DUp, num_elements, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_vectors"])
+def swiglu_backward_kernel(DOut, Gate, Up, DGate, DUp, num_vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    num_elements = num_vectors.to(tl.int64) * VECTOR
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d_out = tl.load(DOut + at, mask=at < num_elements, other=0.0).to(tl.float32)
     gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)
@@ -28,11 +32,16 @@ def swiglu_backward_kernel(DOut, Gate, Up, DGate, DUp, num_elements, BLOCK: tl.c
     tl.store(DUp + at, (d_out * gate * s).to(DUp.dtype.element_ty), mask=at < num_elements)
 
 
+def _sizes(x: Tensor) -> dict[str, int]:
+    vector = vector_of(x.numel())
+    return {"num_vectors": x.numel() // vector, "VECTOR": vector, "BLOCK": BLOCK}
+
+
 @torch.library.custom_op("nsa::swiglu", mutates_args=())
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     if out.numel():
-        swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK, num_warps=8)
+        swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, **_sizes(out), num_warps=8)
     return out
 
 
@@ -46,7 +55,7 @@ def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
     if gate.numel():
         swiglu_backward_kernel[(triton.cdiv(gate.numel(), BLOCK),)](
-            d_out, gate, up, d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=8
+            d_out, gate, up, d_gate, d_up, **_sizes(gate), num_warps=8
         )
     return d_gate, d_up
 
