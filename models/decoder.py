@@ -10,6 +10,7 @@ from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.models.head import LanguageModelHead
+from nsa.models.initialisation import first_value
 from nsa.models.moe import MixtureOfExperts
 from nsa.ops.packing import Documents
 
@@ -57,7 +58,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder language model.
+    """A decoder language model, drawn from torch's generator; on the meta device without values.
 
     Args:
         config: shape. attention: kind of each layer, and NSA's sizes.
@@ -76,21 +77,14 @@ class Decoder(nn.Module):
         self.head = LanguageModelHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.initialise()
+        if not self.embedding.weight.is_meta:
+            self.initialise(seed=int(torch.randint(2**62, (), device="cpu")))
 
-    def initialise(self) -> None:
-        """Normal(0, init_std) matrices, over sqrt(2 layers) where they write to the residual stream (GPT-2)."""
-        std = self.config.init_std
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Give every parameter its `first_value`."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)  # gates start half open
-            elif name.endswith(("attention.output.weight", "mlp.down.weight", "shared.down.weight", "experts.down")):
-                nn.init.normal_(parameter, std=std / (2 * self.config.num_layers) ** 0.5)
-            elif ".compress." in name and parameter.dim() == 2 and not name.endswith("position"):
-                # No norm follows before the attention scores: keep the scale of the input.
-                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-            elif parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=std)
+            parameter.copy_(first_value(name, parameter.shape, self.config, seed, parameter.device))
 
     def forward(
         self,

@@ -1,5 +1,7 @@
 """A whole decoder, spread over the grid."""
 
+from collections.abc import Callable
+
 from nsa.models import Decoder
 from nsa.parallel.context import split_over_context_ranks
 from nsa.parallel.experts import split_over_expert_ranks
@@ -9,8 +11,10 @@ from nsa.parallel.pipeline import split_over_stages
 from nsa.parallel.tensor import split_over_tensor_ranks
 
 
-def parallelize(model: Decoder, grid: Grid) -> None:
-    """Leave of ``model``, whole and initialised alike on all ranks, what this rank holds, in place.
+def parallelize(model: Decoder, grid: Grid, fill: Callable[[Decoder], None] | None = None) -> None:
+    """Leave of ``model``, whole and alike on all ranks, what this rank holds, in place.
+
+    ``fill``: gives a model on the meta device its values (`nsa.parallel.partition.materialise`), once it is split.
 
     Parameters keep their names; `nsa.parallel.partition` says which part of the logical one each is. Called like the
     whole decoder, the model then returns the losses of this rank's tokens (a stage that is not the last: activations).
@@ -19,5 +23,7 @@ def parallelize(model: Decoder, grid: Grid) -> None:
     split_over_context_ranks(model, grid.context)
     split_over_expert_ranks(model, grid)
     split_over_stages(model, grid.pipeline, grid.ends)
+    if fill:
+        fill(model)
     if grid.pipeline.size == 1:
         add_up_in_backward(model.parameters())  # a pipeline does it once a step

@@ -4,7 +4,7 @@ A checkpoint and the norm of the gradient know logical parameters: whole, under 
 parallelism says on each parameter how the rank's one belongs to it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,24 @@ def part_of(whole: Tensor, partition: Partition) -> nn.Parameter:
     part = nn.Parameter(partition.cut(whole.detach()).clone(memory_format=torch.contiguous_format))
     mark(part, partition)
     return part
+
+
+def materialise(model: nn.Module, draw: Callable[[str, torch.Size], Tensor], dtype: torch.dtype) -> None:
+    """Give a model on the meta device its values, in place: of each parameter this rank's part, cut from the logical
+    one that ``draw(name, shape)`` returns, in ``dtype``. So no more than one of them is ever whole. Buffers are 0."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        partition = partition_of(parameter)
+        whole = draw(name, partition.whole(parameter.shape))
+        part = partition.cut(whole).to(dtype, memory_format=torch.contiguous_format, copy=True)
+        made[parameter] = nn.Parameter(part)
+        made[parameter].__dict__.update(parameter.__dict__)
+        device = whole.device
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device=device))
 
 
 def sum_over(parameter: nn.Parameter, axis: Axis) -> None:

@@ -7,7 +7,6 @@ come from dry runs of decoders of one and two layers: so they are what the code 
 from dataclasses import dataclass
 
 from nsa.config import Config
-from nsa.models import count_parameters
 from nsa.parallel.config import ParallelConfig
 from nsa.parallel.grid import data_parallel_size
 from nsa.parallel.pipeline import stage_layers
@@ -22,7 +21,7 @@ class Memory:
 
     Attributes:
         device: by kind, while it trains. host: the same, of the optimizer's state if it is offloaded.
-        start: on the device before the decoder is split: all of it is built there, in fp32.
+        start: on the device before ZeRO shards anything: the rank's part, and one parameter whole in fp32.
     """
 
     device: dict[str, float]
@@ -73,9 +72,15 @@ def memory_of(config: Config, gpus: int) -> Memory:
     device |= state
     device["buffers"] = _bucket(config, gpus, parameters) if replicas > 1 or engine.zero_stage >= 2 else 0.0
     device["activations"] = activations
-    whole = count_parameters(model, config.attention)["total"]
-    start = 4.0 * (whole + (parameters if config.parallel.replica_ranks > 1 else 0))
+    largest = max(model.vocab_size * model.hidden_size, _experts(config))
+    start = width * parameters + 4.0 * largest
     return Memory(device, host, start)
+
+
+def _experts(config: Config) -> int:
+    """Elements of one weight of all routed experts of a layer."""
+    moe = config.model.moe
+    return moe.num_experts * config.model.hidden_size * moe.expert_size if moe else 0
 
 
 def _gradient_bytes(config: Config, replicas: int) -> float:

@@ -100,9 +100,7 @@ def _memory_lines(memory: Memory) -> list[str]:
     lines.append(
         f"  {'total':<24} {total / GIB:>9.3f} GiB  (what kernels need while they run, and fragments, come on top)"
     )
-    lines.append(
-        f"  {'at the start':<24} {memory.start / GIB:>9.3f} GiB  (the whole decoder in fp32, before it is split)"
-    )
+    lines.append(f"  {'at the start':<24} {memory.start / GIB:>9.3f} GiB  (before ZeRO shards anything)")
     if memory.host:
         host = sum(memory.host.values())
         lines.append(f"  {'on the host':<24} {host / GIB:>9.3f} GiB  ({', '.join(memory.host)})")

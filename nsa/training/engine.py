@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -12,8 +13,10 @@ from deepspeed.runtime import bf16_optimizer
 
 from nsa.config import Config
 from nsa.models import Decoder
+from nsa.models.initialisation import first_value
 from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, ModelParallelUnit
+from nsa.parallel.partition import materialise
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.distributed import Ranks
 from nsa.training.optimizer import STATE_KEYS, build_optimizer
@@ -21,12 +24,16 @@ from nsa.training.sharded_state import create_optimizer_state
 
 
 def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[str, Any]) -> DeepSpeedEngine:
-    """Initialise the decoder from ``config.seed``, alike on every rank and in every layout, spread it over the grid
-    and hand it to DeepSpeed. The whole model must fit on one device while it is built; it is sharded afterwards."""
-    torch.manual_seed(config.seed)
-    with torch.device(ranks.device):
+    """Hand this rank's part of the decoder, in the precision that is trained in, to DeepSpeed.
+
+    It is drawn from ``config.seed``, alike in every layout. The part must fit on the device, also where ZeRO 3 shards
+    it afterwards.
+    """
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    draw = partial(first_value, config=config.model, seed=config.seed, device=ranks.device)
+    with torch.device("meta"):
         model = Decoder(config.model, config.attention, backend=config.engine.backend)
-    parallelize(model, grid)
+    parallelize(model, grid, fill=lambda model: materialise(model, draw, dtype))
     if config.engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
     optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)

@@ -59,8 +59,7 @@ def test_tensor_and_pipeline_ranks_hold_a_part():
     for parallel in ("parallel.tensor=2", "parallel.pipeline=2"):
         part = memory_of(config(parallel), 8).device["weights"]
         assert whole / 2 <= part < 0.56 * whole  # and what all hold
-    start = memory_of(config("parallel.tensor=2"), 8).start
-    assert start > 4 * PARAMETERS, "the whole decoder is built first"
+        assert memory_of(config(parallel), 8).start < whole, "no rank builds the whole decoder"
 
 
 def test_recomputation_is_memory_for_time():
