@@ -2,9 +2,10 @@
 
     python benchmarks/models.py [--configs 25m 125m] [--tokens 8192 16384 32768 65536] [--out FILE] [KEY=VALUE ...]
 
-A step is forward, backward and a fused AdamW update of the decoder in bf16, batch 1, on one GPU, without DeepSpeed; the
-median of several. MFU counts what the configured attention needs (`nsa.models.sizes`), not what a dense one would,
-against the data sheet's peak. Results go into FILE under "models"; an existing FILE keeps its other entries.
+A step is forward, backward and a fused AdamW update of the decoder in bf16, batch 1, on one GPU, without DeepSpeed,
+forward and backward by CUDA graphs as in the trainer; the median of several. MFU counts what the configured attention
+needs (`nsa.models.sizes`), not what a dense one would, against the data sheet's peak. Results go into FILE under
+"models"; an existing FILE keeps its other entries.
 """
 
 import argparse
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import environment
 from nsa.config import load_config
 from nsa.models import Decoder, training_flops_per_token
+from nsa.training.cuda_graphs import GraphedDecoder
 
 ROOT = Path(__file__).parents[1]
 PEAK_TFLOPS = 989.5  # dense bf16 of an H100 or H200 (NVIDIA's data sheet)
@@ -31,14 +33,16 @@ def measure(config_name: str, kind: str, tokens: int, steps: int, overrides: lis
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = Decoder(config.model, config.attention).bfloat16()
+    model.forward = GraphedDecoder(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     inputs, targets = (torch.randint(config.model.vocab_size, (1, tokens), device="cuda") for _ in range(2))
+    borders = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
     torch.cuda.reset_peak_memory_stats()
 
     def step() -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        model(inputs, targets).mean().backward()
+        model(inputs, targets=targets, cu_seqlens=borders).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         end.record()

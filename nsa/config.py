@@ -132,6 +132,11 @@ class EngineConfig(Section):
         False, description="keep the optimizer's fp32 weights and moments in the host's memory and update there: saves "
         "12 bytes a parameter on the device (over the replicas), costs time in every step; with zero_stage 1 to 3"
     )  # fmt: skip
+    cuda_graphs: bool = Field(
+        True, description="on a GPU, record the passes of a micro batch and replay them: a small model no longer waits "
+        "for Python; the recording keeps its memory. Where one rank computes a micro batch alone, with "
+        "zero_stage 0 to 2 and no experts; elsewhere it changes nothing"
+    )  # fmt: skip
     backend: Literal["auto", "triton", "torch", "naive"] = Field(
         "auto", description="implementation of the attention operators; auto: triton on a GPU, else torch"
     )

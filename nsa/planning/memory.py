@@ -6,12 +6,15 @@ come from dry runs of decoders of one and two layers: so they are what the code 
 
 from dataclasses import dataclass
 
+import torch
+
 from nsa.config import Config
 from nsa.parallel.config import ParallelConfig
 from nsa.parallel.grid import data_parallel_size
 from nsa.parallel.pipeline import stage_layers
 from nsa.planning.dry_run import dry_run
 from nsa.planning.traffic import element_bytes
+from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 
 
@@ -60,6 +63,8 @@ def memory_of(config: Config, gpus: int) -> Memory:
     device["gradients"] = parameters * _gradient_bytes(config, replicas)
     if stages > 1:
         device["gradients"] += parameters * (4 + width)  # the pipeline's own sum, and a pass's beside it
+    if graphs_serve(config, torch.device("cuda")):
+        device["gradients"] += parameters * width  # where the recording writes them
     state: dict[str, float] = {}
     copies = 4 if width == 2 or engine.offload_optimizer else 0
     copies += 8 if config.optimizer.kind == "adamw" else 0

@@ -9,10 +9,13 @@ nothing is measured yet: arithmetic from data sheets.
 
 from dataclasses import dataclass
 
+import torch
+
 from nsa.config import Config
 from nsa.models.sizes import attention_flops, training_flops_per_token
 from nsa.planning.memory import Memory
 from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, parameters_of_rank
+from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 GIB = 2**30
@@ -99,6 +102,8 @@ def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
     seconds["elementwise"] = again * ELEMENTWISE * share * model.num_layers * model.hidden_size
     seconds["logits"] = LOGITS * share * model.vocab_size
     launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds)
+    if graphs_serve(config, torch.device("cuda")):
+        launch = 0.0
     seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values()))
     # Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine.
     reach = 1

@@ -18,6 +18,7 @@ from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, ModelParallelUnit
 from nsa.parallel.partition import materialise
 from nsa.training.activation_checkpointing import checkpoint_layers
+from nsa.training.cuda_graphs import GraphedDecoder, graphs_serve
 from nsa.training.distributed import Ranks
 from nsa.training.optimizer import STATE_KEYS, build_optimizer
 from nsa.training.sharded_state import create_optimizer_state
@@ -43,6 +44,8 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
     with _quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.skip = False
+    if graphs_serve(config, ranks.device):
+        engine.module.forward = GraphedDecoder(engine.module)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
 

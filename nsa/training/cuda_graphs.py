@@ -1,0 +1,118 @@
+"""The forward and backward pass of a micro batch, each replayed as one CUDA graph.
+
+A layer of NSA is some hundred kernels, and to ask for one costs the host more than a small model's kernel takes: so
+models of up to about a hundred million parameters wait for the host. A graph asks for all of them at once. It is
+recorded once, for tensors at fixed addresses and of fixed shapes: micro batches are copied in, and the borders of their
+documents filled up with empty documents to a number that all so far had room in.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa.config import Config
+
+FEWEST_DOCUMENTS = 64
+
+
+def graphs_serve(config: Config, device: torch.device) -> bool:
+    """Whether a micro batch can be recorded: on a GPU, where one rank computes it alone and the host decides nothing
+    in between (ZeRO 3 gathers weights, experts want the sizes of their shares)."""
+    wanted = config.engine.cuda_graphs and device.type == "cuda"
+    return wanted and config.parallel.replica_ranks == 1 and config.engine.zero_stage < 3 and config.model.moe is None
+
+
+class GraphedDecoder:
+    """In the place of a decoder's ``forward``: losses with gradients by graphs, everything else by the decoder itself.
+
+    Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.eager = model.forward
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.recorded: _Recording | None = None
+
+    def __call__(
+        self, input_ids: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        """As `nsa.models.Decoder.forward`."""
+        if not torch.is_grad_enabled() or targets is None or cu_seqlens is None or others:
+            return self.eager(input_ids, targets=targets, cu_seqlens=cu_seqlens, **others)
+        if self.recorded is None or not self.recorded.has_room(input_ids, cu_seqlens):
+            size = documents_size(len(cu_seqlens))
+            # Gradients of the last pass may still be views of the graphs' memory.
+            torch.cuda.synchronize()
+            self.recorded = None
+            self.recorded = _Recording(self.eager, self.parameters, input_ids, targets, pad_borders(cu_seqlens, size))
+        borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
+        return _Replay.apply(self.recorded, input_ids, targets, borders, *self.parameters)
+
+
+def documents_size(borders: int) -> int:
+    """Borders to fill up to: a power of two, so that few graphs are recorded."""
+    return max(FEWEST_DOCUMENTS, 1 << (borders - 1).bit_length())
+
+
+def pad_borders(cu_seqlens: Tensor, size: int) -> Tensor:
+    """(N+1,) -> (size,): the last border repeated, which makes empty documents."""
+    return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(size - len(cu_seqlens))))
+
+
+class _Recording:
+    """The two graphs of one shape, and the tensors that they read and write."""
+
+    def __init__(
+        self, forward: Any, parameters: Sequence[nn.Parameter], ids: Tensor, targets: Tensor, borders: Tensor
+    ) -> None:
+        self.inputs = [x.clone() for x in (ids, targets, borders)]
+
+        def run() -> Tensor:
+            input_ids, targets, cu_seqlens = self.inputs
+            return forward(input_ids, targets=targets, cu_seqlens=cu_seqlens)
+
+        def gradients(losses: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(losses, parameters, self.d_losses, allow_unused=True)
+
+        stream = torch.cuda.Stream()  # what the first pass sets up (compiled kernels, handles) cannot be recorded
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            losses = run()
+            self.d_losses = torch.ones_like(losses)
+            gradients(losses)
+            del losses
+            # Written to: what was derived from the borders is derived anew, and so recorded.
+            self.inputs[2].copy_(borders)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        # Other threads read data and write checkpoints meanwhile: their calls are none of the recording's business.
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
+            losses = run()
+        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
+            self.gradients = gradients(losses)
+        self.losses = losses.detach()
+
+    def has_room(self, ids: Tensor, borders: Tensor) -> bool:
+        return ids.shape == self.inputs[0].shape and len(borders) <= len(self.inputs[2])
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> Tensor:
+        for fixed, given in zip(recording.inputs, tensors, strict=False):  # the parameters are where they were
+            fixed.copy_(given)
+        recording.forward.replay()
+        ctx.recording, ctx.num_inputs = recording, len(recording.inputs)
+        return recording.losses.clone()
+
+    @staticmethod
+    def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        recording = ctx.recording
+        recording.d_losses.copy_(d_losses)
+        recording.backward.replay()
+        # Copies: whoever takes them may keep them, or add to them, beyond the next replay.
+        gradients = [None if g is None else g.clone() for g in recording.gradients]
+        return None, *[None] * ctx.num_inputs, *gradients

@@ -1,0 +1,87 @@
+"""A micro batch that is replayed from CUDA graphs computes what the decoder computes."""
+
+import pytest
+import torch
+
+from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.training.cuda_graphs import FEWEST_DOCUMENTS, GraphedDecoder, documents_size, graphs_serve, pad_borders
+from tests.training.tiny import tiny_config
+
+GPU = torch.device("cuda")
+
+
+def test_borders_are_filled_up_with_empty_documents():
+    borders = torch.tensor([0, 3, 10], dtype=torch.int32)
+    assert pad_borders(borders, 6).tolist() == [0, 3, 10, 10, 10, 10] and pad_borders(borders, 6).dtype == torch.int32
+    assert pad_borders(borders, 3).tolist() == [0, 3, 10]
+    assert documents_size(2) == documents_size(FEWEST_DOCUMENTS) == FEWEST_DOCUMENTS
+    assert documents_size(FEWEST_DOCUMENTS + 1) == 2 * FEWEST_DOCUMENTS
+
+
+def test_where_graphs_serve(tmp_path):
+    def serve(*overrides: str, device: torch.device = GPU) -> bool:
+        return graphs_serve(tiny_config(tmp_path, *overrides), device)
+
+    assert serve() and serve("engine.zero_stage=2") and not serve(device=torch.device("cpu"))
+    for told in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.context=2", "parallel.tensor=2"):
+        assert not serve(told), told
+    assert not serve("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
+
+
+def packed(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    tokens = sum(lengths)
+    ids, targets = (torch.randint(64, (1, tokens), device="cuda", generator=generator) for _ in range(2))
+    return ids, targets, torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_losses_and_gradients_have_the_bits_of_the_decoder(kind):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64}
+    config = ModelConfig(vocab_size=64, intermediate_size=256, max_position=4096, **sizes)
+    with torch.device("cuda"):
+        model = Decoder(config, AttentionConfig(kind=kind)).bfloat16()
+    graphed = GraphedDecoder(model)
+    generator = torch.Generator("cuda").manual_seed(1)
+    # Few documents, others, more than there was room for, few again; the third has other shapes.
+    many = [8] * 90 + [1328]
+    for lengths in ([2048], [1000, 1, 47, 1000], [512, 512], many, [3, 2045]):
+        ids, targets, borders = packed(lengths, generator)
+        weights = torch.rand(1, sum(lengths), device="cuda", generator=generator)
+        found = []
+        for forward in (model.forward, graphed, graphed):
+            model.zero_grad(set_to_none=True)
+            losses = forward(ids, targets=targets, cu_seqlens=borders)
+            (losses * weights).sum().backward()
+            found.append([losses.detach(), *(p.grad for p in model.parameters())])
+        for a, b, again in zip(*found, strict=True):
+            assert torch.equal(a, b) and torch.equal(a, again)
+    kept = [p.grad.clone() for p in model.parameters()]
+    (graphed(ids, targets=targets, cu_seqlens=borders) * weights).sum().backward()  # adds to what is there
+    for p, once in zip(model.parameters(), kept, strict=True):
+        assert torch.equal(p.grad, once + once)
+    with torch.no_grad():
+        assert torch.equal(graphed(ids, targets=targets, cu_seqlens=borders), losses)
+        assert graphed(ids).shape == (1, 2048, 64), "logits, too"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed):
+    from nsa.training.signals import StopRequest
+    from nsa.training.trainer import Trainer
+
+    curves = []
+    for graphs in ("true", "false"):
+        told = ["engine.precision=bf16", "engine.backend=auto", f"engine.activation_checkpointing={recomputed}"]
+        told += [f"engine.cuda_graphs={graphs}", "engine.zero_stage=1", "training.micro_batch_size=1"]
+        (tmp_path / graphs).mkdir()
+        trainer = Trainer(tiny_config(tmp_path / graphs, *told, "attention.kind=nsa"))
+        assert isinstance(trainer.engine.module.forward, GraphedDecoder) == (graphs == "true")
+        stop = StopRequest()
+        results = [trainer.train_step(stop) for _ in range(5)]
+        curves.append([(r.loss, r.grad_norm) for r in results] + [trainer.validate()["validation/loss"]])
+        trainer.loader.close()
+        trainer.close()
+    assert curves[0] == curves[1]
