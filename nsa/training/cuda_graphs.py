@@ -6,11 +6,12 @@ recorded once, for tensors at fixed addresses and of fixed shapes: micro batches
 documents filled up with empty documents to a number that all so far had room in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from nsa.config import Config
 
@@ -31,7 +32,7 @@ class GraphedDecoder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.eager = model.forward
+        self.model, self.eager = model, model.forward
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.recorded: _Recording | None = None
 
@@ -46,7 +47,7 @@ class GraphedDecoder:
             # Gradients of the last pass may still be views of the graphs' memory.
             torch.cuda.synchronize()
             self.recorded = None
-            self.recorded = _Recording(self.eager, self.parameters, input_ids, targets, pad_borders(cu_seqlens, size))
+            self.recorded = _Recording(self.model, self.eager, input_ids, targets, pad_borders(cu_seqlens, size))
         borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
         return _Replay.apply(self.recorded, input_ids, targets, borders, *self.parameters)
 
@@ -64,17 +65,23 @@ def pad_borders(cu_seqlens: Tensor, size: int) -> Tensor:
 class _Recording:
     """The two graphs of one shape, and the tensors that they read and write."""
 
-    def __init__(
-        self, forward: Any, parameters: Sequence[nn.Parameter], ids: Tensor, targets: Tensor, borders: Tensor
-    ) -> None:
+    def __init__(self, model: nn.Module, forward: Any, ids: Tensor, targets: Tensor, borders: Tensor) -> None:
         self.inputs = [x.clone() for x in (ids, targets, borders)]
+        # Stand-ins that share the parameters' memory: autograd sends a parameter's gradient to the stream on which it
+        # was first used, and that one cannot be recorded.
+        stand_ins = {
+            f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
+        }
+        leaves = [leaf for leaf in stand_ins.values() if leaf.requires_grad]
+        functional_call(_Holder(model), stand_ins, (lambda: self._record(forward, leaves, borders),))
 
+    def _record(self, forward: Any, leaves: Sequence[Tensor], borders: Tensor) -> None:
         def run() -> Tensor:
             input_ids, targets, cu_seqlens = self.inputs
             return forward(input_ids, targets=targets, cu_seqlens=cu_seqlens)
 
         def gradients(losses: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(losses, parameters, self.d_losses, allow_unused=True)
+            return torch.autograd.grad(losses, leaves, self.d_losses, allow_unused=True)
 
         stream = torch.cuda.Stream()  # what the first pass sets up (compiled kernels, handles) cannot be recorded
         stream.wait_stream(torch.cuda.current_stream())
@@ -97,6 +104,17 @@ class _Recording:
 
     def has_room(self, ids: Tensor, borders: Tensor) -> bool:
         return ids.shape == self.inputs[0].shape and len(borders) <= len(self.inputs[2])
+
+
+class _Holder(nn.Module):
+    """Calls a function while `functional_call` has put other tensors in the place of the model's parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], None]) -> None:
+        function()
 
 
 class _Replay(torch.autograd.Function):
