@@ -10,6 +10,7 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from nsa.config import Config
 from nsa.models import Decoder
@@ -44,10 +45,19 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
     with _quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.skip = False
+    if isinstance(engine.optimizer, BF16_Optimizer) and grid.model.size == 1:
+        engine.optimizer.get_grads_for_norm = partial(_flat_gradients, engine.optimizer)
     if graphs_serve(config, ranks.device):
         engine.module.forward = GraphedDecoder(engine.module)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
+
+
+def _flat_gradients(optimizer: BF16_Optimizer, for_clipping: bool = False) -> Any:
+    """`BF16_Optimizer.get_grads_for_norm` where a rank holds the whole model: its buffers instead of a gradient for
+    each parameter, for which the GPU, done with the backward pass, would wait one by one. Padding in them is 0."""
+    flat = optimizer.fp32_groups_gradients_flat
+    return flat if for_clipping else (flat, {})
 
 
 @contextmanager

@@ -69,8 +69,7 @@ class DenseReference(torch.autograd.Function):
         """As `nsa.ops.naive.masked_attention`."""
         group = q.shape[2] // k.shape[2]
         k, v = (x.repeat_interleave(group, dim=2).float() for x in (k, v))
-        mask = mask.expand(q.shape[0], -1, q.shape[1], k.shape[1]).expand(-1, k.shape[2] // group, -1, -1)
-        mask = mask.repeat_interleave(group, dim=1)
+        mask = mask.expand(q.shape[0], k.shape[2] // group, q.shape[1], k.shape[1]).repeat_interleave(group, dim=1)
         out = cls.apply(*(x.float().transpose(1, 2) for x in (q, k, v)), mask, scale)
         return out.transpose(1, 2).to(q.dtype), out.new_zeros(())
 

@@ -54,7 +54,8 @@ def free_port() -> int:
 
 def start(arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen[str]:
     """Start ``python *arguments`` as one rank, as a launcher would (or without a launcher: ``world_size`` 1)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     if world_size > 1:
