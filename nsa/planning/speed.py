@@ -1,9 +1,10 @@
 """Step time of a configuration in its layout of ranks, predicted.
 
-A step takes the longer of what Python launches and what the device computes, then what the links move (nothing is
-assumed to overlap), stretched by the pipeline's bubble. The efficiencies were fitted to 18 measurements on one H200: 16
-of whole models without DeepSpeed (25m and 125m, dense and NSA, 8K to 64K tokens), two of the trainer (1b's layers, 32K
-and 128K tokens); `nsa.planning.measured` states the error, on these points and on others. Of links and of the host
+A step takes the longer of what Python launches (nothing, where CUDA graphs serve) and what the device computes, then
+what the links move (nothing is assumed to overlap), stretched by the pipeline's bubble. The efficiencies were fitted to
+17 measurements on one H200: 15 of whole models without DeepSpeed (25m and 125m, dense and NSA, 8K to 64K tokens), two
+of the trainer (1b's layers, 32K and 128K tokens); `nsa.planning.measured` states the error, on these points and on
+others. A sample is taken for one document: of packed ones dense attention computes less. Of links and of the host
 nothing is measured yet: arithmetic from data sheets.
 """
 
@@ -44,14 +45,16 @@ GPUS = {
         Gpu("A100", 312e12, 80e9, 300e9, 25e9),
     )
 }
-# Fitted (see above), but for the share of the peak in matrix products, which the fit does not tell from the next two:
-# shares of the peak; seconds per layer, hidden unit and token of everything between the matrix products (norms, rotary,
-# residuals, on an H200), and per token and word of the vocabulary (the loss and its gradient); seconds that Python
-# needs to launch a layer's forward and backward.
+# Fitted (see above), but for what the fit does not tell apart, which was set by hand: the share of the peak in matrix
+# products and in NSA's, and ELEMENTWISE. Shares of the peak; seconds per layer, hidden unit and token of everything
+# between the matrix products (norms, rotary, residuals, on an H200), per token and word of the vocabulary (the loss and
+# its gradient), per layer of NSA, KV head and token (lists, and tiles that neighbours with other blocks share); seconds
+# that Python needs to launch a layer's forward and backward.
 MATRICES = 0.7
-ATTENTION = {"dense": 0.43, "nsa": 0.32}
-ELEMENTWISE = 3.5e-11
-LOGITS = 8.2e-11
+ATTENTION = {"dense": 0.345, "nsa": 0.6}
+ELEMENTWISE = 1e-11
+LOGITS = 4.5e-11
+LISTS = 1.18e-7
 LAUNCH = {"dense": 2.55e-3, "nsa": 9.5e-3}
 # Assumed: the share of a link's bandwidth that is reached, the share of the memory that a plan may fill, bytes/s
 # between device and host, and parameters/s that AdamW updates on the host.
@@ -99,7 +102,8 @@ def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
     attention_again = again if engine.activation_checkpointing == "full" else 1.0
     seconds = {"matrix products": again * share * matrices / (MATRICES * gpu.peak)}
     seconds["attention"] = attention_again * share * sum(f / (ATTENTION[k] * gpu.peak) for k, f in scores.items())
-    seconds["elementwise"] = again * ELEMENTWISE * share * model.num_layers * model.hidden_size
+    lists = LISTS * kinds.count("nsa") * model.num_kv_heads
+    seconds["elementwise"] = again * share * (ELEMENTWISE * model.num_layers * model.hidden_size + lists)
     seconds["logits"] = LOGITS * share * model.vocab_size
     launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds)
     if graphs_serve(config, torch.device("cuda")):

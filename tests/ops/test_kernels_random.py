@@ -62,7 +62,8 @@ def dense_error(tokens: int, generator: torch.Generator) -> float:
 
 class DenseReference(torch.autograd.Function):
     """FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) in plain torch under any mask, quadratic: scores in fp32;
-    probabilities, output, dS and gradients rounded to bf16, and delta from the rounded output."""
+    rounded to bf16 are exp(s - max), the output, in the backward pass exp(s - lse), dS and the gradients; delta comes
+    from the rounded output."""
 
     @classmethod
     def attend(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -78,7 +79,9 @@ class DenseReference(torch.autograd.Function):
         scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
         lse = scores.logsumexp(-1, keepdim=True)
         p = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
-        out = rounded(rounded(p) @ v)
+        peak = scores.amax(-1, keepdim=True)
+        numerator = (scores - peak.masked_fill(peak == -torch.inf, 0)).exp()
+        out = rounded(rounded(numerator) @ v / numerator.sum(-1, keepdim=True).clamp(min=1e-30))
         ctx.save_for_backward(q, k, v, p, out)
         ctx.scale = scale
         return out

@@ -93,7 +93,7 @@ def test_what_the_trainer_refuses_is_refused_in_its_words():
 def test_the_stated_error():
     rows = [row for path in result_files() for row in compare(path)]
     fitted = [abs(row.error) for row in rows if row.fitted]
-    assert len(fitted) == 18 and max(fitted) < 0.4 and sum(fitted) / 18 < 0.12
+    assert len(fitted) == 17 and max(fitted) < 0.22 and sum(fitted) / 17 < 0.06
 
 
 def test_a_measurement_of_the_trainer_is_compared_with_its_memory(tmp_path, capsys):
