@@ -14,7 +14,6 @@ import torch
 from tiny import tiny_config
 
 from nsa.config import Config
-from nsa.parallel.grid import Axis
 from nsa.training import checkpoint
 from nsa.training import trainer as trainer_module
 from nsa.training.deepspeed_config import deepspeed_config
@@ -148,19 +147,10 @@ def run(ranks: Ranks, config: Config) -> None:
 
 
 def close(trainer: Trainer) -> None:
-    """Of a trainer whose steps were taken one by one.
-
-    Its process groups go, too: the threads of gloo's wake up all the time, and those of a dozen trainers on 16 ranks
-    leave two cores no time for anything else.
-    """
+    """Of a trainer whose steps were taken one by one."""
     trainer.loader.close()
     if trainer.monitor:
         trainer.monitor.close()
-    torch.distributed.barrier(group=trainer.ranks.control)  # nobody hangs up on a rank that still listens
-    groups = [axis.group for axis in vars(trainer.grid).values() if isinstance(axis, Axis)]
-    for group in [*groups, trainer.saver._group]:
-        if group is not None:
-            torch.distributed.destroy_process_group(group)
 
 
 def copy(source: Config, target: Config, step: int) -> None:
