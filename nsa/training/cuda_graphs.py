@@ -44,8 +44,7 @@ class GraphedDecoder:
             return self.eager(input_ids, targets=targets, cu_seqlens=cu_seqlens, **others)
         if self.recorded is None or not self.recorded.has_room(input_ids, cu_seqlens):
             size = documents_size(len(cu_seqlens))
-            # Gradients of the last pass may still be views of the graphs' memory.
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the last replay may be under way, in memory that is given back here
             self.recorded = None
             self.recorded = _Recording(self.model, self.eager, input_ids, targets, pad_borders(cu_seqlens, size))
         borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
