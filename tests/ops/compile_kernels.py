@@ -34,6 +34,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 # One shape for each row of the table: widths up to 128, to 192 (two loads of the keys), to 256, and fp32.
 SHAPES = {
     "128": (16, 128, 128, torch.bfloat16),
+    "128, pairs": (2, 128, 128, torch.bfloat16),
     "128, uneven group": (6, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
     "256": (16, 256, 256, torch.bfloat16),

@@ -400,10 +400,11 @@ def forward(
     if _on_hopper(q, k, v, block_size, scale):
         from nsa.ops.kernels.hopper import selected as hopper
 
-        lists = _unions(layout, 128 * k.shape[2] // heads, block_size)
-        hopper.forward(
-            q, k, v, lists, layout.position, scale, out, lse, *tile_sizes("hopper_selected_forward", q, k, v)
-        )
+        # Three parts of two heads would be more than the 64 tokens of a list's bits.
+        few = "_pairs" if heads == 2 * k.shape[2] else ""
+        tile, options = tile_sizes(f"hopper_selected_forward{few}", q, k, v)
+        lists = _unions(layout, tile["PARTS"] * 64 * k.shape[2] // heads, block_size)
+        hopper.forward(q, k, v, lists, layout.position, scale, out, lse, tile, options)
         return out, lse
     constants = shape_constants(q, k, v)
     tile, options = _tile("selected_forward", q, k, v, block_size)
@@ -439,8 +440,8 @@ def query_gradient(
     if _on_hopper(q, k, v, block_size, scale):
         from nsa.ops.kernels.hopper import selected as hopper
 
-        lists = _unions(layout, 128 * groups // q.shape[2], block_size)
         tile, options = tile_sizes("hopper_selected_query", q, k, v)
+        lists = _unions(layout, tile["PARTS"] * 64 * groups // q.shape[2], block_size)
         hopper.query_gradient(
             q, k, v, d_out, lse, delta, lists, layout.position, scale, dq, add_to is not None, tile, options
         )

@@ -1,9 +1,9 @@
-"""Attention to selected blocks on Hopper, queries outside: two computing warpgroups share the blocks of their tokens.
+"""Attention to selected blocks on Hopper, queries outside: computing warpgroups share the blocks of their tokens.
 
 Neighbouring tokens choose much the same blocks, but not all the same. A copying warp brings the union of a tile's
 blocks, each once, into a ring; a warpgroup computes those that some of its own tokens (64 rows) chose, and lets the
-others pass. So twice as many tokens share a load as share a product. Rows that did not choose a block get +inf as their
-maximum or LSE, as in nsa/ops/kernels/selected.py.
+others pass. So two or three times (PARTS) as many tokens share a load as share a product. Rows that did not choose a
+block get +inf as their maximum or LSE, as in nsa/ops/kernels/selected.py.
 """
 
 from torch import Tensor
@@ -26,7 +26,7 @@ def _tile(index, Counts, num_tiles, slots, GROUPS: gl.constexpr, WIDTH: gl.const
 @gluon.jit
 def _copy(q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
           HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-          BACKWARD: gl.constexpr):  # fmt: skip
+          PARTS: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
     q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     TOKENS: gl.constexpr = 64 // HEADS
     step = 0
@@ -34,13 +34,13 @@ def _copy(q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
         next_start = gl.load(Starts + entry)
-        for half in gl.static_range(2):
-            box = [batch, (2 * tile + half) * TOKENS, group * HEADS, 0]
-            mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
-            mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes * (2 if BACKWARD else 1))
-            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem.index(half))
+        for part in gl.static_range(PARTS):
+            box = [batch, (PARTS * tile + part) * TOKENS, group * HEADS, 0]
+            mbarrier.wait(q_free.index(part), (turn & 1) ^ 1)
+            mbarrier.expect(q_ready.index(part), q_desc.block_type.nbytes * (2 if BACKWARD else 1))
+            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(part), q_smem.index(part))
             if BACKWARD:
-                tma.async_copy_global_to_shared(d_desc, box, q_ready.index(half), d_smem.index(half))
+                tma.async_copy_global_to_shared(d_desc, box, q_ready.index(part), d_smem.index(part))
         for i in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
             at = batch * num_keys + next_start
@@ -54,24 +54,24 @@ def _copy(q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_
 
 
 @gluon.jit
-def _own_rows(batch, group, tile, num_tokens, Position, HALF: gl.constexpr, GROUPS: gl.constexpr,
+def _own_rows(batch, group, tile, num_tokens, Position, PART: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
               HEADS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """(place in the tile, row of Q, whether there is one, position of its token, position of the first) of 64 rows."""
     TOKENS: gl.constexpr = 64 // HEADS
     row = gl.arange(0, 64, layout)
-    place = HALF * TOKENS + row // HEADS
-    token = 2 * tile * TOKENS + place
+    place = PART * TOKENS + row // HEADS
+    token = PARTS * tile * TOKENS + place
     ok = token < num_tokens
     q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
-    first = gl.load(Position + gl.minimum((2 * tile + HALF) * TOKENS, num_tokens - 1))
+    first = gl.load(Position + gl.minimum((PARTS * tile + PART) * TOKENS, num_tokens - 1))
     return place, q_row, ok, gl.load(Position + token, mask=ok, other=0), first
 
 
 @gluon.jit
-def _members(bits, HALF: gl.constexpr, HEADS: gl.constexpr):
-    """The bits of one half's tokens, nonzero if some of them chose the block."""
+def _members(bits, PART: gl.constexpr, HEADS: gl.constexpr):
+    """The bits of one part's tokens, nonzero if some of them chose the block."""
     TOKENS: gl.constexpr = 64 // HEADS
-    return (bits >> (HALF * TOKENS)) & ((1 << TOKENS) - 1)
+    return (bits >> (PART * TOKENS)) & ((1 << TOKENS) - 1)
 
 
 @gluon.jit
@@ -85,9 +85,9 @@ def _scores(q, k, start, position, first_position, BN: gl.constexpr, layout: gl.
 
 
 @gluon.jit
-def _forward_half(memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
-                  HALF: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-                  BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
+                  PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                  BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     q_smem, _, k_ring, v_ring, q_ready, q_free, ready, free = memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -99,11 +99,11 @@ def _forward_half(memory, Out, Lse, Position, Starts, Members, Counts, num_token
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
         place, q_row, ok, position, first_position = _own_rows(
-            batch, group, tile, num_tokens, Position, HALF, GROUPS, HEADS, s_row
+            batch, group, tile, num_tokens, Position, PART, PARTS, GROUPS, HEADS, s_row
         )  # fmt: skip
         next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
-        mbarrier.wait(q_ready.index(HALF), turn & 1)
-        q = q_smem.index(HALF).reshape([64, D])
+        mbarrier.wait(q_ready.index(PART), turn & 1)
+        q = q_smem.index(PART).reshape([64, D])
         acc = gl.zeros([64, DV], gl.float32, o_layout)
         peak = gl.full([64], float("-inf"), gl.float32, s_row)
         total = gl.zeros([64], gl.float32, s_row)
@@ -112,9 +112,9 @@ def _forward_half(memory, Out, Lse, Position, Starts, Members, Counts, num_token
             start, bits = next_start, next_bits
             after = entry + gl.minimum(i + 1, count - 1)
             next_start, next_bits = gl.load(Starts + after), gl.load(Members + after)
-            # Also for a block that is let pass: the slot must not be handed back twice before the other half did.
+            # Also for a block that is let pass: the slot must not be handed back twice before the other parts did.
             mbarrier.wait(ready.index(slot), phase)
-            if _members(bits, HALF, HEADS) != 0:
+            if _members(bits, PART, HEADS) != 0:
                 s = _scores(q, k_ring.index(slot), start, position, first_position, BN, s_layout)
                 member = ((bits >> place.to(gl.int64)) & 1) != 0
                 new_peak = gl.where(member, gl.maximum(peak, gl.max(s, 1) * scale_log2), peak)
@@ -127,7 +127,7 @@ def _forward_half(memory, Out, Lse, Position, Starts, Members, Counts, num_token
                 peak = new_peak
             mbarrier.arrive(free.index(slot), count=1)
             step += 1
-        mbarrier.arrive(q_free.index(HALF), count=1)
+        mbarrier.arrive(q_free.index(PART), count=1)
         turn += 1
         gl.store(Lse + q_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=ok)
         acc = acc / gl.convert_layout(gl.where(total == 0, 1.0, total), o_row)[:, None]
@@ -137,10 +137,10 @@ def _forward_half(memory, Out, Lse, Position, Starts, Members, Counts, num_token
 
 
 @gluon.jit
-def _query_half(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
-                scale, HALF: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+def _query_part(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
+                scale, PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
                 DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-                STAGES: gl.constexpr):  # fmt: skip
+                STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -152,14 +152,14 @@ def _query_half(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_t
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
         place, q_row, ok, position, first_position = _own_rows(
-            batch, group, tile, num_tokens, Position, HALF, GROUPS, HEADS, s_row
+            batch, group, tile, num_tokens, Position, PART, PARTS, GROUPS, HEADS, s_row
         )  # fmt: skip
         lse = gl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
         lse = gl.where(lse == float("-inf"), float("inf"), lse)
         delta = gl.load(Delta + q_row, mask=ok, other=0.0)
         next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
-        mbarrier.wait(q_ready.index(HALF), turn & 1)
-        q, d_out = q_smem.index(HALF).reshape([64, D]), d_smem.index(HALF).reshape([64, DV])
+        mbarrier.wait(q_ready.index(PART), turn & 1)
+        q, d_out = q_smem.index(PART).reshape([64, D]), d_smem.index(PART).reshape([64, DV])
         dq = gl.zeros([64, D], gl.float32, q_layout)
         for i in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
@@ -167,7 +167,7 @@ def _query_half(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_t
             after = entry + gl.minimum(i + 1, count - 1)
             next_start, next_bits = gl.load(Starts + after), gl.load(Members + after)
             mbarrier.wait(ready.index(slot), phase)
-            if _members(bits, HALF, HEADS) != 0:
+            if _members(bits, PART, HEADS) != 0:
                 k = k_ring.index(slot)
                 none = gl.zeros([64, BN], gl.float32, s_layout)
                 s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
@@ -183,7 +183,7 @@ def _query_half(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_t
                 dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, q_layout, 2)), k, dq)
             mbarrier.arrive(free.index(slot), count=1)
             step += 1
-        mbarrier.arrive(q_free.index(HALF), count=1)
+        mbarrier.arrive(q_free.index(PART), count=1)
         turn += 1
         dq *= scale
         column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
@@ -196,71 +196,88 @@ def _query_half(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_t
 
 @gluon.jit
 def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-            STAGES: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
+            STAGES: gl.constexpr, PARTS: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
     TOKENS: gl.constexpr = 64 // HEADS
     dtype: gl.constexpr = q_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [PARTS, 1, TOKENS, HEADS, D], q_desc.layout)
     d_smem = q_smem
     if BACKWARD:
-        d_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, DV], q_desc.layout)
+        d_smem = gl.allocate_shared_memory(dtype, [PARTS, 1, TOKENS, HEADS, DV], q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    q_ready = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
+    q_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for i in gl.static_range(2):
+    for i in gl.static_range(PARTS):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(free.index(i), count=PARTS)
     return q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
 def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Position, num_tokens, num_keys, num_tiles,
                    num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-                   DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """out, lse of tiles of 128 rows; lists as from selected.union_kernel for 128 / HEADS tokens."""
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, False)
-    gl.warp_specialize(
-        [
-            (_forward_half, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                             scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES)),
-            (_forward_half, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                             scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES)),
-            (_copy, (q_desc, q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                     HEADS, D, DV, WIDTH, STAGES, False)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+                   DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+                   PARTS: gl.constexpr):  # fmt: skip
+    """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for 64 PARTS / HEADS tokens."""
+    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, PARTS, False)
+    if PARTS == 2:
+        gl.warp_specialize(
+            [
+                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                                 scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                                 scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                (_copy, (q_desc, q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                         HEADS, D, DV, WIDTH, STAGES, PARTS, False)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                                 scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                                 scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                                 scale_log2, 2, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                (_copy, (q_desc, q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                         HEADS, D, DV, WIDTH, STAGES, PARTS, False)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
 def query_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, DQ, Starts, Members, Counts, Position, num_tokens,
                  num_keys, num_tiles, num_slots, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr,
                  D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
+                 STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     """DQ (B, T, H, D) of tiles of 128 rows; added to what is there if ADD."""
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, True)
+    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, PARTS, True)
     gl.warp_specialize(
         [
-            (_query_half, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                           scale_log2, scale, 0, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES)),
-            (_query_half, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                           scale_log2, scale, 1, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES)),
+            (_query_part, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                           scale_log2, scale, 0, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES, PARTS)),
+            (_query_part, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
+                           scale_log2, scale, 1, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES, PARTS)),
             (_copy, (q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                     HEADS, D, DV, WIDTH, STAGES, True)),
+                     HEADS, D, DV, WIDTH, STAGES, PARTS, True)),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
 
 
-Lists = tuple[Tensor, Tensor, Tensor, int]  # Starts, Members, Counts, tiles: of 128 rows each
+Lists = tuple[Tensor, Tensor, Tensor, int]  # Starts, Members, Counts, tiles: of 64 PARTS rows each
 
 
 def _arguments(q: Tensor, k: Tensor, lists: Lists, tile: dict[str, int]) -> tuple[tuple, tuple, dict[str, int]]:
