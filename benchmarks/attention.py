@@ -1,9 +1,10 @@
 """Times every stage of native sparse attention and the whole, beside dense attention and other implementations of it.
 
-    python benchmarks/attention.py [--shapes A B] [--tokens 8192 32768] [--out FILE] [--profile]
+    python benchmarks/attention.py [--shapes A B=8192,32768] [--tokens 8192 65536] [--out FILE] [--profile]
         [--dense cudnn flash flex flash-attn flash-attn-4] [--peers fla=8192 sfnsa xunhao] [--peer-path sfnsa=DIR]
 
-Per stage: milliseconds (median, L2 flushed between repeats), TFLOP/s of the algorithm's operations, GB/s of the bytes
+Per stage: milliseconds (median, L2 flushed between repeats; of a CUDA graph, as the trainer runs; what waits for the
+GPU is timed as called), TFLOP/s of the algorithm's operations, GB/s of the bytes
 that must move, and the share of the time that these would take at the ceilings in benchmarks/measure.py. Totals are of
 `ops.native_sparse_attention` itself with the selection computed and then replaced by indices of each regime
 (benchmarks/attention_inputs.py), with peak and saved memory, as ratios to each dense implementation. A peer of one of
@@ -25,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import dense, measure, peers
 from benchmarks.attention_inputs import REGIMES, SHAPES, Inputs, Shape, block_indices, distinct_blocks, normal
-from benchmarks.measure import Call, agreement, forward_backward, memory_mb, time_ms
+from benchmarks.measure import Call, Times, agreement, called_ms, forward_backward, memory_mb, time_ms
 from nsa import ops
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import selection
@@ -56,7 +57,8 @@ class Report:
         self.show(name, row)
 
     def both(self, name: str, call: Call, counted_as: str) -> None:
-        for direction, milliseconds in zip(("forward", "backward"), forward_backward(call), strict=True):
+        times = forward_backward(call)
+        for direction, milliseconds in (("forward", times.forward), ("backward", times.backward)):
             self.stage(name.replace("*", direction), milliseconds, f"{counted_as} {direction}")
 
 
@@ -85,7 +87,7 @@ def stages(report: Report, x: Inputs, indices: dict[str, Tensor]) -> None:
     )
     with torch.no_grad():
         _, lse = ops.compressed_attention(x.q, k_cmp, v_cmp, **compression)
-        report.stage("selection", time_ms(lambda: ops.select_blocks(x.q, k_cmp, lse, **selecting)), "selection")
+        report.stage("selection", time_ms(lambda: ops.select_blocks(x.q, k_cmp, lse, **selecting))[0], "selection")
     for regime, chosen in indices.items():
 
         def select(chosen: Tensor = chosen) -> Tensor:
@@ -97,8 +99,8 @@ def stages(report: Report, x: Inputs, indices: dict[str, Tensor]) -> None:
     with torch.no_grad():
         outs = [torch.randn(1, tokens, shape.heads, shape.v_width, device="cuda", dtype=x.q.dtype) for _ in range(3)]
         rows = lse.transpose(1, 2).contiguous()
-        report.stage("combine forward", time_ms(lambda: gating.combine(x.gates, outs)), "combine forward")
-        backward = time_ms(lambda: gating.combine_backward(x.gates, outs[0], outs, [rows] * 3))
+        report.stage("combine forward", time_ms(lambda: gating.combine(x.gates, outs))[0], "combine forward")
+        backward, _ = time_ms(lambda: gating.combine_backward(x.gates, outs[0], outs, [rows] * 3))
         report.stage("combine backward", backward, "combine backward")
 
 
@@ -112,17 +114,17 @@ def against_dense(report: Report, x: Inputs, names: list[str]) -> None:
             ours = Call(lambda s=size: ops.dense_attention(x.q, k, v, window=s, backend="triton"), (x.q, k, v))
             try:
                 differs = agreement(call, ours)
-                forward, backward = forward_backward(call)
+                times = forward_backward(call)
             except NotImplementedError:
                 continue
             except Exception as error:  # a refusal is an answer; what it refuses is in its words
                 entry[kind] = {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
                 report.show(f"{name} {kind}", entry[kind])
                 continue
-            entry[kind] = _times(forward, backward) | {"differs": differs}
+            entry[kind] = _times(times) | {"differs": differs}
             if kind == "dense":
                 entry[kind] |= memory_mb(call)
-            for direction, ms in (("forward", forward), ("backward", backward)):
+            for direction, ms in (("forward", times.forward), ("backward", times.backward)):
                 count = report.flops[f"{kind} {direction}"]
                 entry[kind][f"{direction}_tflops"] = round(count / ms / 1e9)
             report.show(f"{name} {kind}", entry[kind])
@@ -134,6 +136,7 @@ def whole(report: Report, x: Inputs, indices: dict[str, Tensor], profile: bool) 
     """The operator in each regime, with memory and ratios to dense attention."""
     shape = report.shape
     call = Call(lambda: ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes), x.all)
+    d_out = torch.randn(1, report.tokens, shape.heads, shape.v_width, device="cuda", dtype=x.q.dtype)
     floor = {
         direction: sum(
             measure.row(1.0, report.flops[f"{b} {direction}"], report.bytes[f"{b} {direction}"])["floor_ms"]
@@ -145,24 +148,27 @@ def whole(report: Report, x: Inputs, indices: dict[str, Tensor], profile: bool) 
     report.result["floor_ms"] = {direction: round(ms, 2) for direction, ms in floor.items()}
     for regime, chosen in indices.items():
         with fixed_indices(chosen):
-            forward, backward = forward_backward(call)
-            row = _times(forward, backward) | memory_mb(call)
+            times = forward_backward(call)
+            row = _times(times) | memory_mb(call)
             row["floor_share"] = {
-                "forward": round(floor["forward"] / forward, 2),
-                "backward": round(floor["backward"] / backward, 2),
+                "forward": round(floor["forward"] / times.forward, 2),
+                "backward": round(floor["backward"] / times.backward, 2),
             }
             row["vs"] = {
                 name: {d: round(entry["dense"][d] / row[d], 2) for d in ("forward", "backward", "both")}
                 for name, entry in report.result["dense"].items()
                 if "both" in entry.get("dense", {})
             }
+            row["called"] = round(called_ms(lambda: torch.autograd.grad(call.run(), x.all, d_out)), 3)
             report.result["total"][regime] = row
             report.show(f"total {regime}", row)
             if profile and regime == "trained":
                 report.result["kernels"] = kernel_times(lambda: torch.autograd.grad(call.run().sum(), x.all))
 
 
-def against_peers(report: Report, x: Inputs, indices: dict[str, Tensor], adapters: dict[str, object]) -> None:
+def against_peers(
+    report: Report, x: Inputs, indices: dict[str, Tensor], adapters: dict[str, object], whole_only: bool
+) -> None:
     """Other implementations, stage by stage, beside ours in the same function."""
     for name, peer in adapters.items():
         if reason := peer.refuses(report.shape):
@@ -172,11 +178,15 @@ def against_peers(report: Report, x: Inputs, indices: dict[str, Tensor], adapter
         entry = report.result["peers"][name] = {"version": peer.version, "stages": {}}
         try:
             for stage, theirs, mine in peer.calls(x, report.shape, indices):
-                row = _times(*forward_backward(theirs)) | {"differs": agreement(theirs, mine)}
+                if whole_only and stage != "total":
+                    continue
+                row = _times(forward_backward(theirs)) | {"differs": agreement(theirs, mine)}
                 if stage == "total":
                     row |= memory_mb(theirs)
-                row["ours"] = _times(*forward_backward(mine))
-                row["ratio"] = {d: round(row[d] / ms, 2) for d, ms in row["ours"].items() if ms}
+                row["ours"] = _times(forward_backward(mine))
+                row["ratio"] = {
+                    d: round(row[d] / row["ours"][d], 2) for d in ("forward", "backward", "both") if row["ours"][d]
+                }
                 entry["stages"][stage] = row
                 report.show(f"{name} {stage}", row)
                 torch.cuda.empty_cache()
@@ -185,8 +195,10 @@ def against_peers(report: Report, x: Inputs, indices: dict[str, Tensor], adapter
             report.show(name, entry["failed"])
 
 
-def _times(forward: float, backward: float) -> dict[str, float]:
-    return {"forward": round(forward, 3), "backward": round(backward, 3), "both": round(forward + backward, 3)}
+def _times(times: Times) -> dict[str, float]:
+    both = times.forward + times.backward
+    row = {"forward": round(times.forward, 3), "backward": round(times.backward, 3), "both": round(both, 3)}
+    return row if times.recorded else row | {"recorded": False}
 
 
 def run(shape: Shape, tokens: int, options: argparse.Namespace, adapters: dict[str, object]) -> dict:
@@ -200,7 +212,7 @@ def run(shape: Shape, tokens: int, options: argparse.Namespace, adapters: dict[s
     against_dense(report, x, [name for name in options.dense if tokens <= options.dense[name]])
     whole(report, x, indices, options.profile)
     chosen = {name: peer for name, peer in adapters.items() if tokens in (options.peers[name] or (tokens,))}
-    against_peers(report, x, {r: i for r, i in indices.items() if r != "coherent"}, chosen)
+    against_peers(report, x, {r: i for r, i in indices.items() if r != "coherent"}, chosen, options.no_stages)
     return report.result
 
 
@@ -297,7 +309,9 @@ def _limits(values: list[str]) -> dict[str, tuple[int, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["A"], choices=SHAPES)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["A"], metavar="NAME[=TOKENS,..]", help=f"of {', '.join(SHAPES)}"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768, 65536])
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=REGIMES)
     parser.add_argument("--out", type=Path)
@@ -311,9 +325,10 @@ def main() -> None:
     parser.add_argument("--peer-path", nargs="*", default=[], metavar="NAME=DIR")
     options = parser.parse_args()
     options.dense = {name: (limit or (1 << 40,))[0] for name, limit in _limits(options.dense).items()}
-    options.peers = _limits(options.peers)
-    for name in (*(options.dense.keys() - dense.KNOWN.keys()), *(options.peers.keys() - peers.KNOWN.keys())):
-        parser.error(f"unknown {name}: dense of {', '.join(dense.KNOWN)}; peers of {', '.join(peers.KNOWN)}")
+    options.peers, options.shapes = _limits(options.peers), _limits(options.shapes)
+    for kind, known in (("shapes", SHAPES), ("dense", dense.KNOWN), ("peers", peers.KNOWN)):
+        for name in getattr(options, kind).keys() - known.keys():
+            parser.error(f"unknown {name}: {kind} of {', '.join(known)}")
     paths = {name: Path(path).resolve() for name, _, path in (value.partition("=") for value in options.peer_path)}
 
     report: dict = environment() | {"command": " ".join(sys.argv[1:]), "missing": {}, "errors": {}, "runs": []}
@@ -330,8 +345,8 @@ def main() -> None:
             print(name, report["missing"][name], flush=True)
     report["errors"] = {name: errors(SHAPES[name]) for name in options.shapes}
     report["longest"] = [longest(SHAPES["long"], tokens) for tokens in options.longest]
-    for name in options.shapes:
-        for tokens in options.tokens:
+    for name, lengths in options.shapes.items():
+        for tokens in lengths or options.tokens:
             report["runs"].append(run(SHAPES[name], tokens, options, adapters))
             torch.cuda.empty_cache()
             if options.out:

@@ -5,6 +5,7 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,24 +38,59 @@ class Call:
     inputs: tuple[Tensor, ...] = ()
 
 
-def time_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds, the L2 cache flushed between repeats."""
+class Times(NamedTuple):
+    """Milliseconds of the forward pass and of the backward pass alone (0 without inputs), recorded or as called."""
+
+    forward: float
+    backward: float
+    recorded: bool
+
+
+def called_ms(call: Callable[[], object]) -> float:
+    """Median milliseconds, the L2 cache flushed between repeats: the host asks for each kernel."""
     return do_bench(call, warmup=15, rep=80, return_mode="median")
 
 
-def forward_backward(call: Call) -> tuple[float, float]:
-    """Milliseconds of the forward pass and of the backward pass alone (0 without inputs)."""
+def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
+    """The kernels of ``call`` as a CUDA graph; nothing if it waits for the GPU, which cannot be recorded."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def time_ms(call: Callable[[], object], stream: torch.cuda.Stream | None = None) -> tuple[float, bool]:
+    """(`called_ms` of a recording, True), as the trainer runs; (as called, False) of what cannot be recorded."""
+    graph = recording(call, stream or torch.cuda.Stream())
+    return called_ms(graph.replay if graph else call), graph is not None
+
+
+def forward_backward(call: Call) -> Times:
+    stream = torch.cuda.Stream()
     if not call.inputs:
         with torch.no_grad():
-            return time_ms(call.run), 0.0
+            milliseconds, recorded = time_ms(call.run, stream)
+            return Times(milliseconds, 0.0, recorded)
 
-    def backward() -> float:  # by itself, so that its graph is gone before the forward pass is timed
-        out = call.run()
-        d_out = torch.randn_like(out)
-        return time_ms(lambda: torch.autograd.grad(out, call.inputs, d_out, retain_graph=True))
+    def backward() -> tuple[float, bool]:  # by itself, so that its graph is gone before the forward pass is timed
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass
+            out = call.run()
+            d_out = torch.randn_like(out)
+        return time_ms(lambda: torch.autograd.grad(out, call.inputs, d_out, retain_graph=True), stream)
 
-    milliseconds = backward()
-    return time_ms(call.run), milliseconds
+    milliseconds, recorded = backward()
+    forward, forward_recorded = time_ms(call.run, stream)
+    torch.cuda.empty_cache()
+    return Times(forward, milliseconds, recorded and forward_recorded)
 
 
 def memory_mb(call: Call) -> dict[str, int]:
@@ -122,6 +158,6 @@ def ceilings() -> dict[str, float]:
     source = torch.empty(2**30, device="cuda", dtype=torch.int32)
     target = torch.empty_like(source)
     return {
-        "matmul_tflops": round(2 * 8192**3 / time_ms(lambda: a @ b) / 1e9),
-        "copy_tb_per_s": round(2 * source.numel() * 4 / time_ms(lambda: target.copy_(source)) / 1e9, 2),
+        "matmul_tflops": round(2 * 8192**3 / called_ms(lambda: a @ b) / 1e9),
+        "copy_tb_per_s": round(2 * source.numel() * 4 / called_ms(lambda: target.copy_(source)) / 1e9, 2),
     }

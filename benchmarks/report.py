@@ -96,12 +96,17 @@ def whole(runs: list[dict]) -> Iterator[str]:
         name for name in names_of(runs, "dense") if any(name in run["total"][regime_of(run)]["vs"] for run in runs)
     ]
     header = ["shape, tokens", "forward ms", "backward ms", "both ms", "share of the floor", "peak MB", "saved MB"]
+    called = any("called" in row for run in runs for row in run["total"].values())
+    if called:
+        yield "Times are of CUDA graphs, as the trainer runs; `as called`: both passes asked for by the host.\n"
+        header.append("as called ms")
     rows = []
     for run in runs:
         row = run["total"][regime_of(run)]
         share = "{forward:.2f} / {backward:.2f}".format(**row["floor_share"])
         times = [ms(row[direction]) for direction in ("forward", "backward", "both")]
-        rows.append([f"{run['shape']} {length(run['tokens'])}", *times, share, row["peak_mb"], row["saved_mb"]])
+        row_name = f"{run['shape']} {length(run['tokens'])}"
+        rows.append([row_name, *times, share, row["peak_mb"], row["saved_mb"]] + [ms(row["called"])] * called)
     yield from table(header, rows)
     yield "Times faster than dense attention, forward / backward / both:\n"
     rows = []

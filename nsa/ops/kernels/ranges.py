@@ -458,7 +458,7 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     on_hopper = warpgroups(q, k, v, scale)
-    tile, options = tile_sizes("hopper_key" if on_hopper else "range_key", q, k, v)
+    tile, options = tile_sizes("hopper_range_key" if on_hopper else "range_key", q, k, v)
     num_tiles = triton.cdiv(keys, tile["BN"])
     runs = first.new_empty(4, (num_tiles + 3) // 4 * 4)  # rows at multiples of 16 bytes
     tile_runs_kernel[(triton.cdiv(num_tiles, 128),)](
@@ -467,7 +467,12 @@ def key_gradients(
     )  # fmt: skip
     # Few key tiles, each seen by many queries (compressed keys): several programs share one, and their sums are
     # added in a fixed order.
-    splits = max(1, min(16, PROGRAMS // (num_tiles * batch * groups), tokens * heads // groups // (8 * tile["BM"])))
+    splits = max(
+        1,
+        min(
+            16, (1 + on_hopper) * PROGRAMS // (num_tiles * batch * groups), tokens * heads // groups // (8 * tile["BM"])
+        ),
+    )
     whole = splits == 1
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
@@ -477,7 +482,7 @@ def key_gradients(
         from nsa.ops.kernels.hopper import keys as hopper
 
         inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] * groups // heads, tile["BN"])
-        hopper.range_key_kernel[grid](
+        hopper.range_key_kernel[(num_tiles * batch * groups, splits)](
             *inputs, *rows, scale * LOG2_E, scale, **hopper.shape_constants(q, k), **tile, **options
         )  # fmt: skip
         return (dk, dv) if whole else _add_splits_of(dk, dv, k, v)

@@ -484,7 +484,7 @@ def key_gradients(
     if warpgroups(q, k, v, scale) and rows == 64 and q.shape[2] >= 8 * groups:
         from nsa.ops.kernels.hopper import keys as hopper
 
-        tile, options = tile_sizes("hopper_key", q, k, v)
+        tile, options = tile_sizes("hopper_selected_key", q, k, v)
         hopper.selected_key_kernel[(max_items,)](
             *hopper.descriptors(q, k, v, d_out, 1, rows), lse, delta, layout.position, dk, dv, part_k, part_v, *lists_,
             *sizes, **hopper.shape_constants(q, k), **tile, **options,

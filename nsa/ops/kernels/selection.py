@@ -159,7 +159,8 @@ def select(
     if not tokens:
         return out
     ratio, units = block_size // stride, length // stride
-    if warpgroups(q, k, k, scale) and ratio <= 32 and num_blocks <= 32:
+    # One key to a block, and that shared with the next one, would need more shared memory than there is.
+    if warpgroups(q, k, k, scale) and max(1, min(units, 2)) <= ratio <= 32 and num_blocks <= 32:
         from nsa.ops.kernels.hopper import selection as hopper
 
         tiles = document_tiles(documents, offset, hopper.TILE)

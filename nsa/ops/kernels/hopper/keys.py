@@ -27,9 +27,16 @@ from nsa.ops.kernels.launch import INTEGERS
 
 
 @gluon.jit
-def _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, boxes, entries, group, HEADS: gl.constexpr,
-           BM: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
-    """Start the copies of box ``i``, if there is one; its tokens follow ``row0``, or the list ``Order`` says which."""
+def _box(i, first_box, boxes, LISTED: gl.constexpr):
+    """Which box the ``i``-th is: those from ``first_box`` on, then those before it."""
+    return i if LISTED else i + first_box - gl.where(i + first_box >= boxes, boxes, 0)
+
+
+@gluon.jit
+def _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, first_box, boxes, entries, group,
+           HEADS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
+    """Start the copies of the ``i``-th box, if there is one; its tokens follow ``row0``, or the list ``Order`` says
+    which."""
     BT: gl.constexpr = BM // HEADS
     COPIES: gl.constexpr = BT if LISTED else 1
     ROWS: gl.constexpr = BT // COPIES
@@ -41,16 +48,16 @@ def _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, boxes, entries
             # Entries beyond the list repeat its last token; they are masked.
             at = row0 + gl.load(Order + gl.minimum(i * BT + b, entries - 1), mask=ok, other=0)
         else:
-            at = row0 + i * BT
+            at = row0 + _box(i, first_box, boxes, LISTED) * BT
         tma.async_copy_global_to_shared(q_desc, [at, group * HEADS, 0], landed, q_box.slice(b * ROWS, ROWS, 0), ok)
         tma.async_copy_global_to_shared(d_desc, [at, group * HEADS, 0], landed, d_box.slice(b * ROWS, ROWS, 0), ok)
 
 
 @gluon.jit
-def _token(Order, token0, i, entries, HEADS: gl.constexpr, BM: gl.constexpr, LISTED: gl.constexpr,
+def _token(Order, token0, i, first_box, boxes, entries, HEADS: gl.constexpr, BM: gl.constexpr, LISTED: gl.constexpr,
            layout: gl.constexpr):  # fmt: skip
-    """(BM,) token of each row of box ``i``, and which rows there are."""
-    entry = i * (BM // HEADS) + gl.arange(0, BM, layout) // HEADS
+    """(BM,) token of each row of the ``i``-th box, and which rows there are."""
+    entry = _box(i, first_box, boxes, LISTED) * (BM // HEADS) + gl.arange(0, BM, layout) // HEADS
     ok = entry < entries
     if LISTED:
         return gl.load(Order + entry, mask=ok, other=0), ok
@@ -73,22 +80,22 @@ def _accumulate(dk, dv, memory, stats, work, key, start, stop, scale_log2, scale
     """Boxes start .. stop - 1 into the accumulators dk, dv, whose last products may be under way."""
     q_desc, d_desc, k_smem, v_smem, q_ring, d_ring, lse_ring, delta_ring, ready = memory
     Lse, Delta, First, Last = stats
-    Order, group, row0, q_row0, token0, entries, boxes = work
+    Order, group, row0, q_row0, token0, entries, first_box, boxes = work
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, BM, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, DV, 16])
     across: gl.constexpr = gl.SliceLayout(0, s_layout)
     spread: gl.constexpr = gl.BlockedLayout([1], [32], [BN // 16], [0])
-    next_token, next_ok = _token(Order, token0, start + 1, entries, HEADS, BM, LISTED, spread)
+    next_token, next_ok = _token(Order, token0, start + 1, first_box, boxes, entries, HEADS, BM, LISTED, spread)
     for i in range(start, stop):
         slot, phase = i % STAGES, (i // STAGES) & 1
         lse, delta = _load_stats(Lse, Delta, next_token, next_ok, q_row0, GROUPS, HEADS, BM, spread)
-        next_token, next_ok = _token(Order, token0, i + 2, entries, HEADS, BM, LISTED, spread)
+        next_token, next_ok = _token(Order, token0, i + 2, first_box, boxes, entries, HEADS, BM, LISTED, spread)
         # The products start from -LSE and -delta: that saves registers. Nothing seen: every score is -inf.
         s = gl.zeros([BN, BM], gl.float32, s_layout) + lse_ring.index(i % 2).load(across)[None, :]
         if MASKED:
             dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-            token, ok = _token(Order, token0, i, entries, HEADS, BM, LISTED, across)
+            token, ok = _token(Order, token0, i, first_box, boxes, entries, HEADS, BM, LISTED, across)
             last = gl.load(Last + token, mask=ok, other=-1 if LISTED else 0)
             last = last + 1 if LISTED else last
             s = gl.where(key[:, None] < last[None, :], s, float("-inf"))
@@ -101,8 +108,8 @@ def _accumulate(dk, dv, memory, stats, work, key, start, stop, scale_log2, scale
         # All but S is done: the box before this one has been read, and its P and dS leave their registers to dP.
         dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
         if i > 0:
-            _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i - 1 + STAGES, boxes, entries, group, HEADS, BM,
-                   STAGES, LISTED)  # fmt: skip
+            _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i - 1 + STAGES, first_box, boxes, entries, group,
+                   HEADS, BM, STAGES, LISTED)  # fmt: skip
         dp = gl.zeros([BN, BM], gl.float32, s_layout) + delta_ring.index(i % 2).load(across)[None, :]
         dp = warpgroup_mma(v_smem, d_out.permute([1, 0]), dp, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -156,27 +163,35 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
     tma.async_copy_global_to_shared(k_desc, [key_row, group * D], resident, k_smem)
     tma.async_copy_global_to_shared(v_desc, [key_row, group * DV], resident, v_smem)
     row0 = batch * num_tokens + token0
+    first_box = 0
+    if not LISTED:
+        # Programs that run side by side see runs of the same length, each a little further on: they start where they
+        # come by the same tokens at the same time, which then come from the L2 cache.
+        first_box = boxes - 1 - (token0 // BT + boxes - 1) % gl.maximum(boxes, 1)
+        first_box = gl.minimum(gl.maximum(first_box, full_begin), full_end)
     for i in gl.static_range(STAGES):
-        _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, boxes, entries, group, HEADS, BM, STAGES, LISTED)
+        _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, first_box, boxes, entries, group, HEADS, BM,
+               STAGES, LISTED)  # fmt: skip
     Lse, Delta, _, _ = stats
     q_row0 = batch.to(gl.int64) * num_tokens * (GROUPS * HEADS) + group * HEADS
-    token, ok = _token(Order, token0, 0, entries, HEADS, BM, LISTED, spread)
+    token, ok = _token(Order, token0, 0, first_box, boxes, entries, HEADS, BM, LISTED, spread)
     lse, delta = _load_stats(Lse, Delta, token, ok, q_row0, GROUPS, HEADS, BM, spread)
     lse_ring.index(0).store(gl.where(lse == float("-inf"), lse, lse * (-1.0 / scale)))
     delta_ring.index(0).store(-delta)
 
     memory = (q_desc, d_desc, k_smem, v_smem, q_ring, d_ring, lse_ring, delta_ring, ready)
-    work = (Order, group, row0, q_row0, token0, entries, boxes)
+    work = (Order, group, row0, q_row0, token0, entries, first_box, boxes)
     key = key0 + gl.arange(0, BN, gl.SliceLayout(1, s_layout))
     dk = warpgroup_mma_init(gl.zeros([BN, D], gl.float32, dk_layout))
     dv = warpgroup_mma_init(gl.zeros([BN, DV], gl.float32, dv_layout))
     mbarrier.wait(resident, 0)
-    dk, dv = _accumulate(dk, dv, memory, stats, work, key, 0, full_begin, scale_log2, scale, GROUPS, HEADS, BM, BN, D,
-                         DV, STAGES, LISTED, True)  # fmt: skip
-    dk, dv = _accumulate(dk, dv, memory, stats, work, key, full_begin, full_end, scale_log2, scale, GROUPS, HEADS, BM,
-                         BN, D, DV, STAGES, LISTED, False)  # fmt: skip
-    dk, dv = _accumulate(dk, dv, memory, stats, work, key, full_end, boxes, scale_log2, scale, GROUPS, HEADS, BM, BN, D,
-                         DV, STAGES, LISTED, True)  # fmt: skip
+    # Boxes that need a mask: listed, the first and the last ones; else, counted from first_box on, those in the middle.
+    masked = (0, full_begin, full_end, boxes)
+    if not LISTED:
+        masked = (0, full_end - first_box, boxes - first_box + full_begin, boxes)
+    for i in gl.static_range(3):
+        dk, dv = _accumulate(dk, dv, memory, stats, work, key, masked[i], masked[i + 1], scale_log2, scale, GROUPS,
+                             HEADS, BM, BN, D, DV, STAGES, LISTED, (i == 1) != LISTED)  # fmt: skip
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     return dk * scale, dv
 
@@ -191,14 +206,21 @@ def range_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, First, Last, Se
     Descriptors: q, dO (B * T, H, D or Dv); k, v (B * S, G * D or Dv). Lse, Delta (B, T, H). SeenBegin .. SeenEnd - 1
     are the tokens that see some key of the tile, FullBegin .. FullEnd - 1 all of them.
     """
-    split, tile = gl.program_id(0) % num_splits, gl.program_id(0) // num_splits
-    slots, slot = gl.num_programs(1), gl.program_id(1)
+    num_tiles = gl.cdiv(num_keys, BN)
+    split, tile = (
+        num_splits - 1 - gl.program_id(1),
+        gl.program_id(0) % num_tiles,
+    )  # the last tokens see most: they go first
+    slots, slot = gl.num_programs(0) // num_tiles, gl.program_id(0) // num_tiles
     batch, group = slot // GROUPS, slot % GROUPS
     BT: gl.constexpr = BM // HEADS
     token0, token1 = gl.load(SeenBegin + tile), gl.load(SeenEnd + tile)
     boxes = gl.cdiv(gl.maximum(token1 - token0, 0), BT)
-    begin = (boxes.to(gl.int64) * split // num_splits).to(gl.int32)
-    end = (boxes.to(gl.int64) * (split + 1) // num_splits).to(gl.int32)
+    # A split is a share of all tokens: the programs of one, side by side, come by the same ones.
+    begin = (num_tokens.to(gl.int64) * split // num_splits).to(gl.int32)
+    end = (num_tokens.to(gl.int64) * (split + 1) // num_splits).to(gl.int32)
+    begin = gl.minimum(gl.cdiv(gl.maximum(begin - token0, 0), BT), boxes)
+    end = gl.minimum(gl.cdiv(gl.maximum(end - token0, 0), BT), boxes)
     full_begin = gl.cdiv(gl.maximum(gl.load(FullBegin + tile) - token0, 0), BT)
     full_begin = gl.minimum(gl.maximum(full_begin, begin), end)
     full_end = gl.maximum(gl.load(FullEnd + tile) - token0, 0) // BT

@@ -1,14 +1,17 @@
 """Block importance and the best blocks on Hopper: as nsa/ops/kernels/selection.py, which explains the method.
 
-The scores of two heads are under way at a time: those of the second run on while the probabilities of the first are
-added up. What follows once for all heads of a group (mask, weights, insertion) is laid out with a row in two threads,
-so that its reductions stay within them.
+Two computing warpgroups take turns with the chunks of compressed keys and hand the importances of a chunk's blocks to a
+third one, which keeps the best; a copying warp brings each head's queries once for both. Shared, because the queries
+pass by for each chunk: with one chunk to a program they came from device memory every time, and that was the limit.
+A warpgroup halves its chunk, so that the products of one half are under way during the exponentials of the other. The
+third one has a row in two threads, so that its reductions stay within them.
 """
 
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -17,148 +20,292 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.ops.kernels.hopper import boxes
+from nsa.ops.kernels.hopper import boxes, multiprocessors
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 SMALLEST = gl.constexpr(-0x7FFFFFFFFFFFFFFF)
+LARGEST = gl.constexpr(0x7FFFFFFFFFFFFFFF)
 TILE = 64  # queries
 
 
 @gluon.jit
-def _fetch(q_desc, q_ring, ready, row, turn, total, group, HEADS: gl.constexpr, D: gl.constexpr,
-           STAGES: gl.constexpr):  # fmt: skip
-    """Start the copy of the ``turn``-th head in order, if it is one of ``total``."""
-    slot = turn % STAGES
-    mbarrier.expect(ready.index(slot), q_desc.block_type.nbytes, pred=turn < total)
-    column = (group * HEADS + turn % HEADS) * D
-    tma.async_copy_global_to_shared(q_desc, [row, column], ready.index(slot), q_ring.index(slot), turn < total)
+def _tile(index, runs, sizes, GROUPS: gl.constexpr, RATIO: gl.constexpr, BJ: gl.constexpr):
+    """(batch, group, first token, end, first key, keys seen, chunks, chunks of which some key is seen)."""
+    First, Last, Local, TileStart, TileEnd = runs
+    _, _, num_tiles, slots, block_size = sizes
+    tile, slot = num_tiles - 1 - index // slots, index % slots  # the last tiles see most: they go first
+    start, stop = gl.load(TileStart + tile), gl.load(TileEnd + tile)
+    some = start < stop
+    last = gl.maximum(stop - 1, 0)
+    key0 = gl.load(First + start, mask=some, other=0)
+    most_seen = gl.maximum(gl.load(Last + last, mask=some, other=0) - key0, 0)
+    blocks = gl.where(some, gl.load(Local + last, mask=some, other=0) // block_size + 1, 0)
+    chunks = gl.cdiv(blocks, BJ)
+    scored = gl.minimum(gl.cdiv(most_seen, BJ * RATIO), chunks)
+    return slot // GROUPS, slot % GROUPS, start, stop, key0, most_seen, chunks, scored
 
 
 @gluon.jit
-def _scores(q_ring, ready, k_smem, turn, BQ: gl.constexpr, KEYS: gl.constexpr, layout: gl.constexpr,
+def _copy(q_desc, q_ring, ready, free, runs, sizes, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+          RATIO: gl.constexpr, BJ: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    num_tokens, _, num_tiles, slots, _ = sizes
+    turn = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, start, _, _, _, _, scored = _tile(index, runs, sizes, GROUPS, RATIO, BJ)
+        for i in range(gl.cdiv(scored, 2) * HEADS):
+            slot, phase = turn % STAGES, (turn // STAGES) & 1
+            mbarrier.wait(free.index(slot), phase ^ 1)
+            mbarrier.expect(ready.index(slot), q_desc.block_type.nbytes)
+            box = [batch * num_tokens + start, (group * HEADS + i % HEADS) * D]
+            tma.async_copy_global_to_shared(q_desc, box, ready.index(slot), q_ring.index(slot))
+            turn += 1
+
+
+@gluon.jit
+def _place(column, KEYS: gl.constexpr, BJ: gl.constexpr):
+    """(block, key of the block) of a column of a chunk: each half has key 0 of all its blocks, then key 1, .."""
+    half, within = column // (KEYS // 2), column % (KEYS // 2)
+    return half * (BJ // 2) + within % (BJ // 2), within // (BJ // 2)
+
+
+@gluon.jit
+def _fetch_keys(K, k_smem, key_row, block0, most_seen, group, GROUPS: gl.constexpr, D: gl.constexpr,
+                RATIO: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr):  # fmt: skip
+    """Start the copy of the keys of BJ blocks. A key that is not there is replaced by another."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    j, m = _place(gl.arange(0, KEYS, gl.SliceLayout(1, layout)), KEYS, BJ)
+    key = gl.minimum((block0 + j) * RATIO + gl.minimum(m, RATIO - 1), most_seen - 1)
+    at = ((key_row + key) * GROUPS + group)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    async_copy.async_copy_global_to_shared(k_smem, K + at)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _scores(q_ring, k_half, ready, turn, BQ: gl.constexpr, WIDE: gl.constexpr, layout: gl.constexpr,
             STAGES: gl.constexpr):  # fmt: skip
+    """Start the products of the ``turn``-th head in order and half a chunk of keys."""
     slot = turn % STAGES
     mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
-    none = gl.zeros([BQ, KEYS], gl.float32, layout)
-    return warpgroup_mma(q_ring.index(slot), k_smem.permute([1, 0]), none, use_acc=False, is_async=True)
+    none = gl.zeros([BQ, WIDE], gl.float32, layout)
+    return warpgroup_mma(q_ring.index(slot), k_half.permute([1, 0]), none, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _base(Lse, row, head, ok):
-    lse = gl.load(Lse + row + head, mask=ok, other=float("-inf"))
-    return gl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+def _hand_over(p, own_smem, after_smem, block0, seen, HALF: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr,
+               BJ: gl.constexpr):  # fmt: skip
+    """Weighted sums over each block's keys: for the block itself, and for the next one."""
+    BQ: gl.constexpr = p.shape[0]
+    WIDE: gl.constexpr = p.shape[1]
+    BLOCKS: gl.constexpr = BJ // 2
+    column = gl.arange(0, WIDE, gl.SliceLayout(0, p.type.layout))
+    m = column // BLOCKS
+    key = (block0 + HALF * BLOCKS + column % BLOCKS) * RATIO + m
+    p = gl.where((m < RATIO)[None, :] & (key[None, :] < seen[:, None]), p, 0.0)
+    weight = gl.where(m < RATIO, gl.minimum(UNITS, RATIO - m), 0).to(gl.float32)
+    own = gl.sum((p * weight[None, :]).reshape([BQ, WIDE // BLOCKS, BLOCKS]), 1)
+    own_smem.slice(HALF * BLOCKS, BLOCKS, 1).store(own)
+    if UNITS > 1:
+        weight = gl.where(m < RATIO, gl.maximum(0, m + UNITS - RATIO), 0).to(gl.float32)
+        after = gl.sum((p * weight[None, :]).reshape([BQ, WIDE // BLOCKS, BLOCKS]), 1)
+        after_smem.slice(HALF * BLOCKS, BLOCKS, 1).store(after)
+
+
+@gluon.jit
+def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr,
+             D: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr, BQ: gl.constexpr, KEYS: gl.constexpr,
+             BJ: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """The importances of chunks PART, PART + 2, .. of each tile."""
+    q_ring, k_ring, base_ring, own_ring, after_ring, ready, free, full, empty = memory
+    _, Last, _, _, _ = runs
+    num_tokens, num_keys, num_tiles, slots, _ = sizes
+    WIDE: gl.constexpr = KEYS // 2
+    AT_ONCE: gl.constexpr = HEADS if HEADS < 4 else 4
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
+    row: gl.constexpr = gl.SliceLayout(1, layout)
+    h_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
+    k_smem = k_ring.index(PART)
+    # The same memory by heads, as it is written, and by rows, as it is read.
+    bases = base_ring._reinterpret(gl.float32, [2, HEADS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(PART)
+    own, after = own_ring.index(PART), after_ring.index(PART)
+    turn = 0
+    handed_over = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, start, stop, key0, most_seen, _, scored = _tile(index, runs, sizes, GROUPS, RATIO, BJ)
+        key_row = batch.to(gl.int64) * num_keys + key0
+        if scored > PART:
+            _fetch_keys(K, k_smem, key_row, PART * BJ, most_seen, group, GROUPS, D, RATIO, KEYS, BJ)
+        token = start + gl.arange(0, BQ, row)
+        seen = gl.load(Last + token, mask=token < stop, other=0) - key0
+        column = start + gl.arange(0, BQ, gl.SliceLayout(0, h_layout))
+        heads = group * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, h_layout))
+        at = (batch.to(gl.int64) * num_tokens + column)[None, :] * (GROUPS * HEADS) + heads[:, None]
+        lse = gl.load(Lse + at, mask=(column < stop)[None, :], other=float("-inf"))
+        bases.store(gl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634))
+        for chunk in range(PART, gl.cdiv(scored, 2) * 2, 2):
+            if chunk < scored:
+                async_copy.wait_group(0)
+                fence_async_shared()
+                k_left, k_right = k_smem.slice(0, WIDE), k_smem.slice(WIDE, WIDE)
+                left = gl.zeros([BQ, WIDE], gl.float32, layout)
+                right = gl.zeros([BQ, WIDE], gl.float32, layout)
+                for head in range(0, HEADS, AT_ONCE):
+                    s = _scores(q_ring, k_left, ready, turn, BQ, WIDE, layout, STAGES)
+                    for i in gl.static_range(2 * AT_ONCE):
+                        under_way = s
+                        if i + 1 < 2 * AT_ONCE:
+                            k_next = k_left if i % 2 else k_right
+                            s = _scores(q_ring, k_next, ready, turn + i % 2, BQ, WIDE, layout, STAGES)
+                        base = base_ring.index(PART * HEADS + head + i // 2).load(row)
+                        slot = turn % STAGES
+                        # A branch, at a barrier that has been passed: ptxas moves exponentials below a later wait for
+                        # products, so that nothing runs beside these, but moves nothing over a branch.
+                        mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
+                        done = warpgroup_mma_wait(1 if i + 1 < 2 * AT_ONCE else 0, deps=(under_way,))
+                        # Keys that the query does not see may overflow to inf here; they are dropped below.
+                        p = gl.exp2(done * scale_log2 - base[:, None])
+                        if i % 2 == 0:
+                            left += p
+                        else:
+                            right += p
+                            mbarrier.arrive(free.index(slot), count=1)
+                            turn += 1
+                if chunk + 2 < scored:
+                    _fetch_keys(K, k_smem, key_row, (chunk + 2) * BJ, most_seen, group, GROUPS, D, RATIO, KEYS, BJ)
+                mbarrier.wait(empty.index(PART), (handed_over & 1) ^ 1)
+                _hand_over(left, own, after, chunk * BJ, seen, 0, RATIO, UNITS, BJ)
+                _hand_over(right, own, after, chunk * BJ, seen, 1, RATIO, UNITS, BJ)
+                mbarrier.arrive(full.index(PART), count=1)
+                handed_over += 1
+            else:
+                # The other one's last chunk: a slot must not be handed back twice before the other did.
+                for _ in range(HEADS):
+                    slot = turn % STAGES
+                    mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
+                    mbarrier.arrive(free.index(slot), count=1)
+                    turn += 1
+
+
+@gluon.jit
+def _extreme(x, LARGEST_ONE: gl.constexpr, layout: gl.constexpr):
+    """The largest, or else the least, of each row; in pairs: a thread would take its own values in one chain."""
+    ROWS: gl.constexpr = x.shape[0]
+    for _ in gl.static_range(6):
+        if x.shape[1] > 2:
+            pairs = x.reshape([ROWS, x.shape[1] // 2, 2])
+            x = gl.max(pairs, 2) if LARGEST_ONE else gl.min(pairs, 2)
+    return gl.convert_layout(gl.max(x, 1) if LARGEST_ONE else gl.min(x, 1), layout)
 
 
 @gluon.jit
 def _insert(best, candidates):
-    """As `nsa.ops.kernels.selection._insert`."""
+    """As `nsa.ops.kernels.selection._insert`, two at a time: whether there is more to do is known after a barrier."""
     rows: gl.constexpr = gl.SliceLayout(1, best.type.layout)
-    top, low = gl.convert_layout(gl.max(candidates, 1), rows), gl.min(best, 1)
+    candidate_rows: gl.constexpr = gl.SliceLayout(1, candidates.type.layout)
+    top, low = _extreme(candidates, True, rows), _extreme(best, False, rows)
     while gl.max((top > low).to(gl.int32), 0) > 0:
-        better = (top > low)[:, None]
-        best = gl.where(better & (best == low[:, None]), top[:, None], best)
-        passed = gl.convert_layout(top, gl.SliceLayout(1, candidates.type.layout))
-        candidates = gl.where(candidates == passed[:, None], SMALLEST, candidates)
-        top, low = gl.convert_layout(gl.max(candidates, 1), rows), gl.min(best, 1)
+        for _ in gl.static_range(2):
+            better = (top > low)[:, None]
+            best = gl.where(better & (best == low[:, None]), top[:, None], best)
+            passed = gl.convert_layout(top, candidate_rows)
+            candidates = gl.where(candidates == passed[:, None], SMALLEST, candidates)
+            top, low = _extreme(candidates, True, rows), _extreme(best, False, rows)
     return best
 
 
-@gluon.jit(do_not_specialize=INTEGERS)
-def select_kernel(q_desc, K, Lse, First, Last, Local, TileStart, TileEnd, Out, num_tokens, num_keys, num_tiles,
-                  num_blocks, num_initial, num_local, block_size, scale_log2, GROUPS: gl.constexpr,
-                  HEADS: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr, N: gl.constexpr,
-                  BQ: gl.constexpr, KEYS: gl.constexpr, RATIO2: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Out (B, T, G, num_blocks) int32, unsorted, of the tokens TileStart .. TileEnd - 1 of one document."""
-    BJ: gl.constexpr = KEYS // RATIO2
-    dtype: gl.constexpr = q_desc.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
+@gluon.jit
+def _keep_best(memory, Out, runs, sizes, counts, GROUPS: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr,
+               N: gl.constexpr, BQ: gl.constexpr, BJ: gl.constexpr):  # fmt: skip
+    """The best blocks of each tile, of its chunks in order."""
+    _, _, _, own_ring, after_ring, _, _, full, empty = memory
+    _, _, Local, _, _ = runs
+    num_tokens, _, num_tiles, slots, block_size = sizes
+    num_blocks, num_initial, num_local = counts
     j_layout: gl.constexpr = gl.BlockedLayout([1, BJ // 2], [16, 2], [4, 1], [1, 0])
     n_layout: gl.constexpr = gl.BlockedLayout([1, N // 2], [16, 2], [4, 1], [1, 0])
-    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    slots = gl.num_programs(0) // num_tiles
-    tile = num_tiles - 1 - gl.program_id(0) // slots
-    batch, group = gl.program_id(0) % slots // GROUPS, gl.program_id(0) % slots % GROUPS
-    start, stop = gl.load(TileStart + tile), gl.load(TileEnd + tile)
-    if start < stop:
-        k_smem = gl.allocate_shared_memory(dtype, [KEYS, D], gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype))
-        q_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], q_desc.layout)
-        ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(STAGES):
-            mbarrier.init(ready.index(i), count=1)
-
-        token = start + gl.arange(0, BQ, s_row)
-        ok = token < stop
-        key0 = gl.load(First + start)
-        seen = gl.load(Last + token, mask=ok, other=0) - key0
-        most_seen = gl.load(Last + stop - 1) - key0
-        most_own = gl.load(Local + stop - 1) // block_size
+    slot_n = gl.arange(0, N, gl.SliceLayout(0, n_layout))
+    first_taken = 0  # chunks of the first computing warpgroup, and of the second
+    second_taken = 0
+    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
+        batch, group, start, stop, _, _, chunks, scored = _tile(index, runs, sizes, GROUPS, RATIO, BJ)
         own = start + gl.arange(0, BQ, gl.SliceLayout(1, j_layout))
         own = gl.load(Local + own, mask=own < stop, other=0) // block_size
-        q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS
-        box_row = batch * num_tokens + start
-        total = gl.minimum(gl.cdiv(most_seen, BJ * RATIO), gl.cdiv(most_own + 1, BJ)) * HEADS
-        for i in gl.static_range(STAGES):
-            _fetch(q_desc, q_ring, ready, box_row, i, total, group, HEADS, D, STAGES)
-
-        part = gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))  # key m of every block, then key m + 1 of every block
-        m = part // BJ
-        own_weight = gl.where(m < RATIO, gl.minimum(UNITS, RATIO - m), 0).to(gl.float32)
-        next_weight = gl.where(m < RATIO, gl.maximum(0, m + UNITS - RATIO), 0).to(gl.float32)
-        slot_n = gl.arange(0, N, gl.SliceLayout(0, n_layout))
         # Negative: free, each different. Beyond num_blocks: never to be replaced.
-        best = gl.where(slot_n < num_blocks, -1 - slot_n.to(gl.int64), 0x7FFFFFFFFFFFFFFF)
+        best = gl.where(slot_n < num_blocks, -1 - slot_n.to(gl.int64), LARGEST)
         best = gl.zeros([BQ, N], gl.int64, n_layout) + best[None, :]
         carry = gl.zeros([BQ], gl.float32, gl.SliceLayout(1, j_layout))
-        turn = 0
-        for j0 in range(0, most_own + 1, BJ):
-            p = gl.zeros([BQ, KEYS], gl.float32, s_layout)
-            if j0 * RATIO < most_seen:
-                k_part = gl.arange(0, KEYS, gl.SliceLayout(1, k_layout))
-                key = (j0 + k_part % BJ) * RATIO + k_part // BJ
-                k_ok = (k_part // BJ < RATIO) & (key < most_seen)
-                k_row = (batch.to(gl.int64) * num_keys + key0 + key) * GROUPS + group
-                column = gl.arange(0, D, gl.SliceLayout(0, k_layout))
-                k = gl.load(K + k_row[:, None] * D + column[None, :], mask=k_ok[:, None], other=0.0)
-                k_smem.store(k)
-                fence_async_shared()
-                for head in range(0, HEADS, 2):
-                    one = _scores(q_ring, ready, k_smem, turn, BQ, KEYS, s_layout, STAGES)
-                    if HEADS > 1:
-                        two = _scores(q_ring, ready, k_smem, turn + 1, BQ, KEYS, s_layout, STAGES)
-                    base = _base(Lse, q_row, head, ok)
-                    one = warpgroup_mma_wait(1 if HEADS > 1 else 0, deps=(one,))
-                    # Keys that the query does not see may overflow to inf here; they are dropped below.
-                    p += gl.exp2(one * scale_log2 - base[:, None])
-                    _fetch(q_desc, q_ring, ready, box_row, turn + STAGES, total, group, HEADS, D, STAGES)
-                    if HEADS > 1:
-                        base = _base(Lse, q_row, head + 1, ok)
-                        two = warpgroup_mma_wait(0, deps=(two,))
-                        p += gl.exp2(two * scale_log2 - base[:, None])
-                        _fetch(q_desc, q_ring, ready, box_row, turn + 1 + STAGES, total, group, HEADS, D, STAGES)
-                    turn += 2 if HEADS > 1 else 1
-            key = (j0 + part % BJ) * RATIO + m
-            p = gl.where(key[None, :] < seen[:, None], p, 0.0)
-            here = gl.convert_layout(gl.sum((p * own_weight[None, :]).reshape([BQ, RATIO2, BJ]), 1), j_layout)
+        for chunk in range(chunks):
             j = gl.arange(0, BJ, gl.SliceLayout(0, j_layout))
+            here = gl.zeros([BQ, BJ], gl.float32, j_layout)
+            after = here
+            if chunk < scored:
+                part = chunk % 2
+                mbarrier.wait(full.index(part), gl.where(part == 0, first_taken, second_taken) & 1)
+                here = own_ring.index(part).load(j_layout)
+                if UNITS > 1:
+                    after = after_ring.index(part).load(j_layout)
+                mbarrier.arrive(empty.index(part), count=1)
+                first_taken += 1 - part
+                second_taken += part
             if UNITS > 1:
-                after = gl.convert_layout(gl.sum((p * next_weight[None, :]).reshape([BQ, RATIO2, BJ]), 1), j_layout)
                 shifted = gl.zeros([BQ, BJ], gl.int32, j_layout) + gl.maximum(j - 1, 0)[None, :]
-                before = gl.gather(after, shifted, 1)
-                here += gl.where(j[None, :] == 0, carry[:, None], before)
+                here += gl.where(j[None, :] == 0, carry[:, None], gl.gather(after, shifted, 1))
                 carry = gl.sum(gl.where(j[None, :] == BJ - 1, after, 0.0), 1)
-            j += j0
+            j += chunk * BJ
             forced = (j[None, :] < num_initial) | (j[None, :] > own[:, None] - num_local)
             here = gl.where(forced, float("inf"), here)
             # Importance is never negative: its bits are ordered as it is; the lower block wins a tie.
             candidate = (here.to(gl.int32, bitcast=True).to(gl.int64) << 32) | (0x7FFFFFFF - j)[None, :].to(gl.int64)
             best = _insert(best, gl.where(j[None, :] <= own[:, None], candidate, SMALLEST))
-
         chosen = 0x7FFFFFFF - (best & 0x7FFFFFFF).to(gl.int32)
         row = start + gl.arange(0, BQ, gl.SliceLayout(1, n_layout))
         out_row = (batch.to(gl.int64) * num_tokens + row) * GROUPS + group
         gl.store(Out + out_row[:, None] * num_blocks + slot_n[None, :], gl.where(best >= 0, chosen, -1),
                  mask=(row < stop)[:, None] & (slot_n < num_blocks)[None, :])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=INTEGERS)
+def select_kernel(q_desc, K, Lse, First, Last, Local, TileStart, TileEnd, Out, num_tokens, num_keys, num_tiles,
+                  num_slots, num_blocks, num_initial, num_local, block_size, scale_log2, GROUPS: gl.constexpr,
+                  HEADS: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr, N: gl.constexpr,
+                  BQ: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Out (B, T, G, num_blocks) int32, unsorted, of the tokens TileStart .. TileEnd - 1 of one document each."""
+    dtype: gl.constexpr = q_desc.dtype
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], q_desc.layout)
+    k_ring = gl.allocate_shared_memory(dtype, [2, KEYS, D], k_layout)
+    base_ring = gl.allocate_shared_memory(gl.float32, [2 * HEADS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    own_ring = gl.allocate_shared_memory(gl.float32, [2, BQ, BJ], plain)
+    after_ring = own_ring
+    if UNITS > 1:
+        after_ring = gl.allocate_shared_memory(gl.float32, [2, BQ, BJ], plain)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    memory = (q_ring, k_ring, base_ring, own_ring, after_ring, ready, free, full, empty)
+    runs = (First, Last, Local, TileStart, TileEnd)
+    sizes = (num_tokens, num_keys, num_tiles, num_slots, block_size)
+    counts = (num_blocks, num_initial, num_local)
+    gl.warp_specialize(
+        [
+            (_compute, (memory, K, Lse, runs, sizes, scale_log2, 0, GROUPS, HEADS, D, RATIO, UNITS, BQ, KEYS, BJ,
+                        STAGES)),
+            (_compute, (memory, K, Lse, runs, sizes, scale_log2, 1, GROUPS, HEADS, D, RATIO, UNITS, BQ, KEYS, BJ,
+                        STAGES)),
+            (_keep_best, (memory, Out, runs, sizes, counts, GROUPS, RATIO, UNITS, N, BQ, BJ)),
+            (_copy, (q_desc, q_ring, ready, free, runs, sizes, GROUPS, HEADS, D, RATIO, BJ, STAGES)),
+        ],
+        [4, 4, 1],
+        [184, 112, 24],
+    )  # fmt: skip
 
 
 def select(
@@ -169,9 +316,9 @@ def select(
     (batch, tokens, heads, width), groups = q.shape, k.shape[2]
     tile, options = tile_sizes("hopper_select", q, k, k)
     n = max(2, triton.next_power_of_2(out.shape[3]))
-    select_kernel[(len(tiles[0]) * batch * groups,)](
+    items, slots = len(tiles[0]) * batch * groups, batch * groups
+    select_kernel[(min(items, multiprocessors(q.device)),)](
         boxes(q, [batch * tokens, heads * width], [TILE, width]), k, lse, *runs, *tiles, out, tokens, k.shape[1],
-        len(tiles[0]), *sizes, scale * LOG2_E, GROUPS=groups, HEADS=heads // groups, D=width, RATIO=ratio, UNITS=units,
-        N=n, BQ=TILE, RATIO2=triton.next_power_of_2(ratio),
-        **tile, **options,
+        len(tiles[0]), slots, *sizes, scale * LOG2_E, GROUPS=groups, HEADS=heads // groups, D=width, RATIO=ratio,
+        UNITS=units, N=n, BQ=TILE, BJ=tile["KEYS"] // triton.next_power_of_2(ratio), **tile, **options,
     )  # fmt: skip
