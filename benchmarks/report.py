@@ -106,7 +106,7 @@ def whole(runs: list[dict]) -> Iterator[str]:
         share = "{forward:.2f} / {backward:.2f}".format(**row["floor_share"])
         times = [ms(row[direction]) for direction in ("forward", "backward", "both")]
         row_name = f"{run['shape']} {length(run['tokens'])}"
-        rows.append([row_name, *times, share, row["peak_mb"], row["saved_mb"]] + [ms(row["called"])] * called)
+        rows.append([row_name, *times, share, row["peak_mb"], row["saved_mb"]] + [ms(row.get("called"))] * called)
     yield from table(header, rows)
     yield "Times faster than dense attention, forward / backward / both:\n"
     rows = []
