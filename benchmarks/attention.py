@@ -4,11 +4,13 @@
         [--dense cudnn flash flex flash-attn flash-attn-4] [--peers fla=8192 sfnsa xunhao] [--peer-path sfnsa=DIR]
 
 Per stage: milliseconds (median, L2 flushed between repeats; of a CUDA graph, as the trainer runs; what waits for the
-GPU is timed as called), TFLOP/s of the algorithm's operations, GB/s of the bytes
-that must move, and the share of the time that these would take at the ceilings in benchmarks/measure.py. Totals are of
+GPU is timed as called), TFLOP/s of the algorithm's operations, GB/s of the bytes that must move, and the share of the
+time that these would take at the ceilings in benchmarks/measure.py. Totals are of
 `ops.native_sparse_attention` itself with the selection computed and then replaced by indices of each regime
 (benchmarks/attention_inputs.py), with peak and saved memory, as ratios to each dense implementation. A peer of one of
 our stages stands beside our call of the same function, in the same run, with the distance between the two.
+
+`ncu --profile-from-start off python benchmarks/attention.py --shapes A=65536 --single-pass` profiles each kernel once.
 
 Correctness: relative L2 errors against the float64 definition on 1024 tokens, cuDNN's dense ones for scale.
 `python benchmarks/report.py` turns the JSON of --out into docs/performance.md.
@@ -16,7 +18,10 @@ Correctness: relative L2 errors against the float64 definition on 1024 tokens, c
 
 import argparse
 import json
+import os
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -216,6 +221,34 @@ def run(shape: Shape, tokens: int, options: argparse.Namespace, adapters: dict[s
     return report.result
 
 
+def single_pass(shape: Shape, tokens: int) -> None:
+    """One forward and backward pass on trained-like indices for a profiler to see, the kernels compiled before."""
+    x = Inputs(shape, tokens)
+    with fixed_indices(block_indices(shape, tokens, "trained")):
+        for watched in (False, True):
+            torch.cuda.synchronize()
+            if watched:
+                torch.cuda.profiler.start()
+            out = ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes)
+            torch.autograd.grad(out, x.all, torch.ones_like(out))
+            torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def compile_side_by_side(names: list[str], options: argparse.Namespace) -> None:
+    """Fill Triton's cache by a process for each shape: one after the other, compiling takes longer than measuring."""
+
+    def compile_one(name: str) -> None:
+        command = [sys.executable, __file__, "--shapes", f"{name}=2048", "--regimes", *options.regimes, "--dense"]
+        command += ["--no-stages"] if options.no_stages else []
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}: not compiled ahead: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+
+    with ThreadPoolExecutor(max(1, min(len(names), (os.cpu_count() or 2) // 2))) as pool:
+        list(pool.map(compile_one, names))
+
+
 def longest(shape: Shape, tokens: int) -> dict:
     """One forward and backward pass at the selection's own choice; the last queries checked by the portable path."""
     x = Inputs(shape, tokens)
@@ -317,6 +350,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--longest", nargs="*", type=int, default=[], help="tokens of single passes of shape 'long'")
     parser.add_argument("--profile", action="store_true", help="also list the time of every kernel")
+    parser.add_argument("--single-pass", action="store_true", help="no times: one pass of each shape, for ncu")
     parser.add_argument("--no-stages", action="store_true", help="the whole only")
     parser.add_argument("--dense", nargs="*", default=["cudnn", "flash"], metavar="NAME[=MOST_TOKENS]")
     parser.add_argument(
@@ -331,6 +365,13 @@ def main() -> None:
             parser.error(f"unknown {name}: {kind} of {', '.join(known)}")
     paths = {name: Path(path).resolve() for name, _, path in (value.partition("=") for value in options.peer_path)}
 
+    if options.single_pass:
+        for name, lengths in options.shapes.items():
+            for tokens in lengths or options.tokens:
+                single_pass(SHAPES[name], tokens)
+        return
+    if len(options.shapes) > 1:
+        compile_side_by_side([*options.shapes, *["long"] * bool(options.longest)], options)
     report: dict = environment() | {"command": " ".join(sys.argv[1:]), "missing": {}, "errors": {}, "runs": []}
     print(json.dumps({key: value for key, value in report.items() if value}), flush=True)
     for name in [name for name in options.dense if name not in report["dense"]]:
