@@ -477,7 +477,6 @@ def key_gradients(
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
     rows = (lse, delta, first, last, *runs, dk, dv, tokens, keys, splits)
-    grid = (num_tiles * splits, batch * groups)
     if on_hopper:
         from nsa.ops.kernels.hopper import keys as hopper
 
@@ -492,7 +491,7 @@ def key_gradients(
     def box(x: Tensor, width: int) -> Tensor | TensorDescriptor:
         return head_descriptor(x, tile["BM"], constants["HEADS"], width) if boxed else x
 
-    key_kernel[grid](
+    key_kernel[(num_tiles * splits, batch * groups)](
         box(q, constants["D1"]), box(q, constants["D2"] or constants["D1"]), k, v, box(d_out, constants["DV1"]), *rows,
         scale * LOG2_E, scale, **constants, **tile, BOXED=boxed, **options,
     )  # fmt: skip

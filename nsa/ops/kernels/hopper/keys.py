@@ -2,7 +2,8 @@
 
 The tile's keys and values stay in shared memory; the copy engine puts the boxes, their dO, LSE and delta into a ring.
 Which tokens come is all that differs between the two uses: a run of them (dense, window, compressed), or the list of
-those that chose a block (selected).
+those that chose a block (selected). Runs are gone through in such an order that programs side by side want the same
+tokens at the same time: all of them do not fit the L2 cache.
 
 With S = K Q^T and dP = V dO^T, keys down and queries across, P and dS are left-hand operands in registers of
 dV += P dO and dK += dS Q. The products of one box run on while the scores of the next begin; two such programs share a
@@ -207,11 +208,9 @@ def range_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, First, Last, Se
     are the tokens that see some key of the tile, FullBegin .. FullEnd - 1 all of them.
     """
     num_tiles = gl.cdiv(num_keys, BN)
-    split, tile = (
-        num_splits - 1 - gl.program_id(1),
-        gl.program_id(0) % num_tiles,
-    )  # the last tokens see most: they go first
-    slots, slot = gl.num_programs(0) // num_tiles, gl.program_id(0) // num_tiles
+    split = num_splits - 1 - gl.program_id(1)  # the last tokens see most: they go first
+    tile, slot = gl.program_id(0) % num_tiles, gl.program_id(0) // num_tiles
+    slots = gl.num_programs(0) // num_tiles
     batch, group = slot // GROUPS, slot % GROUPS
     BT: gl.constexpr = BM // HEADS
     token0, token1 = gl.load(SeenBegin + tile), gl.load(SeenEnd + tile)
