@@ -334,10 +334,15 @@ def environment() -> dict:
     return measure.environment() | {"dense": dense.versions()} | ceilings
 
 
-def _limits(values: list[str]) -> dict[str, tuple[int, ...]]:
+def _limits(values: list[str], parser: argparse.ArgumentParser) -> dict[str, tuple[int, ...]]:
     """["fla=8192,32768", "sfnsa"] -> {"fla": (8192, 32768), "sfnsa": ()}."""
-    pairs = (value.partition("=") for value in values)
-    return {name: tuple(int(n) for n in numbers.split(",") if n) for name, _, numbers in pairs}
+    result = {}
+    for name, _, numbers in (value.partition("=") for value in values):
+        try:
+            result[name] = tuple(int(n) for n in numbers.split(",") if n)
+        except ValueError:
+            parser.error(f"{name}={numbers}: after = come numbers of tokens, as in {name}=8192,32768")
+    return result
 
 
 def main() -> None:
@@ -358,13 +363,15 @@ def main() -> None:
     )
     parser.add_argument("--peer-path", nargs="*", default=[], metavar="NAME=DIR")
     options = parser.parse_args()
-    options.dense = {name: (limit or (1 << 40,))[0] for name, limit in _limits(options.dense).items()}
-    options.peers, options.shapes = _limits(options.peers), _limits(options.shapes)
+    options.dense = {name: (limit or (1 << 40,))[0] for name, limit in _limits(options.dense, parser).items()}
+    options.peers, options.shapes = _limits(options.peers, parser), _limits(options.shapes, parser)
     for kind, known in (("shapes", SHAPES), ("dense", dense.KNOWN), ("peers", peers.KNOWN)):
         for name in getattr(options, kind).keys() - known.keys():
             parser.error(f"unknown {name}: {kind} of {', '.join(known)}")
     paths = {name: Path(path).resolve() for name, _, path in (value.partition("=") for value in options.peer_path)}
 
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU, and a torch that is built for it")
     if options.single_pass:
         for name, lengths in options.shapes.items():
             for tokens in lengths or options.tokens:

@@ -134,6 +134,11 @@ def whole(runs: list[dict]) -> Iterator[str]:
     yield from table(["shape, tokens", *regimes], rows)
 
 
+def _as_called(row: dict) -> str:
+    """A mark for what waits for the GPU and so was not timed as a CUDA graph."""
+    return "" if row.get("recorded", True) else " (as called)"
+
+
 def others(result: dict) -> Iterator[str]:
     runs = result["runs"]
     yield "### Dense attention of others\n"
@@ -141,7 +146,7 @@ def others(result: dict) -> Iterator[str]:
     for run in runs:
         for name, entry in run["dense"].items():
             for kind, row in entry.items():
-                label = f"{run['shape']} {length(run['tokens'])} {name} {kind}"
+                label = f"{run['shape']} {length(run['tokens'])} {name} {kind}{_as_called(row)}"
                 if "refused" in row:
                     rows.append([label, row["refused"], *[None] * 5])
                     continue
@@ -167,7 +172,9 @@ def others(result: dict) -> Iterator[str]:
             mine, ratio = row["ours"], row["ratio"]
             pairs = [f"{ms(row[d])} : {ms(mine[d])}" if row[d] else None for d in ("forward", "backward")]
             differs = " / ".join(f"{value:.1e}" for value in row["differs"].values())
-            rows.append([f"{label} {stage}", *pairs, f"**{ratio['both']:.2f}**", row.get("peak_mb"), differs])
+            rows.append(
+                [f"{label} {stage}{_as_called(row)}", *pairs, f"**{ratio['both']:.2f}**", row.get("peak_mb"), differs]
+            )
     header = ["", "forward ms, theirs : ours", "backward ms", "ours is faster by", "their peak MB", "distance"]
     yield from table(header, rows)
     yield "Distance: relative L2 of output / gradients; of a selection, the share of our blocks that is missing.\n"

@@ -27,17 +27,23 @@ def test_zero_stages_on_two_ranks_equal_one_process(one_rank, two_ranks):
 
 @pytest.mark.slow
 def test_every_stage_optimizer_micro_batch_and_recomputation(tmp_path, one_rank):
-    """Nor do sizes of micro batches, recomputation and where the optimizer lies change anything. bf16 follows fp32 with
-    dense attention: where blocks nearly tie, rounding chooses others, and a step's gradient jumps."""
+    """Nor do sizes of micro batches, recomputation and where the optimizer lies change anything; bf16 follows fp32.
+
+    By AdamW in bf16 that holds for the loss, and between the stages: it takes a gradient that is rounding alone for as
+    large a step as any, which moves weights, and with them the norm of a later step (seen: 7 % at one of 20).
+    """
     sgd, adamw = one_rank[1]["curves"]
     recomputed = "engine.activation_checkpointing=full"
     cases = engines("fp32", *SGD) + engines("fp32", *ADAMW) + engines("fp32", *ADAMW, recomputed)
     cases += engines("fp32", *ADAMW, "training.micro_batch_size=2")
     cases += engines("fp32", *ADAMW, OFFLOAD, stages=[1, 2, 3])
-    dense = [*ADAMW, "attention.kind=dense"]
-    cases += engines("bf16", *dense) + engines("bf16", *dense, OFFLOAD, stages=[1, 2, 3])
+    cases += engines("bf16", *SGD)
+    cases += engines("bf16", *ADAMW) + engines("bf16", *ADAMW, OFFLOAD, stages=[1, 2, 3])
     curves = on_ranks(2, tmp_path, {"all": ("curves", {"cases": cases, "steps": STEPS})})["all"]
     assert_equal_curves(curves[:4], sgd, 1e-5)
     assert_equal_curves(curves[4:19], adamw, 1e-5)
-    reference = {"dense": ("curves", {"cases": engines("fp32", *dense, stages=[0]), "steps": STEPS})}
-    assert_equal_curves(curves[19:], on_ranks(1, tmp_path, reference)["dense"][0], 2e-2)
+    assert_equal_curves(curves[19:23], sgd, 2e-2)
+    low = curves[23:]
+    assert_equal_curves(low[1:], low[0], 2e-2)
+    for curve in low:
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in adamw], rel=1e-3)

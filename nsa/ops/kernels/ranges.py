@@ -467,12 +467,8 @@ def key_gradients(
     )  # fmt: skip
     # Few key tiles, each seen by many queries (compressed keys): several programs share one, and their sums are
     # added in a fixed order.
-    splits = max(
-        1,
-        min(
-            16, (1 + on_hopper) * PROGRAMS // (num_tiles * batch * groups), tokens * heads // groups // (8 * tile["BM"])
-        ),
-    )
+    programs = PROGRAMS * (2 if on_hopper else 1) // (num_tiles * batch * groups)
+    splits = max(1, min(16, programs, tokens * heads // groups // (8 * tile["BM"])))
     whole = splits == 1
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)

@@ -401,8 +401,8 @@ def forward(
         from nsa.ops.kernels.hopper import selected as hopper
 
         # Three parts of two heads would be more than the 64 tokens of a list's bits.
-        few = "_pairs" if heads == 2 * k.shape[2] else ""
-        tile, options = tile_sizes(f"hopper_selected_forward{few}", q, k, v)
+        row = "hopper_selected_forward" + ("_pairs" if heads == 2 * k.shape[2] else "")
+        tile, options = tile_sizes(row, q, k, v)
         lists = _unions(layout, tile["PARTS"] * 64 * k.shape[2] // heads, block_size)
         hopper.forward(q, k, v, lists, layout.position, scale, out, lse, tile, options)
         return out, lse
