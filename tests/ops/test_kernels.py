@@ -143,11 +143,17 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
     items = [max(1, -(-len(tokens_) // chunk)) for tokens_ in lists]
     parts = [count if count > 1 else 0 for count in items]
     blocks_of = [i for i, count in enumerate(items) for _ in range(count)]
-    order, list_begin, item_block, item_begin, part_begin = found
+    order, list_begin, item_block, item_begin, part_begin, turns = found
     assert order[: begins[-1]] == list(itertools.chain.from_iterable(lists)) and list_begin == begins
     assert item_begin == [0, *itertools.accumulate(items)]
-    assert part_begin == [0, *itertools.accumulate(parts)][:-1]
+    assert part_begin == [0, *itertools.accumulate(parts)]
     assert item_block == blocks_of + [len(lists)] * (len(item_block) - len(blocks_of))
+    last_tokens = [
+        (i // num_blocks, tokens_[min(at + chunk, len(tokens_)) - 1] if tokens_ else 0)
+        for i, tokens_ in enumerate(lists)
+        for at in range(0, max(1, len(tokens_)), chunk)
+    ]
+    assert turns[: len(blocks_of)] == sorted(range(len(blocks_of)), key=lambda item: last_tokens[item])
 
 
 COMPRESSED = [  # documents, heads, groups, length, stride

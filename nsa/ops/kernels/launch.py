@@ -18,7 +18,7 @@ MAX_ROW_BYTES = 512
 # What differs between calls must not compile a kernel anew, as it would where it is 1 or a multiple of 16.
 INTEGERS = (
     *("num_tokens", "num_keys", "num_tiles", "num_rows", "num_splits", "num_blocks", "num_lists", "num_slots"),
-    *("num_initial", "num_local", "chunk"),
+    *("num_initial", "num_local", "chunk", "list0", "list1"),
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -1,7 +1,7 @@
 """For each block the tokens that chose it, and the work items that its list is cut into: dK and dV are sums over them.
 
-One stable sort of (block, token) pairs puts each block's tokens together, ascending; the kernels here write its keys
-and read its result. Four launches beside the sort.
+One stable sort of (block, token) pairs puts each block's tokens together, ascending, and a second, small one the items
+into the order they start in; the kernels here write their keys and read their results. Four launches beside the sorts.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,9 @@ class Items(NamedTuple):
         list_begin: (lists + 1,) first entry of each list.
         item_block: (items,) list of each work item; ``lists`` for those beyond the last.
         item_begin: (lists + 1,) first item of each list.
-        part_begin: (lists,) first part of each list: items of lists that have several write parts.
+        part_begin: (lists + 1,) first part of each list: items of lists that have several write parts.
+        turns: (items,) int64, the items in the order they shall start in: within a (batch, KV head) by their last
+            token, so that those under way at the same time read much the same tokens.
     """
 
     order: Tensor
@@ -34,6 +36,7 @@ class Items(NamedTuple):
     item_block: Tensor
     item_begin: Tensor
     part_begin: Tensor
+    turns: Tensor
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "num_entries"])
@@ -74,16 +77,26 @@ def item_kernel(ListBegin, ItemBegin, PartBegin, num_lists, chunk, BLOCK: tl.con
         parts = tl.where(items > 1, items, 0)
         item_end, part_end = tl.cumsum(items, 0) + items_before, tl.cumsum(parts, 0) + parts_before
         tl.store(ItemBegin + index + 1, item_end, mask=ok)
-        tl.store(PartBegin + index, part_end - parts, mask=ok)
+        tl.store(PartBegin + index + 1, part_end, mask=ok)
         items_before += tl.sum(items, 0)
         parts_before += tl.sum(parts, 0)
     tl.store(ItemBegin, 0)
+    tl.store(PartBegin, 0)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "num_items", "steps"])
-def item_block_kernel(ItemBegin, ItemBlock, num_items, num_lists, steps, BLOCK: tl.constexpr):
+def item_block_kernel(Order, ListBegin, ItemBegin, ItemBlock, Keys, num_items, num_tokens, num_blocks, num_lists, chunk,
+                      steps, BLOCK: tl.constexpr):  # fmt: skip
+    """The list of each item, and its place among all: (batch, KV head), then last token; those beyond the last last."""
     item = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(ItemBlock + item, _count_up_to(ItemBegin + 1, item, num_lists, steps), mask=item < num_items)
+    index = _count_up_to(ItemBegin + 1, item, num_lists, steps)
+    ok = (item < num_items) & (index < num_lists)
+    begin = tl.load(ListBegin + index, mask=ok, other=0)
+    end = begin + (item - tl.load(ItemBegin + index, mask=ok, other=0) + 1) * chunk
+    end = tl.minimum(end, tl.load(ListBegin + index + 1, mask=ok, other=0))
+    last = tl.load(Order + end - 1, mask=ok & (end > begin), other=0)
+    tl.store(ItemBlock + item, index, mask=item < num_items)
+    tl.store(Keys + item, (index // num_blocks).to(tl.int64) * num_tokens + last, mask=item < num_items)
 
 
 def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
@@ -104,11 +117,13 @@ def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
         keys, entry, order, list_begin, entries, tokens, lists, entries.bit_length(), N=n, BLOCK=BLOCK, LISTS=32,
         num_warps=4,
     )  # fmt: skip
-    item_begin, part_begin = blocks.new_empty(lists + 1), blocks.new_empty(lists)
+    item_begin, part_begin = blocks.new_empty(lists + 1), blocks.new_empty(lists + 1)
     item_kernel[(1,)](list_begin, item_begin, part_begin, lists, chunk, BLOCK=BLOCK, num_warps=4)
     num_items = lists + entries // chunk
-    item_block = blocks.new_empty(num_items)
+    item_block, keys = blocks.new_empty(num_items), blocks.new_empty(num_items, dtype=torch.int64)
     item_block_kernel[(triton.cdiv(num_items, 256),)](
-        item_begin, item_block, num_items, lists, lists.bit_length(), BLOCK=256, num_warps=4
+        order, list_begin, item_begin, item_block, keys, num_items, tokens, num_blocks, lists, chunk,
+        lists.bit_length(), BLOCK=256, num_warps=4,
     )  # fmt: skip
-    return Items(order, list_begin, item_block, item_begin, part_begin)
+    turns = torch.sort(keys, stable=True).indices
+    return Items(order, list_begin, item_block, item_begin, part_begin, turns)

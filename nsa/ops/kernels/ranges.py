@@ -390,9 +390,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
     if not keys or not tokens:
         return out.zero_(), lse.fill_(-torch.inf)
     if warpgroups(q, k, v, scale):
-        from nsa.ops.kernels.hopper import forward as hopper
+        from nsa.ops.kernels.hopper import ranges as hopper
 
-        return hopper.forward(q, k, v, first, last, scale, out, lse)
+        hopper.forward(q, k, v, first, last, scale, out, lse)
+        return out, lse
     constants = shape_constants(q, k, v)
     tile, options = tile_sizes("range_forward", q, k, v)
     num_tiles = triton.cdiv(tokens * heads // groups, tile["BM"])
@@ -437,8 +438,13 @@ def query_gradient(
     scale: float, add_to: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
-    constants = shape_constants(q, k, v)
     dq = torch.empty_like(q) if add_to is None else add_to
+    if warpgroups(q, k, v, scale):
+        from nsa.ops.kernels.hopper import ranges as hopper
+
+        hopper.query_gradient(q, k, v, d_out, lse, delta, first, last, scale, dq, add_to is not None)
+        return dq
+    constants = shape_constants(q, k, v)
     tile, options = tile_sizes("range_query", q, k, v)
     num_tiles = triton.cdiv(tokens * heads // groups, tile["BM"])
     query_kernel[(num_tiles * batch * groups,)](

@@ -232,16 +232,17 @@ def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, DOut, Lse, Delta, Order, Position
 
 @triton.jit(do_not_specialize=INTEGERS)
 def key_kernel(Q, K, V, DOut, Lse, Delta, DK, DV_, PartK, PartV, Order, ListBegin, ItemBlock, ItemBegin, PartBegin,
-               BlockStart, BlockEnd, Position, num_tokens, num_keys, num_blocks, num_lists, block_size, chunk,
+               Turns, BlockStart, BlockEnd, Position, list0, list1, num_tokens, num_keys, num_blocks, block_size, chunk,
                scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                PRECISION: tl.constexpr):  # fmt: skip
-    """dK, dV of one block from one chunk of its list: into DK, DV_ (B, S, G, ..) if it is the only one, else into the
-    item's part, PartK, PartV (parts, BN, ..) fp32."""
-    item = tl.program_id(0)
-    index = tl.load(ItemBlock + item)  # number of the list: (batch, group, block)
-    if index >= num_lists:
+    """dK, dV of one block from one chunk of its list, one of the lists list0 .. list1 - 1: into DK, DV_ (B, S, G, ..)
+    if it is the only one, else into the item's part, PartK, PartV (parts of these lists, BN, ..) fp32."""
+    turn = tl.load(ItemBegin + list0) + tl.program_id(0)
+    if turn >= tl.load(ItemBegin + list1):
         return
+    item = tl.load(Turns + turn).to(tl.int32)
+    index = tl.load(ItemBlock + item)  # number of the list: (batch, group, block)
     slot, block = index // num_blocks, index % num_blocks
     batch, group = slot // GROUPS, slot % GROUPS
     item0 = tl.load(ItemBegin + index)
@@ -275,7 +276,8 @@ def key_kernel(Q, K, V, DOut, Lse, Delta, DK, DV_, PartK, PartV, Order, ListBegi
             _store_rows(DK, k_row, ok, D1 + tl.arange(0, D2), D, dk2 * scale)
         _store_rows(DV_, k_row, ok, tl.arange(0, DV1), DV, dv)
     else:
-        part = (tl.load(PartBegin + index) + item - item0).to(tl.int64) * BN + tl.arange(0, BN)
+        part = tl.load(PartBegin + index) - tl.load(PartBegin + list0) + item - item0
+        part = part.to(tl.int64) * BN + tl.arange(0, BN)
         _store_rows(PartK, part, ok, tl.arange(0, D1), D, dk1 * scale)
         if D2 > 0:
             _store_rows(PartK, part, ok, D1 + tl.arange(0, D2), D, dk2 * scale)
@@ -294,7 +296,7 @@ def _add_parts(Part, Out, part, items, row, ok, out_row, D: tl.constexpr, WIDTH:
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def add_parts_kernel(PartK, PartV, DK, DV_, ItemBegin, PartBegin, BlockStart, BlockEnd, num_keys, num_blocks,
+def add_parts_kernel(PartK, PartV, DK, DV_, ItemBegin, PartBegin, BlockStart, BlockEnd, list0, num_keys, num_blocks,
                      block_size, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WIDTH: tl.constexpr,
                      V_WIDTH: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
                      AT_ONCE: tl.constexpr):  # fmt: skip
@@ -302,7 +304,7 @@ def add_parts_kernel(PartK, PartV, DK, DV_, ItemBegin, PartBegin, BlockStart, Bl
 
     The first block, chosen by all, has the most by far: its keys are dealt out so that none waits for its sum.
     """
-    index = tl.program_id(0)
+    index = list0 + tl.program_id(0)
     items = tl.load(ItemBegin + index + 1) - tl.load(ItemBegin + index)
     if items <= 1:
         return
@@ -311,7 +313,7 @@ def add_parts_kernel(PartK, PartV, DK, DV_, ItemBegin, PartBegin, BlockStart, Bl
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     key = tl.load(BlockStart + block) + row
     ok = (key < tl.load(BlockEnd + block)) & (row < block_size)
-    part = tl.load(PartBegin + index).to(tl.int64)
+    part = (tl.load(PartBegin + index) - tl.load(PartBegin + list0)).to(tl.int64)
     out_row = (batch.to(tl.int64) * num_keys + key) * GROUPS + group
     if tl.program_id(2) == 0:
         _add_parts(PartK, DK, part, items, row, ok, out_row, D, WIDTH, BN, ROWS, AT_ONCE)
@@ -464,44 +466,50 @@ def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, layout: BlockLayout, block_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    batch, tokens, groups, _ = layout.blocks.shape
-    num_blocks = len(layout.start)
-    lists = batch * groups * num_blocks
+    (batch, tokens, groups, n), num_blocks = layout.blocks.shape, len(layout.start)
+    heads, rows = q.shape[2] // groups, _block_constants(block_size)["BN"]
+    # Items short enough that all multiprocessors get several and that those under way at once read much the same
+    # tokens, long enough to pay for loading the block and adding up the sums.
     entries = layout.blocks.numel()
-    # Items long enough to pay for loading the block, short enough that all multiprocessors get several.
-    chunk = max(128, min(2048, triton.next_power_of_2(entries // ITEMS)))
+    chunk = max(128, min(ITEM_ROWS // heads, triton.next_power_of_2(entries // ITEMS)))
     items = work_items(layout.blocks, num_blocks, chunk)
-    max_items = len(items.item_block)
-    # A list of c > chunk entries has ceil(c / chunk) <= 2 c / chunk parts.
-    parts = 2 * entries // chunk
-    rows = _block_constants(block_size)["BN"]
-    part_k = k.new_empty(parts, rows, k.shape[3], dtype=torch.float32)
-    part_v = v.new_empty(parts, rows, v.shape[3], dtype=torch.float32)
+    # One launch after the other uses the same memory for its parts. A list of c > chunk entries has at most
+    # c / chunk + 1.
+    parts = tokens * n // chunk + min(num_blocks, tokens * n // chunk)
+    slots = max(1, PART_BYTES // max(1, parts * rows * (k.shape[3] + v.shape[3]) * 4))
+    slots = triton.cdiv(batch * groups, triton.cdiv(batch * groups, slots))
+    part_k = k.new_empty(slots * parts, rows, k.shape[3], dtype=torch.float32)
+    part_v = v.new_empty(slots * parts, rows, v.shape[3], dtype=torch.float32)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
-    lists_ = (*items, layout.start, layout.end)
-    sizes = (tokens, k.shape[1], num_blocks, lists, block_size, chunk, scale * LOG2_E, scale)
-    # Boxes of a token's heads must fill the eight rows after which shared memory's layout repeats.
-    if warpgroups(q, k, v, scale) and rows == 64 and q.shape[2] >= 8 * groups:
-        from nsa.ops.kernels.hopper import keys as hopper
-
-        tile, options = tile_sizes("hopper_selected_key", q, k, v)
-        hopper.selected_key_kernel[(max_items,)](
-            *hopper.descriptors(q, k, v, d_out, 1, rows), lse, delta, layout.position, dk, dv, part_k, part_v, *lists_,
-            *sizes, **hopper.shape_constants(q, k), **tile, **options,
-        )  # fmt: skip
-    else:
-        tile, options = tile_sizes("selected_key", q, k, v)
-        key_kernel[(max_items,)](
-            q, k, v, d_out, lse, delta, dk, dv, part_k, part_v, *lists_, layout.position, *sizes,
-            **shape_constants(q, k, v), **tile, BN=rows, **options,
-        )  # fmt: skip
+    sizes = (tokens, k.shape[1], num_blocks, block_size, chunk, scale * LOG2_E, scale)
     widths = [max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v)]
-    add_parts_kernel[(lists, triton.cdiv(rows, 8), 2)](
-        part_k, part_v, dk, dv, items.item_begin, items.part_begin, layout.start, layout.end, k.shape[1], num_blocks,
-        block_size, GROUPS=groups, D=k.shape[3], DV=v.shape[3], WIDTH=widths[0], V_WIDTH=widths[1], BN=rows, ROWS=8,
-        AT_ONCE=8, num_warps=4,
-    )  # fmt: skip
+    # Boxes of a token's heads must fill the eight rows after which shared memory's layout repeats.
+    on_hopper = warpgroups(q, k, v, scale) and rows == 64 and heads >= 8
+    tile, options = tile_sizes("hopper_selected_key" if on_hopper else "selected_key", q, k, v)
+    for list0 in range(0, batch * groups * num_blocks, slots * num_blocks):
+        list1 = min(list0 + slots * num_blocks, batch * groups * num_blocks)
+        grid = (list1 - list0 + (list1 - list0) // num_blocks * (tokens * n // chunk),)
+        lists = (*items, layout.start, layout.end)
+        if on_hopper:
+            from nsa.ops.kernels.hopper import keys as hopper
+
+            hopper.selected_key_kernel[grid](
+                *hopper.descriptors(q, k, v, d_out, 1, rows), lse, delta, layout.position, dk, dv, part_k, part_v,
+                *lists, list0, list1, *sizes, **hopper.shape_constants(q, k), **tile, **options,
+            )  # fmt: skip
+        else:
+            key_kernel[grid](
+                q, k, v, d_out, lse, delta, dk, dv, part_k, part_v, *lists, layout.position, list0, list1, *sizes,
+                **shape_constants(q, k, v), **tile, BN=rows, **options,
+            )  # fmt: skip
+        add_parts_kernel[(list1 - list0, triton.cdiv(rows, 8), 2)](
+            part_k, part_v, dk, dv, items.item_begin, items.part_begin, layout.start, layout.end, list0, k.shape[1],
+            num_blocks, block_size, GROUPS=groups, D=k.shape[3], DV=v.shape[3], WIDTH=widths[0], V_WIDTH=widths[1],
+            BN=rows, ROWS=8, AT_ONCE=8, num_warps=4,
+        )  # fmt: skip
     return dk, dv
 
 
 ITEMS = 2112  # work items to aim at: sixteen for each of some 130 multiprocessors
+ITEM_ROWS = 4096  # rows of queries in an item at most: they and the others under way shall fit the L2 cache
+PART_BYTES = 512 << 20

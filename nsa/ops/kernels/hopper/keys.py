@@ -236,16 +236,17 @@ def range_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, First, Last, Se
 
 @gluon.jit(do_not_specialize=INTEGERS)
 def selected_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, Position, DK, DV_, PartK, PartV, Order, ListBegin,
-                        ItemBlock, ItemBegin, PartBegin, BlockStart, BlockEnd, num_tokens, num_keys,
-                        num_blocks, num_lists, block_size, chunk, scale_log2, scale, GROUPS: gl.constexpr,
+                        ItemBlock, ItemBegin, PartBegin, Turns, BlockStart, BlockEnd, list0, list1, num_tokens,
+                        num_keys, num_blocks, block_size, chunk, scale_log2, scale, GROUPS: gl.constexpr,
                         HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
                         STAGES: gl.constexpr):  # fmt: skip
-    """dK, dV of one block from one chunk of its list: into DK, DV_ (B, S, G, ..) if it is the only one, else into the
-    item's part, PartK, PartV (parts, BN, ..) fp32."""
-    item = gl.program_id(0)
-    index = gl.load(ItemBlock + item)  # of the list: (batch, group, block)
-    if index < num_lists:
+    """dK, dV of one block from one chunk of its list, one of the lists list0 .. list1 - 1: into DK, DV_ (B, S, G, ..)
+    if it is the only one, else into the item's part, PartK, PartV (parts of these lists, BN, ..) fp32."""
+    turn = gl.load(ItemBegin + list0) + gl.program_id(0)
+    if turn < gl.load(ItemBegin + list1):
         BT: gl.constexpr = BM // HEADS
+        item = gl.load(Turns + turn).to(gl.int32)
+        index = gl.load(ItemBlock + item)  # of the list: (batch, group, block)
         slot, block = index // num_blocks, index % num_blocks
         batch, group = slot // GROUPS, slot % GROUPS
         item0 = gl.load(ItemBegin + index)
@@ -265,7 +266,7 @@ def selected_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, Position, DK
             _store(DK, dk, row, GROUPS, size, BN, D)
             _store(DV_, dv, row, GROUPS, size, BN, DV)
         else:
-            row = (gl.load(PartBegin + index) + item - item0).to(gl.int64) * BN
+            row = (gl.load(PartBegin + index) - gl.load(PartBegin + list0) + item - item0).to(gl.int64) * BN
             _store(PartK, dk, row, 1, size, BN, D)
             _store(PartV, dv, row, 1, size, BN, DV)
 
