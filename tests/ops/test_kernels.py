@@ -156,6 +156,33 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
     assert turns[: len(blocks_of)] == sorted(range(len(blocks_of)), key=lambda item: last_tokens[item])
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("tokens", "groups", "n", "per_tile", "block_size"), [(70, 2, 4, 4, 8), (33, 1, 3, 7, 2), (64, 1, 16, 64, 1)]
+)
+def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_size) -> None:
+    """With choices made twice, and bit 63."""
+    from nsa.ops.kernels.selected import NO_BLOCK, BlockLayout, _unions
+    from nsa.ops.packing import Documents
+
+    torch.manual_seed(0)
+    indices = torch.randint(-(-tokens // block_size), (1, tokens, groups, n), dtype=torch.int32, device=DEVICE)
+    indices[:, ::5, :, -1] = -1
+    layout = BlockLayout.of(Documents.of(tokens, 0, None, indices.device), indices, tokens, block_size)
+    starts, members, counts, num_tiles = (
+        x.tolist() if torch.is_tensor(x) else x for x in _unions(layout, per_tile, block_size)
+    )
+    blocks = layout.blocks.tolist()
+    for group, tile in itertools.product(range(groups), range(num_tiles)):
+        chosen: dict[int, int] = {}
+        for place, token in enumerate(range(tile * per_tile, min((tile + 1) * per_tile, tokens))):
+            for block in set(blocks[0][token][group]) - {NO_BLOCK.value}:
+                chosen[block * block_size] = chosen.get(block * block_size, 0) | 1 << place
+        count = counts[0][group][tile][1]
+        bits = [x % 2**64 for x in members[0][group][tile][:count]]
+        assert dict(zip(starts[0][group][tile][:count], bits, strict=True)) == dict(sorted(chosen.items()))
+
+
 COMPRESSED = [  # documents, heads, groups, length, stride
     ([3], 2, 1, 4, 2),
     ([129], 6, 2, 4, 2),
@@ -208,15 +235,18 @@ SELECTED = [  # batch, documents, heads, groups, D, Dv, block size, blocks
     (1, [70], 4, 2, 16, 16, 8, 4),
     (1, [1, 40, 34], 3, 1, 16, 32, 6, 3),
     (2, [33], 2, 1, 48, 16, 16, 2),
-    (1, [300], 1, 1, 16, 16, 64, 3),  # the first block's list is cut
+    (1, [300], 2, 2, 16, 16, 64, 3),  # the first block's list is cut
 ]
 
 
 @needs_kernels
+@pytest.mark.parametrize("part_bytes", [None, 0])
 @pytest.mark.parametrize(
     ("batch", "documents", "heads", "groups", "width", "v_width", "block_size", "blocks"), SELECTED
 )
-def test_selected(batch, documents, heads, groups, width, v_width, block_size, blocks) -> None:
+def test_selected(batch, documents, heads, groups, width, v_width, block_size, blocks, part_bytes, monkeypatch) -> None:
+    if part_bytes is not None:  # a launch for each KV head
+        monkeypatch.setattr("nsa.ops.kernels.selected.PART_BYTES", part_bytes)
     tokens = sum(documents)
     q, k = normal(batch, tokens, heads, width), normal(batch, tokens, groups, width)
     v = normal(batch, tokens, groups, v_width, seed=1)

@@ -34,10 +34,17 @@ def _box(i, first_box, boxes, LISTED: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, first_box, boxes, entries, group,
-           HEADS: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
-    """Start the copies of the ``i``-th box, if there is one; its tokens follow ``row0``, or the list ``Order`` says
-    which."""
+def _entries(Order, i, entries, HEADS: gl.constexpr, BM: gl.constexpr):
+    """The tokens of the ``i``-th listed box, all of them in every thread; beyond the list its last one, masked later."""
+    BT: gl.constexpr = BM // HEADS
+    each: gl.constexpr = gl.BlockedLayout([BT], [32], [gl.num_warps()], [0])
+    return gl.load(Order + gl.minimum(i * BT + gl.arange(0, BT, each), entries - 1))
+
+
+@gluon.jit
+def _fetch(q_desc, d_desc, q_ring, d_ring, ready, tokens, row0, i, first_box, boxes, group, HEADS: gl.constexpr,
+           BM: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
+    """Start the copies of the ``i``-th box, if there is one, of its ``tokens`` if listed, else of those after row0."""
     BT: gl.constexpr = BM // HEADS
     COPIES: gl.constexpr = BT if LISTED else 1
     ROWS: gl.constexpr = BT // COPIES
@@ -46,8 +53,7 @@ def _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, first_box, box
     mbarrier.expect(landed, COPIES * (q_desc.block_type.nbytes + d_desc.block_type.nbytes), pred=ok)
     for b in gl.static_range(COPIES):
         if LISTED:
-            # Entries beyond the list repeat its last token; they are masked.
-            at = row0 + gl.load(Order + gl.minimum(i * BT + b, entries - 1), mask=ok, other=0)
+            at = row0 + gl.sum(gl.where(gl.arange(0, BT, tokens.type.layout) == b, tokens, 0), 0)
         else:
             at = row0 + _box(i, first_box, boxes, LISTED) * BT
         tma.async_copy_global_to_shared(q_desc, [at, group * HEADS, 0], landed, q_box.slice(b * ROWS, ROWS, 0), ok)
@@ -75,10 +81,11 @@ def _load_stats(Lse, Delta, token, ok, q_row0, GROUPS: gl.constexpr, HEADS: gl.c
 
 
 @gluon.jit
-def _accumulate(dk, dv, memory, stats, work, key, start, stop, scale_log2, scale, GROUPS: gl.constexpr,
+def _accumulate(dk, dv, tokens, memory, stats, work, key, start, stop, scale_log2, scale, GROUPS: gl.constexpr,
                 HEADS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
                 STAGES: gl.constexpr, LISTED: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
-    """Boxes start .. stop - 1 into the accumulators dk, dv, whose last products may be under way."""
+    """Boxes start .. stop - 1 into the accumulators dk, dv, whose last products may be under way; ``tokens``: of the
+    next box to be copied, asked for early, as the copy cannot be started before they are there."""
     q_desc, d_desc, k_smem, v_smem, q_ring, d_ring, lse_ring, delta_ring, ready = memory
     Lse, Delta, First, Last = stats
     Order, group, row0, q_row0, token0, entries, first_box, boxes = work
@@ -109,8 +116,10 @@ def _accumulate(dk, dv, memory, stats, work, key, start, stop, scale_log2, scale
         # All but S is done: the box before this one has been read, and its P and dS leave their registers to dP.
         dk, dv = warpgroup_mma_wait(1, deps=(dk, dv))
         if i > 0:
-            _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i - 1 + STAGES, first_box, boxes, entries, group,
-                   HEADS, BM, STAGES, LISTED)  # fmt: skip
+            _fetch(q_desc, d_desc, q_ring, d_ring, ready, tokens, row0, i - 1 + STAGES, first_box, boxes, group, HEADS,
+                   BM, STAGES, LISTED)  # fmt: skip
+            if LISTED:
+                tokens = _entries(Order, i + STAGES, entries, HEADS, BM)
         dp = gl.zeros([BN, BM], gl.float32, s_layout) + delta_ring.index(i % 2).load(across)[None, :]
         dp = warpgroup_mma(v_smem, d_out.permute([1, 0]), dp, is_async=True)
         s = warpgroup_mma_wait(1, deps=(s,))
@@ -122,7 +131,7 @@ def _accumulate(dk, dv, memory, stats, work, key, start, stop, scale_log2, scale
         dp = warpgroup_mma_wait(1, deps=(dp,))
         left = gl.convert_layout((p * dp).to(q.dtype), gl.DotOperandLayout(0, dk_layout, 2))
         dk = warpgroup_mma(left, q, dk, is_async=True)
-    return dk, dv
+    return dk, dv, tokens
 
 
 @gluon.jit
@@ -170,9 +179,13 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
         # come by the same tokens at the same time, which then come from the L2 cache.
         first_box = boxes - 1 - (token0 // BT + boxes - 1) % gl.maximum(boxes, 1)
         first_box = gl.minimum(gl.maximum(first_box, full_begin), full_end)
-    for i in gl.static_range(STAGES):
-        _fetch(q_desc, d_desc, q_ring, d_ring, ready, Order, row0, i, first_box, boxes, entries, group, HEADS, BM,
-               STAGES, LISTED)  # fmt: skip
+    tokens = 0
+    for i in gl.static_range(STAGES + 1):
+        if LISTED:
+            tokens = _entries(Order, i, entries, HEADS, BM)
+        if i < STAGES:
+            _fetch(q_desc, d_desc, q_ring, d_ring, ready, tokens, row0, i, first_box, boxes, group, HEADS, BM, STAGES,
+                   LISTED)  # fmt: skip
     Lse, Delta, _, _ = stats
     q_row0 = batch.to(gl.int64) * num_tokens * (GROUPS * HEADS) + group * HEADS
     token, ok = _token(Order, token0, 0, first_box, boxes, entries, HEADS, BM, LISTED, spread)
@@ -191,8 +204,8 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
     if not LISTED:
         masked = (0, full_end - first_box, boxes - first_box + full_begin, boxes)
     for i in gl.static_range(3):
-        dk, dv = _accumulate(dk, dv, memory, stats, work, key, masked[i], masked[i + 1], scale_log2, scale, GROUPS,
-                             HEADS, BM, BN, D, DV, STAGES, LISTED, (i == 1) != LISTED)  # fmt: skip
+        dk, dv, tokens = _accumulate(dk, dv, tokens, memory, stats, work, key, masked[i], masked[i + 1], scale_log2,
+                                     scale, GROUPS, HEADS, BM, BN, D, DV, STAGES, LISTED, (i == 1) != LISTED)  # fmt: skip
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     return dk * scale, dv
 
