@@ -206,7 +206,7 @@ def test_dense_attention_as_dispatched(heads: int, groups: int, width: int, dete
 
 @pytest.mark.parametrize(("heads", "groups"), [(64, 4), (32, 8), (32, 16)])
 def test_same_bits_on_every_run(heads: int, groups: int) -> None:
-    """At a size where every multiprocessor is busy and tiles follow each other: what races does so once in many runs."""
+    """At a size where every multiprocessor is busy and tiles follow each other: a race shows once in many runs."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(tokens: int, heads: int) -> Tensor:

@@ -35,10 +35,11 @@ def _box(i, first_box, boxes, LISTED: gl.constexpr):
 
 @gluon.jit
 def _entries(Order, i, entries, HEADS: gl.constexpr, BM: gl.constexpr):
-    """The tokens of the ``i``-th listed box, all of them in every thread; beyond the list its last one, masked later."""
+    """The tokens of the ``i``-th listed box, all in every thread; beyond the list its last one, masked later."""
     BT: gl.constexpr = BM // HEADS
     each: gl.constexpr = gl.BlockedLayout([BT], [32], [gl.num_warps()], [0])
-    return gl.load(Order + gl.minimum(i * BT + gl.arange(0, BT, each), entries - 1))
+    at = gl.minimum(i * BT + gl.arange(0, BT, each), entries - 1)
+    return gl.load(Order + at, mask=at >= 0, other=0)
 
 
 @gluon.jit
@@ -204,8 +205,10 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
     if not LISTED:
         masked = (0, full_end - first_box, boxes - first_box + full_begin, boxes)
     for i in gl.static_range(3):
-        dk, dv, tokens = _accumulate(dk, dv, tokens, memory, stats, work, key, masked[i], masked[i + 1], scale_log2,
-                                     scale, GROUPS, HEADS, BM, BN, D, DV, STAGES, LISTED, (i == 1) != LISTED)  # fmt: skip
+        dk, dv, tokens = _accumulate(
+            dk, dv, tokens, memory, stats, work, key, masked[i], masked[i + 1], scale_log2, scale, GROUPS, HEADS, BM,
+            BN, D, DV, STAGES, LISTED, (i == 1) != LISTED,
+        )  # fmt: skip
     dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
     return dk * scale, dv
 

@@ -1,0 +1,39 @@
+"""Every attention kernel once on small shapes, for compute-sanitizer to watch:
+
+compute-sanitizer --tool memcheck python tests/ops/small_run.py
+compute-sanitizer --tool racecheck python tests/ops/small_run.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from nsa import ops
+from tests.ops.cases import cumulative
+
+SIZES = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 8, "window": 128}
+
+
+def small_run(heads: int, groups: int, width: int, documents: list[int]) -> None:
+    """One forward and backward pass in bf16."""
+    tokens = sum(documents)
+    starts = cumulative(documents).cuda() if len(documents) > 1 else None
+    blocks = sum(max(0, (n - 32) // 16 + 1) for n in documents)
+
+    def normal(tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(1, tokens, heads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    q, gates = normal(tokens, heads), torch.rand(1, tokens, heads, 3, device="cuda", dtype=torch.bfloat16)
+    pairs = [(normal(n, groups), normal(n, groups)) for n in (blocks, tokens, tokens)]
+    out = ops.native_sparse_attention(q, *pairs, gates, **SIZES, cu_seqlens=starts, backend="triton")
+    gradients = torch.autograd.grad(out, [q, *(x for pair in pairs for x in pair)], torch.randn_like(out))
+    assert all(x.isfinite().all() for x in (out, *gradients))
+
+
+if __name__ == "__main__":
+    for heads, groups in ((16, 1), (8, 2), (2, 1)):
+        for documents in ([700], [300, 1, 40, 259]):
+            small_run(heads, groups, 128, documents)
+            print(f"{heads} heads, {groups} groups, documents of {documents} tokens: done", flush=True)
