@@ -2,7 +2,8 @@
 
     python tests/ops/compile_kernels.py [--arch 90] [--write]
 
--> JSON: registers, stack (spills), shared memory, wgmma count; --write keeps it as the record that CI compares with.
+-> JSON: registers, stack (spills), shared memory, wgmma count, and how many registers that products read again and
+again are overwritten in between; --write keeps it as the record that CI compares with.
 
 The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation: what
 is compiled is what would be launched, its alignment and its constants included.
@@ -35,6 +36,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 SHAPES = {
     "128": (16, 128, 128, torch.bfloat16),
     "128, pairs": (2, 128, 128, torch.bfloat16),
+    "64": (16, 64, 64, torch.bfloat16),
     "128, uneven group": (6, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
     "256": (16, 256, 256, torch.bfloat16),
@@ -62,16 +64,47 @@ def record_of(arch: int) -> Path:
     return RECORD if arch == 90 else RECORD.with_stem(f"{RECORD.stem}_sm_{arch}")
 
 
-def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
+def resources(kernel: triton.compiler.CompiledKernel, placed_by_hand: bool = False) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = _tool("cuobjdump", "-res-usage", file.name)
+        wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
+        sass = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
-    counts = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared}
-    return counts | {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async")}
+    counts = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
+    return counts | ({"overwritten": overwritten_operands(sass)} if placed_by_hand else {})
+
+
+def _tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def overwritten_operands(sass: str) -> int:
+    """How many registers are loaded once as left-hand operands of a warpgroup's products and written before its last,
+    in a kernel that loads them before its loops (those in hopper/).
+
+    ptxas 12.8 gave such registers away in a loop whose products stand in a branch: every product but the first was of
+    other numbers, with nothing to be seen in PTX.
+    """
+    found, loaded, read, written, since = 0, set[int](), set[int](), set[int](), set[int]()
+    for line in [*sass.splitlines(), "LDSM R0"]:
+        text = re.sub(r"/\*.*?\*/", "", line).strip()
+        if load := re.match(r"LDSM\S*\.4 R(\d+),|LDSM R0$", text):
+            if read:  # the next warpgroup's code begins, or the end
+                found += len(loaded & read & written)
+                loaded, read, written, since = set(), set(), set(), set()
+            loaded |= set(range(int(load[1]), int(load[1]) + 4)) if load[1] else set()
+        elif product := re.match(r"HGMMA\.64x(\d+)\S* R(\d+), (?:R(\d+))?", text):
+            if product[3]:
+                read |= set(range(int(product[3]), int(product[3]) + 4))
+            written |= since | set(range(int(product[2]), int(product[2]) + int(product[1]) // 2))
+            since = set()
+        elif read and (result := re.match(r"(?:@!?U?P\d+ )?(?!ST|BAR|SYNCS)[A-Z0-9_.]+ R(\d+),", text)):
+            since.add(int(result[1]))
+    return found
 
 
 def compile_all(arch: int) -> dict[str, dict[str, int]]:
@@ -86,7 +119,8 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
             module = self.fn.__module__.removeprefix("nsa.ops.kernels.")
             direction = " backward" if kwargs.get("BACKWARD") is True else ""
             key = f"{module}.{self.__name__}{direction} {shape_name}"
-            report.setdefault(key, resources(self.warmup(*args, grid=grid, **kwargs)))
+            compiled = self.warmup(*args, grid=grid, **kwargs)
+            report.setdefault(key, resources(compiled, module.startswith("hopper.")))
 
         return call
 

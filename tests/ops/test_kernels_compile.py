@@ -21,6 +21,7 @@ def test_kernels_compile(arch: int, run_python, tmp_path: Path) -> None:
     report, known = json.loads(done.stdout), json.loads(record_of(arch).read_text())
     for kernel, used in report.items():
         assert used["shared"] <= SHARED_LIMIT[arch], f"{kernel} needs {used['shared']} bytes of shared memory"
+        assert not used.get("overwritten"), f"{kernel}: ptxas gave registers away that later products read"
         assert kernel in known, f"{kernel} is not in {record_of(arch).name}"
         assert used["stack"] <= known[kernel]["stack"], f"{kernel} spills: {used['stack']} bytes of stack"
         assert bool(used["wgmma"]) == bool(known[kernel]["wgmma"]), f"{kernel} lost or gained wgmma"

@@ -159,9 +159,7 @@ def _query_part(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_t
         delta = gl.load(Delta + q_row, mask=ok, other=0.0)
         next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
         mbarrier.wait(q_ready.index(PART), turn & 1)
-        # Left-hand operands in registers: read from shared memory for each block, they would take half its bandwidth.
-        q = q_smem.index(PART).reshape([64, D]).load(gl.DotOperandLayout(0, s_layout, 2))
-        d_out = d_smem.index(PART).reshape([64, DV]).load(gl.DotOperandLayout(0, s_layout, 2))
+        q, d_out = q_smem.index(PART).reshape([64, D]), d_smem.index(PART).reshape([64, DV])
         dq = gl.zeros([64, D], gl.float32, q_layout)
         for i in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
