@@ -468,8 +468,8 @@ def key_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, tokens, groups, n), num_blocks = layout.blocks.shape, len(layout.start)
     heads, rows = q.shape[2] // groups, _block_constants(block_size)["BN"]
-    # Items short enough that all multiprocessors get several and that, where a token's rows are many, those under way at
-    # once read much the same tokens; long enough to pay for loading the block and adding up the sums.
+    # Items short enough that all multiprocessors get several and that, where a token's rows are many, those under way
+    # at once read much the same tokens; long enough to pay for loading the block and adding up the sums.
     entries = layout.blocks.numel()
     chunk = max(128, min(ITEM_ROWS // heads if heads >= 8 else 2048, triton.next_power_of_2(entries // ITEMS)))
     items = work_items(layout.blocks, num_blocks, chunk)
