@@ -90,8 +90,10 @@ def overwritten_operands(sass: str) -> int:
     other numbers, with nothing to be seen in PTX.
     """
     found, loaded, read, written, since = 0, set[int](), set[int](), set[int](), set[int]()
+    in_loop = True  # up to the first branch after a product: the way back
     for line in [*sass.splitlines(), "LDSM R0"]:
         text = re.sub(r"/\*.*?\*/", "", line).strip()
+        text = re.sub(r"^@!?U?P\d+ ", "", text)
         if load := re.match(r"LDSM\S*\.4 R(\d+),|LDSM R0$", text):
             if read:  # the next warpgroup's code begins, or the end
                 found += len(loaded & read & written)
@@ -101,9 +103,13 @@ def overwritten_operands(sass: str) -> int:
             if product[3]:
                 read |= set(range(int(product[3]), int(product[3]) + 4))
             written |= since | set(range(int(product[2]), int(product[2]) + int(product[1]) // 2))
-            since = set()
-        elif read and (result := re.match(r"(?:@!?U?P\d+ )?(?!ST|BAR|SYNCS)[A-Z0-9_.]+ R(\d+),", text)):
-            since.add(int(result[1]))
+            since, in_loop = set(), True
+        elif read and text.startswith("BRA") and in_loop:
+            written |= since
+            since, in_loop = set(), False
+        elif read and (result := re.match(r"(?!ST|BAR|SYNCS)([A-Z0-9_.]+) R(\d+),", text)):
+            wide = 4 if ".128" in result[1] else 2 if re.search(r"\.64|\.WIDE", result[1]) else 1
+            since |= set(range(int(result[2]), int(result[2]) + wide))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Every attention kernel once on small shapes, for compute-sanitizer to watch:
+"""The operator forward and backward on small shapes, width 128, for compute-sanitizer to watch:
 
 compute-sanitizer --tool memcheck python tests/ops/small_run.py
 compute-sanitizer --tool racecheck python tests/ops/small_run.py

@@ -178,9 +178,10 @@ def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_
         for place, token in enumerate(range(tile * per_tile, min((tile + 1) * per_tile, tokens))):
             for block in set(blocks[0][token][group]) - {NO_BLOCK.value}:
                 chosen[block * block_size] = chosen.get(block * block_size, 0) | 1 << place
-        count = counts[0][group][tile][1]
+        whole, count = counts[0][group][tile]
         bits = [x % 2**64 for x in members[0][group][tile][:count]]
-        assert dict(zip(starts[0][group][tile][:count], bits, strict=True)) == dict(sorted(chosen.items()))
+        assert list(zip(starts[0][group][tile][:count], bits, strict=True)) == sorted(chosen.items())
+        assert whole == sum(start + block_size - 1 <= tile * per_tile for start in chosen)
 
 
 COMPRESSED = [  # documents, heads, groups, length, stride
@@ -236,11 +237,12 @@ SELECTED = [  # batch, documents, heads, groups, D, Dv, block size, blocks
     (1, [1, 40, 34], 3, 1, 16, 32, 6, 3),
     (2, [33], 2, 1, 48, 16, 16, 2),
     (1, [300], 2, 2, 16, 16, 64, 3),  # the first block's list is cut
+    (1, [600], 2, 1, 16, 16, 256, 2),  # a block has more tokens than short items have entries
 ]
 
 
 @needs_kernels
-@pytest.mark.parametrize("part_bytes", [None, 0])
+@pytest.mark.parametrize("part_bytes", [None, 100_000])
 @pytest.mark.parametrize(
     ("batch", "documents", "heads", "groups", "width", "v_width", "block_size", "blocks"), SELECTED
 )

@@ -258,7 +258,7 @@ def key_kernel(Q, K, V, DOut, Lse, Delta, DK, DV_, PartK, PartV, Order, ListBegi
         k2 = _load_rows(K, k_row, ok, D1 + tl.arange(0, D2), D)
     v = _load_rows(V, k_row, ok, tl.arange(0, DV1), DV)
     tiles = tl.cdiv(entries * HEADS, BM)
-    # Lists are in token order: only the first block_size entries can be tokens of the block itself.
+    # Lists are in token order: only the first block_size entries, at most chunk, can be tokens of the block itself.
     masked = tl.where(item == item0, tl.minimum(tl.cdiv(block_size * HEADS, BM), tiles), 0)
     dk1 = tl.zeros([BN, D1], tl.float32)
     dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
@@ -470,13 +470,16 @@ def key_gradients(
     heads, rows = q.shape[2] // groups, _block_constants(block_size)["BN"]
     # Items short enough that all multiprocessors get several and that, where a token's rows are many, those under way
     # at once read much the same tokens; long enough to pay for loading the block and adding up the sums.
-    entries = layout.blocks.numel()
-    chunk = max(128, min(ITEM_ROWS // heads if heads >= 8 else 2048, triton.next_power_of_2(entries // ITEMS)))
+    entries, own_entries = layout.blocks.numel(), tokens * n
+    chunk = min(ITEM_ROWS // heads if heads >= 8 else 2048, triton.next_power_of_2(entries // ITEMS))
+    chunk = max(128, triton.next_power_of_2(block_size), chunk)  # the kernels mask in a list's first item only
+    # One launch after the other, of one KV head or several, uses the same memory for its parts. A list of c > chunk
+    # entries has at most c / chunk + 1.
+    part_bytes = rows * (k.shape[3] + v.shape[3]) * 4
+    while (parts := own_entries // chunk + min(num_blocks, own_entries // chunk)) * part_bytes > PART_BYTES:
+        chunk *= 2
     items = work_items(layout.blocks, num_blocks, chunk)
-    # One launch after the other uses the same memory for its parts. A list of c > chunk entries has at most
-    # c / chunk + 1.
-    parts = tokens * n // chunk + min(num_blocks, tokens * n // chunk)
-    slots = max(1, PART_BYTES // max(1, parts * rows * (k.shape[3] + v.shape[3]) * 4))
+    slots = min(batch * groups, PART_BYTES // max(1, parts * part_bytes))
     slots = triton.cdiv(batch * groups, triton.cdiv(batch * groups, slots))
     part_k = k.new_empty(slots * parts, rows, k.shape[3], dtype=torch.float32)
     part_v = v.new_empty(slots * parts, rows, v.shape[3], dtype=torch.float32)
@@ -488,7 +491,7 @@ def key_gradients(
     tile, options = tile_sizes("hopper_selected_key" if on_hopper else "selected_key", q, k, v)
     for list0 in range(0, batch * groups * num_blocks, slots * num_blocks):
         list1 = min(list0 + slots * num_blocks, batch * groups * num_blocks)
-        grid = (list1 - list0 + (list1 - list0) // num_blocks * (tokens * n // chunk),)
+        grid = (list1 - list0 + (list1 - list0) // num_blocks * (own_entries // chunk),)
         lists = (*items, layout.start, layout.end)
         if on_hopper:
             from nsa.ops.kernels.hopper import keys as hopper
@@ -511,5 +514,5 @@ def key_gradients(
 
 
 ITEMS = 2112  # work items to aim at: sixteen for each of some 130 multiprocessors
-ITEM_ROWS = 4096  # rows of queries in an item at most: they and the others under way shall fit the L2 cache
-PART_BYTES = 512 << 20
+ITEM_ROWS = 4096  # rows of queries in an item, of 128 tokens at least: with the others under way they fit the L2 cache
+PART_BYTES = 512 << 20  # of fp32 sums at a time at most
