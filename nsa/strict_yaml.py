@@ -36,13 +36,18 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that also quotes what only ``_Loader`` takes for no text: 1E0."""
+
+
 for _tag, _pattern, _first in (
     ("null", r"null|~|", ["n", "~", ""]),
     ("bool", r"true|false", ["t", "f"]),
     ("int", r"[-+]?(0|[1-9][0-9_]*)", list("-+0123456789")),
     ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", list("-+.0123456789")),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
 
 
 def _parse(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
@@ -287,4 +292,5 @@ def _nearest(section: type[BaseModel], path: Path_) -> str:
 def dump(section: BaseModel) -> str:
     """YAML of the whole tree, defaults included; ``load`` reads it back to an equal tree."""
     # The dumper follows YAML 1.1: it quotes more strings than needed and writes 1.0e-08, which reads back all the same.
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    tree = section.model_dump(mode="json")
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -205,6 +205,13 @@ def test_overrides_apply_in_order_and_reach_new_sections_and_list_items(small):
     assert config.model.rope.theta == 5e5
 
 
+@pytest.mark.parametrize("name", ["1E0", "0E0", "1e5", "007", "1_0", "yes", "null", "-", "0x1f", "1_0.5e3"])
+def test_a_name_that_looks_like_a_number_stays_text(tmp_path, small, name):
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(load_config(small).model_copy(update={"name": name})))
+    assert load_config(copy).name == name
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_dump_reads_back_to_an_equal_configuration(tmp_path_factory, data):
