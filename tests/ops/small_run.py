@@ -33,6 +33,8 @@ def small_run(heads: int, groups: int, width: int, documents: list[int]) -> None
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("small_run.py needs an NVIDIA GPU, and a torch that is built for it")
     for heads, groups in ((16, 1), (8, 2), (2, 1)):
         for documents in ([700], [300, 1, 40, 259]):
             small_run(heads, groups, 128, documents)
