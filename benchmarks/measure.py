@@ -47,8 +47,12 @@ class Times(NamedTuple):
 
 
 def called_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds, the L2 cache flushed between repeats: the host asks for each kernel."""
-    return do_bench(call, warmup=15, rep=80, return_mode="median")
+    """Median milliseconds, the L2 cache flushed between repeats: the host asks for each kernel.
+
+    Of a steady state, as in training: a GPU at its power limit takes some tenths of a second to settle at the clock
+    that a kernel can have (H100: 1.98 GHz at first, then 1.5 to 1.8), and remembers what ran before for as long.
+    """
+    return do_bench(call, warmup=250, rep=250, return_mode="median")
 
 
 def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:

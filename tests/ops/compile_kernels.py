@@ -2,8 +2,7 @@
 
     python tests/ops/compile_kernels.py [--arch 90] [--write]
 
--> JSON: registers, stack (spills), shared memory, wgmma count, and how many registers that products read again and
-again are overwritten in between; --write keeps it as the record that CI compares with.
+-> JSON: registers, stack (spills), shared memory and wgmma count; --write keeps it as the record that CI compares with.
 
 The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation: what
 is compiled is what would be launched, its alignment and its constants included.
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.compressed import visible_blocks
 from nsa.ops.compression import compression_layout
 from nsa.ops.kernels import compression, gates, launch, ranges, rotary, selected, selection, swiglu
+from nsa.ops.kernels.hopper import gradient
 from nsa.ops.packing import Documents
 from nsa.ops.rotary import Heads
 
@@ -64,53 +64,20 @@ def record_of(arch: int) -> Path:
     return RECORD if arch == 90 else RECORD.with_stem(f"{RECORD.stem}_sm_{arch}")
 
 
-def resources(kernel: triton.compiler.CompiledKernel, placed_by_hand: bool = False) -> dict[str, int]:
+def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = _tool("cuobjdump", "-res-usage", file.name)
         wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
-        sass = _tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
-    counts = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
-    return counts | ({"overwritten": overwritten_operands(sass)} if placed_by_hand else {})
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
 
 
 def _tool(name: str, *arguments: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def overwritten_operands(sass: str) -> int:
-    """How many registers are loaded once as left-hand operands of a warpgroup's products and written before its last,
-    in a kernel that loads them before its loops (those in hopper/).
-
-    ptxas 12.8 gave such registers away in a loop whose products stand in a branch: every product but the first was of
-    other numbers, with nothing to be seen in PTX.
-    """
-    found, loaded, read, written, since = 0, set[int](), set[int](), set[int](), set[int]()
-    in_loop = True  # up to the first branch after a product: the way back
-    for line in [*sass.splitlines(), "LDSM R0"]:
-        text = re.sub(r"/\*.*?\*/", "", line).strip()
-        text = re.sub(r"^@!?U?P\d+ ", "", text)
-        if load := re.match(r"LDSM\S*\.4 R(\d+),|LDSM R0$", text):
-            if read:  # the next warpgroup's code begins, or the end
-                found += len(loaded & read & written)
-                loaded, read, written, since = set(), set(), set(), set()
-            loaded |= set(range(int(load[1]), int(load[1]) + 4)) if load[1] else set()
-        elif product := re.match(r"HGMMA\.64x(\d+)\S* R(\d+), (?:R(\d+))?", text):
-            if product[3]:
-                read |= set(range(int(product[3]), int(product[3]) + 4))
-            written |= since | set(range(int(product[2]), int(product[2]) + int(product[1]) // 2))
-            since, in_loop = set(), True
-        elif read and text.startswith("BRA") and in_loop:
-            written |= since
-            since, in_loop = set(), False
-        elif read and (result := re.match(r"(?!ST|BAR|SYNCS)([A-Z0-9_.]+) R(\d+),", text)):
-            wide = 4 if ".128" in result[1] else 2 if re.search(r"\.64|\.WIDE", result[1]) else 1
-            since |= set(range(int(result[2]), int(result[2]) + wide))
-    return found
 
 
 def compile_all(arch: int) -> dict[str, dict[str, int]]:
@@ -123,10 +90,16 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
     def compile_instead(self: JITFunction, grid: tuple) -> object:
         def call(*args: object, **kwargs: object) -> None:
             module = self.fn.__module__.removeprefix("nsa.ops.kernels.")
-            direction = " backward" if kwargs.get("BACKWARD") is True else ""
-            key = f"{module}.{self.__name__}{direction} {shape_name}"
+            of = ""
+            if module == "hopper.gradient":
+                of = {(1, False): " of a run", (0, True): " of lists", (2, True): " of all"}[
+                    kwargs["RUNS"], kwargs["LISTED"]
+                ]
+            elif kwargs.get("BACKWARD") is True:
+                of = " backward"
+            key = f"{module}.{self.__name__}{of} {shape_name}"
             compiled = self.warmup(*args, grid=grid, **kwargs)
-            report.setdefault(key, resources(compiled, module.startswith("hopper.")))
+            report.setdefault(key, resources(compiled))
 
         return call
 
@@ -154,6 +127,11 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
+        if selected.on_hopper(q, k, v, 64, 1.0):
+            lists, runs = selected.unions(layout, 128 // heads, 64), [*ranges.int32_runs(run)] * 2
+            gradient.query_gradient(
+                q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
+            )
         parts = [
             Heads(heads, width, "rotate"),
             Heads(1, width, "rotate"),

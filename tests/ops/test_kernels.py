@@ -162,7 +162,7 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
 )
 def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_size) -> None:
     """With choices made twice, and bit 63."""
-    from nsa.ops.kernels.selected import NO_BLOCK, BlockLayout, _unions
+    from nsa.ops.kernels.selected import NO_BLOCK, BlockLayout, unions
     from nsa.ops.packing import Documents
 
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_
     indices[:, ::5, :, -1] = -1
     layout = BlockLayout.of(Documents.of(tokens, 0, None, indices.device), indices, tokens, block_size)
     starts, members, counts, num_tiles = (
-        x.tolist() if torch.is_tensor(x) else x for x in _unions(layout, per_tile, block_size)
+        x.tolist() if torch.is_tensor(x) else x for x in unions(layout, per_tile, block_size)
     )
     blocks = layout.blocks.tolist()
     for group, tile in itertools.product(range(groups), range(num_tiles)):

@@ -72,8 +72,8 @@ def combine(gates: Tensor, outs: list[Tensor]) -> Tensor:
 
 def combine_backward(
     gates: Tensor, d_out: Tensor, outs: list[Tensor], lses: list[Tensor]
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """What each branch's backward kernels take with ``d_out``: their LSEs and deltas, three of (B, T, H) fp32 each.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What each branch's backward kernels take with ``d_out``: their LSEs and deltas, (3, B, T, H) fp32 each.
 
     The deltas are the gradients of the gates: third, (B, T, H, 3) in the gates' dtype.
     """
@@ -82,4 +82,4 @@ def combine_backward(
     if d_out.numel():
         grid, constants = _grid(d_out)
         combine_backward_kernel[grid](gates, d_out, *outs, *lses, lse, delta, d_gates, gates.numel() // 3, **constants)
-    return list(lse), list(delta), d_gates
+    return lse, delta, d_gates

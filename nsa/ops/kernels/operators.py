@@ -169,11 +169,22 @@ def _gated_sum_backward(
     ranges_: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
-    lse, delta, d_gates = gating.combine_backward(gates, d_out, outs, lses)
-    dq, dk_cmp, dv_cmp = ranges.backward(q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
     blocks = BlockLayout(*layout)
-    _, dk_slc, dv_slc = selected.backward(q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale, dq)
-    _, dk_win, dv_win = ranges.backward(q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale, dq)
+    lse, delta, d_gates = gating.combine_backward(gates, d_out, outs, lses)
+    cmp = (q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
+    slc = (q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale)
+    win = (q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale)
+    if k_cmp.numel() and q.numel() and selected.on_hopper(q, k_slc, v_slc, block_size, scale):
+        from nsa.ops.kernels.hopper import gradient
+
+        dq = torch.empty_like(q)
+        lists = selected.unions(blocks, 128 * k_slc.shape[2] // q.shape[2], block_size)
+        gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
+        keys = [*ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]
+        return [dq, *keys, d_gates]
+    dq, dk_cmp, dv_cmp = ranges.backward(*cmp)
+    _, dk_slc, dv_slc = selected.backward(*slc, dq)
+    _, dk_win, dv_win = ranges.backward(*win, dq)
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, d_gates]
 
 

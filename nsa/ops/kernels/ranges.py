@@ -440,9 +440,9 @@ def query_gradient(
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     dq = torch.empty_like(q) if add_to is None else add_to
     if warpgroups(q, k, v, scale):
-        from nsa.ops.kernels.hopper import ranges as hopper
+        from nsa.ops.kernels.hopper import gradient
 
-        hopper.query_gradient(q, k, v, d_out, lse, delta, first, last, scale, dq, add_to is not None)
+        gradient.query_gradient(q, [k, v], d_out, lse, delta, [first, last], None, None, scale, dq, add_to is not None)
         return dq
     constants = shape_constants(q, k, v)
     tile, options = tile_sizes("range_query", q, k, v)

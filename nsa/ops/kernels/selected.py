@@ -356,7 +356,7 @@ def _blocks(documents: Documents, num_keys: int, block_size: int) -> tuple[Tenso
     return start.int(), end.int(), first.int()[:, None, None], own.int()[:, None, None], documents.query_position.int()
 
 
-def _unions(layout: BlockLayout, tokens_per_tile: int, block_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+def unions(layout: BlockLayout, tokens_per_tile: int, block_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """Starts, Members, Counts of `union_kernel`, and the number of tiles."""
     batch, tokens, groups, n = layout.blocks.shape
     num_tiles, width = triton.cdiv(tokens, tokens_per_tile), tokens_per_tile * n
@@ -380,7 +380,7 @@ def _tile(kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> tupl
     return {**tile, **_block_constants(block_size)}, options
 
 
-def _on_hopper(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> bool:
+def on_hopper(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> bool:
     """Whether the queries-outside kernels for Hopper serve: 128 rows are at most the 64 tokens of a list's bits."""
     return warpgroups(q, k, v, scale) and block_size == 64 and q.shape[2] >= 2 * k.shape[2]
 
@@ -399,18 +399,18 @@ def forward(
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
-    if _on_hopper(q, k, v, block_size, scale):
+    if on_hopper(q, k, v, block_size, scale):
         from nsa.ops.kernels.hopper import selected as hopper
 
         # Three parts of two heads would be more than the 64 tokens of a list's bits.
         row = "hopper_selected_forward" + ("_pairs" if heads == 2 * k.shape[2] else "")
         tile, options = tile_sizes(row, q, k, v)
-        lists = _unions(layout, tile["PARTS"] * 64 * k.shape[2] // heads, block_size)
+        lists = unions(layout, tile["PARTS"] * 64 * k.shape[2] // heads, block_size)
         hopper.forward(q, k, v, lists, layout.position, scale, out, lse, tile, options)
         return out, lse
     constants = shape_constants(q, k, v)
     tile, options = _tile("selected_forward", q, k, v, block_size)
-    starts, members, counts, num_tiles = _unions(layout, tile["BT"], block_size)
+    starts, members, counts, num_tiles = unions(layout, tile["BT"], block_size)
     forward_kernel[(num_tiles * batch * k.shape[2],)](
         q,
         descriptor(k, tile["BN"], constants["D1"]),
@@ -439,18 +439,15 @@ def query_gradient(
 ) -> Tensor:  # fmt: skip
     (batch, tokens), groups = q.shape[:2], k.shape[2]
     dq = torch.empty_like(q) if add_to is None else add_to
-    if _on_hopper(q, k, v, block_size, scale):
-        from nsa.ops.kernels.hopper import selected as hopper
+    if on_hopper(q, k, v, block_size, scale):
+        from nsa.ops.kernels.hopper import gradient
 
-        tile, options = tile_sizes("hopper_selected_query", q, k, v)
-        lists = _unions(layout, tile["PARTS"] * 64 * groups // q.shape[2], block_size)
-        hopper.query_gradient(
-            q, k, v, d_out, lse, delta, lists, layout.position, scale, dq, add_to is not None, tile, options
-        )
+        lists = unions(layout, 128 * groups // q.shape[2], block_size)
+        gradient.query_gradient(q, [k, v], d_out, lse, delta, [], lists, layout.position, scale, dq, add_to is not None)
         return dq
     constants = shape_constants(q, k, v)
     tile, options = _tile("selected_query", q, k, v, block_size)
-    starts, members, counts, num_tiles = _unions(layout, tile["BT"], block_size)
+    starts, members, counts, num_tiles = unions(layout, tile["BT"], block_size)
     query_kernel[(num_tiles * batch * groups,)](
         q,
         descriptor(k, tile["BN"], constants["D1"]),
@@ -487,13 +484,13 @@ def key_gradients(
     sizes = (tokens, k.shape[1], num_blocks, block_size, chunk, scale * LOG2_E, scale)
     widths = [max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v)]
     # Boxes of a token's heads must fill the eight rows after which shared memory's layout repeats.
-    on_hopper = warpgroups(q, k, v, scale) and rows == 64 and heads >= 8
-    tile, options = tile_sizes("hopper_selected_key" if on_hopper else "selected_key", q, k, v)
+    by_hand = warpgroups(q, k, v, scale) and rows == 64 and heads >= 8
+    tile, options = tile_sizes("hopper_selected_key" if by_hand else "selected_key", q, k, v)
     for list0 in range(0, batch * groups * num_blocks, slots * num_blocks):
         list1 = min(list0 + slots * num_blocks, batch * groups * num_blocks)
         grid = (list1 - list0 + (list1 - list0) // num_blocks * (own_entries // chunk),)
         lists = (*items, layout.start, layout.end)
-        if on_hopper:
+        if by_hand:
             from nsa.ops.kernels.hopper import keys as hopper
 
             hopper.selected_key_kernel[grid](

@@ -1,4 +1,4 @@
-"""Attention to runs of keys on Hopper, queries outside (output, dQ): two computing warpgroups and a copying warp.
+"""Attention to runs of keys on Hopper, forward: two computing warpgroups and a copying warp.
 
 The warpgroups take 64 rows each, a row being a (token, head of the group), and share a ring of keys and values that the
 copying warp fills ahead, into the next tile of rows already while this one is being finished. Each warpgroup starts the
@@ -40,21 +40,18 @@ def _rows(index, First, Last, num_tokens, num_tiles, slots, HALF: gl.constexpr, 
 
 
 @gluon.jit
-def _copy(q_desc, d_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots,
-          GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-          STAGES: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
-    q_smem, d_smem, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
+def _copy(q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+          HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    q_smem, _, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
     step = 0
     turn = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
         for half in gl.static_range(2):
             mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
-            mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes * (2 if BACKWARD else 1))
+            mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
             box = [batch, token0 + half * (64 // HEADS), group * HEADS, 0]
             tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem.index(half))
-            if BACKWARD:
-                tma.async_copy_global_to_shared(d_desc, box, q_ready.index(half), d_smem.index(half))
         for j in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
             row = batch * num_keys + begin + j * BN
@@ -212,105 +209,6 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
 
 
 @gluon.jit
-def _products(q, d_out, k, v, BN: gl.constexpr):
-    """Start S = Q K^T and dP = dO V^T (64, BN)."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    none = gl.zeros([64, BN], gl.float32, layout)
-    s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
-    return s, warpgroup_mma(d_out, v.permute([1, 0]), none, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def _query_loop(dq, left, q, d_out, memory, lse, delta, first, last, begin, step, start, stop, scale_log2,
-                D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr):  # fmt: skip
-    """dS of keys start .. stop - 1; each is added to dq, as a product with its keys, while the next is computed."""
-    _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
-    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    for j in range(start, stop):
-        slot, phase = (step + j) % STAGES, ((step + j) // STAGES) & 1
-        before = (step + j - 1) % STAGES
-        mbarrier.wait(k_ready.index(slot), phase)
-        mbarrier.wait(v_ready.index(slot), phase)
-        s, dp = _products(q, d_out, k_ring.index(slot), v_ring.index(slot), BN)
-        dq = warpgroup_mma(left, k_ring.index(before), dq, is_async=True)
-        s = warpgroup_mma_wait(2, deps=(s,))
-        if MASKED:
-            s = _mask(s, first, last, begin + j * BN, BN)
-        p = gl.exp2(s * scale_log2 - lse[:, None])
-        mbarrier.wait(k_ready.index(slot), phase)  # passed: ptxas would move exponentials below the next wait
-        dp = warpgroup_mma_wait(1, deps=(dp,))
-        mbarrier.arrive(v_free.index(slot), count=1)
-        ds = p * (dp - delta[:, None])
-        dq = warpgroup_mma_wait(0, deps=(dq,))
-        mbarrier.arrive(k_free.index(before), count=1)
-        left = gl.convert_layout(ds.to(left.dtype), gl.DotOperandLayout(0, q_layout, 2))
-    return dq, left
-
-
-@gluon.jit
-def _query_half(memory, Lse, Delta, DQ, First, Last, num_tokens, num_tiles, slots, scale_log2, scale,
-                HALF: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-                BN: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr):  # fmt: skip
-    """Rows 64 HALF .. 64 HALF + 63 of each tile."""
-    q_smem, d_smem, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    q_row_layout: gl.constexpr = gl.SliceLayout(1, q_layout)
-    dtype: gl.constexpr = q_smem.dtype
-    step = 0
-    turn = 0
-    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
-        batch, group, token0, begin, count, first, last = _rows(
-            index, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row
-        )  # fmt: skip
-        all_from = gl.load(First + gl.minimum(token0 + 128 // HEADS, num_tokens) - 1)
-        all_until = gl.load(Last + token0)
-        row = gl.arange(0, 64, s_row)
-        token = token0 + HALF * (64 // HEADS) + row // HEADS
-        q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
-        lse = gl.load(Lse + q_row, mask=token < num_tokens, other=float("-inf")) * 1.4426950408889634
-        lse = gl.where(lse == float("-inf"), float("inf"), lse)  # nothing seen: every probability is 0
-        delta = gl.load(Delta + q_row, mask=token < num_tokens, other=0.0)
-        mbarrier.wait(q_ready.index(HALF), turn & 1)
-        # Left-hand operands in registers: read from shared memory for each tile, they would take half its bandwidth.
-        q = q_smem.index(HALF).reshape([64, D]).load(gl.DotOperandLayout(0, s_layout, 2))
-        d_out = d_smem.index(HALF).reshape([64, DV]).load(gl.DotOperandLayout(0, s_layout, 2))
-        slot, phase = step % STAGES, (step // STAGES) & 1
-        mbarrier.wait(k_ready.index(slot), phase)
-        mbarrier.wait(v_ready.index(slot), phase)
-        s, dp = _products(q, d_out, k_ring.index(slot), v_ring.index(slot), BN)
-        s = _mask(warpgroup_mma_wait(1, deps=(s,)), first, last, begin, BN)
-        p = gl.exp2(s * scale_log2 - lse[:, None])
-        dp = warpgroup_mma_wait(0, deps=(dp,))
-        mbarrier.arrive(v_free.index(slot), count=1)
-        # Not right after the loads: a barrier does not wait for them to end, and the next tile's copy overtook them.
-        mbarrier.arrive(q_free.index(HALF), count=1)
-        left = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), gl.DotOperandLayout(0, q_layout, 2))
-        dq = gl.zeros([64, D], gl.float32, q_layout)
-        # The first tile of keys is done.
-        full_begin = gl.minimum(gl.maximum(gl.cdiv(all_from - begin, BN), 1), count)
-        full_end = gl.minimum(gl.maximum((all_until - begin) // BN, full_begin), count)
-        dq, left = _query_loop(dq, left, q, d_out, memory, lse, delta, first, last, begin, step, 1, full_begin,
-                               scale_log2, D, BN, STAGES, True)  # fmt: skip
-        dq, left = _query_loop(dq, left, q, d_out, memory, lse, delta, first, last, begin, step, full_begin, full_end,
-                               scale_log2, D, BN, STAGES, False)  # fmt: skip
-        dq, left = _query_loop(dq, left, q, d_out, memory, lse, delta, first, last, begin, step, full_end, count,
-                               scale_log2, D, BN, STAGES, True)  # fmt: skip
-        dq = warpgroup_mma(left, k_ring.index((step + count - 1) % STAGES), dq)
-        mbarrier.arrive(k_free.index((step + count - 1) % STAGES), count=1)
-        step += count
-        turn += 1
-        dq *= scale
-        column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
-        at = DQ + gl.convert_layout(q_row, q_row_layout)[:, None] * D + column[None, :]
-        there = gl.convert_layout(token, q_row_layout)[:, None] < num_tokens
-        if ADD:
-            dq += gl.load(at, mask=there, other=0.0).to(gl.float32)
-        gl.store(at, dq.to(dtype), mask=there)
-
-
-@gluon.jit
 def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
             STAGES: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
     TOKENS: gl.constexpr = 64 // HEADS
@@ -354,28 +252,8 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, First, Last, num_tokens, nu
                         D, DV, BN, STAGES)),
             (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 1, GROUPS, HEADS,
                         D, DV, BN, STAGES)),
-            (_copy, (q_desc, q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots,
-                     GROUPS, HEADS, D, DV, BN, STAGES, False)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=INTEGERS)
-def query_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, DQ, First, Last, num_tokens, num_keys, num_tiles,
-                 num_slots, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-                 DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, ADD: gl.constexpr):  # fmt: skip
-    """DQ (B, T, H, D) of tiles of 128 rows; added to what is there if ADD. Descriptors as in `forward_kernel`."""
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, True)
-    gl.warp_specialize(
-        [
-            (_query_half, (memory, Lse, Delta, DQ, First, Last, num_tokens, num_tiles, num_slots, scale_log2, scale, 0,
-                           GROUPS, HEADS, D, DV, BN, STAGES, ADD)),
-            (_query_half, (memory, Lse, Delta, DQ, First, Last, num_tokens, num_tiles, num_slots, scale_log2, scale, 1,
-                           GROUPS, HEADS, D, DV, BN, STAGES, ADD)),
-            (_copy, (q_desc, d_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots,
-                     GROUPS, HEADS, D, DV, BN, STAGES, True)),
+            (_copy, (q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots, GROUPS,
+                     HEADS, D, DV, BN, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -401,17 +279,4 @@ def forward(
     forward_kernel[grid](
         boxes(q, list(q.shape), box), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]), out, lse, first, last,
         *sizes, scale * LOG2_E, **constants, **tile, **options,
-    )  # fmt: skip
-
-
-def query_gradient(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
-    scale: float, dq: Tensor, add: bool,
-) -> None:  # fmt: skip
-    """As `nsa.ops.kernels.ranges.query_gradient`, into dq (B, T, H, D), added to what is there if ``add``."""
-    tile, options = tile_sizes("hopper_query", q, k, v)
-    grid, sizes, constants, box = _arguments(q, k)
-    query_kernel[grid](
-        *(boxes(x, list(x.shape), box) for x in (q, d_out)), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]), lse,
-        delta, dq, first, last, *sizes, scale * LOG2_E, scale, ADD=add, **constants, **tile, **options,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Attention to selected blocks on Hopper, queries outside: computing warpgroups share the blocks of their tokens.
+"""Attention to selected blocks on Hopper, forward: computing warpgroups share the blocks of their tokens.
 
 Neighbouring tokens choose much the same blocks, but not all the same. A copying warp brings the union of a tile's
 blocks, each once, into a ring; a warpgroup computes those that some of its own tokens (64 rows) chose, and lets the
@@ -9,7 +9,7 @@ block get +inf as their maximum or LSE, as in nsa/ops/kernels/selected.py.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
 from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E
@@ -24,10 +24,10 @@ def _tile(index, Counts, num_tiles, slots, GROUPS: gl.constexpr, WIDTH: gl.const
 
 
 @gluon.jit
-def _copy(q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+def _copy(q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
           HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-          PARTS: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
-    q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
+          PARTS: gl.constexpr):  # fmt: skip
+    q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     TOKENS: gl.constexpr = 64 // HEADS
     step = 0
     turn = 0
@@ -37,10 +37,8 @@ def _copy(q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_
         for part in gl.static_range(PARTS):
             box = [batch, (PARTS * tile + part) * TOKENS, group * HEADS, 0]
             mbarrier.wait(q_free.index(part), (turn & 1) ^ 1)
-            mbarrier.expect(q_ready.index(part), q_desc.block_type.nbytes * (2 if BACKWARD else 1))
+            mbarrier.expect(q_ready.index(part), q_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(q_desc, box, q_ready.index(part), q_smem.index(part))
-            if BACKWARD:
-                tma.async_copy_global_to_shared(d_desc, box, q_ready.index(part), d_smem.index(part))
         for i in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
             at = batch * num_keys + next_start
@@ -88,7 +86,7 @@ def _scores(q, k, start, position, first_position, BN: gl.constexpr, layout: gl.
 def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
                   PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
                   BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    q_smem, _, k_ring, v_ring, q_ready, q_free, ready, free = memory
+    q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -137,73 +135,12 @@ def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_token
 
 
 @gluon.jit
-def _query_part(memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
-                scale, PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-                DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-                STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
-    q_row_layout: gl.constexpr = gl.SliceLayout(1, q_layout)
-    dtype: gl.constexpr = q_smem.dtype
-    step = 0
-    turn = 0
-    for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
-        batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
-        place, q_row, ok, position, first_position = _own_rows(
-            batch, group, tile, num_tokens, Position, PART, PARTS, GROUPS, HEADS, s_row
-        )  # fmt: skip
-        lse = gl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
-        lse = gl.where(lse == float("-inf"), float("inf"), lse)
-        delta = gl.load(Delta + q_row, mask=ok, other=0.0)
-        next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
-        mbarrier.wait(q_ready.index(PART), turn & 1)
-        q, d_out = q_smem.index(PART).reshape([64, D]), d_smem.index(PART).reshape([64, DV])
-        dq = gl.zeros([64, D], gl.float32, q_layout)
-        for i in range(count):
-            slot, phase = step % STAGES, (step // STAGES) & 1
-            start, bits = next_start, next_bits
-            after = entry + gl.minimum(i + 1, count - 1)
-            next_start, next_bits = gl.load(Starts + after), gl.load(Members + after)
-            mbarrier.wait(ready.index(slot), phase)
-            if _members(bits, PART, HEADS) != 0:
-                k = k_ring.index(slot)
-                none = gl.zeros([64, BN], gl.float32, s_layout)
-                s = warpgroup_mma(q, k.permute([1, 0]), none, use_acc=False, is_async=True)
-                dp = warpgroup_mma(d_out, v_ring.index(slot).permute([1, 0]), none, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(1, deps=(s,))
-                if start + BN - 1 > first_position:
-                    key = start + gl.arange(0, BN, gl.SliceLayout(0, s_layout))
-                    s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
-                member = ((bits >> place.to(gl.int64)) & 1) != 0
-                p = gl.exp2(s * scale_log2 - gl.where(member, lse, float("inf"))[:, None])
-                dp = warpgroup_mma_wait(0, deps=(dp,))
-                ds = (p * (dp - delta[:, None])).to(dtype)
-                dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, q_layout, 2)), k, dq)
-            mbarrier.arrive(free.index(slot), count=1)
-            step += 1
-        mbarrier.arrive(q_free.index(PART), count=1)
-        turn += 1
-        dq *= scale
-        column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
-        at = DQ + gl.convert_layout(q_row, q_row_layout)[:, None] * D + column[None, :]
-        there = gl.convert_layout(ok, q_row_layout)[:, None]
-        if ADD:
-            dq += gl.load(at, mask=there, other=0.0).to(gl.float32)
-        gl.store(at, dq.to(dtype), mask=there)
-
-
-@gluon.jit
 def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-            STAGES: gl.constexpr, PARTS: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
+            STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     TOKENS: gl.constexpr = 64 // HEADS
     dtype: gl.constexpr = q_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     q_smem = gl.allocate_shared_memory(dtype, [PARTS, 1, TOKENS, HEADS, D], q_desc.layout)
-    d_smem = q_smem
-    if BACKWARD:
-        d_smem = gl.allocate_shared_memory(dtype, [PARTS, 1, TOKENS, HEADS, DV], q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
@@ -216,7 +153,7 @@ def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=PARTS)
-    return q_smem, d_smem, k_ring, v_ring, q_ready, q_free, ready, free
+    return q_smem, k_ring, v_ring, q_ready, q_free, ready, free
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -225,7 +162,7 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Po
                    DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
                    PARTS: gl.constexpr):  # fmt: skip
     """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for 64 PARTS / HEADS tokens."""
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, PARTS, False)
+    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, PARTS)
     if PARTS == 2:
         gl.warp_specialize(
             [
@@ -233,8 +170,8 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Po
                                  scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
                                  scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
-                (_copy, (q_desc, q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                         HEADS, D, DV, WIDTH, STAGES, PARTS, False)),
+                (_copy, (q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                         HEADS, D, DV, WIDTH, STAGES, PARTS)),
             ],
             [4, 1],
             [240, 24],
@@ -248,33 +185,12 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Po
                                  scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
                                  scale_log2, 2, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
-                (_copy, (q_desc, q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                         HEADS, D, DV, WIDTH, STAGES, PARTS, False)),
+                (_copy, (q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                         HEADS, D, DV, WIDTH, STAGES, PARTS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
         )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=INTEGERS)
-def query_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, DQ, Starts, Members, Counts, Position, num_tokens,
-                 num_keys, num_tiles, num_slots, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr,
-                 D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, ADD: gl.constexpr,
-                 STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    """DQ (B, T, H, D) of tiles of 128 rows; added to what is there if ADD."""
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, PARTS, True)
-    gl.warp_specialize(
-        [
-            (_query_part, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                           scale_log2, scale, 0, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES, PARTS)),
-            (_query_part, (memory, Lse, Delta, DQ, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                           scale_log2, scale, 1, GROUPS, HEADS, D, DV, BN, WIDTH, ADD, STAGES, PARTS)),
-            (_copy, (q_desc, d_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                     HEADS, D, DV, WIDTH, STAGES, PARTS, True)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
 
 
 Lists = tuple[Tensor, Tensor, Tensor, int]  # Starts, Members, Counts, tiles: of 64 PARTS rows each
@@ -298,18 +214,4 @@ def forward(
     forward_kernel[grid](
         boxes(q, list(q.shape), [1, 64 // heads, heads, q.shape[3]]), key_boxes(k, 64), key_boxes(v, 64), out, lse,
         *lists[:3], position, *sizes, scale * LOG2_E, BN=64, **constants, **options,
-    )  # fmt: skip
-
-
-def query_gradient(
-    q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, lists: Lists, position: Tensor,
-    scale: float, dq: Tensor, add: bool, tile: dict[str, int], options: dict[str, int],
-) -> None:  # fmt: skip
-    """Into dq (B, T, H, D), added to what is there if ``add``."""
-    grid, sizes, constants = _arguments(q, k, lists, tile)
-    heads = constants["HEADS"]
-    rows = (boxes(x, list(x.shape), [1, 64 // heads, heads, x.shape[3]]) for x in (q, d_out))
-    query_kernel[grid](
-        *rows, key_boxes(k, 64), key_boxes(v, 64), lse, delta, dq, *lists[:3], position, *sizes, scale * LOG2_E, scale,
-        BN=64, ADD=add, **constants, **options,
     )  # fmt: skip
