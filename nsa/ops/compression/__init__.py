@@ -1,6 +1,6 @@
 """Blocks of keys or values to one vector each: NSA's learned compression (arXiv 2502.11089, Eq. 7)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,8 +95,7 @@ def _portable(
     return out if len(documents.bounds) == 2 else out * (layout.start >= 0)[:, None, None]
 
 
-@dataclass(frozen=True, eq=False)
-class CompressionLayout:
+class CompressionLayout(NamedTuple):
     """Where blocks and segments (the ``stride`` tokens from one block to the next) lie; all int32.
 
     Attributes:

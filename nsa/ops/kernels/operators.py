@@ -301,4 +301,4 @@ def compress_blocks(
     """(B, M, G, Dv), as `nsa.ops.compress_blocks`, for at least one block."""
     layout = compression_layout(documents, length, stride)
     tensors = (w.contiguous() for w in (x, inner, position, outer))
-    return _compress_blocks(*tensors, list(vars(layout).values()), length, stride)[0]
+    return _compress_blocks(*tensors, list(layout), length, stride)[0]
