@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 Attention = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
 
@@ -49,7 +49,8 @@ class _TorchFlash(torch.autograd.Function):
 
 def flash(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     if window is None:
-        return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v)
+        padded = pad(v, (0, q.shape[3] - v.shape[3]))  # it refuses values narrower than keys
+        return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, padded)[..., : v.shape[3]]
     return _TorchFlash.apply(q, k, v, window)
 
 
