@@ -107,7 +107,7 @@ def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
     batch, tokens, groups, n = blocks.shape
     entries, lists = blocks.numel(), batch * groups * num_blocks
     grid = (triton.cdiv(entries, BLOCK),)
-    keys = blocks.new_empty(entries)
+    keys = blocks.new_empty(entries, dtype=torch.int16 if lists < 1 << 15 else torch.int32)  # half the sort's passes
     pair_kernel[grid](
         blocks, keys, entries, tokens, num_blocks, lists, GROUPS=groups, N=n, BLOCK=BLOCK, num_warps=4
     )  # fmt: skip

@@ -313,7 +313,7 @@ def _count_up_to(Values, bound, count, steps):
     high = low + count
     for _ in tl.range(0, steps):
         middle = (low + high) // 2
-        below = tl.load(Values + middle, mask=middle < high, other=0x7FFFFFFF) <= bound
+        below = (middle < high) & (tl.load(Values + middle, mask=middle < high, other=0) <= bound)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low
 
