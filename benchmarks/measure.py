@@ -61,12 +61,14 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
     with torch.cuda.stream(stream):
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    graph, generator = torch.cuda.CUDAGraph(), torch.cuda.default_generators[torch.cuda.current_device()]
+    random_state = generator.clone_state()
     try:
         with torch.cuda.graph(graph, stream=stream):
             call()
     except RuntimeError:
         torch.cuda.synchronize()
+        generator.graphsafe_set_state(random_state)  # its own still believes in the recording
         return None
     return graph
 
