@@ -73,17 +73,19 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
     return graph
 
 
-def time_ms(call: Callable[[], object], stream: torch.cuda.Stream | None = None) -> tuple[float, bool]:
+def time_ms(
+    call: Callable[[], object], stream: torch.cuda.Stream | None = None, record: bool = True
+) -> tuple[float, bool]:
     """(`called_ms` of a recording, True), as the trainer runs; (as called, False) of what cannot be recorded."""
-    graph = recording(call, stream or torch.cuda.Stream())
+    graph = recording(call, stream or torch.cuda.Stream()) if record else None
     return called_ms(graph.replay if graph else call), graph is not None
 
 
-def forward_backward(call: Call) -> Times:
+def forward_backward(call: Call, record: bool = True) -> Times:
     stream = torch.cuda.Stream()
     if not call.inputs:
         with torch.no_grad():
-            milliseconds, recorded = time_ms(call.run, stream)
+            milliseconds, recorded = time_ms(call.run, stream, record)
             return Times(milliseconds, 0.0, recorded)
 
     def backward() -> tuple[float, bool]:  # by itself, so that its graph is gone before the forward pass is timed
@@ -91,10 +93,10 @@ def forward_backward(call: Call) -> Times:
         with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass
             out = call.run()
             d_out = torch.randn_like(out)
-        return time_ms(lambda: torch.autograd.grad(out, call.inputs, d_out, retain_graph=True), stream)
+        return time_ms(lambda: torch.autograd.grad(out, call.inputs, d_out, retain_graph=True), stream, record)
 
     milliseconds, recorded = backward()
-    forward, forward_recorded = time_ms(call.run, stream)
+    forward, forward_recorded = time_ms(call.run, stream, record)
     torch.cuda.empty_cache()
     return Times(forward, milliseconds, recorded and forward_recorded)
 

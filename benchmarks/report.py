@@ -253,7 +253,8 @@ def layers(rows: list[dict]) -> Iterator[str]:
 
 
 def draw(result: dict, path: Path) -> None:
-    """Left: forward + backward of shape A by length, everyone. Right: times faster than cuDNN, every shape."""
+    """Left: forward + backward of shape A by length (of all shapes, where there is one length), everyone. Right: times
+    faster than cuDNN, every shape."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,27 +262,36 @@ def draw(result: dict, path: Path) -> None:
 
     runs = result["runs"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    one_length = len(runs) > 1 and len({run["tokens"] for run in runs}) == 1
     shape = "A" if any(run["shape"] == "A" for run in runs) else runs[0]["shape"]
+    compared = list(runs) if one_length else [run for run in runs if run["shape"] == shape]
     lines: dict[str, list[tuple[int, float]]] = {"ours": []}
-    for run in sorted((run for run in runs if run["shape"] == shape), key=lambda run: run["tokens"]):
-        lines["ours"].append((run["tokens"], run["total"][regime_of(run)]["both"]))
+    compared.sort(key=lambda run: (run["tokens"], len(run["shape"]), run["shape"]))  # h2 before h12
+    for place, run in enumerate(compared):
+        x = place if one_length else run["tokens"]
+        lines["ours"].append((x, run["total"][regime_of(run)]["both"]))
         for name, entry in run["dense"].items():
             if "both" in entry.get("dense", {}):
-                lines.setdefault(f"dense: {name}", []).append((run["tokens"], entry["dense"]["both"]))
+                lines.setdefault(f"dense: {name}", []).append((x, entry["dense"]["both"]))
         for name, entry in run["peers"].items():
             if "total" in entry.get("stages", {}):
                 # It chooses its own blocks, of random data: our call of the same function stands beside it.
                 total = entry["stages"]["total"]
-                lines.setdefault(f"sparse: {name}, random data", []).append((run["tokens"], total["both"]))
-                lines.setdefault("ours, random data", []).append((run["tokens"], total["ours"]["both"]))
+                lines.setdefault(f"sparse: {name}, random data", []).append((x, total["both"]))
+                lines.setdefault(f"ours beside {name}", []).append((x, total["ours"]["both"]))
     for name, points in lines.items():
         style = "--" if name.startswith("dense") else ":" if name.startswith("sparse") else "-"
         colour = {"color": "black", "linewidth": 2.5} if name == "ours" else {}
         left.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=name, **colour)
-    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward, ms", title=f"Shape {shape}")
-    ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
-    left.set_xticks(ticks, [length(tokens) for tokens in ticks])
-    left.set_xticks([], minor=True)
+    left.set(yscale="log", ylabel="forward + backward, ms")
+    if one_length:
+        left.set(title=f"{length(runs[0]['tokens'])} tokens", xlabel="shape")
+        left.set_xticks(range(len(runs)), [run["shape"] for run in compared])
+    else:
+        ticks = sorted({tokens for points in lines.values() for tokens, _ in points})
+        left.set(xscale="log", xlabel="tokens", title=f"Shape {shape}")
+        left.set_xticks(ticks, [length(tokens) for tokens in ticks])
+        left.set_xticks([], minor=True)
     left.grid(alpha=0.3)
     left.legend(fontsize=8)
 
