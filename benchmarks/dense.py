@@ -49,8 +49,10 @@ class _TorchFlash(torch.autograd.Function):
 
 def flash(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     if window is None:
-        padded = pad(v, (0, q.shape[3] - v.shape[3]))  # it refuses values narrower than keys
-        return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, padded)[..., : v.shape[3]]
+        width = v.shape[3]
+        if width < q.shape[3]:  # which it refuses
+            v = pad(v, (0, q.shape[3] - width))
+        return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v)[..., :width]
     return _TorchFlash.apply(q, k, v, window)
 
 

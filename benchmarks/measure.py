@@ -66,6 +66,8 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
     try:
         with torch.cuda.graph(graph, stream=stream):
             call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         torch.cuda.synchronize()
         generator.graphsafe_set_state(random_state)  # its own still believes in the recording

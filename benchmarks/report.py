@@ -36,6 +36,7 @@ SHAPES = {
     "E": "32 / 16, 128",
     "A192": "64 / 4, keys 192, values 128",
     "long": "32 / 2, 128",
+    "hN": "4 N / 4, 128: N query heads to a KV head",
 }
 
 
@@ -105,7 +106,7 @@ def whole(runs: list[dict]) -> Iterator[str]:
         row = run["total"][regime_of(run)]
         share = "{forward:.2f} / {backward:.2f}".format(**row["floor_share"])
         times = [ms(row[direction]) for direction in ("forward", "backward", "both")]
-        row_name = f"{run['shape']} {length(run['tokens'])}"
+        row_name = f"{run['shape']} {length(run['tokens'])}{_as_called(row)}"
         rows.append([row_name, *times, share, row["peak_mb"], row["saved_mb"]] + [ms(row.get("called"))] * called)
     yield from table(header, rows)
     yield "Times faster than dense attention, forward / backward / both:\n"

@@ -124,6 +124,7 @@ def test_swiglu(shape: tuple[int, ...]) -> None:
 
 
 LISTS = [(1, 1, 1, 1, 1, 128), (2, 70, 3, 4, 9, 8), (1, 300, 1, 16, 40, 128), (1, 130, 2, 5, 700, 4)]
+LISTS += [(1, 20, 1, 3, lists, 4) for lists in (32767, 32768)]  # keys of 16 bits, and of 32
 
 
 @needs_kernels

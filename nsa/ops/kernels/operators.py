@@ -180,6 +180,7 @@ def _gated_sum_backward(
         dq = torch.empty_like(q)
         lists = selected.unions(blocks, 128 * k_slc.shape[2] // q.shape[2], block_size)
         gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
+        del lists
         keys = [*ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]
         return [dq, *keys, d_gates]
     dq, dk_cmp, dv_cmp = ranges.backward(*cmp)

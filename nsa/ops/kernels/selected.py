@@ -365,7 +365,8 @@ def unions(layout: BlockLayout, tokens_per_tile: int, block_size: int) -> tuple[
     counts = layout.blocks.new_empty(batch, groups, num_tiles, 2)
     union_kernel[(num_tiles, batch * groups)](
         layout.blocks, layout.start, layout.position, starts, members, counts, tokens, num_tiles, block_size,
-        GROUPS=groups, N=n, BT=tokens_per_tile, WIDTH=width, WIDTH2=triton.next_power_of_2(width), num_warps=1,
+        GROUPS=groups, N=n, BT=tokens_per_tile, WIDTH=width, WIDTH2=triton.next_power_of_2(width),
+        num_warps=min(4, max(1, width // 1024)),
     )  # fmt: skip
     return starts, members, counts, num_tiles
 

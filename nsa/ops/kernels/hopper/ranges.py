@@ -260,23 +260,16 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, First, Last, num_tokens, nu
     )  # fmt: skip
 
 
-def _arguments(q: Tensor, k: Tensor) -> tuple[tuple, tuple, dict[str, int], list[int]]:
-    """(grid, sizes, constants, box of 64 rows)."""
-    (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
-    heads //= groups
-    tiles, slots = triton.cdiv(tokens * heads, 128), batch * groups
-    constants = {"GROUPS": groups, "HEADS": heads, "D": width, "DV": width}
-    grid = (min(tiles * slots, multiprocessors(q.device)),)
-    return grid, (tokens, keys, tiles, slots), constants, [1, 64 // heads, heads, width]
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """As `nsa.ops.kernels.ranges.forward`, into out (B, T, H, Dv) and lse (B, T, H)."""
     tile, options = tile_sizes("hopper_forward", q, k, v)
-    grid, sizes, constants, box = _arguments(q, k)
-    forward_kernel[grid](
-        boxes(q, list(q.shape), box), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]), out, lse, first, last,
-        *sizes, scale * LOG2_E, **constants, **tile, **options,
+    (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
+    heads //= groups
+    tiles, slots = triton.cdiv(tokens * heads, 128), batch * groups
+    forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
+        boxes(q, list(q.shape), [1, 64 // heads, heads, width]), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]),
+        out, lse, first, last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
+        DV=width, **tile, **options,
     )  # fmt: skip

@@ -196,22 +196,16 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Po
 Lists = tuple[Tensor, Tensor, Tensor, int]  # Starts, Members, Counts, tiles: of 64 PARTS rows each
 
 
-def _arguments(q: Tensor, k: Tensor, lists: Lists, tile: dict[str, int]) -> tuple[tuple, tuple, dict[str, int]]:
-    """(grid, sizes, constants)."""
-    (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
-    slots, tiles = batch * groups, lists[3]
-    constants = {"GROUPS": groups, "HEADS": heads // groups, "D": width, "DV": width, "WIDTH": lists[0].shape[3]}
-    return (min(tiles * slots, multiprocessors(q.device)),), (tokens, keys, tiles, slots), {**constants, **tile}
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lists: Lists, position: Tensor, scale: float, out: Tensor, lse: Tensor,
     tile: dict[str, int], options: dict[str, int],
 ) -> None:  # fmt: skip
     """Into out (B, T, H, Dv), lse (B, T, H)."""
-    grid, sizes, constants = _arguments(q, k, lists, tile)
-    heads = constants["HEADS"]
-    forward_kernel[grid](
-        boxes(q, list(q.shape), [1, 64 // heads, heads, q.shape[3]]), key_boxes(k, 64), key_boxes(v, 64), out, lse,
-        *lists[:3], position, *sizes, scale * LOG2_E, BN=64, **constants, **options,
+    (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
+    heads //= groups
+    slots, tiles = batch * groups, lists[3]
+    forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
+        boxes(q, list(q.shape), [1, 64 // heads, heads, width]), key_boxes(k, 64), key_boxes(v, 64), out, lse,
+        *lists[:3], position, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
+        DV=width, BN=64, WIDTH=lists[0].shape[3], **tile, **options,
     )  # fmt: skip
