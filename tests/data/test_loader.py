@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsa.data.blend import Blend
@@ -161,7 +161,9 @@ weights = st.lists(st.integers(1, 1000).map(lambda n: n / 100), min_size=1, max_
 
 @settings(max_examples=60, deadline=None)
 @given(weights=weights)
+@example(weights=[0.41, 0.35, 0.01, 0.02, 0.01, 0.36, 0.01])  # 1.54 samples off at the 70th
 def test_quotas_hold_at_every_prefix(weights: list[float]) -> None:
+    """Two samples: the most that e -> e * share + 1/2 comes to in the trees of up to seven sources."""
     blend = Blend(weights)
     counts = [0] * len(weights)
     for i in range(200):
@@ -170,7 +172,7 @@ def test_quotas_hold_at_every_prefix(weights: list[float]) -> None:
         counts[source] += 1
         assert counts == blend.counts(i + 1)
         for count, weight in zip(counts, weights, strict=True):
-            assert abs(count - (i + 1) * weight / sum(weights)) < 1.5
+            assert abs(count - (i + 1) * weight / sum(weights)) < 2
 
 
 def test_quotas_are_exact_far_out() -> None:
