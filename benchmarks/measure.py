@@ -66,11 +66,11 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
     try:
         with torch.cuda.graph(graph, stream=stream):
             call()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.synchronize()
         generator.graphsafe_set_state(random_state)  # its own still believes in the recording
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         return None
     return graph
 

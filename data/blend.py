@@ -9,8 +9,8 @@ class Blend:
 
     The sources are the leaves of a binary tree. A node with k samples hands floor(k * share + 1/2) of them to its left
     child, so after any number of samples a two-way split is off by at most half a sample, and a node that is off by e
-    passes on at most e * share + 1/2: up to seven sources stay within two samples of their weights, most within one.
-    All in exact fractions: no drift, whatever i.
+    passes on at most e * share + 1/2: a sample or two from its weight, for the sources far down. All in exact
+    fractions: no drift, whatever i.
     """
 
     def __init__(self, weights: Sequence[float]):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,20 +160,32 @@ def test_a_source_shorter_than_a_window(
 weights = st.lists(st.integers(1, 1000).map(lambda n: n / 100), min_size=1, max_size=7)
 
 
+def furthest_off(weights: list[Fraction], off: Fraction = Fraction(0)) -> list[Fraction]:
+    """Of each source, where the most even cuts of the list hand on off * share + 1/2."""
+    if len(weights) == 1:
+        return [off]
+    cut = min(range(1, len(weights)), key=lambda i: abs(sum(weights[:i]) - sum(weights[i:])))
+    return [
+        bound
+        for part in (weights[:cut], weights[cut:])
+        for bound in furthest_off(part, off * sum(part) / sum(weights) + Fraction(1, 2))
+    ]
+
+
 @settings(max_examples=60, deadline=None)
 @given(weights=weights)
 @example(weights=[0.41, 0.35, 0.01, 0.02, 0.01, 0.36, 0.01])  # 1.54 samples off at the 70th
 def test_quotas_hold_at_every_prefix(weights: list[float]) -> None:
-    """Two samples: the most that e -> e * share + 1/2 comes to in the trees of up to seven sources."""
-    blend = Blend(weights)
+    blend, exact = Blend(weights), [Fraction(str(weight)) for weight in weights]
+    bounds = furthest_off(exact)
     counts = [0] * len(weights)
     for i in range(200):
         source, local = blend[i]
         assert local == counts[source], "each source's samples are used in order, none twice, none left out"
         counts[source] += 1
         assert counts == blend.counts(i + 1)
-        for count, weight in zip(counts, weights, strict=True):
-            assert abs(count - (i + 1) * weight / sum(weights)) < 2
+        for count, weight, bound in zip(counts, exact, bounds, strict=True):
+            assert abs(count - (i + 1) * weight / sum(exact)) <= bound
 
 
 def test_quotas_are_exact_far_out() -> None:

@@ -159,7 +159,8 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("tokens", "groups", "n", "per_tile", "block_size"), [(70, 2, 4, 4, 8), (33, 1, 3, 7, 2), (64, 1, 16, 64, 1)]
+    ("tokens", "groups", "n", "per_tile", "block_size"),
+    [(70, 2, 4, 4, 8), (33, 1, 3, 7, 2), (64, 1, 16, 64, 1), (70, 1, 40, 64, 1)],
 )
 def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_size) -> None:
     """With choices made twice, and bit 63."""

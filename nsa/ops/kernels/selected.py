@@ -366,7 +366,7 @@ def unions(layout: BlockLayout, tokens_per_tile: int, block_size: int) -> tuple[
     union_kernel[(num_tiles, batch * groups)](
         layout.blocks, layout.start, layout.position, starts, members, counts, tokens, num_tiles, block_size,
         GROUPS=groups, N=n, BT=tokens_per_tile, WIDTH=width, WIDTH2=triton.next_power_of_2(width),
-        num_warps=min(4, max(1, width // 1024)),
+        num_warps=min(4, max(1, triton.next_power_of_2(width) // 1024)),  # fewer exchange less, more hold more
     )  # fmt: skip
     return starts, members, counts, num_tiles
 

@@ -11,36 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
-from nsa.ops.kernels.hopper.ranges import _mask, _memory
+from nsa.ops.kernels.hopper.ranges import _bring, _mask, _memory, _place, _run
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
-
-
-@gluon.jit
-def _place(index, num_tiles, slots, GROUPS: gl.constexpr, HEADS: gl.constexpr):
-    """(batch, group, slot, tile, first token): the last tiles see most and go first."""
-    tile, slot = num_tiles - 1 - index // slots, index % slots
-    return slot // GROUPS, slot % GROUPS, slot, tile, tile * (128 // HEADS)
-
-
-@gluon.jit
-def _run(runs, token0, num_tokens, HEADS: gl.constexpr, BN: gl.constexpr):
-    """(first key that the tile sees, boxes of keys) of a pattern; a box at least."""
-    First, Last = runs
-    token1 = gl.minimum(token0 + 128 // HEADS, num_tokens) - 1
-    begin, end = gl.load(First + token0), gl.load(Last + token1)
-    return begin, gl.maximum(gl.cdiv(end - begin, BN), 1)
-
-
-@gluon.jit
-def _bring(k_desc, v_desc, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
-    _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
-    slot, phase = step % STAGES, (step // STAGES) & 1
-    mbarrier.wait(k_free.index(slot), phase ^ 1)
-    mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [row, group * D], k_ready.index(slot), k_ring.index(slot))
-    mbarrier.wait(v_free.index(slot), phase ^ 1)
-    mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [row, group * D], v_ready.index(slot), v_ring.index(slot))
 
 
 @gluon.jit

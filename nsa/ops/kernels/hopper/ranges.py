@@ -17,15 +17,40 @@ from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 
 @gluon.jit
+def _place(index, num_tiles, slots, GROUPS: gl.constexpr, HEADS: gl.constexpr):
+    """(batch, group, slot, tile, first token): the last tiles see most and go first."""
+    tile, slot = num_tiles - 1 - index // slots, index % slots
+    return slot // GROUPS, slot % GROUPS, slot, tile, tile * (128 // HEADS)
+
+
+@gluon.jit
+def _run(runs, token0, num_tokens, HEADS: gl.constexpr, BN: gl.constexpr):
+    """(first key that the tile sees, boxes of keys) of a pattern; a box at least."""
+    First, Last = runs
+    token1 = gl.minimum(token0 + 128 // HEADS, num_tokens) - 1
+    begin, end = gl.load(First + token0), gl.load(Last + token1)
+    return begin, gl.maximum(gl.cdiv(end - begin, BN), 1)
+
+
+@gluon.jit
+def _bring(k_desc, v_desc, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
+    _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
+    slot, phase = step % STAGES, (step // STAGES) & 1
+    mbarrier.wait(k_free.index(slot), phase ^ 1)
+    mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [row, group * D], k_ready.index(slot), k_ring.index(slot))
+    mbarrier.wait(v_free.index(slot), phase ^ 1)
+    mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(v_desc, [row, group * D], v_ready.index(slot), v_ring.index(slot))
+
+
+@gluon.jit
 def _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS: gl.constexpr, HEADS: gl.constexpr,
           BN: gl.constexpr):  # fmt: skip
     """(batch, group, first token, first key, tiles of keys)."""
-    TOKENS: gl.constexpr = 128 // HEADS
-    tile, slot = num_tiles - 1 - index // slots, index % slots  # the last tiles see most: they go first
-    token0 = tile * TOKENS
-    token1 = gl.minimum(token0 + TOKENS, num_tokens) - 1
-    begin, end = gl.load(First + token0), gl.load(Last + token1)
-    return slot // GROUPS, slot % GROUPS, token0, begin, gl.maximum(gl.cdiv(end - begin, BN), 1)
+    batch, group, _, _, token0 = _place(index, num_tiles, slots, GROUPS, HEADS)
+    begin, count = _run((First, Last), token0, num_tokens, HEADS, BN)
+    return batch, group, token0, begin, count
 
 
 @gluon.jit
@@ -41,8 +66,8 @@ def _rows(index, First, Last, num_tokens, num_tiles, slots, HALF: gl.constexpr, 
 
 @gluon.jit
 def _copy(q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
-          HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    q_smem, _, k_ring, v_ring, q_ready, q_free, k_ready, k_free, v_ready, v_free = memory
+          HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    q_smem, _, _, _, q_ready, q_free, _, _, _, _ = memory
     step = 0
     turn = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
@@ -53,14 +78,7 @@ def _copy(q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num
             box = [batch, token0 + half * (64 // HEADS), group * HEADS, 0]
             tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem.index(half))
         for j in range(count):
-            slot, phase = step % STAGES, (step // STAGES) & 1
-            row = batch * num_keys + begin + j * BN
-            mbarrier.wait(k_free.index(slot), phase ^ 1)
-            mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [row, group * D], k_ready.index(slot), k_ring.index(slot))
-            mbarrier.wait(v_free.index(slot), phase ^ 1)
-            mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [row, group * DV], v_ready.index(slot), v_ring.index(slot))
+            _bring(k_desc, v_desc, memory, batch * num_keys + begin + j * BN, group, step, D, STAGES)
             step += 1
         turn += 1
 
@@ -253,7 +271,7 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, First, Last, num_tokens, nu
             (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 1, GROUPS, HEADS,
                         D, DV, BN, STAGES)),
             (_copy, (q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots, GROUPS,
-                     HEADS, D, DV, BN, STAGES)),
+                     HEADS, D, BN, STAGES)),
         ],
         [4, 1],
         [240, 24],
