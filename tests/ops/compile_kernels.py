@@ -39,6 +39,8 @@ SHAPES = {
     "64": (16, 64, 64, torch.bfloat16),
     "128, uneven group": (6, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
+    "192/128, pairs": (2, 192, 128, torch.bfloat16),
+    "192/128, uneven group": (6, 192, 128, torch.bfloat16),
     "256": (16, 256, 256, torch.bfloat16),
     "fp32": (6, 64, 64, torch.float32),
 }

@@ -56,10 +56,16 @@ def vector_of(*counts: int) -> int:
     return 1 if any(count % 8 for count in counts) else 8
 
 
-def warpgroups(q: Tensor, k: Tensor, v: Tensor, scale: float) -> bool:
+BOTH_PASSES = ((64, 64), (128, 128))  # widths of keys and values
+FORWARD = (*BOTH_PASSES, (192, 128))
+
+
+def warpgroups(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES
+) -> bool:
     """Whether the kernels written for Hopper's warpgroups (nsa/ops/kernels/hopper) serve these tensors."""
     heads, width = q.shape[2] // k.shape[2], q.shape[3]
-    fits = width == v.shape[3] and width in (64, 128) and heads <= 64 and heads & (heads - 1) == 0
+    fits = (width, v.shape[3]) in widths and heads <= 64 and heads & (heads - 1) == 0
     return architecture() == "sm_90" and q.element_size() == 2 and fits and scale > 0
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.ops.kernels.launch import (
+    FORWARD,
     INTEGERS,
     LOG2_E,
     descriptor,
@@ -389,7 +390,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not keys or not tokens:
         return out.zero_(), lse.fill_(-torch.inf)
-    if warpgroups(q, k, v, scale):
+    if warpgroups(q, k, v, scale, FORWARD):
         from nsa.ops.kernels.hopper import ranges as hopper
 
         hopper.forward(q, k, v, first, last, scale, out, lse)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
+from nsa.ops.kernels.launch import BOTH_PASSES, FORWARD, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.lists import NO_BLOCK, work_items
 from nsa.ops.kernels.ranges import _load_rows, _scores, _store_rows, shape_constants
 from nsa.ops.packing import Documents, block_starts, cached
@@ -380,9 +380,11 @@ def _tile(kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> tupl
     return {**tile, **_block_constants(block_size)}, options
 
 
-def on_hopper(q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float) -> bool:
+def on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES
+) -> bool:
     """Whether the queries-outside kernels for Hopper serve: 128 rows are at most the 64 tokens of a list's bits."""
-    return warpgroups(q, k, v, scale) and block_size == 64 and q.shape[2] >= 2 * k.shape[2]
+    return warpgroups(q, k, v, scale, widths) and block_size == 64 and q.shape[2] >= 2 * k.shape[2]
 
 
 def _block_constants(block_size: int) -> dict[str, int]:
@@ -399,7 +401,7 @@ def forward(
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not tokens:
         return out, lse
-    if on_hopper(q, k, v, block_size, scale):
+    if on_hopper(q, k, v, block_size, scale, FORWARD):
         from nsa.ops.kernels.hopper import selected as hopper
 
         # Three parts of two heads would be more than the 64 tokens of a list's bits.

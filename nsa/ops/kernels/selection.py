@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
+from nsa.ops.kernels.launch import BOTH_PASSES, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.ranges import _load_rows, _scores, int32_runs, shape_constants
 from nsa.ops.packing import Documents, block_starts, cached
 from nsa.ops.tiles import Ranges
@@ -159,8 +159,10 @@ def select(
     if not tokens:
         return out
     ratio, units = block_size // stride, length // stride
-    # One key to a block, and that shared with the next one, would need more shared memory than there is.
-    if warpgroups(q, k, k, scale) and max(1, min(units, 2)) <= ratio <= 32 and num_blocks <= 32:
+    # The LSEs of all heads and the sums of a chunk's blocks, more the fewer keys they have, must fit beside the keys.
+    wide = q.shape[3] > 128
+    fits = ratio >= 4 and q.shape[2] <= 32 * groups if wide else ratio >= max(1, min(units, 2))
+    if warpgroups(q, k, k, scale, (*BOTH_PASSES, (192, 192))) and fits and ratio <= 32 and num_blocks <= 32:
         from nsa.ops.kernels.hopper import selection as hopper
 
         tiles = document_tiles(documents, offset, hopper.TILE)

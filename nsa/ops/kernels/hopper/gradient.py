@@ -31,12 +31,12 @@ def _copy(descs, memory, seen, near, lists, sizes, RUNS: gl.constexpr, LISTED: g
             mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
             mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes * 2)
             box = [batch, token0 + half * (64 // HEADS), group * HEADS, 0]
-            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem.index(half))
-            tma.async_copy_global_to_shared(d_desc, box, q_ready.index(half), d_smem.index(half))
+            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem[0].index(half))
+            tma.async_copy_global_to_shared(d_desc, box, q_ready.index(half), d_smem[0].index(half))
         if RUNS >= 1:
             begin, count = _run(seen, token0, num_tokens, HEADS, BN)
             for j in range(count):
-                _bring(kc_desc, vc_desc, memory, batch * keys_cmp + begin + j * BN, group, step + j, D, STAGES)
+                _bring((kc_desc,), vc_desc, memory, batch * keys_cmp + begin + j * BN, group, step + j, D, STAGES)
             step += count
         if LISTED:
             slot_row = slot.to(gl.int64) * num_tiles + tile
@@ -45,12 +45,12 @@ def _copy(descs, memory, seen, near, lists, sizes, RUNS: gl.constexpr, LISTED: g
             for j in range(count):
                 row = batch * keys_slc + next_start
                 next_start = gl.load(Starts + entry + gl.minimum(j + 1, count - 1))
-                _bring(ks_desc, vs_desc, memory, row, group, step + j, D, STAGES)
+                _bring((ks_desc,), vs_desc, memory, row, group, step + j, D, STAGES)
             step += count
         if RUNS == 2:
             begin, count = _run(near, token0, num_tokens, HEADS, BN)
             for j in range(count):
-                _bring(kw_desc, vw_desc, memory, batch * keys_win + begin + j * BN, group, step + j, D, STAGES)
+                _bring((kw_desc,), vw_desc, memory, batch * keys_win + begin + j * BN, group, step + j, D, STAGES)
             step += count
         turn += 1
 
@@ -75,8 +75,8 @@ def _boxes(dq, left, q, d_out, memory, lse, delta, first, last, begin, step, sta
         before = (step + j - 1) % STAGES
         mbarrier.wait(k_ready.index(slot), phase)
         mbarrier.wait(v_ready.index(slot), phase)
-        s, dp = _products(q, d_out, k_ring.index(slot), v_ring.index(slot), BN)
-        dq = warpgroup_mma(left, k_ring.index(before), dq, is_async=True)
+        s, dp = _products(q, d_out, k_ring[0].index(slot), v_ring.index(slot), BN)
+        dq = warpgroup_mma(left, k_ring[0].index(before), dq, is_async=True)
         s = warpgroup_mma_wait(2, deps=(s,))
         if MASKED:
             s = _mask(s, first, last, begin + j * BN, BN)
@@ -106,7 +106,7 @@ def _add_run(dq, q, d_out, memory, lse, delta, runs, token, token0, num_tokens, 
     slot, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(k_ready.index(slot), phase)
     mbarrier.wait(v_ready.index(slot), phase)
-    s, dp = _products(q, d_out, k_ring.index(slot), v_ring.index(slot), BN)
+    s, dp = _products(q, d_out, k_ring[0].index(slot), v_ring.index(slot), BN)
     s = _mask(warpgroup_mma_wait(1, deps=(s,)), first, last, begin, BN)
     p = gl.exp2(s * scale_log2 - lse[:, None])
     dp = warpgroup_mma_wait(0, deps=(dp,))
@@ -121,7 +121,7 @@ def _add_run(dq, q, d_out, memory, lse, delta, runs, token, token0, num_tokens, 
     dq, left = _boxes(dq, left, q, d_out, memory, lse, delta, first, last, begin, step, full_end, count, scale_log2, D,
                       BN, STAGES, True)  # fmt: skip
     slot = (step + count - 1) % STAGES
-    dq = warpgroup_mma(left, k_ring.index(slot), dq)
+    dq = warpgroup_mma(left, k_ring[0].index(slot), dq)
     mbarrier.arrive(k_free.index(slot), count=1)
     return dq, count
 
@@ -149,7 +149,7 @@ def _add_listed(dq, q, d_out, memory, lse, delta, lists, Position, slot_row, tok
         mbarrier.wait(k_ready.index(slot), phase)
         mbarrier.wait(v_ready.index(slot), phase)
         if bits != 0:
-            s, dp = _products(q, d_out, k_ring.index(slot), v_ring.index(slot), BN)
+            s, dp = _products(q, d_out, k_ring[0].index(slot), v_ring.index(slot), BN)
             s = warpgroup_mma_wait(1, deps=(s,))
             if start + BN - 1 > first_position:
                 key = start + gl.arange(0, BN, gl.SliceLayout(0, s_layout))
@@ -158,7 +158,7 @@ def _add_listed(dq, q, d_out, memory, lse, delta, lists, Position, slot_row, tok
             p = gl.exp2(s * scale_log2 - gl.where(member, lse, float("inf"))[:, None])
             dp = warpgroup_mma_wait(0, deps=(dp,))
             ds = (p * (dp - delta[:, None])).to(q.dtype)
-            dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, q_layout, 2)), k_ring.index(slot), dq)
+            dq = warpgroup_mma(gl.convert_layout(ds, gl.DotOperandLayout(0, q_layout, 2)), k_ring[0].index(slot), dq)
         mbarrier.arrive(v_free.index(slot), count=1)
         mbarrier.arrive(k_free.index(slot), count=1)
     return dq, count
@@ -183,7 +183,7 @@ def _half(memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, 
     s_row: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     q_row_layout: gl.constexpr = gl.SliceLayout(1, q_layout)
-    dtype: gl.constexpr = q_smem.dtype
+    dtype: gl.constexpr = q_smem[0].dtype
     step = 0
     turn = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
@@ -194,7 +194,7 @@ def _half(memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, 
         q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
         lse, delta = _statistics(Lse, Delta, 0, q_row, ok, num_rows)
         mbarrier.wait(q_ready.index(HALF), turn & 1)
-        q, d_out = q_smem.index(HALF).reshape([64, D]), d_smem.index(HALF).reshape([64, D])
+        q, d_out = q_smem[0].index(HALF).reshape([64, D]), d_smem[0].index(HALF).reshape([64, D])
         dq = gl.zeros([64, D], gl.float32, q_layout)
         if RUNS >= 1:
             dq, count = _add_run(dq, q, d_out, memory, lse, delta, seen, token, token0, num_tokens, step, scale_log2,
@@ -233,7 +233,7 @@ def query_kernel(q_desc, d_desc, kc_desc, vc_desc, ks_desc, vs_desc, kw_desc, vw
 
     RUNS 2 and LISTED: of all three branches; Lse, Delta (3, B, T, H). RUNS 1, or 0 and LISTED: of one, (B, T, H).
     """
-    memory = _memory(q_desc, kc_desc, vc_desc, HEADS, D, D, BN, STAGES, True)
+    memory = _memory((q_desc,), (kc_desc,), vc_desc, STAGES, True)
     descs = (q_desc, d_desc, kc_desc, vc_desc, ks_desc, vs_desc, kw_desc, vw_desc)
     seen, near, lists = (SeenFirst, SeenLast), (NearFirst, NearLast), (Starts, Members, Counts)
     sizes = (num_tokens, keys_cmp, keys_slc, keys_win, num_tiles, num_slots)

@@ -10,9 +10,19 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
+from nsa.ops.kernels.hopper import (
+    bring,
+    key_boxes,
+    key_parts,
+    multiprocessors,
+    parts,
+    rings,
+    scores,
+    slot_of,
+    those_of,
+)
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 
@@ -33,15 +43,13 @@ def _run(runs, token0, num_tokens, HEADS: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _bring(k_desc, v_desc, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
+def _bring(k_descs, v_desc, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
     _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
     slot, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(k_free.index(slot), phase ^ 1)
-    mbarrier.expect(k_ready.index(slot), k_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [row, group * D], k_ready.index(slot), k_ring.index(slot))
+    bring(k_descs, (row,), group * D, k_ready, k_ring, slot)
     mbarrier.wait(v_free.index(slot), phase ^ 1)
-    mbarrier.expect(v_ready.index(slot), v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(v_desc, [row, group * D], v_ready.index(slot), v_ring.index(slot))
+    bring((v_desc,), (row,), group * v_desc.block_shape[1], v_ready, (v_ring,), slot)
 
 
 @gluon.jit
@@ -65,7 +73,7 @@ def _rows(index, First, Last, num_tokens, num_tiles, slots, HALF: gl.constexpr, 
 
 
 @gluon.jit
-def _copy(q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+def _copy(q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
           HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     q_smem, _, _, _, q_ready, q_free, _, _, _, _ = memory
     step = 0
@@ -74,11 +82,10 @@ def _copy(q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num
         batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
         for half in gl.static_range(2):
             mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
-            mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes)
-            box = [batch, token0 + half * (64 // HEADS), group * HEADS, 0]
-            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem.index(half))
+            at = (batch, token0 + half * (64 // HEADS), group * HEADS)
+            bring(q_descs, at, 0, q_ready, q_smem, half)
         for j in range(count):
-            _bring(k_desc, v_desc, memory, batch * num_keys + begin + j * BN, group, step, D, STAGES)
+            _bring(k_descs, v_desc, memory, batch * num_keys + begin + j * BN, group, step, D, STAGES)
             step += 1
         turn += 1
 
@@ -106,13 +113,11 @@ def _step(acc, left, peak, total, q, memory, first, last, begin, step, j, scale_
           BN: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, N: gl.constexpr):  # fmt: skip
     """P of the first N of the ``j``-th BN keys, while ``left``, that of those before, is added to acc."""
     _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     slot, phase = (step + j) % STAGES, ((step + j) // STAGES) & 1
     before, before_phase = (step + j - 1) % STAGES, ((step + j - 1) // STAGES) & 1
     mbarrier.wait(k_ready.index(slot), phase)
-    k = k_ring.index(slot).slice(0, N)
-    s = warpgroup_mma(q, k.permute([1, 0]), gl.zeros([64, N], gl.float32, s_layout), use_acc=False, is_async=True)
+    s = scores(q, [k.index(slot).slice(0, N) for k in k_ring], N)
     mbarrier.wait(v_ready.index(before), before_phase)
     acc = warpgroup_mma(left, v_ring.index(before), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
@@ -160,7 +165,7 @@ def _finish(acc, left, peak, total, q, memory, first, last, begin, step, j, coun
 
 @gluon.jit
 def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_log2, HALF: gl.constexpr,
-             GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
+             GROUPS: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
              STAGES: gl.constexpr):  # fmt: skip
     """Rows 64 HALF .. 64 HALF + 63 of each tile."""
     q_smem, _, k_ring, _, q_ready, q_free, k_ready, k_free, _, _ = memory
@@ -168,7 +173,7 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
-    dtype: gl.constexpr = q_smem.dtype
+    dtype: gl.constexpr = q_smem[0].dtype
     FEW: gl.constexpr = max(16, 128 // HEADS)
     step = 0
     turn = 0
@@ -185,12 +190,10 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
         until = gl.load(Last + gl.minimum(token0 + 128 // HEADS, num_tokens) - 1)
         tile_after = _rows(after, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row)
         mbarrier.wait(q_ready.index(HALF), turn & 1)
-        q = q_smem.index(HALF).reshape([64, D])
+        q = slot_of(q_smem, HALF, 64)
         slot, phase = step % STAGES, (step // STAGES) & 1
         mbarrier.wait(k_ready.index(slot), phase)
-        s = warpgroup_mma(
-            q, k_ring.index(slot).permute([1, 0]), gl.zeros([64, BN], gl.float32, s_layout), use_acc=False
-        )
+        s = warpgroup_mma_wait(0, deps=(scores(q, slot_of(k_ring, slot, BN), BN),))
         mbarrier.arrive(k_free.index(slot), count=1)
         s = _mask(s, first, last, begin, BN)
         p, peak, total, _shrink = _softmax(
@@ -227,17 +230,14 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
 
 
 @gluon.jit
-def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-            STAGES: gl.constexpr, BACKWARD: gl.constexpr):  # fmt: skip
-    TOKENS: gl.constexpr = 64 // HEADS
-    dtype: gl.constexpr = q_desc.dtype
+def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, BACKWARD: gl.constexpr):
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, D], q_desc.layout)
+    q_smem = rings(q_descs, 2)
     d_smem = q_smem
     if BACKWARD:
-        d_smem = gl.allocate_shared_memory(dtype, [2, 1, TOKENS, HEADS, DV], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
+        d_smem = rings(q_descs, 2)
+    k_ring = rings(k_descs, STAGES)
+    (v_ring,) = rings((v_desc,), STAGES)
     q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     q_free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -256,21 +256,22 @@ def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
-def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, First, Last, num_tokens, num_keys, num_tiles, num_slots,
-                   scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-                   BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, First, Last, num_tokens, num_keys, num_tiles,
+                   num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+                   DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """out (B, T, H, Dv), lse (B, T, H) of tiles of 128 rows, by as many programs as there are multiprocessors.
 
-    Descriptors: q (B, T, H, D) in boxes of 64 rows; k, v (B * S, G * D or Dv) in boxes of BN keys.
+    Descriptors: q (B, T, H, D) in boxes of 64 rows; k, v (B * S, G * D or Dv) in boxes of BN keys; q, k as `parts`.
     """
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, False)
+    q_descs, k_descs = those_of(q_desc, q2_desc, D), those_of(k_desc, k2_desc, D)
+    memory = _memory(q_descs, k_descs, v_desc, STAGES, False)
     gl.warp_specialize(
         [
             (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 0, GROUPS, HEADS,
-                        D, DV, BN, STAGES)),
+                        DV, BN, STAGES)),
             (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 1, GROUPS, HEADS,
-                        D, DV, BN, STAGES)),
-            (_copy, (q_desc, k_desc, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots, GROUPS,
+                        DV, BN, STAGES)),
+            (_copy, (q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots, GROUPS,
                      HEADS, D, BN, STAGES)),
         ],
         [4, 1],
@@ -287,7 +288,7 @@ def forward(
     heads //= groups
     tiles, slots = triton.cdiv(tokens * heads, 128), batch * groups
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        boxes(q, list(q.shape), [1, 64 // heads, heads, width]), key_boxes(k, tile["BN"]), key_boxes(v, tile["BN"]),
+        *parts(q, list(q.shape), [1, 64 // heads, heads, width]), *key_parts(k, tile["BN"]), key_boxes(v, tile["BN"]),
         out, lse, first, last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
-        DV=width, **tile, **options,
+        DV=v.shape[3], **tile, **options,
     )  # fmt: skip

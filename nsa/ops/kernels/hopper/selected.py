@@ -9,9 +9,19 @@ block get +inf as their maximum or LSE, as in nsa/ops/kernels/selected.py.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
+from nsa.ops.kernels.hopper import (
+    bring,
+    key_boxes,
+    key_parts,
+    multiprocessors,
+    parts,
+    rings,
+    scores,
+    slot_of,
+    those_of,
+)
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E
 
 
@@ -24,7 +34,7 @@ def _tile(index, Counts, num_tiles, slots, GROUPS: gl.constexpr, WIDTH: gl.const
 
 
 @gluon.jit
-def _copy(q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+def _copy(q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
           HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
           PARTS: gl.constexpr):  # fmt: skip
     q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
@@ -35,17 +45,15 @@ def _copy(q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, s
         batch, group, tile, entry, count = _tile(index, Counts, num_tiles, slots, GROUPS, WIDTH)
         next_start = gl.load(Starts + entry)
         for part in gl.static_range(PARTS):
-            box = [batch, (PARTS * tile + part) * TOKENS, group * HEADS, 0]
+            box = (batch, (PARTS * tile + part) * TOKENS, group * HEADS)
             mbarrier.wait(q_free.index(part), (turn & 1) ^ 1)
-            mbarrier.expect(q_ready.index(part), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, box, q_ready.index(part), q_smem.index(part))
+            bring(q_descs, box, 0, q_ready, q_smem, part)
         for i in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
             at = batch * num_keys + next_start
             next_start = gl.load(Starts + entry + gl.minimum(i + 1, count - 1))
             mbarrier.wait(free.index(slot), phase ^ 1)
-            mbarrier.expect(ready.index(slot), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [at, group * D], ready.index(slot), k_ring.index(slot))
+            bring(k_descs, (at,), group * D, ready, k_ring, slot, v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [at, group * DV], ready.index(slot), v_ring.index(slot))
             step += 1
         turn += 1
@@ -75,7 +83,7 @@ def _members(bits, PART: gl.constexpr, HEADS: gl.constexpr):
 @gluon.jit
 def _scores(q, k, start, position, first_position, BN: gl.constexpr, layout: gl.constexpr):
     """Masked scores (64, BN) of one block."""
-    s = warpgroup_mma(q, k.permute([1, 0]), gl.zeros([64, BN], gl.float32, layout), use_acc=False)
+    s = warpgroup_mma_wait(0, deps=(scores(q, k, BN),))
     if start + BN - 1 > first_position:
         key = start + gl.arange(0, BN, gl.SliceLayout(0, layout))
         s = gl.where(key[None, :] <= position[:, None], s, float("-inf"))
@@ -84,14 +92,14 @@ def _scores(q, k, start, position, first_position, BN: gl.constexpr, layout: gl.
 
 @gluon.jit
 def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
-                  PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-                  BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+                  PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
+                  WIDTH: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
-    dtype: gl.constexpr = q_smem.dtype
+    dtype: gl.constexpr = q_smem[0].dtype
     step = 0
     turn = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
@@ -101,7 +109,7 @@ def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_token
         )  # fmt: skip
         next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
         mbarrier.wait(q_ready.index(PART), turn & 1)
-        q = q_smem.index(PART).reshape([64, D])
+        q = slot_of(q_smem, PART, 64)
         acc = gl.zeros([64, DV], gl.float32, o_layout)
         peak = gl.full([64], float("-inf"), gl.float32, s_row)
         total = gl.zeros([64], gl.float32, s_row)
@@ -113,7 +121,7 @@ def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_token
             # Also for a block that is let pass: the slot must not be handed back twice before the other parts did.
             mbarrier.wait(ready.index(slot), phase)
             if _members(bits, PART, HEADS) != 0:
-                s = _scores(q, k_ring.index(slot), start, position, first_position, BN, s_layout)
+                s = _scores(q, slot_of(k_ring, slot, BN), start, position, first_position, BN, s_layout)
                 member = ((bits >> place.to(gl.int64)) & 1) != 0
                 new_peak = gl.where(member, gl.maximum(peak, gl.max(s, 1) * scale_log2), peak)
                 p = gl.exp2(s * scale_log2 - gl.where(member, new_peak, float("inf"))[:, None])
@@ -135,14 +143,10 @@ def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_token
 
 
 @gluon.jit
-def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-            STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
-    TOKENS: gl.constexpr = 64 // HEADS
-    dtype: gl.constexpr = q_desc.dtype
+def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, PARTS: gl.constexpr):
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smem = gl.allocate_shared_memory(dtype, [PARTS, 1, TOKENS, HEADS, D], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, D], k_desc.layout)
-    v_ring = gl.allocate_shared_memory(dtype, [STAGES, BN, DV], v_desc.layout)
+    q_smem, k_ring = rings(q_descs, PARTS), rings(k_descs, STAGES)
+    (v_ring,) = rings((v_desc,), STAGES)
     q_ready = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
     q_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -157,20 +161,21 @@ def _memory(q_desc, k_desc, v_desc, HEADS: gl.constexpr, D: gl.constexpr, DV: gl
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
-def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Position, num_tokens, num_keys, num_tiles,
-                   num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-                   DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, Starts, Members, Counts, Position, num_tokens,
+                   num_keys, num_tiles, num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr,
+                   D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
                    PARTS: gl.constexpr):  # fmt: skip
     """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for 64 PARTS / HEADS tokens."""
-    memory = _memory(q_desc, k_desc, v_desc, HEADS, D, DV, BN, STAGES, PARTS)
+    q_descs, k_descs = those_of(q_desc, q2_desc, D), those_of(k_desc, k2_desc, D)
+    memory = _memory(q_descs, k_descs, v_desc, STAGES, PARTS)
     if PARTS == 2:
         gl.warp_specialize(
             [
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                                 scale_log2, 0, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
-                (_copy, (q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                                 scale_log2, 1, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
+                (_copy, (q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
                          HEADS, D, DV, WIDTH, STAGES, PARTS)),
             ],
             [4, 1],
@@ -180,12 +185,12 @@ def forward_kernel(q_desc, k_desc, v_desc, Out, Lse, Starts, Members, Counts, Po
         gl.warp_specialize(
             [
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 0, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                                 scale_log2, 0, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 1, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
+                                 scale_log2, 1, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
                 (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 2, GROUPS, HEADS, D, DV, BN, WIDTH, STAGES, PARTS)),
-                (_copy, (q_desc, k_desc, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
+                                 scale_log2, 2, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
+                (_copy, (q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
                          HEADS, D, DV, WIDTH, STAGES, PARTS)),
             ],
             [4, 4, 1],
@@ -205,7 +210,7 @@ def forward(
     heads //= groups
     slots, tiles = batch * groups, lists[3]
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        boxes(q, list(q.shape), [1, 64 // heads, heads, width]), key_boxes(k, 64), key_boxes(v, 64), out, lse,
+        *parts(q, list(q.shape), [1, 64 // heads, heads, width]), *key_parts(k, 64), key_boxes(v, 64), out, lse,
         *lists[:3], position, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
-        DV=width, BN=64, WIDTH=lists[0].shape[3], **tile, **options,
+        DV=v.shape[3], BN=64, WIDTH=lists[0].shape[3], **tile, **options,
     )  # fmt: skip

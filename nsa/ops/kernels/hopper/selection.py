@@ -15,12 +15,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from nsa.ops.kernels.hopper import boxes, multiprocessors
+from nsa.ops.kernels.hopper import bring, multiprocessors, parts, rings, scores, slot_of, those_of
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 SMALLEST = gl.constexpr(-0x7FFFFFFFFFFFFFFF)
@@ -46,7 +44,7 @@ def _tile(index, runs, sizes, GROUPS: gl.constexpr, RATIO: gl.constexpr, BJ: gl.
 
 
 @gluon.jit
-def _copy(q_desc, q_ring, ready, free, runs, sizes, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+def _copy(q_descs, q_ring, ready, free, runs, sizes, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
           RATIO: gl.constexpr, BJ: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     num_tokens, _, num_tiles, slots, _ = sizes
     turn = 0
@@ -55,9 +53,8 @@ def _copy(q_desc, q_ring, ready, free, runs, sizes, GROUPS: gl.constexpr, HEADS:
         for i in range(gl.cdiv(scored, 2) * HEADS):
             slot, phase = turn % STAGES, (turn // STAGES) & 1
             mbarrier.wait(free.index(slot), phase ^ 1)
-            mbarrier.expect(ready.index(slot), q_desc.block_type.nbytes)
-            box = [batch * num_tokens + start, (group * HEADS + i % HEADS) * D]
-            tma.async_copy_global_to_shared(q_desc, box, ready.index(slot), q_ring.index(slot))
+            row, column = batch * num_tokens + start, (group * HEADS + i % HEADS) * D
+            bring(q_descs, (row,), column, ready, q_ring, slot)
             turn += 1
 
 
@@ -69,25 +66,33 @@ def _place(column, KEYS: gl.constexpr, BJ: gl.constexpr):
 
 
 @gluon.jit
+def _fetch_columns(K, k_smem, key_row, block0, most_seen, group, column0, GROUPS: gl.constexpr, D: gl.constexpr,
+                   RATIO: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr):  # fmt: skip
+    WIDTH: gl.constexpr = k_smem.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    j, m = _place(gl.arange(0, KEYS, gl.SliceLayout(1, layout)), KEYS, BJ)
+    key = gl.minimum((block0 + j) * RATIO + gl.minimum(m, RATIO - 1), most_seen - 1)
+    column = column0 + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    at = ((key_row + key) * GROUPS + group)[:, None] * D + column[None, :]
+    async_copy.async_copy_global_to_shared(k_smem, K + at)
+
+
+@gluon.jit
 def _fetch_keys(K, k_smem, key_row, block0, most_seen, group, GROUPS: gl.constexpr, D: gl.constexpr,
                 RATIO: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr):  # fmt: skip
     """Start the copy of the keys of BJ blocks. A key that is not there is replaced by another."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    j, m = _place(gl.arange(0, KEYS, gl.SliceLayout(1, layout)), KEYS, BJ)
-    key = gl.minimum((block0 + j) * RATIO + gl.minimum(m, RATIO - 1), most_seen - 1)
-    at = ((key_row + key) * GROUPS + group)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    async_copy.async_copy_global_to_shared(k_smem, K + at)
+    for i in gl.static_range(len(k_smem)):
+        _fetch_columns(K, k_smem[i], key_row, block0, most_seen, group, i * k_smem[0].shape[1], GROUPS, D, RATIO, KEYS,
+                       BJ)  # fmt: skip
     async_copy.commit_group()
 
 
 @gluon.jit
-def _scores(q_ring, k_half, ready, turn, BQ: gl.constexpr, WIDE: gl.constexpr, layout: gl.constexpr,
-            STAGES: gl.constexpr):  # fmt: skip
+def _scores(q_ring, k_half, ready, turn, BQ: gl.constexpr, WIDE: gl.constexpr, STAGES: gl.constexpr):
     """Start the products of the ``turn``-th head in order and half a chunk of keys."""
     slot = turn % STAGES
     mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
-    none = gl.zeros([BQ, WIDE], gl.float32, layout)
-    return warpgroup_mma(q_ring.index(slot), k_half.permute([1, 0]), none, use_acc=False, is_async=True)
+    return scores(slot_of(q_ring, slot, BQ), k_half, WIDE)
 
 
 @gluon.jit
@@ -119,11 +124,11 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
     _, Last, _, _, _ = runs
     num_tokens, num_keys, num_tiles, slots, _ = sizes
     WIDE: gl.constexpr = KEYS // 2
-    AT_ONCE: gl.constexpr = HEADS if HEADS < 4 else 4
+    AT_ONCE: gl.constexpr = HEADS if HEADS < 4 else (4 if len(q_ring) == 1 else 2)  # more spills with four
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     row: gl.constexpr = gl.SliceLayout(1, layout)
     h_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
-    k_smem = k_ring.index(PART)
+    k_smem = slot_of(k_ring, PART, KEYS)
     # The same memory by heads, as it is written, and by rows, as it is read.
     bases = base_ring._reinterpret(gl.float32, [2, HEADS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(PART)
     own, after = own_ring.index(PART), after_ring.index(PART)
@@ -145,22 +150,22 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
             if chunk < scored:
                 async_copy.wait_group(0)
                 fence_async_shared()
-                k_left, k_right = k_smem.slice(0, WIDE), k_smem.slice(WIDE, WIDE)
+                k_left, k_right = [k.slice(0, WIDE) for k in k_smem], [k.slice(WIDE, WIDE) for k in k_smem]
                 left = gl.zeros([BQ, WIDE], gl.float32, layout)
                 right = gl.zeros([BQ, WIDE], gl.float32, layout)
                 for head in range(0, HEADS, AT_ONCE):
-                    s = _scores(q_ring, k_left, ready, turn, BQ, WIDE, layout, STAGES)
+                    s = _scores(q_ring, k_left, ready, turn, BQ, WIDE, STAGES)
                     for i in gl.static_range(2 * AT_ONCE):
                         under_way = s
                         if i + 1 < 2 * AT_ONCE:
                             k_next = k_left if i % 2 else k_right
-                            s = _scores(q_ring, k_next, ready, turn + i % 2, BQ, WIDE, layout, STAGES)
+                            s = _scores(q_ring, k_next, ready, turn + i % 2, BQ, WIDE, STAGES)
                         base = base_ring.index(PART * HEADS + head + i // 2).load(row)
                         slot = turn % STAGES
                         # A branch, at a barrier that has been passed: ptxas moves exponentials below a later wait for
                         # products, so that nothing runs beside these, but moves nothing over a branch.
                         mbarrier.wait(ready.index(slot), (turn // STAGES) & 1)
-                        done = warpgroup_mma_wait(1 if i + 1 < 2 * AT_ONCE else 0, deps=(under_way,))
+                        done = warpgroup_mma_wait(len(q_ring) if i + 1 < 2 * AT_ONCE else 0, deps=(under_way,))
                         # Keys that the query does not see may overflow to inf here; they are dropped below.
                         p = gl.exp2(done * scale_log2 - base[:, None])
                         if i % 2 == 0:
@@ -264,17 +269,16 @@ def _keep_best(memory, Out, runs, sizes, counts, GROUPS: gl.constexpr, RATIO: gl
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
-def select_kernel(q_desc, K, Lse, First, Last, Local, TileStart, TileEnd, Out, num_tokens, num_keys, num_tiles,
+def select_kernel(q_desc, q2_desc, K, Lse, First, Last, Local, TileStart, TileEnd, Out, num_tokens, num_keys, num_tiles,
                   num_slots, num_blocks, num_initial, num_local, block_size, scale_log2, GROUPS: gl.constexpr,
                   HEADS: gl.constexpr, D: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr, N: gl.constexpr,
                   BQ: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Out (B, T, G, num_blocks) int32, unsorted, of the tokens TileStart .. TileEnd - 1 of one document each."""
-    dtype: gl.constexpr = q_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    k_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BQ, D], q_desc.layout)
-    k_ring = gl.allocate_shared_memory(dtype, [2, KEYS, D], k_layout)
+    q_descs = those_of(q_desc, q2_desc, D)
+    q_ring = rings(q_descs, STAGES)
+    k_ring = [gl.allocate_shared_memory(q.dtype, [2, KEYS, q.block_shape[1]], q.layout) for q in q_descs]
     base_ring = gl.allocate_shared_memory(gl.float32, [2 * HEADS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     own_ring = gl.allocate_shared_memory(gl.float32, [2, BQ, BJ], plain)
     after_ring = own_ring
@@ -301,7 +305,7 @@ def select_kernel(q_desc, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
             (_compute, (memory, K, Lse, runs, sizes, scale_log2, 1, GROUPS, HEADS, D, RATIO, UNITS, BQ, KEYS, BJ,
                         STAGES)),
             (_keep_best, (memory, Out, runs, sizes, counts, GROUPS, RATIO, UNITS, N, BQ, BJ)),
-            (_copy, (q_desc, q_ring, ready, free, runs, sizes, GROUPS, HEADS, D, RATIO, BJ, STAGES)),
+            (_copy, (q_descs, q_ring, ready, free, runs, sizes, GROUPS, HEADS, D, RATIO, BJ, STAGES)),
         ],
         [4, 4, 1],
         [184, 112, 24],
@@ -318,7 +322,7 @@ def select(
     n = max(2, triton.next_power_of_2(out.shape[3]))
     items, slots = len(tiles[0]) * batch * groups, batch * groups
     select_kernel[(min(items, multiprocessors(q.device)),)](
-        boxes(q, [batch * tokens, heads * width], [TILE, width]), k, lse, *runs, *tiles, out, tokens, k.shape[1],
+        *parts(q, [batch * tokens, heads * width], [TILE, width]), k, lse, *runs, *tiles, out, tokens, k.shape[1],
         len(tiles[0]), slots, *sizes, scale * LOG2_E, GROUPS=groups, HEADS=heads // groups, D=width, RATIO=ratio,
         UNITS=units, N=n, BQ=TILE, BJ=tile["KEYS"] // triton.next_power_of_2(ratio), **tile, **options,
     )  # fmt: skip
