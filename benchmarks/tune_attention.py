@@ -1,9 +1,10 @@
 """Times candidate tile sizes of the attention kernels, and writes the winners into nsa/ops/kernels/tiles.json.
 
-    python benchmarks/tune_attention.py [--kernels range_forward ...] [--shape A] [--tokens 32768] [--write]
+    python benchmarks/tune_attention.py [--kernels hopper_forward ...] [--shape A] [--tokens 32768] [--write]
 
-The winner has the least sum of times over what a kernel serves (compressed and window, or the index regimes without
-the random one); it replaces the first entry of the table that serves the shape.
+Tuned are the rows of the table that the shape's attention asks for on this GPU (on Hopper, those of its own kernels
+where they serve the shape). The winner has the least sum of times over what a row serves: compressed keys, the window,
+or chosen blocks as a trained model and as alike neighbours choose them. It replaces the entry that serves the shape.
 
 Compilation runs in parallel processes first, so that the timing pass finds every kernel in Triton's cache.
 """
@@ -14,7 +15,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from triton.testing import do_bench
@@ -27,14 +31,34 @@ from nsa.ops.kernels import launch, ranges, selected, selection
 from nsa.ops.packing import Documents
 
 TABLE = Path(launch.__file__).with_name("tiles.json")
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def grid(**axes: list[int]) -> list[dict[str, int]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-CANDIDATES = {
+# The kernels for Hopper, at all widths: what does not fit says so.
+HOPPER_CANDIDATES = {
+    "hopper_forward": [
+        *grid(BN=[128], STAGES=[2, 3], num_warps=[4], maxnreg=[168]),
+        *grid(BN=[64], STAGES=[3, 4, 5], num_warps=[4], maxnreg=[168]),
+    ],
+    "hopper_query": grid(BN=[64], STAGES=[3, 4, 5], num_warps=[4], maxnreg=[168]),
+    "hopper_selected_forward": [
+        *grid(STAGES=[2, 3, 4, 5], PARTS=[3], num_warps=[4], maxnreg=[128]),
+        *grid(STAGES=[3, 4, 5, 6], PARTS=[2], num_warps=[4], maxnreg=[168]),
+    ],
+    "hopper_selected_forward_pairs": grid(STAGES=[3, 4, 5, 6], PARTS=[2], num_warps=[4], maxnreg=[168]),
+    "hopper_select": grid(KEYS=[64, 128], STAGES=[2, 3, 4, 5], num_warps=[4], maxnreg=[128]),
+    "hopper_range_key": [
+        *grid(BM=[64], BN=[64], STAGES=[2, 3], num_warps=[4]),
+        *grid(BM=[64], BN=[128], STAGES=[2], num_warps=[8]),
+    ],
+    "hopper_selected_key": grid(BM=[64], BN=[64], STAGES=[2, 3], num_warps=[4]),
+}
+
+CANDIDATES = HOPPER_CANDIDATES | {
     "range_forward": [
         *grid(BM=[128, 64], BN=[64], num_warps=[4], num_stages=[2]),
         *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[1, 3]),
@@ -73,7 +97,7 @@ CANDIDATES = {
 }
 
 # For head widths above 128, where accumulators leave fewer registers.
-WIDE_CANDIDATES = {
+WIDE_CANDIDATES = HOPPER_CANDIDATES | {
     "range_forward": [
         *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[1, 2]),
         *grid(BM=[64], BN=[64], num_warps=[4], num_stages=[1, 2]),
@@ -93,111 +117,121 @@ WIDE_CANDIDATES = {
 }
 
 
-def stages(shape: Shape, tokens: int, kernel: str) -> dict[str, object]:
-    """Name -> a call that runs ``kernel`` once, on each kind of input that it serves."""
+def operations(shape: Shape, tokens: int) -> dict[str, Callable[[], object]]:
+    """Name -> a call of each operation of the attention, on each kind of input that it serves."""
     scale = shape.width**-0.5
     q, d_out = normal(1, tokens, shape.heads, shape.width), normal(1, tokens, shape.heads, shape.v_width, seed=1)
-    calls: dict[str, object] = {}
-    if kernel.startswith("range") or kernel == "select":
-        keys = (tokens - shape.length) // shape.stride + 1
-        documents, cmp = compressed_ranges(q, q.new_empty(1, keys, 1, 1), shape.length, shape.stride, None, 0)
-        win = window_ranges(Documents.of(tokens, 0, None, q.device), shape.window)
-        for name, run, count in (("compressed", cmp, keys), ("window", win, tokens)):
-            k, v = normal(1, count, shape.groups, shape.width), normal(1, count, shape.groups, shape.v_width)
-            first, last = run.first.int(), run.last.int()
-            out, lse = ranges.forward(q, k, v, first, last, scale)
-            if kernel == "select":
-                if name == "compressed":
-                    sizes = (shape.length, shape.stride, shape.block_size, shape.num_blocks, 1, 2, scale)
-                    args = (q, k, lse, documents, cmp, 0, *sizes)
-                    calls[name] = lambda args=args: selection.select(*args)
-            elif kernel == "range_forward":
-                calls[name] = lambda args=(q, k, v, first, last, scale): ranges.forward(*args)
-            else:
-                args = (q, k, v, d_out, lse, ranges.delta(out, d_out), first, last, scale)
-                function = ranges.query_gradient if kernel == "range_query" else ranges.key_gradients
-                calls[name] = lambda args=args, function=function: function(*args)
-        return calls
-    k, v = normal(1, tokens, shape.groups, shape.width), normal(1, tokens, shape.groups, shape.v_width)
     documents = Documents.of(tokens, 0, None, q.device)
+    keys = (tokens - shape.length) // shape.stride + 1
+    _, cmp = compressed_ranges(q, q.new_empty(1, keys, 1, 1), shape.length, shape.stride, None, 0)
+    calls: dict[str, Callable[[], object]] = {}
+    for name, run, count in (("compressed", cmp, keys), ("window", window_ranges(documents, shape.window), tokens)):
+        k, v = normal(1, count, shape.groups, shape.width), normal(1, count, shape.groups, shape.v_width)
+        runs = run.first.int(), run.last.int()
+        out, lse = ranges.forward(q, k, v, *runs, scale)
+        args = (q, k, v, d_out, lse, ranges.delta(out, d_out), *runs, scale)
+        calls[f"{name} forward"] = partial(ranges.forward, q, k, v, *runs, scale)
+        calls[f"{name} dQ"] = partial(ranges.query_gradient, *args)
+        calls[f"{name} dK, dV"] = partial(ranges.key_gradients, *args)
+        if name == "compressed":
+            sizes = (shape.length, shape.stride, shape.block_size, shape.num_blocks, 1, 2, scale)
+            calls["selection"] = partial(selection.select, q, k, lse, documents, run, 0, *sizes)
+    k, v = normal(1, tokens, shape.groups, shape.width), normal(1, tokens, shape.groups, shape.v_width)
     for regime in REGIMES:
-        indices = block_indices(shape, tokens, regime)
-        layout = selected.BlockLayout.of(documents, indices, tokens, shape.block_size)
+        layout = selected.BlockLayout.of(documents, block_indices(shape, tokens, regime), tokens, shape.block_size)
         out, lse = selected.forward(q, k, v, layout, shape.block_size, scale)
-        if kernel == "selected_forward":
-            calls[regime] = lambda args=(q, k, v, layout, shape.block_size, scale): selected.forward(*args)
-        else:
-            args = (q, k, v, d_out, lse, ranges.delta(out, d_out), layout, shape.block_size, scale)
-            function = selected.query_gradient if kernel == "selected_query" else selected.key_gradients
-            calls[regime] = lambda args=args, function=function: function(*args)
+        inputs = (q, k, v, d_out, lse, ranges.delta(out, d_out), layout, shape.block_size, scale)
+        calls[f"{regime} forward"] = partial(selected.forward, q, k, v, layout, shape.block_size, scale)
+        calls[f"{regime} dQ"] = partial(selected.query_gradient, *inputs)
+        calls[f"{regime} dK, dV"] = partial(selected.key_gradients, *inputs)
     return calls
 
 
-def tune(shape: Shape, tokens: int, kernel: str, compile_only: bool) -> list[dict]:
-    rows = []
+def rows_of(call: Callable[[], object]) -> set[str]:
+    """The rows of the tile table that a call asks for."""
+    with mock.patch.object(launch, "_entry", wraps=launch._entry) as entry:
+        call()
+    return {asked.args[1] for asked in entry.call_args_list}
+
+
+def tune(shape: Shape, row: str, calls: dict[str, Callable[[], object]], compile_only: bool) -> list[dict]:
+    results = []
     candidates = CANDIDATES if max(shape.width, shape.v_width) <= 128 else WIDE_CANDIDATES
-    for candidate in candidates[kernel]:
-        table = launch._table()[launch.architecture()]
-        saved, table[kernel] = table[kernel], [candidate]
+    table = launch._table()[launch.architecture()]
+    for candidate in candidates[row]:
+        saved, table[row] = table[row], [candidate]
         launch._entry.cache_clear()
-        row = {"kernel": kernel, "shape": shape.name, "tokens": tokens, **candidate}
+        result = {"kernel": row, "shape": shape.name, **candidate}
         try:
-            for name, call in stages(shape, 2048 if compile_only else tokens, kernel).items():
+            for name, call in calls.items():
                 call()
                 torch.cuda.synchronize()
                 if not compile_only:
-                    row[name] = round(do_bench(call, warmup=10, rep=50, return_mode="median"), 3)
+                    result[name] = round(do_bench(call, warmup=100, rep=100, return_mode="median"), 3)
         except Exception as error:  # a tile that does not fit is an answer
-            row["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
-        table[kernel] = saved
+            result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+        table[row] = saved
         launch._entry.cache_clear()
         if not compile_only:
-            print(json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kernels", nargs="+", default=list(CANDIDATES))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--kernels", nargs="+", choices=CANDIDATES, help="rows of the table; all that the shape asks for"
+    )
     parser.add_argument("--shape", default="A", choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
+    shape = SHAPES[options.shape]
+    small = operations(shape, 2048)
+    asked = {name: rows_of(call) for name, call in small.items()}
+    used = sorted(set().union(*asked.values()))
+    rows = options.kernels or used
+    if unused := sorted(set(rows) - set(used)):
+        parser.error(f"shape {shape.name} does not use {', '.join(unused)} on this GPU, but {', '.join(used)}")
     if not options.compile_only:
-        same = ["--shape", options.shape, "--compile-only"]
-        workers = [
-            subprocess.Popen([sys.executable, __file__, *same, "--kernels", kernel]) for kernel in options.kernels
-        ]
-        for worker in workers:
+        same = [sys.executable, __file__, "--shape", shape.name, "--compile-only", "--kernels"]
+        for worker in [subprocess.Popen([*same, row]) for row in rows]:
             worker.wait()
         for regime in REGIMES:
-            indices = block_indices(SHAPES[options.shape], options.tokens, regime)
+            indices = block_indices(shape, options.tokens, regime)
             print(regime, [round(distinct_blocks(indices, tile), 1) for tile in (1, 2, 4, 8, 16)], flush=True)
-    rows = []
-    for kernel in options.kernels:
-        rows += tune(SHAPES[options.shape], options.tokens, kernel, options.compile_only)
+    calls = small if options.compile_only else operations(shape, options.tokens)
+    results = []
+    for row in rows:
+        its = {name: call for name, call in calls.items() if row in asked[name]}
+        results += tune(shape, row, its, options.compile_only)
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1))
+        options.out.write_text(json.dumps(results, indent=1))
     if options.write:
-        write_winners(rows, SHAPES[options.shape])
+        write_winners(results, shape)
 
 
-def write_winners(rows: list[dict], shape: Shape) -> None:
+def seconds(result: dict) -> float:
+    """What counts: all calls but those of random indices."""
+    return sum(time for name, time in result.items() if isinstance(time, float) and not name.startswith("random"))
+
+
+def write_winners(results: list[dict], shape: Shape) -> None:
     table = json.loads(TABLE.read_text())
-    for kernel in {row["kernel"] for row in rows}:
-        timed = [row for row in rows if row["kernel"] == kernel and "error" not in row]
-        best = min(
-            timed, key=lambda row: sum(row.get(name, 0) for name in ("compressed", "window", "coherent", "trained"))
-        )
-        entries = table[launch.architecture()][kernel]
+    for row in {result["kernel"] for result in results}:
+        timed = [result for result in results if result["kernel"] == row and "error" not in result]
+        if not timed:
+            print(f"{row}: no candidate fits shape {shape.name}, its entry stays")
+            continue
+        entries = table[launch.architecture()][row]
         width = max(shape.width, shape.v_width)
         index = next(i for i, entry in enumerate(entries) if width <= entry.get("max_width", launch.MAX_WIDTH))
         limits = {key: value for key, value in entries[index].items() if key.startswith("max_")}
-        sizes = {key: value for key, value in best.items() if key.isupper() or key in ("maxnreg", *OPTIONS)}
-        entries[index] = limits | sizes
+        best = min(timed, key=seconds)
+        entries[index] = limits | {key: best[key] for key in best if key.isupper() or key in OPTIONS}
     text = json.dumps(table, indent=2)
     # One entry a line.
     TABLE.write_text(re.sub(r"\{\s+([^{}\[\]]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text) + "\n")

@@ -206,21 +206,21 @@ def test_dense_attention_as_dispatched(heads: int, groups: int, width: int, dete
             assert relative_error(a, b) < limit, f"{name} at {tokens} tokens"
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(64, 4), (32, 8), (32, 16)])
-def test_same_bits_on_every_run(heads: int, groups: int) -> None:
+@pytest.mark.parametrize(("heads", "groups", "width"), [(64, 4, 128), (32, 8, 128), (32, 16, 128), (64, 4, 192)])
+def test_same_bits_on_every_run(heads: int, groups: int, width: int) -> None:
     """At a size where every multiprocessor is busy and tiles follow each other: a race shows once in many runs."""
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def normal(tokens: int, heads: int) -> Tensor:
-        x = torch.randn(1, tokens, heads, 128, device="cuda", generator=generator, dtype=torch.bfloat16)
+    def normal(tokens: int, heads: int, width: int = 128) -> Tensor:
+        x = torch.randn(1, tokens, heads, width, device="cuda", generator=generator, dtype=torch.bfloat16)
         return x.requires_grad_()
 
     tokens = 16384
-    q, gates = normal(tokens, heads), torch.rand(1, tokens, heads, 3, device="cuda", generator=generator)
+    q, gates = normal(tokens, heads, width), torch.rand(1, tokens, heads, 3, device="cuda", generator=generator)
     gates = gates.bfloat16().requires_grad_()
-    pairs = [(normal(n, groups), normal(n, groups)) for n in (tokens // 16 - 1, tokens, tokens)]
+    pairs = [(normal(n, groups, width), normal(n, groups)) for n in (tokens // 16 - 1, tokens, tokens)]
     inputs = [q, *(x for pair in pairs for x in pair), gates]
-    d_out = torch.randn(q.shape, device="cuda", generator=generator, dtype=torch.bfloat16)
+    d_out = torch.randn(1, tokens, heads, 128, device="cuda", generator=generator, dtype=torch.bfloat16)
     sizes = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 16, "window": 512}
 
     def run() -> list[Tensor]:
