@@ -37,7 +37,6 @@ from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import selection
 
 BRANCHES = ("compressed", "selected", "window")
-UNRECORDABLE = set[str]()  # peers that wait for the GPU, once that is known: a recording that fails keeps its memory
 
 
 def fixed_indices(indices: Tensor):
@@ -186,9 +185,7 @@ def against_peers(
             for stage, theirs, mine in peer.calls(x, report.shape, indices):
                 if whole_only and stage != "total":
                     continue
-                times = forward_backward(theirs, record=name not in UNRECORDABLE)
-                if not times.recorded:
-                    UNRECORDABLE.add(name)
+                times = forward_backward(theirs, peer.recordable)
                 row = _times(times) | {"differs": agreement(theirs, mine)}
                 if stage == "total":
                     row |= memory_mb(theirs)

@@ -42,6 +42,8 @@ def ours(x: Inputs, shape: Shape, cmp: tuple[Tensor, Tensor], slc, win, gates: T
 class Fla:
     """Blocks of 64 tokens, mean pooled without overlap; groups of 16, 32, .. heads."""
 
+    recordable = True
+
     def __init__(self, path: Path | None) -> None:
         from fla.ops.nsa import parallel
         from fla.ops.nsa.compression import parallel_nsa_compression
@@ -102,6 +104,8 @@ class Fla:
 
 class Xunhao:
     """Packed sequences (T, heads, width); its selection comes with the compressed attention."""
+
+    recordable = False  # it waits for the GPU; a recording that fails keeps its memory for good
 
     def __init__(self, path: Path | None) -> None:
         if path is None:
@@ -168,6 +172,8 @@ class Xunhao:
 
 class Sfnsa:
     """Packed sequences; its whole shares keys and values among the branches and pools them by the mean."""
+
+    recordable = False
 
     def __init__(self, path: Path | None) -> None:
         if path is None:
