@@ -37,10 +37,11 @@ SHAPES = {
     "128": (16, 128, 128, torch.bfloat16),
     "128, pairs": (2, 128, 128, torch.bfloat16),
     "64": (16, 64, 64, torch.bfloat16),
-    "128, uneven group": (6, 128, 128, torch.bfloat16),
+    "128, idle rows": (6, 128, 128, torch.bfloat16),
+    "128, uneven group": (9, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
     "192/128, pairs": (2, 192, 128, torch.bfloat16),
-    "192/128, uneven group": (6, 192, 128, torch.bfloat16),
+    "192/128, uneven group": (9, 192, 128, torch.bfloat16),
     "256": (16, 256, 256, torch.bfloat16),
     "fp32": (6, 64, 64, torch.float32),
 }
@@ -130,7 +131,7 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
         if selected.on_hopper(q, k, v, 64, 1.0):
-            lists, runs = selected.unions(layout, 128 // heads, 64), [*ranges.int32_runs(run)] * 2
+            lists, runs = selected.unions(layout, 128 // gradient.span(heads), 64), [*ranges.int32_runs(run)] * 2
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )

@@ -1,4 +1,4 @@
-"""The operator forward and backward on small shapes, width 128, for compute-sanitizer to watch:
+"""The operator forward and backward on small shapes, for compute-sanitizer to watch:
 
 compute-sanitizer --tool memcheck python tests/ops/small_run.py
 compute-sanitizer --tool racecheck python tests/ops/small_run.py
@@ -17,16 +17,16 @@ SIZES = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 8, "window"
 
 
 def small_run(heads: int, groups: int, width: int, documents: list[int]) -> None:
-    """One forward and backward pass in bf16."""
+    """One forward and backward pass in bf16; values 128 wide."""
     tokens = sum(documents)
     starts = cumulative(documents).cuda() if len(documents) > 1 else None
     blocks = sum(max(0, (n - 32) // 16 + 1) for n in documents)
 
-    def normal(tokens: int, heads: int) -> torch.Tensor:
+    def normal(tokens: int, heads: int, width: int = 128) -> torch.Tensor:
         return torch.randn(1, tokens, heads, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
-    q, gates = normal(tokens, heads), torch.rand(1, tokens, heads, 3, device="cuda", dtype=torch.bfloat16)
-    pairs = [(normal(n, groups), normal(n, groups)) for n in (blocks, tokens, tokens)]
+    q, gates = normal(tokens, heads, width), torch.rand(1, tokens, heads, 3, device="cuda", dtype=torch.bfloat16)
+    pairs = [(normal(n, groups, width), normal(n, groups)) for n in (blocks, tokens, tokens)]
     out = ops.native_sparse_attention(q, *pairs, gates, **SIZES, cu_seqlens=starts, backend="triton")
     gradients = torch.autograd.grad(out, [q, *(x for pair in pairs for x in pair)], torch.randn_like(out))
     assert all(x.isfinite().all() for x in (out, *gradients))
@@ -35,7 +35,7 @@ def small_run(heads: int, groups: int, width: int, documents: list[int]) -> None
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("small_run.py needs an NVIDIA GPU, and a torch that is built for it")
-    for heads, groups in ((16, 1), (8, 2), (2, 1)):
+    for heads, groups, width in ((16, 1, 128), (8, 2, 128), (2, 1, 128), (6, 2, 128), (16, 1, 192), (2, 1, 192)):
         for documents in ([700], [300, 1, 40, 259]):
-            small_run(heads, groups, 128, documents)
-            print(f"{heads} heads, {groups} groups, documents of {documents} tokens: done", flush=True)
+            small_run(heads, groups, width, documents)
+            print(f"{heads} heads, {groups} groups, width {width}, documents of {documents} tokens: done", flush=True)

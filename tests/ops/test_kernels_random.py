@@ -34,6 +34,10 @@ FAMILIES = [
     (64, 1, 64, 64, 32, 16, 64, 8),
     (16, 1, 192, 128, 32, 16, 64, 16),
     (4, 2, 192, 128, 32, 16, 64, 16),
+    (12, 1, 128, 128, 32, 16, 64, 16),
+    (21, 3, 64, 64, 32, 16, 64, 8),
+    (9, 3, 128, 128, 32, 16, 64, 16),
+    (10, 2, 128, 128, 32, 16, 64, 16),
 ]
 
 
@@ -206,7 +210,10 @@ def test_dense_attention_as_dispatched(heads: int, groups: int, width: int, dete
             assert relative_error(a, b) < limit, f"{name} at {tokens} tokens"
 
 
-@pytest.mark.parametrize(("heads", "groups", "width"), [(64, 4, 128), (32, 8, 128), (32, 16, 128), (64, 4, 192)])
+SAME_BITS = [(64, 4, 128), (32, 8, 128), (32, 16, 128), (64, 4, 192), (48, 4, 128)]
+
+
+@pytest.mark.parametrize(("heads", "groups", "width"), SAME_BITS)
 def test_same_bits_on_every_run(heads: int, groups: int, width: int) -> None:
     """At a size where every multiprocessor is busy and tiles follow each other: a race shows once in many runs."""
     generator = torch.Generator("cuda").manual_seed(0)

@@ -178,7 +178,7 @@ def _gated_sum_backward(
         from nsa.ops.kernels.hopper import gradient
 
         dq = torch.empty_like(q)
-        lists = selected.unions(blocks, 128 * k_slc.shape[2] // q.shape[2], block_size)
+        lists = selected.unions(blocks, 128 // gradient.span(q.shape[2] // k_slc.shape[2]), block_size)
         gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
         del lists
         keys = [*ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]

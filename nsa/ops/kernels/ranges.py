@@ -483,7 +483,7 @@ def key_gradients(
     if on_hopper:
         from nsa.ops.kernels.hopper import keys as hopper
 
-        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] * groups // heads, tile["BN"])
+        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] // hopper.span(heads // groups), tile["BN"])
         hopper.range_key_kernel[(num_tiles * batch * groups, splits)](
             *inputs, *rows, scale * LOG2_E, scale, **hopper.shape_constants(q, k), **tile, **options
         )  # fmt: skip

@@ -407,7 +407,7 @@ def forward(
         # Three parts of two heads would be more than the 64 tokens of a list's bits.
         row = "hopper_selected_forward" + ("_pairs" if heads == 2 * k.shape[2] else "")
         tile, options = tile_sizes(row, q, k, v)
-        lists = unions(layout, tile["PARTS"] * 64 * k.shape[2] // heads, block_size)
+        lists = unions(layout, tile["PARTS"] * 64 // hopper.span(heads // k.shape[2]), block_size)
         hopper.forward(q, k, v, lists, layout.position, scale, out, lse, tile, options)
         return out, lse
     constants = shape_constants(q, k, v)
@@ -444,7 +444,7 @@ def query_gradient(
     if on_hopper(q, k, v, block_size, scale):
         from nsa.ops.kernels.hopper import gradient
 
-        lists = unions(layout, 128 * groups // q.shape[2], block_size)
+        lists = unions(layout, 128 // gradient.span(q.shape[2] // groups), block_size)
         gradient.query_gradient(q, [k, v], d_out, lse, delta, [], lists, layout.position, scale, dq, add_to is not None)
         return dq
     constants = shape_constants(q, k, v)
@@ -466,7 +466,7 @@ def key_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, tokens, groups, n), num_blocks = layout.blocks.shape, len(layout.start)
-    heads, rows = q.shape[2] // groups, _block_constants(block_size)["BN"]
+    heads, rows = triton.next_power_of_2(q.shape[2] // groups), _block_constants(block_size)["BN"]
     # Items short enough that all multiprocessors get several and that, where a token's rows are many, those under way
     # at once read much the same tokens; long enough to pay for loading the block and adding up the sums.
     entries, own_entries = layout.blocks.numel(), tokens * n

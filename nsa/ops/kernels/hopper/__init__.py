@@ -2,13 +2,15 @@
 
 Triton's own pipelining lets one program's softmax hide behind another's products only; here a program's own products
 run on meanwhile. Same rows, runs and lists as in the portable kernels (nsa/ops/kernels), same results. Served are
-16-bit types, heads of 64 or 128, groups of a power of two heads (`nsa.ops.kernels.launch.warpgroups`); forward and in
-selection also keys of 192 (values of 128): boxes of theirs are in two parts, 128 columns and 64.
+16-bit types, heads of 64 or 128, and groups whose heads fill at least five eighths of a power of two
+(`nsa.ops.kernels.launch.warpgroups`); forward and in selection also keys of 192 (values of 128): boxes of theirs are in
+two parts, 128 columns and 64.
 """
 
 import functools
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -52,6 +54,23 @@ def _key_shape(x: Tensor, rows: int) -> tuple[list[int], list[int]]:
 @functools.cache
 def _layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
+
+
+@gluon.constexpr_function
+def span(heads):
+    """Rows that a token takes: its heads, up to a power of two. What else the copy engine brings into them, heads of
+    the next group or zeros, is computed and dropped."""
+    return triton.next_power_of_2(heads)
+
+
+@gluon.jit
+def head_rows(batch, token, group, row, num_tokens, GROUPS: gl.constexpr, HEADS: gl.constexpr):
+    """(row of (B, T, H), whether there is one) of the ``row``-th rows of a tile, which are of tokens ``token``."""
+    head = row % span(HEADS)
+    ok = token < num_tokens
+    if span(HEADS) > HEADS:
+        ok = ok & (head < HEADS)
+    return (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + head, ok
 
 
 @gluon.jit

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.ops.kernels.hopper import boxes, key_boxes, multiprocessors
+from nsa.ops.kernels.hopper import boxes, head_rows, key_boxes, multiprocessors, span
 from nsa.ops.kernels.hopper.ranges import _bring, _mask, _memory, _place, _run
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
@@ -30,7 +30,7 @@ def _copy(descs, memory, seen, near, lists, sizes, RUNS: gl.constexpr, LISTED: g
         for half in gl.static_range(2):
             mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
             mbarrier.expect(q_ready.index(half), q_desc.block_type.nbytes * 2)
-            box = [batch, token0 + half * (64 // HEADS), group * HEADS, 0]
+            box = [batch, token0 + half * (64 // span(HEADS)), group * HEADS, 0]
             tma.async_copy_global_to_shared(q_desc, box, q_ready.index(half), q_smem[0].index(half))
             tma.async_copy_global_to_shared(d_desc, box, q_ready.index(half), d_smem[0].index(half))
         if RUNS >= 1:
@@ -101,7 +101,7 @@ def _add_run(dq, q, d_out, memory, lse, delta, runs, token, token0, num_tokens, 
     begin, count = _run(runs, token0, num_tokens, HEADS, BN)
     first = gl.load(First + token, mask=token < num_tokens, other=0)
     last = gl.load(Last + token, mask=token < num_tokens, other=0)
-    all_from = gl.load(First + gl.minimum(token0 + 128 // HEADS, num_tokens) - 1)
+    all_from = gl.load(First + gl.minimum(token0 + 128 // span(HEADS), num_tokens) - 1)
     all_until = gl.load(Last + token0)
     slot, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(k_ready.index(slot), phase)
@@ -133,10 +133,10 @@ def _add_listed(dq, q, d_out, memory, lse, delta, lists, Position, slot_row, tok
     """(dq plus that of the tile's chosen blocks, their number)."""
     _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
     Starts, Members, Counts = lists
-    TOKENS: gl.constexpr = 64 // HEADS
+    TOKENS: gl.constexpr = 64 // span(HEADS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     q_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    place = gl.arange(0, 64, gl.SliceLayout(1, s_layout)) // HEADS
+    place = gl.arange(0, 64, gl.SliceLayout(1, s_layout)) // span(HEADS)
     position = gl.load(Position + token, mask=token < num_tokens, other=0)
     first_position = gl.load(Position + gl.minimum(token0 + HALF * TOKENS, num_tokens - 1))
     entry, count = slot_row * WIDTH, gl.load(Counts + slot_row * 2 + 1)
@@ -189,9 +189,8 @@ def _half(memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, 
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, slot, tile, token0 = _place(index, num_tiles, slots, GROUPS, HEADS)
         row = gl.arange(0, 64, s_row)
-        token = token0 + HALF * (64 // HEADS) + row // HEADS
-        ok = token < num_tokens
-        q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+        token = token0 + HALF * (64 // span(HEADS)) + row // span(HEADS)
+        q_row, ok = head_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)
         lse, delta = _statistics(Lse, Delta, 0, q_row, ok, num_rows)
         mbarrier.wait(q_ready.index(HALF), turn & 1)
         q, d_out = q_smem[0].index(HALF).reshape([64, D]), d_smem[0].index(HALF).reshape([64, D])
@@ -268,8 +267,9 @@ def query_gradient(
     (batch, tokens, heads, width), groups = q.shape, kv[0].shape[2]
     tile, options = tile_sizes("hopper_query", q, kv[0], kv[1])
     heads //= groups
-    slots, tiles = batch * groups, -(tokens * heads // -128)
-    box, unused = [1, 64 // heads, heads, width], lse
+    rows = span(heads)
+    slots, tiles = batch * groups, -(tokens * rows // -128)
+    box, unused = [1, 64 // rows, rows, width], lse
     kv = kv * (6 // len(kv))
     query_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
         *(boxes(x, list(x.shape), box) for x in (q, d_out)), *(key_boxes(x, tile["BN"]) for x in kv), lse, delta, dq,

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.ops.kernels.hopper import boxes, key_boxes
+from nsa.ops.kernels.hopper import boxes, key_boxes, span
 from nsa.ops.kernels.launch import INTEGERS
 
 
@@ -36,7 +36,7 @@ def _box(i, first_box, boxes, LISTED: gl.constexpr):
 @gluon.jit
 def _entries(Order, i, entries, HEADS: gl.constexpr, BM: gl.constexpr):
     """The tokens of the ``i``-th listed box, all in every thread; beyond the list its last one, masked later."""
-    BT: gl.constexpr = BM // HEADS
+    BT: gl.constexpr = BM // span(HEADS)
     each: gl.constexpr = gl.BlockedLayout([BT], [32], [gl.num_warps()], [0])
     at = gl.minimum(i * BT + gl.arange(0, BT, each), entries - 1)
     return gl.load(Order + at, mask=at >= 0, other=0)
@@ -46,7 +46,7 @@ def _entries(Order, i, entries, HEADS: gl.constexpr, BM: gl.constexpr):
 def _fetch(q_desc, d_desc, q_ring, d_ring, ready, tokens, row0, i, first_box, boxes, group, HEADS: gl.constexpr,
            BM: gl.constexpr, STAGES: gl.constexpr, LISTED: gl.constexpr):  # fmt: skip
     """Start the copies of the ``i``-th box, if there is one, of its ``tokens`` if listed, else of those after row0."""
-    BT: gl.constexpr = BM // HEADS
+    BT: gl.constexpr = BM // span(HEADS)
     COPIES: gl.constexpr = BT if LISTED else 1
     ROWS: gl.constexpr = BT // COPIES
     slot, ok = i % STAGES, i < boxes
@@ -65,7 +65,7 @@ def _fetch(q_desc, d_desc, q_ring, d_ring, ready, tokens, row0, i, first_box, bo
 def _token(Order, token0, i, first_box, boxes, entries, HEADS: gl.constexpr, BM: gl.constexpr, LISTED: gl.constexpr,
            layout: gl.constexpr):  # fmt: skip
     """(BM,) token of each row of the ``i``-th box, and which rows there are."""
-    entry = _box(i, first_box, boxes, LISTED) * (BM // HEADS) + gl.arange(0, BM, layout) // HEADS
+    entry = _box(i, first_box, boxes, LISTED) * (BM // span(HEADS)) + gl.arange(0, BM, layout) // span(HEADS)
     ok = entry < entries
     if LISTED:
         return gl.load(Order + entry, mask=ok, other=0), ok
@@ -77,7 +77,10 @@ def _token(Order, token0, i, first_box, boxes, entries, HEADS: gl.constexpr, BM:
 def _load_stats(Lse, Delta, token, ok, q_row0, GROUPS: gl.constexpr, HEADS: gl.constexpr, BM: gl.constexpr,
                 layout: gl.constexpr):  # fmt: skip
     """LSE and delta (BM,) of rows; -inf and 0 where there is none."""
-    row = q_row0 + token.to(gl.int64) * (GROUPS * HEADS) + gl.arange(0, BM, layout) % HEADS
+    head = gl.arange(0, BM, layout) % span(HEADS)
+    if span(HEADS) > HEADS:
+        ok = ok & (head < HEADS)
+    row = q_row0 + token.to(gl.int64) * (GROUPS * HEADS) + head
     return gl.load(Lse + row, mask=ok, other=float("-inf")), gl.load(Delta + row, mask=ok, other=0.0)
 
 
@@ -149,9 +152,9 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
                full_end, num_tokens, num_keys, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr,
                D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
                LISTED: gl.constexpr):  # fmt: skip
-    """dK (BN, D), dV (BN, DV) of the keys from ``key0`` on, from ``boxes`` boxes of BM / HEADS tokens: ``entries`` of
+    """dK (BN, D), dV (BN, DV) of the keys from ``key0`` on, from ``boxes`` boxes of BM rows: ``entries`` of
     them from ``token0`` on, or in the list ``Order``. Boxes full_begin .. full_end - 1 need no mask."""
-    BT: gl.constexpr = BM // HEADS
+    BT: gl.constexpr = BM // span(HEADS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, BM, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, D, 16])
     dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, DV, 16])
@@ -160,8 +163,8 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
     dtype: gl.constexpr = q_desc.dtype
     k_smem = gl.allocate_shared_memory(dtype, [BN, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [BN, DV], v_desc.layout)
-    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BT, HEADS, D], q_desc.layout)
-    d_ring = gl.allocate_shared_memory(dtype, [STAGES, BT, HEADS, DV], d_desc.layout)
+    q_ring = gl.allocate_shared_memory(dtype, [STAGES, BT, span(HEADS), D], q_desc.layout)
+    d_ring = gl.allocate_shared_memory(dtype, [STAGES, BT, span(HEADS), DV], d_desc.layout)
     lse_ring = gl.allocate_shared_memory(gl.float32, [2, BM], plain)
     delta_ring = gl.allocate_shared_memory(gl.float32, [2, BM], plain)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -228,7 +231,7 @@ def range_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, First, Last, Se
     tile, slot = gl.program_id(0) % num_tiles, gl.program_id(0) // num_tiles
     slots = gl.num_programs(0) // num_tiles
     batch, group = slot // GROUPS, slot % GROUPS
-    BT: gl.constexpr = BM // HEADS
+    BT: gl.constexpr = BM // span(HEADS)
     token0, token1 = gl.load(SeenBegin + tile), gl.load(SeenEnd + tile)
     boxes = gl.cdiv(gl.maximum(token1 - token0, 0), BT)
     # A split is a share of all tokens: the programs of one, side by side, come by the same ones.
@@ -260,7 +263,7 @@ def selected_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, Position, DK
     if it is the only one, else into the item's part, PartK, PartV (parts of these lists, BN, ..) fp32."""
     turn = gl.load(ItemBegin + list0) + gl.program_id(0)
     if turn < gl.load(ItemBegin + list1):
-        BT: gl.constexpr = BM // HEADS
+        BT: gl.constexpr = BM // span(HEADS)
         item = gl.load(Turns + turn).to(gl.int32)
         index = gl.load(ItemBlock + item)  # of the list: (batch, group, block)
         slot, block = index // num_blocks, index % num_blocks
@@ -289,9 +292,8 @@ def selected_key_kernel(q_desc, d_desc, k_desc, v_desc, Lse, Delta, Position, DK
 
 def descriptors(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, tokens: int, keys: int) -> list[TensorDescriptor]:
     """Of q and d_out (B, T, H, D) in boxes of ``tokens`` tokens, and of k and v (B, S, G, D) in boxes of ``keys``."""
-    heads = q.shape[2] // k.shape[2]
-    shape = [q.shape[0] * q.shape[1], *q.shape[2:]]
-    return [*(boxes(x, shape, [tokens, heads, shape[2]]) for x in (q, d_out)), key_boxes(k, keys), key_boxes(v, keys)]
+    shape, box = [q.shape[0] * q.shape[1], *q.shape[2:]], [tokens, span(q.shape[2] // k.shape[2]), q.shape[3]]
+    return [*(boxes(x, shape, box) for x in (q, d_out)), key_boxes(k, keys), key_boxes(v, keys)]
 
 
 def shape_constants(q: Tensor, k: Tensor) -> dict[str, int]:

@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from nsa.ops.kernels.hopper import (
     bring,
+    head_rows,
     key_boxes,
     key_parts,
     multiprocessors,
@@ -21,6 +22,7 @@ from nsa.ops.kernels.hopper import (
     rings,
     scores,
     slot_of,
+    span,
     those_of,
 )
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
@@ -30,14 +32,14 @@ from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 def _place(index, num_tiles, slots, GROUPS: gl.constexpr, HEADS: gl.constexpr):
     """(batch, group, slot, tile, first token): the last tiles see most and go first."""
     tile, slot = num_tiles - 1 - index // slots, index % slots
-    return slot // GROUPS, slot % GROUPS, slot, tile, tile * (128 // HEADS)
+    return slot // GROUPS, slot % GROUPS, slot, tile, tile * (128 // span(HEADS))
 
 
 @gluon.jit
 def _run(runs, token0, num_tokens, HEADS: gl.constexpr, BN: gl.constexpr):
     """(first key that the tile sees, boxes of keys) of a pattern; a box at least."""
     First, Last = runs
-    token1 = gl.minimum(token0 + 128 // HEADS, num_tokens) - 1
+    token1 = gl.minimum(token0 + 128 // span(HEADS), num_tokens) - 1
     begin, end = gl.load(First + token0), gl.load(Last + token1)
     return begin, gl.maximum(gl.cdiv(end - begin, BN), 1)
 
@@ -66,7 +68,7 @@ def _rows(index, First, Last, num_tokens, num_tiles, slots, HALF: gl.constexpr, 
           HEADS: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """`_tile`, and the run of keys (64,) that each row of one half sees."""
     batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
-    token = token0 + HALF * (64 // HEADS) + gl.arange(0, 64, layout) // HEADS
+    token = token0 + HALF * (64 // span(HEADS)) + gl.arange(0, 64, layout) // span(HEADS)
     first = gl.load(First + token, mask=token < num_tokens, other=0)
     last = gl.load(Last + token, mask=token < num_tokens, other=0)
     return batch, group, token0, begin, count, first, last
@@ -82,7 +84,7 @@ def _copy(q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_keys, n
         batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
         for half in gl.static_range(2):
             mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
-            at = (batch, token0 + half * (64 // HEADS), group * HEADS)
+            at = (batch, token0 + half * (64 // span(HEADS)), group * HEADS)
             bring(q_descs, at, 0, q_ready, q_smem, half)
         for j in range(count):
             _bring(k_descs, v_desc, memory, batch * num_keys + begin + j * BN, group, step, D, STAGES)
@@ -174,7 +176,7 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_row: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = q_smem[0].dtype
-    FEW: gl.constexpr = max(16, 128 // HEADS)
+    FEW: gl.constexpr = max(16, 128 // span(HEADS))
     step = 0
     turn = 0
     index = gl.program_id(0)
@@ -185,9 +187,9 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
         # What the next tile is gets loaded while this one is computed.
         after = gl.minimum(index + gl.num_programs(0), num_tiles * slots - 1)
         # These keys are seen by all rows. (Carried over like the rest, Triton 3.6 and 3.7 take them for constant.)
-        all_from = gl.load(First + gl.minimum(token0 + 128 // HEADS, num_tokens) - 1)
+        all_from = gl.load(First + gl.minimum(token0 + 128 // span(HEADS), num_tokens) - 1)
         all_until = gl.load(Last + token0)
-        until = gl.load(Last + gl.minimum(token0 + 128 // HEADS, num_tokens) - 1)
+        until = gl.load(Last + gl.minimum(token0 + 128 // span(HEADS), num_tokens) - 1)
         tile_after = _rows(after, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row)
         mbarrier.wait(q_ready.index(HALF), turn & 1)
         q = slot_of(q_smem, HALF, 64)
@@ -219,13 +221,13 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
         turn += 1
 
         row = gl.arange(0, 64, s_row)
-        token = token0 + HALF * (64 // HEADS) + row // HEADS
-        out_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
-        gl.store(Lse + out_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=token < num_tokens)
+        token = token0 + HALF * (64 // span(HEADS)) + row // span(HEADS)
+        out_row, ok = head_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)
+        gl.store(Lse + out_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=ok)
         acc = acc / gl.convert_layout(gl.where(total == 0, 1.0, total), o_row)[:, None]
         column = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
         at = gl.convert_layout(out_row, o_row)[:, None] * DV + column[None, :]
-        gl.store(Out + at, acc.to(dtype), mask=gl.convert_layout(token, o_row)[:, None] < num_tokens)
+        gl.store(Out + at, acc.to(dtype), mask=gl.convert_layout(ok, o_row)[:, None])
         batch, group, token0, begin, count, first, last = tile_after
 
 
@@ -286,9 +288,10 @@ def forward(
     tile, options = tile_sizes("hopper_forward", q, k, v)
     (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
     heads //= groups
-    tiles, slots = triton.cdiv(tokens * heads, 128), batch * groups
+    rows = span(heads)
+    tiles, slots = triton.cdiv(tokens * rows, 128), batch * groups
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        *parts(q, list(q.shape), [1, 64 // heads, heads, width]), *key_parts(k, tile["BN"]), key_boxes(v, tile["BN"]),
+        *parts(q, list(q.shape), [1, 64 // rows, rows, width]), *key_parts(k, tile["BN"]), key_boxes(v, tile["BN"]),
         out, lse, first, last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
         DV=v.shape[3], **tile, **options,
     )  # fmt: skip

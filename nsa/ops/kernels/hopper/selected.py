@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from nsa.ops.kernels.hopper import (
     bring,
+    head_rows,
     key_boxes,
     key_parts,
     multiprocessors,
@@ -20,6 +21,7 @@ from nsa.ops.kernels.hopper import (
     rings,
     scores,
     slot_of,
+    span,
     those_of,
 )
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E
@@ -38,7 +40,7 @@ def _copy(q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles,
           HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
           PARTS: gl.constexpr):  # fmt: skip
     q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
-    TOKENS: gl.constexpr = 64 // HEADS
+    TOKENS: gl.constexpr = 64 // span(HEADS)
     step = 0
     turn = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
@@ -63,12 +65,11 @@ def _copy(q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles,
 def _own_rows(batch, group, tile, num_tokens, Position, PART: gl.constexpr, PARTS: gl.constexpr, GROUPS: gl.constexpr,
               HEADS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
     """(place in the tile, row of Q, whether there is one, position of its token, position of the first) of 64 rows."""
-    TOKENS: gl.constexpr = 64 // HEADS
+    TOKENS: gl.constexpr = 64 // span(HEADS)
     row = gl.arange(0, 64, layout)
-    place = PART * TOKENS + row // HEADS
+    place = PART * TOKENS + row // span(HEADS)
     token = PARTS * tile * TOKENS + place
-    ok = token < num_tokens
-    q_row = (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+    q_row, ok = head_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)
     first = gl.load(Position + gl.minimum((PARTS * tile + PART) * TOKENS, num_tokens - 1))
     return place, q_row, ok, gl.load(Position + token, mask=ok, other=0), first
 
@@ -76,7 +77,7 @@ def _own_rows(batch, group, tile, num_tokens, Position, PART: gl.constexpr, PART
 @gluon.jit
 def _members(bits, PART: gl.constexpr, HEADS: gl.constexpr):
     """The bits of one part's tokens, nonzero if some of them chose the block."""
-    TOKENS: gl.constexpr = 64 // HEADS
+    TOKENS: gl.constexpr = 64 // span(HEADS)
     return (bits >> (PART * TOKENS)) & ((1 << TOKENS) - 1)
 
 
@@ -165,7 +166,7 @@ def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, Starts, M
                    num_keys, num_tiles, num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr,
                    D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
                    PARTS: gl.constexpr):  # fmt: skip
-    """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for 64 PARTS / HEADS tokens."""
+    """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for as many tokens."""
     q_descs, k_descs = those_of(q_desc, q2_desc, D), those_of(k_desc, k2_desc, D)
     memory = _memory(q_descs, k_descs, v_desc, STAGES, PARTS)
     if PARTS == 2:
@@ -208,9 +209,9 @@ def forward(
     """Into out (B, T, H, Dv), lse (B, T, H)."""
     (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
     heads //= groups
-    slots, tiles = batch * groups, lists[3]
+    rows, slots, tiles = span(heads), batch * groups, lists[3]
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        *parts(q, list(q.shape), [1, 64 // heads, heads, width]), *key_parts(k, 64), key_boxes(v, 64), out, lse,
+        *parts(q, list(q.shape), [1, 64 // rows, rows, width]), *key_parts(k, 64), key_boxes(v, 64), out, lse,
         *lists[:3], position, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
         DV=v.shape[3], BN=64, WIDTH=lists[0].shape[3], **tile, **options,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.ops.kernels.hopper import bring, multiprocessors, parts, rings, scores, slot_of, those_of
+from nsa.ops.kernels.hopper import bring, multiprocessors, parts, rings, scores, slot_of, span, those_of
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 SMALLEST = gl.constexpr(-0x7FFFFFFFFFFFFFFF)
@@ -115,6 +115,12 @@ def _hand_over(p, own_smem, after_smem, block0, seen, HALF: gl.constexpr, RATIO:
         after_smem.slice(HALF * BLOCKS, BLOCKS, 1).store(after)
 
 
+@gluon.constexpr_function
+def _at_once(heads, most):
+    """Heads whose products follow each other without a break: as many as divide all."""
+    return max(count for count in range(1, most + 1) if heads % count == 0)
+
+
 @gluon.jit
 def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr,
              D: gl.constexpr, RATIO: gl.constexpr, UNITS: gl.constexpr, BQ: gl.constexpr, KEYS: gl.constexpr,
@@ -124,13 +130,14 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
     _, Last, _, _, _ = runs
     num_tokens, num_keys, num_tiles, slots, _ = sizes
     WIDE: gl.constexpr = KEYS // 2
-    AT_ONCE: gl.constexpr = HEADS if HEADS < 4 else (4 if len(q_ring) == 1 else 2)  # more spills with four
+    SPAN: gl.constexpr = span(HEADS)
+    AT_ONCE: gl.constexpr = _at_once(HEADS, 4 if len(q_ring) == 1 else 2)  # in two parts, four would spill more
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 16])
     row: gl.constexpr = gl.SliceLayout(1, layout)
     h_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
     k_smem = slot_of(k_ring, PART, KEYS)
     # The same memory by heads, as it is written, and by rows, as it is read.
-    bases = base_ring._reinterpret(gl.float32, [2, HEADS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(PART)
+    bases = base_ring._reinterpret(gl.float32, [2, SPAN, BQ], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(PART)
     own, after = own_ring.index(PART), after_ring.index(PART)
     turn = 0
     handed_over = 0
@@ -142,9 +149,10 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
         token = start + gl.arange(0, BQ, row)
         seen = gl.load(Last + token, mask=token < stop, other=0) - key0
         column = start + gl.arange(0, BQ, gl.SliceLayout(0, h_layout))
-        heads = group * HEADS + gl.arange(0, HEADS, gl.SliceLayout(1, h_layout))
-        at = (batch.to(gl.int64) * num_tokens + column)[None, :] * (GROUPS * HEADS) + heads[:, None]
-        lse = gl.load(Lse + at, mask=(column < stop)[None, :], other=float("-inf"))
+        heads = gl.arange(0, SPAN, gl.SliceLayout(1, h_layout))
+        at = (batch.to(gl.int64) * num_tokens + column)[None, :] * (GROUPS * HEADS) + (group * HEADS + heads)[:, None]
+        there = (column < stop)[None, :] & (heads < HEADS)[:, None]
+        lse = gl.load(Lse + at, mask=there, other=float("-inf"))
         bases.store(gl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634))
         for chunk in range(PART, gl.cdiv(scored, 2) * 2, 2):
             if chunk < scored:
@@ -160,7 +168,7 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
                         if i + 1 < 2 * AT_ONCE:
                             k_next = k_left if i % 2 else k_right
                             s = _scores(q_ring, k_next, ready, turn + i % 2, BQ, WIDE, STAGES)
-                        base = base_ring.index(PART * HEADS + head + i // 2).load(row)
+                        base = base_ring.index(PART * SPAN + head + i // 2).load(row)
                         slot = turn % STAGES
                         # A branch, at a barrier that has been passed: ptxas moves exponentials below a later wait for
                         # products, so that nothing runs beside these, but moves nothing over a branch.
@@ -279,7 +287,7 @@ def select_kernel(q_desc, q2_desc, K, Lse, First, Last, Local, TileStart, TileEn
     q_descs = those_of(q_desc, q2_desc, D)
     q_ring = rings(q_descs, STAGES)
     k_ring = [gl.allocate_shared_memory(q.dtype, [2, KEYS, q.block_shape[1]], q.layout) for q in q_descs]
-    base_ring = gl.allocate_shared_memory(gl.float32, [2 * HEADS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    base_ring = gl.allocate_shared_memory(gl.float32, [2 * span(HEADS), BQ], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     own_ring = gl.allocate_shared_memory(gl.float32, [2, BQ, BJ], plain)
     after_ring = own_ring
     if UNITS > 1:
