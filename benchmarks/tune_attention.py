@@ -4,7 +4,8 @@
 
 Tuned are the rows of the table that the shape's attention asks for on this GPU (on Hopper, those of its own kernels
 where they serve the shape). The winner has the least sum of times over what a row serves: compressed keys, the window,
-or chosen blocks as a trained model and as alike neighbours choose them. It replaces the entry that serves the shape.
+or chosen blocks as a trained model and as alike neighbours choose them; dQ of one branch at a time, also where training
+takes all three at once. It replaces the entry that serves the shape.
 
 Compilation runs in parallel processes first, so that the timing pass finds every kernel in Triton's cache.
 """
@@ -21,10 +22,10 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, distinct_blocks, normal
+from benchmarks.measure import called_ms
 from nsa.ops.compressed import compressed_ranges
 from nsa.ops.dense import window_ranges
 from nsa.ops.kernels import launch, ranges, selected, selection
@@ -154,20 +155,22 @@ def rows_of(call: Callable[[], object]) -> set[str]:
     return {asked.args[1] for asked in entry.call_args_list}
 
 
-def tune(shape: Shape, row: str, calls: dict[str, Callable[[], object]], compile_only: bool) -> list[dict]:
+def tune(shape: Shape, tokens: int, row: str, calls: dict[str, Callable[[], object]], compile_only: bool) -> list[dict]:
     results = []
     candidates = CANDIDATES if max(shape.width, shape.v_width) <= 128 else WIDE_CANDIDATES
     table = launch._table()[launch.architecture()]
     for candidate in candidates[row]:
         saved, table[row] = table[row], [candidate]
         launch._entry.cache_clear()
-        result = {"kernel": row, "shape": shape.name, **candidate}
+        result = {"kernel": row, "shape": shape.name, "tokens": tokens, **candidate}
         try:
             for name, call in calls.items():
                 call()
                 torch.cuda.synchronize()
                 if not compile_only:
-                    result[name] = round(do_bench(call, warmup=100, rep=100, return_mode="median"), 3)
+                    result[name] = round(called_ms(call), 3)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a tile that does not fit is an answer
             result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
         table[row] = saved
@@ -198,8 +201,9 @@ def main() -> None:
         parser.error(f"shape {shape.name} does not use {', '.join(unused)} on this GPU, but {', '.join(used)}")
     if not options.compile_only:
         same = [sys.executable, __file__, "--shape", shape.name, "--compile-only", "--kernels"]
-        for worker in [subprocess.Popen([*same, row]) for row in rows]:
-            worker.wait()
+        for row, worker in [(row, subprocess.Popen([*same, row])) for row in rows]:
+            if worker.wait():
+                print(f"{row}: not compiled ahead", flush=True)
         for regime in REGIMES:
             indices = block_indices(shape, options.tokens, regime)
             print(regime, [round(distinct_blocks(indices, tile), 1) for tile in (1, 2, 4, 8, 16)], flush=True)
@@ -207,14 +211,14 @@ def main() -> None:
     results = []
     for row in rows:
         its = {name: call for name, call in calls.items() if row in asked[name]}
-        results += tune(shape, row, its, options.compile_only)
+        results += tune(shape, options.tokens, row, its, options.compile_only)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
     if options.write:
         write_winners(results, shape)
 
 
-def seconds(result: dict) -> float:
+def counted_ms(result: dict) -> float:
     """What counts: all calls but those of random indices."""
     return sum(time for name, time in result.items() if isinstance(time, float) and not name.startswith("random"))
 
@@ -230,7 +234,7 @@ def write_winners(results: list[dict], shape: Shape) -> None:
         width = max(shape.width, shape.v_width)
         index = next(i for i, entry in enumerate(entries) if width <= entry.get("max_width", launch.MAX_WIDTH))
         limits = {key: value for key, value in entries[index].items() if key.startswith("max_")}
-        best = min(timed, key=seconds)
+        best = min(timed, key=counted_ms)
         entries[index] = limits | {key: best[key] for key in best if key.isupper() or key in OPTIONS}
     text = json.dumps(table, indent=2)
     # One entry a line.

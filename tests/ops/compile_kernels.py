@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.compressed import visible_blocks
 from nsa.ops.compression import compression_layout
 from nsa.ops.kernels import compression, gates, launch, ranges, rotary, selected, selection, swiglu
-from nsa.ops.kernels.hopper import gradient
+from nsa.ops.kernels.hopper import gradient, span
 from nsa.ops.packing import Documents
 from nsa.ops.rotary import Heads
 
@@ -38,9 +38,12 @@ SHAPES = {
     "128, pairs": (2, 128, 128, torch.bfloat16),
     "64": (16, 64, 64, torch.bfloat16),
     "128, idle rows": (6, 128, 128, torch.bfloat16),
+    "128, 5 heads": (5, 128, 128, torch.bfloat16),
     "128, uneven group": (9, 128, 128, torch.bfloat16),
     "192/128": (16, 192, 128, torch.bfloat16),
     "192/128, pairs": (2, 192, 128, torch.bfloat16),
+    "192/128, 12 heads": (12, 192, 128, torch.float16),
+    "192/128, 32 heads": (32, 192, 128, torch.bfloat16),
     "192/128, uneven group": (9, 192, 128, torch.bfloat16),
     "256": (16, 256, 256, torch.bfloat16),
     "fp32": (6, 64, 64, torch.float32),
@@ -131,7 +134,7 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
         if selected.on_hopper(q, k, v, 64, 1.0):
-            lists, runs = selected.unions(layout, 128 // gradient.span(heads), 64), [*ranges.int32_runs(run)] * 2
+            lists, runs = selected.unions(layout, 128 // span(heads), 64), [*ranges.int32_runs(run)] * 2
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )

@@ -21,6 +21,9 @@ INTEGERS = (
     *("num_initial", "num_local", "chunk", "list0", "list1"),
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Widths of keys and values that Hopper's kernels serve.
+BOTH_PASSES = ((64, 64), (128, 128))
+FORWARD = (*BOTH_PASSES, (192, 128))
 
 
 def why_not(*tensors: Tensor, heads: bool = True) -> str | None:
@@ -56,17 +59,14 @@ def vector_of(*counts: int) -> int:
     return 1 if any(count % 8 for count in counts) else 8
 
 
-BOTH_PASSES = ((64, 64), (128, 128))  # widths of keys and values
-FORWARD = (*BOTH_PASSES, (192, 128))
-
-
 def warpgroups(
     q: Tensor, k: Tensor, v: Tensor, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES
 ) -> bool:
     """Whether the kernels written for Hopper's warpgroups (nsa/ops/kernels/hopper) serve these tensors."""
-    heads, width = q.shape[2] // k.shape[2], q.shape[3]
-    # A token takes a power of two of rows. Where more than three eighths are idle, the portable kernels are as fast.
-    fits = (width, v.shape[3]) in widths and heads <= 64 and 8 * heads >= 5 * triton.next_power_of_2(heads)
+    heads = q.shape[2] // k.shape[2]
+    rows = triton.next_power_of_2(heads)  # of a token; with three eighths of them idle the portable kernels are as fast
+    fits = heads == rows <= 64 or (rows <= 16 and 8 * heads >= 5 * rows)
+    fits = fits and (q.shape[3], v.shape[3]) in widths
     return architecture() == "sm_90" and q.element_size() == 2 and fits and scale > 0
 
 

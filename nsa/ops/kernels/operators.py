@@ -175,10 +175,10 @@ def _gated_sum_backward(
     slc = (q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale)
     win = (q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale)
     if k_cmp.numel() and q.numel() and selected.on_hopper(q, k_slc, v_slc, block_size, scale):
-        from nsa.ops.kernels.hopper import gradient
+        from nsa.ops.kernels.hopper import gradient, span
 
         dq = torch.empty_like(q)
-        lists = selected.unions(blocks, 128 // gradient.span(q.shape[2] // k_slc.shape[2]), block_size)
+        lists = selected.unions(blocks, 128 // span(q.shape[2] // k_slc.shape[2]), block_size)
         gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
         del lists
         keys = [*ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]

@@ -482,8 +482,9 @@ def key_gradients(
     rows = (lse, delta, first, last, *runs, dk, dv, tokens, keys, splits)
     if on_hopper:
         from nsa.ops.kernels.hopper import keys as hopper
+        from nsa.ops.kernels.hopper import span
 
-        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] // hopper.span(heads // groups), tile["BN"])
+        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] // span(heads // groups), tile["BN"])
         hopper.range_key_kernel[(num_tiles * batch * groups, splits)](
             *inputs, *rows, scale * LOG2_E, scale, **hopper.shape_constants(q, k), **tile, **options
         )  # fmt: skip

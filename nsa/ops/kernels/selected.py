@@ -403,11 +403,12 @@ def forward(
         return out, lse
     if on_hopper(q, k, v, block_size, scale, FORWARD):
         from nsa.ops.kernels.hopper import selected as hopper
+        from nsa.ops.kernels.hopper import span
 
         # Three parts of two heads would be more than the 64 tokens of a list's bits.
         row = "hopper_selected_forward" + ("_pairs" if heads == 2 * k.shape[2] else "")
         tile, options = tile_sizes(row, q, k, v)
-        lists = unions(layout, tile["PARTS"] * 64 // hopper.span(heads // k.shape[2]), block_size)
+        lists = unions(layout, tile["PARTS"] * 64 // span(heads // k.shape[2]), block_size)
         hopper.forward(q, k, v, lists, layout.position, scale, out, lse, tile, options)
         return out, lse
     constants = shape_constants(q, k, v)
@@ -442,9 +443,9 @@ def query_gradient(
     (batch, tokens), groups = q.shape[:2], k.shape[2]
     dq = torch.empty_like(q) if add_to is None else add_to
     if on_hopper(q, k, v, block_size, scale):
-        from nsa.ops.kernels.hopper import gradient
+        from nsa.ops.kernels.hopper import gradient, span
 
-        lists = unions(layout, 128 // gradient.span(q.shape[2] // groups), block_size)
+        lists = unions(layout, 128 // span(q.shape[2] // groups), block_size)
         gradient.query_gradient(q, [k, v], d_out, lse, delta, [], lists, layout.position, scale, dq, add_to is not None)
         return dq
     constants = shape_constants(q, k, v)
@@ -466,11 +467,14 @@ def key_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, tokens, groups, n), num_blocks = layout.blocks.shape, len(layout.start)
-    heads, rows = triton.next_power_of_2(q.shape[2] // groups), _block_constants(block_size)["BN"]
+    heads, rows = q.shape[2] // groups, _block_constants(block_size)["BN"]
+    # Boxes of a token's rows must fill the eight after which shared memory's layout repeats.
+    by_hand = warpgroups(q, k, v, scale) and rows == 64 and heads > 4
+    token_rows = triton.next_power_of_2(heads) if by_hand else heads
     # Items short enough that all multiprocessors get several and that, where a token's rows are many, those under way
     # at once read much the same tokens; long enough to pay for loading the block and adding up the sums.
     entries, own_entries = layout.blocks.numel(), tokens * n
-    chunk = min(ITEM_ROWS // heads if heads >= 8 else 2048, triton.next_power_of_2(entries // ITEMS))
+    chunk = min(ITEM_ROWS // token_rows if token_rows >= 8 else 2048, triton.next_power_of_2(entries // ITEMS))
     chunk = max(128, triton.next_power_of_2(block_size), chunk)  # the kernels mask in a list's first item only
     # One launch after the other, of one KV head or several, uses the same memory for its parts. A list of c > chunk
     # entries has at most c / chunk + 1.
@@ -485,8 +489,6 @@ def key_gradients(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     sizes = (tokens, k.shape[1], num_blocks, block_size, chunk, scale * LOG2_E, scale)
     widths = [max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v)]
-    # Boxes of a token's heads must fill the eight rows after which shared memory's layout repeats.
-    by_hand = warpgroups(q, k, v, scale) and rows == 64 and heads >= 8
     tile, options = tile_sizes("hopper_selected_key" if by_hand else "selected_key", q, k, v)
     for list0 in range(0, batch * groups * num_blocks, slots * num_blocks):
         list1 = min(list0 + slots * num_blocks, batch * groups * num_blocks)

@@ -161,8 +161,10 @@ def select(
     ratio, units = block_size // stride, length // stride
     # The LSEs of all heads and the sums of a chunk's blocks, more the fewer keys they have, must fit beside the keys.
     wide = q.shape[3] > 128
-    fits = ratio >= 4 and q.shape[2] <= 32 * groups if wide else ratio >= max(1, min(units, 2))
-    if warpgroups(q, k, k, scale, (*BOTH_PASSES, (192, 192))) and fits and ratio <= 32 and num_blocks <= 32:
+    heads = q.shape[2] // groups
+    fits = ratio >= 4 and heads <= 32 and heads % 2 == 0 if wide else ratio >= max(1, min(units, 2))
+    widths = (*BOTH_PASSES, (192, 192))  # the keys twice, there are no values
+    if warpgroups(q, k, k, scale, widths) and fits and ratio <= 32 and num_blocks <= 32:
         from nsa.ops.kernels.hopper import selection as hopper
 
         tiles = document_tiles(documents, offset, hopper.TILE)

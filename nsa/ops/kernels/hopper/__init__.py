@@ -1,7 +1,7 @@
 """The operators for Hopper's warpgroups, in Gluon: asynchronous products and copies are placed by hand.
 
 Triton's own pipelining lets one program's softmax hide behind another's products only; here a program's own products
-run on meanwhile. Same rows, runs and lists as in the portable kernels (nsa/ops/kernels), same results. Served are
+run on meanwhile. Same runs and lists as in the portable kernels (nsa/ops/kernels), same results. Served are
 16-bit types, heads of 64 or 128, and groups whose heads fill at least five eighths of a power of two
 (`nsa.ops.kernels.launch.warpgroups`); forward and in selection also keys of 192 (values of 128): boxes of theirs are in
 two parts, 128 columns and 64.
@@ -65,7 +65,7 @@ def span(heads):
 
 @gluon.jit
 def head_rows(batch, token, group, row, num_tokens, GROUPS: gl.constexpr, HEADS: gl.constexpr):
-    """(row of (B, T, H), whether there is one) of the ``row``-th rows of a tile, which are of tokens ``token``."""
+    """(row of (B, T, H), whether there is one) of rows ``row`` of a tile, of tokens ``token``."""
     head = row % span(HEADS)
     ok = token < num_tokens
     if span(HEADS) > HEADS:
@@ -74,7 +74,7 @@ def head_rows(batch, token, group, row, num_tokens, GROUPS: gl.constexpr, HEADS:
 
 
 @gluon.jit
-def those_of(first, rest, D: gl.constexpr):
+def used_parts(first, rest, D: gl.constexpr):
     """The descriptors from `parts` that D columns take: one or two."""
     if first.block_shape[-1] == D:
         return (first,)
@@ -89,11 +89,11 @@ def rings(descs, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def bring(descs, at, column, ready, rings, slot, MORE: gl.constexpr = 0):
+def bring(descs, at, column, ready, memory, slot, MORE: gl.constexpr = 0):
     """Start the copies of a box's parts to a slot, whose barrier expects their bytes, and MORE that follow."""
     mbarrier.expect(ready.index(slot), _bytes(descs) + MORE)
     for i in gl.static_range(len(descs)):
-        tma.async_copy_global_to_shared(descs[i], at + (column,), ready.index(slot), rings[i].index(slot))
+        tma.async_copy_global_to_shared(descs[i], at + (column,), ready.index(slot), memory[i].index(slot))
         column += descs[i].block_shape[-1]
 
 
@@ -103,9 +103,9 @@ def _bytes(descs):
 
 
 @gluon.jit
-def slot_of(rings, slot, ROWS: gl.constexpr):
+def slot_of(memory, slot, ROWS: gl.constexpr):
     """(ROWS, its columns) of each part."""
-    return [ring.index(slot).reshape([ROWS, ring.shape[-1]]) for ring in rings]
+    return [ring.index(slot).reshape([ROWS, ring.shape[-1]]) for ring in memory]
 
 
 @gluon.jit

@@ -1,9 +1,9 @@
 """Attention to runs of keys on Hopper, forward: two computing warpgroups and a copying warp.
 
-The warpgroups take 64 rows each, a row being a (token, head of the group), and share a ring of keys and values that the
-copying warp fills ahead, into the next tile of rows already while this one is being finished. Each warpgroup starts the
-scores of the next keys before it is done with these, whose softmax and last product hide behind them (FlashAttention-3,
-arXiv 2407.08608, section 3.2).
+The warpgroups take 64 rows each, a row being a (token, head of the group) or idle, and share a ring of keys and values
+that the copying warp fills ahead, into the next tile of rows already while this one is being finished. Each warpgroup
+starts the scores of the next keys before it is done with these, whose softmax and last product hide behind them
+(FlashAttention-3, arXiv 2407.08608, section 3.2).
 """
 
 import triton
@@ -23,7 +23,7 @@ from nsa.ops.kernels.hopper import (
     scores,
     slot_of,
     span,
-    those_of,
+    used_parts,
 )
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
@@ -265,7 +265,7 @@ def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, First, La
 
     Descriptors: q (B, T, H, D) in boxes of 64 rows; k, v (B * S, G * D or Dv) in boxes of BN keys; q, k as `parts`.
     """
-    q_descs, k_descs = those_of(q_desc, q2_desc, D), those_of(k_desc, k2_desc, D)
+    q_descs, k_descs = used_parts(q_desc, q2_desc, D), used_parts(k_desc, k2_desc, D)
     memory = _memory(q_descs, k_descs, v_desc, STAGES, False)
     gl.warp_specialize(
         [

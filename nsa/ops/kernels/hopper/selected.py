@@ -22,7 +22,7 @@ from nsa.ops.kernels.hopper import (
     scores,
     slot_of,
     span,
-    those_of,
+    used_parts,
 )
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E
 
@@ -166,8 +166,8 @@ def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, Starts, M
                    num_keys, num_tiles, num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr,
                    D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
                    PARTS: gl.constexpr):  # fmt: skip
-    """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for as many tokens."""
-    q_descs, k_descs = those_of(q_desc, q2_desc, D), those_of(k_desc, k2_desc, D)
+    """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for their tokens."""
+    q_descs, k_descs = used_parts(q_desc, q2_desc, D), used_parts(k_desc, k2_desc, D)
     memory = _memory(q_descs, k_descs, v_desc, STAGES, PARTS)
     if PARTS == 2:
         gl.warp_specialize(

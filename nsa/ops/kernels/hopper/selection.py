@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa.ops.kernels.hopper import bring, multiprocessors, parts, rings, scores, slot_of, span, those_of
+from nsa.ops.kernels.hopper import bring, multiprocessors, parts, rings, scores, slot_of, span, used_parts
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 SMALLEST = gl.constexpr(-0x7FFFFFFFFFFFFFFF)
@@ -284,7 +284,7 @@ def select_kernel(q_desc, q2_desc, K, Lse, First, Last, Local, TileStart, TileEn
     """Out (B, T, G, num_blocks) int32, unsorted, of the tokens TileStart .. TileEnd - 1 of one document each."""
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    q_descs = those_of(q_desc, q2_desc, D)
+    q_descs = used_parts(q_desc, q2_desc, D)
     q_ring = rings(q_descs, STAGES)
     k_ring = [gl.allocate_shared_memory(q.dtype, [2, KEYS, q.block_shape[1]], q.layout) for q in q_descs]
     base_ring = gl.allocate_shared_memory(gl.float32, [2 * span(HEADS), BQ], gl.SwizzledSharedLayout(1, 1, 1, [0]))
