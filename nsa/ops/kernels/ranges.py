@@ -339,16 +339,17 @@ def add_splits_kernel(PartK, PartV, DK, DV_, vectors_k, vectors_v, num_splits, V
     """DK and DV_ from the sums (splits, ..) fp32 of the programs that shared a tile, in order."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
-        _add_splits(PartK, DK, at, vectors_k * VECTOR, num_splits, BLOCK)
+        _add_splits(PartK, DK, at, vectors_k.to(tl.int64) * VECTOR, num_splits, BLOCK)
     else:
-        _add_splits(PartV, DV_, at, vectors_v * VECTOR, num_splits, BLOCK)
+        _add_splits(PartV, DV_, at, vectors_v.to(tl.int64) * VECTOR, num_splits, BLOCK)
 
 
 @triton.jit
 def _add_splits(Part, Out, at, count, num_splits, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
-    for split in tl.range(0, num_splits):
-        total += tl.load(Part + split.to(tl.int64) * count + at, mask=at < count, other=0.0)
+    for _ in tl.range(0, num_splits):
+        total += tl.load(Part + at, mask=at < count, other=0.0)
+        Part += count
     tl.store(Out + at, total.to(Out.dtype.element_ty), mask=at < count)
 
 
