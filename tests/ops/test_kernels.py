@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import weakref
 
 import pytest
 import torch
@@ -282,6 +283,33 @@ def test_native_sparse(documents) -> None:
         lambda: (ops.native_sparse_attention(q, *pairs, gates, **sizes, backend="naive"),),
         [q, *(x for pair in pairs for x in pair), gates],
     )
+
+
+@needs_kernels
+def test_outputs_of_the_branches_go_before_their_gradients_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa.ops.kernels import selected
+
+    forward, key_gradients, outputs, alive = selected.forward, selected.key_gradients, [], []
+
+    def remember(*args: object) -> tuple[Tensor, Tensor]:
+        out, lse = forward(*args)
+        outputs.append(weakref.ref(out.untyped_storage()))
+        return out, lse
+
+    def look(*args: object) -> tuple[Tensor, Tensor]:
+        alive.append(outputs[-1]() is not None)
+        return key_gradients(*args)
+
+    monkeypatch.setattr(selected, "forward", remember)
+    monkeypatch.setattr(selected, "key_gradients", look)
+    q, gates = normal(1, 40, 2, 16), torch.rand(1, 40, 2, 3, device=DEVICE)
+    pairs = [(normal(1, n, 1, 16), normal(1, n, 1, 16, seed=1)) for n in (19, 40, 40)]
+    sizes = {"length": 4, "stride": 2, "block_size": 8, "num_blocks": 4, "window": 9, "backend": "triton"}
+    out = ops.native_sparse_attention(q, *pairs, gates, **sizes)
+    (kept,) = torch.autograd.grad(out, q, torch.ones_like(out), retain_graph=True)
+    (freed,) = torch.autograd.grad(out, q, torch.ones_like(out))
+    assert alive == [True, False]
+    assert torch.equal(kept, freed)
 
 
 @needs_kernels

@@ -163,14 +163,27 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
     return torch.empty_like(out_cmp)
 
 
-@torch.library.custom_op("nsa::gated_sum_backward", mutates_args=())
-def _gated_sum_backward(
-    d_out: Tensor, q: Tensor, kv: list[Tensor], gates: Tensor, outs: list[Tensor], lses: list[Tensor],
-    ranges_: list[Tensor], layout: list[Tensor], block_size: int, scale: float,
+@torch.library.custom_op("nsa::gate_gradient", mutates_args=())
+def _gate_gradient(
+    gates: Tensor, d_out: Tensor, outs: list[Tensor], lses: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    return gating.combine_backward(gates, d_out, outs, lses)
+
+
+@_gate_gradient.register_fake
+def _(gates, d_out, outs, lses):
+    lse, delta = (gates.new_empty(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
+    return lse, delta, torch.empty_like(gates)
+
+
+@torch.library.custom_op("nsa::branch_gradients", mutates_args=())
+def _branch_gradients(
+    d_out: Tensor, q: Tensor, kv: list[Tensor], lse: Tensor, delta: Tensor, ranges_: list[Tensor],
+    layout: list[Tensor], block_size: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
+    """Of q and kv; lse, delta (3, B, T, H) from `_gate_gradient`."""
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
     blocks = BlockLayout(*layout)
-    lse, delta, d_gates = gating.combine_backward(gates, d_out, outs, lses)
     cmp = (q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
     slc = (q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale)
     win = (q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale)
@@ -181,17 +194,16 @@ def _gated_sum_backward(
         lists = selected.unions(blocks, 128 // span(q.shape[2] // k_slc.shape[2]), block_size)
         gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
         del lists
-        keys = [*ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]
-        return [dq, *keys, d_gates]
+        return [dq, *ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]
     dq, dk_cmp, dv_cmp = ranges.backward(*cmp)
     _, dk_slc, dv_slc = selected.backward(*slc, dq)
     _, dk_win, dv_win = ranges.backward(*win, dq)
-    return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, d_gates]
+    return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win]
 
 
-@_gated_sum_backward.register_fake
-def _(d_out, q, kv, gates, *rest):
-    return [torch.empty_like(x) for x in (q, *kv, gates)]
+@_branch_gradients.register_fake
+def _(d_out, q, kv, *rest):
+    return [torch.empty_like(x) for x in (q, *kv)]
 
 
 def _save_gated_sum(ctx, inputs, output):
@@ -201,11 +213,13 @@ def _save_gated_sum(ctx, inputs, output):
 
 def _differentiate_gated_sum(ctx, d_out):
     saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
-    q, kv, gates, rest = saved[0], list(saved[1:7]), saved[7], list(saved[8:])
-    gradients = _gated_sum_backward(
-        d_out.contiguous(), q, kv, gates, rest[:3], rest[3:6], rest[6:10], rest[10:], ctx.block_size, ctx.scale
-    )
-    return *gradients, None, None, None, [None] * 3, [None] * 4, [None] * 4, None, None
+    q, kv, gates, rest = saved[0], list(saved[1:7]), saved[7], list(saved[11:])
+    d_out = d_out.contiguous()
+    lse, delta, d_gates = _gate_gradient(gates, d_out, list(saved[8:11]), rest[:3])
+    del saved
+    ctx.maybe_clear_saved_tensors()  # unless the graph is kept: the branches' outputs go before the gradients come
+    gradients = _branch_gradients(d_out, q, kv, lse, delta, rest[3:7], rest[7:], ctx.block_size, ctx.scale)
+    return *gradients, d_gates, None, None, None, [None] * 3, [None] * 4, [None] * 4, None, None
 
 
 _gated_sum.register_autograd(_differentiate_gated_sum, setup_context=_save_gated_sum)
