@@ -163,25 +163,25 @@ def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
     return torch.empty_like(out_cmp)
 
 
-@torch.library.custom_op("nsa::gate_gradient", mutates_args=())
-def _gate_gradient(
+@torch.library.custom_op("nsa::gates_backward", mutates_args=())
+def _gates_backward(
     gates: Tensor, d_out: Tensor, outs: list[Tensor], lses: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     return gating.combine_backward(gates, d_out, outs, lses)
 
 
-@_gate_gradient.register_fake
+@_gates_backward.register_fake
 def _(gates, d_out, outs, lses):
     lse, delta = (gates.new_empty(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
     return lse, delta, torch.empty_like(gates)
 
 
-@torch.library.custom_op("nsa::branch_gradients", mutates_args=())
-def _branch_gradients(
+@torch.library.custom_op("nsa::branches_backward", mutates_args=())
+def _branches_backward(
     d_out: Tensor, q: Tensor, kv: list[Tensor], lse: Tensor, delta: Tensor, ranges_: list[Tensor],
     layout: list[Tensor], block_size: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Of q and kv; lse, delta (3, B, T, H) from `_gate_gradient`."""
+    """Of q and kv; lse, delta (3, B, T, H) from `_gates_backward`."""
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
     blocks = BlockLayout(*layout)
     cmp = (q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
@@ -201,7 +201,7 @@ def _branch_gradients(
     return [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win]
 
 
-@_branch_gradients.register_fake
+@_branches_backward.register_fake
 def _(d_out, q, kv, *rest):
     return [torch.empty_like(x) for x in (q, *kv)]
 
@@ -215,10 +215,10 @@ def _differentiate_gated_sum(ctx, d_out):
     saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
     q, kv, gates, rest = saved[0], list(saved[1:7]), saved[7], list(saved[11:])
     d_out = d_out.contiguous()
-    lse, delta, d_gates = _gate_gradient(gates, d_out, list(saved[8:11]), rest[:3])
+    lse, delta, d_gates = _gates_backward(gates, d_out, list(saved[8:11]), rest[:3])
     del saved
     ctx.maybe_clear_saved_tensors()  # unless the graph is kept: the branches' outputs go before the gradients come
-    gradients = _branch_gradients(d_out, q, kv, lse, delta, rest[3:7], rest[7:], ctx.block_size, ctx.scale)
+    gradients = _branches_backward(d_out, q, kv, lse, delta, rest[3:7], rest[7:], ctx.block_size, ctx.scale)
     return *gradients, d_gates, None, None, None, [None] * 3, [None] * 4, [None] * 4, None, None
 
 

@@ -313,7 +313,7 @@ def _count_up_to(Values, bound, count, steps):
     low = tl.zeros_like(bound)
     high = low + count
     for _ in tl.range(0, steps):
-        middle = (low + high) // 2
+        middle = low + (high - low) // 2  # their sum may pass 2^31
         below = (middle < high) & (tl.load(Values + middle, mask=middle < high, other=0) <= bound)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low
