@@ -192,6 +192,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU, and a torch that is built for it")
     shape = SHAPES[options.shape]
     small = operations(shape, 2048)
     asked = {name: rows_of(call) for name, call in small.items()}

@@ -19,6 +19,7 @@ def test_kernels_compile(arch: int, run_python, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report, known = json.loads(done.stdout), json.loads(record_of(arch).read_text())
+    assert not known.keys() - report.keys(), "recorded, but not compiled"
     for kernel, used in report.items():
         assert used["shared"] <= SHARED_LIMIT[arch], f"{kernel} needs {used['shared']} bytes of shared memory"
         assert kernel in known, f"{kernel} is not in {record_of(arch).name}"

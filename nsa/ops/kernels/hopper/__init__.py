@@ -1,10 +1,10 @@
 """The operators for Hopper's warpgroups, in Gluon: asynchronous products and copies are placed by hand.
 
 Triton's own pipelining lets one program's softmax hide behind another's products only; here a program's own products
-run on meanwhile. Same runs and lists as in the portable kernels (nsa/ops/kernels), same results. Served are
-16-bit types, heads of 64 or 128, and groups whose heads fill at least five eighths of a power of two
-(`nsa.ops.kernels.launch.warpgroups`); forward and in selection also keys of 192 (values of 128): boxes of theirs are in
-two parts, 128 columns and 64.
+run on meanwhile. Same runs and lists as in the portable kernels (nsa/ops/kernels), same results. Served are 16-bit
+types, heads of 64 or 128, and groups of a power of two heads, or whose heads fill at least five eighths of one of up to
+16 (`nsa.ops.kernels.launch.warpgroups`); forward and in selection also keys of 192 (values of 128): boxes of theirs are
+in two parts, 128 columns and 64.
 """
 
 import functools

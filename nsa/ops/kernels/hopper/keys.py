@@ -152,8 +152,8 @@ def _gradients(q_desc, d_desc, k_desc, v_desc, stats, Order, batch, group, key0,
                full_end, num_tokens, num_keys, scale_log2, scale, GROUPS: gl.constexpr, HEADS: gl.constexpr,
                D: gl.constexpr, DV: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
                LISTED: gl.constexpr):  # fmt: skip
-    """dK (BN, D), dV (BN, DV) of the keys from ``key0`` on, from ``boxes`` boxes of BM rows: ``entries``
-    tokens from ``token0`` on, or of the list ``Order``. Boxes full_begin .. full_end - 1 need no mask."""
+    """dK (BN, D), dV (BN, DV) of the keys from ``key0`` on, from ``boxes`` boxes of BM rows: of ``entries`` tokens from
+    ``token0`` on, or in the list ``Order``. Boxes full_begin .. full_end - 1 need no mask."""
     BT: gl.constexpr = BM // span(HEADS)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, BM, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [BN // 16, 1], [16, D, 16])
