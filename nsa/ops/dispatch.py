@@ -9,8 +9,8 @@ BACKENDS = ("auto", "triton", "torch", "naive")
 def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True) -> str:
     """The implementation to run: ``naive`` (the definition), ``torch`` (portable, linear memory) or ``triton``.
 
-    ``auto`` takes the kernels for ``tensors`` on a GPU that they can handle. ``heads``: their last axis is a head's
-    width, which kernels for attention hold whole.
+    ``auto`` takes the kernels for ``tensors`` on a GPU (or the meta device, where a GPU's work is only planned) that
+    they can handle. ``heads``: their last axis is a head's width, which kernels for attention hold whole.
 
     Raises:
         ValueError: unknown name, or ``triton`` for tensors that the kernels cannot handle.
@@ -25,7 +25,7 @@ def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True) -> str:
 
 
 def _on_gpu(*tensors: Tensor) -> bool:
-    return all(x.is_cuda for x in tensors)
+    return all(x.is_cuda or x.is_meta for x in tensors)
 
 
 def _kernel_obstacle(*tensors: Tensor, heads: bool) -> str | None:

@@ -209,6 +209,25 @@ def test_compressed(documents, heads, groups, length, stride) -> None:
     )
 
 
+@needs_kernels
+def test_a_long_sum_is_shared(monkeypatch) -> None:
+    """No program adds up more rows than its accumulator has digits for, where keys are few and partial sums small."""
+    from nsa.ops.kernels import ranges
+
+    add, shares = ranges._add_splits_of, []
+    monkeypatch.setattr(ranges, "LONGEST_SUM", 50)
+    monkeypatch.setattr(ranges, "_add_splits_of", lambda *args: shares.append(len(args[0])) or add(*args))
+    q, k, v = normal(1, 70, 4, 16), normal(1, 8, 1, 16), normal(1, 8, 1, 16, seed=1)
+    check(
+        lambda: [ops.compressed_attention(q, k, v, length=8, stride=8, backend="triton")[0]],
+        lambda: [ops.compressed_attention(q, k, v, length=8, stride=8, backend="naive")[0]],
+        [q, k, v],
+    )
+    k, v = normal(1, 70, 1, 16), normal(1, 70, 1, 16, seed=1)
+    ops.dense_attention(q, k, v, window=9, backend="triton").sum().backward()
+    assert shares == [6]
+
+
 SELECTION = [  # documents, heads, groups, length, stride, block size, blocks, initial, local
     ([70], 4, 2, 4, 2, 6, 5, 1, 2),
     ([1, 40, 34], 3, 1, 4, 4, 4, 3, 1, 1),
