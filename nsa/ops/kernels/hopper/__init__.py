@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa.ops.kernels.launch import split_width
@@ -71,6 +71,22 @@ def head_rows(batch, token, group, row, num_tokens, GROUPS: gl.constexpr, HEADS:
     if span(HEADS) > HEADS:
         ok = ok & (head < HEADS)
     return (batch.to(gl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + head, ok
+
+
+@gluon.jit
+def store_rows(desc, Out, memory, value, at, row, ok, HEADS: gl.constexpr):
+    """64 rows of a tile, (64, W), to (B, T, H, W), from (batch, token, head) ``at`` on, by way of ``memory``, which is
+    free once they have been read: `tma.store_wait`. If some are idle, to ``row`` where ``ok`` (from `head_rows`)."""
+    WIDTH: gl.constexpr = value.shape[1]
+    if span(HEADS) == HEADS:
+        memory.reshape([64, WIDTH]).store(value)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(desc, at + (0,), memory)
+    else:
+        layout: gl.constexpr = value.type.layout
+        column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+        place = gl.convert_layout(row, gl.SliceLayout(1, layout))[:, None] * WIDTH + column[None, :]
+        gl.store(Out + place, value, mask=gl.convert_layout(ok, gl.SliceLayout(1, layout))[:, None])
 
 
 @gluon.jit

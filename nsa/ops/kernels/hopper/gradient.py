@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.ops.kernels.hopper import boxes, head_rows, key_boxes, multiprocessors, span
+from nsa.ops.kernels.hopper import boxes, head_rows, key_boxes, multiprocessors, rings, span, store_rows
 from nsa.ops.kernels.hopper.ranges import _bring, _mask, _memory, _place, _run
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
@@ -173,9 +173,9 @@ def _statistics(Lse, Delta, branch: gl.constexpr, q_row, ok, num_rows):
 
 
 @gluon.jit
-def _half(memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, scale_log2, scale,
-          HALF: gl.constexpr, RUNS: gl.constexpr, LISTED: gl.constexpr, ADD: gl.constexpr,
-          GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr,
+def _half(memory, Lse, Delta, dq_desc, DQ, dq_smem, seen, near, lists, Position, sizes, num_rows, scale_log2, scale,
+          HALF: gl.constexpr, RUNS: gl.constexpr, LISTED: gl.constexpr, ADD: gl.constexpr, GROUPS: gl.constexpr,
+          HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr,
           STAGES: gl.constexpr):  # fmt: skip
     """Rows 64 HALF .. 64 HALF + 63 of each tile."""
     q_smem, d_smem, _, _, q_ready, q_free, _, _, _, _ = memory
@@ -214,35 +214,38 @@ def _half(memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, 
         mbarrier.arrive(q_free.index(HALF), count=1)
         turn += 1
         dq *= scale
-        column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
-        at = DQ + gl.convert_layout(q_row, q_row_layout)[:, None] * D + column[None, :]
-        there = gl.convert_layout(ok, q_row_layout)[:, None]
         if ADD:
-            dq += gl.load(at, mask=there, other=0.0).to(gl.float32)
-        gl.store(at, dq.to(dtype), mask=there)
+            column = gl.arange(0, D, gl.SliceLayout(0, q_layout))
+            at = DQ + gl.convert_layout(q_row, q_row_layout)[:, None] * D + column[None, :]
+            dq += gl.load(at, mask=gl.convert_layout(ok, q_row_layout)[:, None], other=0.0).to(gl.float32)
+        tma.store_wait(0)  # of the tile before
+        at = (batch, token0 + HALF * (64 // span(HEADS)), group * HEADS)
+        store_rows(dq_desc, DQ, dq_smem.index(HALF), dq.to(dtype), at, q_row, ok, HEADS)
+    tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=(*INTEGERS, "keys_cmp", "keys_slc", "keys_win"))
-def query_kernel(q_desc, d_desc, kc_desc, vc_desc, ks_desc, vs_desc, kw_desc, vw_desc, Lse, Delta, DQ, SeenFirst,
-                 SeenLast, NearFirst, NearLast, Starts, Members, Counts, Position, num_tokens, keys_cmp, keys_slc,
-                 keys_win, num_tiles, num_slots, num_rows, scale_log2, scale, RUNS: gl.constexpr, LISTED: gl.constexpr,
-                 ADD: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
-                 WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def query_kernel(q_desc, d_desc, kc_desc, vc_desc, ks_desc, vs_desc, kw_desc, vw_desc, dq_desc, Lse, Delta, DQ,
+                 SeenFirst, SeenLast, NearFirst, NearLast, Starts, Members, Counts, Position, num_tokens, keys_cmp,
+                 keys_slc, keys_win, num_tiles, num_slots, num_rows, scale_log2, scale, RUNS: gl.constexpr,
+                 LISTED: gl.constexpr, ADD: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+                 BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """DQ (B, T, H, D) of tiles of 128 rows; added to what is there if ADD.
 
     RUNS 2 and LISTED: of all three branches; Lse, Delta (3, B, T, H). RUNS 1, or 0 and LISTED: of one, (B, T, H).
     """
-    memory = _memory((q_desc,), (kc_desc,), vc_desc, STAGES, True)
+    memory = _memory((q_desc,), (kc_desc,), vc_desc, STAGES, 1, True)
+    (dq_smem,) = rings((dq_desc,), 2)
     descs = (q_desc, d_desc, kc_desc, vc_desc, ks_desc, vs_desc, kw_desc, vw_desc)
     seen, near, lists = (SeenFirst, SeenLast), (NearFirst, NearLast), (Starts, Members, Counts)
     sizes = (num_tokens, keys_cmp, keys_slc, keys_win, num_tiles, num_slots)
     num_rows = num_rows.to(gl.int64)
     gl.warp_specialize(
         [
-            (_half, (memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, scale_log2, scale, 0, RUNS,
-                     LISTED, ADD, GROUPS, HEADS, D, BN, WIDTH, STAGES)),
-            (_half, (memory, Lse, Delta, DQ, seen, near, lists, Position, sizes, num_rows, scale_log2, scale, 1, RUNS,
-                     LISTED, ADD, GROUPS, HEADS, D, BN, WIDTH, STAGES)),
+            (_half, (memory, Lse, Delta, dq_desc, DQ, dq_smem, seen, near, lists, Position, sizes, num_rows, scale_log2,
+                     scale, 0, RUNS, LISTED, ADD, GROUPS, HEADS, D, BN, WIDTH, STAGES)),
+            (_half, (memory, Lse, Delta, dq_desc, DQ, dq_smem, seen, near, lists, Position, sizes, num_rows, scale_log2,
+                     scale, 1, RUNS, LISTED, ADD, GROUPS, HEADS, D, BN, WIDTH, STAGES)),
             (_copy, (descs, memory, seen, near, lists, sizes, RUNS, LISTED, GROUPS, HEADS, D, BN, WIDTH, STAGES)),
         ],
         [4, 1],
@@ -272,9 +275,10 @@ def query_gradient(
     box, unused = [1, 64 // rows, rows, width], lse
     kv = kv * (6 // len(kv))
     query_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        *(boxes(x, list(x.shape), box) for x in (q, d_out)), *(key_boxes(x, tile["BN"]) for x in kv), lse, delta, dq,
-        *[*runs, *[unused] * 4][:4], *(lists[:3] if lists else [unused] * 3), unused if position is None else position,
-        tokens, *(x.shape[1] for x in kv[::2]), tiles, slots, q.shape[:3].numel(), scale * LOG2_E, scale,
+        *(boxes(x, list(x.shape), box) for x in (q, d_out)), *(key_boxes(x, tile["BN"]) for x in kv),
+        boxes(dq, list(dq.shape), box), lse, delta, dq, *[*runs, *[unused] * 4][:4],
+        *(lists[:3] if lists else [unused] * 3), unused if position is None else position, tokens,
+        *(x.shape[1] for x in kv[::2]), tiles, slots, q.shape[:3].numel(), scale * LOG2_E, scale,
         RUNS=len(runs) // 2, LISTED=lists is not None, ADD=add, GROUPS=groups, HEADS=heads, D=width,
         WIDTH=lists[0].shape[3] if lists else 0, **tile, **options,
     )  # fmt: skip

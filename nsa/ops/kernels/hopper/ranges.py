@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.ops.kernels.hopper import (
+    boxes,
     bring,
     head_rows,
     key_boxes,
@@ -23,6 +24,7 @@ from nsa.ops.kernels.hopper import (
     scores,
     slot_of,
     span,
+    store_rows,
     used_parts,
 )
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
@@ -45,11 +47,18 @@ def _run(runs, token0, num_tokens, HEADS: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def _bring(k_descs, v_desc, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
-    _, _, k_ring, v_ring, _, _, k_ready, k_free, v_ready, v_free = memory
+def _bring_keys(k_descs, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
+    _, _, k_ring, _, _, _, k_ready, k_free, _, _ = memory
     slot, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(k_free.index(slot), phase ^ 1)
     bring(k_descs, (row,), group * D, k_ready, k_ring, slot)
+
+
+@gluon.jit
+def _bring(k_descs, v_desc, memory, row, group, step, D: gl.constexpr, STAGES: gl.constexpr):
+    _bring_keys(k_descs, memory, row, group, step, D, STAGES)
+    _, _, _, v_ring, _, _, _, _, v_ready, v_free = memory
+    slot, phase = step % STAGES, (step // STAGES) & 1
     mbarrier.wait(v_free.index(slot), phase ^ 1)
     bring((v_desc,), (row,), group * v_desc.block_shape[1], v_ready, (v_ring,), slot)
 
@@ -75,21 +84,33 @@ def _rows(index, First, Last, num_tokens, num_tiles, slots, HALF: gl.constexpr, 
 
 
 @gluon.jit
-def _copy(q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
-          HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def _bring_queries(q_descs, memory, batch, group, token0, turn, HEADS: gl.constexpr, QUEUE: gl.constexpr):
     q_smem, _, _, _, q_ready, q_free, _, _, _, _ = memory
+    for half in gl.static_range(2):
+        place = half * QUEUE + turn % QUEUE
+        mbarrier.wait(q_free.index(place), ((turn // QUEUE) & 1) ^ 1)
+        at = (batch, token0 + half * (64 // span(HEADS)), group * HEADS)
+        bring(q_descs, at, 0, q_ready, q_smem, place)
+
+
+@gluon.jit
+def _copy(q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
+          HEADS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+          QUEUE: gl.constexpr):  # fmt: skip
     step = 0
     turn = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
-        for half in gl.static_range(2):
-            mbarrier.wait(q_free.index(half), (turn & 1) ^ 1)
-            at = (batch, token0 + half * (64 // span(HEADS)), group * HEADS)
-            bring(q_descs, at, 0, q_ready, q_smem, half)
+        _bring_queries(q_descs, memory, batch, group, token0, turn, HEADS, QUEUE)
         for j in range(count):
             _bring(k_descs, v_desc, memory, batch * num_keys + begin + j * BN, group, step, D, STAGES)
             step += 1
         turn += 1
+    if QUEUE > 1:  # one more is begun and dropped
+        end = num_tiles * slots - 1
+        batch, group, token0, begin, count = _tile(end, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
+        _bring_queries(q_descs, memory, batch, group, token0, turn, HEADS, QUEUE)
+        _bring_keys(k_descs, memory, batch * num_keys + begin, group, step, D, STAGES)
 
 
 @gluon.jit
@@ -166,11 +187,22 @@ def _finish(acc, left, peak, total, q, memory, first, last, begin, step, j, coun
 
 
 @gluon.jit
-def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_log2, HALF: gl.constexpr,
+def _first_scores(memory, turn, step, HALF: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+                  QUEUE: gl.constexpr):  # fmt: skip
+    """Start those of a tile's first keys."""
+    q_smem, _, k_ring, _, q_ready, _, k_ready, _, _, _ = memory
+    place, slot = HALF * QUEUE + turn % QUEUE, step % STAGES
+    mbarrier.wait(q_ready.index(place), (turn // QUEUE) & 1)
+    mbarrier.wait(k_ready.index(slot), (step // STAGES) & 1)
+    return scores(slot_of(q_smem, place, 64), slot_of(k_ring, slot, BN), BN)
+
+
+@gluon.jit
+def _compute(memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_log2, HALF: gl.constexpr,
              GROUPS: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
+             STAGES: gl.constexpr, QUEUE: gl.constexpr):  # fmt: skip
     """Rows 64 HALF .. 64 HALF + 63 of each tile."""
-    q_smem, _, k_ring, _, q_ready, q_free, k_ready, k_free, _, _ = memory
+    q_smem, _, _, _, _, q_free, _, k_free, _, _ = memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     s_row: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -183,6 +215,8 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
     batch, group, token0, begin, count, first, last = _rows(
         index, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row
     )  # fmt: skip
+    if QUEUE > 1:
+        s = _first_scores(memory, turn, step, HALF, BN, STAGES, QUEUE)
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         # What the next tile is gets loaded while this one is computed.
         after = gl.minimum(index + gl.num_programs(0), num_tiles * slots - 1)
@@ -191,18 +225,20 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
         all_until = gl.load(Last + token0)
         until = gl.load(Last + gl.minimum(token0 + 128 // span(HEADS), num_tokens) - 1)
         tile_after = _rows(after, First, Last, num_tokens, num_tiles, slots, HALF, GROUPS, HEADS, BN, s_row)
-        mbarrier.wait(q_ready.index(HALF), turn & 1)
-        q = slot_of(q_smem, HALF, 64)
-        slot, phase = step % STAGES, (step // STAGES) & 1
-        mbarrier.wait(k_ready.index(slot), phase)
-        s = warpgroup_mma_wait(0, deps=(scores(q, slot_of(k_ring, slot, BN), BN),))
-        mbarrier.arrive(k_free.index(slot), count=1)
-        s = _mask(s, first, last, begin, BN)
-        p, peak, total, _shrink = _softmax(
-            s, gl.full([64], float("-inf"), gl.float32, s_row), gl.zeros([64], gl.float32, s_row), scale_log2, True
-        )
+        if QUEUE == 1:
+            s = _first_scores(memory, turn, step, HALF, BN, STAGES, QUEUE)
+        place = HALF * QUEUE + turn % QUEUE
+        q = slot_of(q_smem, place, 64)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_free.index(step % STAGES), count=1)
+        none = gl.full([64], float("-inf"), gl.float32, s_row)
+        masked = _mask(s, first, last, begin, BN)
+        p, peak, total, _shrink = _softmax(masked, none, gl.zeros([64], gl.float32, s_row), scale_log2, True)
         left = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
         acc = gl.zeros([64, DV], gl.float32, o_layout)
+        if QUEUE > 1 and turn > 0:  # what the tile before has left in its queries' place is on its way
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(HALF * QUEUE + (turn - 1) % QUEUE), count=1)
         # The first tile of keys is done. A window of 512 and the tokens of a tile end little after a tile of keys.
         few = (count > 1) & (until - begin - (count - 1) * BN <= FEW)
         stop = gl.where(few, count - 1, count)
@@ -216,37 +252,44 @@ def _compute(memory, Out, Lse, First, Last, num_tokens, num_tiles, slots, scale_
                                        scale_log2, DV, BN, STAGES, True)  # fmt: skip
         acc, peak, total = _finish(acc, left, peak, total, q, memory, first, last, begin, step, stop, count,
                                    scale_log2, DV, BN, STAGES, FEW)  # fmt: skip
-        mbarrier.arrive(q_free.index(HALF), count=1)
         step += count
         turn += 1
+        if QUEUE > 1:
+            s = _first_scores(memory, turn, step, HALF, BN, STAGES, QUEUE)
 
         row = gl.arange(0, 64, s_row)
         token = token0 + HALF * (64 // span(HEADS)) + row // span(HEADS)
         out_row, ok = head_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)
         gl.store(Lse + out_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=ok)
-        acc = acc / gl.convert_layout(gl.where(total == 0, 1.0, total), o_row)[:, None]
-        column = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
-        at = gl.convert_layout(out_row, o_row)[:, None] * DV + column[None, :]
-        gl.store(Out + at, acc.to(dtype), mask=gl.convert_layout(ok, o_row)[:, None])
+        acc = acc * gl.convert_layout(1.0 / gl.where(total == 0, 1.0, total), o_row)[:, None]
+        at = (batch, token0 + HALF * (64 // span(HEADS)), group * HEADS)
+        store_rows(o_desc, Out, q_smem[0].index(place), acc.to(dtype), at, out_row, ok, HEADS)
+        if QUEUE == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(place), count=1)
         batch, group, token0, begin, count, first, last = tile_after
+    if QUEUE > 1:
+        warpgroup_mma_wait(0, deps=(s,))
+    tma.store_wait(0)
 
 
 @gluon.jit
-def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, BACKWARD: gl.constexpr):
+def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, QUEUE: gl.constexpr, BACKWARD: gl.constexpr):
+    """Queries of QUEUE tiles, that of each half side by side; a ring of STAGES keys and values."""
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smem = rings(q_descs, 2)
+    q_smem = rings(q_descs, 2 * QUEUE)
     d_smem = q_smem
     if BACKWARD:
-        d_smem = rings(q_descs, 2)
+        d_smem = rings(q_descs, 2 * QUEUE)
     k_ring = rings(k_descs, STAGES)
     (v_ring,) = rings((v_desc,), STAGES)
-    q_ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    q_free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    q_ready = gl.allocate_shared_memory(gl.int64, [2 * QUEUE, 1], bars)
+    q_free = gl.allocate_shared_memory(gl.int64, [2 * QUEUE, 1], bars)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for i in gl.static_range(2):
+    for i in gl.static_range(2 * QUEUE):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -258,23 +301,23 @@ def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, BACKWARD: gl.constex
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
-def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, First, Last, num_tokens, num_keys, num_tiles,
-                   num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
-                   DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, Out, Lse, First, Last, num_tokens, num_keys,
+                   num_tiles, num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr,
+                   DV: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr):  # fmt: skip
     """out (B, T, H, Dv), lse (B, T, H) of tiles of 128 rows, by as many programs as there are multiprocessors.
 
     Descriptors: q (B, T, H, D) in boxes of 64 rows; k, v (B * S, G * D or Dv) in boxes of BN keys; q, k as `parts`.
     """
     q_descs, k_descs = used_parts(q_desc, q2_desc, D), used_parts(k_desc, k2_desc, D)
-    memory = _memory(q_descs, k_descs, v_desc, STAGES, False)
+    memory = _memory(q_descs, k_descs, v_desc, STAGES, QUEUE, False)
     gl.warp_specialize(
         [
-            (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 0, GROUPS, HEADS,
-                        DV, BN, STAGES)),
-            (_compute, (memory, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 1, GROUPS, HEADS,
-                        DV, BN, STAGES)),
+            (_compute, (memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 0, GROUPS,
+                        HEADS, DV, BN, STAGES, QUEUE)),
+            (_compute, (memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, num_slots, scale_log2, 1, GROUPS,
+                        HEADS, DV, BN, STAGES, QUEUE)),
             (_copy, (q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_keys, num_tiles, num_slots, GROUPS,
-                     HEADS, D, BN, STAGES)),
+                     HEADS, D, BN, STAGES, QUEUE)),
         ],
         [4, 1],
         [240, 24],
@@ -292,6 +335,6 @@ def forward(
     tiles, slots = triton.cdiv(tokens * rows, 128), batch * groups
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
         *parts(q, list(q.shape), [1, 64 // rows, rows, width]), *key_parts(k, tile["BN"]), key_boxes(v, tile["BN"]),
-        out, lse, first, last, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
-        DV=v.shape[3], **tile, **options,
+        boxes(out, list(out.shape), [1, 64 // rows, rows, v.shape[3]]), out, lse, first, last, tokens, keys, tiles,
+        slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width, DV=v.shape[3], **tile, **options,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.ops.kernels.hopper import (
+    boxes,
     bring,
     head_rows,
     key_boxes,
@@ -22,6 +23,7 @@ from nsa.ops.kernels.hopper import (
     scores,
     slot_of,
     span,
+    store_rows,
     used_parts,
 )
 from nsa.ops.kernels.launch import INTEGERS, LOG2_E
@@ -38,7 +40,7 @@ def _tile(index, Counts, num_tiles, slots, GROUPS: gl.constexpr, WIDTH: gl.const
 @gluon.jit
 def _copy(q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles, slots, GROUPS: gl.constexpr,
           HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-          PARTS: gl.constexpr):  # fmt: skip
+          QUEUE: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     TOKENS: gl.constexpr = 64 // span(HEADS)
     step = 0
@@ -48,8 +50,9 @@ def _copy(q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles,
         next_start = gl.load(Starts + entry)
         for part in gl.static_range(PARTS):
             box = (batch, (PARTS * tile + part) * TOKENS, group * HEADS)
-            mbarrier.wait(q_free.index(part), (turn & 1) ^ 1)
-            bring(q_descs, box, 0, q_ready, q_smem, part)
+            place = part * QUEUE + turn % QUEUE
+            mbarrier.wait(q_free.index(place), ((turn // QUEUE) & 1) ^ 1)
+            bring(q_descs, box, 0, q_ready, q_smem, place)
         for i in range(count):
             slot, phase = step % STAGES, (step // STAGES) & 1
             at = batch * num_keys + next_start
@@ -92,9 +95,10 @@ def _scores(q, k, start, position, first_position, BN: gl.constexpr, layout: gl.
 
 
 @gluon.jit
-def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
+def _forward_part(memory, o_desc, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, slots, scale_log2,
                   PART: gl.constexpr, GROUPS: gl.constexpr, HEADS: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr,
-                  WIDTH: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+                  WIDTH: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
+                  PARTS: gl.constexpr):  # fmt: skip
     q_smem, k_ring, v_ring, q_ready, q_free, ready, free = memory
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
@@ -109,8 +113,12 @@ def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_token
             batch, group, tile, num_tokens, Position, PART, PARTS, GROUPS, HEADS, s_row
         )  # fmt: skip
         next_start, next_bits = gl.load(Starts + entry), gl.load(Members + entry)
-        mbarrier.wait(q_ready.index(PART), turn & 1)
-        q = slot_of(q_smem, PART, 64)
+        queued = PART * QUEUE + turn % QUEUE
+        mbarrier.wait(q_ready.index(queued), (turn // QUEUE) & 1)
+        q = slot_of(q_smem, queued, 64)
+        if QUEUE > 1 and turn > 0:  # what the tile before has left in its queries' place is on its way
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(PART * QUEUE + (turn - 1) % QUEUE), count=1)
         acc = gl.zeros([64, DV], gl.float32, o_layout)
         peak = gl.full([64], float("-inf"), gl.float32, s_row)
         total = gl.zeros([64], gl.float32, s_row)
@@ -134,25 +142,28 @@ def _forward_part(memory, Out, Lse, Position, Starts, Members, Counts, num_token
                 peak = new_peak
             mbarrier.arrive(free.index(slot), count=1)
             step += 1
-        mbarrier.arrive(q_free.index(PART), count=1)
-        turn += 1
         gl.store(Lse + q_row, (peak + gl.log2(total)) * 0.6931471805599453, mask=ok)
-        acc = acc / gl.convert_layout(gl.where(total == 0, 1.0, total), o_row)[:, None]
-        column = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
-        at = gl.convert_layout(q_row, o_row)[:, None] * DV + column[None, :]
-        gl.store(Out + at, acc.to(dtype), mask=gl.convert_layout(ok, o_row)[:, None])
+        acc = acc * gl.convert_layout(1.0 / gl.where(total == 0, 1.0, total), o_row)[:, None]
+        at = (batch, (PARTS * tile + PART) * (64 // span(HEADS)), group * HEADS)
+        store_rows(o_desc, Out, q_smem[0].index(queued), acc.to(dtype), at, q_row, ok, HEADS)
+        if QUEUE == 1:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free.index(queued), count=1)
+        turn += 1
+    tma.store_wait(0)
 
 
 @gluon.jit
-def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, PARTS: gl.constexpr):
+def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, QUEUE: gl.constexpr, PARTS: gl.constexpr):
+    """Queries of QUEUE tiles, that of each part side by side; a ring of STAGES keys and values."""
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    q_smem, k_ring = rings(q_descs, PARTS), rings(k_descs, STAGES)
+    q_smem, k_ring = rings(q_descs, PARTS * QUEUE), rings(k_descs, STAGES)
     (v_ring,) = rings((v_desc,), STAGES)
-    q_ready = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
-    q_free = gl.allocate_shared_memory(gl.int64, [PARTS, 1], bars)
+    q_ready = gl.allocate_shared_memory(gl.int64, [PARTS * QUEUE, 1], bars)
+    q_free = gl.allocate_shared_memory(gl.int64, [PARTS * QUEUE, 1], bars)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
-    for i in gl.static_range(PARTS):
+    for i in gl.static_range(PARTS * QUEUE):
         mbarrier.init(q_ready.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
     for i in gl.static_range(STAGES):
@@ -162,22 +173,22 @@ def _memory(q_descs, k_descs, v_desc, STAGES: gl.constexpr, PARTS: gl.constexpr)
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
-def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, Starts, Members, Counts, Position, num_tokens,
-                   num_keys, num_tiles, num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr,
+def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, o_desc, Out, Lse, Starts, Members, Counts, Position,
+                   num_tokens, num_keys, num_tiles, num_slots, scale_log2, GROUPS: gl.constexpr, HEADS: gl.constexpr,
                    D: gl.constexpr, DV: gl.constexpr, BN: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
-                   PARTS: gl.constexpr):  # fmt: skip
+                   QUEUE: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     """out, lse of tiles of 64 PARTS (2 or 3) rows; lists as from selected.union_kernel for their tokens."""
     q_descs, k_descs = used_parts(q_desc, q2_desc, D), used_parts(k_desc, k2_desc, D)
-    memory = _memory(q_descs, k_descs, v_desc, STAGES, PARTS)
+    memory = _memory(q_descs, k_descs, v_desc, STAGES, QUEUE, PARTS)
     if PARTS == 2:
         gl.warp_specialize(
             [
-                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 0, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
-                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 1, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
+                (_forward_part, (memory, o_desc, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles,
+                                 num_slots, scale_log2, 0, GROUPS, HEADS, DV, BN, WIDTH, STAGES, QUEUE, PARTS)),
+                (_forward_part, (memory, o_desc, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles,
+                                 num_slots, scale_log2, 1, GROUPS, HEADS, DV, BN, WIDTH, STAGES, QUEUE, PARTS)),
                 (_copy, (q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                         HEADS, D, DV, WIDTH, STAGES, PARTS)),
+                         HEADS, D, DV, WIDTH, STAGES, QUEUE, PARTS)),
             ],
             [4, 1],
             [240, 24],
@@ -185,14 +196,14 @@ def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, Out, Lse, Starts, M
     else:
         gl.warp_specialize(
             [
-                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 0, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
-                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 1, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
-                (_forward_part, (memory, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles, num_slots,
-                                 scale_log2, 2, GROUPS, HEADS, DV, BN, WIDTH, STAGES, PARTS)),
+                (_forward_part, (memory, o_desc, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles,
+                                 num_slots, scale_log2, 0, GROUPS, HEADS, DV, BN, WIDTH, STAGES, QUEUE, PARTS)),
+                (_forward_part, (memory, o_desc, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles,
+                                 num_slots, scale_log2, 1, GROUPS, HEADS, DV, BN, WIDTH, STAGES, QUEUE, PARTS)),
+                (_forward_part, (memory, o_desc, Out, Lse, Position, Starts, Members, Counts, num_tokens, num_tiles,
+                                 num_slots, scale_log2, 2, GROUPS, HEADS, DV, BN, WIDTH, STAGES, QUEUE, PARTS)),
                 (_copy, (q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_tiles, num_slots, GROUPS,
-                         HEADS, D, DV, WIDTH, STAGES, PARTS)),
+                         HEADS, D, DV, WIDTH, STAGES, QUEUE, PARTS)),
             ],
             [4, 4, 1],
             [160, 160, 24],
@@ -211,7 +222,8 @@ def forward(
     heads //= groups
     rows, slots, tiles = span(heads), batch * groups, lists[3]
     forward_kernel[(min(tiles * slots, multiprocessors(q.device)),)](
-        *parts(q, list(q.shape), [1, 64 // rows, rows, width]), *key_parts(k, 64), key_boxes(v, 64), out, lse,
+        *parts(q, list(q.shape), [1, 64 // rows, rows, width]), *key_parts(k, 64), key_boxes(v, 64),
+        boxes(out, list(out.shape), [1, 64 // rows, rows, v.shape[3]]), out, lse,
         *lists[:3], position, tokens, keys, tiles, slots, scale * LOG2_E, GROUPS=groups, HEADS=heads, D=width,
         DV=v.shape[3], BN=64, WIDTH=lists[0].shape[3], **tile, **options,
     )  # fmt: skip
