@@ -42,15 +42,15 @@ def grid(**axes: list[int]) -> list[dict[str, int]]:
 # The kernels for Hopper, at all widths: what does not fit says so.
 HOPPER_CANDIDATES = {
     "hopper_forward": [
-        *grid(BN=[128], STAGES=[2, 3], num_warps=[4], maxnreg=[168]),
-        *grid(BN=[64], STAGES=[3, 4, 5], num_warps=[4], maxnreg=[168]),
+        *grid(BN=[128], STAGES=[2, 3], QUEUE=[1, 2], num_warps=[4], maxnreg=[168]),
+        *grid(BN=[64], STAGES=[3, 4, 5], QUEUE=[1, 2], num_warps=[4], maxnreg=[168]),
     ],
-    "hopper_query": grid(BN=[64], STAGES=[3, 4, 5], num_warps=[4], maxnreg=[168]),
+    "hopper_query": grid(BN=[64], STAGES=[2, 3, 4], num_warps=[4], maxnreg=[168]),
     "hopper_selected_forward": [
-        *grid(STAGES=[2, 3, 4, 5], PARTS=[3], num_warps=[4], maxnreg=[128]),
-        *grid(STAGES=[3, 4, 5, 6], PARTS=[2], num_warps=[4], maxnreg=[168]),
+        *grid(STAGES=[2, 3, 4, 5], QUEUE=[1, 2], PARTS=[3], num_warps=[4], maxnreg=[128]),
+        *grid(STAGES=[3, 4, 5, 6], QUEUE=[1, 2], PARTS=[2], num_warps=[4], maxnreg=[168]),
     ],
-    "hopper_selected_forward_pairs": grid(STAGES=[3, 4, 5, 6], PARTS=[2], num_warps=[4], maxnreg=[168]),
+    "hopper_selected_forward_pairs": grid(STAGES=[3, 4, 5, 6], QUEUE=[1, 2], PARTS=[2], num_warps=[4], maxnreg=[168]),
     "hopper_select": grid(KEYS=[64, 128], STAGES=[2, 3, 4, 5], num_warps=[4], maxnreg=[128]),
     "hopper_range_key": [
         *grid(BM=[64], BN=[64], STAGES=[2, 3], num_warps=[4]),

@@ -1,9 +1,10 @@
 """Attention to runs of keys on Hopper, forward: two computing warpgroups and a copying warp.
 
 The warpgroups take 64 rows each, a row being a (token, head of the group) or idle, and share a ring of keys and values
-that the copying warp fills ahead, into the next tile of rows already while this one is being finished. Each warpgroup
-starts the scores of the next keys before it is done with these, whose softmax and last product hide behind them
-(FlashAttention-3, arXiv 2407.08608, section 3.2).
+that the copying warp fills ahead. Each warpgroup starts the scores of the next keys before it is done with these, whose
+softmax and last product hide behind them (FlashAttention-3, arXiv 2407.08608, section 3.2). Where there is room for the
+queries of two tiles (QUEUE), it also starts the first scores of the next tile before it writes the output of this one;
+that goes by way of its queries' memory to the copy engine.
 """
 
 import triton
