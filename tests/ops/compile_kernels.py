@@ -2,7 +2,8 @@
 
     python tests/ops/compile_kernels.py [--arch 90] [--write]
 
--> JSON: registers, stack (spills), shared memory and wgmma count; --write keeps it as the record that CI compares with.
+-> JSON: registers, stack (spills), shared memory, number of wgmma, and of waits for them that ptxas adds to those asked
+for (it then runs them one by one, for want of registers); --write keeps it as the record that CI compares with.
 
 The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation: what
 is compiled is what would be launched, its alignment and its constants included.
@@ -71,14 +72,18 @@ def record_of(arch: int) -> Path:
 
 
 def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
+    ptx = kernel.asm["ptx"]
+    wgmma, waits = ptx.count("wgmma.mma_async"), 0
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         text = _tool("cuobjdump", "-res-usage", file.name)
-        wgmma = kernel.asm["ptx"].count("wgmma.mma_async")
+        if wgmma:
+            waits = _tool("cuobjdump", "-sass", file.name).count("WARPGROUP.DEPBAR") - ptx.count("wgmma.wait_group")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found, text
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
+    used = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
+    return used | {"more_waits": max(0, waits)}
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -24,4 +24,5 @@ def test_kernels_compile(arch: int, run_python, tmp_path: Path) -> None:
         assert used["shared"] <= SHARED_LIMIT[arch], f"{kernel} needs {used['shared']} bytes of shared memory"
         assert kernel in known, f"{kernel} is not in {record_of(arch).name}"
         assert used["stack"] <= known[kernel]["stack"], f"{kernel} spills: {used['stack']} bytes of stack"
+        assert used["more_waits"] <= known[kernel]["more_waits"], f"ptxas has {kernel} wait for single products"
         assert bool(used["wgmma"]) == bool(known[kernel]["wgmma"]), f"{kernel} lost or gained wgmma"

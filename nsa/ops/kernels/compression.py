@@ -114,17 +114,16 @@ def input_kernel(DPre, Inner, Token, End, Block, First, Last, DX, num_rows, num_
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def weight_kernel(X, DPre, Start, Partial, BiasPartial, num_rows, num_tokens, num_blocks, rows_per_split, num_splits,
-                  GROUPS: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr,
-                  H1: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Partial (splits, hidden, length * D) fp32: sums over a run of rows; BiasPartial (splits, hidden): of DPre."""
+def weight_kernel(X, DPre, Start, Partial, num_rows, num_tokens, num_blocks, rows_per_split, GROUPS: tl.constexpr,
+                  LENGTH: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, H1: tl.constexpr, BK: tl.constexpr,
+                  BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Partial (splits, hidden, length * D) fp32: sums over a run of rows."""
     column_tiles: tl.constexpr = (D + BN - 1) // BN
     slot = tl.program_id(0) % (LENGTH * column_tiles)  # neighbours in time share the rows of X and DPre
     split = (tl.program_id(0) // (LENGTH * column_tiles)).to(tl.int64)
     token, column = slot // column_tiles, slot % column_tiles * BN + tl.arange(0, BN)
     unit = tl.arange(0, H1)
     acc = tl.zeros([H1, BN], tl.float32)
-    bias = tl.zeros([H1], tl.float32)
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, num_rows)
     for row0 in tl.range(begin, end, BK):
@@ -135,27 +134,23 @@ def weight_kernel(X, DPre, Start, Partial, BiasPartial, num_rows, num_tokens, nu
         x_row = (row // GROUPS // num_blocks * num_tokens + start + token) * GROUPS + row % GROUPS
         x = _load(X, x_row, start >= 0, column, D)
         acc = tl.dot(dp.T, x, acc, input_precision=PRECISION)
-        if slot == 0:
-            bias += tl.sum(dp.to(tl.float32), 0)
     at = (split * HIDDEN + unit)[:, None] * (LENGTH * D) + token * D + column[None, :]
     tl.store(Partial + at, acc, mask=(unit[:, None] < HIDDEN) & (column[None, :] < D))
-    if slot == 0:
-        tl.store(BiasPartial + split * HIDDEN + unit, bias, mask=unit < HIDDEN)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def reduce_kernel(Partial, BiasPartial, Inner, Position, DInner, DPosition, num_splits, WIDTH: tl.constexpr,
+def reduce_kernel(Partial, DBias, Inner, Position, DInner, DPosition, num_splits, WIDTH: tl.constexpr,
                   HIDDEN: tl.constexpr, H1: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """DInner (hidden, width) and DPosition (width,) at BN columns: the partial sums, added in order."""
+    """DInner (hidden, width) and DPosition (width,) at BN columns: the partial sums, added in order, and what comes by
+    way of the bias inner @ position, whose gradient is DBias (hidden,) fp32."""
     column, unit = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, H1)
     mask, at = (unit[:, None] < HIDDEN) & (column[None, :] < WIDTH), unit[:, None] * WIDTH + column[None, :]
     total = tl.zeros([H1, BN], tl.float32)
-    bias = tl.zeros([H1], tl.float32)
     part = at.to(tl.int64)
-    for split in tl.range(0, num_splits):
+    for _ in tl.range(0, num_splits):
         total += tl.load(Partial + part, mask=mask, other=0.0)
         part += HIDDEN * WIDTH
-        bias += tl.load(BiasPartial + split * HIDDEN + unit, mask=unit < HIDDEN, other=0.0)
+    bias = tl.load(DBias + unit, mask=unit < HIDDEN, other=0.0)
     position = tl.load(Position + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     total += bias[:, None] * position[None, :]
     tl.store(DInner + at, total.to(DInner.dtype.element_ty), mask=mask)
@@ -240,16 +235,16 @@ def backward(
 
     splits = min(MOST_SPLITS, triton.cdiv(rows, ROWS_PER_SPLIT))
     partial = x.new_empty(splits, hidden, length * width, dtype=torch.float32)
-    bias = x.new_empty(splits, hidden, dtype=torch.float32)
+    d_bias = d_pre.flatten(0, 2).sum(0, dtype=torch.float32)
     tile = _tile_sizes("compress_weight", x, outer)
     weight_kernel[(splits * length * triton.cdiv(width, tile["BN"]),)](
-        x, d_pre, layout.start, partial, bias, rows, tokens, blocks, triton.cdiv(rows, splits), splits, LENGTH=length,
-        D=width, H1=_power(hidden), **constants, **tile,
+        x, d_pre, layout.start, partial, rows, tokens, blocks, triton.cdiv(rows, splits), LENGTH=length, D=width,
+        H1=_power(hidden), **constants, **tile,
     )  # fmt: skip
     d_inner, d_position = torch.empty_like(inner), torch.empty_like(position)
     tile = _tile_sizes("compress_reduce", x, outer)
     reduce_kernel[(triton.cdiv(length * width, tile["BN"]),)](
-        partial, bias, inner, position, d_inner, d_position, splits, WIDTH=length * width, HIDDEN=hidden,
+        partial, d_bias, inner, position, d_inner, d_position, splits, WIDTH=length * width, HIDDEN=hidden,
         H1=_power(hidden), **tile,
     )  # fmt: skip
     return dx, d_inner, d_position, d_outer
