@@ -2,7 +2,10 @@
 
 import itertools
 import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -35,6 +38,17 @@ class Case:
     def selection(self) -> dict[str, int]:
         names = ("length", "stride", "block_size", "num_blocks", "num_initial", "num_local")
         return {key: self.sizes[key] for key in names}
+
+
+@contextmanager
+def few_programs() -> Iterator[None]:
+    """Hopper's kernels run in three programs, each of which goes from tile to tile on small inputs, too."""
+    from nsa.ops.kernels.hopper import gradient, ranges, selected, selection
+
+    with ExitStack() as patches:
+        for module in (gradient, ranges, selected, selection):
+            patches.enter_context(mock.patch.object(module, "multiprocessors", lambda _: 3))
+        yield
 
 
 def cumulative(documents: list[int]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa import ops
-from tests.ops.cases import cumulative
+from tests.ops.cases import cumulative, few_programs
 
 SIZES = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 8, "window": 128}
 
@@ -37,5 +37,6 @@ if __name__ == "__main__":
         sys.exit("small_run.py needs an NVIDIA GPU, and a torch that is built for it")
     for heads, groups, width in ((16, 1, 128), (8, 2, 128), (2, 1, 128), (6, 2, 128), (16, 1, 192), (2, 1, 192)):
         for documents in ([700], [300, 1, 40, 259]):
-            small_run(heads, groups, width, documents)
+            with few_programs():
+                small_run(heads, groups, width, documents)
             print(f"{heads} heads, {groups} groups, width {width}, documents of {documents} tokens: done", flush=True)

@@ -394,6 +394,22 @@ def test_a_recomputed_pass_takes_the_blocks_of_the_first(monkeypatch: pytest.Mon
 
 
 @needs_kernels
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 40), (1, 0)])
+def test_nothing_to_do(batch: int, tokens: int) -> None:
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+    def empty(count: int, heads: int, width: int = 64) -> Tensor:
+        return torch.zeros(batch, count, heads, width, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    pairs = [(empty(n, 2), empty(n, 2)) for n in (max(0, tokens // 16 - 1), tokens, tokens)]
+    inputs = [empty(tokens, 4), *(x for pair in pairs for x in pair), empty(tokens, 4, 3)]
+    sizes = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 4, "window": 9}
+    out = ops.native_sparse_attention(inputs[0], *pairs, inputs[-1], **sizes, backend="triton")
+    assert out.shape == (batch, tokens, 4, 64)
+    assert [x.shape for x in gradients(out, inputs)] == [x.shape for x in inputs]
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("width", "dtype", "reason"), [(6, torch.float32, "16 bytes"), (16, torch.float64, "float16"), (256, None, "fp32")]
 )

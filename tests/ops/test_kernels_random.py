@@ -13,7 +13,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from nsa import ops
 from nsa.ops import compressed, dense, selected
-from tests.ops.cases import cumulative
+from tests.ops.cases import cumulative, few_programs
 
 pytestmark = pytest.mark.gpu
 SHAPES = int(os.environ.get("RANDOM_SHAPES", "12"))  # of each family
@@ -158,7 +158,8 @@ def check_random_case(family: int, choose: random.Random, generator: torch.Gener
         d_out = tensor(tokens, heads, v_width)
         poison()
         ours = run("triton", None, [x.clone() for x in inputs], d_out)
-        again = run("triton", None, [x.clone() for x in inputs], d_out)
+        with few_programs():
+            again = run("triton", None, [x.clone() for x in inputs], d_out)
         assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), f"{case}: other bits the second time"
         _, lse = ops.compressed_attention(inputs[0], inputs[1], inputs[2], **compression, **packing)
         indices = ops.select_blocks(inputs[0], inputs[1], lse, **selecting, **packing)

@@ -389,7 +389,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
-    if not keys or not tokens:
+    if not k.numel() or not q.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     if warpgroups(q, k, v, scale, FORWARD):
         from nsa.ops.kernels.hopper import ranges as hopper

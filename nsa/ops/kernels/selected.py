@@ -399,7 +399,7 @@ def forward(
     batch, tokens, heads, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
-    if not tokens:
+    if not q.numel():
         return out, lse
     if on_hopper(q, k, v, block_size, scale, FORWARD):
         from nsa.ops.kernels.hopper import selected as hopper

@@ -156,7 +156,7 @@ def select(
     """
     (batch, tokens), groups = q.shape[:2], k.shape[2]
     out = q.new_empty(batch, tokens, groups, num_blocks, dtype=torch.int32)
-    if not tokens:
+    if not out.numel():
         return out
     ratio, units = block_size // stride, length // stride
     # The LSEs of all heads and the sums of a chunk's blocks, more the fewer keys they have, must fit beside the keys.
