@@ -13,6 +13,10 @@ from torch import Tensor
 
 from nsa.parallel.grid import Axis
 
+# torch 2.11 has them by other names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_gather(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
     """The parts of all ranks one after the other along ``dim``; the gradient is summed and cut again."""
@@ -76,7 +80,7 @@ class _Transfer:
 def _begin_gather(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
     x = x.movedim(dim, 0).contiguous()
     whole = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    work = dist.all_gather_single(whole, x, group=axis.group, async_op=True)
+    work = _all_gather(whole, x, group=axis.group, async_op=True)
     axis.traffic.add(f"{axis.name}/{what}", x.nbytes * (axis.size - 1))
     return _Transfer(whole.movedim(0, dim), x, work)
 
@@ -85,7 +89,7 @@ def _begin_sum(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
     x = x.movedim(dim, 0).contiguous()
     assert x.shape[0] % axis.size == 0, (x.shape, axis.size)
     part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    work = dist.reduce_scatter_single(part, x, group=axis.group, async_op=True)
+    work = _reduce_scatter(part, x, group=axis.group, async_op=True)
     axis.traffic.add(f"{axis.name}/{what}", part.nbytes * (axis.size - 1))
     return _Transfer(part.movedim(0, dim), x, work)
 

@@ -56,6 +56,13 @@ def mark(parameter: nn.Parameter, partition: Partition) -> None:
     parameter.tensor_model_parallel = partition.owner  # type: ignore[attr-defined]
 
 
+def mark_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """As `mark`, for DeepSpeed's optimizer of bf16 without ZeRO, which looks for the mark at the gradient."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.model_parallel = partition_of(parameter).owner  # type: ignore[attr-defined]
+
+
 def named_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor, Partition]]:
     """The buffers of a model by name; a rank holds them, and speaks for them, as the parameters of their module."""
     for prefix, module in model.named_modules():
@@ -119,8 +126,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter], grid: Grid) -> float:
 
     For engines that have no norm of their own (no ZeRO, fp32). Collective over ``grid.model``.
     """
+    parameters = list(parameters)
     owned = [p.grad for p in parameters if p.grad is not None and partition_of(p).owner]
-    norm = torch.nn.utils.get_total_norm(owned)
+    norm = torch.nn.utils.get_total_norm(owned).to(parameters[0].device)  # of none: on the CPU
     if grid.model.size == 1:
         return norm.item()
     square = norm.double().square()

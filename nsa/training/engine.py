@@ -1,7 +1,7 @@
 """The decoder inside a DeepSpeed engine."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -45,8 +45,11 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
     with _quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.skip = False
-    if isinstance(engine.optimizer, BF16_Optimizer) and grid.model.size == 1:
-        engine.optimizer.get_grads_for_norm = partial(_flat_gradients, engine.optimizer)
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        alone, found = grid.model.size == 1, engine.optimizer.get_grads_for_norm
+        engine.optimizer.get_grads_for_norm = (
+            partial(_flat_gradients, engine.optimizer) if alone else _some(found, ranks)
+        )
     if graphs_serve(config, ranks.device):
         engine.module.forward = GraphedDecoder(engine.module)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
@@ -58,6 +61,19 @@ def _flat_gradients(optimizer: BF16_Optimizer, for_clipping: bool = False) -> An
     each parameter, for which the GPU, done with the backward pass, would wait one by one. Padding in them is 0."""
     flat = optimizer.fp32_groups_gradients_flat
     return flat if for_clipping else (flat, {})
+
+
+def _some(found: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """`BF16_Optimizer.get_grads_for_norm` with a zero for a rank that owns no gradient: DeepSpeed cannot take the norm
+    of none. Such a rank is one of several that hold the same layers, all of them dense, beside split experts."""
+
+    def gradients(for_clipping: bool = False) -> Any:
+        if for_clipping:
+            return found(for_clipping)
+        shared, of_experts = found()
+        return shared or [torch.zeros(1, device=ranks.device)], of_experts
+
+    return gradients
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
 from nsa.models import count_parameters, training_flops_per_token
 from nsa.parallel.grid import build_grid
-from nsa.parallel.partition import gradient_norm
+from nsa.parallel.partition import gradient_norm, mark_gradients
 from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
@@ -232,6 +232,8 @@ class Trainer:
                 loss = ranks.sum(nll).item() / max(targets, 1.0)
                 if not self._sharded:
                     norm = gradient_norm(engine.module.parameters(), grid)
+                elif self.config.engine.zero_stage == 0:
+                    mark_gradients(engine.module.parameters())
                 client.skip = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm))
                 spike = self.spikes.loss_spikes(loss)
                 # Where DeepSpeed's optimizer knows the norm, it does before it calls ours.

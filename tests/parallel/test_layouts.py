@@ -7,7 +7,7 @@ import pytest
 
 from nsa.planning.dry_run import dry_run
 from tests.parallel import matrix
-from tests.parallel.conftest import CASES, EXPERT_CASES, SENT, SPREADS
+from tests.parallel.conftest import CASES, EXPERT_CASES, ROUNDED, SENT, SPREADS
 from tests.parallel.layouts import BASE, MOE, SCRIPT, STEPS, difference, learned, references
 from tests.training.tiny import on_ranks, tiny_config
 
@@ -24,6 +24,11 @@ def test_curves_equal_one_process(four_ranks, reference):
     """Loss and unclipped norm of the gradient, ten steps, to 1e-5."""
     for case, curve in zip(CASES, four_ranks[1]["curves"], strict=True):
         assert difference(curve, reference[str(learned(case))]) < 1e-5, case
+
+
+def test_curves_in_bf16_follow_fp32(four_ranks, reference):
+    for case, curve in zip(ROUNDED, four_ranks[1]["rounded"], strict=True):
+        assert difference(curve, reference[str(learned(case))]) < 0.03, case
 
 
 def test_ranks_send_what_a_dry_run_says(four_ranks, tmp_path):
