@@ -47,6 +47,8 @@ def train(config: Config) -> int:
         if isinstance(e, dist.DistError) or (
             isinstance(e, RuntimeError) and any(word in str(e) for word in LOST_WORDS) and dist.is_initialized()
         ):
+            if isinstance(e, dist.DistBackendError):  # NCCL's: of a lost rank, but also of memory or of devices
+                print(f"rank {rank}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
             code, reason = watchdog.last_words() if watchdog else (LOST, "a rank was lost at the start")
             told = f"error: {reason}. {AGAIN} (exit code {code})" if code == LOST else f"error: {reason}"
             _end(code, told if rank == 0 or "rank 0" in reason else "")

@@ -36,6 +36,25 @@ sys.exit(main())
 """
 
 
+NCCL_FAILS = """
+import sys
+import torch.distributed as dist
+from nsa.training import trainer
+def build_engine(*args):
+    raise dist.DistBackendError("NCCL error: Cuda failure 2 'out of memory'")
+trainer.build_engine = build_engine
+from nsa.train import main
+sys.exit(main())
+"""
+
+
+def test_what_nccl_says_is_told(tmp_path):
+    """Not only that a rank may be lost."""
+    process = start(["-c", NCCL_FAILS, str(write_yaml(tmp_path))])
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "rank 0: DistBackendError: NCCL error: Cuda failure 2" in told
+
+
 def test_the_run_stops_after_too_many_skipped_steps(tmp_path):
     process = start(["-c", ALWAYS_BROKEN, str(write_yaml(tmp_path)), "training.max_skipped_steps=1"])
     output, _ = process.communicate(timeout=120)
