@@ -344,6 +344,10 @@ def main() -> None:
     kinds = ("performance", "models", "layer")
     paths = options.results or [path for kind in kinds for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
     results = [(path.name, json.loads(path.read_text())) for path in paths]
+    for _, result in results:
+        if runs := result.get("runs"):
+            shapes = list(dict.fromkeys(run["shape"] for run in runs))
+            runs.sort(key=lambda run, shapes=shapes: (shapes.index(run["shape"]), run["tokens"]))
     text = page(results, options.out.parent / "images")
     if trained := [path for path in measured.result_files() if path.name.startswith("training-")]:
         rows = [row for path in trained for row in measured.compare(path)]

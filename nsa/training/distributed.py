@@ -79,7 +79,7 @@ def initialize() -> Ranks:
     """Join the process group that the launcher's environment describes; without one be the only process.
 
     Raises:
-        ValueError: MASTER_ADDR:MASTER_PORT cannot be used.
+        ValueError: MASTER_ADDR:MASTER_PORT cannot be used, or there is no GPU for this process.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # warns that CPU ranks have no device id
@@ -92,6 +92,12 @@ def initialize() -> Ranks:
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
     if torch.cuda.is_available():
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}, and the process sees {gpus} GPUs. Start as many processes on a machine "
+                "as it has GPUs, and let each see all of them (CUDA_VISIBLE_DEVICES; with Slurm --gpus-per-node instead of "
+                "--gpus-per-task)"
+            )
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:

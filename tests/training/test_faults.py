@@ -5,8 +5,10 @@ import signal
 import time
 
 import pytest
+import torch
 from tiny import start, write_yaml
 
+from nsa.training.distributed import initialize
 from tests.training.conftest import engines
 
 
@@ -53,6 +55,15 @@ def test_what_nccl_says_is_told(tmp_path):
     process = start(["-c", NCCL_FAILS, str(write_yaml(tmp_path))])
     told, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "rank 0: DistBackendError: NCCL error: Cuda failure 2" in told
+
+
+def test_a_process_without_a_gpu_is_told_what_to_do(monkeypatch):
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="LOCAL_RANK is 3, and the process sees 2 GPUs"):
+        initialize()
 
 
 def test_the_run_stops_after_too_many_skipped_steps(tmp_path):
