@@ -95,8 +95,8 @@ def initialize() -> Ranks:
         if local_rank >= (gpus := torch.cuda.device_count()):
             raise ValueError(
                 f"LOCAL_RANK is {local_rank}, and the process sees {gpus} GPUs. Start as many processes on a machine "
-                "as it has GPUs, and let each see all of them (CUDA_VISIBLE_DEVICES; with Slurm --gpus-per-node instead of "
-                "--gpus-per-task)"
+                "as it has GPUs, and let each see all of them (CUDA_VISIBLE_DEVICES; with Slurm --gpus-per-node, "
+                "not --gpus-per-task)"
             )
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
