@@ -33,7 +33,7 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
     """Let ``model`` take whole samples and compute this rank's tokens of them."""
     if axis.size == 1:
         return
-    model.register_forward_pre_hook(partial(_take_tokens, axis), with_kwargs=True)
+    model.forward = partial(_compute_own_tokens, model.forward, axis)  # type: ignore[method-assign]
     for layer in model.layers:
         attention: Any = layer.attention
         if isinstance(attention, NativeSparseAttention):
@@ -44,15 +44,14 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
             attention.attend = ContextAttention(attention.attend, axis)
 
 
-def _take_tokens(
-    axis: Axis, model: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Forward pre-hook of the decoder: whole samples -> this rank's tokens and their positions."""
-    (input_ids,) = args
-    chunks, borders = Chunks.of_local(input_ids.shape[1] // axis.size, axis), kwargs.get("cu_seqlens")
-    positions = Documents.of(input_ids.shape[1], 0, borders, input_ids.device).query_local
-    targets = chunks.mine(kwargs["targets"])
-    return (chunks.mine(input_ids),), kwargs | {"targets": targets, "positions": chunks.mine(positions, 0)}
+def _compute_own_tokens(
+    forward: Any, axis: Axis, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """`nsa.models.Decoder.forward` from whole samples to the losses of this rank's tokens."""
+    chunks = Chunks.of_local(input_ids.shape[1] // axis.size, axis)
+    positions = Documents.of(input_ids.shape[1], 0, cu_seqlens, input_ids.device).query_local
+    own = {"targets": chunks.mine(targets), "positions": chunks.mine(positions, 0)}
+    return forward(chunks.mine(input_ids), cu_seqlens=cu_seqlens, **own)
 
 
 class ContextAttention(nn.Module):

@@ -1,6 +1,8 @@
 """How many bytes this process sends to others, by what they are."""
 
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 
 class Traffic:
@@ -15,6 +17,18 @@ class Traffic:
 
     def add(self, what: str, num_bytes: int) -> None:
         self._sent[what] += num_bytes
+
+    def add_all(self, sent: Mapping[str, int]) -> None:
+        self._sent.update(sent)
+
+    @contextmanager
+    def apart(self) -> Iterator[Counter[str]]:
+        """What is sent meanwhile counts in the given counter instead."""
+        outside, self._sent = self._sent, Counter()
+        try:
+            yield self._sent
+        finally:
+            self._sent = outside
 
     def take(self) -> dict[str, int]:
         """Bytes by name since the last call."""

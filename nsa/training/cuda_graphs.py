@@ -4,37 +4,45 @@ A layer of NSA is some hundred kernels, and to ask for one costs the host more t
 models of up to about a hundred million parameters wait for the host. A graph asks for all of them at once. It is
 recorded once, for tensors at fixed addresses and of fixed shapes: micro batches are copied in, and the borders of their
 documents filled up with empty documents to a number that all so far had room in.
+
+Tensor- and context-parallel ranks record what they send each other, too: they get the same samples, so they record and
+replay at the same times.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from nsa.config import Config
+from nsa.parallel.traffic import Traffic
 
 FEWEST_DOCUMENTS = 64
 
 
 def graphs_serve(config: Config, device: torch.device) -> bool:
-    """Whether a micro batch can be recorded: on a GPU, where one rank computes it alone and the host decides nothing
-    in between (ZeRO 3 gathers weights, experts want the sizes of their shares)."""
+    """Whether a micro batch can be recorded: on a GPU, where the host decides nothing in between (ZeRO 3 gathers
+    weights, experts want the sizes of their shares, a pipeline alternates micro batches)."""
     wanted = config.engine.cuda_graphs and device.type == "cuda"
-    return wanted and config.parallel.replica_ranks == 1 and config.engine.zero_stage < 3 and config.model.moe is None
+    return wanted and config.parallel.pipeline == 1 and config.engine.zero_stage < 3 and config.model.moe is None
 
 
 class GraphedDecoder:
     """In the place of a decoder's ``forward``: losses with gradients by graphs, everything else by the decoder itself.
 
-    Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass.
+    Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass. ``traffic``:
+    where the ranks of a spread decoder count what they send.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.eager = model, model.forward
+    def __init__(self, model: nn.Module, traffic: Traffic | None = None) -> None:
+        self.model, self.eager, self.traffic = model, model.forward, traffic or Traffic()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.recorded: _Recording | None = None
+        _graphed.add(self)
 
     def __call__(
         self, input_ids: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None, **others: Any
@@ -46,9 +54,19 @@ class GraphedDecoder:
             size = documents_size(len(cu_seqlens))
             torch.cuda.synchronize()  # the last replay may be under way, in memory that is given back here
             self.recorded = None
-            self.recorded = _Recording(self.model, self.eager, input_ids, targets, pad_borders(cu_seqlens, size))
+            self.recorded = _Recording(self, input_ids, targets, pad_borders(cu_seqlens, size))
         borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
         return _Replay.apply(self.recorded, input_ids, targets, borders, *self.parameters)
+
+
+_graphed: WeakSet[GraphedDecoder] = WeakSet()
+
+
+def forget_recordings() -> None:
+    """Of the whole process. To be called before it leaves a process group: NCCL waits there for all graphs to be gone
+    that its collectives were recorded in."""
+    for decoder in _graphed:
+        decoder.recorded = None
 
 
 def documents_size(borders: int) -> int:
@@ -64,15 +82,16 @@ def pad_borders(cu_seqlens: Tensor, size: int) -> Tensor:
 class _Recording:
     """The two graphs of one shape, and the tensors that they read and write."""
 
-    def __init__(self, model: nn.Module, forward: Any, ids: Tensor, targets: Tensor, borders: Tensor) -> None:
-        self.inputs = [x.clone() for x in (ids, targets, borders)]
+    def __init__(self, decoder: GraphedDecoder, ids: Tensor, targets: Tensor, borders: Tensor) -> None:
+        self.inputs, self.traffic = [x.clone() for x in (ids, targets, borders)], decoder.traffic
         # Stand-ins that share the parameters' memory: autograd sends a parameter's gradient to the stream on which it
         # was first used, and that one cannot be recorded.
         stand_ins = {
-            f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()
+            f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in decoder.model.named_parameters()
         }
         leaves = [leaf for leaf in stand_ins.values() if leaf.requires_grad]
-        functional_call(_Holder(model), stand_ins, (lambda: self._record(forward, leaves, borders),))
+        record = partial(self._record, decoder.eager, leaves, borders)
+        functional_call(_Holder(decoder.model), stand_ins, (record,))
 
     def _record(self, forward: Any, leaves: Sequence[Tensor], borders: Tensor) -> None:
         def run() -> Tensor:
@@ -84,7 +103,7 @@ class _Recording:
 
         stream = torch.cuda.Stream()  # what the first pass sets up (compiled kernels, handles) cannot be recorded
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self.traffic.apart():
             losses = run()
             self.d_losses = torch.ones_like(losses)
             gradients(losses)
@@ -95,9 +114,10 @@ class _Recording:
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         # Other threads read data and write checkpoints meanwhile: their calls are none of the recording's business.
-        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
+        mode: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+        with self.traffic.apart() as self.sent_forward, torch.cuda.graph(self.forward, **mode):
             losses = run()
-        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
+        with self.traffic.apart() as self.sent_backward, torch.cuda.graph(self.backward, **mode):
             self.gradients = gradients(losses)
         self.losses = losses.detach()
 
@@ -122,6 +142,7 @@ class _Replay(torch.autograd.Function):
         for fixed, given in zip(recording.inputs, tensors, strict=False):  # the parameters are where they were
             fixed.copy_(given)
         recording.forward.replay()
+        recording.traffic.add_all(recording.sent_forward)
         ctx.recording, ctx.num_inputs = recording, len(recording.inputs)
         return recording.losses.clone()
 
@@ -130,6 +151,7 @@ class _Replay(torch.autograd.Function):
         recording = ctx.recording
         recording.d_losses.copy_(d_losses)
         recording.backward.replay()
+        recording.traffic.add_all(recording.sent_backward)
         # Copies: whoever takes them may keep them, or add to them, beyond the next replay.
         gradients = [None if g is None else g.clone() for g in recording.gradients]
         return None, *[None] * ctx.num_inputs, *gradients

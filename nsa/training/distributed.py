@@ -86,6 +86,9 @@ def initialize() -> Ranks:
     # DeepSpeed's own calls of names that torch has renamed.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see nsa/training/__init__.py
+    # NCCL would register the memory that recorded collectives use, and does not survive it where the allocator maps
+    # memory piece by piece (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     alone = "RANK" not in os.environ
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)

@@ -51,7 +51,7 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
             partial(_flat_gradients, engine.optimizer) if alone else _some(found, ranks)
         )
     if graphs_serve(config, ranks.device):
-        engine.module.forward = GraphedDecoder(engine.module)
+        engine.module.forward = GraphedDecoder(engine.module, grid.traffic)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
 

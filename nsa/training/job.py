@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from nsa.config import Config
+from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.distributed import ReportedError
 from nsa.training.exit_codes import FAULT, INTERRUPTED, LOST, USER, write_exit_file
 from nsa.training.trainer import Trainer
@@ -56,6 +57,8 @@ def train(config: Config) -> int:
         traceback.print_exc()
         kind = f"{type(e).__name__}: {e}".splitlines()[0]
         return _end(FAULT, f"error (rank {rank}): a fault of this program, please report it: {kind}. {AGAIN}", watchdog)
+    finally:
+        forget_recordings()
 
 
 def _end(code: int, message: str, watchdog: Watchdog | None = None) -> int:

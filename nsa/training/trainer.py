@@ -22,6 +22,7 @@ from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
 from nsa.training.balance import Balance
+from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine
@@ -191,6 +192,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the process group and unlock the run folder."""
+        forget_recordings()
         torch.distributed.destroy_process_group()
         if self.ranks.is_main:
             self._run_folder.close()

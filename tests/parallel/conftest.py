@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.layouts import BASE, CLIPPED, MOE, SCRIPT, SGD, layout, references
+from tests.parallel.layouts import BASE, CLIPPED, MOE, RANKS, SCRIPT, SGD, STEPS, layout, references
 from tests.training.tiny import on_ranks
 
 DEEP = ["model.num_layers=5"]
@@ -64,6 +64,17 @@ EXPERT_LINKS = [
 ]
 
 
+CHECKS: dict[str, Any] = {
+    "decoders": ("decoders", {"layouts": SPREADS, "seeds": 12}),
+    "curves": ("curves", {"cases": CASES, "steps": STEPS}),
+    "rounded": ("curves", {"cases": ROUNDED, "steps": STEPS}),
+    "not_finite": ("not_finite", {"cases": BROKEN}),
+    "sent": ("sent", {"cases": SENT}),
+    "chain": ("chain", {"overrides": [*BASE, "checkpoint.every=1"], "links": LINKS}),
+    "experts": ("chain", {"overrides": [*BASE, *MOE, "checkpoint.every=1"], "links": EXPERT_LINKS}),
+}
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     return references(tmp_path_factory.mktemp("one_process"), [*CASES, *ROUNDED])
@@ -72,17 +83,8 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four_ranks")
-    checks = {
-        "decoders": ("decoders", {"layouts": SPREADS, "seeds": 12}),
-        "curves": ("curves", {"cases": CASES, "steps": 10}),
-        "rounded": ("curves", {"cases": ROUNDED, "steps": 10}),
-        "not_finite": ("not_finite", {"cases": BROKEN}),
-        "sent": ("sent", {"cases": SENT}),
-        "chain": ("chain", {"overrides": [*BASE, "checkpoint.every=1"], "links": LINKS}),
-        "experts": ("chain", {"overrides": [*BASE, *MOE, "checkpoint.every=1"], "links": EXPERT_LINKS}),
-    }
     # A launch for each: runs leave their process groups, and gloo's threads of hundreds would starve the later ones.
     answers: dict[str, Any] = {}
-    for name, check in checks.items():
-        answers |= on_ranks(4, folder, {name: check}, SCRIPT)
+    for name, check in CHECKS.items():
+        answers |= on_ranks(RANKS, folder, {name: check}, SCRIPT)
     return folder, answers

@@ -8,6 +8,7 @@ from tests.training.tiny import on_ranks
 
 SCRIPT = Path(__file__).with_name("parallel_checks.py")
 STEPS = 10
+RANKS = 4  # of most launches; with fewer GPUs everything that is compared runs on the CPU
 # Four query heads; two KV heads, so that two tensor-parallel ranks have one each, and four must share.
 BASE = ["model.num_heads=4", "model.num_kv_heads=2", "optimizer.schedule=constant"]
 # The updates of SGD show the scale of gradients, which AdamW hides; the first is not clipped, the second in each step.
@@ -31,10 +32,11 @@ def learned(case: Case) -> Case:
     return [override for override in case if not override.startswith(LAYOUT)]
 
 
-def references(folder: Path, cases: Sequence[Case]) -> dict[str, Curve]:
-    """Curves in one process, by the case without its layout."""
+def references(folder: Path, cases: Sequence[Case], gpus: int = RANKS) -> dict[str, Curve]:
+    """Curves in one process, by the case without its layout. ``gpus``: as of `on_ranks`."""
     distinct = list({str(learned(case)): learned(case) for case in cases}.values())
-    curves = on_ranks(1, folder, {"reference": ("curves", {"cases": distinct, "steps": STEPS})}, SCRIPT)["reference"]
+    checks = {"reference": ("curves", {"cases": distinct, "steps": STEPS})}
+    curves = on_ranks(1, folder, checks, SCRIPT, gpus=gpus)["reference"]
     return {str(case): curve for case, curve in zip(distinct, curves, strict=True)}
 
 

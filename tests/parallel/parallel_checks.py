@@ -38,7 +38,12 @@ def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: i
             heads: build_grid(ParallelConfig(**layout), ranks.rank, ranks.world_size, num_kv_heads=heads)
             for heads in (1, 2, 4, 8)
         }
-        answer.append([max(ranks.gather(decoder_difference(grids, seed))) for seed in range(seeds)])
+        differences = []
+        for seed in range(seeds):
+            with ranks.device:
+                difference = decoder_difference(grids, seed)
+            differences.append(max(ranks.gather(difference)))
+        answer.append(differences)
     return answer
 
 

@@ -8,7 +8,7 @@ import pytest
 from nsa.planning.dry_run import dry_run
 from tests.parallel import matrix
 from tests.parallel.conftest import CASES, EXPERT_CASES, ROUNDED, SENT, SPREADS
-from tests.parallel.layouts import BASE, MOE, SCRIPT, STEPS, difference, learned, references
+from tests.parallel.layouts import BASE, MOE, RANKS, SCRIPT, STEPS, difference, learned, references
 from tests.training.tiny import on_ranks, tiny_config
 
 
@@ -69,7 +69,7 @@ def test_a_run_goes_on_in_any_layout(four_ranks, tmp_path):
         shutil.copytree(folder / name / "runs/run", tmp_path / f"{name}-on/runs/run")
         for run in ("on", "straight"):
             checks[f"{name}-{run}"] = ("chain", {"overrides": overrides, "links": [(8, [])]})
-    found = on_ranks(1, tmp_path, checks, SCRIPT)
+    found = on_ranks(1, tmp_path, checks, SCRIPT, gpus=RANKS)
     for name in ("chain", "experts"):
         assert len(found[f"{name}-straight"]) == 8
         assert found[f"{name}-on"] == pytest.approx(found[f"{name}-straight"], rel=1e-5)
@@ -92,16 +92,16 @@ def test_experts_in_every_zero_stage_and_beside_every_other_axis(tmp_path, tmp_p
     """As the curves above: {no, 2, 4} expert ranks x ZeRO {0, 1, 2, 3}, and two beside two of each other axis."""
     one = references(tmp_path_factory.mktemp("one"), EXPERT_CASES)
     checks = {"curves": ("curves", {"cases": EXPERT_CASES, "steps": STEPS})}
-    curves = on_ranks(4, tmp_path, checks, SCRIPT, timeout=3600)["curves"]
+    curves = on_ranks(RANKS, tmp_path, checks, SCRIPT, timeout=3600)["curves"]
     for case, curve in zip(EXPERT_CASES, curves, strict=True):
         print(case, found := difference(curve, one[str(learned(case))]))
         assert found < 1e-5, case
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", matrix.layouts(16), ids=str)
+@pytest.mark.parametrize("sizes", matrix.layouts(matrix.MOST_RANKS), ids=str)
 def test_the_whole_table(tmp_path, tmp_path_factory, sizes):
     """As `python tests/parallel/matrix.py`, which writes docs/parallelism.md."""
-    one = references(tmp_path_factory.mktemp("one"), matrix.cases((1, 1, 1)))
+    one = references(tmp_path_factory.mktemp("one"), matrix.cases((1, 1, 1), zero=0), gpus=matrix.MOST_RANKS)
     for zero, differences in matrix.run(sizes, tmp_path, one).items():
         assert max(differences) < matrix.LIMIT, f"ZeRO {zero}"

@@ -16,6 +16,7 @@ from tiny import tiny_config
 from nsa.config import Config
 from nsa.training import checkpoint
 from nsa.training import trainer as trainer_module
+from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.deepspeed_config import deepspeed_config
 from nsa.training.distributed import Ranks, initialize
 from nsa.training.optimizer import STATE_KEYS
@@ -216,6 +217,7 @@ def main(checks: dict[str, Any]) -> None:
         answers[name] = function(ranks, folder / name, **arguments)
     if ranks.is_main:
         (folder / "answers.json").write_text(json.dumps(answers))
+    forget_recordings()
     torch.distributed.destroy_process_group()
 
 

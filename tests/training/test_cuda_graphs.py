@@ -25,7 +25,8 @@ def test_where_graphs_serve(tmp_path):
         return graphs_serve(tiny_config(tmp_path, *overrides), device)
 
     assert serve() and serve("engine.zero_stage=2") and not serve(device=torch.device("cpu"))
-    for told in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.context=2", "parallel.tensor=2"):
+    assert serve("parallel.context=2", "parallel.tensor=2")
+    for told in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
         assert not serve(told), told
     assert not serve("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
 

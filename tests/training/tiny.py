@@ -9,6 +9,8 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nsa.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,10 +54,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen[str]:
-    """Start ``python *arguments`` as one rank, as a launcher would (or without a launcher: ``world_size`` 1)."""
+def start(
+    arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0, **more: str
+) -> subprocess.Popen[str]:
+    """Start ``python *arguments`` as one rank, as a launcher would (or without a launcher: ``world_size`` 1).
+
+    ``more``: environment variables.
+    """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     if world_size > 1:
@@ -84,11 +91,13 @@ def on_ranks(
     checks: dict[str, tuple[str, dict[str, Any]]],
     script: Path | None = None,
     timeout: float = 600,
+    gpus: int = 0,
 ) -> dict[str, Any]:
     """Run checks of ``script`` (rank_checks.py), one after the other, in ``world_size`` processes.
 
     Args:
         checks: a name for each, the check's function and its arguments.
+        gpus: compute on the CPU where there are fewer; at least one for each process.
 
     Returns:
         What each returned on rank 0, by name.
@@ -96,7 +105,9 @@ def on_ranks(
     write_yaml(folder)
     (folder / "checks.json").write_text(json.dumps(checks))
     script, port = script or Path(__file__).with_name("rank_checks.py"), free_port()
-    processes = [start([str(script), str(folder)], rank, world_size, port) for rank in range(world_size)]
+    enough = torch.cuda.device_count() >= max(world_size, gpus)
+    more = {} if enough else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    processes = [start([str(script), str(folder)], rank, world_size, port, **more) for rank in range(world_size)]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
