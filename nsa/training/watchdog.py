@@ -8,6 +8,8 @@ ranks, the others' at rank 0.
   to ``<run>/stacks/rank-RRRRR.txt`` and reports where it is, rank 0 names the rank that the others wait for, and all
   leave with exit code 85 (`nsa.training.exit_codes`).
 * A process that publishes nothing for ``lost_seconds`` is lost (killed, frozen, its machine gone): the same inquest.
+* A rank that stopped by itself (out of memory, a full disk) has left word. Where the training thread does not notice by
+  an error of its collective operation, as with NCCL, it is ended with the exit code of that rank.
 * Should even the watchdog not run (code that keeps Python's lock), a timer of `faulthandler` writes the stacks and
   ends the process a minute later.
 """
@@ -29,6 +31,7 @@ from nsa.training.exit_codes import LOST, write_exit_file
 
 INTERVAL = 1.0  # seconds between two looks
 ANSWER_SECONDS = 10.0  # that an inquest waits for reports
+WORD_SECONDS = 10.0  # for the training thread to notice that a rank has stopped; more than `last_words` takes
 DEADMAN_SECONDS = 60.0  # beyond hang_seconds: when faulthandler ends a process whose watchdog does not run
 
 
@@ -90,7 +93,7 @@ class Watchdog:
         """Before this rank stops by itself: tell the others why."""
         try:
             if self._store is not None:
-                self._store.set(f"word/{self.rank}", json.dumps([code, message]))
+                self._store.set("word", json.dumps([self.rank, code, message]))
         except RuntimeError:
             pass  # nobody is left to read it
 
@@ -102,10 +105,8 @@ class Watchdog:
             before = self._ticks_of_all()
             end = time.monotonic() + patience
             while time.monotonic() < end:
-                for rank in range(self.world_size):
-                    if rank != self.rank and self._store.check([f"word/{rank}"]):
-                        code, message = json.loads(self._store.get(f"word/{rank}"))
-                        return code, f"rank {rank} stopped: {message}"
+                if word := self._word():
+                    return word
                 time.sleep(0.2)
             after = self._ticks_of_all()
             lost = [rank for rank in after if after[rank] == before[rank]]
@@ -116,10 +117,19 @@ class Watchdog:
             return LOST, "the connection between the ranks broke, though all of them live"
         return LOST, f"{_names(lost)} lost (the process or its machine is gone), last seen {_places(where)}"
 
+    def _word(self) -> tuple[int, str] | None:
+        """That another rank has left."""
+        assert self._store is not None
+        if not self._store.check(["word"]):
+            return None
+        rank, code, message = json.loads(self._store.get("word"))
+        return None if rank == self.rank else (code, f"rank {rank} stopped: {message}")
+
     # ----------------------------------------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
         unreachable: float | None = None
+        heard: float | None = None
         while not self._closed.wait(self._interval):
             if self.hang_seconds and self._file is not None:
                 faulthandler.dump_traceback_later(self.hang_seconds + DEADMAN_SECONDS, exit=True, file=self._file)
@@ -138,6 +148,10 @@ class Watchdog:
                     self._open_inquest(f"{_names(lost)} lost: no sign of life for {self.lost_seconds:g} s")
                 if self._store.check(["inquest"]):
                     self._inquest()
+                if word := self._word():
+                    heard = heard or time.monotonic()
+                    if time.monotonic() - heard > WORD_SECONDS and not self._closed.is_set():
+                        self._leave(word[0], f"error: {word[1]}" if self.rank == 0 else "")
                 unreachable = None
             except RuntimeError:  # rank 0, or the launcher that keeps the store, is gone
                 unreachable = unreachable or time.monotonic()
@@ -223,14 +237,17 @@ class Watchdog:
         self._file.flush()
 
     def _end(self, message: str) -> None:
+        again = f"The last checkpoint stands; run the same command again (exit code {LOST})"
+        self._leave(LOST, f"error: {message}. {again}" if message else "")
+
+    def _leave(self, code: int, message: str) -> None:
         """The training thread hangs: no exception would reach it."""
         if message:
-            text = f"error: {message}. The last checkpoint stands; run the same command again (exit code {LOST})\n"
-            sys.stderr.write(text)
-        write_exit_file(LOST)
+            sys.stderr.write(f"{message}\n")
+        write_exit_file(code)
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(LOST)
+        os._exit(code)
 
 
 def judge(reports: dict[int, dict[str, Any]], world_size: int) -> str:

@@ -1,4 +1,4 @@
-"""Steps that are not finite, and signals."""
+"""Steps that are not finite, ranks that stop, and signals."""
 
 import json
 import signal
@@ -6,9 +6,12 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny import start, write_yaml
 
 from nsa.training.distributed import initialize
+from nsa.training.exit_codes import USER
+from nsa.training.watchdog import Watchdog
 from tests.training.conftest import engines
 
 
@@ -55,6 +58,28 @@ def test_what_nccl_says_is_told(tmp_path):
     process = start(["-c", NCCL_FAILS, str(write_yaml(tmp_path))])
     told, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "rank 0: DistBackendError: NCCL error: Cuda failure 2" in told
+
+
+WAITS = """
+import sys, time
+from pathlib import Path
+from nsa.training import watchdog
+watchdog.WORD_SECONDS = 0.5
+dog = watchdog.Watchdog(rank=0, world_size=2, run=Path(sys.argv[1]), hang_seconds=0, lost_seconds=120)
+watchdog._connect = lambda: watchdog.dist.TCPStore("127.0.0.1", int(sys.argv[2]), is_master=False)
+dog.start()
+time.sleep(120)  # as a collective operation of NCCL does, whose peer is gone
+"""
+
+
+def test_who_waits_for_a_rank_that_stopped_ends_with_its_exit_code(tmp_path):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    process = start(["-c", WAITS, str(tmp_path), str(store.port)])
+    other = Watchdog(rank=1, world_size=2, run=tmp_path, hang_seconds=0, lost_seconds=120)
+    other._store = store
+    other.leave_word(USER, "out of memory on the device")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == USER and output == "error: rank 1 stopped: out of memory on the device\n"
 
 
 def test_a_process_without_a_gpu_is_told_what_to_do(monkeypatch):
