@@ -17,14 +17,14 @@ _Function = TypeVar("_Function", bound=Callable)
 _Result = TypeVar("_Result")
 
 
-def cached(function: _Function) -> _Function:
-    """Remember the index tensors of the last few geometries: every layer asks for the same, and building small tensors
-    costs the host more than attention to 8K tokens costs the GPU.
+def cached(function: _Function, kept: int | None = 16) -> _Function:
+    """Remember the index tensors of the last few geometries (``kept``; None: of all): every layer asks for the same,
+    and building small tensors costs the host more than attention to 8K tokens costs the GPU.
 
     They are built as normal tensors even in inference mode: training could not save the others for its backward pass.
     """
 
-    @functools.lru_cache(maxsize=16)
+    @functools.lru_cache(maxsize=kept)
     @functools.wraps(function)
     def build(*args: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():

@@ -6,6 +6,7 @@ in Llama 3, arXiv 2407.21783, section 3.3.2).
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class HaloPlan:
     order: Tensor
 
 
-@cached
+@partial(cached, kept=None)  # a recorded pass reads them for as long as it is replayed
 def halo_plan(chunks: Chunks, width: int, device: torch.device) -> HaloPlan:
     """For halos of ``width`` tokens, with its index tensors on ``device``."""
     ranks, here = range(chunks.axis.size), chunks.axis.rank

@@ -6,6 +6,7 @@ parallelism says on each parameter how the rank's one belongs to it.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -118,7 +119,12 @@ def add_up_in_backward(parameters: Iterable[nn.Parameter]) -> None:
     """Let each backward pass sum gradients as soon as they are computed."""
     for parameter in parameters:
         if axes := axes_of(parameter):
-            parameter.register_hook(lambda g, axes=axes: add_up(g.to(torch.float32, copy=True), axes).to(g.dtype))
+            parameter.register_hook(partial(_summed, axes))
+
+
+def _summed(axes: tuple[Axis, ...], gradient: Tensor | None) -> Tensor | None:
+    """None: of samples that are too short for a compression block, where the passes are recorded."""
+    return None if gradient is None else add_up(gradient.to(torch.float32, copy=True), axes).to(gradient.dtype)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], grid: Grid) -> float:

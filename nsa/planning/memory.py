@@ -64,7 +64,8 @@ def memory_of(config: Config, gpus: int) -> Memory:
     if stages > 1:
         device["gradients"] += parameters * (4 + width)  # the pipeline's own sum, and a pass's beside it
     if graphs_serve(config, torch.device("cuda")):
-        device["recording"] = parameters * width  # where the graphs write gradients
+        # Where the graphs write gradients; and copies of them, unless those become the gradients themselves.
+        device["recording"] = parameters * width * (1 + (passes > 1 or engine.zero_stage == 2))
     state: dict[str, float] = {}
     copies = 4 if width == 2 or engine.offload_optimizer else 0
     copies += 8 if config.optimizer.kind == "adamw" else 0

@@ -66,7 +66,18 @@ def forget_recordings() -> None:
     """Of the whole process. To be called before it leaves a process group: NCCL waits there for all graphs to be gone
     that its collectives were recorded in."""
     for decoder in _graphed:
+        if decoder.recorded is not None:
+            decoder.recorded.forward.reset()  # whoever else still holds them
+            decoder.recorded.backward.reset()
         decoder.recorded = None
+
+
+def out_of_memory_behind(error: BaseException) -> torch.OutOfMemoryError | None:
+    """What ended a recording, if it was memory that ran out: ending it then fails, too, and hides that."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, torch.OutOfMemoryError):
+        behind = behind.__context__
+    return behind
 
 
 def documents_size(borders: int) -> int:
@@ -115,10 +126,15 @@ class _Recording:
         pool = torch.cuda.graph_pool_handle()
         # Other threads read data and write checkpoints meanwhile: their calls are none of the recording's business.
         mode: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
-        with self.traffic.apart() as self.sent_forward, torch.cuda.graph(self.forward, **mode):
-            losses = run()
-        with self.traffic.apart() as self.sent_backward, torch.cuda.graph(self.backward, **mode):
-            self.gradients = gradients(losses)
+        try:
+            with self.traffic.apart() as self.sent_forward, torch.cuda.graph(self.forward, **mode):
+                losses = run()
+            with self.traffic.apart() as self.sent_backward, torch.cuda.graph(self.backward, **mode):
+                self.gradients = gradients(losses)
+        except RuntimeError as error:
+            if memory := out_of_memory_behind(error):
+                raise memory from None
+            raise
         self.losses = losses.detach()
 
     def has_room(self, ids: Tensor, borders: Tensor) -> bool:

@@ -14,6 +14,7 @@ its code into.
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 DONE = 0
@@ -28,4 +29,5 @@ def write_exit_file(code: int) -> None:
     """Tell launch.sh. Only rank 0 does."""
     path = os.environ.get("NSA_EXIT_FILE")
     if path and os.environ.get("RANK", "0") == "0":
-        Path(path).write_text(f"{code}\n")
+        with suppress(OSError):  # a full disk may be what the code is about
+            Path(path).write_text(f"{code}\n")

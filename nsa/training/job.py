@@ -40,7 +40,8 @@ def train(config: Config) -> int:
         what = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
         return _end(USER, f"error (rank {rank}): {what}. Make room or mend it. {AGAIN}", watchdog)
     except torch.OutOfMemoryError as e:
-        advice = "lower training.micro_batch_size, set engine.activation_checkpointing=full or see docs/parallelism.md"
+        advice = "lower training.micro_batch_size, set engine.activation_checkpointing=full or engine.cuda_graphs=false"
+        advice += ", or see docs/parallelism.md"
         return _end(USER, f"error (rank {rank}): out of memory on the device, {advice}: {e}", watchdog)
     except KeyboardInterrupt:
         return _end(INTERRUPTED, f"interrupted while it stopped. {AGAIN}", watchdog)

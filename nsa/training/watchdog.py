@@ -56,6 +56,8 @@ class Watchdog:
         self._file: IO[str] | None = None
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> last tick, and when it changed
         self._ticks = 0
+        self._heard: tuple[int, str] | None = None  # the word of another rank: exit code, message
+        self._heard_at = 0.0
 
     def start(self) -> None:
         """Begin to watch. Every rank must; they need not at the same time."""
@@ -90,12 +92,13 @@ class Watchdog:
     # ------------------------------------------------------------------------------------------------ last words
 
     def leave_word(self, code: int, message: str) -> None:
-        """Before this rank stops by itself: tell the others why."""
-        try:
-            if self._store is not None:
-                self._store.set("word", json.dumps([self.rank, code, message]))
-        except RuntimeError:
-            pass  # nobody is left to read it
+        """Before this rank stops by itself: tell the others why. The first word counts: others may stop for it."""
+        if self._store is None:
+            return
+        with suppress(RuntimeError):  # nobody is left to read it
+            self._store.compare_set("word", "", json.dumps([self.rank, code, message]))
+            if self.rank == 0:
+                time.sleep(3 * self._interval)  # the store may go with this process: let the others look
 
     def last_words(self, patience: float = 5.0) -> tuple[int, str]:
         """Why a collective operation failed: the exit code and what to say. Takes up to ``patience`` seconds."""
@@ -112,24 +115,24 @@ class Watchdog:
             lost = [rank for rank in after if after[rank] == before[rank]]
             where = self._reports(lost, "beat")
         except RuntimeError:
-            return LOST, "rank 0 was lost (its process or machine is gone)"
+            return self._heard or (LOST, "rank 0 was lost (its process or machine is gone)")
         if not lost:
             return LOST, "the connection between the ranks broke, though all of them live"
         return LOST, f"{_names(lost)} lost (the process or its machine is gone), last seen {_places(where)}"
 
     def _word(self) -> tuple[int, str] | None:
-        """That another rank has left."""
+        """That another rank has left. Kept once it was heard."""
         assert self._store is not None
-        if not self._store.check(["word"]):
-            return None
-        rank, code, message = json.loads(self._store.get("word"))
-        return None if rank == self.rank else (code, f"rank {rank} stopped: {message}")
+        if self._heard is None and self._store.check(["word"]):
+            rank, code, message = json.loads(self._store.get("word"))
+            if rank != self.rank:
+                self._heard_at, self._heard = time.monotonic(), (code, f"rank {rank} stopped: {message}")
+        return self._heard
 
     # ----------------------------------------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
         unreachable: float | None = None
-        heard: float | None = None
         while not self._closed.wait(self._interval):
             if self.hang_seconds and self._file is not None:
                 faulthandler.dump_traceback_later(self.hang_seconds + DEADMAN_SECONDS, exit=True, file=self._file)
@@ -143,21 +146,22 @@ class Watchdog:
                 continue
             try:
                 self._publish()
-                lost = self._silent(range(self.world_size) if self.rank == 0 else range(1))
-                if lost:
-                    self._open_inquest(f"{_names(lost)} lost: no sign of life for {self.lost_seconds:g} s")
-                if self._store.check(["inquest"]):
-                    self._inquest()
-                if word := self._word():
-                    heard = heard or time.monotonic()
-                    if time.monotonic() - heard > WORD_SECONDS and not self._closed.is_set():
-                        self._leave(word[0], f"error: {word[1]}" if self.rank == 0 else "")
+                if self._word() is None:
+                    lost = self._silent(range(self.world_size) if self.rank == 0 else range(1))
+                    if lost:
+                        self._open_inquest(f"{_names(lost)} lost: no sign of life for {self.lost_seconds:g} s")
+                    if self._store.check(["inquest"]):
+                        self._inquest()
                 unreachable = None
             except RuntimeError:  # rank 0, or the launcher that keeps the store, is gone
                 unreachable = unreachable or time.monotonic()
-                if time.monotonic() - unreachable > self.lost_seconds and not self._closed.is_set():
+                gone = self._heard is None and time.monotonic() - unreachable > self.lost_seconds
+                if gone and not self._closed.is_set():
                     self._dump_stacks()
                     self._end(f"rank 0 was lost, last seen before {where}")
+            if self._heard and time.monotonic() - self._heard_at > WORD_SECONDS and not self._closed.is_set():
+                code, message = self._heard
+                self._leave(code, f"error: {message}" if self.rank == 0 else "")
 
     def _publish(self) -> None:
         assert self._store is not None
@@ -242,12 +246,14 @@ class Watchdog:
 
     def _leave(self, code: int, message: str) -> None:
         """The training thread hangs: no exception would reach it."""
-        if message:
-            sys.stderr.write(f"{message}\n")
-        write_exit_file(code)
-        sys.stderr.flush()
-        sys.stdout.flush()
-        os._exit(code)
+        try:
+            if message:
+                sys.stderr.write(f"{message}\n")
+            write_exit_file(code)
+            sys.stderr.flush()
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
 
 
 def judge(reports: dict[int, dict[str, Any]], world_size: int) -> str:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nsa.config import ConfigError
 from nsa.parallel import Grid, ParallelConfig
 from nsa.parallel.grid import ModelParallelUnit, build_grid, data_parallel_size
+from nsa.parallel.partition import add_up_in_backward, sum_over
 from nsa.parallel.pipeline import stage_layers
 from nsa.parallel.traffic import Traffic
 from tests.parallel.layouts import MOE
@@ -145,6 +147,29 @@ def test_deepspeed_asks_nothing_that_the_unit_does_not_answer():
         assert (unit.get_model_parallel_rank(), unit.get_tensor_model_parallel_src_rank()) == (1, 2)
 
 
+class NoGradient(torch.autograd.Function):
+    """As a recorded pass, which hands every parameter a gradient or None."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return d_out, torch.ones(3), None
+
+
+def test_gradients_of_what_ranks_hold_alike_are_summed_and_may_be_missing():
+    with grid_of(rank=0, world_size=2, tensor=2) as grid:
+        there, missing = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        for parameter in (there, missing):
+            sum_over(parameter, grid.tensor)
+        add_up_in_backward([there, missing])
+        NoGradient.apply(torch.zeros(3, requires_grad=True), there, missing).sum().backward()
+        assert there.grad is not None and missing.grad is None
+        assert grid.traffic.take() == {"tensor/gradients": 12}, "one all-reduce of three fp32 between two ranks"
+
+
 def test_traffic_is_counted_once():
     traffic = Traffic()
     traffic.add("b", 2)
@@ -152,3 +177,14 @@ def test_traffic_is_counted_once():
     traffic.add("b", 3)
     assert traffic.take() == {"a": 1, "b": 5}
     assert traffic.take() == {}
+
+
+def test_traffic_of_a_recording_counts_when_it_is_replayed():
+    traffic = Traffic()
+    traffic.add("a", 1)
+    with traffic.apart() as recorded:
+        traffic.add("a", 2)
+    assert traffic.take() == {"a": 1}
+    traffic.add_all(recorded)
+    traffic.add_all(recorded)
+    assert traffic.take() == {"a": 4}

@@ -211,13 +211,15 @@ def main(checks: dict[str, Any]) -> None:
     folder = Path(sys.argv[1])
     ranks = initialize()
     answers = {}
-    for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
-        function: Callable[..., Any] = checks[check]
-        (folder / name).mkdir(exist_ok=True)
-        answers[name] = function(ranks, folder / name, **arguments)
+    try:
+        for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
+            function: Callable[..., Any] = checks[check]
+            (folder / name).mkdir(exist_ok=True)
+            answers[name] = function(ranks, folder / name, **arguments)
+    finally:
+        forget_recordings()
     if ranks.is_main:
         (folder / "answers.json").write_text(json.dumps(answers))
-    forget_recordings()
     torch.distributed.destroy_process_group()
 
 

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from nsa.models import AttentionConfig, Decoder, ModelConfig
-from nsa.training.cuda_graphs import FEWEST_DOCUMENTS, GraphedDecoder, documents_size, graphs_serve, pad_borders
+from nsa.training.cuda_graphs import (
+    FEWEST_DOCUMENTS,
+    GraphedDecoder,
+    documents_size,
+    graphs_serve,
+    out_of_memory_behind,
+    pad_borders,
+)
 from tests.training.tiny import tiny_config, train
 
 GPU = torch.device("cuda")
@@ -29,6 +36,19 @@ def test_where_graphs_serve(tmp_path):
     for told in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
         assert not serve(told), told
     assert not serve("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
+
+
+def test_memory_that_ran_out_is_said_where_the_end_of_the_recording_fails_too():
+    def run() -> None:
+        try:
+            raise torch.OutOfMemoryError("tried to allocate")
+        finally:
+            raise RuntimeError("capturing stream has unjoined work")
+
+    with pytest.raises(RuntimeError, match="unjoined") as caught:
+        run()
+    assert str(out_of_memory_behind(caught.value)) == "tried to allocate"
+    assert out_of_memory_behind(RuntimeError("something else")) is None
 
 
 def packed(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor, ...]:

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from tiny import start, write_yaml
 
 from nsa.training.distributed import initialize
-from nsa.training.exit_codes import USER
+from nsa.training.exit_codes import FAULT, USER
 from nsa.training.watchdog import Watchdog
 from tests.training.conftest import engines
 
@@ -65,21 +66,28 @@ import sys, time
 from pathlib import Path
 from nsa.training import watchdog
 watchdog.WORD_SECONDS = 0.5
-dog = watchdog.Watchdog(rank=0, world_size=2, run=Path(sys.argv[1]), hang_seconds=0, lost_seconds=120)
+dog = watchdog.Watchdog(int(sys.argv[3]), world_size=2, run=Path(sys.argv[1]), hang_seconds=0, lost_seconds=120)
 watchdog._connect = lambda: watchdog.dist.TCPStore("127.0.0.1", int(sys.argv[2]), is_master=False)
 dog.start()
 time.sleep(120)  # as a collective operation of NCCL does, whose peer is gone
 """
 
 
-def test_who_waits_for_a_rank_that_stopped_ends_with_its_exit_code(tmp_path):
+@pytest.mark.parametrize("stops", [1, 0])
+def test_who_waits_for_a_rank_that_stopped_ends_with_its_exit_code(tmp_path, stops):
+    """Also where the store of all is gone with that rank. Rank 0 says it, if it has not before."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    process = start(["-c", WAITS, str(tmp_path), str(store.port)])
-    other = Watchdog(rank=1, world_size=2, run=tmp_path, hang_seconds=0, lost_seconds=120)
+    process = start(["-c", WAITS, str(tmp_path), str(store.port), str(1 - stops)])
+    store.wait([f"beat/{1 - stops}"], timedelta(seconds=60))
+    other = Watchdog(rank=stops, world_size=2, run=tmp_path, hang_seconds=0, lost_seconds=120)
     other._store = store
     other.leave_word(USER, "out of memory on the device")
+    other.leave_word(FAULT, "what came of that")
+    if stops == 0:
+        other._store = store = None
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == USER and output == "error: rank 1 stopped: out of memory on the device\n"
+    assert process.returncode == USER
+    assert output == ("error: rank 1 stopped: out of memory on the device\n" if stops == 1 else "")
 
 
 def test_a_process_without_a_gpu_is_told_what_to_do(monkeypatch):
