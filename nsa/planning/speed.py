@@ -1,11 +1,12 @@
 """Step time of a configuration in its layout of ranks, predicted.
 
-A step takes the longer of what Python launches (nothing, where CUDA graphs serve) and what the device computes, then
-what the links move (nothing is assumed to overlap), stretched by the pipeline's bubble. The efficiencies were fitted to
-17 measurements on one H200: 15 of whole models without DeepSpeed (25m and 125m, dense and NSA, 8K to 64K tokens), two
-of the trainer (1b's layers, 32K and 128K tokens); `nsa.planning.measured` states the error, on these points and on
-others. A sample is taken for one document: of packed ones dense attention computes less. Of links and of the host
-nothing is measured yet: arithmetic from data sheets.
+A step takes the longer of what Python launches (where CUDA graphs serve: the sums of gradients between tensor-parallel
+ranks alone) and what the device computes, then what the links move (nothing is assumed to overlap), stretched by the
+pipeline's bubble. The efficiencies were fitted to 17 measurements on one H200: 15 of whole models without DeepSpeed
+(25m and 125m, dense and NSA, 8K to 64K tokens), two of the trainer (1b's layers, 32K and 128K tokens);
+`nsa.planning.measured` states the error, on these points and on others. A sample is taken for one document: of packed
+ones dense attention computes less. Of links and of the host's memory nothing is measured yet: arithmetic from data
+sheets.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from nsa.config import Config
 from nsa.models.sizes import attention_flops, training_flops_per_token
 from nsa.planning.memory import Memory
-from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, parameters_of_rank
+from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, held_alike, parameters_of_rank
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import micro_batches_per_step
 
@@ -56,6 +57,9 @@ ELEMENTWISE = 1e-11
 LOGITS = 4.5e-11
 LISTS = 1.18e-7
 LAUNCH = {"dense": 2.55e-3, "nsa": 9.5e-3}
+# Measured once, 125m over four H100s (docs/log.md, 2026-11-26): how much more Python launches where tensor- or
+# context-parallel ranks share a sample; seconds for a gradient that tensor-parallel ranks sum, which is in no graph.
+SHARED, SUMMED = 3.0, 2e-4
 # Assumed: the share of a link's bandwidth that is reached, the share of the memory that a plan may fill, bytes/s
 # between device and host, and parameters/s that AdamW updates on the host.
 LINK, ROOM, HOST_LINK, HOST_ADAM = 0.8, 0.9, 25e9, 1e9
@@ -105,10 +109,11 @@ def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
     lists = LISTS * kinds.count("nsa") * model.num_kv_heads
     seconds["elementwise"] = again * share * (ELEMENTWISE * model.num_layers * model.hidden_size + lists)
     seconds["logits"] = LOGITS * share * model.vocab_size
-    launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds)
+    launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds) * (SHARED if tp * cp > 1 else 1.0)
     if graphs_serve(config, torch.device("cuda")):
         launch = 0.0
-    seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values()))
+    sums = (1 if pp > 1 else passes) * SUMMED * len(held_alike(config, kinds, last=True)) / pp
+    seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values())) + sums
     # Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine.
     reach = 1
     for axis, size in zip(AXES, (tp, ep, cp, pp, gpus // (tp * ep * cp * pp)), strict=True):

@@ -51,7 +51,9 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
         sent["tensor/queries"] += passes * kinds.count("nsa") * queries * (1 + again)
     if p > 1:
         # A pipeline sums gradients once a step, the others after each micro batch.
-        sent["tensor/gradients"] += (passes if stages == 1 else 1) * _gradients(config, kinds, p, copies, last)
+        sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(
+            _all_reduce(4 * elements, ranks) for elements, ranks in held_alike(config, kinds, last)
+        )
         if last:
             sent["tensor/loss"] += passes * _losses(config, tokens, p)
     routed = [model.has_experts(i) for i in stage_layers(model.num_layers, stages, stage)].count(True)
@@ -103,23 +105,24 @@ def _all_reduce(num_bytes: int, ranks: int) -> int:
     return 2 * num_bytes * (ranks - 1) // ranks
 
 
-def _gradients(config: Config, kinds: list[str], p: int, copies: int, last: bool) -> int:
-    """All-reduces, in fp32, of what tensor-parallel ranks hold alike: norms, compression, shared KV projections."""
-    model, attention = config.model, config.attention
+def held_alike(config: Config, kinds: list[str], last: bool) -> list[tuple[int, int]]:
+    """(elements, ranks) of each parameter of the layers ``kinds`` that tensor-parallel ranks hold alike and sum the
+    gradient of: norms, compression, shared KV projections."""
+    model, attention, p = config.model, config.attention, config.parallel.tensor
+    copies = max(1, p // model.num_kv_heads)
+    if p == 1:
+        return []
     key, value = model.head_dim, model.v_head_dim or model.head_dim
-    norms = 2 * len(kinds) + last
-    total = norms * _all_reduce(4 * model.hidden_size, p)
+    found = [(model.hidden_size, p)] * (2 * len(kinds) + last)
     for kind in kinds:
-        if copies > 1:
-            for width in (key, value):
-                branches = 3 if kind == "nsa" else 1
-                total += branches * _all_reduce(4 * width * model.hidden_size, copies)
-        if kind == "nsa":
-            for width in (key, value):
+        for width in (key, value):
+            if copies > 1:
+                found += [(width * model.hidden_size, copies)] * (3 if kind == "nsa" else 1)
+            if kind == "nsa":
                 hidden = attention.compress_hidden or width
                 sizes = (attention.compress_length * width, hidden * attention.compress_length * width, hidden * width)
-                total += sum(_all_reduce(4 * size, p) for size in sizes)
-    return total
+                found += [(size, p) for size in sizes]
+    return found
 
 
 def _losses(config: Config, tokens: int, p: int) -> int:
