@@ -10,6 +10,7 @@ replay at the same times.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -66,10 +67,10 @@ def forget_recordings() -> None:
     """Of the whole process. To be called before it leaves a process group: NCCL waits there for all graphs to be gone
     that its collectives were recorded in."""
     for decoder in _graphed:
-        if decoder.recorded is not None:
-            decoder.recorded.forward.reset()  # whoever else still holds them
-            decoder.recorded.backward.reset()
-        decoder.recorded = None
+        recorded, decoder.recorded = decoder.recorded, None
+        with suppress(RuntimeError):  # of a device that has failed: its process ends
+            for graph in (recorded.forward, recorded.backward) if recorded else ():
+                graph.reset()  # whoever else still holds the recording
 
 
 def out_of_memory_behind(error: BaseException) -> torch.OutOfMemoryError | None:

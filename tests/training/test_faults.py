@@ -87,7 +87,7 @@ def test_who_waits_for_a_rank_that_stopped_ends_with_its_exit_code(tmp_path, sto
         other._store = store = None
     output, _ = process.communicate(timeout=60)
     assert process.returncode == USER
-    assert output == ("error: rank 1 stopped: out of memory on the device\n" if stops == 1 else "")
+    assert ("error: rank 1 stopped: out of memory on the device\n" in output) == (stops == 1), output
 
 
 def test_a_process_without_a_gpu_is_told_what_to_do(monkeypatch):
