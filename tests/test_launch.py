@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 
@@ -190,3 +191,19 @@ def test_tests_that_share_ranks_share_a_worker(request):
     if not os.environ.get("PYTEST_XDIST_WORKER"):
         pytest.skip("one process: nothing to share")
     assert request.node.nodeid.endswith("@test_launch.py")
+
+
+def test_the_block_of_the_readme_runs_and_compiles():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    made: dict = {}
+    exec(code, made)  # noqa: S102 - our own
+    block, x = made["block"], torch.randn(1, 300, 256)
+    compiled = torch.compile(block, backend="eager")
+    results = []
+    for called in (block, compiled):
+        block.zero_grad()
+        out = called(x)
+        out.square().mean().backward()
+        results.append([out, *(p.grad for p in block.parameters())])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(plain, other)

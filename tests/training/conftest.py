@@ -31,7 +31,7 @@ def one_rank(tmp_path_factory):
         "to_step_3": ("go_on", {"overrides": [CONSTANT, "training.steps=3"]}),
         "to_step_6": ("go_on", {"overrides": [CONSTANT, "name=straight"]}),
     }
-    return folder, on_ranks(1, folder, checks)
+    return folder, on_ranks(1, folder, checks, gpus=2)  # where two_ranks, which are compared with it, are
 
 
 @pytest.fixture(scope="session")
