@@ -63,7 +63,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             # that experts need and that the plan counts with.
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            # ZeRO 3 would: a second buffer, a stream of its own, and a wait for it in each backward pass.
+            # The default but for ZeRO 3, which would sum gradients on a stream of its own.
             "overlap_comm": False,
             # A tenth of the defaults, which would be 3 GB of buffers in bf16.
             "reduce_bucket_size": 50_000_000,
