@@ -1,18 +1,24 @@
 """Tokens/s, MFU and memory of whole training steps: NSA beside the same model with dense attention.
 
-    python benchmarks/models.py [--configs 25m 125m] [--tokens 8192 16384 32768 65536] [--out FILE] [KEY=VALUE ...]
+    python benchmarks/models.py [--configs 25m 125m] [--tokens 8192 16384 32768 65536] [--samples 1] [--out FILE]
+                                [--kinds nsa dense dense:triton] [--profile] [KEY=VALUE ...]
 
-A step is forward, backward and a fused AdamW update of the decoder in bf16, batch 1, on one GPU, without DeepSpeed,
-forward and backward by CUDA graphs as in the trainer; the median of several. MFU counts what the configured attention
-needs (`nsa.models.sizes`), not what a dense one would, against the data sheet's peak. Results go into FILE under
-"models"; an existing FILE keeps its other entries.
+A step is forward and backward of the decoder in bf16 on --samples samples of one document each, on one GPU, without
+DeepSpeed, by CUDA graphs as in the trainer, --accumulate times, and a fused AdamW update; the median of several, which
+follow each other while nobody waits. A kind names its attention, and for dense layers the implementation
+(engine.dense_attention): `dense` is the fastest of this machine, which the row names. MFU counts what the configured
+attention needs (`nsa.models.sizes`), not what a dense one would, against the data sheet's peak. --profile prints the
+kernels that take most time. Results go into FILE under "models"; an existing FILE keeps its other entries.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,63 +27,128 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import environment
 from nsa.config import load_config
 from nsa.models import Decoder, training_flops_per_token
+from nsa.ops.packing import KnownLengths, tell_lengths
+from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.cuda_graphs import GraphedDecoder
+from nsa.training.engine import dense_attention_of
 
 ROOT = Path(__file__).parents[1]
 PEAK_TFLOPS = 989.5  # dense bf16 of an H100 or H200 (NVIDIA's data sheet)
 
 
-def measure(config_name: str, kind: str, tokens: int, steps: int, overrides: list[str]) -> dict:
-    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*overrides, f"attention.kind={kind}"])
-    row: dict = {"config": config_name, "attention": kind, "tokens": tokens}
+class Gradients:
+    """Where a recording leaves its gradients (`nsa.training.cuda_graphs.Sinks`): the optimizer reads them there. Those
+    of several micro batches are added up."""
+
+    def __init__(self, accumulate: bool) -> None:
+        self.accumulate, self.sums = accumulate, []
+
+    def add(self, gradients: Mapping[torch.nn.Parameter, torch.Tensor | None]) -> Callable[[], None]:
+        found = {p: g for p, g in gradients.items() if g is not None}
+        if not torch.cuda.is_current_stream_capturing():
+            self.sums = [torch.zeros_like(g) for g in found.values()] if self.accumulate else []
+            return lambda: None
+        for p, g in zip(found, self.sums or found.values(), strict=True):
+            p.grad = g
+        if self.sums:
+            torch._foreach_add_(self.sums, list(found.values()))
+        return lambda: None
+
+    def clear(self) -> None:
+        if self.sums:
+            torch._foreach_zero_(self.sums)
+
+    def filled(self) -> None:
+        pass
+
+    def sum_alike(self) -> None:
+        pass
+
+
+def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespace) -> dict:
+    attention, _, implementation = kind.partition(":")
+    told = [f"attention.kind={attention}", f"engine.dense_attention={implementation or 'auto'}"]
+    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*options.overrides, *told])
+    device, count = torch.device("cuda", 0), tokens * options.samples
+    row: dict = {"config": config_name, "attention": attention, "tokens": tokens, "samples": options.samples}
+    if computes := dense_attention_of(config, device):
+        row["dense_attention"] = computes.split(",")[0].split(" (")[0]
+    if options.accumulate > 1:
+        row["accumulate"] = options.accumulate
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = Decoder(config.model, config.attention).bfloat16()
-    model.forward = GraphedDecoder(model)
+    with device:
+        model = Decoder(config.model, config.attention, dense_attention=config.engine.dense_attention).bfloat16()
+    if config.engine.activation_checkpointing != "none":
+        row["recomputed"] = config.engine.activation_checkpointing
+        checkpoint_layers(model.layers, config.engine.activation_checkpointing)
+    gradients = Gradients(options.accumulate > 1)
+    model.forward = GraphedDecoder(model, sinks=gradients)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    inputs, targets = (torch.randint(config.model.vocab_size, (1, tokens), device="cuda") for _ in range(2))
-    borders = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+    inputs, targets = (torch.randint(config.model.vocab_size, (1, count), device="cuda") for _ in range(2))
+    borders = torch.arange(0, count + 1, tokens, dtype=torch.int32, device="cuda")
+    tell_lengths(borders, KnownLengths(tokens, True))
     torch.cuda.reset_peak_memory_stats()
 
-    def step() -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        model(inputs, targets=targets, cu_seqlens=borders).mean().backward()
+    def step() -> torch.cuda.Event:
+        for _ in range(options.accumulate):
+            model(inputs, targets=targets, cu_seqlens=borders).mean().backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        gradients.clear()
+        end = torch.cuda.Event(enable_timing=True)
         end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        return end
 
     for _ in range(3):  # compiles, and fills caches
         step()
-    milliseconds = statistics.median(step() for _ in range(steps))
+    torch.cuda.synchronize()
+    ends = [step() for _ in range(options.steps + 1)]
+    torch.cuda.synchronize()
+    milliseconds = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(ends))
     flops = training_flops_per_token(config.model, config.attention, tokens)["sparse"]
-    row["ms"] = round(milliseconds, 1)
-    row["tokens_per_s"] = round(tokens / milliseconds * 1e3)
-    row["mfu"] = round(flops * tokens / milliseconds / 1e9 / PEAK_TFLOPS, 3)
+    count *= options.accumulate
+    row["ms"] = round(milliseconds, 2)
+    row["tokens_per_s"] = round(count / milliseconds * 1e3)
+    row["mfu"] = round(flops * count / milliseconds / 1e9 / PEAK_TFLOPS, 3)
     row["peak_mb"] = torch.cuda.max_memory_allocated() >> 20
+    if options.profile:
+        profile(step)
     return row
+
+
+def profile(step: Callable[[], object], shown: int = 60) -> None:
+    """Print the kernels of two steps by their time in one."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step(), step()
+    times: dict[str, list[float]] = defaultdict(list)
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name].append(event.device_time / 1e3)
+    print(f"  {sum(map(len, times.values())) / 2:.0f} kernels, {sum(map(sum, times.values())) / 2:.2f} ms")
+    for name, ms in sorted(times.items(), key=lambda item: -sum(item[1]))[:shown]:
+        print(f"  {sum(ms) / 2:8.3f} ms {len(ms) / 2:6.0f} x {name[:110]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["25m", "125m"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 16384, 32768, 65536])
-    parser.add_argument("--kinds", nargs="+", default=["nsa", "dense"])
+    parser.add_argument("--samples", type=int, default=1, help="samples of a micro batch")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro batches of a step")
+    parser.add_argument("--kinds", nargs="+", default=["nsa", "dense"], help="KIND or dense:IMPLEMENTATION")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     report: dict = environment()
     if options.out and options.out.exists():
         report = json.loads(options.out.read_text())
-    rows = report["models"] = []
+    rows = report.setdefault("models", [])
     for config in options.configs:
         for tokens in options.tokens:
             for kind in options.kinds:
                 try:
-                    row = measure(config, kind, tokens, options.steps, options.overrides)
+                    row = measure(config, kind, tokens, options)
                 except torch.OutOfMemoryError:
                     row = {"config": config, "attention": kind, "tokens": tokens, "refused": "out of memory"}
                 gc.collect()

@@ -91,6 +91,7 @@ def main() -> None:
             process.start()
             to_parent.close()
             flops = training_flops_per_token(config.model, config.attention, int(tokens))
+            count = config.training.global_batch_size * int(tokens)
             times, losses = [], []
             while True:
                 try:
@@ -105,8 +106,8 @@ def main() -> None:
                 losses.append(round(loss, 4))
                 measured = statistics.median(times[1:][-20:] or times)
                 row |= {"steps": len(times), "first_step_s": round(times[0], 1), "step_ms": round(measured * 1e3, 1)}
-                row |= {"tokens_per_s": round(int(tokens) / measured), "peak_gib": round(peak_gib, 2)}
-                row |= {f"mfu_{k}": round(f * int(tokens) / measured / peak, 3) for k, f in flops.items()}
+                row |= {"tokens_per_s": round(count / measured), "peak_gib": round(peak_gib, 2)}
+                row |= {f"mfu_{k}": round(f * count / measured / peak, 3) for k, f in flops.items()}
                 row["loss"] = [losses[0], losses[-1]]
                 out.write_text(json.dumps(report, indent=1) + "\n")
             process.join()

@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from nsa import ops
 from nsa.cache import Cache
 from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.projection import parallel_linear
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.models.head import LanguageModelHead
@@ -16,15 +16,16 @@ from nsa.ops.packing import Documents
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, in fp32 and rounded once (arXiv 1910.07467)."""
+    """The residual stream x + delta, and its norm: over the last axis, in fp32 and rounded once (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight.shape, self.weight, self.eps)  # one kernel on a GPU
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `nsa.ops.add_rms_norm`; without ``delta`` the stream is x."""
+        return ops.add_rms_norm(x, self.weight, self.eps, delta)
 
 
 class MLP(nn.Module):
@@ -32,12 +33,14 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
+        # Modules for their names and initialisation; one operator takes both weights.
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(ops.swiglu(self.gate(x), self.up(x)))
+        gate, up = parallel_linear(x, self.gate.weight, self.up.weight)
+        return self.down(ops.swiglu(gate, up))
 
 
 class DecoderLayer(nn.Module):
@@ -53,8 +56,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, cu_seqlens, cache)
-        return x + self.mlp(self.mlp_norm(x))
+        x, normed = self.attention_norm(x)
+        x, normed = self.mlp_norm(x, self.attention(normed, rotary, cu_seqlens, cache))
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -63,14 +67,22 @@ class Decoder(nn.Module):
     Args:
         config: shape. attention: kind of each layer, and NSA's sizes.
         backend: implementation of the attention operators: auto, triton, torch or naive.
+        dense_attention: of causal attention, where ``backend`` is auto: auto, triton or a library
+            (`nsa.ops.dense_attention`).
     """
 
-    def __init__(self, config: ModelConfig, attention: AttentionConfig, *, backend: str = "auto") -> None:
+    def __init__(
+        self, config: ModelConfig, attention: AttentionConfig, *, backend: str = "auto", dense_attention: str = "auto"
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, build_attention(kind, config, attention, backend), build_mlp(number, config))
+            DecoderLayer(
+                config,
+                build_attention(kind, config, attention, backend, dense_attention),
+                build_mlp(number, config),
+            )
             for number, kind in enumerate(attention.kinds(config.num_layers))
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -113,7 +125,7 @@ class Decoder(nn.Module):
         x = self.embedding(input_ids)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, cu_seqlens, caches[i] if caches else None)
-        return self.head(self.norm(x), targets)
+        return self.head(self.norm(x)[1], targets)
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (T, D/2) fp32 at ``positions`` (T,)."""
@@ -144,12 +156,12 @@ def build_mlp(layer: int, config: ModelConfig) -> MLP | MixtureOfExperts:
 
 
 def build_attention(
-    kind: str, config: ModelConfig, attention: AttentionConfig, backend: str
+    kind: str, config: ModelConfig, attention: AttentionConfig, backend: str, dense_attention: str = "auto"
 ) -> DenseAttention | NativeSparseAttention:
     """The attention layer of one decoder layer."""
     heads = (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.v_head_dim)
     if kind == "dense":
-        return DenseAttention(*heads, backend=backend)
+        return DenseAttention(*heads, backend=backend, implementation=dense_attention)
     return NativeSparseAttention(
         *heads,
         compress_length=attention.compress_length,

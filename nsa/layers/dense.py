@@ -5,14 +5,20 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.cache import FullCache
 from nsa.layers.projection import joint_linear
+from nsa.ops.dense.libraries import NAMES
 
 
 class CausalAttention(nn.Module):
-    """The operator of the layer, without parameters: where hooks see queries, keys and values."""
+    """The operator of the layer, without parameters: where hooks see queries, keys and values.
 
-    def __init__(self, backend: str) -> None:
+    ``asks_for_lengths``: whether it runs faster where the host knows the lengths of the documents
+    (`nsa.ops.packing.tell_lengths`).
+    """
+
+    def __init__(self, backend: str, implementation: str = "auto") -> None:
         super().__init__()
-        self.backend = backend
+        self.backend = implementation if backend == "auto" else backend
+        self.asks_for_lengths = self.backend in ("auto", *NAMES)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """As `nsa.ops.dense_attention`."""
@@ -25,7 +31,9 @@ class DenseAttention(nn.Module):
     Args:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys. v_head_dim: Dv of values; None: D.
-        backend: implementation of the operator: auto, triton, torch or naive.
+        backend: implementation of the operators: auto, triton, torch or naive.
+        implementation: of the attention, where ``backend`` is auto: auto, triton, or a library by name
+            (`nsa.ops.dense_attention`).
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class DenseAttention(nn.Module):
         v_head_dim: int | None = None,
         *,
         backend: str = "auto",
+        implementation: str = "auto",
     ) -> None:
         super().__init__()
         v_head_dim = v_head_dim or head_dim
@@ -46,7 +55,7 @@ class DenseAttention(nn.Module):
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
         self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
-        self.attend = CausalAttention(backend)
+        self.attend = CausalAttention(backend, implementation)
 
     def forward(
         self,

@@ -23,6 +23,37 @@ def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     return _JointLinear.apply(x, *weights)
 
 
+def parallel_linear(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """The projections of x by two weights, each a tensor of its own.
+
+    The second product of the backward pass adds its part of x's gradient to that of the first: no sum of the two is
+    taken apart, and one rounding less.
+
+    Args:
+        x: (.., C). first, second: (W, C), in x's dtype.
+
+    Returns:
+        (.., W) each.
+    """
+    return _ParallelLinear.apply(x, first, second)
+
+
+class _ParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, first, second)
+        return linear(x, first), linear(x, second)
+
+    @staticmethod
+    def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, second = ctx.saved_tensors
+        rows, d_rows = x.flatten(0, -2), (d_first.flatten(0, -2), d_second.flatten(0, -2))
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.mm(d_rows[0], first).addmm_(d_rows[1], second).view(x.shape)
+        return d_x, d_rows[0].T @ rows, d_rows[1].T @ rows
+
+
 class _JointLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:

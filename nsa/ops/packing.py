@@ -108,6 +108,43 @@ def derived(cu_seqlens: Tensor, function: Callable[..., _Result], *args: Any) ->
     return known[key]
 
 
+@dataclass(frozen=True)
+class KnownLengths:
+    """What the host knows of the documents of a batch.
+
+    Attributes:
+        longest: tokens of the longest, or a bound. equal: whether each that is not empty has so many.
+    """
+
+    longest: int
+    equal: bool
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor) -> "KnownLengths":
+        """From borders (N+1,) on the host."""
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        longest = int(lengths.max())
+        return cls(longest, longest > 0 and bool(((lengths == longest) | (lengths == 0)).all()))
+
+
+_told: MutableMapping[Tensor, tuple[int, KnownLengths]] = WeakTensorKeyDictionary()
+
+
+def tell_lengths(cu_seqlens: Tensor, lengths: KnownLengths) -> None:
+    """What the host knows of borders on a device, until they are written to. To ask the device would wait for it."""
+    _told[cu_seqlens] = cu_seqlens._version, lengths
+
+
+def known_lengths(cu_seqlens: Tensor) -> KnownLengths | None:
+    """What was told, or what the borders on the host say; None: nothing is known."""
+    if cu_seqlens.device.type == "cpu":
+        return KnownLengths.of(cu_seqlens)
+    if cu_seqlens.is_inference() or torch.compiler.is_compiling():
+        return None
+    version, lengths = _told.get(cu_seqlens, (None, None))
+    return lengths if version == cu_seqlens._version else None
+
+
 def clip_borders(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
     """Borders (N+1,) int32 of the documents among tokens ``start .. stop - 1``; those outside become empty."""
     return derived(cu_seqlens, _clip_borders, start, stop)

@@ -30,6 +30,13 @@ class Elsewhere(nn.Module):
         return x
 
 
+class NormElsewhere(nn.Module):
+    """In the place of the last norm: the residual stream for both of its results."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
 class StageInput(nn.Module):
     """In the place of the embedding on later stages: the activations of the stage before, (B, tokens, C).
 
@@ -73,7 +80,7 @@ def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:
         shared: Any = model.embedding.weight if tied and last else None
         model.embedding = StageInput(shared)  # type: ignore[assignment]
     if not last:
-        model.norm, model.head = Elsewhere(), Elsewhere()  # type: ignore[assignment]
+        model.norm, model.head = NormElsewhere(), Elsewhere()  # type: ignore[assignment]
     for parameter in model.parameters():
         mark(parameter, partition_of(parameter))
     if tied and (first or last):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from nsa.models.head import CHUNK_LOGITS, IGNORED
+from nsa.ops.cross_entropy import IGNORED, add_up_gradients, chunk_rows, logit_gradients, statistics
 from nsa.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from nsa.parallel.grid import Axis
 
@@ -28,8 +28,8 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """hidden (B, T / ranks, C), targets (B, T) -> the negative log-likelihood (B, T) fp32 of all tokens on every rank.
 
-    Only three numbers per token are exchanged: the largest logit, the sum of exponentials and the target's logit. As
-    in `nsa.models.head` the logits of one chunk of tokens exist at a time.
+    Only three numbers per token are exchanged: the largest sum of exponentials (its logarithm), the sum of all and the
+    target's logit. Logits are kept or computed again as in `nsa.ops.linear_cross_entropy`.
     """
 
     def __init__(self, weight: nn.Parameter, axis: Axis) -> None:
@@ -54,33 +54,29 @@ class _Losses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, axis: Axis) -> Tensor:
-        size = max(1, CHUNK_LOGITS // len(weight))
-        losses, lses = [], []
-        for x, label in zip(rows.split(size), labels.split(size), strict=True):
-            logits = linear(x, weight).float()
-            largest = all_reduce(logits.amax(-1), axis, "loss", dist.ReduceOp.MAX)
-            row, elsewhere = _local(label, len(weight), axis)
-            wanted = logits.gather(1, row[:, None])[:, 0].masked_fill(elsewhere, 0)
-            total = logits.sub_(largest[:, None]).exp_().sum(-1)
-            total, wanted = all_reduce(torch.stack((total, wanted)), axis, "loss")
+        ctx.size, ctx.first = chunk_rows(len(rows), len(weight)), axis.rank * len(weight)
+        losses, lses, ctx.logits = [], [], None
+        for x, label in zip(rows.split(ctx.size), labels.split(ctx.size), strict=True):
+            logits = linear(x, weight)
+            own, wanted = statistics(logits, label, ctx.first)
+            largest = all_reduce(own.clone(), axis, "loss", dist.ReduceOp.MAX)
+            total, wanted = all_reduce(torch.stack(((own - largest).exp(), wanted)), axis, "loss")
             lse = largest + total.log()
             losses.append((lse - wanted).masked_fill(label == IGNORED, 0))
             lses.append(lse)
         ctx.save_for_backward(rows, weight, labels, torch.cat(lses))
-        ctx.axis, ctx.size = axis, size
+        if ctx.size >= len(rows) and any(ctx.needs_input_grad):
+            ctx.logits = logits
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, labels, lses = ctx.saved_tensors
-        d_rows, d_weight = torch.empty_like(rows), torch.zeros_like(weight, dtype=torch.float32)
-        d_losses = d_losses.masked_fill(labels == IGNORED, 0)
-        parts = (t.split(ctx.size) for t in (rows, labels, lses, d_losses, d_rows))
-        for x, label, lse, scale, d_x in zip(*parts, strict=True):
-            p = linear(x, weight).float().sub_(lse[:, None]).exp_()
-            row, elsewhere = _local(label, len(weight), ctx.axis)
-            p.scatter_add_(1, row[:, None], (elsewhere.to(p.dtype) - 1)[:, None])
-            p = p.mul_(scale[:, None]).to(weight.dtype)
-            d_x.copy_(p @ weight)
-            d_weight += (p.mT @ x).float()
-        return d_rows, d_weight.to(weight.dtype), None, None
+        kept, ctx.logits = ctx.logits, None  # lost here; a second backward pass computes them again
+
+        def gradients(x: Tensor, label: Tensor, lse: Tensor, scale: Tensor) -> Tensor:
+            logits = linear(x, weight) if kept is None else kept
+            return logit_gradients(logits, label, lse, scale, ctx.first)
+
+        parts = rows, labels, lses, d_losses.masked_fill(labels == IGNORED, 0)
+        return *add_up_gradients(gradients, weight, parts, ctx.size), None, None

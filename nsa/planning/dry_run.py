@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from torch.utils.flop_counter import flop_registry
 
 from nsa.config import Config, ConfigError
 from nsa.models import Decoder
-from nsa.models.decoder import RMSNorm
 from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, build_grid
 from nsa.parallel.pipeline import Pipeline
@@ -110,32 +108,10 @@ def _build(config: Config, grid: Grid) -> Decoder:
         grid.pipeline.group._register_backend(META, dist.ProcessGroup.BackendType.CUSTOM, backend)
     if engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, engine.activation_checkpointing)
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.forward = partial(_norm, module)  # type: ignore[method-assign]
     for parameter in model.parameters():
         # DeepSpeed, or the pipeline's sum, takes a gradient as soon as it is there.
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return model.bfloat16() if engine.precision == "bf16" else model
-
-
-def _norm(module: RMSNorm, x: Tensor) -> Tensor:
-    return _NormKernel.apply(x, module.weight)
-
-
-class _NormKernel(torch.autograd.Function):
-    """What `rms_norm` makes and keeps on a GPU, where it is one kernel; elsewhere, the meta device included, torch
-    composes it of operators that keep fp32 copies."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 
 from nsa.config import Config
 from nsa.models import count_parameters
-from nsa.models.head import CHUNK_LOGITS
 from nsa.models.moe import even
+from nsa.ops.cross_entropy import chunk_rows
 from nsa.ops.packing import num_compressed
 from nsa.parallel.chunks import Chunks, halo_plan
 from nsa.parallel.grid import Axis, data_parallel_size
@@ -126,8 +126,8 @@ def held_alike(config: Config, kinds: list[str], last: bool) -> list[tuple[int, 
 
 
 def _losses(config: Config, tokens: int, p: int) -> int:
-    """Three numbers a token, chunk by chunk: the largest logit, the sum and the target's."""
-    size = max(1, CHUNK_LOGITS // (config.model.vocab_size // p))
+    """Three numbers a token, chunk by chunk: the largest sum, the sum of all and the target's logit."""
+    size = chunk_rows(tokens, config.model.vocab_size // p)
     chunks = [min(size, tokens - start) for start in range(0, tokens, size)]
     return sum(_all_reduce(4 * rows, p) + _all_reduce(8 * rows, p) for rows in chunks)
 

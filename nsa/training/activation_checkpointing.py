@@ -13,6 +13,7 @@ from nsa.ops.selection import recall
 
 # The kernels' operators whose results `selective` keeps (arXiv 2205.05198: what costs much time for its memory).
 KEPT = ("range_attention", "select_blocks", "selected_attention", "compress_blocks")
+KEPT_OF_TORCH = (torch.ops.aten._cudnn_attention_forward.default, torch.ops.aten._flash_attention_forward.default)
 
 
 def checkpoint_layers(layers: nn.ModuleList, mode: str = "full") -> None:
@@ -33,6 +34,7 @@ def checkpoint_layers(layers: nn.ModuleList, mode: str = "full") -> None:
 def _selective_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`recall.contexts` for the portable operators, and torch's own for the kernels."""
     operators: list[Any] = [getattr(torch.ops.nsa, name).default for name in KEPT if hasattr(torch.ops.nsa, name)]
+    operators += KEPT_OF_TORCH
     pairs = zip(recall.contexts(), create_selective_checkpoint_contexts(operators), strict=True)
     first, again = (_Both(*pair) for pair in pairs)
     return first, again

@@ -9,10 +9,10 @@ Tensor- and context-parallel ranks record what they send each other, too: they g
 replay at the same times.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
@@ -20,9 +20,20 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nsa.config import Config
+from nsa.ops.packing import KnownLengths, known_lengths, tell_lengths
 from nsa.parallel.traffic import Traffic
 
 FEWEST_DOCUMENTS = 64
+
+
+class Sinks(Protocol):
+    """Where gradients are added up, in place of the parameters' own (`nsa.training.gradient_sinks`)."""
+
+    def add(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Callable[[], None]: ...
+
+    def filled(self) -> None: ...
+
+    def sum_alike(self) -> None: ...
 
 
 def graphs_serve(config: Config, device: torch.device) -> bool:
@@ -35,14 +46,21 @@ def graphs_serve(config: Config, device: torch.device) -> bool:
 class GraphedDecoder:
     """In the place of a decoder's ``forward``: losses with gradients by graphs, everything else by the decoder itself.
 
-    Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass. ``traffic``:
-    where the ranks of a spread decoder count what they send.
+    Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass; or, with
+    ``sinks``, the recording adds them there, and the parameters get none.
+
+    Dense layers attend faster where all documents have one length (one fills the sample), and a recording is made for
+    that or for any. After the first batch of documents that differ it is the latter, for good.
+
+    Args:
+        traffic: where the ranks of a spread decoder count what they send.
     """
 
-    def __init__(self, model: nn.Module, traffic: Traffic | None = None) -> None:
-        self.model, self.eager, self.traffic = model, model.forward, traffic or Traffic()
+    def __init__(self, model: nn.Module, traffic: Traffic | None = None, sinks: Sinks | None = None) -> None:
+        self.model, self.eager, self.traffic, self.sinks = model, model.forward, traffic or Traffic(), sinks
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.recorded: _Recording | None = None
+        self.by_lengths = any(getattr(module, "asks_for_lengths", False) for module in model.modules())
         _graphed.add(self)
 
     def __call__(
@@ -51,11 +69,15 @@ class GraphedDecoder:
         """As `nsa.models.Decoder.forward`."""
         if not torch.is_grad_enabled() or targets is None or cu_seqlens is None or others:
             return self.eager(input_ids, targets=targets, cu_seqlens=cu_seqlens, **others)
-        if self.recorded is None or not self.recorded.has_room(input_ids, cu_seqlens):
+        lengths = known_lengths(cu_seqlens) if self.by_lengths else None
+        lengths = lengths if lengths is not None and lengths.equal else None
+        if self.recorded is None or not self.recorded.has_room(input_ids, cu_seqlens, lengths):
             size = documents_size(len(cu_seqlens))
+            if self.recorded is not None and self.recorded.lengths != lengths:
+                self.by_lengths, lengths = False, None
             torch.cuda.synchronize()  # the last replay may be under way, in memory that is given back here
             self.recorded = None
-            self.recorded = _Recording(self, input_ids, targets, pad_borders(cu_seqlens, size))
+            self.recorded = _Recording(self, input_ids, targets, pad_borders(cu_seqlens, size), lengths)
         borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
         return _Replay.apply(self.recorded, input_ids, targets, borders, *self.parameters)
 
@@ -94,8 +116,12 @@ def pad_borders(cu_seqlens: Tensor, size: int) -> Tensor:
 class _Recording:
     """The two graphs of one shape, and the tensors that they read and write."""
 
-    def __init__(self, decoder: GraphedDecoder, ids: Tensor, targets: Tensor, borders: Tensor) -> None:
+    def __init__(
+        self, decoder: GraphedDecoder, ids: Tensor, targets: Tensor, borders: Tensor, lengths: KnownLengths | None
+    ) -> None:
         self.inputs, self.traffic = [x.clone() for x in (ids, targets, borders)], decoder.traffic
+        self.lengths, self.sinks = lengths, decoder.sinks
+        self.parameters = decoder.parameters
         # Stand-ins that share the parameters' memory: autograd sends a parameter's gradient to the stream on which it
         # was first used, and that one cannot be recorded.
         stand_ins = {
@@ -113,15 +139,23 @@ class _Recording:
         def gradients(losses: Tensor) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(losses, leaves, self.d_losses, allow_unused=True)
 
+        def write_borders() -> None:
+            """What was derived from them is derived anew, and so recorded."""
+            self.inputs[2].copy_(borders)
+            if self.lengths is not None:
+                tell_lengths(self.inputs[2], self.lengths)
+
         stream = torch.cuda.Stream()  # what the first pass sets up (compiled kernels, handles) cannot be recorded
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self.traffic.apart():
+            write_borders()
             losses = run()
             self.d_losses = torch.ones_like(losses)
-            gradients(losses)
-            del losses
-            # Written to: what was derived from the borders is derived anew, and so recorded.
-            self.inputs[2].copy_(borders)
+            found = gradients(losses)
+            if self.sinks:  # of zeros: nothing is added, and the kernel is compiled
+                self.sinks.add({p: None if g is None else torch.zeros_like(g) for p, g in self._named(found)})
+            del losses, found
+            write_borders()
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
@@ -132,14 +166,22 @@ class _Recording:
                 losses = run()
             with self.traffic.apart() as self.sent_backward, torch.cuda.graph(self.backward, **mode):
                 self.gradients = gradients(losses)
+                if self.sinks:
+                    self.added = self.sinks.add(dict(self._named(self.gradients)))
         except RuntimeError as error:
             if memory := out_of_memory_behind(error):
                 raise memory from None
             raise
+        if self.sinks:
+            self.added()
         self.losses = losses.detach()
 
-    def has_room(self, ids: Tensor, borders: Tensor) -> bool:
-        return ids.shape == self.inputs[0].shape and len(borders) <= len(self.inputs[2])
+    def _named(self, gradients: Sequence[Tensor | None]) -> Iterator[tuple[nn.Parameter, Tensor | None]]:
+        return zip(self.parameters, gradients, strict=True)
+
+    def has_room(self, ids: Tensor, borders: Tensor, lengths: KnownLengths | None) -> bool:
+        fits = ids.shape == self.inputs[0].shape and len(borders) <= len(self.inputs[2])
+        return fits and self.lengths in (None, lengths)
 
 
 class _Holder(nn.Module):
@@ -169,6 +211,9 @@ class _Replay(torch.autograd.Function):
         recording.d_losses.copy_(d_losses)
         recording.backward.replay()
         recording.traffic.add_all(recording.sent_backward)
+        if recording.sinks:
+            recording.sinks.filled()
+            return None, *[None] * ctx.num_inputs, *[None] * len(recording.parameters)
         # Copies: whoever takes them may keep them, or add to them, beyond the next replay.
         gradients = [None if g is None else g.clone() for g in recording.gradients]
         return None, *[None] * ctx.num_inputs, *gradients

@@ -15,12 +15,14 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from nsa.config import Config
 from nsa.models import Decoder
 from nsa.models.initialisation import first_value
+from nsa.ops.dense import libraries
 from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, ModelParallelUnit
 from nsa.parallel.partition import materialise
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.cuda_graphs import GraphedDecoder, graphs_serve
 from nsa.training.distributed import Ranks
+from nsa.training.gradient_sinks import GradientSinks
 from nsa.training.optimizer import STATE_KEYS, build_optimizer
 from nsa.training.sharded_state import create_optimizer_state
 
@@ -34,7 +36,12 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     draw = partial(first_value, config=config.model, seed=config.seed, device=ranks.device)
     with torch.device("meta"):
-        model = Decoder(config.model, config.attention, backend=config.engine.backend)
+        model = Decoder(
+            config.model,
+            config.attention,
+            backend=config.engine.backend,
+            dense_attention=config.engine.dense_attention,
+        )
     parallelize(model, grid, fill=lambda model: materialise(model, draw, dtype))
     if config.engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
@@ -51,9 +58,42 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
             partial(_flat_gradients, engine.optimizer) if alone else _some(found, ranks)
         )
     if graphs_serve(config, ranks.device):
-        engine.module.forward = GraphedDecoder(engine.module, grid.traffic)
+        straight = isinstance(engine.optimizer, BF16_Optimizer) and config.engine.zero_stage == 1
+        sinks = GradientSinks(engine.optimizer) if straight else None
+        engine.module.forward = GraphedDecoder(engine.module, grid.traffic, sinks)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
+
+
+def sum_gradients_held_alike(engine: DeepSpeedEngine) -> None:
+    """Before a step, where the passes are recorded and leave that to us; elsewhere the backward passes did it."""
+    forward = engine.module.forward
+    if isinstance(forward, GraphedDecoder) and forward.sinks is not None:
+        forward.sinks.sum_alike()
+
+
+def dense_attention_of(config: Config, device: torch.device) -> str | None:
+    """What computes causal attention in this run, in words; None without such layers.
+
+    Raises:
+        ValueError: ``engine.dense_attention`` names what is not here, or what cannot do the shape.
+    """
+    model, name = config.model, config.engine.dense_attention
+    if "dense" not in config.attention.kinds(model.num_layers):
+        return None
+    if config.engine.backend != "auto":
+        return f"{config.engine.backend} (engine.backend)"
+    shape = model.head_dim, model.v_head_dim or model.head_dim
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    obstacles = {n: libraries.not_here(n) or libraries.cannot(n, *shape, dtype) for n in libraries.NAMES}
+    if device.type != "cuda":
+        obstacles["triton"] = "there is no CUDA device"
+    if obstacle := obstacles.get(name):
+        can = ["auto", *(n for n in ("triton", *libraries.NAMES) if not obstacles.get(n))]
+        raise ValueError(f"engine.dense_attention={name}: {obstacle}. Here it can be {', '.join(can)}")
+    if device.type != "cuda":
+        return "torch"
+    return libraries.in_words(name, *shape, dtype, device)
 
 
 def _flat_gradients(optimizer: BF16_Optimizer, for_clipping: bool = False) -> Any:

@@ -16,6 +16,7 @@ from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
 from nsa.models import count_parameters, training_flops_per_token
+from nsa.ops.packing import KnownLengths, tell_lengths
 from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm, mark_gradients
 from nsa.parallel.pipeline import Pipeline
@@ -25,7 +26,7 @@ from nsa.training.balance import Balance
 from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
-from nsa.training.engine import build_engine
+from nsa.training.engine import build_engine, dense_attention_of, sum_gradients_held_alike
 from nsa.training.exit_codes import DONE, INTERRUPTED, REQUEUE
 from nsa.training.loading import Batch, StepLoader, sample_indices
 from nsa.training.monitor import Monitor
@@ -88,6 +89,7 @@ class Trainer:
             config.parallel, self.ranks.rank, world_size, num_kv_heads=heads, timeout=COLLECTIVE_TIMEOUT
         )
         make_deterministic(self.ranks.device)
+        self.dense_attention = self.ranks.on_main(lambda: dense_attention_of(config, self.ranks.device))
         self.folder = self.ranks.on_main(lambda: self._open_folder(deepspeed_json))
 
         prepared = PreparedData(self.ranks.on_main(self._prepare))
@@ -241,6 +243,7 @@ class Trainer:
                 # Where DeepSpeed's optimizer knows the norm, it does before it calls ours.
                 client.refuse = lambda norm=norm, spike=spike: spike or self._norm_spikes(norm)
                 beat(f"step {step + 1}: update")
+                sum_gradients_held_alike(engine)
             engine.step()
         # DeepSpeed's own optimizers know the norm, and refuse an update whose norm is not finite on all ranks alike.
         norm = float(engine.get_global_grad_norm()) if norm is None else norm
@@ -369,6 +372,8 @@ class Trainer:
         """What this rank's part of the model makes of a micro batch: losses, or a stage's activations."""
         device = self.ranks.device
         inputs, targets, borders = (micro_batch[k].to(device) for k in ("input_ids", "targets", "cu_seqlens"))
+        if borders.is_cuda:
+            tell_lengths(borders, KnownLengths.of(micro_batch["cu_seqlens"]))
         model = self.engine.module if self.pipeline else self.engine
         return model(inputs, targets=targets, cu_seqlens=borders)
 
@@ -447,6 +452,8 @@ class Trainer:
             f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
             f"x {config.data.sequence_length} tokens; peak {self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})"
         )
+        if self.dense_attention:
+            self._say(f"dense attention: {self.dense_attention}")
         if self.progress.step:
             self._say(f"resumed {self.folder} after step {self.progress.step}")
 

@@ -26,7 +26,18 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.compressed import visible_blocks
 from nsa.ops.compression import compression_layout
-from nsa.ops.kernels import compression, gates, launch, ranges, rotary, selected, selection, swiglu
+from nsa.ops.kernels import (
+    compression,
+    cross_entropy,
+    gates,
+    launch,
+    norm,
+    ranges,
+    rotary,
+    selected,
+    selection,
+    swiglu,
+)
 from nsa.ops.kernels.hopper import gradient, span
 from nsa.ops.packing import Documents
 from nsa.ops.rotary import Heads
@@ -162,6 +173,16 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         gate, up = (torch.zeros(64, 64, dtype=dtype, requires_grad=True) for _ in range(2))
         out = swiglu.swiglu(gate, up)
         torch.autograd.grad(out, (gate, up), out)
+        for width in (768, 2048, 8192):
+            shape_name = f"{str(dtype).removeprefix('torch.')}, {width} wide"
+            x, weight = torch.zeros(64, width, dtype=dtype, requires_grad=True), torch.zeros(width, dtype=dtype)
+            for delta in (None, x.detach()):
+                both = norm.add_rms_norm(x, weight, 1e-6, delta)
+                torch.autograd.grad(both, x, both)
+        shape_name = str(dtype).removeprefix("torch.")
+        logits, targets, row = torch.zeros(64, 32768, dtype=dtype), torch.zeros(64, dtype=torch.int64), torch.zeros(64)
+        cross_entropy.statistics(logits, targets, 0)
+        cross_entropy.logit_gradients(logits, targets, row, row, 0)
     return report
 
 

@@ -4,12 +4,11 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from nsa.ops.dense import libraries
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
 from nsa.ops.naive import masked_attention
-from nsa.ops.packing import Documents, cached
+from nsa.ops.packing import Documents, KnownLengths, cached, known_lengths
 from nsa.ops.tiles import Ranges, tiled_attention
 
 
@@ -62,23 +61,24 @@ def dense_attention(
         cu_seqlens: (N+1,) int32 borders of packed documents among the S positions, with B = 1; no query looks across
             one.
         return_lse: also return the log of the softmax's denominator.
-        backend: auto, triton, torch or naive.
+        backend: auto, triton, torch or naive; or a library by name (`nsa.ops.dense.libraries`), which takes the calls
+            that it can: no window, no ``return_lse``, as many queries as keys, and cuDNN only documents of one length.
+            Others go to our kernels. auto: the fastest on a GPU, by measurement.
 
     Returns:
         (B, T, H, Dv) in q's dtype; with ``return_lse`` also (B, H, T) fp32, not differentiable.
 
     Raises:
-        ValueError: shapes that do not belong together, window < 1, unknown backend.
+        ValueError: shapes that do not belong together, window < 1, unknown backend, a library that is not here.
     """
     check_attention(q, k, v, cu_seqlens)
     check_window(window)
     scale = softmax_scale(scale, q.shape[3])
-    plain = window is None and cu_seqlens is None and not return_lse and q.shape[1] == k.shape[1]
-    if backend == "auto" and plain and _cudnn_is_faster(q, v):
-        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            out = scaled_dot_product_attention(q_, k_, v_, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2)
+    if backend in libraries.NAMES or (backend == "auto" and q.is_cuda):
+        if library := _library(backend, q, k, v, cu_seqlens, plain=window is None and not return_lse):
+            name, lengths = library
+            return libraries.attend(name, q, k, v, scale, cu_seqlens, lengths)
+        backend = "auto"
     documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     reach = k.shape[1] if window is None else window
     implementation = resolve_backend(backend, q, k, v)
@@ -95,14 +95,19 @@ def dense_attention(
     return (out, lse) if return_lse else out
 
 
-def _cudnn_is_faster(q: Tensor, v: Tensor) -> bool:
-    """Whether torch's cuDNN attention takes plain causal attention: measured ahead of our kernels on Hopper, most
-    of all backward (five products for our seven; docs/performance.md). Its gradients differ from run to run in the last
-    bits, so that ours stay where determinism is asked for (`torch.use_deterministic_algorithms`)."""
-    if not q.is_cuda or torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling():
-        return False
-    widths = q.shape[3] == v.shape[3] and q.shape[3] in (64, 128)
-    return q.element_size() == 2 and widths and torch.cuda.get_device_capability(q.device)[0] == 9
+def _library(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plain: bool
+) -> tuple[str, KnownLengths] | None:
+    """The library that takes this call, and the lengths of its documents; None: our kernels do."""
+    lengths = KnownLengths(q.shape[1], True) if cu_seqlens is None else known_lengths(cu_seqlens)
+    if backend in libraries.NAMES and (obstacle := libraries.not_here(backend)):
+        raise ValueError(f"backend={backend!r}: {obstacle}; or use 'auto'")
+    if not plain:
+        return None
+    name = libraries.fastest(q, k, v, lengths) if backend == "auto" else backend
+    if name == "triton" or not libraries.serves(name, q, k, v, lengths):
+        return None
+    return name, lengths or KnownLengths(q.shape[1], False)
 
 
 def check_window(window: int | None) -> None:

@@ -96,7 +96,8 @@ def item_block_kernel(Order, ListBegin, ItemBegin, ItemBlock, Keys, num_items, n
     end = tl.minimum(end, tl.load(ListBegin + index + 1, mask=ok, other=0))
     last = tl.load(Order + end - 1, mask=ok & (end > begin), other=0)
     tl.store(ItemBlock + item, index, mask=item < num_items)
-    tl.store(Keys + item, (index // num_blocks).to(tl.int64) * num_tokens + last, mask=item < num_items)
+    key = (index // num_blocks).to(Keys.dtype.element_ty) * num_tokens + last
+    tl.store(Keys + item, key, mask=item < num_items)
 
 
 def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
@@ -120,7 +121,10 @@ def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
     item_begin, part_begin = blocks.new_empty(lists + 1), blocks.new_empty(lists + 1)
     item_kernel[(1,)](list_begin, item_begin, part_begin, lists, chunk, BLOCK=BLOCK, num_warps=4)
     num_items = lists + entries // chunk
-    item_block, keys = blocks.new_empty(num_items), blocks.new_empty(num_items, dtype=torch.int64)
+    wide = (batch * groups + 1) * tokens >= 1 << 31
+    item_block, keys = (
+        blocks.new_empty(num_items, dtype=d) for d in (torch.int32, torch.int64 if wide else torch.int32)
+    )
     item_block_kernel[(triton.cdiv(num_items, 256),)](
         order, list_begin, item_begin, item_block, keys, num_items, tokens, num_blocks, lists, chunk,
         lists.bit_length(), BLOCK=256, num_warps=4,

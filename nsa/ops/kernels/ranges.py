@@ -31,7 +31,7 @@ from nsa.ops.kernels.launch import (
     vector_of,
     warpgroups,
 )
-from nsa.ops.packing import cached
+from nsa.ops.packing import cached, derived
 from nsa.ops.tiles import Ranges
 
 
@@ -468,11 +468,7 @@ def key_gradients(
     on_hopper = warpgroups(q, k, v, scale)
     tile, options = tile_sizes("hopper_range_key" if on_hopper else "range_key", q, k, v)
     num_tiles = triton.cdiv(keys, tile["BN"])
-    runs = first.new_empty(4, (num_tiles + 3) // 4 * 4)  # rows at multiples of 16 bytes
-    tile_runs_kernel[(triton.cdiv(num_tiles, 128),)](
-        first, last, runs, tokens, keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile["BN"], BLOCK=128,
-        num_warps=4,
-    )  # fmt: skip
+    runs = derived(first, _tile_runs, last, keys, tile["BN"])
     # Few key tiles, each seen by many queries (compressed keys): several programs share one, and their sums are
     # added in a fixed order. At most one for each token to a key, so that the sums take memory linear in the tokens.
     rows = tokens * heads // groups
@@ -502,6 +498,17 @@ def key_gradients(
         *others, scale * LOG2_E, scale, **constants, **tile, BOXED=boxed, **options,
     )  # fmt: skip
     return (dk, dv) if whole else _add_splits_of(dk, dv, k, v)
+
+
+def _tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
+    """As `tile_runs_kernel`: the same for all layers, which see the same runs."""
+    tokens, num_tiles = len(first), triton.cdiv(num_keys, tile)
+    runs = first.new_empty(4, (num_tiles + 3) // 4 * 4)  # rows at multiples of 16 bytes
+    tile_runs_kernel[(triton.cdiv(num_tiles, 128),)](
+        first, last, runs, tokens, num_keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile, BLOCK=128,
+        num_warps=4,
+    )  # fmt: skip
+    return runs
 
 
 def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,97 @@
+"""Cross-entropy over rows of logits: one pass forward, and one that turns them into their gradients in place.
+
+Both read and write 16 bits where the model does, and compute in fp32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.launch import INTEGERS, vector_of
+
+BLOCK = 4096
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "first"])
+def statistics_kernel(Logits, Targets, Lse, Wanted, num_vectors, first, VECTOR: tl.constexpr,
+                      BLOCK: tl.constexpr):  # fmt: skip
+    """One row a program: Logits (N, V), Targets (N,) -> Lse, Wanted (N,)."""
+    row = tl.program_id(0).to(tl.int64)
+    num_columns = num_vectors * VECTOR
+    logits = Logits + row * num_columns
+    at = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, num_columns, BLOCK):  # each lane its own maximum: one reduction at the end
+        x = tl.load(logits + start + at, mask=start + at < num_columns, other=-float("inf")).to(tl.float32)
+        above = tl.maximum(largest, x)
+        finite = tl.where(above == -float("inf"), 0.0, above)
+        total = total * tl.exp(largest - finite) + tl.exp(x - finite)
+        largest = above
+    top = tl.max(largest, 0)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    lse = base + tl.log(tl.sum(total * tl.exp(largest - base), 0))
+    column = tl.load(Targets + row) - first
+    here = (column >= 0) & (column < num_columns)
+    wanted = tl.load(logits + tl.where(here, column, 0), mask=here, other=0.0).to(tl.float32)
+    tl.store(Lse + row, lse)
+    tl.store(Wanted + row, wanted)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "first"])
+def logit_gradients_kernel(Logits, Targets, Lse, DLosses, num_vectors, first, VECTOR: tl.constexpr,
+                           BLOCK: tl.constexpr):  # fmt: skip
+    """Logits (N, V) become their gradients; Lse, DLosses (N,)."""
+    row = tl.program_id(0).to(tl.int64)
+    num_columns = num_vectors * VECTOR
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < num_columns
+    logits = Logits + row * num_columns + at
+    lse, d_loss = tl.load(Lse + row), tl.load(DLosses + row).to(tl.float32)
+    column = tl.load(Targets + row) - first
+    p = tl.exp(tl.load(logits, mask=ok, other=0.0).to(tl.float32) - lse)
+    d_logits = tl.where(d_loss == 0, 0.0, (p - tl.where(at == column, 1.0, 0.0)) * d_loss)
+    tl.store(logits, d_logits.to(Logits.dtype.element_ty), mask=ok)
+
+
+@torch.library.custom_op("nsa::token_statistics", mutates_args=())
+def _statistics(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    lse, wanted = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    vector = vector_of(logits.shape[1])
+    if len(logits):
+        statistics_kernel[(len(logits),)](
+            logits, targets, lse, wanted, logits.shape[1] // vector, first, VECTOR=vector, BLOCK=BLOCK, num_warps=8
+        )
+    return lse, wanted
+
+
+@_statistics.register_fake
+def _(logits, targets, first):
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.custom_op("nsa::logit_gradients", mutates_args=("logits",))
+def _logit_gradients(logits: Tensor, targets: Tensor, lse: Tensor, d_losses: Tensor, first: int) -> None:
+    vector = vector_of(logits.shape[1])
+    if len(logits):
+        logit_gradients_kernel[(len(logits), triton.cdiv(logits.shape[1], BLOCK))](
+            logits, targets, lse, d_losses, logits.shape[1] // vector, first, VECTOR=vector, BLOCK=BLOCK, num_warps=8
+        )
+
+
+@_logit_gradients.register_fake
+def _(logits, targets, lse, d_losses, first):
+    return None
+
+
+def statistics(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.cross_entropy.statistics`."""
+    return _statistics(logits.contiguous(), targets.contiguous(), first)
+
+
+def logit_gradients(logits: Tensor, targets: Tensor, lse: Tensor, d_losses: Tensor, first: int) -> Tensor:
+    """As `nsa.ops.cross_entropy.logit_gradients`, in place."""
+    logits = logits.contiguous()
+    _logit_gradients(logits, targets.contiguous(), lse.contiguous(), d_losses.contiguous(), first)
+    return logits
