@@ -6,6 +6,7 @@ parameter, while the GPU waits for Python to ask for it.
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -15,22 +16,12 @@ from nsa.parallel.grid import Axis
 from nsa.parallel.partition import add_up, axes_of
 
 
-def _add_in_one_launch(total: Tensor, parts: dict[int, Tensor]) -> Callable[[], None]:
-    """``parts``: by their first element in ``total``."""
-    from nsa.ops.kernels.accumulate import Accumulator  # Triton exists on Linux only
-
-    accumulator = Accumulator(total, [part.contiguous() for part in parts.values()], list(parts))
-    if not torch.cuda.is_current_stream_capturing():
-        accumulator.fill()
-    accumulator.run()
-    return accumulator.fill
-
-
 class GradientSinks:
     """The buffers of DeepSpeed's bf16 optimizer (ZeRO 1), one for each group of parameters."""
 
     def __init__(self, optimizer: BF16_Optimizer) -> None:
         self.optimizer = optimizer
+        self.accumulators: dict[tuple[int, ...], Any] = {}
         self.alike: dict[tuple[Axis, ...], list[Tensor]] = {}
         for parameters, sums in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
             for parameter, its_sum in zip(parameters, sums, strict=True):
@@ -40,22 +31,33 @@ class GradientSinks:
     def add(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Callable[[], None]:
         """Add each parameter's gradient, None for 0; can be recorded, and then what is returned is to be called once
         the recording has ended."""
-        optimizer, fills = self.optimizer, []
-        for parameters, total in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True):
+        optimizer, used = self.optimizer, []
+        for number, parameters in enumerate(optimizer.bf16_groups):
+            total = optimizer.fp32_groups_gradients_flat[number]
             ends = itertools.accumulate(p.numel() for p in parameters)
             placed = [(end, gradients[p]) for p, end in zip(parameters, ends, strict=True)]
-            found = {end - g.numel(): g for end, g in placed if g is not None}
+            found = {end - g.numel(): g.contiguous() for end, g in placed if g is not None}
             if total.is_cuda and found:
-                fills.append(_add_in_one_launch(total, found))
+                used.append(self._accumulator(number, total, found))
+                used[-1].add(list(found.values()))
             elif found:
                 for first, g in found.items():
                     total[first : first + g.numel()] += g.flatten()
 
-        def fill() -> None:
-            for each in fills:
-                each()
+        def place() -> None:
+            for accumulator in used:
+                accumulator.place()
 
-        return fill
+        return place
+
+    def _accumulator(self, number: int, total: Tensor, found: dict[int, Tensor]) -> Any:
+        """One for each group and choice of parameters: made before they are recorded."""
+        from nsa.ops.kernels.accumulate import Accumulator  # Triton exists on Linux only
+
+        key = (number, *found)
+        if key not in self.accumulators:
+            self.accumulators[key] = Accumulator(total, [g.numel() for g in found.values()], list(found))
+        return self.accumulators[key]
 
     def filled(self) -> None:
         """Tell DeepSpeed that its buffers hold gradients: it takes the others for not there."""

@@ -5,6 +5,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 Batch = dict[str, Any]
+ON_DEVICE = ("input_ids", "targets", "cu_seqlens")  # what the model reads
+
+
+def pinned(batch: Batch) -> Batch:
+    """With what the model reads in page-locked memory: to copy it to a GPU then waits for nothing."""
+    return batch | {name: batch[name].pin_memory() for name in ON_DEVICE}
 
 
 def sample_indices(step: int, rank: int, world_size: int, global_batch: int, micro_batch: int) -> list[range]:

@@ -28,7 +28,7 @@ from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_st
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine, dense_attention_of, sum_gradients_held_alike
 from nsa.training.exit_codes import DONE, INTERRUPTED, REQUEUE
-from nsa.training.loading import Batch, StepLoader, sample_indices
+from nsa.training.loading import ON_DEVICE, Batch, StepLoader, pinned, sample_indices
 from nsa.training.monitor import Monitor
 from nsa.training.performance import memory_gib, peak_flops
 from nsa.training.quarantine import TrainingError, roll_back
@@ -352,7 +352,8 @@ class Trainer:
         training, mine = self.config.training, self.grid.samples
         sizes = training.global_batch_size, training.micro_batch_size
         number = batch_number(step, self.progress.spikes.quarantine)
-        return [batch(self.train_stream, i) for i in sample_indices(number, mine.rank, mine.size, *sizes)]
+        batches = [batch(self.train_stream, i) for i in sample_indices(number, mine.rank, mine.size, *sizes)]
+        return [pinned(b) for b in batches] if self.ranks.device.type == "cuda" else batches
 
     def _backward(self, batches: list[Batch], scale: float) -> Tensor:
         """Forward and backward pass of one micro batch (of all of a step, by the pipeline): the sum of its losses."""
@@ -371,7 +372,7 @@ class Trainer:
     def _stage(self, micro_batch: Batch) -> Tensor:
         """What this rank's part of the model makes of a micro batch: losses, or a stage's activations."""
         device = self.ranks.device
-        inputs, targets, borders = (micro_batch[k].to(device) for k in ("input_ids", "targets", "cu_seqlens"))
+        inputs, targets, borders = (micro_batch[k].to(device, non_blocking=True) for k in ON_DEVICE)
         if borders.is_cuda:
             tell_lengths(borders, KnownLengths.of(micro_batch["cu_seqlens"]))
         model = self.engine.module if self.pipeline else self.engine

@@ -190,10 +190,10 @@ def test_many_tensors_are_added_in_one_launch(sizes: list[int]) -> None:
 
     total, parts = torch.ones(sum(sizes) + 9, device=DEVICE), [normal(n).detach() for n in sizes]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
-    accumulator = Accumulator(total, parts, offsets)
-    accumulator.fill()
-    accumulator.run()
-    accumulator.run()
+    accumulator = Accumulator(total, sizes, offsets)
+    accumulator.add([torch.zeros_like(x) for x in parts])
+    accumulator.add(parts)
+    accumulator.add([x.clone() for x in parts])
     expected = torch.ones_like(total)
     expected[: sum(sizes)] += 2 * torch.cat(parts)
     torch.testing.assert_close(total, expected)

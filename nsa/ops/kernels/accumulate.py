@@ -29,36 +29,38 @@ def accumulate_kernel(Table, Total, Like, VECTOR: tl.constexpr, PIECE: tl.conste
 
 
 class Accumulator:
-    """Adds tensors to parts of ``total`` (n,): what is recorded here is the addresses, so the tensors must stay.
+    """Adds tensors of given sizes to parts of ``total`` (n,), again and again.
+
+    What a recording of `add` keeps is the table, so it is made here, outside of the recording: within, its memory would
+    be that of tensors which are gone by then, and every replay would write them anew.
 
     Args:
-        parts: contiguous, of one dtype, on ``total``'s device. offsets: of each part's first element in ``total``.
+        sizes: elements of each tensor. offsets: of its first element in ``total``.
     """
 
-    def __init__(self, total: Tensor, parts: list[Tensor], offsets: list[int]) -> None:
-        self.total, self.parts = total, parts
-        aligned = all(x.data_ptr() % 16 == 0 and x.numel() % 8 == 0 for x in parts)
-        aligned = aligned and total.data_ptr() % 16 == 0 and all(offset % 8 == 0 for offset in offsets)
-        self.vector = vector = 8 if aligned else 1
-        rows = [
-            (
-                x.data_ptr() + start * x.element_size(),
-                (offset + start) // vector,
-                min(PIECE, x.numel() - start) // vector,
-            )
-            for x, offset in zip(parts, offsets, strict=True)
-            for start in range(0, x.numel(), PIECE)
-        ]
-        self.rows = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
-        self.table = torch.empty_like(self.rows, device=total.device)
+    def __init__(self, total: Tensor, sizes: list[int], offsets: list[int]) -> None:
+        self.total, self.sizes, self.offsets = total, sizes, offsets
+        self.vector = 1 if any(n % 8 for n in (*sizes, *offsets)) or total.data_ptr() % 16 else 8
+        programs = sum(triton.cdiv(n, PIECE) for n in sizes)
+        self.table = torch.zeros(programs, 3, dtype=torch.int64, device=total.device)
+        self.parts: list[Tensor] = []
 
-    def fill(self) -> None:
-        """Write the table: before the first `run`; after a recording in which `run` was called."""
-        self.table.copy_(self.rows)
-
-    def run(self) -> None:
-        """Add; can be recorded."""
-        if len(self.rows):
-            accumulate_kernel[(len(self.rows),)](
+    def add(self, parts: list[Tensor]) -> None:
+        """``parts``: contiguous, of one dtype. If this is recorded, call `place` once the recording has ended."""
+        assert [x.numel() for x in parts] == self.sizes
+        self.parts = [x.clone() if x.data_ptr() % 16 else x for x in parts]  # parts of others may begin anywhere
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            self.place()
+        if len(self.table):
+            accumulate_kernel[(len(self.table),)](
                 self.table, self.total, self.parts[0], VECTOR=self.vector, PIECE=PIECE, BLOCK=2048, num_warps=8
             )
+
+    def place(self) -> None:
+        """Write the table: where the last parts lie."""
+        rows = [
+            (x.data_ptr() + i * x.element_size(), (offset + i) // self.vector, min(PIECE, n - i) // self.vector)
+            for x, offset, n in zip(self.parts, self.offsets, self.sizes, strict=True)
+            for i in range(0, n, PIECE)
+        ]
+        self.table.copy_(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3))
