@@ -89,6 +89,8 @@ def initialize() -> Ranks:
     # NCCL would register the memory that recorded collectives use, and does not survive it where the allocator maps
     # memory piece by piece (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+    # Collectives of two groups may lie side by side in a recording: they start in the order that the host asked in.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     alone = "RANK" not in os.environ
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)

@@ -1,0 +1,155 @@
+"""Causal attention by libraries: which one is taken where, what is refused, and that they compute the definition."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nsa import ops
+from nsa.ops import packing
+from nsa.ops.dense import libraries
+from nsa.ops.packing import KnownLengths, known_lengths, tell_lengths
+from nsa.training.engine import dense_attention_of
+from tests.conftest import HAS_GPU
+from tests.training.tiny import tiny_config
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+BF16 = torch.bfloat16
+
+
+def borders(*lengths: int, device: torch.device = CPU) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).int()
+
+
+def test_what_the_host_knows_of_documents() -> None:
+    assert KnownLengths.of(borders(8)) == KnownLengths(8, True)
+    assert KnownLengths.of(borders(8, 8, 8)) == KnownLengths(8, True)
+    assert KnownLengths.of(borders(8, 0, 0)) == KnownLengths(8, True), "borders that are filled up"
+    assert KnownLengths.of(borders(7, 9)) == KnownLengths(9, False)
+    assert KnownLengths.of(borders(0)) == KnownLengths(0, False)
+    assert known_lengths(borders(4, 4)) == KnownLengths(4, True), "the host can look"
+
+
+def test_what_was_told_holds_until_the_borders_are_written_to(monkeypatch) -> None:
+    """On a device nobody looks; the meta device stands for it."""
+    there = borders(4, 4).to("meta")
+    assert known_lengths(there) is None
+    tell_lengths(there, KnownLengths(4, True))
+    assert known_lengths(there) == KnownLengths(4, True)
+    there.copy_(borders(3, 5).to("meta"))
+    assert known_lengths(there) is None
+    before = len(packing._told)
+    del there
+    assert len(packing._told) < before, "nothing is kept of borders that are gone"
+
+
+@pytest.mark.parametrize(
+    ("name", "widths", "dtype", "reason"),
+    [
+        ("cudnn", (64, 64), torch.float32, "16 bits"),
+        ("cudnn", (256, 256), BF16, "no heads of 256 / 256"),
+        ("cudnn", (60, 60), BF16, "multiples of 8"),
+        ("flash", (192, 128), BF16, "as wide as values"),
+        ("flash-attn-4", (264, 264), BF16, "up to 256"),
+    ],
+)
+def test_shapes_that_a_library_does_not_have(
+    name: str, widths: tuple[int, int], dtype: torch.dtype, reason: str
+) -> None:
+    assert reason in str(libraries.cannot(name, *widths, dtype))
+
+
+@pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128)])
+def test_cudnn_has_the_usual_shapes(widths: tuple[int, int]) -> None:
+    assert libraries.cannot("cudnn", *widths, BF16) is None
+
+
+def test_the_table_names_what_there_is() -> None:
+    table = json.loads(Path(libraries.__file__).with_name("fastest.json").read_text())
+    for order in table["order"].values():
+        assert set(order) == {"equal", "packed"}
+        for names in order.values():
+            assert set(names) <= {"triton", *libraries.NAMES} and names[-1] == "triton"
+            assert len(set(names)) == len(names)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="of a machine without a GPU")
+def test_a_library_that_is_not_here_is_refused_before_anything_is_loaded(tmp_path) -> None:
+    for name in (*libraries.NAMES, "triton"):
+        config = tiny_config(tmp_path, f"engine.dense_attention={name}")
+        with pytest.raises(ValueError, match=rf"engine.dense_attention={name}: there is no CUDA.* can be auto$"):
+            dense_attention_of(config, CPU)
+        if name != "triton":
+            x = torch.zeros(1, 8, 2, 16)
+            with pytest.raises(ValueError, match=f"backend='{name}': there is no CUDA device"):
+                ops.dense_attention(x, x, x, backend=name)
+    assert dense_attention_of(tiny_config(tmp_path), CPU) == "torch"
+    assert dense_attention_of(tiny_config(tmp_path, "attention.kind=nsa", "engine.dense_attention=cudnn"), CPU) is None
+
+
+def test_what_cannot_do_the_shape_is_refused_with_what_can(tmp_path, monkeypatch) -> None:
+    """As on a Hopper GPU without FlashAttention's packages."""
+    monkeypatch.setattr(
+        libraries, "not_here", lambda name: "its package is not installed" if name[-1] in "34" else None
+    )
+    wide = ["model.head_dim=64", "model.v_head_dim=32", "engine.precision=bf16"]
+    with pytest.raises(ValueError, match=r"flash: it has no heads of 64 / 32 .* can be auto, triton, cudnn$"):
+        dense_attention_of(tiny_config(tmp_path, *wide, "engine.dense_attention=flash"), GPU)
+    with pytest.raises(ValueError, match=r"cudnn: it computes in 16 bits.* can be auto, triton$"):
+        dense_attention_of(tiny_config(tmp_path, "engine.precision=fp32", "engine.dense_attention=cudnn"), GPU)
+    with pytest.raises(ValueError, match=r"flash-attn-4: its package is not installed.* cudnn"):
+        dense_attention_of(tiny_config(tmp_path, *wide, "engine.dense_attention=flash-attn-4"), GPU)
+
+
+@pytest.mark.parametrize(
+    ("here", "name", "words"),
+    [
+        ((), "auto", "cudnn, or triton where documents differ in length (gradients differ"),
+        (("flash-attn-4",), "auto", "flash-attn-4 (gradients differ"),
+        ((), "triton", "triton"),
+        ((), "flash", "flash (gradients differ"),
+    ],
+)
+def test_what_is_said_at_the_start(here, name: str, words: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(libraries, "not_here", lambda n: None if n in ("cudnn", "flash", *here) else "not installed")
+    monkeypatch.setattr(libraries.torch.cuda, "get_device_capability", lambda device: (9, 0))
+    libraries._order.cache_clear()
+    config = tiny_config(tmp_path, "model.head_dim=64", "engine.precision=bf16", f"engine.dense_attention={name}")
+    assert str(dense_attention_of(config, GPU)).startswith(words)
+    libraries._order.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", libraries.NAMES)
+@pytest.mark.parametrize("lengths", [[96], [32, 32, 32], [1, 50, 45]])
+def test_a_library_computes_the_definition(name: str, lengths: list[int]) -> None:
+    """Where it cannot, our kernels do; the window always goes to them."""
+    if obstacle := libraries.not_here(name):
+        pytest.skip(obstacle)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 96, n, 64, device="cuda", dtype=BF16, requires_grad=True) for n in (8, 2, 2)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    cu_seqlens = borders(*lengths, device=GPU)
+    tell_lengths(cu_seqlens, KnownLengths.of(cu_seqlens.cpu()))
+    for window in (None, 7):
+        out = ops.dense_attention(*inputs, cu_seqlens=cu_seqlens, window=window, backend=name)
+        expected = ops.dense_attention(*exact, cu_seqlens=cu_seqlens, window=window, backend="naive")
+        d_out = torch.randn_like(out)
+        ours, theirs = torch.autograd.grad(out, inputs, d_out), torch.autograd.grad(expected, exact, d_out.double())
+        for a, b in zip((out, *ours), (expected, *theirs), strict=True):
+            assert (a.double() - b).norm() < 1e-2 * b.norm()
+
+
+@pytest.mark.gpu
+def test_strict_determinism_takes_the_kernels_that_repeat() -> None:
+    q, k, v = (torch.randn(1, 512, n, 64, device="cuda", dtype=BF16) for n in (8, 1, 1))
+    assert libraries.fastest(q, k, v, KnownLengths(512, True)) != "triton" or torch.cuda.get_device_capability() != (
+        9,
+        0,
+    )
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert libraries.fastest(q, k, v, KnownLengths(512, True)) == "triton"
+    finally:
+        torch.use_deterministic_algorithms(False)
