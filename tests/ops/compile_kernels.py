@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.compressed import visible_blocks
 from nsa.ops.compression import compression_layout
 from nsa.ops.kernels import (
+    accumulate,
     compression,
     cross_entropy,
     gates,
@@ -183,6 +184,7 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         logits, targets, row = torch.zeros(64, 32768, dtype=dtype), torch.zeros(64, dtype=torch.int64), torch.zeros(64)
         cross_entropy.statistics(logits, targets, 0)
         cross_entropy.logit_gradients(logits, targets, row, row, 0)
+        accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     return report
 
 
