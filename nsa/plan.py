@@ -2,16 +2,21 @@
 
 Commands:
     python -m nsa.plan configs/1b.yaml --gpus 8 [key=value ...]              # parameters, FLOPs, memory, traffic
-    python -m nsa.plan configs/1b.yaml --gpus 64 --gpu H200 parallel.tensor=4    # and speed, and the best layouts
+    python -m nsa.plan configs/1b.yaml --gpus 64 --gpu H200 parallel.tensor=4    # and speed, and the best choices
+    python -m nsa.plan configs/1b.yaml --gpus 8 --memory 80                  # the same on H100s of 80 GB
     python -m nsa.plan configs/7b.yaml --gpus 64 --dry-run parallel.tensor=4     # and the passes of a rank, for real
     python -m nsa.plan --check [FILE ...]                                    # the prediction against measurements
+    python -m nsa.plan --fit FILE ...                                        # fit its constants to measurements
 
+The choices are layout, recomputation (engine.activation_checkpointing) and micro batch. FILEs are those of
+benchmarks/training.py and benchmarks/models.py; the constants are in nsa/planning/constants.json.
 Nothing is allocated: any size fits on a laptop.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nsa.config import ConfigError, load_config
@@ -23,16 +28,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", nargs="?", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero_stage=3")
     parser.add_argument("--gpus", type=int, default=8, help="all of them (default: 8)")
-    parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the best layout")
+    parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the best choices")
+    parser.add_argument("--memory", type=float, help="GB of a GPU, if not those of --gpu (without it: H100)")
     parser.add_argument("--dry-run", action="store_true", help="also run the passes of a rank on the meta device")
     parser.add_argument("--check", action="store_true", help="compare with measurements: the committed ones, or FILEs")
+    parser.add_argument("--fit", action="store_true", help="fit the constants to the measurements in FILEs, and say so")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.check:
-        parser.error("name a YAML file, or --check")
+        parser.error("name a YAML file, or --check, or --fit with files")
     try:
-        if options.check:
-            files = [options.config, *options.overrides] if options.config else []
-            _check([Path(name) for name in files])
+        if options.check or options.fit:
+            files = [Path(name) for name in (options.config, *options.overrides) if name]
+            _fit(files) if options.fit else _check(files)
         else:
             _plan(options)
     except ValueError as error:
@@ -53,9 +60,12 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--gpus {gpus}: at least one is needed")
     if options.gpu is not None and options.gpu not in GPUS:
         raise ConfigError(f"--gpu {options.gpu}: one of {', '.join(GPUS)}")
+    if options.memory is not None and options.memory <= 0:
+        raise ConfigError(f"--memory {options.memory:g}: GB of a GPU")
     print(report.describe(config, gpus))
-    if options.gpu:
-        gpu = GPUS[options.gpu]
+    if options.gpu or options.memory:
+        gpu = GPUS[options.gpu or "H100"]
+        gpu = replace(gpu, memory=1e9 * options.memory) if options.memory else gpu
         speed = predict_speed(config, gpus, gpu)
         print("\n" + report.describe_speed(speed, memory_of(config, gpus), gpus, gpu), flush=True)
         print("\n" + report.describe_search(search(config, gpus, gpu), gpus, gpu))
@@ -63,6 +73,24 @@ def _plan(options: argparse.Namespace) -> None:
         stages = config.parallel.pipeline
         for rank in (0, stages * config.parallel.context * config.parallel.tensor - 1) if stages > 1 else (0,):
             print("\n" + report.describe_dry_run(dry_run(config, gpus, rank)), flush=True)
+
+
+def _fit(files: list[Path]) -> None:
+    from nsa.planning import constants, measured
+    from nsa.planning.fit import fit
+
+    cases = [case for path in files for case in measured.cases(path) if case.seconds is not None]
+    content = fit(cases, constants.read())
+    constants.write(content)
+    known = content.values()
+    for case in sorted(cases, key=lambda case: -abs(case.error(known))):
+        print(f"{100 * case.error(known):+6.1f} %  {case.describe()}")
+    for words, mean, worst in (
+        ("", content.mean_error, content.worst_error),
+        (" of each case by a fit to the others", content.mean_error_left_out, content.worst_error_left_out),
+    ):
+        print(f"Error of the step time{words}: {100 * mean:.1f} % on average, {100 * worst:.1f} % at most.")
+    print(f"Written: {constants.PATH}")
 
 
 def _check(files: list[Path]) -> None:

@@ -6,6 +6,7 @@ here, and what is counted is what would be sent and kept. The operators are thos
 of their results; what a kernel needs for itself while it runs is not seen.
 """
 
+import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -90,11 +91,13 @@ def dry_run(config: Config, gpus: int, rank: int = 0) -> DryRun:
 
 @contextmanager
 def _pretended_ranks(rank: int, world_size: int) -> Iterator[None]:
+    hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook  # torch's names the rank, and calls the one before: a search has hundreds
 
 
 def _build(config: Config, grid: Grid) -> Decoder:
@@ -149,6 +152,9 @@ class _Engine:
         loss.backward()
 
 
+IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch counts the FLOPs of the other alone
+
+
 class Ledger(TorchDispatchMode):
     """Bytes of the meta tensors that operators made and that live, and FLOPs of matrix products, while it is entered.
 
@@ -168,7 +174,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if formula := flop_registry.get(func._overloadpacket):
+        packet = IN_PLACE.get(func._overloadpacket, func._overloadpacket)
+        if formula := flop_registry.get(packet):
             self.flops += formula(*args, **kwargs, out_val=out)
         for x in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(x, Tensor) and x.is_meta:

@@ -13,7 +13,7 @@ from nsa.parallel.config import ParallelConfig
 from nsa.parallel.grid import data_parallel_size
 from nsa.parallel.pipeline import stage_layers
 from nsa.planning.dry_run import dry_run
-from nsa.planning.traffic import element_bytes
+from nsa.planning.traffic import element_bytes, parameters_of_rank
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 
@@ -39,22 +39,52 @@ class Memory:
 
 def memory_of(config: Config, gpus: int) -> Memory:
     """Raises ValueError if the ranks cannot be dealt out."""
-    passes = micro_batches_per_step(config, gpus)
-    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
-    model, engine, width = config.model, config.engine, element_bytes(config)
-    stages = config.parallel.pipeline
-    attention = config.attention.kinds(model.num_layers)
-    kinds = [(str(attention[i]), model.has_experts(i)) for i in stage_layers(model.num_layers, stages, 0)]
-
+    model, stages, kinds = config.model, config.parallel.pipeline, _kinds(config)
     costs = {kind: _layer_costs(_alone(config, *kind)) for kind in dict.fromkeys(kinds)}
-    table = model.vocab_size // config.parallel.tensor * model.hidden_size
     tables = 1 if stages > 1 or model.tie_embeddings else 2
-    parameters = tables * table + sum(costs[kind].parameters for kind in kinds)
+    parameters = tables * _table(config) + sum(costs[kind].parameters for kind in kinds)
     if stages == 1:
         parameters += model.hidden_size  # the last norm
-    in_flight = min(passes, stages)  # micro batches, under 1F1B
-    activations = max(cost.fixed for cost in costs.values()) + in_flight * sum(costs[kind].kept for kind in kinds)
+    kept = _in_flight(config, gpus) * sum(costs[kind].kept for kind in kinds)
+    return _memory(config, gpus, parameters, max(cost.fixed for cost in costs.values()) + kept)
 
+
+def memory_at_least(config: Config, gpus: int) -> float:
+    """A bound of the device's memory in bytes. No layout is run dry for it: in all of them layers keep about as much of
+    a token.
+
+    Raises ValueError if the ranks cannot be dealt out.
+    """
+    parallel, training, kinds = config.parallel, config.training, _kinds(config)
+    one = training.model_copy(update={"micro_batch_size": 1})
+    alone = config.model_copy(update={"parallel": ParallelConfig(), "training": one})
+    kept = {kind: _layer_costs(_alone(alone, *kind)).kept for kind in dict.fromkeys(kinds)}
+    samples = _in_flight(config, gpus) * training.micro_batch_size / (parallel.tensor * parallel.context)
+    activations = samples * sum(kept[kind] for kind in kinds)
+    return 0.8 * sum(_memory(config, gpus, parameters_of_rank(config), activations).device.values())
+
+
+def _kinds(config: Config) -> list[tuple[str, bool]]:
+    """Attention, and whether there are experts, of the first stage's layers."""
+    model, attention = config.model, config.attention.kinds(config.model.num_layers)
+    numbers = stage_layers(model.num_layers, config.parallel.pipeline, 0)
+    return [(str(attention[number]), model.has_experts(number)) for number in numbers]
+
+
+def _in_flight(config: Config, gpus: int) -> int:
+    """Micro batches of the first stage, under 1F1B."""
+    return min(micro_batches_per_step(config, gpus), config.parallel.pipeline)
+
+
+def _table(config: Config) -> int:
+    """Elements of a rank's part of the embedding."""
+    return config.model.vocab_size // config.parallel.tensor * config.model.hidden_size
+
+
+def _memory(config: Config, gpus: int, parameters: float, activations: float) -> Memory:
+    passes = micro_batches_per_step(config, gpus)
+    replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
+    model, engine, width, stages = config.model, config.engine, element_bytes(config), config.parallel.pipeline
     device: dict[str, float] = {"weights": parameters * width}
     if engine.zero_stage == 3:
         told = deepspeed_config(config, gpus)["zero_optimization"]
@@ -63,7 +93,10 @@ def memory_of(config: Config, gpus: int) -> Memory:
     device["gradients"] = parameters * _gradient_bytes(config, replicas)
     if stages > 1:
         device["gradients"] += parameters * (4 + width)  # the pipeline's own sum, and a pass's beside it
-    if graphs_serve(config, torch.device("cuda")):
+    if straight_gradients(config):
+        # They gather in the recording while activations go.
+        device["recording"] = max(parameters * width - activations, _table(config) * width)
+    elif graphs_serve(config, torch.device("cuda")):
         # Where the graphs write gradients; and copies of them, unless those become the gradients themselves.
         device["recording"] = parameters * width * (1 + (passes > 1 or engine.zero_stage == 2))
     state: dict[str, float] = {}
@@ -83,6 +116,13 @@ def memory_of(config: Config, gpus: int) -> Memory:
     return Memory(device, host, start)
 
 
+def straight_gradients(config: Config) -> bool:
+    """Whether a recording adds gradients to DeepSpeed's fp32 sums itself (`nsa.training.gradient_sinks`)."""
+    engine = config.engine
+    kept = engine.precision == "bf16" and engine.zero_stage == 1 and not engine.offload_optimizer
+    return kept and graphs_serve(config, torch.device("cuda"))
+
+
 def _experts(config: Config) -> int:
     """Elements of one weight of all routed experts of a layer."""
     moe = config.model.moe
@@ -95,7 +135,7 @@ def _gradient_bytes(config: Config, replicas: int) -> float:
     if stage == 0:
         return 4 if width == 4 else 2 + 4  # accumulated in bf16, and in fp32 for the update
     if stage == 1 and width == 2:
-        return 4 + 2  # the sum of all in fp32, and those of one pass
+        return 4 + (0 if straight_gradients(config) else 2)  # the sum of all in fp32, and those of one pass
     if stage == 1:
         return 4 + (0 if config.engine.offload_optimizer else 4 / replicas)  # and the average of the rank's part
     return 0 if config.engine.offload_optimizer else 4 / replicas

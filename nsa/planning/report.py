@@ -7,7 +7,7 @@ from nsa.parallel.grid import data_parallel_size
 from nsa.planning.dry_run import DryRun
 from nsa.planning.memory import Memory, memory_of
 from nsa.planning.search import Found
-from nsa.planning.speed import Gpu, Speed, fits
+from nsa.planning.speed import Gpu, Speed, fits, known
 from nsa.planning.traffic import bytes_sent, data_bytes, parameters_of_rank
 from nsa.training.deepspeed_config import micro_batches_per_step
 
@@ -65,14 +65,16 @@ def describe_speed(speed: Speed, memory: Memory, gpus: int, gpu: Gpu) -> str:
 
 def describe_search(found: list[Found], gpus: int, gpu: Gpu) -> str:
     """The best layouts as a table."""
+    free = f"with {100 - 100 * known().room:.0f} % of {gpu.memory / 1e9:.0f} GB left free"
     lines = [
-        f"The fastest layouts of {gpus} x {gpu.name} that fit, by the same prediction:",
-        "  tensor context pipeline expert data   GiB per GPU   s a step     tokens/s",
+        f"The fastest of {gpus} x {gpu.name} that fit {free}, by the same prediction:",
+        "  tensor context pipeline expert data  recomputed  micro batch   GiB per GPU   s a step     tokens/s",
     ]
     for one in found:
         p, speed = one.config.parallel, one.speed
         place = f"{p.tensor:>8} {p.context:>7} {p.pipeline:>8} {p.expert:>6}"
         place += f" {data_parallel_size(p, gpus) // p.expert:>4}"
+        place += f"  {one.config.engine.activation_checkpointing:<10}  {one.config.training.micro_batch_size:>11}"
         numbers = f"{one.memory.peak / GIB:>11.1f}   {speed.step_seconds:>8.3f}   {speed.tokens_per_second:>10,.0f}"
         lines.append(f"{place}   {numbers}")
     return "\n".join(lines)

@@ -1,19 +1,23 @@
-"""The best layout of ranks, by trying all."""
+"""The best layout of ranks, recomputation and micro batch, by trying all."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
 from nsa.config import Config, ConfigError
 from nsa.parallel.config import ParallelConfig
-from nsa.planning.memory import Memory, memory_of
-from nsa.planning.speed import Gpu, Speed, fits, predict_speed
+from nsa.parallel.grid import data_parallel_size
+from nsa.planning.memory import Memory, memory_at_least, memory_of
+from nsa.planning.speed import Gpu, Speed, fits, known, predict_speed
+
+MODES = ("none", "selective", "full")  # from the most memory to the least
 
 
 @dataclass(frozen=True)
 class Found:
-    """A layout, its speed and its memory."""
+    """A layout with its recomputation and micro batch, its speed and its memory."""
 
     config: Config
     speed: Speed
@@ -29,16 +33,35 @@ def layouts(gpus: int, experts: bool = False) -> Iterator[ParallelConfig]:
                     yield ParallelConfig(tensor=tensor, context=context, pipeline=pipeline, expert=expert)
 
 
-def in_layout(config: Config, parallel: ParallelConfig) -> Config:
-    """The configuration with another `parallel` section. Raises ConfigError in the trainer's words if it refuses it."""
+def in_layout(config: Config, parallel: ParallelConfig, mode: str | None = None, micro: int | None = None) -> Config:
+    """The configuration with another `parallel` section, and perhaps another recomputation and micro batch.
+
+    Raises ConfigError in the trainer's words if it refuses it.
+    """
+    told: dict[str, Any] = config.model_dump() | {"parallel": parallel.model_dump()}
+    told["engine"] |= {"activation_checkpointing": mode or config.engine.activation_checkpointing}
+    told["training"] |= {"micro_batch_size": micro or config.training.micro_batch_size}
     try:
-        return Config.model_validate(config.model_dump() | {"parallel": parallel.model_dump()})
+        return Config.model_validate(told)
     except ValidationError as error:
         raise ConfigError(str(error.errors()[0]["ctx"]["error"])) from error
 
 
+def micro_batches(config: Config, parallel: ParallelConfig, gpus: int) -> list[int]:
+    """The configured size, and the powers of two that a rank's part of the global batch is a multiple of.
+
+    Where the balance of experts is learned, the micro batch is part of what is learned: it stays.
+    """
+    training, moe = config.training, config.model.moe
+    if moe is not None and moe.loss_weight:
+        return [training.micro_batch_size]
+    samples = training.global_batch_size // data_parallel_size(parallel, gpus)
+    powers = {2**n for n in range(samples.bit_length()) if samples % 2**n == 0}
+    return sorted(powers | {training.micro_batch_size})
+
+
 def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
-    """The ``most`` fastest layouts that fit in memory.
+    """The ``most`` fastest that fit in memory: of each layout and recomputation the fastest micro batch.
 
     Raises:
         ConfigError: none can train it, or none fits.
@@ -47,26 +70,38 @@ def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
     reason = ""
     for parallel in layouts(gpus, experts=config.model.moe is not None):
         try:
-            other = in_layout(config, parallel)
-            tried.append((other, predict_speed(other, gpus, gpu)))
+            in_layout(config, parallel)
+            sizes = micro_batches(config, parallel, gpus)
         except ValueError as error:  # the trainer's words, of the last one
             reason = str(error)
+            continue
+        for micro in sizes:
+            for mode in MODES:
+                try:
+                    other = in_layout(config, parallel, mode, micro)
+                    tried.append((other, predict_speed(other, gpus, gpu)))
+                except ValueError as error:
+                    reason = str(error)
     if not tried:
         raise ConfigError(f"no layout of {gpus} GPUs can train this; the last one tried: {reason}")
-    tried.sort(key=lambda pair: pair[1].step_seconds)
-    found: list[Found] = []
+    # Of two that are as fast, the smaller micro batch.
+    tried.sort(key=lambda pair: (pair[1].step_seconds, pair[0].training.micro_batch_size))
+    found: dict[tuple[ParallelConfig, str], Found] = {}
     for other, speed in tried:
+        choice = other.parallel, other.engine.activation_checkpointing
+        if choice in found or memory_at_least(other, gpus) > known().room * gpu.memory:
+            continue
         memory = memory_of(other, gpus)
         if fits(memory, gpu):
-            found.append(Found(other, speed, memory))
+            found[choice] = Found(other, speed, memory)
         if len(found) == most:
             break
     if not found:
         raise ConfigError(
-            f"no layout of {gpus} GPUs fits into the {gpu.memory / 1e9:.0f} GB of a {gpu.name}: use more, raise "
-            "engine.zero_stage or recompute activations (engine.activation_checkpointing=full)"
+            f"no layout of {gpus} GPUs fits into the {gpu.memory / 1e9:.0f} GB of a {gpu.name}, whatever is "
+            "recomputed: use more, or raise engine.zero_stage"
         )
-    return found
+    return list(found.values())
 
 
 def _divisors(n: int) -> list[int]:

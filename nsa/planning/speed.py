@@ -2,22 +2,24 @@
 
 A step takes the longer of what Python launches (where CUDA graphs serve: the sums of gradients between tensor-parallel
 ranks alone) and what the device computes, then what the links move (nothing is assumed to overlap), stretched by the
-pipeline's bubble. The efficiencies were fitted to 17 measurements on one H200: 15 of whole models without DeepSpeed
-(25m and 125m, dense and NSA, 8K to 64K tokens), two of the trainer (1b's layers, 32K and 128K tokens);
-`nsa.planning.measured` states the error, on these points and on others. A sample is taken for one document: of packed
-ones dense attention computes less. Of links and of the host's memory nothing is measured yet: arithmetic from data
-sheets.
+pipeline's bubble. `nsa.planning.work` counts what is computed; what a device makes of it is in constants.json, with the
+measurements that it was fitted to and the error on them. Of links and of the host's memory little is measured yet:
+arithmetic from data sheets.
 """
 
+import json
 from dataclasses import dataclass
-
-import torch
+from functools import cache
+from math import prod
+from pathlib import Path
 
 from nsa.config import Config
-from nsa.models.sizes import attention_flops, training_flops_per_token
-from nsa.planning.memory import Memory
-from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, held_alike, parameters_of_rank
-from nsa.training.cuda_graphs import graphs_serve
+from nsa.ops.dense import libraries
+from nsa.planning import constants
+from nsa.planning.constants import Constants
+from nsa.planning.memory import Memory, straight_gradients
+from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, parameters_of_rank
+from nsa.planning.work import Work, work_of
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 GIB = 2**30
@@ -25,14 +27,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """peak: bf16 FLOP/s. memory: bytes. fast, slow: bytes/s one way of a rank within a machine and between machines.
+    """peak: bf16 FLOP/s. memory: bytes; bandwidth: its bytes/s. fast, slow: bytes/s one way of a rank within a machine
+    and between machines.
 
     From data sheets: NVLink, and one 400 Gb/s adapter a GPU (200 on the A100).
     """
 
     name: str
+    architecture: str
     peak: float
     memory: float
+    bandwidth: float
     fast: float
     slow: float
     per_machine: int = 8
@@ -41,34 +46,18 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("H200", 989e12, 141e9, 450e9, 50e9),
-        Gpu("H100", 989e12, 80e9, 450e9, 50e9),
-        Gpu("A100", 312e12, 80e9, 300e9, 25e9),
+        Gpu("H200", "sm_90", 989e12, 141e9, 4.8e12, 450e9, 50e9),
+        Gpu("H100", "sm_90", 989e12, 80e9, 3.35e12, 450e9, 50e9),
+        Gpu("A100", "sm_80", 312e12, 80e9, 2.04e12, 300e9, 25e9),
     )
 }
-# Fitted (see above), but for what the fit does not tell apart, which was set by hand: the share of the peak in matrix
-# products and in NSA's, and ELEMENTWISE. Shares of the peak; seconds per layer, hidden unit and token of everything
-# between the matrix products (norms, rotary, residuals, on an H200), per token and word of the vocabulary (the loss and
-# its gradient), per layer of NSA, KV head and token (lists, and tiles that neighbours with other blocks share); seconds
-# that Python needs to launch a layer's forward and backward.
-MATRICES = 0.7
-ATTENTION = {"dense": 0.345, "nsa": 0.6}
-ELEMENTWISE = 1e-11
-LOGITS = 4.5e-11
-LISTS = 1.18e-7
-LAUNCH = {"dense": 2.55e-3, "nsa": 9.5e-3}
-# Measured once, 125m over four H100s (docs/log.md, 2026-11-26): how much more Python launches where tensor- or
-# context-parallel ranks share a sample; seconds for a gradient that tensor-parallel ranks sum, which is in no graph.
-SHARED, SUMMED = 3.0, 2e-4
-# Assumed: the share of a link's bandwidth that is reached, the share of the memory that a plan may fill, bytes/s
-# between device and host, and parameters/s that AdamW updates on the host.
-LINK, ROOM, HOST_LINK, HOST_ADAM = 0.8, 0.9, 25e9, 1e9
+ONCE = ("optimizer", "between steps", "data links", "optimizer on the host")  # a step: no bubble stretches it
 AXES = ("tensor", "expert", "context", "pipeline", "data")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of the first rank and one step.
+    """Of the busiest rank and one step.
 
     Attributes:
         sent: bytes by name, DeepSpeed's as ``data``. seconds: by kind, without the pipeline's bubble.
@@ -81,48 +70,113 @@ class Speed:
     tokens_per_second: float
 
 
+@cache
+def known() -> Constants:
+    """The constants that are committed."""
+    return constants.read().values()
+
+
 def fits(memory: Memory, gpu: Gpu) -> bool:
     """Whether a part of the device's memory stays free, for fragments and what nobody counts."""
-    return memory.peak <= ROOM * gpu.memory
+    return memory.peak <= known().room * gpu.memory
 
 
-def predict_speed(config: Config, gpus: int, gpu: Gpu) -> Speed:
-    """Predict a step on ``gpus`` GPUs. Raises ValueError if they cannot be dealt out."""
-    model, engine, parallel = config.model, config.engine, config.parallel
-    tp, ep, cp, pp = parallel.tensor, parallel.expert, parallel.context, parallel.pipeline
-    passes, length = micro_batches_per_step(config, gpus), config.data.sequence_length
-    kinds = [str(kind) for kind in config.attention.kinds(model.num_layers)]
-    parameters = parameters_of_rank(config)
-    sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus, parameters)}
+def predict_speed(config: Config, gpus: int, gpu: Gpu, document: float | None = None) -> Speed:
+    """Predict a step on ``gpus`` GPUs. Raises ValueError if they cannot be dealt out.
 
-    scores = {
-        kind: 3 * attention_flops(kind, model, config.attention, length) * kinds.count(kind)
-        for kind in dict.fromkeys(kinds)
+    ``document``: tokens of the documents that samples are packed of, a mean over tokens; None: a sample is one.
+    """
+    return Plan(config, gpus, gpu, document).speed(known())
+
+
+class Plan:
+    """A configuration in its layout, counted: what it takes hangs on constants alone.
+
+    Args:
+        document: as for `predict_speed`. dense: what computes dense attention, by the names of engine.dense_attention;
+            None: what that says.
+    """
+
+    def __init__(
+        self, config: Config, gpus: int, gpu: Gpu, document: float | None = None, dense: str | None = None
+    ) -> None:
+        self.config, self.gpus, self.gpu = config, gpus, gpu
+        self.steps = 1  # 0 where nothing is done once a step but the update
+        self.passes = micro_batches_per_step(config, gpus)
+        self.parameters = parameters_of_rank(config)
+        self.sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus, self.parameters)}
+        # The first stage has the most layers, the last one the head.
+        if straight_gradients(config) and "tensor/gradients" in self.sent:
+            self.sent["tensor/gradients"] /= self.passes  # summed once a step
+        self.works = [work_of(config, gpus, stage, document) for stage in sorted({0, config.parallel.pipeline - 1})]
+        self.dense = dense or dense_attention(config, gpu, packed=document is not None)
+
+    def speed(self, known: Constants) -> Speed:
+        parallel, training = self.config.parallel, self.config.training
+        tp, ep, cp, pp = parallel.tensor, parallel.expert, parallel.context, parallel.pipeline
+        priced = [price(work, self.gpu, known, dense=self.dense, shared=tp * cp > 1) for work in self.works]
+        seconds = max(priced, key=lambda one: sum(one.values()))
+        sizes = dict(zip(AXES, (tp, ep, cp, pp, self.gpus // (tp * ep * cp * pp)), strict=True))
+        for axis in AXES:
+            moved = sum(size for name, size in self.sent.items() if name.partition("/")[0].rstrip("s") == axis)
+            seconds[f"{axis} links"] = moved / (known.link * link(self.gpu, sizes, axis))
+        if self.config.engine.offload_optimizer:
+            mine = self.parameters / (self.gpus // (tp * ep * pp))  # ZeRO's part
+            moved = 2 * mine * element_bytes(self.config)
+            seconds["optimizer on the host"] = moved / known.host_link + mine / known.host_adam
+        seconds["between steps"] = known.step * self.steps
+        once = sum(seconds.get(kind, 0.0) for kind in ONCE)
+        step = (sum(seconds.values()) - once) * (1 + (pp - 1) / self.passes) + once
+        tokens = training.global_batch_size * self.config.data.sequence_length
+        return Speed(self.sent, seconds, step, tokens / step)
+
+
+def link(gpu: Gpu, sizes: dict[str, int], axis: str) -> float:
+    """Bytes/s of a rank to the others along an axis. ``sizes``: ranks of every one of AXES.
+
+    Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine. It is not
+    so slow if it has several ranks in each: a ring then crosses on the adapter of each of them with a part of the
+    message. What experts and stages send is for one rank, and crosses on its own.
+    """
+    inner = prod(sizes[other] for other in AXES[: AXES.index(axis)])
+    if inner * sizes[axis] <= gpu.per_machine:
+        return gpu.fast
+    if axis == "data":  # ZeRO's ranks are the context-parallel ones, too
+        inner //= sizes["context"]
+    together = 1 if axis in ("expert", "pipeline") else max(1, gpu.per_machine // inner)
+    return min(gpu.fast, together * gpu.slow)
+
+
+def dense_attention(config: Config, gpu: Gpu, packed: bool) -> str:
+    """What computes causal attention where no further package is installed. ``packed``: documents differ in length."""
+    engine = config.engine
+    if engine.backend != "auto" or engine.dense_attention != "auto":
+        return engine.dense_attention if engine.backend == "auto" else "triton"
+    order = json.loads(Path(libraries.__file__).with_name("fastest.json").read_text())["order"]
+    order = order.get(gpu.architecture, order["other"])["packed" if packed else "equal"]
+    return next(name for name in order if name not in libraries.MODULES)
+
+
+def price(work: Work, gpu: Gpu, known: Constants, dense: str, shared: bool) -> dict[str, float]:
+    """Seconds by kind. ``dense``: what computes causal attention. ``shared``: tensor- or context-parallel ranks share a
+    sample."""
+    faster = {"triton": known.dense_triton, "flash": known.dense_flash, "flash-attn-4": known.dense_flash_4}
+    attention = known.dense * faster.get(dense, 1.0)
+    narrow = 1 + known.nsa_width / work.head_width
+    seconds = {
+        "matrix products": (work.flops + known.matrices_width * work.thin) / (known.matrices * gpu.peak),
+        "dense attention": work.dense * (1 + known.dense_width / work.head_width) / (attention * gpu.peak),
+        "NSA": narrow * (work.nsa_compressed / known.nsa_compressed + work.nsa_near / known.nsa_near) / gpu.peak
+        + work.lists * known.lists * GPUS["H200"].peak / gpu.peak,
+        "elementwise": work.elementwise / (known.elementwise * gpu.bandwidth),
+        "logits": 2 * known.logits * work.logits / gpu.bandwidth,
+        "optimizer": work.optimizer / (known.optimizer * gpu.bandwidth),
+        "handing gradients over": work.gradients * known.gradient,
     }
-    matrices = training_flops_per_token(model, config.attention, length)["sparse"] - sum(scores.values())
-    share = passes * config.training.micro_batch_size * length / (cp * tp * pp)  # tokens x part of the model
-    # Recomputed is a forward pass, a third of both; selectively, not that of attention.
-    again = 1.0 if engine.activation_checkpointing == "none" else 4 / 3
-    attention_again = again if engine.activation_checkpointing == "full" else 1.0
-    seconds = {"matrix products": again * share * matrices / (MATRICES * gpu.peak)}
-    seconds["attention"] = attention_again * share * sum(f / (ATTENTION[k] * gpu.peak) for k, f in scores.items())
-    lists = LISTS * kinds.count("nsa") * model.num_kv_heads
-    seconds["elementwise"] = again * share * (ELEMENTWISE * model.num_layers * model.hidden_size + lists)
-    seconds["logits"] = LOGITS * share * model.vocab_size
-    launch = passes / pp * again * sum(LAUNCH[kind] for kind in kinds) * (SHARED if tp * cp > 1 else 1.0)
-    if graphs_serve(config, torch.device("cuda")):
-        launch = 0.0
-    sums = (1 if pp > 1 else passes) * SUMMED * len(held_alike(config, kinds, last=True)) / pp
-    seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values())) + sums
-    # Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine.
-    reach = 1
-    for axis, size in zip(AXES, (tp, ep, cp, pp, gpus // (tp * ep * cp * pp)), strict=True):
-        reach *= size
-        moved = sum(num_bytes for name, num_bytes in sent.items() if name.partition("/")[0].rstrip("s") == axis)
-        seconds[f"{axis} links"] = moved / (LINK * (gpu.fast if reach <= gpu.per_machine else gpu.slow))
-    busy = sum(seconds.values()) - seconds["data links"]
-    if engine.offload_optimizer:
-        mine = parameters / (gpus // (tp * ep * pp))  # ZeRO's part
-        seconds["optimizer on the host"] = mine * (2 * element_bytes(config) / HOST_LINK + 1 / HOST_ADAM)
-    step = busy * (1 + (pp - 1) / passes) + seconds["data links"] + seconds.get("optimizer on the host", 0.0)
-    return Speed(sent, seconds, step, config.training.global_batch_size * length / step)
+    starts = {"dense": known.start_dense, "nsa": known.start_nsa}
+    seconds["starting kernels"] = sum(starts[kind] * number for kind, number in work.layers.items())
+    calls = {"dense": known.launch_dense, "nsa": known.launch_nsa}
+    launch = sum(calls[kind] * number for kind, number in work.layers.items()) if work.launched else 0.0
+    launch *= known.shared if shared else 1
+    seconds["waiting for Python"] = max(0.0, launch - sum(seconds.values())) + known.summed * work.sums
+    return seconds

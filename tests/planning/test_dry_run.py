@@ -54,8 +54,8 @@ def test_the_arithmetic_of_experts_is_a_dry_runs(tmp_path, sizes, rank, mode):
 @pytest.mark.parametrize("mode", ["full", "selective", "none"])
 def test_the_planned_activations_are_a_dry_runs(overrides, mode):
     config = load_config(ROOT / "configs/1b.yaml", [*overrides, f"engine.activation_checkpointing={mode}"])
-    planned = memory_of(config, 64).device["activations"]
-    assert planned == pytest.approx(dry_run(config, 64).peak_bytes, rel=0.02)
+    planned = memory_of(config, 32).device["activations"]
+    assert planned == pytest.approx(dry_run(config, 32).peak_bytes, rel=0.02)
 
 
 def test_a_stages_activations_and_gradients_are_a_dry_runs():
