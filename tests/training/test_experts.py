@@ -31,7 +31,7 @@ TOY = {
     "training": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1},
     "checkpoint": {"every": 6},
     "engine": {"precision": "fp32"},
-    "parallel": {"expert": 1},
+    "parallel": {"expert": 1, "pipeline": 1},
 }
 
 
