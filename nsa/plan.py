@@ -9,7 +9,8 @@ Commands:
     python -m nsa.plan --fit FILE ...                                        # fit its constants to measurements
 
 The choices are layout, recomputation (engine.activation_checkpointing) and micro batch. FILEs are those of
-benchmarks/training.py and benchmarks/models.py; the constants are in nsa/planning/constants.json.
+benchmarks/models.py, training.py and steady.py; without one --check takes those of the last fit. The constants are in
+nsa/planning/constants.json.
 Nothing is allocated: any size fits on a laptop.
 """
 
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the best choices")
     parser.add_argument("--memory", type=float, help="GB of a GPU, if not those of --gpu (without it: H100)")
     parser.add_argument("--dry-run", action="store_true", help="also run the passes of a rank on the meta device")
-    parser.add_argument("--check", action="store_true", help="compare with measurements: the committed ones, or FILEs")
+    parser.add_argument("--check", action="store_true", help="compare with measurements in FILEs, or of the last fit")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the measurements in FILEs, and say so")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.check:
@@ -96,7 +97,7 @@ def _fit(files: list[Path]) -> None:
 def _check(files: list[Path]) -> None:
     from nsa.planning import measured
 
-    rows = [row for path in files or measured.result_files() for row in measured.compare(path)]
+    rows = [row for path in files or measured.fitted_files() for row in measured.compare(path)]
     print("\n".join([measured.table(rows), "", *measured.error_lines(rows)]))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from nsa.planning.constants import Constant, Constants, ConstantsFile
 from nsa.planning.measured import Case
 
-PULL = 0.05  # a constant that moves by a factor e counts like an error of 2 % in one case
+PULL = 0.05  # a constant that moves by a factor e counts like an error of 5 % in one case
 NOTICED = 0.01  # a constant was fitted on a file where a factor e in it changes a step by so much
 
 
@@ -25,13 +25,13 @@ def fit(cases: Sequence[Case], before: ConstantsFile) -> ConstantsFile:
     """
     if len(cases) < 2:
         raise ValueError("at least two measured steps are needed to fit the plan")
-    content, known = _fitted(cases, before), []
+    content, left_out = _fitted(cases, before), []
     for number, case in enumerate(cases):
         others = [other for place, other in enumerate(cases) if place != number]
-        known.append(abs(case.error(_fitted(others, before).values())))
+        left_out.append(abs(case.error(_fitted(others, before).values())))
     errors = [abs(case.error(content.values())) for case in cases]
     stated: dict[str, float] = {"mean_error": fmean(errors), "worst_error": max(errors)}
-    stated |= {"mean_error_left_out": fmean(known), "worst_error_left_out": max(known)}
+    stated |= {"mean_error_left_out": fmean(left_out), "worst_error_left_out": max(left_out)}
     told = {name: round(error, 4) for name, error in stated.items()}
     return content.model_copy(update={"cases": len(cases), **told})
 

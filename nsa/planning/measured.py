@@ -94,7 +94,13 @@ class Comparison:
 
 
 def result_files() -> list[Path]:
-    """Those that the constants were fitted to. Others that are committed were measured on older code."""
+    """All that are committed, of older code, too."""
+    folder = ROOT / "benchmarks/results"
+    return [path for kind in ("models", "training", "steady") for path in sorted(folder.glob(f"{kind}-*.json"))]
+
+
+def fitted_files() -> list[Path]:
+    """Those that the constants were fitted to."""
     return [ROOT / name for name in constants.read().files]
 
 

@@ -54,7 +54,7 @@ class Work:
     sums: float
 
 
-def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = None, library: bool = False) -> Work:
+def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = None) -> Work:
     """Of a rank of the pipeline's ``stage``.
 
     Args:
