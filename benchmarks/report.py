@@ -1,23 +1,25 @@
-"""Writes docs/performance.md, and its figure, from the JSON of benchmarks/attention.py (and benchmarks/models.py).
+"""Writes docs/performance.md, one page of headlines, and beside each result file a page of its tables.
 
-    python benchmarks/report.py [RESULT.json ...] [--out docs/performance.md]
+    python benchmarks/report.py
 
-Without files, all performance-, models- and layer-*.json of benchmarks/results; at the end what training-*.json hold.
-Several files are several sections of one page, each with its own hardware, versions and commit; figures of different
-machines are never mixed in one table.
+The results are those of benchmarks/results. Each file has its own hardware, versions and commit, and a page of its own,
+so that figures of different machines are never mixed in one table. What the trainer's steps were and what the plan
+predicts is benchmarks/results/trainer.md. The headlines are written by benchmarks/headlines.py.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import headlines
+from benchmarks.headlines import length, ms, table
 from nsa.planning import measured
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, IMAGES, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "images", ROOT / "docs" / "performance.md"
+KINDS = ("performance", "models", "layer", "dense", "steady")
 # Aims of the project: ratios of cuDNN's dense attention to the whole operator, with indices like a trained model's.
 AIMS = {
     ("A", 65536, "forward"): 5.0,
@@ -38,24 +40,6 @@ SHAPES = {
     "long": "32 / 2, 128",
     "hN": "4 N / 4, 128: N query heads to a KV head",
 }
-
-
-def table(header: list[str], rows: list[list[object]]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
-    for row in rows:
-        yield "| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |"
-    yield ""
-
-
-def length(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def ms(value: float | None) -> str | None:
-    if not value:
-        return None
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def regime_of(run: dict) -> str:
@@ -79,15 +63,21 @@ def section(result: dict, figure: Path) -> Iterator[str]:
             f"This machine, in the same run: {measured['matmul_tflops']} TFLOP/s in a bf16 product of two 8192 x 8192 "
             f"matrices, {measured['copy_tb_per_s']} TB/s copying."
         )
+    commands = result.get("commands", [result["command"]] if "command" in result else [])
+    yield from (f"`{command}`" + (" \\" if command != commands[-1] else "") for command in commands)
+    if note := result.get("note"):
+        yield f"({note})"
     yield ""
     if result.get("runs"):
-        yield f"![time and speed-up by length]({figure.parent.name}/{figure.name})\n"
+        yield f"![time and speed-up by length](../../docs/images/{figure.name})\n"
         yield from whole(result["runs"])
         yield from others(result)
         yield from stage_tables(result["runs"])
     yield from correctness(result)
     yield from models(result.get("models", []))
     yield from layers(result.get("layer", []))
+    yield from dense(result.get("dense_attention", []))
+    yield from steady(result.get("steady"))
 
 
 def whole(runs: list[dict]) -> Iterator[str]:
@@ -222,7 +212,14 @@ def models(rows: list[dict]) -> Iterator[str]:
     if not rows:
         return
     yield "### Whole models\n"
-    yield "Forward, backward and optimizer step in bf16; tokens/s (MFU); NSA over dense in bold.\n"
+    if any("samples" in row for row in rows):
+        yield "Forward, backward and optimizer step in bf16. Each sample is one document.\n"
+        columns = ("samples", "tokens", "accumulate", "dense_attention", "ms", "tokens_per_s", "mfu", "peak_mb")
+        cells = [[f"{row['config']} {row['attention']}", *(row.get(name) for name in columns)] for row in rows]
+        yield from table(["", *(name.replace("_", " ") for name in columns)], cells)
+        return
+    yield "Forward, backward and optimizer step in bf16; tokens/s (MFU); NSA over dense in bold. Dense is our Triton"
+    yield "kernel with borders, which is 4 to 14 % slower than cuDNN's without (dense-h200-2026-11-28.md).\n"
     lengths = sorted({row["tokens"] for row in rows})
     by = {(row["config"], row["attention"], row["tokens"]): row for row in rows}
     lines = []
@@ -240,6 +237,29 @@ def models(rows: list[dict]) -> Iterator[str]:
                 cells.append(cell)
             lines.append([f"{config} {kind}", *cells])
     yield from table(["", *(length(tokens) for tokens in lengths)], lines)
+
+
+def dense(rows: list[dict]) -> Iterator[str]:
+    """Rows of benchmarks/dense_attention.py."""
+    if not rows:
+        return
+    yield "### Causal attention by every implementation\n"
+    yield "Query / KV heads, width. `one`: a document fills the sample; `packed`: documents of 1024 tokens on average."
+    yield "Over cuDNN: its time without borders over this one. Repeats: the same bits in two backward passes.\n"
+    columns = ("packing", "implementation", "forward_ms", "backward_ms", "over_cudnn", "repeats")
+    cells = [[f"{row['shape']}; {length(row['tokens'])}", *(row.get(name) for name in columns)] for row in rows]
+    yield from table(["", *(name.replace("_", " ") for name in columns)], cells)
+
+
+def steady(result: dict | None) -> Iterator[str]:
+    """The result of benchmarks/steady.py."""
+    if not result:
+        return
+    yield f"### {result['config']} {result['attention']}: the trainer's pace\n"
+    tokens = f"{result['tokens_per_step']:,} tokens"
+    yield f"Tokens/s in blocks of {result['block']} steps of {tokens}; the first warms up:\n"
+    yield ", ".join(f"{block:,}" for block in result["blocks"]) + "\n"
+    yield f"First blocks compared: {result['first']:,}; last: {result['last']:,}; ratio {result['ratio']}.\n"
 
 
 def layers(rows: list[dict]) -> Iterator[str]:
@@ -312,51 +332,50 @@ def draw(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def page(results: list[tuple[str, dict]], images: Path) -> str:
+def page(name: str, result: dict) -> str:
+    """The tables of one result file."""
+    if runs := result.get("runs"):
+        shapes = list(dict.fromkeys(run["shape"] for run in runs))
+        runs.sort(key=lambda run: (shapes.index(run["shape"]), run["tokens"]))
+        draw(result, IMAGES / f"{Path(name).stem}.png")
     lines = [
-        "# Performance",
+        f"# {name}",
         "",
-        "Written by `python benchmarks/report.py` from the files of `benchmarks/results/` named below; measured by",
-        "its `attention.py`, `models.py` and `layer.py`. bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of",
-        "them, window 512. Milliseconds are medians, the L2 cache flushed between repeats. Query / KV heads, width:",
-        "",
-        *(f"- {name} = {words}" for name, words in SHAPES.items()),
-        "",
+        "Written by `python benchmarks/report.py`. bf16, causal; l 32, d 16, blocks of 64, 16 of them,",
     ]
-    if not results:
-        lines.append("No result yet: run `benchmarks/attention.py --out benchmarks/results/performance-GPU.json`.")
-    for name, result in results:
-        figure = images / f"{Path(name).stem}.png"
-        if result.get("runs"):
-            draw(result, figure)
-        lines += [f"## {name}", "", *section(result, figure)]
+    lines += ["window 512. Milliseconds are medians.", ""]
+    if runs:
+        lines += ["Query / KV heads, width:", "", *(f"- {shape} = {words}" for shape, words in SHAPES.items()), ""]
+    lines += section(result, IMAGES / f"{Path(name).stem}.png")
     return "\n".join(lines).rstrip() + "\n"
 
 
-TRAINING = "`benchmarks/training.py`: one GPU, batch 1, DeepSpeed, bf16; medians of up to 20 steps after the first."
+TRAINING = "`benchmarks/training.py`: one GPU, DeepSpeed, bf16; medians of up to 20 steps after the first."
+OLDER = (
+    "Files of before 2026-11-28 were measured before the step around attention was made faster: the plan is fitted to"
+)
+OLDER += "\nthe later ones, and says less time than the earlier took."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="*", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
-    options = parser.parse_args()
-    kinds = ("performance", "models", "layer")
-    paths = options.results or [path for kind in kinds for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
-    results = [(path.name, json.loads(path.read_text())) for path in paths]
-    for _, result in results:
-        if runs := result.get("runs"):
-            shapes = list(dict.fromkeys(run["shape"] for run in runs))
-            runs.sort(key=lambda run, shapes=shapes: (shapes.index(run["shape"]), run["tokens"]))
-    text = page(results, options.out.parent / "images")
-    if trained := [path for path in measured.result_files() if path.name.startswith("training-")]:
-        rows = [row for path in trained for row in measured.compare(path)]
-        text += "\n".join(
-            ["", "## The trainer's steps, and the plan's prediction", "", TRAINING, "", measured.table(rows), ""]
-        )
-        text += "\n" + "\n".join(measured.error_lines(rows)) + "\n"
-    options.out.write_text(text)
-    print(f"{options.out}: {len(results)} result files")
+    paths = [path for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+    results = {path.stem: json.loads(path.read_text()) for path in paths}
+    for path in paths:
+        path.with_suffix(".md").write_text(page(path.name, results[path.stem]))
+    rows = [row for path in measured.result_files() for row in measured.compare(path)]
+    lines = [
+        "# Steps, and the plan's prediction",
+        "",
+        "Written by `python benchmarks/report.py`.",
+        "",
+        TRAINING,
+        OLDER,
+        "",
+    ]
+    lines += [measured.table(rows), "", *measured.error_lines(rows)]
+    (RESULTS / "trainer.md").write_text("\n".join(lines) + "\n")
+    PAGE.write_text(headlines.page(results))
+    print(f"{PAGE}, and {len(results) + 1} pages beside the results")
 
 
 if __name__ == "__main__":
