@@ -19,4 +19,4 @@ class LanguageModelHead(nn.Linear):
         if targets is None:
             return linear(hidden, self.weight)
         losses = ops.linear_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten())
-        return losses.view(targets.shape)
+        return losses.float().view(targets.shape)
