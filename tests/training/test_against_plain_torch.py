@@ -67,7 +67,7 @@ def trained(folder: Path) -> dict[str, Any]:
         for name, run in (("straight", STRAIGHT), ("interrupted", INTERRUPTED))
         for stage in (0, 1)
     }
-    return on_ranks(1, folder, checks, script=Path(__file__), timeout=240)
+    return on_ranks(1, folder, checks, script=Path(__file__))
 
 
 @pytest.fixture(scope="module")
