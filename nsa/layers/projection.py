@@ -47,7 +47,7 @@ class _ParallelLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_first: Tensor, d_second: Tensor) -> tuple[Tensor | None, ...]:
         x, first, second = ctx.saved_tensors
-        rows, d_rows = x.flatten(0, -2), (d_first.flatten(0, -2), d_second.flatten(0, -2))
+        rows, *d_rows = (t.reshape(-1, t.shape[-1]) for t in (x, d_first, d_second))
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = torch.mm(d_rows[0], first).addmm_(d_rows[1], second).view(x.shape)
