@@ -18,10 +18,18 @@ def round_keys(*parts: int | str) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where each index (int64, in 0 .. n-1) is sent, int64 of the same shape."""
+    """Where each index (int64, in 0 .. n-1) is sent, int64 of the same shape.
+
+    Raises ValueError for an index outside of 0 .. n-1, which could walk for ever.
+    """
+    index = np.asarray(index)
+    if index.size and not 0 <= int(index.min()) <= int(index.max()) < n:
+        raise ValueError(
+            f"a permutation of {n} was asked for indices {index.min()} .. {index.max()}: give indices from 0 to {n - 1}"
+        )
     bits = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(bits)) - 1)
-    value = np.atleast_1d(np.asarray(index)).astype(np.uint64)
+    value = np.atleast_1d(index).astype(np.uint64)
     walking = np.ones(value.shape, bool)
     while walking.any():
         left, right = value[walking] >> bits, value[walking] & mask
@@ -29,7 +37,7 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
             left, right = right, left ^ (_mix(right ^ key) & mask)
         value[walking] = (left << bits) | right
         walking = value >= n
-    return value.astype(np.int64).reshape(np.shape(index))
+    return value.astype(np.int64).reshape(index.shape)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
