@@ -1,0 +1,138 @@
+"""Sums that several programs share, with two sequences: each must come out as it does alone.
+
+In Triton's interpreter, where tiles are small; memory is full of NaN before the kernels write to it.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import ops
+from tests.ops import test_compression
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the tests below run by themselves")
+def test_in_the_interpreter(run_python) -> None:
+    """Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own."""
+    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Memory that nobody has written to yet is NaN."""
+    torch.use_deterministic_algorithms(True)  # torch fills it then
+    assert torch.zeros(2).new_empty(3).isnan().all() and torch.empty_like(torch.zeros(3)).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def check(run: Callable[[list[Tensor], str], Tensor], inputs: list[Tensor], weights: int = 0) -> None:
+    """Output and gradients of ``run`` are the definition's; those of each sequence are its own when it is alone.
+
+    The last ``weights`` of the inputs belong to both sequences: their gradients are the sum of the two.
+    """
+    apart = len(inputs) - weights
+    loss = normal(*run(inputs, "naive").shape, seed=99)
+
+    def results(backend: str, part: slice) -> list[Tensor]:
+        tensors = [x[part] if i < apart else x for i, x in enumerate(inputs)]
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        out = run(tensors, backend)
+        return [out.detach(), *torch.autograd.grad(out, tensors, loss[part])]
+
+    both, first, second = slice(0, 2), slice(0, 1), slice(1, 2)
+    ours = results("triton", both)
+    torch.testing.assert_close(ours, results("naive", both), rtol=1e-4, atol=3e-5)
+    alone = list(zip(results("triton", first), results("triton", second), strict=True))
+    for i, (together, (one, other)) in enumerate(zip(ours, alone, strict=True)):
+        if i <= apart:
+            assert torch.equal(together, torch.cat([one, other]))
+        else:
+            torch.testing.assert_close(together, one + other, rtol=1e-4, atol=3e-5)
+
+
+def spy_on_shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many programs shared a tile of keys, of each call."""
+    from nsa.ops.kernels import ranges
+
+    add, shares = ranges._add_splits_of, []
+    monkeypatch.setattr(ranges, "_add_splits_of", lambda *args: shares.append(len(args[0])) or add(*args))
+    return shares
+
+
+DENSE = [(17, 32, 1, 16, 24, None), (22, 24, 1, 48, 16, 7)]  # the heads of a group: a power of two, and not
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "heads", "groups", "width", "v_width", "window"), DENSE)
+def test_keys_of_dense_attention(tokens, heads, groups, width, v_width, window, monkeypatch) -> None:
+    """Notices a share of dK and dV that lies, or is looked for, where the other sequence's is."""
+    shares = spy_on_shares(monkeypatch)
+    inputs = [normal(2, tokens, heads, width), normal(2, tokens, groups, width, seed=1)]
+    inputs.append(normal(2, tokens, groups, v_width, seed=2))
+    check(lambda x, backend: ops.dense_attention(*x, window=window, backend=backend), inputs)
+    assert shares == [2, 2, 2]
+
+
+@interpreted
+def test_keys_of_compressed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices the same of four shares, and of KV heads, where all keys are one tile."""
+    from nsa.ops.kernels import ranges
+
+    monkeypatch.setattr(ranges, "LONGEST_SUM", 20)  # else the sequence would have to be long
+    shares = spy_on_shares(monkeypatch)
+    inputs = [normal(2, 40, 4, 16), normal(2, 9, 2, 16, seed=1), normal(2, 9, 2, 16, seed=2)]
+    check(lambda x, backend: ops.compressed_attention(*x, length=8, stride=4, backend=backend)[0], inputs)
+    assert shares == [4, 4, 4]
+
+
+@interpreted
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_keys_of_selected_attention(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices parts of a list that lie, or are looked for, where the other sequence's are.
+
+    ``at_once``: sequences whose parts fit the memory for them, and share a launch.
+    """
+    from nsa.ops.kernels import selected
+
+    tokens, block_size = 137, 64
+    work_items, found = selected.work_items, []
+    monkeypatch.setattr(selected, "work_items", lambda *args: found.append(work_items(*args)) or found[-1])
+    monkeypatch.setattr(selected, "PART_BYTES", at_once * 4 * block_size * (16 + 16) * 4)  # four parts of a sequence
+    inputs = [normal(2, tokens, 2, 16), normal(2, tokens, 1, 16, seed=1), normal(2, tokens, 1, 16, seed=2)]
+    # All choose block 0, whose list is longer than an item, and some another: other ones in each sequence.
+    choice = torch.randint(-2, 3, (2, tokens, 1, 2), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    choice[..., 0] = 0
+    choice[..., 1] = torch.where(choice[..., 1] <= 0, -1, choice[..., 1])
+
+    def run(x: list[Tensor], backend: str) -> Tensor:
+        chosen = choice
+        if len(x[0]) == 1:
+            chosen = choice[:1] if torch.equal(x[0], inputs[0][:1]) else choice[1:]
+        return ops.selected_attention(*x, chosen, block_size=block_size, backend=backend)
+
+    check(run, inputs)
+    assert found[0].part_begin.tolist() == [0, 2, 2, 2, 4, 4, 4]
+
+
+@interpreted
+@pytest.mark.parametrize(("rows_per_split", "splits"), [(8, 3), (16, 4)])
+def test_weights_of_compression(rows_per_split: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices rows of the second sequence that are read from the first, where a run of rows has some of both."""
+    from nsa.ops.kernels import compression
+
+    monkeypatch.setattr(compression, "ROWS_PER_SPLIT", rows_per_split)
+    monkeypatch.setattr(compression, "MOST_SPLITS", splits)
+    inputs = test_compression.inputs_of(2, [23], 3, 16, 24, 20, 4, torch.float32)
+    check(lambda x, backend: ops.compress_blocks(*x, length=4, stride=2, backend=backend), inputs, weights=3)
