@@ -106,15 +106,15 @@ def test_keys_of_selected_attention(at_once: int, monkeypatch: pytest.MonkeyPatc
     """
     from nsa.ops.kernels import selected
 
-    tokens, block_size = 137, 64
+    tokens, block_size = 150, 64
     work_items, found = selected.work_items, []
     monkeypatch.setattr(selected, "work_items", lambda *args: found.append(work_items(*args)) or found[-1])
-    monkeypatch.setattr(selected, "PART_BYTES", at_once * 4 * block_size * (16 + 16) * 4)  # four parts of a sequence
+    monkeypatch.setattr(selected, "PART_BYTES", at_once * 2 * block_size * (16 + 16) * 4)  # two parts of a sequence
     inputs = [normal(2, tokens, 2, 16), normal(2, tokens, 1, 16, seed=1), normal(2, tokens, 1, 16, seed=2)]
-    # All choose block 0, whose list is longer than an item, and some another: other ones in each sequence.
-    choice = torch.randint(-2, 3, (2, tokens, 1, 2), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
-    choice[..., 0] = 0
-    choice[..., 1] = torch.where(choice[..., 1] <= 0, -1, choice[..., 1])
+    # Block 0's list is longer than an item; others choose another block, and other ones in each sequence.
+    choice = torch.zeros(2, tokens, 1, 1, dtype=torch.int32)
+    choice[0, 64::9], choice[1, 70::11] = 1, 1
+    choice[0, 130::9], choice[1, 128::11] = 2, -1
 
     def run(x: list[Tensor], backend: str) -> Tensor:
         chosen = choice
