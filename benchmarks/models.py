@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import environment
 from nsa.config import load_config
 from nsa.models import Decoder, training_flops_per_token
+from nsa.ops.dense.libraries import chosen
 from nsa.ops.packing import KnownLengths, tell_lengths
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.cuda_graphs import GraphedDecoder
-from nsa.training.engine import dense_attention_of
 
 ROOT = Path(__file__).parents[1]
 PEAK_TFLOPS = 989.5  # dense bf16 of an H100 or H200 (NVIDIA's data sheet)
@@ -71,8 +71,9 @@ def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespac
     config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*options.overrides, *told])
     device, count = torch.device("cuda", 0), tokens * options.samples
     row: dict = {"config": config_name, "attention": attention, "tokens": tokens, "samples": options.samples}
-    if computes := dense_attention_of(config, device):
-        row["dense_attention"] = computes.split(",")[0].split(" (")[0]
+    if attention == "dense":
+        shape = config.model.head_dim, config.model.v_head_dim or config.model.head_dim
+        row["dense_attention"] = chosen(config.engine.dense_attention, True, *shape, torch.bfloat16, device)
     if options.accumulate > 1:
         row["accumulate"] = options.accumulate
     torch.manual_seed(0)

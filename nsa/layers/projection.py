@@ -26,8 +26,7 @@ def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
 def parallel_linear(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The projections of x by two weights, each a tensor of its own.
 
-    The second product of the backward pass adds its part of x's gradient to that of the first: no sum of the two is
-    taken apart, and one rounding less.
+    In the backward pass the second product adds x's gradient to that of the first: no kernel sums the two.
 
     Args:
         x: (.., C). first, second: (W, C), in x's dtype.

@@ -131,7 +131,10 @@ _told: MutableMapping[Tensor, tuple[int, KnownLengths]] = WeakTensorKeyDictionar
 
 
 def tell_lengths(cu_seqlens: Tensor, lengths: KnownLengths) -> None:
-    """What the host knows of borders on a device, until they are written to. To ask the device would wait for it."""
+    """Record what the host knows of borders on a device: to ask the device would wait for it.
+
+    It holds until the borders are written to.
+    """
     _told[cu_seqlens] = cu_seqlens._version, lengths
 
 

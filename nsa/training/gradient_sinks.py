@@ -29,26 +29,28 @@ class GradientSinks:
                     self.alike.setdefault(axes, []).append(its_sum)
 
     def add(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Callable[[], None]:
-        """Add each parameter's gradient, None for 0; can be recorded, and then what is returned is to be called once
-        the recording has ended."""
-        optimizer, used = self.optimizer, []
+        """Add each parameter's gradient, None for 0.
+
+        Returns:
+            If this was recorded: what is to be called once the recording has ended, and kept as long as it.
+        """
+        optimizer, places = self.optimizer, []
         for number, parameters in enumerate(optimizer.bf16_groups):
             total = optimizer.fp32_groups_gradients_flat[number]
             ends = itertools.accumulate(p.numel() for p in parameters)
             placed = [(end, gradients[p]) for p, end in zip(parameters, ends, strict=True)]
             found = {end - g.numel(): g.contiguous() for end, g in placed if g is not None}
             if total.is_cuda and found:
-                used.append(self._accumulator(number, total, found))
-                used[-1].add(list(found.values()))
+                places.append(self._accumulator(number, total, found).add(list(found.values())))
             elif found:
                 for first, g in found.items():
                     total[first : first + g.numel()] += g.flatten()
 
-        def place() -> None:
-            for accumulator in used:
-                accumulator.place()
+        def place_all() -> None:
+            for place in places:
+                place()
 
-        return place
+        return place_all
 
     def _accumulator(self, number: int, total: Tensor, found: dict[int, Tensor]) -> Any:
         """One for each group and choice of parameters: made before they are recorded."""
@@ -60,7 +62,7 @@ class GradientSinks:
         return self.accumulators[key]
 
     def filled(self) -> None:
-        """Tell DeepSpeed that its buffers hold gradients: it takes the others for not there."""
+        """Tell DeepSpeed that its buffers hold gradients. It ignores those that it has not filled itself."""
         for has in self.optimizer.fp32_groups_has_gradients:
             has[:] = [True] * len(has)
 

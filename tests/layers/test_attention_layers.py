@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.compression import BlockCompression
-from nsa.layers.projection import joint_linear
+from nsa.layers.projection import joint_linear, parallel_linear
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.ops import apply_rotary
 from nsa.ops.compression import block_ends
@@ -133,3 +133,15 @@ def test_dense_layer_decodes_as_the_whole() -> None:
     cache = layer.new_cache()
     parts = [layer(x[:, t : t + 1], (cos[t : t + 1], sin[t : t + 1]), cache=cache) for t in range(21)]
     torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, (cos, sin)))
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16), (0, 16)])
+def test_parallel_linear_is_two_projections(shape: tuple[int, ...]) -> None:
+    """Of one vector, of none, and of a batch; x's gradient is the sum of both ways."""
+    torch.manual_seed(0)
+    given = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in (shape, (24, 16), (24, 16))]
+    ours, theirs = parallel_linear(*given), [given[0] @ weight.T for weight in given[1:]]
+    d_both = [torch.randn_like(out) for out in theirs]
+    found, expected = (torch.autograd.grad(outs, given, d_both) for outs in (ours, theirs))
+    for a, b in zip((*ours, *found), (*theirs, *expected), strict=True):
+        torch.testing.assert_close(a, b)

@@ -106,7 +106,8 @@ def test_what_cannot_do_the_shape_is_refused_with_what_can(tmp_path, monkeypatch
     ("here", "name", "words"),
     [
         ((), "auto", "cudnn, or triton where documents differ in length (gradients differ"),
-        (("flash-attn-4",), "auto", "flash-attn-4 (gradients differ"),
+        (("flash-attn-4",), "auto", "flash-attn-4, or triton where documents differ in length (gradients differ"),
+        (("flash-attn-4",), "flash-attn-4", "flash-attn-4 (gradients differ"),
         ((), "triton", "triton"),
         ((), "flash", "flash (gradients differ"),
     ],
@@ -118,6 +119,31 @@ def test_what_is_said_at_the_start(here, name: str, words: str, tmp_path, monkey
     config = tiny_config(tmp_path, "model.head_dim=64", "engine.precision=bf16", f"engine.dense_attention={name}")
     assert str(dense_attention_of(config, GPU)).startswith(words)
     libraries._order.cache_clear()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_flash_is_called_as_this_torch_wants_it(packed: bool) -> None:
+    """On the meta device, which needs no GPU: torch's private operators change between releases."""
+    inputs = [torch.empty(1, 96, n, 64, device="meta", dtype=BF16, requires_grad=True) for n in (8, 2, 2)]
+    cu_seqlens = torch.empty(4, device="meta", dtype=torch.int32) if packed else None
+    out = libraries.attend("flash", *inputs, 0.1, cu_seqlens, KnownLengths(96, not packed))
+    assert out.shape == (1, 96, 8, 64)
+    gradients = torch.autograd.grad(out, inputs, torch.empty_like(out))
+    assert [g.shape for g in gradients] == [x.shape for x in inputs]
+
+
+def test_cudnn_is_called_as_this_torch_wants_it() -> None:
+    """It has no meta kernel: what it takes and gives is pinned."""
+    forward, backward = (
+        getattr(torch.ops.aten, f"_cudnn_attention_{way}").default._schema for way in ("forward", "backward")
+    )
+    sizes = ["cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+    options = ["compute_log_sumexp", "dropout_p", "is_causal", "return_debug_mask", "scale"]
+    assert [a.name for a in forward.arguments] == ["query", "key", "value", "attn_bias", *sizes, *options]
+    seeds = ["philox_seed", "philox_offset"]
+    assert [r.name for r in forward.returns] == ["output", "logsumexp", *sizes, *seeds, "debug_attn_mask"]
+    given = ["grad_out", "query", "key", "value", "out", "logsumexp", *seeds, "attn_bias"]
+    assert [a.name for a in backward.arguments] == [*given, *sizes, "dropout_p", "is_causal", "scale"]
 
 
 @pytest.mark.gpu
@@ -144,12 +170,10 @@ def test_a_library_computes_the_definition(name: str, lengths: list[int]) -> Non
 @pytest.mark.gpu
 def test_strict_determinism_takes_the_kernels_that_repeat() -> None:
     q, k, v = (torch.randn(1, 512, n, 64, device="cuda", dtype=BF16) for n in (8, 1, 1))
-    assert libraries.fastest(q, k, v, KnownLengths(512, True)) != "triton" or torch.cuda.get_device_capability() != (
-        9,
-        0,
-    )
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert libraries.library_for("auto", q, k, v, KnownLengths(512, True)) is not None or not on_hopper
     torch.use_deterministic_algorithms(True)
     try:
-        assert libraries.fastest(q, k, v, KnownLengths(512, True)) == "triton"
+        assert libraries.library_for("auto", q, k, v, KnownLengths(512, True)) is None
     finally:
         torch.use_deterministic_algorithms(False)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import TEXT, on_ranks, tiny_config
+from tiny import on_ranks, tiny_config, write_documents
 from torch.nn.functional import cross_entropy
 
 from nsa.data.loader import SampleStream
@@ -39,22 +39,10 @@ STRAIGHT = {"broken": {}, "resumed": None}
 INTERRUPTED = {"broken": {"1": "loss", "3": "gradient"}, "resumed": 4}
 
 
-def write_documents(folder: Path) -> None:
-    """Many short ones, some of a single character: a sample holds several, a compressed block often more than one."""
-    (folder / "documents").mkdir()
-    text = "".join(path.read_text() for path in sorted(Path(TEXT).parent.glob("*.py")))
-    start = 0
-    for number in range(700):
-        length = 1 + (number * number * 7) % 41
-        (folder / "documents" / f"{number:03}.txt").write_text(text[start : start + length])
-        start += length
-    assert start < len(text)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
-    write_documents(folder)
+    write_documents(folder, 700, 41)
     return folder
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.ops.packing import KnownLengths
+from nsa.training import cuda_graphs
 from nsa.training.cuda_graphs import (
     FEWEST_DOCUMENTS,
     GraphedDecoder,
@@ -49,6 +51,39 @@ def test_memory_that_ran_out_is_said_where_the_end_of_the_recording_fails_too():
         run()
     assert str(out_of_memory_behind(caught.value)) == "tried to allocate"
     assert out_of_memory_behind(RuntimeError("something else")) is None
+
+
+def test_a_recording_is_for_documents_of_one_length_until_some_differ(monkeypatch):
+    """A model without dense layers asks for no lengths, and records once. Borders of a device are stood for by those of
+    the host, which are known."""
+    made = []
+
+    class Recording:
+        def __init__(self, decoder, ids, targets, borders, lengths):
+            made.append(lengths)
+            self.inputs, self.lengths = (ids, targets, borders), lengths
+
+        has_room = cuda_graphs._Recording.has_room
+
+    monkeypatch.setattr(cuda_graphs, "_Recording", Recording)
+    monkeypatch.setattr(cuda_graphs._Replay, "apply", lambda recording, *_: recording.lengths)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 16}
+    config = ModelConfig(vocab_size=8, intermediate_size=16, max_position=64, **sizes)
+    ids, whole = torch.zeros(1, 64, dtype=torch.int64), KnownLengths(64, True)
+
+    def records(kind: str, *batches: list[int]) -> list:
+        made.clear()
+        graphed = GraphedDecoder(Decoder(config, AttentionConfig(kind=kind)))
+        for lengths in batches:
+            graphed(ids, targets=ids, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int())
+        return list(made)
+
+    assert records("dense", [64], [64]) == [whole]
+    assert records("dense", [64], [60, 4], [64], [1, 63]) == [whole, None], "for good"
+    assert records("dense", [60, 4], [64]) == [None]
+    assert records("dense", [32, 32], [64]) == [KnownLengths(32, True), None]
+    assert records("nsa", [64], [60, 4], [64]) == [None]
 
 
 def packed(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import TEXT, on_ranks, tiny_config
+from tiny import on_ranks, tiny_config, write_documents
 from torch.nn.functional import cross_entropy
 
 from nsa.data.loader import SampleStream
@@ -37,14 +37,7 @@ ALL = 200  # more than there are: one pass over the held-out text
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Many short documents, some with letters of several bytes."""
     folder = tmp_path_factory.mktemp("held-out")
-    (folder / "documents").mkdir()
-    text = "".join(path.read_text() for path in sorted(Path(TEXT).parent.glob("*.py"))).replace("e", "é")
-    start = 0
-    for number in range(400):
-        length = 1 + (number * number * 7) % 61
-        (folder / "documents" / f"{number:03}.txt").write_text(text[start : start + length])
-        start += length
-    assert start < len(text)
+    write_documents(folder, 400, 61)
     return folder
 
 

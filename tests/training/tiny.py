@@ -37,6 +37,18 @@ engine: {{zero_stage: 0, precision: fp32}}
 """
 
 
+def write_documents(folder: Path, number: int, longest: int) -> None:
+    """Files in ``folder``/documents: short ones, some of a single character, so that a sample holds many."""
+    (folder / "documents").mkdir()
+    text = "".join(path.read_text() for path in sorted(Path(TEXT).parent.glob("*.py"))).replace("e", "é")
+    start = 0
+    for i in range(number):
+        length = 1 + (i * i * 7) % longest
+        (folder / "documents" / f"{i:03}.txt").write_text(text[start : start + length])
+        start += length
+    assert start < len(text)
+
+
 def write_yaml(folder: Path) -> Path:
     """The tiny configuration as a file; runs land in ``folder``, prepared data beside it, for its sisters."""
     path = folder / f"tiny-{os.getpid()}.yaml"  # ranks write at the same time

@@ -1,6 +1,7 @@
 """The loss of each token from hidden states: a linear layer over the vocabulary and its cross-entropy, together."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +14,7 @@ KEPT_LOGITS = 2**30  # logits that are kept for the backward pass: 2 GiB in 16 b
 CHUNK_LOGITS = 2**28  # logits of one chunk, where they are computed again
 
 
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignored: int = IGNORED, backend: str = "auto"
-) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Negative log-likelihood of each target under softmax(weight @ hidden).
 
     The logits are in hidden's dtype, and never in fp32 in memory; sums and the loss are fp32. Up to KEPT_LOGITS of them
@@ -23,11 +22,11 @@ def linear_cross_entropy(
     and the backward pass computes it again.
 
     Args:
-        hidden: (N, C). weight: (V, C), in hidden's dtype. targets: (N,) int64; ``ignored`` is not counted.
+        hidden: (N, C). weight: (V, C), in hidden's dtype. targets: (N,) int64; -100 is not counted.
         backend: auto, triton, torch or naive.
 
     Returns:
-        (N,) fp32 (float64 for float64), in nats; 0 where ignored; NaN for a target outside of the vocabulary.
+        (N,) fp32 (float64 for float64), in nats; 0 where not counted; NaN for a target outside of the vocabulary.
 
     Raises:
         ValueError: shapes that do not belong together, unknown backend.
@@ -44,8 +43,29 @@ def linear_cross_entropy(
         )
     implementation = resolve_backend(backend, hidden, weight, heads=False)
     if implementation == "naive":
-        return _naive(hidden, weight, targets, ignored)
-    return _Losses.apply(hidden, weight, targets, ignored, implementation)
+        return _naive(hidden, weight, targets)
+    return _Losses.apply(
+        hidden, weight, targets, Rows(0, len(weight), lambda lse, wanted: (lse, wanted)), implementation
+    )
+
+
+class Rows(NamedTuple):
+    """Which rows of the vocabulary's weight there are.
+
+    Attributes:
+        first: the vocabulary's number of row 0. total: rows of the whole vocabulary.
+        combine: from lse and wanted of these rows (`statistics`) to those of all.
+    """
+
+    first: int
+    total: int
+    combine: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def sharded_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Rows) -> Tensor:
+    """`linear_cross_entropy` with a part of the weight: ``rows`` brings the parts together. The gradient of hidden is
+    this part's."""
+    return _Losses.apply(hidden, weight, targets, rows, resolve_backend("auto", hidden, weight, heads=False))
 
 
 def chunk_rows(tokens: int, columns: int) -> int:
@@ -53,12 +73,12 @@ def chunk_rows(tokens: int, columns: int) -> int:
     return max(1, tokens if tokens * columns <= KEPT_LOGITS else CHUNK_LOGITS // columns)
 
 
-def _naive(hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int) -> Tensor:
+def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """-log softmax(weight @ hidden)[target]."""
     logits = linear(hidden, weight).to(accumulation_dtype(hidden))
     there = (targets >= 0) & (targets < len(weight))
     wanted = logits.log_softmax(-1).gather(1, targets.clamp(0, len(weight) - 1)[:, None])[:, 0]
-    return (-wanted).masked_fill(~there, float("nan")).masked_fill(targets == ignored, 0)
+    return (-wanted).masked_fill(~there, float("nan")).masked_fill(targets == IGNORED, 0)
 
 
 def statistics(logits: Tensor, targets: Tensor, first: int = 0, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -105,21 +125,20 @@ def _columns(targets: Tensor, first: int, number: int) -> tuple[Tensor, Tensor]:
 
 
 class _Losses(torch.autograd.Function):
+    """hidden (N, C), weight (V, C), targets (N,) -> (N,)."""
+
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignored: int, backend: str
-    ) -> Tensor:  # (N, C), (V, C), (N,) -> (N,)
-        rows = chunk_rows(len(hidden), len(weight))
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, rows: Rows, backend: str) -> Tensor:
+        ctx.first, ctx.backend, ctx.chunk = rows.first, backend, chunk_rows(len(hidden), len(weight))
         losses, lses, ctx.logits = [], [], None
-        for x, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for x, target in zip(hidden.split(ctx.chunk), targets.split(ctx.chunk), strict=True):
             logits = linear(x, weight)
-            lse, wanted = statistics(logits, target, backend=backend)
-            there = (target >= 0) & (target < len(weight))
-            losses.append((lse - wanted).masked_fill(~there, float("nan")).masked_fill(target == ignored, 0))
+            lse, wanted = rows.combine(*statistics(logits, target, rows.first, backend=backend))
+            there = (target >= 0) & (target < rows.total)
+            losses.append((lse - wanted).masked_fill(~there, float("nan")).masked_fill(target == IGNORED, 0))
             lses.append(lse)
         ctx.save_for_backward(hidden, weight, targets, torch.cat(lses))
-        ctx.ignored, ctx.backend, ctx.rows = ignored, backend, rows
-        if rows >= len(hidden) and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+        if ctx.chunk >= len(hidden) and any(ctx.needs_input_grad[:2]):
             ctx.logits = logits
         return torch.cat(losses)
 
@@ -127,29 +146,19 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lses = ctx.saved_tensors
         kept, ctx.logits = ctx.logits, None  # lost here; a second backward pass computes them again
+        d_losses = d_losses.masked_fill(targets == IGNORED, 0)
 
-        def gradients(x: Tensor, target: Tensor, lse: Tensor, scale: Tensor) -> Tensor:
+        def d_logits(x: Tensor, target: Tensor, lse: Tensor, d_loss: Tensor) -> Tensor:
             logits = linear(x, weight) if kept is None else kept
-            return logit_gradients(logits, target, lse, scale, backend=ctx.backend)
+            return logit_gradients(logits, target, lse, d_loss, ctx.first, backend=ctx.backend)
 
-        parts = hidden, targets, lses, d_losses.masked_fill(targets == ctx.ignored, 0)
-        d_hidden, d_weight = add_up_gradients(gradients, weight, parts, ctx.rows)
-        return d_hidden, d_weight, None, None, None
-
-
-def add_up_gradients(gradients: Any, weight: Tensor, parts: tuple[Tensor, ...], rows: int) -> tuple[Tensor, Tensor]:
-    """Of hidden and weight, from the gradients of the logits of ``rows`` tokens at a time.
-
-    Args:
-        gradients: makes them (rows, V) from a piece of each of ``parts``, of which the first is hidden (N, C).
-    """
-    hidden = parts[0]
-    if rows >= len(hidden):
-        d_logits = gradients(*parts)
-        return d_logits @ weight, d_logits.mT @ hidden
-    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=accumulation_dtype(weight))
-    for d_x, *pieces in zip(d_hidden.split(rows), *(part.split(rows) for part in parts), strict=True):
-        d_logits = gradients(*pieces)
-        torch.mm(d_logits, weight, out=d_x)
-        d_weight += d_logits.mT @ pieces[0]
-    return d_hidden, d_weight.to(weight.dtype)
+        if ctx.chunk >= len(hidden):
+            d = d_logits(hidden, targets, lses, d_losses)
+            return d @ weight, d.mT @ hidden, None, None, None
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=accumulation_dtype(weight))
+        parts = (t.split(ctx.chunk) for t in (d_hidden, hidden, targets, lses, d_losses))
+        for d_x, x, *of_rows in zip(*parts, strict=True):
+            d = d_logits(x, *of_rows)
+            torch.mm(d, weight, out=d_x)
+            d_weight += d.mT @ x
+        return d_hidden, d_weight.to(weight.dtype), None, None, None

@@ -102,12 +102,8 @@ def _library(
     lengths = KnownLengths(q.shape[1], True) if cu_seqlens is None else known_lengths(cu_seqlens)
     if backend in libraries.NAMES and (obstacle := libraries.not_here(backend)):
         raise ValueError(f"backend={backend!r}: {obstacle}; or use 'auto'")
-    if not plain:
-        return None
-    name = libraries.fastest(q, k, v, lengths) if backend == "auto" else backend
-    if name == "triton" or not libraries.serves(name, q, k, v, lengths):
-        return None
-    return name, lengths or KnownLengths(q.shape[1], False)
+    name = libraries.library_for(backend, q, k, v, lengths) if plain else None
+    return None if name is None else (name, lengths or KnownLengths(q.shape[1], False))
 
 
 def check_window(window: int | None) -> None:

@@ -57,24 +57,19 @@ def cannot(name: str, width: int, v_width: int, dtype: torch.dtype) -> str | Non
     return None
 
 
-def serves(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: KnownLengths | None) -> bool:
-    """Whether a library that is here can take this call. ``lengths``: of the documents; None: unknown."""
-    if not q.is_cuda or q.shape[1] != k.shape[1] or not q.numel() or cannot(name, q.shape[3], v.shape[3], q.dtype):
-        return False
-    return name != "cudnn" or (lengths is not None and lengths.equal)
+def library_for(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: KnownLengths | None) -> str | None:
+    """The library that takes a call, ``auto`` or one by name; None: our kernels do.
 
-
-def fastest(q: Tensor, k: Tensor, v: Tensor, lengths: KnownLengths | None) -> str:
-    """The measured order of this architecture (fastest.json), the first that can: a library, or ``triton``."""
-    if not q.is_cuda or torch.compiler.is_compiling():
-        return "triton"
+    ``lengths``: of the documents; None: unknown.
+    """
+    if not q.is_cuda or q.shape[1] != k.shape[1] or not q.numel() or torch.compiler.is_compiling():
+        return None
     deterministic = torch.are_deterministic_algorithms_enabled()
-    if deterministic and not torch.is_deterministic_algorithms_warn_only_enabled():
-        return "triton"  # the one whose gradients repeat to the bit
-    for name in _order(q.device.index or 0, "equal" if lengths is not None and lengths.equal else "packed"):
-        if name == "triton" or (not_here(name) is None and serves(name, q, k, v, lengths)):
-            return name
-    return "triton"
+    if name == "auto" and deterministic and not torch.is_deterministic_algorithms_warn_only_enabled():
+        return None  # our gradients are those that repeat to the bit
+    equal = lengths is not None and lengths.equal
+    found = chosen(name, equal, q.shape[3], v.shape[3], q.dtype, q.device)
+    return None if found == "triton" else found
 
 
 @functools.cache
@@ -84,20 +79,23 @@ def _order(device: int, packing: str) -> list[str]:
     return table["order"].get(f"sm_{major}{minor}", table["order"]["other"])[packing]
 
 
+def chosen(name: str, equal: bool, width: int, v_width: int, dtype: torch.dtype, device: torch.device) -> str:
+    """What ``auto`` or a name comes to on a CUDA device: a library, or ``triton``. ``equal``: all documents have one
+    length, and are known to."""
+    order = _order(device.index or 0, "equal" if equal else "packed") if name == "auto" else [name]
+    for candidate in order:
+        if candidate == "triton":
+            break
+        if (equal or candidate != "cudnn") and not (not_here(candidate) or cannot(candidate, width, v_width, dtype)):
+            return candidate
+    return "triton"
+
+
 def in_words(name: str, width: int, v_width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What ``auto`` or a name comes to on a CUDA device."""
-
-    def chosen(packing: str) -> str:
-        order = _order(device.index or 0, packing) if name == "auto" else [name]
-        for candidate in order:
-            obstacle = candidate != "triton" and (not_here(candidate) or cannot(candidate, width, v_width, dtype))
-            if not obstacle and (packing == "equal" or candidate != "cudnn"):
-                return candidate
-        return "triton"
-
-    equal, packed = chosen("equal"), chosen("packed")
+    """`chosen`, for whoever starts a run."""
+    equal, packed = (chosen(name, one_length, width, v_width, dtype, device) for one_length in (True, False))
     words = equal if equal == packed else f"{equal}, or {packed} where documents differ in length"
-    if {equal, packed} <= {"triton"}:
+    if equal == packed == "triton":
         return words
     return f"{words} (gradients differ in the last bits from run to run; engine.dense_attention=triton repeats them)"
 
@@ -105,7 +103,7 @@ def in_words(name: str, width: int, v_width: int, dtype: torch.dtype, device: to
 def attend(
     name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, lengths: KnownLengths
 ) -> Tensor:
-    """(B, T, H, Dv), of a call that the library `serves`."""
+    """(B, T, H, Dv), of a call that is the library's (`library_for`)."""
     if lengths.equal and cu_seqlens is not None:  # a batch of documents, and no borders
         rows = q.shape[1] // lengths.longest
         q, k, v = (x.unflatten(1, (rows, -1)).squeeze(0) for x in (q, k, v))

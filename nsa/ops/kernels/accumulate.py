@@ -4,6 +4,9 @@ A launch for each tensor takes longer than the sum, and to join the tensors firs
 gets a table of where each piece lies and where it belongs.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -43,24 +46,29 @@ class Accumulator:
         self.vector = 1 if any(n % 8 for n in (*sizes, *offsets)) or total.data_ptr() % 16 else 8
         programs = sum(triton.cdiv(n, PIECE) for n in sizes)
         self.table = torch.zeros(programs, 3, dtype=torch.int64, device=total.device)
-        self.parts: list[Tensor] = []
 
-    def add(self, parts: list[Tensor]) -> None:
-        """``parts``: contiguous, of one dtype. If this is recorded, call `place` once the recording has ended."""
+    def add(self, parts: list[Tensor]) -> Callable[[], None]:
+        """Add ``parts``, contiguous and of one dtype.
+
+        Returns:
+            What writes the table. If this was recorded, call it once the recording has ended, and keep it as long as
+            the recording: it holds the parts.
+        """
         assert [x.numel() for x in parts] == self.sizes
-        self.parts = [x.clone() if x.data_ptr() % 16 else x for x in parts]  # parts of others may begin anywhere
+        parts = [x.clone() if x.data_ptr() % 16 else x for x in parts]  # parts of others may begin anywhere
+        place = partial(self._place, parts)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self.place()
+            place()
         if len(self.table):
             accumulate_kernel[(len(self.table),)](
-                self.table, self.total, self.parts[0], VECTOR=self.vector, PIECE=PIECE, BLOCK=2048, num_warps=8
+                self.table, self.total, parts[0], VECTOR=self.vector, PIECE=PIECE, BLOCK=2048, num_warps=8
             )
+        return place
 
-    def place(self) -> None:
-        """Write the table: where the last parts lie."""
+    def _place(self, parts: list[Tensor]) -> None:
         rows = [
             (x.data_ptr() + i * x.element_size(), (offset + i) // self.vector, min(PIECE, n - i) // self.vector)
-            for x, offset, n in zip(self.parts, self.offsets, self.sizes, strict=True)
+            for x, offset, n in zip(parts, self.offsets, self.sizes, strict=True)
             for i in range(0, n, PIECE)
         ]
         self.table.copy_(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3))
