@@ -1,14 +1,15 @@
 """Tokens/s, MFU and memory of whole training steps: NSA beside the same model with dense attention.
 
     python benchmarks/models.py [--configs 25m 125m] [--tokens 8192 16384 32768 65536] [--samples 1] [--out FILE]
-                                [--kinds nsa dense dense:triton] [--profile] [KEY=VALUE ...]
+                                [--kinds nsa dense dense:triton] [--packed] [--profile] [KEY=VALUE ...]
 
 A step is forward and backward of the decoder in bf16 on --samples samples of one document each, on one GPU, without
 DeepSpeed, by CUDA graphs as in the trainer, --accumulate times, and a fused AdamW update; the median of several, which
 follow each other while nobody waits. A kind names its attention, and for dense layers the implementation
 (engine.dense_attention): `dense` is the fastest of this machine, which the row names. MFU counts what the configured
-attention needs (`nsa.models.sizes`), not what a dense one would, against the data sheet's peak. --profile prints the
-kernels that take most time. Results go into FILE under "models"; an existing FILE keeps its other entries.
+attention needs (`nsa.models.sizes`), not what a dense one would, against the data sheet's peak. --packed takes the
+samples that the trainer reads in `benchmarks/training.py`, several documents each. --profile prints the kernels that
+take most time. Results go into FILE under "models"; an existing FILE keeps its other entries.
 """
 
 import argparse
@@ -17,22 +18,28 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import environment
-from nsa.config import load_config
+from benchmarks.training import SOURCE, TOKENIZER
+from nsa.config import Config, load_config
+from nsa.data.loader import SampleStream, batch
+from nsa.data.prepare import prepare
 from nsa.models import Decoder, training_flops_per_token
 from nsa.ops.dense.libraries import chosen
 from nsa.ops.packing import KnownLengths, tell_lengths
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.cuda_graphs import GraphedDecoder
+from nsa.training.loading import ON_DEVICE
 
 ROOT = Path(__file__).parents[1]
+WARM_UP = 3  # steps
 PEAK_TFLOPS = 989.5  # dense bf16 of an H100 or H200 (NVIDIA's data sheet)
 
 
@@ -65,15 +72,43 @@ class Gradients:
         pass
 
 
+MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs and targets (1, tokens), borders
+
+
+def one_document_each(config: Config, tokens: int, samples: int) -> Iterator[MicroBatch]:
+    """The same micro batch again and again: ``samples`` documents of ``tokens`` random tokens."""
+    count = tokens * samples
+    inputs, targets = (torch.randint(config.model.vocab_size, (1, count), device="cuda") for _ in range(2))
+    borders = torch.arange(0, count + 1, tokens, dtype=torch.int32, device="cuda")
+    tell_lengths(borders, KnownLengths(tokens, True))
+    return itertools.repeat((inputs, targets, borders))
+
+
+def as_the_trainer_reads(config: Config, samples: int, number: int) -> Iterator[MicroBatch]:
+    """The trainer's first ``number`` micro batches of ``samples``, in its order, on the GPU beforehand."""
+    stream = SampleStream(prepare(config.data, config.seed), config.data, "train", config.seed)
+    found = []
+    for i in range(number):
+        read = batch(stream, range(i * samples, (i + 1) * samples))
+        inputs, targets, borders = (read[key].cuda() for key in ON_DEVICE)
+        tell_lengths(borders, KnownLengths.of(read["cu_seqlens"]))
+        found.append((inputs, targets, borders))
+    return iter(found)
+
+
 def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespace) -> dict:
     attention, _, implementation = kind.partition(":")
     told = [f"attention.kind={attention}", f"engine.dense_attention={implementation or 'auto'}"]
+    if options.packed:
+        told += [SOURCE, TOKENIZER, "data.validation_fraction=0.02", f"data.sequence_length={tokens}"]
+        told += [f"data.cache_dir={tempfile.gettempdir()}/nsa-models-benchmark"]
     config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*options.overrides, *told])
     device, count = torch.device("cuda", 0), tokens * options.samples
     row: dict = {"config": config_name, "attention": attention, "tokens": tokens, "samples": options.samples}
     if attention == "dense":
         shape = config.model.head_dim, config.model.v_head_dim or config.model.head_dim
-        row["dense_attention"] = chosen(config.engine.dense_attention, True, *shape, torch.bfloat16, device)
+        name = config.engine.dense_attention
+        row["dense_attention"] = chosen(name, not options.packed, *shape, torch.bfloat16, device)
     if options.accumulate > 1:
         row["accumulate"] = options.accumulate
     torch.manual_seed(0)
@@ -85,13 +120,16 @@ def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespac
     gradients = Gradients(options.accumulate > 1)
     model.forward = GraphedDecoder(model, sinks=gradients)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    inputs, targets = (torch.randint(config.model.vocab_size, (1, count), device="cuda") for _ in range(2))
-    borders = torch.arange(0, count + 1, tokens, dtype=torch.int32, device="cuda")
-    tell_lengths(borders, KnownLengths(tokens, True))
+    if options.packed:
+        row["packed"] = True
+        number = (WARM_UP + options.steps + 1 + 2 * options.profile) * options.accumulate
+        micro_batches = as_the_trainer_reads(config, options.samples, number)
+    else:
+        micro_batches = one_document_each(config, tokens, options.samples)
     torch.cuda.reset_peak_memory_stats()
 
     def step() -> torch.cuda.Event:
-        for _ in range(options.accumulate):
+        for inputs, targets, borders in itertools.islice(micro_batches, options.accumulate):
             model(inputs, targets=targets, cu_seqlens=borders).mean().backward()
         optimizer.step()
         gradients.clear()
@@ -99,7 +137,7 @@ def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespac
         end.record()
         return end
 
-    for _ in range(3):  # compiles, and fills caches
+    for _ in range(WARM_UP):  # compiles, and fills caches
         step()
     torch.cuda.synchronize()
     ends = [step() for _ in range(options.steps + 1)]
@@ -136,6 +174,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1, help="samples of a micro batch")
     parser.add_argument("--accumulate", type=int, default=1, help="micro batches of a step")
     parser.add_argument("--kinds", nargs="+", default=["nsa", "dense"], help="KIND or dense:IMPLEMENTATION")
+    parser.add_argument("--packed", action="store_true", help="the trainer's samples")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--out", type=Path)

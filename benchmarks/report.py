@@ -252,8 +252,9 @@ def models(rows: list[dict]) -> Iterator[str]:
 def by_implementation(rows: list[dict]) -> Iterator[str]:
     """Rows that name what computed dense attention."""
     yield words(
-        "Forward, backward and optimizer step in bf16. Each sample is one document. The last column is the time with",
-        "this dense attention over NSA's in the same case: above 1 NSA is faster.\n",
+        "Forward, backward and optimizer step in bf16.",
+        "Samples are the trainer's, of several documents." if rows[0].get("packed") else "Each sample is one document.",
+        "The last column is the time with this dense attention over NSA's in the same case: above 1 NSA is faster.\n",
     )
     columns = ("samples", "tokens", "accumulate", "dense_attention", "ms", "tokens_per_s", "mfu", "peak_mb")
     case = ("config", "samples", "tokens", "accumulate")

@@ -7,13 +7,13 @@ C hidden, E experts, K chosen by a token, F width of an expert.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, silu
 
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.models.config import MoEConfig
 
 
@@ -78,26 +78,13 @@ class Experts(nn.Module):
         return torch.cat([(silu(x @ gate) * (x @ up)) @ down for x, gate, up, down in parts])
 
     def _grouped(self, rows: Tensor) -> bool:
-        """Whether one kernel can compute all experts: it wants 16-byte rows."""
-        aligned = self.gate.shape[1] % 8 == 0 and self.gate.shape[2] % 8 == 0
-        return rows.is_cuda and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
+        """Whether one kernel can compute all experts."""
+        return rows.is_cuda and rows.dtype == torch.bfloat16 and self.one_kernel(*self.gate.shape[1:]) and len(rows) > 0
 
-
-@dataclass
-class Tally:
-    """What the backward passes since the last `clear` saw.
-
-    Attributes:
-        load: (E,) int64, tokens of each expert. loss: the balance loss, summed over tokens.
-        scale: of the balance loss of a token in the objective; None: its mean over a pass.
-    """
-
-    load: Tensor | int = 0
-    loss: Tensor | float = 0.0
-    scale: float | None = None
-
-    def clear(self) -> None:
-        self.load, self.loss = 0, 0.0
+    @staticmethod
+    def one_kernel(hidden_size: int, expert_size: int) -> bool:
+        """Whether there is one for all experts of these widths, in bf16 on a GPU: it wants rows of 16 bytes."""
+        return hidden_size % 8 == expert_size % 8 == 0
 
 
 class MixtureOfExperts(nn.Module):
@@ -107,18 +94,16 @@ class MixtureOfExperts(nn.Module):
         shared: an MLP that every token passes through; None: there is none.
 
     Attributes:
-        tally: loads and balance loss, counted in the backward pass: once, however often a layer is recomputed, and
-            not in validation.
+        balance: the balance loss, and the tokens of each expert in its tally.
         row_counts: (B, E) int64 of these tokens -> of the whole rows. Another where ranks share a row's tokens.
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig, shared: nn.Module | None) -> None:
         super().__init__()
-        self.loss_weight = config.loss_weight
         self.router = Router(hidden_size, config.num_experts, config.top_k)
         self.experts = Experts(config.num_experts, hidden_size, config.expert_size)
         self.shared = shared
-        self.tally = Tally()
+        self.balance = AuxiliaryLoss(config.loss_weight)
         self.row_counts: Callable[[Tensor], Tensor] = lambda counts: counts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,13 +116,10 @@ class MixtureOfExperts(nn.Module):
         y = (gates.to(x.dtype).unsqueeze(-2) @ out).squeeze(-2)
         if self.shared is not None:
             y = y + self.shared(x)
-        if not y.requires_grad:
-            return y
-        loss = affinities.new_zeros(())
-        if self.loss_weight:
-            loss = balance_losses(affinities, self.row_counts(counts.clone())).sum()
-        scale = 1 / gates[..., 0].numel() if self.tally.scale is None else self.tally.scale
-        return _Attach.apply(y, loss, counts.sum(0), self.loss_weight * scale, self.tally)
+        losses = None
+        if y.requires_grad and self.balance.weight:
+            losses = balance_losses(affinities, self.row_counts(counts.clone()))
+        return self.balance(y, losses, counts.sum(0))
 
 
 def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
@@ -200,19 +182,3 @@ class _Take(torch.autograd.Function):
         (inverse,) = ctx.saved_tensors
         gradient = gradient[inverse]
         return gradient.unflatten(0, (-1, ctx.copies)).sum(1) if ctx.copies > 1 else gradient, None, None, None
-
-
-class _Attach(torch.autograd.Function):
-    """y as it is; its backward pass sends ``scale`` into ``loss``, as if that had been added to the objective, and
-    tallies. So a layer deep in a model, or in a stage of a pipeline, needs to hand out no second result."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor, counts: Tensor, scale: float, tally: Tally) -> Tensor:
-        ctx.loss, ctx.counts, ctx.scale, ctx.tally = loss.detach(), counts, scale, tally
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.tally.load = ctx.tally.load + ctx.counts
-        ctx.tally.loss = ctx.tally.loss + ctx.loss.double()
-        return gradient, torch.full_like(ctx.loss, ctx.scale), None, None, None

@@ -120,7 +120,8 @@ def cases(path: Path) -> Iterator[Case]:
     file = whole.relative_to(ROOT).as_posix() if whole.is_relative_to(ROOT) else path.name
     for row in result.get("models", []):
         config = load_config(ROOT / f"configs/{row['config']}.yaml", [*_shape(row), *_bare(row)])
-        plan = Plan(config, 1, gpu, dense=row.get("dense_attention", "triton"))
+        document = _document(row["tokens"]) if row.get("packed") else None
+        plan = Plan(config, 1, gpu, document, dense=row.get("dense_attention", "triton"))
         # AdamW on 16 bits, gradients added up in 16 bits.
         moved = plan.parameters * (10 * row.get("accumulate", 1) + 16)
         plan.works = [replace(work, optimizer=moved, gradients=0.0) for work in plan.works]
@@ -140,8 +141,13 @@ def cases(path: Path) -> Iterator[Case]:
 
 def _trained(file: str, kind: str, row: dict[str, Any], gpu: Gpu, told: Sequence[str], seconds: float | None) -> Case:
     config = load_config(ROOT / f"configs/{row['config']}.yaml", [*told, *_shape(row), *row.get("overrides", [])])
-    document = float(np.exp(np.interp(np.log(row["tokens"]), np.log(SAMPLES), np.log(PIECES))))
-    return Case(file, kind, row, gpu, config, Plan(config, row.get("gpus", 1), gpu, document), seconds)
+    plan = Plan(config, row.get("gpus", 1), gpu, _document(row["tokens"]))
+    return Case(file, kind, row, gpu, config, plan, seconds)
+
+
+def _document(tokens: int) -> float:
+    """Tokens of a document as a token sees it, packed into samples of ``tokens``."""
+    return float(np.exp(np.interp(np.log(tokens), np.log(SAMPLES), np.log(PIECES))))
 
 
 def _shape(row: dict[str, Any]) -> list[str]:

@@ -25,7 +25,7 @@ class Balance:
             mlp = getattr(layer, "mlp", None)  # a layer may lie on another stage
             if isinstance(mlp, MixtureOfExperts):
                 self.here[number] = mlp
-                mlp.tally.scale = grid.replicas.size / self.tokens  # DeepSpeed averages over the replicas
+                mlp.balance.scale = grid.replicas.size / self.tokens  # DeepSpeed averages over the replicas
 
     @torch.no_grad()
     def end_step(self, update: bool) -> dict[str, float]:
@@ -44,19 +44,19 @@ class Balance:
         # Counts are exact in fp64, so their sum is the same in any order.
         seen = torch.zeros(self.num_layers, self.moe.num_experts + 1, dtype=torch.float64, device=self.ranks.device)
         for number, mlp in self.here.items():
-            seen[number, :-1] += mlp.tally.load
-            seen[number, -1] += mlp.tally.loss
-            mlp.tally.clear()
+            if mlp.balance.tally is not None:  # not before the first backward pass
+                seen[number] += mlp.balance.tally
+            mlp.balance.clear()
         self.ranks.sum(seen)
         if update and self.moe.bias_rate:
             for number, mlp in self.here.items():
-                load = seen[number, :-1].to(torch.int64)
+                load = seen[number, 1:].to(torch.int64)
                 mlp.router.bias.copy_(moved_bias(mlp.router.bias, load, self.moe.bias_rate))
         return self._figures(seen.cpu())
 
     def _figures(self, seen: torch.Tensor) -> dict[str, float]:
         assert self.moe is not None
-        load = seen[self.moe.first_dense :, :-1]
+        load = seen[self.moe.first_dense :, 1:]
         relative = load / load.mean(1, keepdim=True)
         figures = {
             "max_violation": relative.amax(1) - 1,
@@ -64,7 +64,7 @@ class Balance:
             "dead_share": (load == 0).double().mean(1),
         }
         if self.moe.loss_weight:
-            figures["balance_loss"] = seen[self.moe.first_dense :, -1] / self.tokens
+            figures["balance_loss"] = seen[self.moe.first_dense :, 0] / self.tokens
         return {
             f"moe/{name}/layer_{self.moe.first_dense + i:02d}": value
             for name, values in figures.items()

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nsa.config import Config
+from nsa.layers.auxiliary_loss import untallied
+from nsa.models.moe import Experts
 from nsa.ops.packing import KnownLengths, known_lengths, tell_lengths
 from nsa.parallel.traffic import Traffic
 
@@ -37,10 +39,17 @@ class Sinks(Protocol):
 
 
 def graphs_serve(config: Config, device: torch.device) -> bool:
-    """Whether a micro batch can be recorded: on a GPU, where the host decides nothing in between (ZeRO 3 gathers
-    weights, experts want the sizes of their shares, a pipeline alternates micro batches)."""
-    wanted = config.engine.cuda_graphs and device.type == "cuda"
-    return wanted and config.parallel.pipeline == 1 and config.engine.zero_stage < 3 and config.model.moe is None
+    """Whether a micro batch can be recorded: on a GPU, where the host decides nothing in between. ZeRO 3 gathers
+    weights, a pipeline alternates micro batches, and the host wants to know the shares of experts that are spread, or
+    that one kernel cannot compute."""
+    if not config.engine.cuda_graphs or device.type != "cuda":
+        return False
+    parallel, moe = config.parallel, config.model.moe
+    if moe is not None and (parallel.expert > 1 or parallel.tensor > 1 or config.engine.precision != "bf16"):
+        return False
+    if moe is not None and not Experts.one_kernel(config.model.hidden_size, moe.expert_size):
+        return False
+    return parallel.pipeline == 1 and config.engine.zero_stage < 3
 
 
 class GraphedDecoder:
@@ -128,10 +137,10 @@ class _Recording:
             f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in decoder.model.named_parameters()
         }
         leaves = [leaf for leaf in stand_ins.values() if leaf.requires_grad]
-        record = partial(self._record, decoder.eager, leaves, borders)
+        record = partial(self._record, decoder.model, decoder.eager, leaves, borders)
         functional_call(_Holder(decoder.model), stand_ins, (record,))
 
-    def _record(self, forward: Any, leaves: Sequence[Tensor], borders: Tensor) -> None:
+    def _record(self, model: nn.Module, forward: Any, leaves: Sequence[Tensor], borders: Tensor) -> None:
         def run() -> Tensor:
             input_ids, targets, cu_seqlens = self.inputs
             return forward(input_ids, targets=targets, cu_seqlens=cu_seqlens)
@@ -147,7 +156,7 @@ class _Recording:
 
         stream = torch.cuda.Stream()  # what the first pass sets up (compiled kernels, handles) cannot be recorded
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), self.traffic.apart():
+        with torch.cuda.stream(stream), self.traffic.apart(), untallied(model):
             write_borders()
             losses = run()
             self.d_losses = torch.ones_like(losses)

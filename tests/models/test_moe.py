@@ -73,12 +73,12 @@ def test_outputs_gradients_and_loads_are_those_of_the_definition(rows, tokens, c
 
     inputs = [x, *moe.parameters()]
     wanted = torch.autograd.grad((expected * weights).sum() + loss_weight * loss, inputs)
-    assert isinstance(moe.tally.load, int), "nothing is counted before the backward pass"
+    assert moe.balance.tally is None, "nothing is counted before the backward pass"
     for a, b in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(a, b)
-    assert torch.equal(moe.tally.load, load)
+    assert torch.equal(moe.balance.tally[1:], load.double())
     if loss_weight:
-        torch.testing.assert_close(moe.tally.loss / (rows * tokens), loss)
+        torch.testing.assert_close(moe.balance.tally[0] / (rows * tokens), loss)
 
 
 def test_ties_go_to_the_lower_number_and_the_bias_chooses_without_counting() -> None:
@@ -123,9 +123,9 @@ def test_the_loss_teaches_an_even_load() -> None:
     optimizer = torch.optim.SGD([moe.router.weight], 1.0)
     for _ in range(60):
         optimizer.zero_grad()
-        moe.tally.clear()
+        moe.balance.clear()
         (0 * moe(x).sum()).backward()
-        uneven.append(int(moe.tally.load.max()))
+        uneven.append(int(moe.balance.tally[1:].max()))
         optimizer.step()
     assert uneven[-1] < 0.75 * uneven[0]
 
@@ -154,7 +154,7 @@ def test_a_recomputed_layer_counts_once_and_validation_not_at_all() -> None:
         for _ in range(2):
             decoder(ids, ids).sum().backward()
         moe = decoder.layers[2].mlp
-        loads.append((moe.tally.load.tolist(), float(moe.tally.loss), moe.router.weight.grad))
+        loads.append((moe.balance.tally[1:].tolist(), float(moe.balance.tally[0]), moe.router.weight.grad))
     assert sum(loads[0][0]) == 2 * 30 * 2
     assert loads[0][:2] == loads[1][:2] and torch.equal(loads[0][2], loads[1][2])
 

@@ -65,7 +65,7 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
     part = Decoder(config, attention).double()
     part.load_state_dict(whole.state_dict())
     for moe in (m for decoder in (whole, part) for m in decoder.modules() if isinstance(m, MixtureOfExperts)):
-        moe.tally.scale = 0.1
+        moe.balance.scale = 0.1
         moe.router.bias.copy_(torch.linspace(-0.1, 0.1, len(moe.router.bias)))
     parallelize(part, grid)
 

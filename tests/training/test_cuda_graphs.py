@@ -5,7 +5,9 @@ import json
 import pytest
 import torch
 
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.models.config import MoEConfig
 from nsa.ops.packing import KnownLengths
 from nsa.training import cuda_graphs
 from nsa.training.cuda_graphs import (
@@ -19,6 +21,7 @@ from nsa.training.cuda_graphs import (
 from tests.training.tiny import tiny_config, train
 
 GPU = torch.device("cuda")
+EXPERTS = ("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
 
 
 def test_borders_are_filled_up_with_empty_documents():
@@ -37,7 +40,10 @@ def test_where_graphs_serve(tmp_path):
     assert serve("parallel.context=2", "parallel.tensor=2")
     for told in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
         assert not serve(told), told
-    assert not serve("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
+    assert serve(*EXPERTS, "engine.precision=bf16") and serve(*EXPERTS, "engine.precision=bf16", "parallel.context=2")
+    assert not serve(*EXPERTS, "engine.precision=fp32"), "a kernel for each expert"
+    assert not serve(*EXPERTS, "engine.precision=bf16", "model.moe.expert_size=12")
+    assert not serve(*EXPERTS, "engine.precision=bf16", "parallel.tensor=2")
 
 
 def test_memory_that_ran_out_is_said_where_the_end_of_the_recording_fails_too():
@@ -93,13 +99,16 @@ def packed(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["nsa", "dense"])
-def test_losses_and_gradients_have_the_bits_of_the_decoder(kind):
+@pytest.mark.parametrize(("kind", "experts"), [("nsa", False), ("dense", False), ("dense", True)])
+def test_losses_and_gradients_have_the_bits_of_the_decoder(kind, experts):
     torch.manual_seed(0)
+    moe = MoEConfig(num_experts=8, top_k=2, expert_size=64, loss_weight=0.1) if experts else None
     sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64}
-    config = ModelConfig(vocab_size=64, intermediate_size=256, max_position=4096, **sizes)
+    config = ModelConfig(vocab_size=64, intermediate_size=256, max_position=4096, moe=moe, **sizes)
     with torch.device("cuda"):
-        model = Decoder(config, AttentionConfig(kind=kind)).bfloat16()
+        model = Decoder(config, AttentionConfig(kind=kind), dense_attention="triton").bfloat16()
+    auxiliary = [module for module in model.modules() if isinstance(module, AuxiliaryLoss)]
+    assert len(auxiliary) == experts * 1
     graphed = GraphedDecoder(model)
     generator = torch.Generator("cuda").manual_seed(1)
     # Few documents, others, more than there was room for, few again; the third has other shapes.
@@ -110,9 +119,12 @@ def test_losses_and_gradients_have_the_bits_of_the_decoder(kind):
         found = []
         for forward in (model.forward, graphed, graphed):
             model.zero_grad(set_to_none=True)
+            for loss in auxiliary:
+                loss.clear()
             losses = forward(ids, targets=targets, cu_seqlens=borders)
             (losses * weights).sum().backward()
             found.append([losses.detach(), *(p.grad for p in model.parameters())])
+            found[-1] += [loss.tally.clone() for loss in auxiliary]
         for a, b, again in zip(*found, strict=True):
             assert torch.equal(a, b) and torch.equal(a, again)
     kept = [p.grad.clone() for p in model.parameters()]
@@ -125,16 +137,21 @@ def test_losses_and_gradients_have_the_bits_of_the_decoder(kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("recomputed", "zero"), [("none", 0), ("none", 1), ("selective", 2), ("full", 1)])
-def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, zero):
+@pytest.mark.parametrize(
+    ("recomputed", "zero", "experts"),
+    [("none", 0, False), ("none", 1, True), ("selective", 2, False), ("full", 1, True)],
+)
+def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, zero, experts):
     curves = []
     for graphs in ("true", "false"):
         (tmp_path / graphs).mkdir()
         told = ["engine.precision=bf16", f"engine.activation_checkpointing={recomputed}", "attention.kind=nsa"]
         told += [f"engine.cuda_graphs={graphs}", f"engine.zero_stage={zero}", "training.global_batch_size=4"]
+        told += [*EXPERTS, "model.moe.bias_rate=0.01"] if experts else []
         result = train(tmp_path / graphs, *told)
         assert result.returncode == 0, result.stdout
         lines = (tmp_path / graphs / "runs/run/metrics.jsonl").read_text().splitlines()
         names = ("train/loss", "train/grad_norm", "validation/loss")
-        curves.append([{k: v for k, v in json.loads(line).items() if k in names} for line in lines])
+        told_of = [json.loads(line).items() for line in lines]
+        curves.append([{k: v for k, v in line if k in names or k.startswith("moe/")} for line in told_of])
     assert curves[0] == curves[1] and len(curves[0]) >= 6
