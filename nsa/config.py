@@ -134,8 +134,8 @@ class EngineConfig(Section):
     )  # fmt: skip
     cuda_graphs: bool = Field(
         True, description="on a GPU, record the passes of a micro batch and replay them: a small model no longer waits "
-        "for Python; the recording keeps its memory. With zero_stage 0 to 2, no pipeline and no spread experts; elsewhere it "
-        "changes nothing"
+        "for Python; the recording keeps its memory. With zero_stage 0 to 2, no pipeline and no spread experts; "
+        "elsewhere it changes nothing"
     )  # fmt: skip
     backend: Literal["auto", "triton", "torch", "naive"] = Field(
         "auto", description="implementation of the attention operators; auto: triton on a GPU, else torch"
