@@ -21,7 +21,7 @@ from benchmarks import dense
 from benchmarks.measure import Call, agreement, ceilings, environment, forward_backward
 from nsa import ops
 from nsa.ops.dense import libraries
-from nsa.ops.packing import KnownLengths, tell_lengths
+from nsa.ops.geometry import KnownLengths, tell_lengths
 
 SHAPES = {f"{h} / {g}, {width}": (h, g, width) for width in (64, 128) for h, g in ((16, 1), (32, 2))}
 

@@ -33,7 +33,7 @@ from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.models import Decoder, training_flops_per_token
 from nsa.ops.dense.libraries import chosen
-from nsa.ops.packing import KnownLengths, tell_lengths
+from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.cuda_graphs import GraphedDecoder
 from nsa.training.loading import ON_DEVICE

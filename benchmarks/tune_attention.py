@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, distinct_blocks, normal
 from benchmarks.measure import called_ms
 from nsa.ops.compressed import compressed_ranges
-from nsa.ops.dense import window_ranges
+from nsa.ops.geometry import Documents, window_ranges
 from nsa.ops.kernels import launch, ranges, selected, selection
-from nsa.ops.packing import Documents
 
 TABLE = Path(launch.__file__).with_name("tiles.json")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")

@@ -1,59 +1,57 @@
 """What a decoder is: the `model` and `attention` sections of a configuration."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
+from nsa.layers.kind import Kind, Shape
+from nsa.layers.kinds import BASELINE, DEFAULT, KINDS, kind_of
 from nsa.schema import Section
 
-AttentionKind = Literal["dense", "nsa"]
+NAMES = tuple(kind.name for kind in KINDS)
+# The type of attention.kind: the names of the kinds that there are.
+KindName = Literal[NAMES]  # type: ignore[valid-type]
 
 
-class AttentionConfig(Section):
-    """Attention of every layer. Lengths are in tokens. Defaults are those of the NSA paper (arXiv 2502.11089, 4.1)."""
+class _AttentionConfig(Section):
+    """What attention is whatever its kinds: `AttentionConfig` has a section for each kind beside it."""
 
-    kind: AttentionKind | list[AttentionKind] = Field(
-        "nsa", description="one kind for all layers, or a pattern that is repeated over them, e.g. [dense, nsa, nsa]"
+    kind: KindName | list[KindName] = Field(
+        DEFAULT.name,
+        description="one kind for all layers, or a pattern that is repeated over them, e.g. "
+        f"[{', '.join([BASELINE.name, DEFAULT.name, DEFAULT.name])}]",
     )
-    compress_length: int = Field(32, ge=1, description="tokens in a compression block (l), a multiple of the stride")
-    compress_stride: int = Field(16, ge=1, description="tokens between two compression blocks (d)")
-    compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: head_dim")
-    block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
-    num_blocks: int = Field(16, ge=1, description="selected blocks per query, initial and local ones included (n)")
-    num_initial: int = Field(1, ge=0, description="blocks at the start of a document that are always selected")
-    num_local: int = Field(2, ge=0, description="most recent blocks that are always selected, the current one included")
-    window: int = Field(512, ge=1, description="tokens seen by the sliding-window branch, the query's own included (w)")
 
     @model_validator(mode="after")
-    def _consistent(self) -> "AttentionConfig":
+    def _consistent(self) -> "_AttentionConfig":
         if isinstance(self.kind, list) and not self.kind:
-            raise ValueError("attention.kind: the pattern is empty; name at least one of dense, nsa")
-        if self.compress_length % self.compress_stride:
-            raise ValueError(
-                f"attention.compress_length ({self.compress_length}) must be a multiple of "
-                f"attention.compress_stride ({self.compress_stride})"
-            )
-        if self.block_size % self.compress_stride:
-            raise ValueError(
-                f"attention.block_size ({self.block_size}) must be a multiple of "
-                f"attention.compress_stride ({self.compress_stride})"
-            )
-        if self.block_size < self.compress_length:
-            raise ValueError(
-                f"attention.block_size ({self.block_size}) must not be below "
-                f"attention.compress_length ({self.compress_length}): NSA's equation 9 needs l <= l'"
-            )
-        if self.num_initial + self.num_local > self.num_blocks:
-            raise ValueError(
-                f"attention.num_initial + attention.num_local ({self.num_initial + self.num_local}) exceed "
-                f"attention.num_blocks ({self.num_blocks}): raise num_blocks or force fewer blocks"
-            )
+            raise ValueError(f"attention.kind: the pattern is empty; name at least one of {', '.join(NAMES)}")
         return self
 
-    def kinds(self, num_layers: int) -> list[AttentionKind]:
+    def kinds(self, num_layers: int) -> list[Kind]:
         """The kind of each of ``num_layers`` layers."""
         pattern = self.kind if isinstance(self.kind, list) else [self.kind]
-        return [pattern[i % len(pattern)] for i in range(num_layers)]
+        return [kind_of(pattern[i % len(pattern)]) for i in range(num_layers)]
+
+    def of(self, kind: Kind) -> Any:
+        """The section of ``kind``; None if it has no keys."""
+        return None if kind.config is None else getattr(self, kind.name)
+
+
+if TYPE_CHECKING:
+    AttentionConfig = _AttentionConfig
+else:
+    AttentionConfig = create_model(
+        "AttentionConfig",
+        __base__=_AttentionConfig,
+        __module__=__name__,
+        __doc__="Attention of every layer: its kind, and a section for each kind.",
+        **{
+            kind.name: (kind.config, Field(kind.config(), description=f"{kind.title}, where it is the kind of a layer"))
+            for kind in KINDS
+            if kind.config is not None
+        },
+    )
 
 
 class RopeConfig(Section):
@@ -136,6 +134,18 @@ class ModelConfig(Section):
                 "with experts: lower it, or take model.moe out"
             )
         return self
+
+    @property
+    def attention_shape(self) -> Shape:
+        """Of an attention layer."""
+        return Shape(
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim or self.head_dim,
+            rope_theta=self.rope.theta,
+        )
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of ``layer`` (from 0) is a mixture of experts."""

@@ -5,14 +5,14 @@ from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import Cache
-from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.kind import Backends, Kind
 from nsa.layers.projection import parallel_linear
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.models.head import LanguageModelHead
 from nsa.models.initialisation import first_value
 from nsa.models.moe import MixtureOfExperts
-from nsa.ops.packing import Documents
+from nsa.ops.geometry import Documents
 
 
 class RMSNorm(nn.Module):
@@ -44,10 +44,11 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(
-        self, config: ModelConfig, attention: DenseAttention | NativeSparseAttention, mlp: MLP | MixtureOfExperts
-    ) -> None:
+    """Attention and MLP, each on the norm of the residual stream, which they add to. ``kind``: of the attention."""
+
+    def __init__(self, config: ModelConfig, kind: Kind, attention: nn.Module, mlp: MLP | MixtureOfExperts) -> None:
         super().__init__()
+        self.kind = kind
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
     """A decoder language model, drawn from torch's generator; on the meta device without values.
 
     Args:
-        config: shape. attention: kind of each layer, and NSA's sizes.
+        config: shape. attention: kind of each layer, and the sizes of each kind.
         backend: implementation of the attention operators: auto, triton, torch or naive.
         dense_attention: of causal attention, where ``backend`` is auto: auto, triton or a library
             (`nsa.ops.dense_attention`).
@@ -75,12 +76,13 @@ class Decoder(nn.Module):
         self, config: ModelConfig, attention: AttentionConfig, *, backend: str = "auto", dense_attention: str = "auto"
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.attention = config, attention
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config,
-                build_attention(kind, config, attention, backend, dense_attention),
+                kind,
+                kind.build(config.attention_shape, attention.of(kind), Backends(backend, dense_attention)),
                 build_mlp(number, config),
             )
             for number, kind in enumerate(attention.kinds(config.num_layers))
@@ -153,25 +155,3 @@ def build_mlp(layer: int, config: ModelConfig) -> MLP | MixtureOfExperts:
         return MLP(config.hidden_size, config.intermediate_size)
     shared = MLP(config.hidden_size, moe.num_shared * moe.expert_size) if moe.num_shared else None
     return MixtureOfExperts(config.hidden_size, moe, shared)
-
-
-def build_attention(
-    kind: str, config: ModelConfig, attention: AttentionConfig, backend: str, dense_attention: str = "auto"
-) -> DenseAttention | NativeSparseAttention:
-    """The attention layer of one decoder layer."""
-    heads = (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.v_head_dim)
-    if kind == "dense":
-        return DenseAttention(*heads, backend=backend, implementation=dense_attention)
-    return NativeSparseAttention(
-        *heads,
-        compress_length=attention.compress_length,
-        compress_stride=attention.compress_stride,
-        compress_hidden=attention.compress_hidden,
-        block_size=attention.block_size,
-        num_blocks=attention.num_blocks,
-        num_initial=attention.num_initial,
-        num_local=attention.num_local,
-        window=attention.window,
-        rope_theta=config.rope.theta,
-        backend=backend,
-    )

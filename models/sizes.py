@@ -1,22 +1,26 @@
-"""Parameters and FLOPs of a decoder, counted without building it."""
+"""Parameters and FLOPs of a decoder, counted without its weights."""
 
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nsa.layers.kind import Backends, Kind, Shape
+from nsa.layers.kinds import BASELINE
 from nsa.models.config import AttentionConfig, ModelConfig
 
 
-def attention_parameters(kind: str, model: ModelConfig, attention: AttentionConfig) -> int:
+@lru_cache(maxsize=256)
+def parameters_of_attention(kind: Kind, shape: Shape, config: Any) -> dict[str, int]:
+    """Of each parameter of one layer, by its name in the layer, the number of elements."""
+    with torch.device("meta"):
+        layer = kind.build(shape, config, Backends())
+    return {name: parameter.numel() for name, parameter in layer.named_parameters()}
+
+
+def attention_parameters(kind: Kind, model: ModelConfig, attention: AttentionConfig) -> int:
     """Parameters of one attention layer."""
-    key, value = model.head_dim, model.v_head_dim or model.head_dim
-    projections = model.hidden_size * model.num_heads * (key + value)  # query and output
-    key_value = model.hidden_size * model.num_kv_heads * (key + value)
-    if kind == "dense":
-        return projections + key_value
-    length = attention.compress_length
-    compression = 0
-    for width in (key, value):
-        hidden = attention.compress_hidden or width
-        compression += length * width * (hidden + 1) + hidden * width
-    gate = (model.hidden_size + 1) * 3 * model.num_heads
-    return projections + 3 * key_value + compression + gate
+    return sum(parameters_of_attention(kind, model.attention_shape, attention.of(kind)).values())
 
 
 def mlp_parameters(model: ModelConfig, active: bool = False) -> int:
@@ -50,23 +54,14 @@ def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str
     }
 
 
-def attention_flops(kind: str, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:
+def attention_flops(kind: Kind, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:
     """Forward FLOPs per token of scores and weighted values of one layer, mean over a causal sequence.
 
     A multiply-add is 2 FLOPs; only keys that a query sees are counted. NSA's selection recomputes the compressed
     scores: they are not counted, as recomputation is not in a model-FLOPs utilisation (PaLM, arXiv 2204.02311).
     """
-    tokens, value = sequence_length, model.v_head_dim or model.head_dim
-    if kind == "dense":
-        keys = (tokens + 1) / 2  # the mean over the sequence
-    else:
-        a = attention
-        compressed = sum(max(0, (t - a.compress_length + 1) // a.compress_stride + 1) for t in range(tokens)) / tokens
-        most = a.num_blocks * a.block_size
-        selected = sum(min(t + 1, most - a.block_size + t % a.block_size + 1) for t in range(tokens)) / tokens
-        window = sum(min(t + 1, a.window) for t in range(tokens)) / tokens
-        keys = compressed + selected + window
-    return 2 * model.num_heads * (model.head_dim + value) * keys
+    keys = sum(kind.keys(attention.of(kind), sequence_length).values())
+    return 2 * model.num_heads * (model.head_dim + (model.v_head_dim or model.head_dim)) * keys
 
 
 def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> dict[str, float]:
@@ -77,24 +72,16 @@ def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, seq
         in every layer: what its speed is compared by across kinds of attention.
     """
 
-    def total(kinds: list[str]) -> float:
+    def total(kinds: list[Kind]) -> float:
         matrices: float = mlp_parameters(model, active=True)
-        matrices += sum(_matrix_parameters(kind, model, attention) for kind in kinds)
+        for kind in kinds:
+            products = kind.products(model.attention_shape, attention.of(kind))
+            matrices += sum(product.rows * product.inner * product.outer for product in products)
         matrices += model.vocab_size * model.hidden_size
         scores = sum(attention_flops(kind, model, attention, sequence_length) for kind in kinds)
         return 3 * (2 * matrices + scores)
 
-    kinds = [str(kind) for kind in attention.kinds(model.num_layers)]
-    return {"sparse": total(kinds), "dense_equivalent": total(["dense"] * model.num_layers)}
-
-
-def _matrix_parameters(kind: str, model: ModelConfig, attention: AttentionConfig) -> float:
-    """Multiply-adds per token in the linear maps of one attention layer; compression runs per stride and KV head."""
-    parameters = attention_parameters(kind, model, attention)
-    if kind == "dense":
-        return parameters
-    compression = parameters - attention_parameters("dense", model, attention)
-    key, value = model.head_dim, model.v_head_dim or model.head_dim
-    compression -= 2 * model.hidden_size * model.num_kv_heads * (key + value)
-    compression -= (model.hidden_size + 1) * 3 * model.num_heads
-    return parameters + compression * (model.num_kv_heads / attention.compress_stride - 1)
+    return {
+        "sparse": total(attention.kinds(model.num_layers)),
+        "dense_equivalent": total([BASELINE] * model.num_layers),
+    }

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from nsa import strict_yaml
+from nsa.config_history import upgraded
 from nsa.data.config import DataConfig
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.parallel.config import ParallelConfig, check_layout
 from nsa.schema import Section
 from nsa.strict_yaml import ConfigError
 
-__all__ = ["Config", "ConfigError", "dump_config", "json_schema", "load_config"]
+__all__ = ["Config", "ConfigError", "dump_config", "json_schema", "load_config", "load_saved"]
 
 
 class OptimizerConfig(Section):
@@ -220,6 +221,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     nearest valid one), duplicate keys, wrong types, values out of range, contradictions.
     """
     return strict_yaml.load(Config, path, overrides)
+
+
+def load_saved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, for a file that a run saved: one of an earlier version is brought up to date."""
+    return strict_yaml.load(Config, path, overrides, upgraded)
 
 
 def dump_config(config: Config) -> str:

@@ -8,7 +8,7 @@ told with the file, the line, the full dotted key and what would be valid. Nothi
 import difflib
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -149,14 +149,22 @@ def _override(tree: Any, override: str) -> Path_:
     return tuple(path)
 
 
-def load(section: type[SectionT], path: str | Path, overrides: Sequence[str] = ()) -> SectionT:
+def load(
+    section: type[SectionT],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    upgrade: Callable[[Any], Any] = lambda tree: tree,
+) -> SectionT:
     """Read ``path``, write the ``key=value`` overrides over it (in order), check it against ``section``.
+
+    ``upgrade``: brings the values of an older file to today's keys, before the overrides.
 
     Raises ``ConfigError`` that lists every problem found.
     """
     tree, lines = _parse(_read(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys such as {', '.join(list(section.model_fields)[:4])}")
+    tree = upgrade(tree)
     overridden = {_override(tree, override): override for override in overrides}
     try:
         return section.model_validate(tree)
@@ -281,6 +289,10 @@ def _nearest(section: type[BaseModel], path: Path_) -> str:
     parent = _section_of(_real_path(section, path[:-1])[1])
     siblings = list(parent.model_fields) if parent else []
     name = str(path[-1])
+    for sibling, field in parent.model_fields.items() if parent else ():
+        inner = _section_of(field.annotation)
+        if inner is not None and name in inner.model_fields:
+            return f"the nearest valid one is {dotted((*path[:-1], sibling, name))}"
     if close := difflib.get_close_matches(name, siblings, n=1, cutoff=0.6):
         return f"the nearest valid one is {dotted((*path[:-1], close[0]))}"
     elsewhere = {key.rpartition(".")[2]: key for key, _ in walk(section)}

@@ -38,7 +38,7 @@ def small_config(folder: Path, kind="nsa", **model) -> Config:
             "name": "run",
             "output_dir": str(folder),
             "model": {**shape, **model},
-            "attention": {"kind": kind, **sizes},
+            "attention": {"kind": kind, "nsa": sizes},
             "data": {
                 "sequence_length": 64,
                 "tokenizer": {"vocab_size": 400},

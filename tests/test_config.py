@@ -77,7 +77,7 @@ def test_duplicate_key_inside_a_list_item_and_at_the_top(small):
 @pytest.mark.parametrize(
     ("override", "nearest"),
     [
-        ("attention.widnow=64", "attention.window"),
+        ("attention.nsa.widnow=64", "attention.nsa.window"),
         ("model.rope.tetha=1", "model.rope.theta"),
         ("data.sources.1.wieght=1", "data.sources.1.weight"),
         ("learning_rate=1", "optimizer.learning_rate"),
@@ -122,7 +122,7 @@ def test_unknown_key_like_nothing_lists_what_is_valid(small):
         ("name=../up", "name: '../up' may only have letters, digits and _ . -"),
         ("data.sources.7.weight=1", "data.sources is a list of 2; name an item by 0..1"),
         ("name.x=1", "name is a single value and has no 'x' in it"),
-        ("attention.window", "write key=value with a dotted key"),
+        ("attention.nsa.window", "write key=value with a dotted key"),
         ("attention..window=1", "write key=value with a dotted key"),
         ("attention.kind=[nsa", "expected ',' or ']'"),
     ],
@@ -138,10 +138,10 @@ def test_wrong_values_in_plain_words(small, override, words):
     [
         (["model.num_heads=5"], "model.num_heads (5) must be a multiple of model.num_kv_heads (2)"),
         (["model.head_dim=15"], "model.head_dim (15) must be even"),
-        (["attention.compress_length=40"], "must be a multiple of attention.compress_stride (16)"),
-        (["attention.block_size=40"], "attention.block_size (40) must be a multiple of"),
-        (["attention.block_size=16"], "must not be below attention.compress_length (32)"),
-        (["attention.num_blocks=2"], "exceed attention.num_blocks (2)"),
+        (["attention.nsa.compress_length=40"], "must be a multiple of attention.nsa.compress_stride (16)"),
+        (["attention.nsa.block_size=40"], "attention.nsa.block_size (40) must be a multiple of"),
+        (["attention.nsa.block_size=16"], "must not be below attention.nsa.compress_length (32)"),
+        (["attention.nsa.num_blocks=2"], "exceed attention.nsa.num_blocks (2)"),
         (["attention.kind=[]"], "the pattern is empty"),
         (["data.sequence_length=512"], "exceeds the rotary range model.max_position (256)"),
         (["data.tokenizer.vocab_size=600"], "exceeds model.vocab_size (512)"),
@@ -162,9 +162,9 @@ def test_contradictions_are_refused(small, overrides, words):
 
 
 def test_every_problem_is_told_at_once(small):
-    text = refusal(small, "attention.widnow=64", "model.num_heads=5", "training.steps=0")
+    text = refusal(small, "attention.nsa.widnow=64", "model.num_heads=5", "training.steps=0")
     assert text.startswith(f"{small}: 3 problems\n")
-    assert all(words in text for words in ("attention.window", "model.num_kv_heads (2)", "training.steps"))
+    assert all(words in text for words in ("attention.nsa.window", "model.num_kv_heads (2)", "training.steps"))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_is_a_plain_file_for_people_and_editors(path):
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
     assert config.name == path.stem
     assert config.attention.kind == "nsa"
-    assert config.data.sequence_length * max(config.evaluation.length_factors) > config.attention.window
+    assert config.data.sequence_length * max(config.evaluation.length_factors) > config.attention.nsa.window
     rows = config.training.micro_batch_size * config.data.sequence_length
     assert rows < 2**31
 

@@ -24,7 +24,9 @@ CONFIG = """
 name: run
 model: {vocab_size: 400, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16,
         intermediate_size: 48, max_position: 128}
-attention: {kind: [nsa, dense], compress_length: 8, compress_stride: 4, block_size: 8, num_blocks: 4, window: 16}
+attention:
+  kind: [nsa, dense]
+  nsa: {compress_length: 8, compress_stride: 4, block_size: 8, num_blocks: 4, window: 16}
 data: {sequence_length: 64, tokenizer: {vocab_size: 400}, validation_fraction: 0.2, workers: 1}
 optimizer: {learning_rate: 3.0e-3, warmup_steps: 2}
 training: {global_batch_size: 4, micro_batch_size: 2, validation_every: 10, validation_samples: 4, probe_every: 20}

@@ -1,1 +1,5 @@
-"""What an export carries: `modeling_nsa.py` is copied into every exported folder."""
+"""What an export carries: the files of this folder but this one are copied into every exported folder."""
+
+from pathlib import Path
+
+FILES = tuple(sorted(path for path in Path(__file__).parent.glob("*_nsa.py")))

@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nsa.config import Config, load_config
+from nsa.config import Config, load_saved
 from nsa.data.tokenizer import Tokenizer
 from nsa.exporting.model_card import model_card
 from nsa.exporting.proof import ExportError, Proof, prove
 from nsa.exporting.tokenizer import write_tokenizer
-from nsa.models import Decoder
-from nsa.models.hf import modeling_nsa
-from nsa.models.hf.modeling_nsa import NSAConfig
+from nsa.layers.kinds import KINDS
+from nsa.models import Decoder, hf
+from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.training import checkpoint
 from nsa.untrusted import UntrustedError, check_safetensors, regular_size
 
@@ -46,7 +46,7 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
     final = Path(out) if out is not None else step.parent / "export"
     if final.exists() and not (final / CONFIG).is_file():
         raise ExportError(f"{final} exists and is no export: name another folder with --out")
-    config = load_config(step / "config.yaml")
+    config = load_saved(step / "config.yaml")
     weights = checkpoint.load_weights(step)
     weights = {name: t if ".router." in name else t.to(DTYPES[dtype]) for name, t in weights.items()}
     tokenizer = Tokenizer(step / "tokenizer.model")
@@ -73,17 +73,17 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
 
 def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
     """Write what `transformers` reads. ``weights``: by the decoder's names; they are the names in the export too."""
-    hf = hf_config(config, tokenizer)
-    dtype = next(iter(weights.values())).dtype
-    hf.dtype = dtype
-    hf.save_pretrained(folder)
-    shutil.copyfile(modeling_nsa.__file__, folder / "modeling_nsa.py")
+    described = hf_config(config, tokenizer)
+    described.dtype = next(iter(weights.values())).dtype
+    described.save_pretrained(folder)
+    for path in hf.FILES:
+        shutil.copyfile(path, folder / path.name)
     save_torch_state_dict(weights, folder, max_shard_size="5GB", metadata={"format": "pt"})
     for path in folder.glob("*.safetensors"):  # written for their owner alone
         path.chmod((folder / "config.json").stat().st_mode)
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    write_tokenizer(tokenizer, folder, hf.max_position_embeddings)
+    write_tokenizer(tokenizer, folder, described.max_position_embeddings)
 
 
 def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
@@ -100,7 +100,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         }
     return NSAConfig(
         architectures=["NSAForCausalLM"],
-        auto_map={"AutoConfig": "modeling_nsa.NSAConfig", "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM"},
+        auto_map={"AutoConfig": "configuration_nsa.NSAConfig", "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM"},
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
@@ -112,7 +112,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         v_head_dim=model.v_head_dim,
-        attention_kinds=[*attention.kinds(model.num_layers)],
+        attention_kinds=[kind.name for kind in attention.kinds(model.num_layers)],
         max_position_embeddings=int(model.max_position * rope.yarn_factor),
         original_max_position=model.max_position,
         rotary_base=rope.theta,
@@ -122,9 +122,25 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         rms_norm_eps=model.norm_eps,
         initializer_range=model.init_std,
         tie_word_embeddings=model.tie_embeddings,
-        **attention.model_dump(exclude={"kind"}),
+        **_attention_fields(config),
         **experts,
     )
+
+
+def _attention_fields(config: Config) -> dict[str, Any]:
+    """Of every kind that an export can carry, used by the model or not.
+
+    Raises:
+        ExportError: a layer has a kind that it cannot carry.
+    """
+    used = config.attention.kinds(config.model.num_layers)
+    if lacking := sorted({kind.name for kind in used if kind.export is None}):
+        raise ExportError(f"an export cannot carry attention of kind {', '.join(lacking)} yet")
+    fields: dict[str, Any] = {}
+    for kind in KINDS:
+        if kind.export is not None:
+            fields |= kind.export(config.attention.of(kind))
+    return fields
 
 
 def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, Tokenizer]:
@@ -139,7 +155,7 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ExportError(f"{folder} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
-    config = load_config(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
+    config = load_saved(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
     weights: dict[str, Tensor] = {}
     try:
         regular_size(folder / CONFIG), regular_size(folder / "tokenizer.model")

@@ -38,23 +38,19 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
     parameters = count_parameters(model, attention)
     rows = {
         "parameters": f"{parameters['total']:,}" + (f", {parameters['active']:,} active" if model.moe else ""),
-        "layers": ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)),
+        "layers": ", ".join(f"{kinds.count(kind)} {kind.name}" for kind in dict.fromkeys(kinds)),
         "width": f"{model.hidden_size}; {model.num_heads} query heads, {model.num_kv_heads} key/value heads of "
         f"{model.head_dim} (values {model.v_head_dim or model.head_dim})",
         "experts": experts_in_words(model.moe) if model.moe else "",
-        "compression": f"blocks of {attention.compress_length} tokens at stride {attention.compress_stride}",
-        "selection": f"{attention.num_blocks} blocks of {attention.block_size} tokens, {attention.num_initial} initial "
-        f"and {attention.num_local} local ones among them",
-        "window": f"{attention.window} tokens",
+        **{row: text for kind in dict.fromkeys(kinds) for row, text in kind.card(attention.of(kind)).items()},
         "rotary range": f"{model.max_position} tokens"
         + (f", extended {model.rope.yarn_factor:g} times with YaRN" if model.rope.yarn_factor > 1 else ""),
         "training": f"{state['step']:,} steps, {state['tokens']:,} tokens, samples of {config.data.sequence_length}",
         "optimizer": f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule} decay",
         "data": ", ".join(f"{s.name} ({s.kind}, weight {s.weight:g})" for s in config.data.sources),
     }
-    absent = [] if model.moe else ["experts"]
-    for row in absent + ([] if "nsa" in kinds else ["compression", "selection", "window"]):
-        del rows[row]
+    if not model.moe:
+        del rows["experts"]
     if bits_per_byte is not None:
         rows["held-out text"] = f"{bits_per_byte:.4f} bits per byte"
     table = "\n".join(f"| {name} | {text} |" for name, text in rows.items())
@@ -64,7 +60,7 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
 
 # {config.name}
 
-A decoder language model with {"Native Sparse Attention (arXiv 2502.11089)" if "nsa" in kinds else "dense attention"}.
+A decoder language model with {" and ".join(kind.title for kind in dict.fromkeys(kinds))}.
 
 | | |
 |---|---|

@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nsa.data.tokenizer import PROBE, Tokenizer
-from nsa.layers.native_sparse import GatedBranches
-from nsa.models import Decoder
-from nsa.models.hf import modeling_nsa
+from nsa.models import Decoder, hf
 
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its sequence
 NEW_TOKENS = 24
@@ -116,9 +114,10 @@ def _difference(name: str, found: Tensor, expected: Tensor) -> float:
 def _sequences(decoder: Decoder, tokenizer: Tokenizer) -> dict:
     """Inputs long enough that most blocks are not selected, and of awkward lengths; prompts of unequal lengths."""
     config = decoder.config
-    reach = max((_reach(layer.attention) for layer in decoder.layers), default=64)
+    kinds = decoder.attention.kinds(config.num_layers)
+    reach = max(kind.reach(decoder.attention.of(kind)) for kind in kinds)
     longest = min(config.max_position, max(131, 3 * reach // 2 + 3))
-    source = tokenizer.encode(Path(modeling_nsa.__file__).read_text())
+    source = tokenizer.encode(hf.FILES[0].read_text())
     text = (source * (longest // len(source) + 1))[:longest]
     chance = random.Random(0)
     lengths = [n for n in (1, 2, 17, 63, 129) if n < longest] + [longest]
@@ -127,19 +126,13 @@ def _sequences(decoder: Decoder, tokenizer: Tokenizer) -> dict:
     return {"inputs": [*inputs, text], "prompts": [text[:short], text[5:6], text[: max(2, longest - NEW_TOKENS)]]}
 
 
-def _reach(attention: object) -> int:
-    """Tokens that a query sees at most in one sparse branch."""
-    attend = getattr(attention, "attend", None)
-    return max(attend.num_blocks * attend.block_size, attend.window) if isinstance(attend, GatedBranches) else 64
-
-
 def hostile_texts() -> list[str]:
     """Texts on which tokenizers differ: all bytes, scripts, runs of white space, control characters, special tokens.
 
     Lone surrogates are left out: no tokenizer in the fast format takes them.
     """
     chance = random.Random(0)
-    texts = ["", PROBE, Path(modeling_nsa.__file__).read_text()]
+    texts = ["", PROBE, hf.FILES[0].read_text()]
     texts += [chr(i) for i in range(256)]
     texts += [f"a{c}{c} b" for c in "\u00a0\u2003\u200b\u3000\ufeff\u0301\u2581\ufffd\u0085\u2028"]
     texts += [mark * n for mark in " \t\n\r=-#_*a\u2581" for n in (2, 3, 5, 8, 17, 64, 251)]

@@ -1,6 +1,6 @@
-"""Attention layers: nn.Modules that compose the operators."""
+"""Attention layers: nn.Modules that compose the operators, one folder for each kind."""
 
 from nsa.layers.dense import DenseAttention
-from nsa.layers.native_sparse import NativeSparseAttention
+from nsa.layers.nsa import NativeSparseAttention
 
 __all__ = ["DenseAttention", "NativeSparseAttention"]

@@ -4,9 +4,10 @@ from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
 from nsa.ops.dense import dense_attention
+from nsa.ops.geometry import Heads
 from nsa.ops.native_sparse import native_sparse_attention
 from nsa.ops.norm import add_rms_norm
-from nsa.ops.rotary import Heads, apply_rotary, split_heads
+from nsa.ops.rotary import apply_rotary, split_heads
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.swiglu import swiglu

@@ -2,7 +2,7 @@
 
 A pattern cuts the queries into tiles and says, for each, which keys to load and which of them each query sees. Scores
 exist for one tile at a time, forward and backward (FlashAttention's recomputation, arXiv 2205.14135, section 3.1, at
-the granularity of torch calls). The two patterns serve every operator: `Ranges` where each query sees a run of keys
+the granularity of torch calls). The two patterns serve every operator: `Runs` where each query sees a run of keys
 (causal, window, compressed), `Blocks` where it sees a list of blocks (selected).
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import accumulation_dtype
+from nsa.ops.geometry import Ranges
 
 # Scores are in units of log2: exp2 is several times faster than exp on a CPU where many arguments are -inf.
 LOG2_E = 1 / math.log(2)
@@ -49,19 +50,19 @@ def tile_bounds(num_queries: int, num_keys: int, num_heads: int) -> Iterator[tup
 
 
 @dataclass(frozen=True, eq=False)
-class Ranges:
-    """Query t sees keys ``first[t] .. last[t]-1``; both (T,) int64 and never falling, as causal masks are."""
+class Runs:
+    """The pattern of `nsa.ops.geometry.Ranges`: each query sees a run of keys."""
 
-    first: Tensor
-    last: Tensor
+    ranges: Ranges
 
     def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]:
-        first, last = self.first.tolist(), self.last.tolist()
+        first, last = self.ranges.first.tolist(), self.ranges.last.tolist()
         for start, stop in tile_bounds(num_queries, num_keys, num_heads):
             keys = slice(min(first[start], num_keys), max(last[stop - 1], first[start]))
-            position = torch.arange(keys.start, keys.stop, device=self.first.device)
+            position = torch.arange(keys.start, keys.stop, device=self.ranges.first.device)
             rows = slice(start, stop)
-            yield Tile(start, stop, keys, (position >= self.first[rows, None]) & (position < self.last[rows, None]))
+            mask = (position >= self.ranges.first[rows, None]) & (position < self.ranges.last[rows, None])
+            yield Tile(start, stop, keys, mask)
 
 
 @dataclass(frozen=True)

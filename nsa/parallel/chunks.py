@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nsa.ops.packing import cached
-from nsa.parallel.collectives import all_gather, exchange
+from nsa.ops.geometry import cached
+from nsa.parallel.collectives import exchange
 from nsa.parallel.grid import Axis
 
 TOKENS = 1
@@ -59,10 +59,6 @@ class Chunks:
         """This rank's tokens (B, 2 x size, ...) as its two chunks."""
         first, second = local.split(self.size, TOKENS)
         return first, second
-
-    def whole(self, local: Tensor, what: str) -> Tensor:
-        """(B, 2 x size, ...) of every rank as the whole sequence (B, T, ...)."""
-        return self.in_order(all_gather(local, self.axis, TOKENS, what))
 
     def in_order(self, gathered: Tensor) -> Tensor:
         """The tokens of all ranks, one rank after the other, as the sequence (B, T, ...)."""

@@ -1,13 +1,13 @@
 """Context parallelism: each rank computes the tokens of its chunks, with the keys and values that they see.
 
-What is on its own per token (norms, projections, MLP, loss) needs nothing. Attention does:
+What is on its own per token (norms, projections, MLP, loss) needs nothing. Attention does, and the record of its kind
+says for each input what (`nsa.layers.kind.Exchange`):
 
-* dense: keys and values of all ranks are gathered (their gradients are summed and scattered back);
-* NSA, compressed: a rank compresses the blocks that end in its chunks, after a halo of length - 1 tokens; then the
-  compressed keys and values are gathered: 1 / stride of the whole;
-* NSA, selected: gathered whole, per KV head: any query may select any block. The gather is under way while blocks are
-  compressed, attended to and selected;
-* NSA, window: a halo of window - 1 tokens before each chunk.
+* Gather: keys and values of all ranks (their gradients are summed and scattered back). The gather is under way while
+  the layer goes on, until somebody asks for what it brings;
+* Halo: those of the last tokens before each chunk (NSA's window);
+* Blocks: a rank makes the blocks that end in its chunks, after a halo of length - 1 tokens; then the blocks are
+  gathered: 1 / stride of the whole (NSA's compression).
 
 A chunk's queries are then the last ones of a prefix of the sequence, which the operators know. Documents may be
 packed: ``cu_seqlens`` always describes the whole sequence.
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa.layers import NativeSparseAttention
-from nsa.layers.native_sparse import KeyValueCompression, Pair
+from nsa.layers.around import Around
+from nsa.layers.kind import Blocks, Exchange, Gather, Halo, Own, Pair
 from nsa.models import Decoder
-from nsa.ops.compression import block_ends
-from nsa.ops.packing import Documents, cached, clip_borders, derived, num_compressed
+from nsa.ops.geometry import Documents, block_ends, cached, clip_borders, derived, num_compressed
+from nsa.parallel import collectives
 from nsa.parallel.chunks import TOKENS, Chunks
-from nsa.parallel.collectives import Gather, all_gather
+from nsa.parallel.collectives import all_gather
 from nsa.parallel.grid import Axis
 
 
@@ -34,14 +34,17 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
     if axis.size == 1:
         return
     model.forward = partial(_compute_own_tokens, model.forward, axis)  # type: ignore[method-assign]
+    layer: Any
     for layer in model.layers:
-        attention: Any = layer.attention
-        if isinstance(attention, NativeSparseAttention):
-            attention.project = partial(_project, attention.project, axis)  # type: ignore[method-assign]
-            attention.compress.forward = partial(_compress, attention.compress, axis)  # type: ignore[method-assign]
-            attention.attend = ContextBranches(attention.attend, axis)  # type: ignore[assignment]
-        else:
-            attention.attend = ContextAttention(attention.attend, axis)
+        attention = layer.attention
+        exchanges = tuple(layer.kind.exchanges(model.attention.of(layer.kind)).values())
+        attention.exchange = SetOut(axis, exchanges)
+        attention.attend = AttendOwn(attention.attend, axis, exchanges)
+        for exchange in exchanges:
+            if isinstance(exchange, Blocks):
+                make: Any = attention.get_submodule(exchange.module)
+                parent, _, child = exchange.module.rpartition(".")
+                setattr(attention.get_submodule(parent), child, MakeBlocks(make, axis, exchange))
 
 
 def _compute_own_tokens(
@@ -54,30 +57,13 @@ def _compute_own_tokens(
     return forward(chunks.mine(input_ids), cu_seqlens=cu_seqlens, **own)
 
 
-class ContextAttention(nn.Module):
-    """`nsa.layers.dense.CausalAttention` for the queries of this rank's chunks."""
-
-    def __init__(self, attend: nn.Module, axis: Axis) -> None:
-        super().__init__()
-        self.attend, self.axis = attend, axis
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        chunks = Chunks.of_local(q.shape[1], self.axis)
-        k, v = _whole((k, v), chunks, "keys")
-        outs = []
-        for queries, (_, stop) in zip(chunks.pair(q), chunks.spans, strict=True):
-            borders = None if cu_seqlens is None else clip_borders(cu_seqlens, 0, stop)
-            outs.append(self.attend(queries, k[:, :stop], v[:, :stop], borders))
-        return torch.cat(outs, TOKENS)
-
-
 class Arriving:
     """Keys and values of the whole sequence, while those of other ranks are on their way. Called, it waits for them."""
 
     def __init__(self, kv: Pair, axis: Axis, what: str) -> None:
         self.chunks, self.widths = Chunks.of_local(kv[0].shape[1], axis), [x.shape[-1] for x in kv]
         self.recorded = torch.is_grad_enabled()
-        self.gather = Gather(torch.cat(kv, -1), axis, TOKENS, what)
+        self.gather = collectives.Gather(torch.cat(kv, -1), axis, TOKENS, what)
         self.pair: Pair | None = None
 
     def __call__(self, stop: int) -> Pair:
@@ -89,70 +75,77 @@ class Arriving:
         return self.pair[0][:, :stop], self.pair[1][:, :stop]
 
 
-def _project(project: Any, axis: Axis, x: Tensor, rotary: Pair) -> tuple[Any, ...]:
-    """`NativeSparseAttention.project`; the selected branch's keys and values set out to the other ranks."""
-    q, kv_cmp, kv_slc, kv_win, gates = project(x, rotary)
-    return q, kv_cmp, Arriving(kv_slc, axis, "selected"), kv_win, gates
+class SetOut(nn.Module):
+    """`nsa.layers.kind.Local` where other ranks hold the tokens before: what all ranks need sets out to them."""
 
-
-class ContextBranches(nn.Module):
-    """`nsa.layers.native_sparse.GatedBranches` for the queries of this rank's chunks; ``kv_cmp`` is gathered before."""
-
-    def __init__(self, attend: Any, axis: Axis) -> None:
+    def __init__(self, axis: Axis, exchanges: tuple[Exchange, ...]) -> None:
         super().__init__()
-        self.attend, self.axis = attend, axis
+        self.axis, self.exchanges = axis, exchanges
 
-    def forward(
-        self, q: Tensor, kv_cmp: Pair, kv_slc: Arriving, kv_win: Pair, gates: Tensor,
-        cu_seqlens: Tensor | None = None, offset: int = 0,
-    ) -> Tensor:  # fmt: skip
+    def forward(self, *inputs: Any) -> tuple[Any, ...]:
+        return tuple(
+            Arriving(x, self.axis, exchange.name) if isinstance(exchange, Gather) else x
+            for x, exchange in zip(inputs, self.exchanges, strict=True)
+        )
+
+
+class AttendOwn(Around):
+    """A layer's ``attend`` for the queries of this rank's chunks, one chunk after the other."""
+
+    def __init__(self, inside: nn.Module, axis: Axis, exchanges: tuple[Exchange, ...]) -> None:
+        super().__init__(inside)
+        self.axis, self.exchanges = axis, exchanges
+
+    def forward(self, *inputs: Any, cu_seqlens: Tensor | None = None, offset: int = 0) -> Tensor:
         assert offset == 0, "decoding is not context-parallel"
-        chunks, halo = Chunks.of_local(q.shape[1], self.axis), min(self.attend.window, q.shape[1] * self.axis.size) - 1
-        windows = chunks.with_halos(torch.cat(kv_win, -1), halo, "window").split(halo + chunks.size, TOKENS)
+        chunks = Chunks.of_local(inputs[0].shape[1], self.axis)
+        pieces = [self._pieces(x, e, chunks) for x, e in zip(inputs, self.exchanges, strict=True)]
         outs = []
-        for queries, gate, near, (start, stop) in zip(
-            chunks.pair(q), chunks.pair(gates), windows, chunks.spans, strict=True
-        ):
-            near = near[:, max(0, halo - start) :]  # the sequence has no more tokens
-            outs.append(
-                self.attend(
-                    queries,
-                    kv_cmp,
-                    partial(kv_slc, stop),
-                    near.split([x.shape[-1] for x in kv_win], -1),
-                    gate,
-                    None if cu_seqlens is None else clip_borders(cu_seqlens, 0, stop),
-                    start,
-                )
-            )
+        for (start, stop), *own in zip(chunks.spans, *pieces, strict=True):
+            borders = None if cu_seqlens is None else clip_borders(cu_seqlens, 0, stop)
+            outs.append(self.inside(*own, cu_seqlens=borders, offset=start))
         return torch.cat(outs, TOKENS)
 
+    def _pieces(self, x: Any, exchange: Exchange, chunks: Chunks) -> list[Any]:
+        """An input of ``attend``, for each of the two chunks."""
+        if isinstance(exchange, Own):
+            return list(chunks.pair(x))
+        if isinstance(exchange, Gather):
+            return [partial(x, stop) for _, stop in chunks.spans]
+        if isinstance(exchange, Blocks):  # `MakeBlocks` has gathered them
+            return [x, x]
+        assert isinstance(exchange, Halo)
+        halo = min(exchange.tokens, chunks.tokens - 1)
+        rows = chunks.with_halos(torch.cat(x, -1), halo, exchange.name).split(halo + chunks.size, TOKENS)
+        widths = [part.shape[-1] for part in x]
+        # At its start the sequence has no more tokens.
+        return [
+            row[:, max(0, halo - start) :].split(widths, -1) for row, (start, _) in zip(rows, chunks.spans, strict=True)
+        ]
 
-def _whole(kv: Pair, chunks: Chunks, what: str) -> Pair:
-    """Keys and values of the whole sequence, by one gather."""
-    k, v = chunks.whole(torch.cat(kv, -1), what).split((kv[0].shape[-1], kv[1].shape[-1]), -1)
-    return k, v
 
+class MakeBlocks(Around):
+    """A module that makes blocks of a sequence: from this rank's tokens to the blocks of the whole sequence."""
 
-def _compress(
-    compress: KeyValueCompression, axis: Axis, raw: Pair, rotary: Pair, cu_seqlens: Tensor | None = None, ahead: int = 0
-) -> Pair:
-    """`KeyValueCompression.forward` from this rank's tokens to the blocks of the whole sequence."""
-    assert ahead == 0, "decoding is not context-parallel"
-    chunks, device = Chunks.of_local(raw[0].shape[1], axis), raw[0].device
-    if cu_seqlens is None:
-        cu_seqlens = _one_document(chunks.tokens, device)
-    length, stride = compress.length, compress.stride
-    widths = raw[0].shape[-1], raw[1].shape[-1]
-    rows = chunks.with_halos(torch.cat(raw, -1), length - 1, "compression")
-    # A batch is more heads: so the packing below is that of one row.
-    k, v = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(widths, -1)
-    borders, row = derived(cu_seqlens, _block_layout, chunks, length, stride)
-    cos, sin = (_behind_halos(table, chunks, length - 1) for table in rotary)
-    blocks = type(compress).forward(compress, (k, v), (cos, sin), borders)
-    gathered = all_gather(torch.cat(blocks, -1), axis, TOKENS, "compressed")[0, row]
-    k, v = gathered.unflatten(1, (len(rows), -1)).transpose(0, 1).split(widths, -1)
-    return k, v
+    def __init__(self, inside: nn.Module, axis: Axis, exchange: Blocks) -> None:
+        super().__init__(inside)
+        self.axis, self.exchange = axis, exchange
+
+    def forward(self, raw: Pair, rotary: Pair, cu_seqlens: Tensor | None = None) -> Pair:
+        chunks, device = Chunks.of_local(raw[0].shape[1], self.axis), raw[0].device
+        if cu_seqlens is None:
+            cu_seqlens = _one_document(chunks.tokens, device)
+        length, stride = self.exchange.length, self.exchange.stride
+        widths = raw[0].shape[-1], raw[1].shape[-1]
+        rows = chunks.with_halos(torch.cat(raw, -1), length - 1, self.exchange.halo)
+        # A batch is more heads: so the packing below is that of one row.
+        k, v = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(widths, -1)
+        borders, row = derived(cu_seqlens, _block_layout, chunks, length, stride)
+        cos, sin = (_behind_halos(table, chunks, length - 1) for table in rotary)
+        blocks = self.inside((k, v), (cos, sin), borders)
+        gathered = all_gather(torch.cat(blocks, -1), self.axis, TOKENS, self.exchange.name)[0, row]
+        k, v = gathered.unflatten(1, (len(rows), -1)).transpose(0, 1).split(widths, -1)
+        return k, v
 
 
 @cached

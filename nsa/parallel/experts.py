@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nsa.layers.around import Around
 from nsa.models import Decoder
 from nsa.models.moe import Experts, MixtureOfExperts, sizes, take
 from nsa.parallel.collectives import all_reduce, exchange
@@ -34,7 +35,7 @@ def split_over_expert_ranks(model: Decoder, grid: Grid) -> None:
             part = Partition(0, grid.experts.rank, grid.experts.size)
             for name, weight in list(moe.experts.named_parameters()):
                 setattr(moe.experts, name, part_of(weight, part))
-            moe.experts.forward = partial(_compute_together, moe.experts, grid.experts)  # type: ignore[method-assign]
+            moe.experts = ComputeTogether(moe.experts, grid.experts)  # type: ignore[assignment]
         routed |= {id(weight) for weight in moe.experts.parameters()}
     if grid.expert.size > 1:
         for parameter in model.parameters():
@@ -44,16 +45,24 @@ def split_over_expert_ranks(model: Decoder, grid: Grid) -> None:
                 sum_over(parameter, grid.expert)
 
 
-def _compute_together(experts: Experts, axis: Axis, rows: Tensor, counts: Tensor) -> Tensor:
-    """`Experts.forward` for the experts of all ranks, in order; ``experts`` are this rank's."""
-    send = counts.view(axis.size, -1)  # (ranks, experts of each)
-    receive = torch.empty_like(send)
-    dist.all_to_all_single(receive, send, group=axis.group)
-    sent, got = (sizes(x.sum(1), len(rows)) for x in (send, receive))
-    received = exchange(rows, axis, sent, got, "tokens")
-    # They come by rank and then by expert; the experts want them by expert.
-    number = torch.arange(send.shape[1], device=counts.device).repeat(axis.size)
-    order = number.repeat_interleave(receive.flatten(), output_size=len(received)).argsort(stable=True)
-    inverse = order.argsort()
-    out = Experts.forward(experts, take(received, order, inverse), receive.sum(0))
-    return exchange(take(out, inverse, order), axis, got, sent, "tokens")
+class ComputeTogether(Around):
+    """`Experts` for the experts of all ranks, in order; ``inside`` has this rank's."""
+
+    def __init__(self, inside: Experts, axis: Axis) -> None:
+        super().__init__(inside)
+        self.axis = axis
+
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        axis = self.axis
+        send = counts.view(axis.size, -1)  # (ranks, experts of each)
+        receive = torch.empty_like(send)
+        dist.all_to_all_single(receive, send, group=axis.group)
+        sent, got = (sizes(x.sum(1), len(rows)) for x in (send, receive))
+        received = exchange(rows, axis, sent, got, "tokens")
+        # They come by rank and then by expert; the experts want them by expert.
+        number = torch.arange(send.shape[1], device=counts.device).repeat(axis.size)
+        order = number.repeat_interleave(receive.flatten(), output_size=len(received)).argsort(stable=True)
+        inverse = order.argsort()
+        out = self.inside(take(received, order, inverse), receive.sum(0))
+        return exchange(take(out, inverse, order), axis, got, sent, "tokens")

@@ -6,26 +6,23 @@ the work of the norms, are split, too. The residual stream is gathered before an
 summed and split after it: both are hooks around the module, which computes as it does alone, with fewer heads.
 
 Query heads and KV heads are split together. Where there are fewer KV heads than ranks, neighbours hold the same KV
-head and split its query heads; NSA selects blocks by the importance to all query heads of a KV head, so these ranks
-gather each other's queries to choose alike.
+head and split its query heads. A module that must see all query heads of a KV head (NSA chooses blocks by their
+importance to all of them) is then given those of the neighbours, too, so that these ranks choose alike.
 
 Parameters that every rank holds whole (norms, NSA's compression) see a part of the tokens or heads on each rank: their
-gradients are summed over the ranks.
+gradients are summed over the ranks. Which module of a layer is split how is in the record of its kind
+(`nsa.layers.kind.Parts`).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from nsa import ops
-from nsa.layers import DenseAttention, NativeSparseAttention
-from nsa.layers.native_sparse import GatedBranches, Pair
+from nsa.layers.around import Around
+from nsa.layers.kind import Parts
 from nsa.models import Decoder
 from nsa.models.moe import MixtureOfExperts
-from nsa.ops.native_sparse import arrived, key_borders
 from nsa.parallel.collectives import all_gather, gather_parts, reduce_scatter
 from nsa.parallel.grid import Axis
 from nsa.parallel.partition import Partition, mark, part_of, sum_over
@@ -45,18 +42,7 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
     layer: Any
     for layer in model.layers:
         attention, mlp = layer.attention, layer.mlp
-        _shard_linear(attention.query, columns)
-        for key_value in _key_values(attention):
-            for linear in (key_value.key, key_value.value):
-                _shard_linear(linear, kv_heads)
-                sum_over(linear.weight, sharers)
-        if isinstance(attention, NativeSparseAttention):
-            _shard_linear(attention.gate, columns)
-            _replicate(attention.compress, axis)
-            if copies > 1:
-                attend: Any = attention.attend
-                attend.forward = partial(_attend_together, attend, sharers)
-        _shard_linear(attention.output, rows)
+        _split_attention(attention, layer.kind.parts, columns, kv_heads, rows, axis, sharers)
         split = [attention]
         if isinstance(mlp, MixtureOfExperts):
             _replicate(mlp.router, axis)  # each rank routes its tokens; `nsa.parallel.experts` deals out the experts
@@ -75,6 +61,30 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
     _split_vocabulary(model, axis)
 
 
+def _split_attention(
+    attention: nn.Module,
+    parts: Parts,
+    columns: Partition,
+    kv_heads: Partition,
+    rows: Partition,
+    axis: Axis,
+    sharers: Axis,
+) -> None:
+    for names, part in ((parts.columns, columns), (parts.kv_heads, kv_heads), (parts.rows, rows)):
+        for name in names:
+            linear: Any = attention.get_submodule(name)
+            _shard_linear(linear, part)
+            if part is kv_heads:
+                sum_over(linear.weight, sharers)
+    for name in parts.whole:
+        _replicate(attention.get_submodule(name), axis)
+    if sharers.size > 1:
+        for name, axes in parts.gathered.items():
+            parent, _, child = name.rpartition(".")
+            inside = attention.get_submodule(name)
+            setattr(attention.get_submodule(parent), child, WithAllHeads(inside, sharers, axes))
+
+
 def _split_vocabulary(model: Decoder, axis: Axis) -> None:
     rows = Partition(0, axis.rank, axis.size)
     embedding, head = part_of(model.embedding.weight, rows), part_of(model.head.weight, rows)
@@ -82,14 +92,6 @@ def _split_vocabulary(model: Decoder, axis: Axis) -> None:
         head = embedding
     model.embedding = VocabularyEmbedding(embedding, axis)  # type: ignore[assignment]
     model.head = VocabularyHead(head, axis)  # type: ignore[assignment]
-
-
-def _key_values(attention: nn.Module) -> list[Any]:
-    """The modules with a key and a value projection."""
-    if isinstance(attention, NativeSparseAttention):
-        return list(attention.key_value.values())
-    assert isinstance(attention, DenseAttention), f"{type(attention).__name__} cannot be split by heads"
-    return [attention]
 
 
 def _shard_linear(linear: nn.Linear, part: Partition) -> None:
@@ -114,35 +116,20 @@ def _sum_and_split_tokens(axis: Axis, module: nn.Module, args: tuple[Any, ...], 
     return reduce_scatter(out, axis, TOKENS, "activations")
 
 
-def _attend_together(
-    attend: GatedBranches,
-    sharers: Axis,
-    q: Tensor,
-    kv_cmp: Pair,
-    kv_slc: Pair | Callable[[], Pair],
-    kv_win: Pair,
-    gates: Tensor,
-    cu_seqlens: Tensor | None = None,
-    offset: int = 0,
-) -> Tensor:
-    """`GatedBranches.forward` on a part of the query heads of one KV head: ``sharers`` hold the others."""
-    common: dict[str, Any] = {"scale": attend.scale, "cu_seqlens": cu_seqlens, "backend": attend.backend}
-    blocks: dict[str, Any] = {"length": attend.length, "stride": attend.stride, "offset": offset}
-    out_cmp, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **blocks, **common)
-    with torch.no_grad():
-        chosen = ops.select_blocks(
-            gather_parts(q, sharers, 2, "queries"),
-            kv_cmp[0],
-            gather_parts(lse, sharers, 1, "queries"),
-            block_size=attend.block_size,
-            num_blocks=attend.num_blocks,
-            num_initial=attend.num_initial,
-            num_local=attend.num_local,
-            **blocks,
-            **common,
-        )
-    out_slc = ops.selected_attention(q, *arrived(kv_slc), chosen, block_size=attend.block_size, **common)
-    common["cu_seqlens"] = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
-    out_win = ops.dense_attention(q, *kv_win, window=attend.window, **common)
-    g = gates.to(q.dtype).unsqueeze(-1)
-    return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win
+class WithAllHeads(Around):
+    """A module that is given all query heads of a KV head, where each of ``sharers`` holds a part of them.
+
+    Args:
+        heads: of each input by position, the axis of its heads; None: the input is the same for all.
+    """
+
+    def __init__(self, inside: nn.Module, sharers: Axis, heads: tuple[int | None, ...]) -> None:
+        super().__init__(inside)
+        self.sharers, self.heads = sharers, heads
+
+    def forward(self, *inputs: Tensor, **others: Any) -> Any:
+        whole = [
+            x if axis is None else gather_parts(x, self.sharers, axis, "queries")
+            for x, axis in zip(inputs, self.heads, strict=True)
+        ]
+        return self.inside(*whole, **others)

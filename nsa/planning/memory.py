@@ -68,7 +68,7 @@ def _kinds(config: Config) -> list[tuple[str, bool]]:
     """Attention, and whether there are experts, of the first stage's layers."""
     model, attention = config.model, config.attention.kinds(config.model.num_layers)
     numbers = stage_layers(model.num_layers, config.parallel.pipeline, 0)
-    return [(str(attention[number]), model.has_experts(number)) for number in numbers]
+    return [(attention[number].name, model.has_experts(number)) for number in numbers]
 
 
 def _in_flight(config: Config, gpus: int) -> int:

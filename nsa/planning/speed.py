@@ -162,11 +162,12 @@ def price(work: Work, gpu: Gpu, known: Constants, dense: str, shared: bool) -> d
     sample."""
     faster = {"triton": known.dense_triton, "flash": known.dense_flash, "flash-attn-4": known.dense_flash_4}
     attention = known.dense * faster.get(dense, 1.0)
+    flops = work.attention
     narrow = 1 + known.nsa_width / work.head_width
     seconds = {
         "matrix products": (work.flops + known.matrices_width * work.thin) / (known.matrices * gpu.peak),
-        "dense attention": work.dense * (1 + known.dense_width / work.head_width) / (attention * gpu.peak),
-        "NSA": narrow * (work.nsa_compressed / known.nsa_compressed + work.nsa_near / known.nsa_near) / gpu.peak
+        "dense attention": flops["causal"] * (1 + known.dense_width / work.head_width) / (attention * gpu.peak),
+        "NSA": narrow * (flops["compressed"] / known.nsa_compressed + flops["near"] / known.nsa_near) / gpu.peak
         + work.lists * known.lists * GPUS["H200"].peak / gpu.peak,
         "elementwise": work.elementwise / (known.elementwise * gpu.bandwidth),
         "logits": 2 * known.logits * work.logits / gpu.bandwidth,

@@ -4,15 +4,18 @@ A test compares `bytes_sent` with a dry run, number by number, and a dry run wit
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 
 from nsa.config import Config
+from nsa.layers.kind import Blocks, Gather, Halo, Kind
 from nsa.models import count_parameters
 from nsa.models.moe import even
+from nsa.models.sizes import parameters_of_attention
 from nsa.ops.cross_entropy import chunk_rows
-from nsa.ops.packing import num_compressed
+from nsa.ops.geometry import num_compressed
 from nsa.parallel.chunks import Chunks, halo_plan
 from nsa.parallel.grid import Axis, data_parallel_size
 from nsa.parallel.pipeline import stage_layers
@@ -36,7 +39,7 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     holders = p * parallel.expert  # of different experts
     place, stage = rank // holders % n, rank // (holders * n) % stages
     first, last = stage == 0, stage == stages - 1
-    kinds = [str(config.attention.kinds(model.num_layers)[i]) for i in stage_layers(model.num_layers, stages, stage)]
+    kinds = [config.attention.kinds(model.num_layers)[i] for i in stage_layers(model.num_layers, stages, stage)]
     width, again = element_bytes(config), config.engine.activation_checkpointing != "none"
     tokens = config.training.micro_batch_size * config.data.sequence_length // n  # of a rank
     shard = tokens // p * model.hidden_size * width  # bytes of its part of the residual stream
@@ -48,8 +51,9 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     sent["tensor/activations"] += passes * each * (len(kinds) * (8 + 3 * again) + 2 * first + 2 * last)
     copies = max(1, p // model.num_kv_heads)
     if copies > 1:
-        queries = tokens * (model.num_heads // p) * (model.head_dim * width + 4) * (copies - 1)
-        sent["tensor/queries"] += passes * kinds.count("nsa") * queries * (1 + again)
+        for kind in kinds:
+            head = kind.parts.gathered_bytes(model.attention_shape, width)
+            sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + again)
     if p > 1:
         # A pipeline sums gradients once a step, the others after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(
@@ -107,23 +111,22 @@ def _all_reduce(num_bytes: int, ranks: int) -> int:
     return 2 * num_bytes * (ranks - 1) // ranks
 
 
-def held_alike(config: Config, kinds: list[str], last: bool) -> list[tuple[int, int]]:
+def held_alike(config: Config, kinds: Sequence[Kind], last: bool) -> list[tuple[int, int]]:
     """(elements, ranks) of each parameter of the layers ``kinds`` that tensor-parallel ranks hold alike and sum the
-    gradient of: norms, compression, shared KV projections."""
-    model, attention, p = config.model, config.attention, config.parallel.tensor
+    gradient of: norms, modules that are held whole (NSA's compression), shared KV projections."""
+    model, p = config.model, config.parallel.tensor
     copies = max(1, p // model.num_kv_heads)
     if p == 1:
         return []
-    key, value = model.head_dim, model.v_head_dim or model.head_dim
     found = [(model.hidden_size, p)] * (2 * len(kinds) + last)
     for kind in kinds:
-        for width in (key, value):
-            if copies > 1:
-                found += [(width * model.hidden_size, copies)] * (3 if kind == "nsa" else 1)
-            if kind == "nsa":
-                hidden = attention.compress_hidden or width
-                sizes = (attention.compress_length * width, hidden * attention.compress_length * width, hidden * width)
-                found += [(size, p) for size in sizes]
+        parameters = parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))
+        for name, elements in parameters.items():
+            module = name.rpartition(".")[0]
+            if module in kind.parts.kv_heads and copies > 1:
+                found.append((elements // model.num_kv_heads, copies))
+            if f"{module}.".startswith(tuple(f"{whole}." for whole in kind.parts.whole)):
+                found.append((elements, p))
     return found
 
 
@@ -134,24 +137,24 @@ def _losses(config: Config, tokens: int, p: int) -> int:
     return sum(_all_reduce(4 * rows, p) + _all_reduce(8 * rows, p) for rows in chunks)
 
 
-def _context(config: Config, kinds: list[str], chunks: Chunks, again: bool) -> dict[str, int]:
+def _context(config: Config, kinds: Sequence[Kind], chunks: Chunks, again: bool) -> dict[str, int]:
     """Of one micro batch, forward and backward: gradients go back the way keys came."""
-    model, a, n = config.model, config.attention, chunks.axis.size
+    model, n = config.model, chunks.axis.size
     heads = max(1, model.num_kv_heads // config.parallel.tensor)
     row = heads * (model.head_dim + (model.v_head_dim or model.head_dim)) * element_bytes(config)
-    whole = 2 * chunks.size * row * (n - 1) * (2 + again)  # gathered, scattered, and gathered again
+    gathered = row * (n - 1) * (2 + again)  # gathered, scattered, and gathered again
     sent: Counter[str] = Counter()
-    sent["keys"] += kinds.count("dense") * whole
-    if "nsa" in kinds:
-        layers = kinds.count("nsa")
-        sent["selected"] += layers * whole
-        for name, width in (
-            ("window", min(a.window, chunks.tokens) - 1),
-            ("compression", a.compress_length - 1),
-        ):
-            sent[name] += layers * row * _halo(chunks, width, again)
-        blocks = num_compressed(2 * (a.compress_length - 1 + chunks.size), a.compress_length, a.compress_stride)
-        sent["compressed"] += layers * blocks * row * (n - 1) * (2 + again)
+    for kind in kinds:
+        for exchange in kind.exchanges(config.attention.of(kind)).values():
+            if isinstance(exchange, Gather):
+                sent[exchange.name] += 2 * chunks.size * gathered
+            elif isinstance(exchange, Halo):
+                sent[exchange.name] += row * _halo(chunks, min(exchange.tokens, chunks.tokens - 1), again)
+            elif isinstance(exchange, Blocks):
+                behind = exchange.length - 1
+                sent[exchange.halo] += row * _halo(chunks, behind, again)
+                blocks = num_compressed(2 * (behind + chunks.size), exchange.length, exchange.stride)
+                sent[exchange.name] += blocks * gathered
     return sent
 
 

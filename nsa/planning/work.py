@@ -6,13 +6,13 @@ each reads its inputs once and writes its results once.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import get_args
 
-import numpy as np
 import torch
 
 from nsa.config import Config
-from nsa.models.config import AttentionConfig
+from nsa.layers.kind import Kind, Price
+from nsa.models.sizes import parameters_of_attention
 from nsa.ops.cross_entropy import chunk_rows
 from nsa.parallel.grid import data_parallel_size
 from nsa.parallel.pipeline import stage_layers
@@ -21,8 +21,6 @@ from nsa.planning.traffic import element_bytes, held_alike, parameters_of_rank
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import micro_batches_per_step
 
-TENSORS = {"dense": 4, "nsa": 16}  # parameters of an attention layer
-
 
 @dataclass(frozen=True)
 class Work:
@@ -30,19 +28,18 @@ class Work:
 
     Attributes:
         flops: of matrix products. thin: the same, each divided by its width a b / (a + b).
-        dense, nsa_compressed, nsa_near: FLOPs of attention, as the MFU counts them; near: selected and window.
-        head_width: mean of the widths of keys and values. lists: layers of NSA x KV heads x tokens.
+        attention: FLOPs of attention, as the MFU counts them, by price (`nsa.layers.kind.Price`).
+        head_width: mean of the widths of keys and values. lists: layers that choose blocks x KV heads x tokens.
         logits: tokens x words. elementwise, optimizer: bytes. gradients: parameter tensors x micro batches, where
             Python hands each over.
-        layers: passes of a layer, by kind; a forward pass alone counts a third. launched: whether Python launches them.
+        layers: passes of a layer, by the kind that it is priced as; a forward pass alone counts a third.
+        launched: whether Python launches them.
         sums: gradients that tensor-parallel ranks sum.
     """
 
     flops: float
     thin: float
-    dense: float
-    nsa_compressed: float
-    nsa_near: float
+    attention: dict[str, float]
     head_width: float
     lists: float
     logits: float
@@ -66,7 +63,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     model, parallel, mode = config.model, config.parallel, config.engine.activation_checkpointing
     tp, passes = parallel.tensor, micro_batches_per_step(config, gpus)
     numbers = stage_layers(model.num_layers, parallel.pipeline, stage)
-    kinds = [str(kind) for kind in config.attention.kinds(model.num_layers)][numbers.start : numbers.stop]
+    kinds = config.attention.kinds(model.num_layers)[numbers.start : numbers.stop]
     tokens = config.training.micro_batch_size * config.data.sequence_length / parallel.context
     last = stage == parallel.pipeline - 1
 
@@ -87,25 +84,28 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
         flops += (6 if whole else 8) * tokens * model.hidden_size * words
         thin += (6 if whole else 8) * tokens * (model.hidden_size + words)
 
-    seen = min(document or config.data.sequence_length, config.data.sequence_length)
+    seen = round(min(document or config.data.sequence_length, config.data.sequence_length))
     key, value = model.head_dim, model.v_head_dim or model.head_dim
     # Forward and backward is three times the forward pass, what runs again once more.
     each = 2 * tokens * (model.num_heads / tp) * (key + value) * (4 if mode == "full" else 3)
-    compressed, near = sparse_keys(config.attention, round(seen))
+    attention: dict[str, float] = dict.fromkeys(get_args(Price), 0.0)
+    layers: dict[str, float] = {}
+    tensors = float(last)
+    for kind in kinds:
+        for term, keys in kind.keys(config.attention.of(kind), seen).items():
+            attention[kind.prices[term]] += each * passes * keys
+        layers[kind.priced_as] = layers.get(kind.priced_as, 0.0) + passes * (1.0 if mode == "none" else 4 / 3)
+        tensors += len(parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))) + 5
     groups = max(1, model.num_kv_heads // tp)
-    tensors = sum(TENSORS[kind] + 5 for kind in kinds) + last
     recorded = graphs_serve(config, torch.device("cuda"))
     straight = straight_gradients(config)
-    layers = {kind: kinds.count(kind) * passes * (1.0 if mode == "none" else 4 / 3) for kind in dict.fromkeys(kinds)}
     summed = len(held_alike(config, kinds, last)) * (1 if parallel.pipeline > 1 else passes)
     return Work(
         flops=flops * passes,
         thin=thin * passes,
-        dense=each * passes * kinds.count("dense") * (seen + 1) / 2,
-        nsa_compressed=each * passes * kinds.count("nsa") * compressed,
-        nsa_near=each * passes * kinds.count("nsa") * near,
+        attention=attention,
         head_width=(key + value) / 2,
-        lists=passes * tokens * groups * kinds.count("nsa") * (4 / 3 if mode == "full" else 1),
+        lists=passes * tokens * groups * sum(kind.lists for kind in kinds) * (4 / 3 if mode == "full" else 1),
         logits=passes * tokens * words if last else 0.0,
         elementwise=elementwise * passes,
         optimizer=_optimizer_bytes(config, gpus, passes),
@@ -116,18 +116,12 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     )
 
 
-def _products(config: Config, kind: str, experts: bool) -> Iterator[tuple[float, int, int]]:
+def _products(config: Config, kind: Kind, experts: bool) -> Iterator[tuple[float, int, int]]:
     """(rows per token of the rank, width in, width out) of a layer's products, forward; the MLP's last comes last."""
-    model, a, tp = config.model, config.attention, config.parallel.tensor
-    key, value = model.head_dim, model.v_head_dim or model.head_dim
-    heads, groups, hidden = model.num_heads // tp, max(1, model.num_kv_heads // tp), model.hidden_size
-    yield 1, hidden, _joint_width(config, kind)
-    yield 1, heads * value, hidden
-    if kind == "nsa":
-        for width in (key, value):
-            inner = a.compress_hidden or width
-            yield groups / a.compress_stride, a.compress_length * width, inner
-            yield groups / a.compress_stride, inner, width
+    model, tp = config.model, config.parallel.tensor
+    hidden = model.hidden_size
+    for product in kind.products(model.attention_shape.on_rank(tp), config.attention.of(kind)):
+        yield product.rows, product.inner, product.outer
     if experts:
         assert model.moe is not None
         yield 1 / tp, hidden, model.moe.num_experts
@@ -140,22 +134,14 @@ def _products(config: Config, kind: str, experts: bool) -> Iterator[tuple[float,
         yield 1, hidden, width
 
 
-def _joint_width(config: Config, kind: str) -> int:
-    """Of everything that is projected for attention, on one rank."""
-    model, tp = config.model, config.parallel.tensor
-    key, value = model.head_dim, model.v_head_dim or model.head_dim
-    heads, groups = model.num_heads // tp, max(1, model.num_kv_heads // tp)
-    branches, gates = (3, 3) if kind == "nsa" else (1, 0)
-    return heads * (key + gates) + branches * groups * (key + value)
-
-
-def _elements(config: Config, kind: str, experts: bool) -> tuple[float, float]:
+def _elements(config: Config, kind: Kind, experts: bool) -> tuple[float, float]:
     """Elements that a layer reads and writes per token between its products, forward and backward."""
     model, tp = config.model, config.parallel.tensor
     # Norms and sums: of the first norm x and its result; of the sum and the second norm four; of the last sum three.
     forward, backward = 9 * model.hidden_size / tp, 8 * model.hidden_size / tp
     # Heads are cut out of what was projected.
-    forward, backward = forward + 2 * _joint_width(config, kind), backward + 2 * _joint_width(config, kind)
+    joint = kind.products(model.attention_shape.on_rank(tp), config.attention.of(kind))[0].outer
+    forward, backward = forward + 2 * joint, backward + 2 * joint
     width = model.intermediate_size
     if experts:
         assert model.moe is not None
@@ -175,17 +161,3 @@ def _optimizer_bytes(config: Config, gpus: int, passes: int) -> float:
     mine = parameters / (replicas if engine.zero_stage else 1)
     updated = 0 if engine.offload_optimizer else 7 * 4 + 4 + width  # AdamW on fp32, and the copy to compute with
     return parameters * (passes * (3 * width + 8) + (12 if replicas > 1 else 0)) + mine * (12 + updated)
-
-
-@lru_cache(maxsize=256)
-def _sparse_keys(tokens: int, length: int, stride: int, block: int, blocks: int, window: int) -> tuple[float, float]:
-    t = np.arange(tokens)
-    compressed = np.maximum(0, (t - length + 1) // stride + 1).mean()
-    selected = np.minimum(t + 1, (blocks - 1) * block + t % block + 1).mean()
-    return float(compressed), float(selected + np.minimum(t + 1, window).mean())
-
-
-def sparse_keys(attention: AttentionConfig, tokens: int) -> tuple[float, float]:
-    """Keys that a query of NSA sees, a mean over a document: compressed ones, selected and near ones."""
-    a = attention
-    return _sparse_keys(tokens, a.compress_length, a.compress_stride, a.block_size, a.num_blocks, a.window)

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from nsa.config import Config
 from nsa.layers.auxiliary_loss import untallied
 from nsa.models.moe import Experts
-from nsa.ops.packing import KnownLengths, known_lengths, tell_lengths
+from nsa.ops.geometry import KnownLengths, known_lengths, tell_lengths
 from nsa.parallel.traffic import Traffic
 
 FEWEST_DOCUMENTS = 64

@@ -79,7 +79,7 @@ def dense_attention_of(config: Config, device: torch.device) -> str | None:
         ValueError: ``engine.dense_attention`` names what is not here, or what cannot do the shape.
     """
     model, name = config.model, config.engine.dense_attention
-    if "dense" not in config.attention.kinds(model.num_layers):
+    if not any(kind.dense_library for kind in config.attention.kinds(model.num_layers)):
         return None
     if config.engine.backend != "auto":
         return f"{config.engine.backend} (engine.backend)"

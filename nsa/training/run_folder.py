@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from nsa.config import Config, dump_config
-from nsa.strict_yaml import parse, read_tree
+from nsa.config import Config, dump_config, load_saved
+from nsa.strict_yaml import parse
 
 # What may differ between a checkpoint and the configuration that resumes it: it changes neither what is learned up to
 # the checkpoint nor the order of the data. `training.steps` extends or shortens a run (and so the decay ahead).
@@ -80,7 +80,7 @@ def check_same(saved: Path, config: Config, where: Path) -> None:
     Raises:
         ValueError: naming every key that differs; or it is no configuration.
     """
-    before, now = (_flatten(tree) for tree in (read_tree(saved), parse(dump_config(config), "configuration")))
+    before, now = (_flatten(parse(dump_config(c), "configuration")) for c in (load_saved(saved), config))
     different = [
         f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
         for key in sorted(before.keys() | now.keys())

@@ -16,7 +16,7 @@ from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
 from nsa.models import count_parameters, training_flops_per_token
-from nsa.ops.packing import KnownLengths, tell_lengths
+from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm, mark_gradients
 from nsa.parallel.pipeline import Pipeline

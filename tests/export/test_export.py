@@ -37,6 +37,8 @@ def test_folder_is_complete(run: Path) -> None:
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "attention_nsa.py",
+        "configuration_nsa.py",
         "modeling_nsa.py",
         "tokenizer.json",
         "tokenizer.model",

@@ -1,14 +1,15 @@
 """The exported model against the decoder it is exported from, and decoding with its cache against none."""
 
-import inspect
 import random
 
 import pytest
 import torch
 
-from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, RopeConfig
-from nsa.models.hf import modeling_nsa
-from nsa.models.hf.modeling_nsa import NSAConfig, NSAForCausalLM
+from nsa.layers.nsa.config import NsaConfig
+from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, RopeConfig, hf
+from nsa.models.hf import attention_nsa
+from nsa.models.hf.configuration_nsa import NSAConfig
+from nsa.models.hf.modeling_nsa import NSAForCausalLM
 
 VOCABULARY = 97
 # heads, KV heads, head dim, value dim
@@ -23,7 +24,7 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
     """A decoder and the exported model with its weights, both float64."""
     heads, groups, head_dim, v_head_dim = shape
     names = ("compress_length", "compress_stride", "block_size", "num_blocks", "num_initial", "num_local", "window")
-    attention = AttentionConfig(kind=kind, compress_hidden=5, **dict(zip(names, sizes, strict=True)))
+    attention = AttentionConfig(kind=kind, nsa=NsaConfig(compress_hidden=5, **dict(zip(names, sizes, strict=True))))
     moe = changes.get("moe")
     rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
     model = ModelConfig(
@@ -57,7 +58,7 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
         num_key_value_heads=groups,
         head_dim=head_dim,
         v_head_dim=v_head_dim,
-        attention_kinds=attention.kinds(3),
+        attention_kinds=[kind.name for kind in attention.kinds(3)],
         max_position_embeddings=64,
         rotary_base=rope.theta,
         yarn_factor=rope.yarn_factor,
@@ -72,7 +73,7 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
         num_shared_experts=moe.num_shared if moe else 0,
         expert_size=moe.expert_size if moe else 0,
         first_dense=moe.first_dense if moe else 0,
-        **attention.model_dump(exclude={"kind"}),
+        **attention.nsa.model_dump(),
     )
     exported = NSAForCausalLM(config)
     exported.load_state_dict(decoder.state_dict())
@@ -129,7 +130,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     ids = tokens(2, 90)
     with torch.no_grad():
         whole = exported(ids).logits
-        monkeypatch.setattr(modeling_nsa, "CHUNK_SCORES", 7 * 2 * 6 * 90)
+        monkeypatch.setattr(attention_nsa, "CHUNK_SCORES", 7 * 2 * 6 * 90)
         close(exported(ids).logits, whole)
 
 
@@ -242,7 +243,9 @@ def test_the_cache_has_the_names_of_old_and_new_transformers() -> None:
         exported(ids, past_key_values=start, cache=start)
 
 
-def test_the_file_stands_alone() -> None:
-    source = inspect.getsource(modeling_nsa)
-    imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert set(imports) <= {"math", "collections", "dataclasses", "torch", "transformers"}
+def test_the_files_stand_alone() -> None:
+    own = {path.stem for path in hf.FILES}
+    for path in hf.FILES:
+        starts = (line.split()[1] for line in path.read_text().splitlines() if line.startswith(("import ", "from ")))
+        imports = {start[1:] if start.startswith(".") else start.split(".")[0] for start in starts}
+        assert imports <= own | {"math", "collections", "dataclasses", "torch", "transformers"}

@@ -7,12 +7,11 @@ import torch
 from torch.nn.functional import silu
 
 from nsa.layers import DenseAttention, NativeSparseAttention
-from nsa.layers.compression import BlockCompression
+from nsa.layers.nsa.compression import BlockCompression
 from nsa.layers.projection import joint_linear, parallel_linear
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
 from nsa.ops import apply_rotary
-from nsa.ops.compression import block_ends
-from nsa.ops.packing import Documents
+from nsa.ops.geometry import Documents, block_ends
 
 SIZES = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 10}
 

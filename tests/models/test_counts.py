@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from nsa import ops
+from nsa.layers.kinds import kind_of
+from nsa.layers.nsa.config import NsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, training_flops_per_token
 from nsa.models.sizes import attention_flops
 from nsa.ops import compressed, dense, selected
-from nsa.ops.packing import Documents, num_compressed
+from nsa.ops.geometry import Documents, num_compressed
 from nsa.training import performance
 from nsa.training.performance import PEAK_FLOPS, peak_flops
 from nsa.training.trainer import StepResult, Trainer
@@ -28,16 +30,16 @@ SHAPE = {
     "max_position": 128,
 }
 LENGTH, STRIDE, BLOCK, BLOCKS, WINDOW = 8, 4, 12, 5, 17
-ATTENTION = {
-    "compress_length": LENGTH,
-    "compress_stride": STRIDE,
-    "compress_hidden": 7,
-    "block_size": BLOCK,
-    "num_blocks": BLOCKS,
-    "num_initial": 1,
-    "num_local": 2,
-    "window": WINDOW,
-}
+ATTENTION = NsaConfig(
+    compress_length=LENGTH,
+    compress_stride=STRIDE,
+    compress_hidden=7,
+    block_size=BLOCK,
+    num_blocks=BLOCKS,
+    num_initial=1,
+    num_local=2,
+    window=WINDOW,
+)
 
 
 def pairs(kind: str) -> int:
@@ -61,8 +63,8 @@ def pairs(kind: str) -> int:
 @pytest.mark.parametrize("kind", ["dense", "nsa"])
 def test_flops_of_attention_are_those_of_the_pairs_in_its_masks(kind: str) -> None:
     """Notices a pair too many or too few in any branch: at its first token, the border of a block, or the last."""
-    model, attention = ModelConfig(**SHAPE), AttentionConfig(kind=kind, **ATTENTION)
-    flops = attention_flops(kind, model, attention, TOKENS)
+    model, attention = ModelConfig(**SHAPE), AttentionConfig(kind=kind, nsa=ATTENTION)
+    flops = attention_flops(kind_of(kind), model, attention, TOKENS)
     # A pair is a multiply-add for each column of the key and of the value, in every head.
     assert flops * TOKENS == pytest.approx(2 * 6 * (8 + 4) * pairs(kind), rel=1e-12)
 
@@ -75,9 +77,9 @@ MOE = MoEConfig(num_experts=4, top_k=2, num_shared=1, expert_size=11, first_dens
 @pytest.mark.parametrize("kind", ["dense", "nsa", ["dense", "nsa", "nsa"]])
 def test_flops_per_token_are_three_forward_passes(kind: str | list[str], moe: MoEConfig | None, tied: bool) -> None:
     """Notices a weight that is not counted, or counted though no token passes it; a layer of the other kind."""
-    model, attention = ModelConfig(**SHAPE, moe=moe, tie_embeddings=tied), AttentionConfig(kind=kind, **ATTENTION)
+    model, attention = ModelConfig(**SHAPE, moe=moe, tie_embeddings=tied), AttentionConfig(kind=kind, nsa=ATTENTION)
     flops = training_flops_per_token(model, attention, TOKENS)
-    for name, kinds in (("sparse", attention.kinds(5)), ("dense_equivalent", ["dense"] * 5)):
+    for name, kinds in (("sparse", [k.name for k in attention.kinds(5)]), ("dense_equivalent", ["dense"] * 5)):
         with torch.device("meta"):
             decoder = Decoder(model, attention.model_copy(update={"kind": kinds}))
         products = sum(times(n) * p.numel() for n, p in decoder.named_parameters())
@@ -87,11 +89,11 @@ def test_flops_per_token_are_three_forward_passes(kind: str | list[str], moe: Mo
 
 
 def times(name: str) -> float:
-    """Multiply-adds of a token with each entry of a parameter; biases and positions, a few in a million, count as one.
+    """Multiply-adds of a token with each entry of a parameter; biases and positions are added, not multiplied.
 
     The embedding is looked up. The head counts apart, since it may be the embedding.
     """
-    if "norm" in name or name in ("embedding.weight", "head.weight"):
+    if "norm" in name or name in ("embedding.weight", "head.weight") or name.endswith(("bias", "position")):
         return 0
     if ".experts." in name:
         return 2 / 4

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from nsa.layers.nsa.config import NsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, RopeConfig, count_parameters, training_flops_per_token
 from nsa.models.head import LanguageModelHead
 
@@ -26,7 +27,8 @@ def small(kind, **changes) -> tuple[ModelConfig, AttentionConfig]:
         "init_std": 0.2,
     }
     attention = AttentionConfig(
-        kind=kind, compress_length=8, compress_stride=4, block_size=8, num_blocks=4, window=12, compress_hidden=5
+        kind=kind,
+        nsa=NsaConfig(compress_length=8, compress_stride=4, block_size=8, num_blocks=4, window=12, compress_hidden=5),
     )
     return ModelConfig(**{**shape, **changes}), attention
 

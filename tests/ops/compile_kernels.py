@@ -24,8 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nsa.ops.compressed import visible_blocks
-from nsa.ops.compression import compression_layout
+from nsa.ops.geometry import Documents, Heads, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     accumulate,
     compression,
@@ -40,8 +39,6 @@ from nsa.ops.kernels import (
     swiglu,
 )
 from nsa.ops.kernels.hopper import gradient, span
-from nsa.ops.packing import Documents
-from nsa.ops.rotary import Heads
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}

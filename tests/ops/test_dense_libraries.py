@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nsa import ops
-from nsa.ops import packing
+from nsa.ops import geometry
 from nsa.ops.dense import libraries
-from nsa.ops.packing import KnownLengths, known_lengths, tell_lengths
+from nsa.ops.geometry import KnownLengths, known_lengths, tell_lengths
 from nsa.training.engine import dense_attention_of
 from tests.conftest import HAS_GPU
 from tests.training.tiny import tiny_config
@@ -39,9 +39,9 @@ def test_what_was_told_holds_until_the_borders_are_written_to(monkeypatch) -> No
     assert known_lengths(there) == KnownLengths(4, True)
     there.copy_(borders(3, 5).to("meta"))
     assert known_lengths(there) is None
-    before = len(packing._told)
+    before = len(geometry._told)
     del there
-    assert len(packing._told) < before, "nothing is kept of borders that are gone"
+    assert len(geometry._told) < before, "nothing is kept of borders that are gone"
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,8 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
 )
 def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_size) -> None:
     """With choices made twice, and bit 63."""
+    from nsa.ops.geometry import Documents
     from nsa.ops.kernels.selected import NO_BLOCK, BlockLayout, unions
-    from nsa.ops.packing import Documents
 
     torch.manual_seed(0)
     indices = torch.randint(-(-tokens // block_size), (1, tokens, groups, n), dtype=torch.int32, device=DEVICE)

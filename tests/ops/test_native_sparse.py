@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa import ops
-from nsa.ops.packing import clip_borders
+from nsa.ops.geometry import clip_borders
 from tests.ops.cases import Case, gradients, random_case
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from nsa import ops
-from nsa.ops.packing import num_compressed
+from nsa.ops.geometry import num_compressed
 from nsa.ops.selection import overlap_weights
 from tests.ops.cases import cumulative, random_case
 

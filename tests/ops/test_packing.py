@@ -3,8 +3,7 @@
 import torch
 
 from nsa import ops
-from nsa.ops.dense import window_ranges
-from nsa.ops.packing import Documents
+from nsa.ops.geometry import Documents, window_ranges
 from tests.ops.cases import cumulative
 
 

@@ -14,6 +14,7 @@ from rank_checks import *  # noqa: F403 - its checks serve here, too
 from rank_checks import close, logged, main
 from tiny import tiny_config
 
+from nsa.layers.nsa.config import NsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.models.moe import MixtureOfExperts
 from nsa.parallel import Grid, ParallelConfig
@@ -166,13 +167,15 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
     )
     return model, AttentionConfig(
         kind=dice.choice(["nsa", "dense", ["nsa", "dense"]]),
-        compress_length=length,
-        compress_stride=stride,
-        block_size=stride * dice.randint(length // stride, 6),
-        num_blocks=dice.randint(2, 5),
-        num_initial=dice.randint(0, 1),
-        num_local=dice.randint(0, 1),
-        window=dice.choice([1, 3, 7, 16, tokens + 3]),
+        nsa=NsaConfig(
+            compress_length=length,
+            compress_stride=stride,
+            block_size=stride * dice.randint(length // stride, 6),
+            num_blocks=dice.randint(2, 5),
+            num_initial=dice.randint(0, 1),
+            num_local=dice.randint(0, 1),
+            window=dice.choice([1, 3, 7, 16, tokens + 3]),
+        ),
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nsa.config import load_config
+from nsa.layers.kinds import NSA
 from nsa.models.sizes import attention_flops, training_flops_per_token
 from nsa.plan import main
 from nsa.planning import constants, measured
@@ -16,7 +17,7 @@ from nsa.planning.dry_run import dry_run
 from nsa.planning.fit import fit
 from nsa.planning.measured import cases, compare, fitted_files, result_files
 from nsa.planning.speed import AXES, GPUS, dense_attention, link, predict_speed
-from nsa.planning.work import sparse_keys, work_of
+from nsa.planning.work import work_of
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "configs/1b.yaml"
@@ -143,8 +144,8 @@ def test_every_constant_matters_or_is_said_to_be_assumed():
 def test_keys_are_those_that_the_mfu_counts(tokens):
     config = load_config(CONFIG)
     each = 2 * config.model.num_heads * 2 * config.model.head_dim
-    expected = attention_flops("nsa", config.model, config.attention, tokens)
-    assert each * sum(sparse_keys(config.attention, tokens)) == pytest.approx(expected)
+    expected = attention_flops(NSA, config.model, config.attention, tokens)
+    assert each * sum(NSA.keys(config.attention.of(NSA), tokens).values()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("25m", 1), ("1b", 8), ("27b-a5b", 64)])
@@ -154,7 +155,7 @@ def test_work_is_that_of_the_mfu_and_of_a_dry_run(name, gpus):
     work, model = work_of(config, gpus), config.model
     tokens = config.training.global_batch_size / gpus * config.data.sequence_length
     whole = training_flops_per_token(model, config.attention, config.data.sequence_length)["sparse"]
-    assert work.flops + work.nsa_compressed + work.nsa_near == pytest.approx(tokens * whole, rel=1e-3)
+    assert work.flops + sum(work.attention.values()) == pytest.approx(tokens * whole, rel=1e-3)
     for mode in ("none", "full"):
         config = config.model_copy(
             update={"engine": config.engine.model_copy(update={"activation_checkpointing": mode})}

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.kinds import NSA
 from nsa.ops import selection
 from nsa.training.activation_checkpointing import checkpoint_layers
 
@@ -16,7 +17,10 @@ from nsa.training.activation_checkpointing import checkpoint_layers
 def stack(count: int) -> nn.ModuleList:
     torch.manual_seed(0)
     sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 10}
-    return nn.ModuleList(NativeSparseAttention(16, 4, 2, 6, 4, **sizes) for _ in range(count))
+    layers = nn.ModuleList(NativeSparseAttention(16, 4, 2, 6, 4, **sizes) for _ in range(count))
+    for layer in layers:
+        layer.kind = NSA  # as a decoder's layers say
+    return layers
 
 
 def run(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:

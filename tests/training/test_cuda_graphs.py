@@ -8,7 +8,7 @@ import torch
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.models.config import MoEConfig
-from nsa.ops.packing import KnownLengths
+from nsa.ops.geometry import KnownLengths
 from nsa.training import cuda_graphs
 from nsa.training.cuda_graphs import (
     FEWEST_DOCUMENTS,

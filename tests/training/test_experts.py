@@ -25,7 +25,7 @@ TOY = {
         "max_position": 128,
         "moe.expert_size": 16,
     },
-    "attention": {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 16},
+    "attention": {"nsa": {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 16}},
     "data": {"sequence_length": 128, "validation_fraction": 0.2, "workers": 1, "tokenizer.vocab_size": 400},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
     "training": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1},

@@ -7,8 +7,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import tiny_config, train
 
+from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
 from nsa.models import Decoder
-from nsa.training.attention_probe import block_entropy, block_overlap, first_block_share, probe
+from nsa.training.attention_probe import probe
 from nsa.training.monitor import Monitor
 from nsa.training.performance import memory_gib, peak_flops
 

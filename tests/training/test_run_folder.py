@@ -1,11 +1,13 @@
 """The run folder: one process at a time, and only with the configuration it began with."""
 
 import socket
+from pathlib import Path
 
 import pytest
+import yaml
 from tiny import free_port, start, tiny_config, write_yaml
 
-from nsa.config import dump_config
+from nsa.config import ConfigError, dump_config, load_config, load_saved
 from nsa.training.run_folder import RunFolder, check_same
 
 
@@ -38,13 +40,33 @@ def test_what_may_change_on_resume(tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["seed=7", "model.num_layers=4", "attention.window=8", "data.sequence_length=32", "training.global_batch_size=8",
-     "optimizer.learning_rate=1e-3", "data.tokenizer.vocab_size=390"],
+    ["seed=7", "model.num_layers=4", "attention.nsa.window=8", "data.sequence_length=32",
+     "training.global_batch_size=8", "optimizer.learning_rate=1e-3", "data.tokenizer.vocab_size=390"],
 )  # fmt: skip
 def test_what_may_not(tmp_path, override):
     saved = write_config(tmp_path)
     with pytest.raises(ValueError, match=override.split("=")[0]):
         check_same(saved, tiny_config(tmp_path, override), tmp_path)
+
+
+def as_before_2026_11_29(saved: Path) -> None:
+    """Rewrite a saved configuration as it was when NSA's sizes stood beside attention.kind."""
+    tree = yaml.safe_load(saved.read_text())
+    attention = tree["attention"]
+    attention |= attention.pop("nsa")
+    assert attention["compress_length"] == 8
+    saved.write_text(yaml.safe_dump(tree))
+
+
+def test_a_checkpoint_of_the_earlier_schema_is_resumed(tmp_path):
+    saved = write_config(tmp_path)
+    as_before_2026_11_29(saved)
+    check_same(saved, tiny_config(tmp_path), tmp_path)
+    assert load_saved(saved) == tiny_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"unknown key attention.block_size; the nearest valid one is attention.nsa"):
+        load_config(saved)
+    with pytest.raises(ValueError, match=r"attention.nsa.window: 16 there, 8 now"):
+        check_same(saved, tiny_config(tmp_path, "attention.nsa.window=8"), tmp_path)
 
 
 def test_a_port_in_use_is_said(tmp_path):

@@ -20,7 +20,9 @@ name: run
 output_dir: {folder}/runs
 model: {{vocab_size: 400, hidden_size: 32, num_layers: 2, num_heads: 2, num_kv_heads: 1, head_dim: 16,
          intermediate_size: 48, max_position: 128}}
-attention: {{kind: [nsa, dense], compress_length: 8, compress_stride: 4, block_size: 8, num_blocks: 4, window: 16}}
+attention:
+  kind: [nsa, dense]
+  nsa: {{compress_length: 8, compress_stride: 4, block_size: 8, num_blocks: 4, window: 16}}
 data:
   cache_dir: {folder}/../cache
   sequence_length: 64

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import check_attention, check_compression, resolve_backend, softmax_scale
+from nsa.ops.geometry import Documents, Ranges, block_starts, num_compressed, visible_blocks
 from nsa.ops.naive import masked_attention
-from nsa.ops.packing import Documents, block_starts, cached, num_compressed
-from nsa.ops.tiles import Ranges, tiled_attention
+from nsa.ops.tiles import Runs, tiled_attention
 
 
 def compressed_attention(
@@ -52,7 +52,7 @@ def compressed_attention(
         from nsa.ops.kernels import operators
 
         return operators.range_attention(q, k_cmp, v_cmp, visible, scale)
-    return tiled_attention(q, k_cmp, v_cmp, visible, scale)
+    return tiled_attention(q, k_cmp, v_cmp, Runs(visible), scale)
 
 
 def compressed_ranges(
@@ -67,14 +67,6 @@ def compressed_ranges(
         )
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     return documents, visible_blocks(documents, length, stride)
-
-
-@cached
-def visible_blocks(documents: Documents, length: int, stride: int) -> Ranges:
-    """The run of compressed blocks that end at or before each query, within its document."""
-    first = documents.compressed_bounds(length, stride)[documents.query_document]
-    seen = torch.where(documents.query_local >= length - 1, (documents.query_local - length + 1) // stride + 1, 0)
-    return Ranges(first, first + seen)
 
 
 def naive_mask(documents: Documents, num_blocks: int, length: int, stride: int) -> Tensor:

@@ -1,13 +1,11 @@
 """Blocks of keys or values to one vector each: NSA's learned compression (arXiv 2502.11089, Eq. 7)."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from nsa.ops.dispatch import accumulation_dtype, check_compression, check_packing, resolve_backend
-from nsa.ops.packing import Documents, block_starts, cached, num_compressed
+from nsa.ops.geometry import Documents, compression_layout, num_compressed
 
 
 def compress_blocks(
@@ -93,53 +91,3 @@ def _portable(
         total = total + products[:, first + r, :, r]
     out = linear(silu(total), outer)
     return out if len(documents.bounds) == 2 else out * (layout.start >= 0)[:, None, None]
-
-
-class CompressionLayout(NamedTuple):
-    """Where blocks and segments (the ``stride`` tokens from one block to the next) lie; all int32.
-
-    Attributes:
-        start: (M,) first token of each block, -1 where there is none (documents too short to have M in all).
-        block_segment: (M,) segment that each block begins with; -1 likewise.
-        segment_token: (N,) first token of each segment of each document; T where there is none.
-        segment_end: (N,) token after its last one: the last segment of a document may be short.
-        segment_block: (N,) the block that begins with the segment, if its document has so many.
-        block_first, block_last: (N,) run of the blocks of the segment's document.
-    """
-
-    start: Tensor
-    block_segment: Tensor
-    segment_token: Tensor
-    segment_end: Tensor
-    segment_block: Tensor
-    block_first: Tensor
-    block_last: Tensor
-
-
-@cached
-def compression_layout(documents: Documents, length: int, stride: int) -> CompressionLayout:
-    """The layout of compression blocks in (packed) documents; built once for all layers."""
-    bounds, tokens = documents.bounds, len(documents.query_position)
-    block_bounds = documents.compressed_bounds(length, stride)
-    start, document = block_starts(bounds, block_bounds, stride, num_compressed(tokens, length, stride))
-    exists = torch.arange(len(start), device=start.device) < block_bounds[-1]
-    segment_bounds = documents.selection_bounds(stride)
-    segment = segment_bounds[document] + (start - bounds[document]) // stride
-    # Every document may end in a short segment: this many hold any packing.
-    token, owner = block_starts(bounds, segment_bounds, stride, tokens // stride + len(bounds) - 1)
-    token = token.clamp(max=tokens)
-    first, last = block_bounds[owner], block_bounds[owner + 1]
-    end = torch.minimum(token + stride, bounds[owner + 1])
-    block = first + (token - bounds[owner]) // stride
-    columns = (start.where(exists, -1), segment.where(exists, -1), token, end, block, first, last)
-    return CompressionLayout(*(column.int() for column in columns))
-
-
-@cached
-def block_ends(documents: Documents, length: int, stride: int) -> Tensor:
-    """(M,) int64 token at which each compression block ends; the last token where there is no such block."""
-    tokens = len(documents.query_position)
-    start, _ = block_starts(
-        documents.bounds, documents.compressed_bounds(length, stride), stride, num_compressed(tokens, length, stride)
-    )
-    return (start + length - 1).clamp(max=tokens - 1)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nsa.ops.dense import libraries
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.geometry import Documents, KnownLengths, known_lengths, window_ranges
 from nsa.ops.naive import masked_attention
-from nsa.ops.packing import Documents, KnownLengths, cached, known_lengths
-from nsa.ops.tiles import Ranges, tiled_attention
+from nsa.ops.tiles import Runs, tiled_attention
 
 
 @overload
@@ -91,7 +91,7 @@ def dense_attention(
 
             out, lse = operators.range_attention(q, k, v, visible, scale)
         else:
-            out, lse = tiled_attention(q, k, v, visible, scale)
+            out, lse = tiled_attention(q, k, v, Runs(visible), scale)
     return (out, lse) if return_lse else out
 
 
@@ -110,13 +110,6 @@ def check_window(window: int | None) -> None:
     """Raise ValueError for a window in which a query does not see itself."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
-
-
-@cached
-def window_ranges(documents: Documents, reach: int) -> Ranges:
-    """The run of keys that each query sees: its own and the ``reach`` - 1 before it, of its document."""
-    first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
-    return Ranges(first, documents.query_position + 1)
 
 
 def naive_mask(documents: Documents, num_keys: int, reach: int) -> Tensor:

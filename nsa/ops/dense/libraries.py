@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.ops.packing import KnownLengths
+from nsa.ops.geometry import KnownLengths
 
 NAMES = ("cudnn", "flash", "flash-attn-3", "flash-attn-4")
 MODULES = {"flash-attn-3": "flash_attn_interface", "flash-attn-4": "flash_attn.cute"}

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.compression import CompressionLayout
+from nsa.ops.geometry import CompressionLayout
 from nsa.ops.kernels import launch
 
 ROWS_PER_SPLIT, MOST_SPLITS = 1024, 16  # of the sum over rows; a function of the shape alone

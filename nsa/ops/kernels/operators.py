@@ -5,14 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsa.ops.compressed import visible_blocks
-from nsa.ops.compression import CompressionLayout, compression_layout
+from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
 from nsa.ops.kernels import compression, ranges, selected, selection
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels.selected import BlockLayout
-from nsa.ops.packing import Documents
 from nsa.ops.selection.recall import recalled
-from nsa.ops.tiles import Ranges
 
 
 @torch.library.custom_op("nsa::range_attention", mutates_args=())
@@ -231,16 +228,11 @@ def native_sparse_attention(
     selected_kv: Callable[[], tuple[Tensor, Tensor, Documents]],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
+    choose: Callable[[Tensor, Tensor, Tensor], Tensor],
     seen: Ranges,
     near: Ranges,
-    cu_seqlens: Tensor | None,
-    offset: int,
-    length: int,
-    stride: int,
+    *,
     block_size: int,
-    num_blocks: int,
-    num_initial: int,
-    num_local: int,
     scale: float,
 ) -> Tensor:
     """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`; ``seen`` and ``near``: what the first and last branch see.
@@ -252,10 +244,9 @@ def native_sparse_attention(
     q, gates = q.contiguous(), gates.contiguous()
     kv_cmp, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_win))
     cmp_run, win_run = ranges.int32_runs(seen), ranges.int32_runs(near)
-    sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
     with torch.no_grad():
         out_cmp, lse_cmp = _range_attention(q, *kv_cmp, *cmp_run, scale)
-        indices = _select_blocks(q, kv_cmp[0], lse_cmp, cu_seqlens, offset, *sizes, scale)
+        indices = choose(q, kv_cmp[0], lse_cmp.transpose(1, 2))
     k_slc, v_slc, documents = selected_kv()
     kv_slc = k_slc.contiguous(), v_slc.contiguous()
     with torch.no_grad():

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nsa.ops.geometry import Ranges, cached, derived
 from nsa.ops.kernels.launch import (
     FORWARD,
     INTEGERS,
@@ -31,8 +32,6 @@ from nsa.ops.kernels.launch import (
     vector_of,
     warpgroups,
 )
-from nsa.ops.packing import cached, derived
-from nsa.ops.tiles import Ranges
 
 
 @triton.jit

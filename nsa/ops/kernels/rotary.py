@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.geometry import Heads
 from nsa.ops.kernels.launch import INTEGERS
-from nsa.ops.rotary import Heads
 
 COPY, ROTATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WAYS = {"copy": 0, "rotate": 1, "sigmoid": 2}

@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.geometry import Documents, block_starts, cached
 from nsa.ops.kernels.launch import BOTH_PASSES, FORWARD, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.lists import NO_BLOCK, work_items
 from nsa.ops.kernels.ranges import _load_rows, _scores, _store_rows, shape_constants
-from nsa.ops.packing import Documents, block_starts, cached
 
 
 @triton.jit(do_not_specialize=INTEGERS)

@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.geometry import Documents, Ranges, block_starts, cached
 from nsa.ops.kernels.launch import BOTH_PASSES, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.ranges import _load_rows, _scores, int32_runs, shape_constants
-from nsa.ops.packing import Documents, block_starts, cached
-from nsa.ops.tiles import Ranges
 
 
 @triton.jit

@@ -1,15 +1,31 @@
 """Native Sparse Attention: the gated sum of its three branches (arXiv 2502.11089, Eq. 5)."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from nsa.ops.compressed import compressed_attention, compressed_ranges
-from nsa.ops.dense import check_window, dense_attention, window_ranges
+from nsa.ops.dense import check_window, dense_attention
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
-from nsa.ops.packing import Documents, clip_borders
+from nsa.ops.geometry import Documents, clip_borders, window_ranges
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import check_selection, select_blocks
+
+Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Branches(NamedTuple):
+    """What the branches give: outputs (B, T, H, Dv) before the gates, and the selected blocks (B, T, G, num_blocks);
+    ``lse`` (B, H, T) fp32 of the compressed scores."""
+
+    compressed: Tensor
+    selected: Tensor
+    window: Tensor
+    blocks: Tensor
+    lse: Tensor
 
 
 def native_sparse_attention(
@@ -29,6 +45,7 @@ def native_sparse_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    choose: Choose | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Compressed, selected and sliding-window attention, weighted by gates and summed (NSA Eq. 5).
@@ -47,6 +64,8 @@ def native_sparse_attention(
         cu_seqlens: (N+1,) int32 borders of packed documents up to the last query, with B = 1; no branch looks across
             one.
         offset: position of the first query.
+        choose: (q, k_cmp, lse) -> block indices (B, T, G, num_blocks) int32, called without gradient; None:
+            `select_blocks` with the sizes above.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -57,44 +76,51 @@ def native_sparse_attention(
     """
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {(*q.shape[:3], 3)}, got {tuple(gates.shape)}")
+    sizes = {"length": length, "stride": stride, "block_size": block_size, "num_blocks": num_blocks}
+    sizes |= {"num_initial": num_initial, "num_local": num_local}
+    if choose is None:
+        told = {"scale": scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": backend}
+        choose = partial(select_blocks, **sizes, **told)  # type: ignore[arg-type]
     there = () if callable(kv_slc) else kv_slc
     if resolve_backend(backend, q, *kv_cmp, *there, *kv_win) == "triton":
+        scale = softmax_scale(scale, q.shape[3])
+        check_selection(*sizes.values())
         return _fused(
-            q, kv_cmp, kv_slc, kv_win, gates, window, cu_seqlens, offset,
-            (length, stride, block_size, num_blocks, num_initial, num_local, softmax_scale(scale, q.shape[3])),
-        )  # fmt: skip
-    out_cmp, lse = compressed_attention(
-        q,
-        *kv_cmp,
-        length=length,
-        stride=stride,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        offset=offset,
-        backend=backend,
-    )
-    indices = select_blocks(
-        q,
-        kv_cmp[0],
-        lse,
-        length=length,
-        stride=stride,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        num_initial=num_initial,
-        num_local=num_local,
-        scale=scale,
-        cu_seqlens=cu_seqlens,
-        offset=offset,
-        backend=backend,
-    )
-    out_slc = selected_attention(
-        q, *arrived(kv_slc), indices, block_size=block_size, scale=scale, cu_seqlens=cu_seqlens, backend=backend
-    )
+            q, kv_cmp, kv_slc, kv_win, gates, choose, length, stride, block_size, window, cu_seqlens, offset, scale
+        )
+    found = branches(
+        q, kv_cmp, kv_slc, kv_win, choose, length=length, stride=stride, block_size=block_size, window=window,
+        scale=scale, cu_seqlens=cu_seqlens, offset=offset, backend=backend,
+    )  # fmt: skip
+    g = gates.to(q.dtype).unsqueeze(-1)
+    return g[..., 0, :] * found.compressed + g[..., 1, :] * found.selected + g[..., 2, :] * found.window
+
+
+def branches(
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
+    kv_win: tuple[Tensor, Tensor],
+    choose: Choose,
+    *,
+    length: int,
+    stride: int,
+    block_size: int,
+    window: int,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    offset: int = 0,
+    backend: str = "auto",
+) -> Branches:
+    """The parts of `native_sparse_attention`, by one operator each; arguments as there."""
+    common = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
+    out_cmp, lse = compressed_attention(q, *kv_cmp, length=length, stride=stride, offset=offset, **common)  # type: ignore[arg-type]
+    with torch.no_grad():
+        blocks = choose(q, kv_cmp[0], lse)
+    out_slc = selected_attention(q, *arrived(kv_slc), blocks, block_size=block_size, **common)  # type: ignore[arg-type]
     near = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     out_win = dense_attention(q, *kv_win, window=window, scale=scale, cu_seqlens=near, backend=backend)
-    g = gates.to(q.dtype).unsqueeze(-1)
-    return g[..., 0, :] * out_cmp + g[..., 1, :] * out_slc + g[..., 2, :] * out_win
+    return Branches(out_cmp, out_slc, out_win, blocks, lse)
 
 
 def arrived(kv: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -114,10 +140,14 @@ def _fused(
     kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
     kv_win: tuple[Tensor, Tensor],
     gates: Tensor,
+    choose: Choose,
+    length: int,
+    stride: int,
+    block_size: int,
     window: int,
     cu_seqlens: Tensor | None,
     offset: int,
-    sizes: tuple[int, int, int, int, int, int, float],
+    scale: float,
 ) -> Tensor:
     """The kernels' way: one backward pass for the three branches, and no gated copies of the gradient."""
     from nsa.ops.kernels import operators
@@ -125,9 +155,8 @@ def _fused(
     near_borders = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])
     check_attention(q, *kv_cmp, cu_seqlens, offset)
     check_attention(q, *kv_win, near_borders)
-    check_selection(*sizes[:6])
     check_window(window)
-    _, seen = compressed_ranges(q, kv_cmp[0], sizes[0], sizes[1], cu_seqlens, offset)
+    _, seen = compressed_ranges(q, kv_cmp[0], length, stride, cu_seqlens, offset)
     win = Documents.of(q.shape[1], check_positions(q, kv_win[0]), near_borders, q.device)
     near = window_ranges(win, window)
 
@@ -136,4 +165,6 @@ def _fused(
         check_attention(q, k, v, cu_seqlens)
         return k, v, Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
 
-    return operators.native_sparse_attention(q, kv_cmp, selected, kv_win, gates, seen, near, cu_seqlens, offset, *sizes)
+    return operators.native_sparse_attention(
+        q, kv_cmp, selected, kv_win, gates, choose, seen, near, block_size=block_size, scale=scale
+    )

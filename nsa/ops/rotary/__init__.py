@@ -1,24 +1,12 @@
 """Rotary position embedding (arXiv 2104.09864), and heads cut from a joint projection and rotated on the way."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import resolve_backend
-
-
-class Heads(NamedTuple):
-    """``number`` heads of ``width`` columns, and what becomes of them: as they are, rotated, or sigmoid(x + bias)."""
-
-    number: int
-    width: int
-    how: Literal["copy", "rotate", "sigmoid"] = "copy"
-
-    @property
-    def columns(self) -> int:
-        return self.number * self.width
+from nsa.ops.geometry import Heads
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, *, backend: str = "auto") -> Tensor:

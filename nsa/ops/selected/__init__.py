@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.geometry import Documents, block_starts
 from nsa.ops.naive import masked_attention
-from nsa.ops.packing import Documents, block_starts
 from nsa.ops.tiles import Blocks, tiled_attention
 
 

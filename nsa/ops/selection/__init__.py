@@ -8,9 +8,9 @@ from torch import Tensor
 from nsa.ops.compressed import compressed_ranges
 from nsa.ops.compressed import naive_mask as compressed_mask
 from nsa.ops.dispatch import accumulation_dtype, check_attention, check_compression, resolve_backend, softmax_scale
-from nsa.ops.packing import Documents, block_starts
+from nsa.ops.geometry import Documents, Ranges, block_starts
 from nsa.ops.selection.recall import recalled
-from nsa.ops.tiles import LOG2_E, Ranges
+from nsa.ops.tiles import LOG2_E, Runs
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def _importance_tiles(
     lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1)) * LOG2_E
     weights = overlap_weights(length, stride, block_size).to(queries)
     first_block = documents.compressed_bounds(length, stride)[documents.query_document]
-    for tile in visible.tiles(q.shape[1], k_cmp.shape[1], q.shape[0] * q.shape[2]):
+    for tile in Runs(visible).tiles(q.shape[1], k_cmp.shape[1], q.shape[0] * q.shape[2]):
         assert isinstance(tile.keys, slice)
         rows = slice(tile.start, tile.stop)
         scores = queries[:, :, :, rows] @ keys[:, :, None, tile.keys].mT

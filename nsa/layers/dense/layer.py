@@ -1,9 +1,12 @@
 """Grouped-query attention."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import FullCache
+from nsa.layers.kind import Local, Pair
 from nsa.layers.projection import joint_linear
 from nsa.ops.dense.libraries import NAMES
 
@@ -12,7 +15,7 @@ class CausalAttention(nn.Module):
     """The operator of the layer, without parameters: where hooks see queries, keys and values.
 
     ``asks_for_lengths``: whether it runs faster where the host knows the lengths of the documents
-    (`nsa.ops.packing.tell_lengths`).
+    (`nsa.ops.geometry.tell_lengths`).
     """
 
     def __init__(self, backend: str, implementation: str = "auto") -> None:
@@ -20,8 +23,13 @@ class CausalAttention(nn.Module):
         self.backend = implementation if backend == "auto" else backend
         self.asks_for_lengths = self.backend in ("auto", *NAMES)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """As `nsa.ops.dense_attention`."""
+    def forward(
+        self, q: Tensor, kv: Pair | Callable[[], Pair], cu_seqlens: Tensor | None = None, offset: int = 0
+    ) -> Tensor:
+        """As `nsa.ops.dense_attention`; ``offset``: keys before the first query. ``kv`` may be a function that returns
+        keys and values, if they are still on their way from other devices."""
+        k, v = kv() if callable(kv) else kv
+        assert offset + q.shape[1] == k.shape[1], "the last queries of all tokens"
         return ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
@@ -55,6 +63,7 @@ class DenseAttention(nn.Module):
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
         self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.exchange = Local()
         self.attend = CausalAttention(backend, implementation)
 
     def forward(
@@ -78,9 +87,11 @@ class DenseAttention(nn.Module):
             ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
         ]
         q, k, v = ops.split_heads(joint, parts, *rotary, backend=self.backend)
+        offset = 0 if cache is None else cache.length
+        q, kv = self.exchange(q, (k, v))
         if cache is not None:
-            k, v = cache.append(k, v)
-        out = self.attend(q, k, v, cu_seqlens)
+            kv = cache.append(*kv)
+        out = self.attend(q, kv, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 
     def new_cache(self) -> FullCache:

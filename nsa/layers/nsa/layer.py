@@ -1,19 +1,20 @@
 """Native Sparse Attention as a layer (DeepSeek, arXiv 2502.11089)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import NativeSparseCache
-from nsa.layers.compression import BlockCompression
+from nsa.layers.kind import Local, Pair
+from nsa.layers.nsa.compression import BlockCompression
 from nsa.layers.projection import joint_linear
 from nsa.layers.rotary import rotary_frequencies, rotary_tables
-from nsa.ops.compression import block_ends
-from nsa.ops.packing import Documents
+from nsa.ops.geometry import Documents, block_ends
 
-Pair = tuple[Tensor, Tensor]
+BRANCHES = ("compressed", "selected", "window")
 
 
 class KeyValue(nn.Module):
@@ -50,8 +51,8 @@ class KeyValueCompression(nn.Module):
         return ops.apply_rotary(k_cmp, *rotary, ends, backend=self.backend), v_cmp
 
 
-class GatedBranches(nn.Module):
-    """The operator of the layer, without parameters: where hooks see queries, keys, values and gates."""
+class BlockChoice(nn.Module):
+    """Which blocks each query selects: an operator without parameters, and without gradient."""
 
     def __init__(
         self,
@@ -60,17 +61,31 @@ class GatedBranches(nn.Module):
         stride: int,
         block_size: int,
         num_blocks: int,
-        window: int,
         num_initial: int,
         num_local: int,
         scale: float,
         backend: str,
     ) -> None:
         super().__init__()
-        self.length, self.stride = length, stride
-        self.block_size, self.num_blocks = block_size, num_blocks
-        self.num_initial, self.num_local, self.window = num_initial, num_local, window
+        self.sizes = {"length": length, "stride": stride, "block_size": block_size, "num_blocks": num_blocks}
+        self.sizes |= {"num_initial": num_initial, "num_local": num_local}
         self.scale, self.backend = scale, backend
+
+    def forward(
+        self, q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0, **sizes: int
+    ) -> Tensor:
+        """As `nsa.ops.select_blocks`; ``sizes``: others than the layer's."""
+        told = {"scale": self.scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": self.backend}
+        return ops.select_blocks(q, k_cmp, lse, **self.sizes | sizes, **told)  # type: ignore[arg-type]
+
+
+class GatedBranches(nn.Module):
+    """The operator of the layer, without parameters: where hooks see queries, keys, values and gates."""
+
+    def __init__(self, choose: BlockChoice, *, window: int) -> None:
+        super().__init__()
+        self.choose, self.window = choose, window
+        self.sizes, self.scale, self.backend = choose.sizes, choose.scale, choose.backend
 
     def forward(
         self,
@@ -89,16 +104,12 @@ class GatedBranches(nn.Module):
             kv_slc,
             kv_win,
             gates,
-            length=self.length,
-            stride=self.stride,
-            block_size=self.block_size,
-            num_blocks=self.num_blocks,
+            **self.sizes,
             window=self.window,
-            num_initial=self.num_initial,
-            num_local=self.num_local,
             scale=self.scale,
             cu_seqlens=cu_seqlens,
             offset=offset,
+            choose=partial(self.choose, cu_seqlens=cu_seqlens, offset=offset),
             backend=self.backend,
         )
 
@@ -147,27 +158,27 @@ class NativeSparseAttention(nn.Module):
         super().__init__()
         v_head_dim = v_head_dim or head_dim
         self.head_dim, self.v_head_dim, self.rope_theta, self.backend = head_dim, v_head_dim, rope_theta, backend
+        self.window = window
         # Modules for their names and initialisation; one product takes the weights.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.key_value = nn.ModuleDict(
-            {b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in ("compressed", "selected", "window")}
-        )
+        self.key_value = nn.ModuleDict({b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in BRANCHES})
         self.compress = KeyValueCompression(
             head_dim, v_head_dim, compress_length, compress_stride, compress_hidden, backend=backend
         )
         self.gate = nn.Linear(hidden_size, 3 * num_heads)
         self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
-        self.attend = GatedBranches(
+        choose = BlockChoice(
             length=compress_length,
             stride=compress_stride,
             block_size=block_size,
             num_blocks=num_blocks,
             num_initial=num_initial,
             num_local=num_local,
-            window=window,
             scale=head_dim**-0.5,
             backend=backend,
         )
+        self.exchange = Local()
+        self.attend = GatedBranches(choose, window=window)
 
     def forward(
         self,
@@ -187,7 +198,7 @@ class NativeSparseAttention(nn.Module):
         offset = 0 if cache is None else cache.length
         if rotary is None:
             rotary = self._rotary(x, offset, cu_seqlens)
-        q, raw_cmp, slc, win, gates = self.project(x, rotary)
+        q, raw_cmp, slc, win, gates = self.exchange(*self.project(x, rotary))
         if cache is None:
             cmp = self.compress(raw_cmp, rotary, cu_seqlens)
         else:
@@ -199,7 +210,7 @@ class NativeSparseAttention(nn.Module):
 
     def project(self, x: Tensor, rotary: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
         """Rotated queries; keys and values of each branch, those of the compressed one not rotated; gates."""
-        branches: list[Any] = [self.key_value[branch] for branch in ("compressed", "selected", "window")]
+        branches: list[Any] = [self.key_value[branch] for branch in BRANCHES]
         linears = [self.query, *(linear for kv in branches for linear in (kv.key, kv.value)), self.gate]
         joint = joint_linear(x, [linear.weight for linear in linears])
         heads, groups = self.gate.out_features // 3, branches[0].key.out_features // self.head_dim
@@ -220,7 +231,7 @@ class NativeSparseAttention(nn.Module):
         return q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates
 
     def new_cache(self) -> NativeSparseCache:
-        return NativeSparseCache(self.attend.length, self.attend.stride, self.attend.window)
+        return NativeSparseCache(self.compress.length, self.compress.stride, self.window)
 
     def _rotary(self, x: Tensor, offset: int, cu_seqlens: Tensor | None) -> Pair:
         positions = Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local

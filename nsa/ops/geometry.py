@@ -1,4 +1,4 @@
-"""Where documents, compression blocks and selection blocks lie in a packed batch.
+"""Where documents, compression blocks, selection blocks and heads lie in a packed batch, and which keys a query sees.
 
 Everything here is index arithmetic on device: shapes depend on the number of tokens and documents only, never on the
 documents' lengths, so nothing waits for the GPU. Unpacked input is the case of one document.
@@ -7,7 +7,7 @@ documents' lengths, so nothing waits for the GPU. Unpacked input is the case of 
 import functools
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -182,3 +182,88 @@ def block_starts(bounds: Tensor, block_bounds: Tensor, stride: int, count: int) 
     block = torch.arange(count, device=bounds.device)
     document = torch.searchsorted(block_bounds[1:].contiguous(), block, right=True).clamp(max=len(bounds) - 2)
     return bounds[document] + (block - block_bounds[document]) * stride, document
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Query t sees keys ``first[t] .. last[t]-1``; both (T,) int64 and never falling, as causal masks are."""
+
+    first: Tensor
+    last: Tensor
+
+
+@cached
+def window_ranges(documents: Documents, reach: int) -> Ranges:
+    """The run of keys that each query sees: its own and the ``reach`` - 1 before it, of its document."""
+    first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
+    return Ranges(first, documents.query_position + 1)
+
+
+@cached
+def visible_blocks(documents: Documents, length: int, stride: int) -> Ranges:
+    """The run of compressed blocks that end at or before each query, within its document."""
+    first = documents.compressed_bounds(length, stride)[documents.query_document]
+    seen = torch.where(documents.query_local >= length - 1, (documents.query_local - length + 1) // stride + 1, 0)
+    return Ranges(first, first + seen)
+
+
+class CompressionLayout(NamedTuple):
+    """Where blocks and segments (the ``stride`` tokens from one block to the next) lie; all int32.
+
+    Attributes:
+        start: (M,) first token of each block, -1 where there is none (documents too short to have M in all).
+        block_segment: (M,) segment that each block begins with; -1 likewise.
+        segment_token: (N,) first token of each segment of each document; T where there is none.
+        segment_end: (N,) token after its last one: the last segment of a document may be short.
+        segment_block: (N,) the block that begins with the segment, if its document has so many.
+        block_first, block_last: (N,) run of the blocks of the segment's document.
+    """
+
+    start: Tensor
+    block_segment: Tensor
+    segment_token: Tensor
+    segment_end: Tensor
+    segment_block: Tensor
+    block_first: Tensor
+    block_last: Tensor
+
+
+@cached
+def compression_layout(documents: Documents, length: int, stride: int) -> CompressionLayout:
+    """The layout of compression blocks in (packed) documents; built once for all layers."""
+    bounds, tokens = documents.bounds, len(documents.query_position)
+    block_bounds = documents.compressed_bounds(length, stride)
+    start, document = block_starts(bounds, block_bounds, stride, num_compressed(tokens, length, stride))
+    exists = torch.arange(len(start), device=start.device) < block_bounds[-1]
+    segment_bounds = documents.selection_bounds(stride)
+    segment = segment_bounds[document] + (start - bounds[document]) // stride
+    # Every document may end in a short segment: this many hold any packing.
+    token, owner = block_starts(bounds, segment_bounds, stride, tokens // stride + len(bounds) - 1)
+    token = token.clamp(max=tokens)
+    first, last = block_bounds[owner], block_bounds[owner + 1]
+    end = torch.minimum(token + stride, bounds[owner + 1])
+    block = first + (token - bounds[owner]) // stride
+    columns = (start.where(exists, -1), segment.where(exists, -1), token, end, block, first, last)
+    return CompressionLayout(*(column.int() for column in columns))
+
+
+@cached
+def block_ends(documents: Documents, length: int, stride: int) -> Tensor:
+    """(M,) int64 token at which each compression block ends; the last token where there is no such block."""
+    tokens = len(documents.query_position)
+    start, _ = block_starts(
+        documents.bounds, documents.compressed_bounds(length, stride), stride, num_compressed(tokens, length, stride)
+    )
+    return (start + length - 1).clamp(max=tokens - 1)
+
+
+class Heads(NamedTuple):
+    """``number`` heads of ``width`` columns, and what becomes of them: as they are, rotated, or sigmoid(x + bias)."""
+
+    number: int
+    width: int
+    how: Literal["copy", "rotate", "sigmoid"] = "copy"
+
+    @property
+    def columns(self) -> int:
+        return self.number * self.width

@@ -1,0 +1,97 @@
+"""The configuration of an exported decoder, as `transformers` reads it from config.json."""
+
+from transformers import PreTrainedConfig
+
+
+class NSAConfig(PreTrainedConfig):
+    """Shape of the decoder. Lengths are in tokens.
+
+    Args:
+        vocab_size, hidden_size, intermediate_size: widths of the embedding, the residual stream and the SwiGLU.
+        num_hidden_layers, num_attention_heads, num_key_value_heads: the last divides the one before it.
+        head_dim: of queries and keys. v_head_dim: of values; None: head_dim.
+        attention_kinds: "dense" or "nsa" for each layer.
+        compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
+        compress_hidden: hidden width of the compression MLP; None: the head's.
+        block_size, num_blocks: tokens in a selection block (l'), blocks that a query selects (n).
+        num_initial, num_local: blocks that are always among them: the first, the most recent (the query's own too).
+        window: tokens that the sliding window sees, the query's own included (w).
+        num_experts, num_experts_per_token: routed experts of a layer, and how many of them compute a token; 0: none.
+        num_shared_experts, expert_size: experts that compute every token, and the width of an expert.
+        first_dense: layers at the start that have a SwiGLU of intermediate_size instead.
+        max_position_embeddings: rotary range, extension included. original_max_position: range of the training.
+        rotary_base, yarn_factor, yarn_beta_fast, yarn_beta_slow: rotary embedding and its YaRN length extension.
+    """
+
+    model_type = "nsa"
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - as transformers declares it
+
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        hidden_size: int = 256,
+        intermediate_size: int = 768,
+        num_hidden_layers: int = 4,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 1,
+        head_dim: int = 64,
+        v_head_dim: int | None = None,
+        attention_kinds: list[str] | None = None,
+        compress_length: int = 32,
+        compress_stride: int = 16,
+        compress_hidden: int | None = None,
+        block_size: int = 64,
+        num_blocks: int = 16,
+        num_initial: int = 1,
+        num_local: int = 2,
+        window: int = 512,
+        num_experts: int = 0,
+        num_experts_per_token: int = 0,
+        num_shared_experts: int = 0,
+        expert_size: int = 0,
+        first_dense: int = 0,
+        max_position_embeddings: int = 4096,
+        original_max_position: int | None = None,
+        rotary_base: float = 10000.0,
+        yarn_factor: float = 1.0,
+        yarn_beta_fast: float = 32.0,
+        yarn_beta_slow: float = 1.0,
+        rms_norm_eps: float = 1e-6,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = True,
+        use_cache: bool = True,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.v_head_dim = v_head_dim or head_dim
+        self.attention_kinds = attention_kinds or ["nsa"] * num_hidden_layers
+        self.compress_length = compress_length
+        self.compress_stride = compress_stride
+        self.compress_hidden = compress_hidden
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.num_initial = num_initial
+        self.num_local = num_local
+        self.window = window
+        self.num_experts = num_experts
+        self.num_experts_per_token = num_experts_per_token
+        self.num_shared_experts = num_shared_experts
+        self.expert_size = expert_size
+        self.first_dense = first_dense
+        self.max_position_embeddings = max_position_embeddings
+        self.original_max_position = original_max_position or max_position_embeddings
+        self.rotary_base = rotary_base
+        self.yarn_factor = yarn_factor
+        self.yarn_beta_fast = yarn_beta_fast
+        self.yarn_beta_slow = yarn_beta_slow
+        self.rms_norm_eps = rms_norm_eps
+        self.initializer_range = initializer_range
+        self.tie_word_embeddings = tie_word_embeddings
+        self.use_cache = use_cache
+        super().__init__(**kwargs)

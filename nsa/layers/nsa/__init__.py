@@ -1,0 +1,5 @@
+"""Native Sparse Attention (arXiv 2502.11089)."""
+
+from nsa.layers.nsa.layer import NativeSparseAttention
+
+__all__ = ["NativeSparseAttention"]

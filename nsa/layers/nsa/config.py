@@ -1,0 +1,42 @@
+"""The section ``attention.nsa`` of a configuration."""
+
+from pydantic import Field, model_validator
+
+from nsa.schema import Section
+
+
+class NsaConfig(Section):
+    """Native Sparse Attention. Lengths are in tokens. Defaults are those of the paper (arXiv 2502.11089, 4.1)."""
+
+    compress_length: int = Field(32, ge=1, description="tokens in a compression block (l), a multiple of the stride")
+    compress_stride: int = Field(16, ge=1, description="tokens between two compression blocks (d)")
+    compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: head_dim")
+    block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
+    num_blocks: int = Field(16, ge=1, description="selected blocks per query, initial and local ones included (n)")
+    num_initial: int = Field(1, ge=0, description="blocks at the start of a document that are always selected")
+    num_local: int = Field(2, ge=0, description="most recent blocks that are always selected, the current one included")
+    window: int = Field(512, ge=1, description="tokens seen by the sliding-window branch, the query's own included (w)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "NsaConfig":
+        if self.compress_length % self.compress_stride:
+            raise ValueError(
+                f"attention.nsa.compress_length ({self.compress_length}) must be a multiple of "
+                f"attention.nsa.compress_stride ({self.compress_stride})"
+            )
+        if self.block_size % self.compress_stride:
+            raise ValueError(
+                f"attention.nsa.block_size ({self.block_size}) must be a multiple of "
+                f"attention.nsa.compress_stride ({self.compress_stride})"
+            )
+        if self.block_size < self.compress_length:
+            raise ValueError(
+                f"attention.nsa.block_size ({self.block_size}) must not be below "
+                f"attention.nsa.compress_length ({self.compress_length}): NSA's equation 9 needs l <= l'"
+            )
+        if self.num_initial + self.num_local > self.num_blocks:
+            raise ValueError(
+                f"attention.nsa.num_initial + attention.nsa.num_local ({self.num_initial + self.num_local}) exceed "
+                f"attention.nsa.num_blocks ({self.num_blocks}): raise num_blocks or force fewer blocks"
+            )
+        return self

@@ -1,0 +1,90 @@
+"""What Native Sparse Attention does, for TensorBoard: gates, selected blocks and the share of each branch."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.layers.nsa.layer import BRANCHES
+from nsa.ops.geometry import Documents
+from nsa.ops.native_sparse import branches
+
+
+@torch.no_grad()
+def measure(
+    attend: Any,
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
+    kv_win: tuple[Tensor, Tensor],
+    gates: Tensor,
+    cu_seqlens: Tensor | None = None,
+    offset: int = 0,
+) -> dict[str, float]:
+    """The figures of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`).
+
+    gate_<branch>: mean gate over tokens and heads.
+    mass_<branch>: norm of the branch's gated output, as a share of the sum over branches.
+    block_entropy: how evenly the selections are spread over the blocks, 0 (one block) to 1.
+    block_overlap: share of a query's selected blocks that the query before it selected as well.
+    first_block_share: share of queries that would select the first block if it were not forced, among those that have
+        a choice (more blocks than they may select).
+    """
+    sizes = attend.sizes
+    choose = partial(attend.choose, cu_seqlens=cu_seqlens, offset=offset)
+    compressed, selected, window, blocks, lse = branches(
+        q, kv_cmp, kv_slc, kv_win, choose, length=sizes["length"], stride=sizes["stride"],
+        block_size=sizes["block_size"], window=attend.window, scale=attend.scale, cu_seqlens=cu_seqlens,
+        offset=offset, backend=attend.backend,
+    )  # fmt: skip
+    first_block = choose(q, kv_cmp[0], lse, num_initial=0)
+
+    figures = {}
+    norms = [
+        (out.float().norm(dim=-1) * gates[..., i].float()).mean().item()
+        for i, out in enumerate((compressed, selected, window))
+    ]
+    for i, branch in enumerate(BRANCHES):
+        figures[f"gate_{branch}"] = gates[..., i].float().mean().item()
+        figures[f"mass_{branch}"] = norms[i] / max(sum(norms), 1e-30)
+    documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    figures["block_entropy"] = block_entropy(blocks, documents.query_document)
+    figures["block_overlap"] = block_overlap(blocks, documents.query_document)
+    choice = documents.query_local // sizes["block_size"] >= max(sizes["num_blocks"], sizes["num_local"])
+    figures["first_block_share"] = first_block_share(first_block, choice)
+    return figures
+
+
+def block_entropy(blocks: Tensor, document: Tensor) -> float:
+    """Entropy of how often each block is selected, over its largest value; mean over batch and KV heads.
+
+    Args:
+        blocks: (B, T, G, n) int, -1 where nothing is selected. document: (T,) int64, of each query.
+    """
+    entropies = []
+    number = document[:, None] * (int(blocks.max()) + 1) + blocks.permute(0, 2, 1, 3)  # unlike in unlike documents
+    for chosen, valid in zip(number.flatten(0, 1), blocks.permute(0, 2, 1, 3).flatten(0, 1) >= 0, strict=True):
+        counts = torch.unique(chosen[valid], return_counts=True)[1].double()
+        share = counts / counts.sum()
+        entropies.append(float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 0.0)
+    return sum(entropies) / len(entropies)
+
+
+def block_overlap(blocks: Tensor, document: Tensor) -> float:
+    """Share of the blocks of each query that the query before it, in the same document, selected too."""
+    now, before = blocks[:, 1:], blocks[:, :-1]
+    valid = (now >= 0) & (document[1:] == document[:-1])[:, None, None]
+    shared = torch.zeros_like(valid)
+    for i in range(blocks.shape[-1]):  # no (T, n, n) in memory
+        shared |= now == before[..., i, None]
+    return (shared & valid).sum().item() / max(1, int(valid.sum()))
+
+
+def first_block_share(blocks: Tensor, choice: Tensor) -> float:
+    """Share of the queries in ``choice`` (T,) bool that select block 0; 1 if none has a choice: then all see it."""
+    if not choice.any():
+        return 1.0
+    return (blocks[:, choice] == 0).any(-1).float().mean().item()

@@ -1,0 +1,95 @@
+"""The record of Native Sparse Attention."""
+
+from functools import lru_cache
+
+import numpy as np
+from torch import nn
+
+from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Shape
+from nsa.layers.nsa.config import NsaConfig
+from nsa.layers.nsa.figures import measure
+from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
+
+
+def build(shape: Shape, config: NsaConfig, backends: Backends) -> nn.Module:
+    return NativeSparseAttention(
+        shape.hidden_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.v_head_dim,
+        rope_theta=shape.rope_theta,
+        backend=backends.operators,
+        **config.model_dump(),
+    )
+
+
+def products(shape: Shape, config: NsaConfig) -> list[Product]:
+    """The compression runs once a stride and KV head, on keys and on values."""
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    joint = heads * shape.head_dim + 3 * kv_heads * (shape.head_dim + shape.v_head_dim) + 3 * heads
+    found = [Product(1, shape.hidden_size, joint), Product(1, heads * shape.v_head_dim, shape.hidden_size)]
+    for width in (shape.head_dim, shape.v_head_dim):
+        blocks, hidden = kv_heads / config.compress_stride, config.compress_hidden or width
+        found.append(Product(blocks, config.compress_length * width, hidden))
+        found.append(Product(blocks, hidden, width))
+    return found
+
+
+@lru_cache(maxsize=256)
+def keys(config: NsaConfig, tokens: int) -> dict[str, float]:
+    t = np.arange(tokens)
+    compressed = np.maximum(0, (t - config.compress_length + 1) // config.compress_stride + 1)
+    selected = np.minimum(t + 1, (config.num_blocks - 1) * config.block_size + t % config.block_size + 1)
+    window = np.minimum(t + 1, config.window)
+    seen = (compressed, selected, window)
+    return {branch: float(number.mean()) for branch, number in zip(BRANCHES, seen, strict=True)}
+
+
+def exchanges(config: NsaConfig) -> dict[str, Exchange]:
+    """Any query may select any block, so the selected branch's keys and values are gathered whole."""
+    return {
+        "q": Own(),
+        "kv_cmp": Blocks("compressed", "compression", "compress", config.compress_length, config.compress_stride),
+        "kv_slc": Gather("selected"),
+        "kv_win": Halo("window", config.window - 1),
+        "gates": Own(),
+    }
+
+
+def card(config: NsaConfig) -> dict[str, str]:
+    return {
+        "compression": f"blocks of {config.compress_length} tokens at stride {config.compress_stride}",
+        "selection": f"{config.num_blocks} blocks of {config.block_size} tokens, {config.num_initial} initial "
+        f"and {config.num_local} local ones among them",
+        "window": f"{config.window} tokens",
+    }
+
+
+NSA = Kind(
+    name="nsa",
+    title="Native Sparse Attention (arXiv 2502.11089)",
+    config=NsaConfig,
+    build=build,
+    keeps_scale=("compress",),
+    products=products,
+    keys=keys,
+    reach=lambda config: max(config.num_blocks * config.block_size, config.window),
+    prices={"compressed": "compressed", "selected": "near", "window": "near"},
+    priced_as="nsa",
+    lists=True,
+    dense_library=False,
+    parts=Parts(
+        columns=("query", "gate"),
+        kv_heads=tuple(f"key_value.{branch}.{part}" for branch in BRANCHES for part in ("key", "value")),
+        rows=("output",),
+        whole=("compress",),
+        gathered={"attend.choose": (2, None, 1)},  # queries and their LSE
+        gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
+    ),
+    exchanges=exchanges,
+    expensive=("range_attention", "select_blocks", "selected_attention", "compress_blocks"),
+    figures=measure,
+    export=lambda config: config.model_dump(),
+    card=card,
+)
