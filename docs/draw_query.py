@@ -43,7 +43,7 @@ def draw(made: dict[str, Any], path: Path) -> None:
     )
     plots, sides = axes[:, 0], axes[:, 1]
     for plot in plots:
-        plot.set_xlim(0, (made["own"] + 1) * size)
+        plot.set_xlim(0, (made["t"] // made["block_size"] + 1) * size)
         plot.set_xticks(range(0, t + size, 2 * size))
         plot.axvline(t, color="black", linewidth=1.3)
         plot.spines[["top", "right"]].set_visible(False)
@@ -107,7 +107,7 @@ def _importance(plot: Axes, made: dict[str, Any]) -> None:
     size = made["block_size"]
     _title(plot, f"3, 4   Importance of the selection blocks ({size} tokens each), and the choice")
     top = float(made["importance"].max()) * 1.35
-    for j in range(made["own"] + 1):
+    for j in range(made["t"] // made["block_size"] + 1):
         value = float(made["importance"][j])
         color = ALWAYS if j in made["always"] else CHOSEN if j in made["best"] else OTHER
         plot.bar(size * (j + 0.5), max(value, top / 200), size - 5, color=color)
@@ -124,7 +124,10 @@ def _importance(plot: Axes, made: dict[str, Any]) -> None:
         arrowprops={"arrowstyle": "->"},
     )
     plot.set_ylim(0, top)
-    plot.set_xticks([size * (j + 0.5) for j in range(made["own"] + 1)], [f"block {j}" for j in range(made["own"] + 1)])
+    plot.set_xticks(
+        [size * (j + 0.5) for j in range(made["t"] // made["block_size"] + 1)],
+        [f"block {j}" for j in range(made["t"] // made["block_size"] + 1)],
+    )
     plot.tick_params(axis="x", length=0, labelsize=9)
     plot.set_ylabel("importance")
 
