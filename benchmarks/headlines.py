@@ -112,7 +112,7 @@ def page(results: dict[str, dict]) -> str:
         *(words(f"- {line}", indent="  ") for line in aims),
         "- Two GPUs: not measured at these commits. None was to be had.",
         "",
-        "What was tried, and why it stops there: [the notebook](log.md).",
+        "What was tried, and why it stops there: [the notebook](log/README.md).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,8 @@ import torch
 from tests.conftest import ROOT
 
 LAUNCH = ROOT / "launch.sh"
-GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+WITH_PYTHON = [guide for guide in GUIDES if "```python\n" in guide.read_text()]
 
 
 def launch(*arguments: str, root: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -163,7 +164,7 @@ def test_no_module_of_nsa_shadows_the_standard_library():
     assert not names & sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_and_files_in_the_guides_exist(guide):
     text = guide.read_text()
     code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
@@ -178,12 +179,19 @@ def test_commands_and_files_in_the_guides_exist(guide):
         assert (guide.parent / link).exists(), link
 
 
-def test_python_in_the_readme_runs(run_python):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        result = run_python("-c", block)
-        assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("guide", WITH_PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_python_in_the_guides_runs(run_python, guide):
+    """The blocks of a page, one after the other in one process: later ones use what earlier ones made."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL))
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_picture_of_a_query_is_drawn(run_python, tmp_path):
+    """docs/draw_query.py takes what the page's blocks made."""
+    result = run_python("docs/draw_query.py", str(tmp_path / "query.png"), PYTHONPATH=str(ROOT))
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "query.png").stat().st_size > 50_000
 
 
 def test_tests_that_share_ranks_share_a_worker(request):
@@ -207,3 +215,22 @@ def test_the_block_of_the_readme_runs_and_compiles():
         results.append([out, *(p.grad for p in block.parameters())])
     for plain, other in zip(*results, strict=True):
         torch.testing.assert_close(plain, other)
+
+
+def test_the_glossary_is_in_alphabetical_order():
+    terms = re.findall(r"^\*\*(.+?)\*\*", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
+    keys = [re.sub(r"[^a-z0-9 ]", "", term.lower()) for term in terms]
+    assert len(keys) > 50 and keys == sorted(keys)
+
+
+def test_every_document_is_in_the_index():
+    index = (ROOT / "docs/README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"({page.name})" in index or page.name == "README.md", page.name
+    log = (ROOT / "docs/log/README.md").read_text()
+    for page in (ROOT / "docs/log").glob("????-??.md"):
+        assert f"({page.name})" in log, page.name
+        titles = re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE)
+        assert titles
+        for title in titles:
+            assert re.fullmatch(rf"{page.stem}-\d\d: .+ \((kept|negative|mixed|measured)\)", title), title

@@ -6,7 +6,7 @@
     flash-attn-4  FlashAttention-4 (package flash-attn-4): any packing
 
 Their gradients are sums whose order changes: two runs differ in the last bits. cuDNN's variable lengths in torch 2.11
-read memory that is not theirs where query heads share a KV head, so that they are not offered (docs/log.md).
+read memory that is not theirs where query heads share a KV head, so that they are not offered (docs/log/2026-11.md).
 """
 
 import functools

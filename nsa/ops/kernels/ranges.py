@@ -523,5 +523,5 @@ def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tu
 
 PROGRAMS = 1056  # enough to balance uneven work over a GPU of some 130 multiprocessors: eight each
 # Rows of queries that one program adds up. A tensor core cuts off what does not fit when it adds to a sum: over 2^20
-# rows dK and dV come out 0.2 % too small, over 2^23 rows 1.7 % (docs/log.md).
+# rows dK and dV come out 0.2 % too small, over 2^23 rows 1.7 % (docs/log/2026-11.md).
 LONGEST_SUM = 2**20
