@@ -15,7 +15,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
     Returns:
         out (B, T, H, Dv) in q's dtype; lse (B, H, T) in the accumulation dtype. A row that sees nothing gives 0 and
-        -inf.
+        -inf, and hands no gradient back.
     """
     groups = k.shape[2]
     heads_per_group = q.shape[2] // groups
@@ -26,7 +26,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
     scores = torch.einsum("bthd,bshd->bhts", q_, k_) * scale
     sees = mask.any(-1, keepdim=True)
-    lse = scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
-    # Rows that see nothing are softmaxed unmasked and zeroed after, so that no gradient is NaN.
+    # Rows that see nothing are summed and softmaxed unmasked and set after, so that no gradient is NaN.
+    lse = scores.masked_fill(~mask & sees, -torch.inf).logsumexp(-1).masked_fill(~sees.squeeze(-1), -torch.inf)
     probabilities = scores.masked_fill(~mask & sees, -torch.inf).softmax(-1) * sees
-    return torch.einsum("bhts,bshe->bthe", probabilities, v_).to(q.dtype), lse.detach()
+    return torch.einsum("bhts,bshe->bthe", probabilities, v_).to(q.dtype), lse

@@ -113,7 +113,7 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: fl
         q: (B, T, H, D); k: (B, S, G, D); v: (B, S, G, Dv).
 
     Returns:
-        out (B, T, H, Dv) in q's dtype; lse (B, H, T) in the accumulation dtype, not differentiable.
+        out (B, T, H, Dv) in q's dtype; lse (B, H, T) in the accumulation dtype.
     """
     return _TiledAttention.apply(q, k, v, pattern, scale)
 
@@ -156,16 +156,21 @@ class _TiledAttention(torch.autograd.Function):
         result = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
         ctx.pattern, ctx.scale = pattern, scale
-        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
         return result, lse
 
     @staticmethod
-    def backward(ctx: Any, d_result: Tensor, _d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_result: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_result is None and d_lse is None:
+            return (None,) * 5
         q, k, v, result, lse = ctx.saved_tensors
         groups = k.shape[2]
+        d_result = torch.zeros_like(result) if d_result is None else d_result
         q_, k_, v_ = _grouped(q, groups) * (ctx.scale * LOG2_E), _keys_first(k), _keys_first(v)
         d_out = _grouped(d_result, groups)
         delta = (d_out * _grouped(result, groups)).sum(-1, keepdim=True)
+        if d_lse is not None:  # of a score s, with probability p: p (d_p - delta) from the output, and p d_lse
+            delta -= d_lse.unflatten(1, (groups, -1))[..., None]
         lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1))[..., None] * LOG2_E
         dq, dk, dv = torch.zeros_like(q_), torch.zeros_like(k_), torch.zeros_like(v_)
         for tile in ctx.pattern.tiles(q.shape[1], k.shape[1], q.shape[0] * q.shape[2]):

@@ -69,6 +69,23 @@ def test_dense(batch, documents, heads, groups, width, v_width, window) -> None:
     )
 
 
+@needs_kernels
+@pytest.mark.parametrize("of", ["both", "lse"])
+def test_a_returned_lse_has_a_gradient(of: str) -> None:
+    """Queries before the first block see nothing: their LSE is -inf, and hands nothing back."""
+    documents, sizes = [40, 9, 30], {"length": 8, "stride": 4}
+    q, k, v = normal(1, 79, 4, 16), normal(1, 18, 2, 16), normal(1, 18, 2, 16, seed=1)
+    weights = torch.randn(1, 79, 4, 16, device=DEVICE) * (of == "both"), torch.randn(1, 4, 79, device=DEVICE)
+    found = []
+    for backend in ("triton", "naive"):
+        out, lse = ops.compressed_attention(q, k, v, **sizes, cu_seqlens=packing(documents), backend=backend)
+        finite = lse.masked_fill(lse == -torch.inf, 0.0)
+        loss = (finite * weights[1]).sum() + ((out * weights[0]).sum() if of == "both" else 0.0)
+        found.append(torch.autograd.grad(loss, [q, k] + [v] * (of == "both")))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
 PARTS = [
     [
         ops.Heads(3, 16, "rotate"),

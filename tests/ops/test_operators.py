@@ -43,6 +43,30 @@ def test_query_before_the_first_block_sees_nothing(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("of", ["both", "lse"])
+def test_a_returned_lse_has_a_gradient(backend: str, of: str) -> None:
+    """Against the softmax written out, and by differences."""
+    torch.manual_seed(0)
+    tokens, borders = 23, cumulative([9, 1, 13])
+    q, k, v = (torch.randn(1, tokens, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
+    document = torch.bucketize(torch.arange(tokens), borders[1:], right=True)
+    seen = (document[:, None] == document) & torch.ones(tokens, tokens).tril().bool()
+    seen &= torch.ones(tokens, tokens).triu(-6).bool()
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) / 2
+    scores = scores.masked_fill(~seen, -torch.inf)
+    out, lse = ops.dense_attention(q, k, v, window=7, cu_seqlens=borders, return_lse=True, backend=backend)
+    expected = torch.einsum("bhts,bshe->bthe", scores.softmax(-1), v.repeat_interleave(2, 2)), scores.logsumexp(-1)
+    weights = torch.randn_like(out) * (of == "both"), torch.randn_like(lse)
+    found, wanted = (
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(results, weights, strict=True)), [q, k, v])
+        for results in ((out, lse), expected)
+    )
+    torch.testing.assert_close(lse, expected[1])
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_query_without_blocks_gives_zero(backend: str) -> None:
     q = torch.randn(1, 9, 2, 4, requires_grad=True)
     k, v = torch.randn(1, 9, 1, 4), torch.randn(1, 9, 1, 4)

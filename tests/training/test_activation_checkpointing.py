@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa.layers import DenseAttention, NativeSparseAttention
-from nsa.layers.kinds import NSA
+from nsa.layers.kinds import NSA, kind_of
 from nsa.ops import selection
 from nsa.training.activation_checkpointing import checkpoint_layers
 
@@ -49,6 +49,7 @@ def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
     with torch.device("meta"):
         layers = nn.ModuleList([NativeSparseAttention(64, 4, 2, 16, backend="triton") if kind == "nsa" else
                                 DenseAttention(64, 4, 2, 16, backend="triton")])  # fmt: skip
+        layers[0].kind = kind_of(kind)
         x = torch.empty(1, 128, 64, requires_grad=True)
         rotary = torch.empty(128, 8), torch.empty(128, 8)
     checkpoint_layers(layers, mode)

@@ -36,7 +36,7 @@ def compressed_attention(
         backend: auto, triton, torch or naive.
 
     Returns:
-        out (B, T, H, Dv) in q's dtype, lse (B, H, T) fp32 (not differentiable); a query that sees no block gives 0
+        out (B, T, H, Dv) in q's dtype, lse (B, H, T) fp32; a query that sees no block gives 0
         and -inf.
 
     Raises:

@@ -66,7 +66,7 @@ def dense_attention(
             Others go to our kernels. auto: the fastest on a GPU, by measurement.
 
     Returns:
-        (B, T, H, Dv) in q's dtype; with ``return_lse`` also (B, H, T) fp32, not differentiable.
+        (B, T, H, Dv) in q's dtype; with ``return_lse`` also (B, H, T) fp32 (float64 for float64).
 
     Raises:
         ValueError: shapes that do not belong together, window < 1, unknown backend, a library that is not here.

@@ -26,26 +26,33 @@ def _(q, k, v, first, last, scale):
 
 @torch.library.custom_op("nsa::range_attention_backward", mutates_args=())
 def _range_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, first: Tensor, last: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return ranges.backward(q, k, v, d_out, lse, ranges.delta(out, d_out), first, last, scale)
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, first: Tensor,
+    last: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    delta = ranges.delta(out, d_out)
+    if d_lse is not None:  # of a score with probability p: p (d_p - delta) from the output, and p d_lse
+        delta -= d_lse
+    return ranges.backward(q, k, v, d_out, lse, delta, first, last, scale)
 
 
 @_range_attention_backward.register_fake
-def _(q, k, v, out, d_out, lse, first, last, scale):
+def _(q, k, v, out, d_out, lse, d_lse, first, last, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save_range(ctx, inputs, output):
     q, k, v, first, last, ctx.scale = inputs
-    ctx.set_materialize_grads(False)  # no zeros for lse
+    ctx.set_materialize_grads(False)  # no zeros for lse, which few use
     ctx.save_for_backward(q, k, v, *output, first, last)
-    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate_range(ctx, d_out, _d_lse):
+def _differentiate_range(ctx, d_out, d_lse):
+    if d_out is None and d_lse is None:
+        return (None,) * 6
     q, k, v, out, lse, first, last = ctx.saved_tensors
-    gradients = _range_attention_backward(q, k, v, out, d_out.contiguous(), lse, first, last, ctx.scale)
+    d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    gradients = _range_attention_backward(q, k, v, out, d_out, lse, d_lse, first, last, ctx.scale)
     return *gradients, None, None, None
 
 
@@ -59,7 +66,7 @@ def range_attention(q: Tensor, k: Tensor, v: Tensor, visible: Ranges, scale: flo
         q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv).
 
     Returns:
-        out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32, not differentiable.
+        out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out, lse = _range_attention(q, k, v, *ranges.int32_runs(visible), scale)
