@@ -1,8 +1,8 @@
 """Key/value caches for decoding."""
 
-from nsa.cache.full import FullCache
 from nsa.cache.native_sparse import NativeSparseCache
+from nsa.cache.rows import FullCache, Rows
 
 Cache = FullCache | NativeSparseCache
 
-__all__ = ["Cache", "FullCache", "NativeSparseCache"]
+__all__ = ["Cache", "FullCache", "NativeSparseCache", "Rows"]

@@ -2,31 +2,27 @@
 
 from collections.abc import Callable
 
-from torch import Tensor
-
-from nsa.cache.full import grow
-
-Pair = tuple[Tensor, Tensor]
+from nsa.cache.rows import Pair, Rows
 
 
 class NativeSparseCache:
-    """What decoding with NSA keeps of S tokens (arXiv 2502.11089, section 3.3.3: independent K/V per branch).
+    """What decoding with NSA keeps of its tokens (arXiv 2502.11089, section 3.3.3: independent K/V per branch).
 
     Attributes:
-        length: S.
-        compressed: keys and values of the (S - l) // d + 1 complete compression blocks.
+        length: tokens so far.
+        compressed: keys and values of the (length - l) // d + 1 complete compression blocks.
         tail: uncompressed keys and values from the first token of the next block on, fewer than l tokens.
-        selected: keys and values of all S tokens.
+        selected: keys and values of all tokens.
         window: keys and values of the last ``window`` tokens at most.
     """
 
     def __init__(self, block_length: int, stride: int, window: int) -> None:
         self.block_length, self.stride, self.window_size = block_length, stride, window
-        self.length = 0
-        self.compressed: Pair | None = None
-        self.tail: Pair | None = None
-        self.selected: Pair | None = None
-        self.window: Pair | None = None
+        self.compressed, self.tail, self.selected, self.window = Rows(), Rows(), Rows(), Rows()
+
+    @property
+    def length(self) -> int:
+        return self.selected.length
 
     def append(
         self, raw_cmp: Pair, slc: Pair, win: Pair, compress: Callable[[Pair, int], Pair]
@@ -42,14 +38,9 @@ class NativeSparseCache:
         Returns:
             The pairs that the three branches attend to for these T queries.
         """
-        self.tail = grow(self.tail, raw_cmp)
-        first = 0 if self.compressed is None else self.compressed[0].shape[1] * self.stride
-        new = compress(self.tail, first)
-        self.compressed = grow(self.compressed, new)
-        done = new[0].shape[1] * self.stride
-        self.tail = (self.tail[0][:, done:], self.tail[1][:, done:])
-        self.selected = grow(self.selected, slc)
-        window = grow(self.window, win)
-        self.window = (window[0][:, -self.window_size :], window[1][:, -self.window_size :])
-        self.length += slc[0].shape[1]
-        return self.compressed, self.selected, window
+        blocks = compress(self.tail.append(raw_cmp), self.compressed.length * self.stride)
+        compressed = self.compressed.append(blocks)
+        self.tail.drop(blocks[0].shape[1] * self.stride)
+        near = self.window.append(win)
+        self.window.drop(max(0, self.window.length - self.window_size))
+        return compressed, self.selected.append(slc), near

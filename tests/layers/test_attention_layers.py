@@ -60,8 +60,8 @@ def test_decoding_on_a_cache_equals_the_whole(steps: list[int]) -> None:
         parts.append(layer(x[:, start : start + count], cache=cache))
         start += count
     torch.testing.assert_close(torch.cat(parts, dim=1), layer(x))
-    assert cache.window[0].shape[1] <= SIZES["window"]
-    assert cache.tail[0].shape[1] < SIZES["compress_length"]
+    assert cache.window.length <= SIZES["window"]
+    assert cache.tail.length < SIZES["compress_length"]
 
 
 def test_packed_documents_equal_each_alone() -> None:

@@ -1,6 +1,6 @@
 """Compiles every kernel at every entry of the tile table for a GPU that need not be there, and prints what it takes.
 
-    python tests/ops/compile_kernels.py [--arch 90] [--write]
+    python tests/ops/compile_kernels.py [--arch 90] [--shapes NAME ...] [--write]
 
 -> JSON: registers, stack (spills), shared memory, number of wgmma, and of waits for them that ptxas adds to those asked
 for (it then runs them one by one, for want of registers); --write keeps it as the record that CI compares with.
@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -100,7 +101,8 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(arch: int) -> dict[str, dict[str, int]]:
+def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
+    """By kernel and shape what it takes; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
     table = f"sm_{arch}" if f"sm_{arch}" in launch._table() else "sm_80"
     launch.architecture = lambda: table  # type: ignore[assignment]
@@ -124,7 +126,8 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         return call
 
     JITFunction.__getitem__ = compile_instead  # type: ignore[method-assign]
-    for name, (heads, width, v_width, dtype) in SHAPES.items():
+    for name in shapes:
+        heads, width, v_width, dtype = SHAPES[name]
         shape_name = name
         tokens = 256
         q = torch.zeros(1, tokens, heads, width, dtype=dtype)
@@ -188,9 +191,12 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    text = json.dumps(compile_all(options.arch), indent=1)
+    if options.write and len(options.shapes) < len(SHAPES):
+        parser.error("--write keeps all shapes: leave out --shapes")
+    text = json.dumps(compile_all(options.arch, options.shapes), indent=1)
     if options.write:
         record_of(options.arch).write_text(text + "\n")
     print(text)

@@ -65,7 +65,7 @@ EXPERT_LINKS = [
 
 
 CHECKS: dict[str, Any] = {
-    "decoders": ("decoders", {"layouts": SPREADS, "seeds": 12}),
+    "decoders": ("decoders", {"layouts": SPREADS, "seeds": 6}),
     "curves": ("curves", {"cases": CASES, "steps": STEPS}),
     "rounded": ("curves", {"cases": ROUNDED, "steps": STEPS}),
     "not_finite": ("not_finite", {"cases": BROKEN}),

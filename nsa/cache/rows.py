@@ -1,0 +1,66 @@
+"""Keys and values of the tokens so far, in memory that is asked for in advance."""
+
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+LEAST = 64  # tokens that memory is first asked for
+
+
+class Rows:
+    """Keys (B, S, G, D) and values (B, S, G, Dv), to which tokens are appended; the first ones may be dropped.
+
+    A token is written once. When the memory is full, twice as much as is kept is asked for, and what is kept is copied:
+    so a token costs the same at any length. Gradients stop here: a cache is for decoding.
+    """
+
+    def __init__(self) -> None:
+        self.start = self.stop = 0
+        self._memory: Pair | None = None
+
+    @property
+    def length(self) -> int:
+        """S."""
+        return self.stop - self.start
+
+    @property
+    def pair(self) -> Pair:
+        """What is kept: views, which the next `append` leaves as they are."""
+        assert self._memory is not None, "nothing was appended yet"
+        k, v = self._memory
+        return k[:, self.start : self.stop], v[:, self.start : self.stop]
+
+    def append(self, new: Pair) -> Pair:
+        """Add T tokens; returns what is kept, the new ones included."""
+        tokens = new[0].shape[1]
+        if self._memory is None or self.stop + tokens > self._memory[0].shape[1]:
+            kept = self.pair if self._memory is not None else tuple(x[:, :0] for x in new)
+            size = max(LEAST, 2 * (self.length + tokens))
+            self.start, self.stop = 0, self.length
+            k, v = (x.new_empty(len(x), size, *x.shape[2:]) for x in new)
+            for memory, old in zip((k, v), kept, strict=True):
+                memory[:, : self.stop] = old.detach()
+            self._memory = k, v
+        for memory, x in zip(self._memory, new, strict=True):
+            memory[:, self.stop : self.stop + tokens] = x.detach()
+        self.stop += tokens
+        return self.pair
+
+    def drop(self, tokens: int) -> None:
+        """Forget the first ``tokens``, which must be there."""
+        assert 0 <= tokens <= self.length
+        self.start += tokens
+
+
+class FullCache:
+    """The cache of attention to all tokens; ``length`` is their number."""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
+
+    @property
+    def length(self) -> int:
+        return self.rows.length
+
+    def append(self, k: Tensor, v: Tensor) -> Pair:
+        """Add the keys (B, T, G, D) and values (B, T, G, Dv) of T new tokens; returns those of all."""
+        return self.rows.append((k, v))

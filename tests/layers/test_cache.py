@@ -1,0 +1,61 @@
+"""Caches: what is kept, and that a token costs the same at any length."""
+
+import random
+
+import pytest
+import torch
+
+from nsa.cache import Rows
+from nsa.cache.rows import LEAST
+from tests.layers.test_attention_layers import nsa_layer
+
+
+@pytest.mark.parametrize("kept", [None, 1, 7, 100])
+def test_rows_are_what_concatenation_gives(kept: int | None) -> None:
+    """Against torch.cat; pieces of no token included. What was handed out stays as it was."""
+    dice = random.Random(0)
+    torch.manual_seed(0)
+    rows, expected, given = Rows(), [torch.zeros(2, 0, 3, w) for w in (4, 5)], []
+    for _ in range(60):
+        tokens = dice.choice([0, 1, 1, 2, 17])
+        new = [torch.randn(2, tokens, 3, width) for width in (4, 5)]
+        expected = [torch.cat(both, 1) for both in zip(expected, new, strict=True)]
+        found = rows.append((new[0], new[1]))
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)
+        given.append((found[0], found[0].clone()))
+        if kept is not None:
+            surplus = max(0, rows.length - kept)
+            rows.drop(surplus)
+            expected = [x[:, surplus:] for x in expected]
+            assert rows.length == expected[0].shape[1] <= kept
+    for view, then in given:
+        assert torch.equal(view, then)
+
+
+def test_memory_is_asked_for_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token at a time: memory doubles, and with a bound on what is kept it stays."""
+    sizes: list[int] = []
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: sizes.append(shape[1]) or empty(x, *shape))
+    rows, near = Rows(), Rows()
+    token = torch.zeros(1, 1, 1, 2)
+    for _ in range(2000):
+        rows.append((token, token))
+    assert sizes[::2] == [LEAST * 2**i + 2 * i_ for i, i_ in zip(range(6), (0, 1, 3, 7, 15, 31), strict=True)]
+    sizes.clear()
+    for _ in range(2000):
+        near.append((token, token))
+        near.drop(max(0, near.length - 10))
+    assert set(sizes) == {LEAST}, "as much as before"
+
+
+def test_a_long_decoding_equals_the_whole() -> None:
+    """Long enough that all memory is asked for anew."""
+    layer = nsa_layer()
+    x = torch.randn(2, 5 * LEAST, 16, dtype=torch.float64)
+    cache = layer.new_cache()
+    with torch.no_grad():
+        parts = [layer(token, cache=cache) for token in x.split(1, 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), layer(x))
+    assert cache.length == 5 * LEAST
