@@ -73,7 +73,7 @@ def rate(tokens: int, begin: tuple[int, float], end: tuple[int, float]) -> float
 def measure(config: Config, row: dict[str, Any], report: dict[str, Any], out: Path) -> None:
     """Train, fill in ``row``, which is part of ``report``, and write that to ``out``."""
     trainer, steps = Trainer(config), config.training.steps
-    row["tokens_per_step"] = tokens = trainer.tokens_per_step
+    row["tokens_per_step"] = tokens = trainer.step_metrics.tokens_per_step
     seen: list[tuple[int, float]] = []
     try:
         for border in borders(trainer, steps):

@@ -56,7 +56,7 @@ def train(config: Config, to_parent: Connection) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
-            to_parent.send((seconds, result.loss, memory_gib(trainer.ranks.device), trainer.peak))
+            to_parent.send((seconds, result.loss, memory_gib(trainer.ranks.device), trainer.step_metrics.peak))
         trainer.loader.close()
         trainer.close()
     except torch.OutOfMemoryError:

@@ -23,7 +23,7 @@ from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.cuda_graphs import GraphedDecoder, graphs_serve
 from nsa.training.distributed import Ranks
 from nsa.training.gradient_sinks import GradientSinks
-from nsa.training.optimizer import STATE_KEYS, build_optimizer
+from nsa.training.optimizer import SGD, STATE_KEYS, AdamW, build_optimizer
 from nsa.training.sharded_state import create_optimizer_state
 
 
@@ -47,11 +47,11 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
     optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)
 
-    optimizer.skip = True  # DeepSpeed takes a step with zero gradients to allocate; it would decay the weights
+    optimizer.gate.close()  # DeepSpeed takes a step with zero gradients to allocate; it would decay the weights
     mpu = ModelParallelUnit(grid)
     with _quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
-    optimizer.skip = False
+    optimizer.gate.reset()
     if isinstance(engine.optimizer, BF16_Optimizer):
         alone, found = grid.model.size == 1, engine.optimizer.get_grads_for_norm
         engine.optimizer.get_grads_for_norm = (
@@ -63,6 +63,11 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
         engine.module.forward = GraphedDecoder(engine.module, grid.traffic, sinks)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
+
+
+def client_optimizer(engine: DeepSpeedEngine) -> AdamW | SGD:
+    """Ours, which DeepSpeed's own may have wrapped."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def sum_gradients_held_alike(engine: DeepSpeedEngine) -> None:

@@ -12,33 +12,61 @@ from nsa.config import OptimizerConfig
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
-class _Skippable:
-    """An optimizer whose ``step`` does nothing while ``skip`` is set: neither weights nor moments change.
+class UpdateGate:
+    """Whether an optimizer may update in this step: the trainer says what it knows, the optimizer asks.
 
-    DeepSpeed's step around it still clears gradients and counts micro-batches, in every ZeRO stage alike.
-
-    ``refuse`` is asked at the first call of a step (DeepSpeed makes one for each group of parameters), when the
-    gradient norm is known; its answer, kept in ``refused`` until it is reset, does the same.
+    DeepSpeed calls the optimizer within a step of its own, once for each group of parameters; around a closed gate that
+    step still clears gradients and counts micro batches, in every ZeRO stage alike.
     """
 
-    skip = False
-    refuse: Callable[[], bool] | None = None
-    refused: bool | None = None
+    def __init__(self) -> None:
+        self.closed = False
+        self._refuse: Callable[[], bool] | None = None
+        self._refused: bool | None = None
+
+    def close(self) -> None:
+        """No update until `reset`."""
+        self.closed = True
+
+    def ask_before_update(self, refuse: Callable[[], bool]) -> None:
+        """``refuse`` is called once, when the gradient norm is known; true: no update."""
+        self._refuse = refuse
+
+    def is_open(self) -> bool:
+        """For the optimizer, with each group of parameters."""
+        if self.closed:
+            return False
+        if self._refuse is not None and self._refused is None:
+            self._refused = self._refuse()
+        return not self._refused
+
+    @property
+    def refused(self) -> bool:
+        """Whether the answer was no."""
+        return bool(self._refused)
+
+    def reset(self) -> None:
+        """For the next step: open, with nobody to ask."""
+        self.closed, self._refuse, self._refused = False, None, None
+
+
+class _Gated:
+    """An optimizer whose ``step`` does nothing while its ``gate`` is closed: neither weights nor moments change."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate = UpdateGate()
 
     def step(self, closure: Any = None) -> None:
-        if self.skip:
-            return
-        if self.refuse is not None and self.refused is None:
-            self.refused = self.refuse()
-        if not self.refused:
+        if self.gate.is_open():
             super().step(closure)  # type: ignore[misc]
 
 
-class AdamW(_Skippable, torch.optim.AdamW):  # type: ignore[misc]
+class AdamW(_Gated, torch.optim.AdamW):  # type: ignore[misc]
     """AdamW (arXiv 1711.05101)."""
 
 
-class SGD(_Skippable, torch.optim.SGD):  # type: ignore[misc]
+class SGD(_Gated, torch.optim.SGD):  # type: ignore[misc]
     """Plain gradient descent: its updates show the scale of gradients, which Adam hides."""
 
 

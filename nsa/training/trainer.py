@@ -2,7 +2,6 @@
 
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +14,6 @@ from nsa.config import Config
 from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
-from nsa.models import count_parameters, training_flops_per_token
 from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm, mark_gradients
@@ -23,14 +21,15 @@ from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
 from nsa.training.balance import Balance
+from nsa.training.console import Console
 from nsa.training.cuda_graphs import forget_recordings
-from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
+from nsa.training.deepspeed_config import deepspeed_config
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
-from nsa.training.engine import build_engine, dense_attention_of, sum_gradients_held_alike
+from nsa.training.engine import build_engine, client_optimizer, dense_attention_of, sum_gradients_held_alike
 from nsa.training.exit_codes import DONE, INTERRUPTED, REQUEUE
 from nsa.training.loading import ON_DEVICE, Batch, StepLoader, pinned, sample_indices
+from nsa.training.metrics import StepMetrics, StepResult
 from nsa.training.monitor import Monitor
-from nsa.training.performance import memory_gib, peak_flops
 from nsa.training.quarantine import TrainingError, roll_back
 from nsa.training.run_folder import RunFolder
 from nsa.training.saver import Saver
@@ -42,30 +41,6 @@ from nsa.training.watchdog import Watchdog
 
 IGNORED = -100  # targets that are not counted
 STOPS = (INTERRUPTED, REQUEUE)  # exit codes of a stop; who interrupts decides
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, alike on all ranks.
-
-    Attributes:
-        loss: nats per counted target of the global batch.
-        grad_norm: global, before clipping. learning_rate: of the step.
-        skipped: loss or gradient was not finite, or a spike; weights and moments are as before. spike: the latter.
-        data_seconds: waited for the batch. stop: exit code that a rank was asked to stop with, or 0.
-        sent: bytes that this rank sent to others of its replica, by what they are.
-        experts: figures of the load of experts.
-    """
-
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    skipped: bool
-    data_seconds: float
-    stop: int
-    sent: dict[str, int]
-    experts: dict[str, float]
-    spike: bool = False
 
 
 class Trainer:
@@ -82,7 +57,7 @@ class Trainer:
         self.began = time.monotonic()
         self.config = config
         self.ranks = ranks or initialize()
-        training, world_size = config.training, self.ranks.world_size
+        world_size = self.ranks.world_size
         deepspeed_json = self.ranks.on_main(lambda: deepspeed_config(config, world_size))
         heads = config.model.num_kv_heads
         self.grid = build_grid(
@@ -110,9 +85,8 @@ class Trainer:
         recovery, rank = config.recovery, self.ranks.rank
         self.watchdog = Watchdog(rank, world_size, self.folder, recovery.hang_seconds, recovery.lost_seconds)
 
-        self.tokens_per_step = training.global_batch_size * config.data.sequence_length
-        self.flops = training_flops_per_token(config.model, config.attention, config.data.sequence_length)
-        self.peak, self.peak_source = peak_flops(self.ranks.device, config.engine.precision)
+        self.step_metrics = StepMetrics(config, self.ranks)
+        self.console = Console(config, self.ranks, self.folder)
         self.monitor = Monitor(self.folder, self.progress.step) if self.ranks.is_main else None
 
     def _open_folder(self, deepspeed_json: dict[str, Any]) -> Path:
@@ -137,7 +111,7 @@ class Trainer:
             The exit code (`nsa.training.exit_codes`).
         """
         config, training = self.config, self.config.training
-        self._greet()
+        self.console.greet(self.grid.describe(), self.step_metrics, self.dense_attention, self.progress.step)
         if self.ranks.is_main:
             self._run_folder.label(config, deepspeed_config(config, self.ranks.world_size))
         stop = StopRequest(self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began)
@@ -163,15 +137,17 @@ class Trainer:
                 metrics: dict[str, float] = {}
                 logged = step % training.log_every == 0 or last
                 if logged:
-                    metrics |= self._step_metrics(result, seconds / (step - since), data_seconds / (step - since))
+                    steps = step - since
+                    progress = step, self.progress.updates
+                    metrics |= self.step_metrics.of(result, *progress, seconds / steps, data_seconds / steps)
                 if step % training.probe_every == 0 or step == 1 or step == training.steps:
                     metrics |= self.probe_attention()
                 if step % training.validation_every == 0 or step == training.steps:
                     metrics |= self.validate()
                 if self.monitor and metrics:
                     self.monitor.write(step, metrics)
-                if self.ranks.is_main and (logged or "validation/loss" in metrics):
-                    print(self._line(result, metrics), flush=True)
+                if logged or "validation/loss" in metrics:
+                    self.console.step(step, result, metrics)
                 if logged:
                     since, seconds, data_seconds = step, 0.0, 0.0
                 if step % config.checkpoint.every == 0 or last:
@@ -189,7 +165,7 @@ class Trainer:
         assert saved == self.progress.step
         stop.forget_file()
         self.watchdog.close()
-        self._farewell(reason)
+        self.console.farewell(self.progress.step, reason)
         return code
 
     def close(self) -> None:
@@ -205,61 +181,88 @@ class Trainer:
         The loss is the sum of the negative log-likelihoods of all targets that are counted in the global batch, over
         their number: neither ranks nor micro batches nor the packing of documents change it.
         """
-        config, engine, ranks, grid = self.config, self.engine, self.ranks, self.grid
-        started = time.perf_counter()
-        grid.traffic.take()  # of validation
-        step = self.progress.step
-        beat = self.watchdog.beat
-        beat(f"step {step + 1}: data")
-        batches = self.loader(step, last=step + 1 == config.training.steps)
-        data_seconds = time.perf_counter() - started
-
-        rate = learning_rate(config.optimizer, step, config.training.steps)
-        client = getattr(engine.optimizer, "optimizer", engine.optimizer)  # inside of what shards it
-        for group in client.param_groups:
-            group["lr"] = rate
-        counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches) * grid.counts_samples
-        asked = stop.asked()[0]
-        votes = [counted, self.saver.failed, *(asked == code for code in STOPS)]
-        targets, failed, *stops = ranks.sum(torch.tensor(votes, dtype=torch.float64, device=ranks.device)).tolist()
-        if failed:
-            self.saver.wait()  # raises, on all ranks
-
-        nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        norm = None
-        scale = grid.replicas.size / max(targets, 1.0)  # DeepSpeed averages gradients over the replicas
-        passes = [batches] if self.pipeline else [[micro_batch] for micro_batch in batches]
-        for i, together in enumerate(passes):
-            beat(f"step {step + 1}: micro batch {i}")
-            nll += self._backward(together, scale) * grid.counts_losses
-            if i + 1 == len(passes):
-                loss = ranks.sum(nll).item() / max(targets, 1.0)
-                if not self._sharded:
-                    norm = gradient_norm(engine.module.parameters(), grid)
-                elif self.config.engine.zero_stage == 0:
-                    mark_gradients(engine.module.parameters())
-                client.skip = not math.isfinite(loss) or (norm is not None and not math.isfinite(norm))
-                spike = self.spikes.loss_spikes(loss)
-                # Where DeepSpeed's optimizer knows the norm, it does before it calls ours.
-                client.refuse = lambda norm=norm, spike=spike: spike or self._norm_spikes(norm)
-                beat(f"step {step + 1}: update")
-                sum_gradients_held_alike(engine)
-            engine.step()
-        # DeepSpeed's own optimizers know the norm, and refuse an update whose norm is not finite on all ranks alike.
-        norm = float(engine.get_global_grad_norm()) if norm is None else norm
-        broken = client.skip or not engine.was_step_applied()
-        spike = bool(client.refused) and not broken
-        client.skip, client.refuse, client.refused = False, None, None
-
+        self.grid.traffic.take()  # of validation
+        batches, data_seconds = self._next_batches()
+        rate = self._set_learning_rate()
+        targets, stopped = self._agree(batches, stop)
+        loss, norm, broken, spike = self._update(batches, targets)
         experts = self.balance.end_step(update=not (broken or spike))
+
         self.progress.step += 1
         self.progress.updates += not (broken or spike)
         self.progress.skipped_in_a_row = self.progress.skipped_in_a_row + 1 if broken else 0
         if not broken:
-            self.spikes.record(step, loss, norm, spike)
-        stopped = next((code for code, votes_for in zip(STOPS, stops, strict=True) if votes_for), 0)
-        sent = grid.traffic.take()
+            self.spikes.record(self.progress.step - 1, loss, norm, spike)
+        sent = self.grid.traffic.take()
         return StepResult(loss, norm, rate, broken or spike, data_seconds, stopped, sent, experts, spike)
+
+    def _next_batches(self) -> tuple[list[Batch], float]:
+        """This rank's micro batches, and the seconds that it waited for them."""
+        started, step = time.perf_counter(), self.progress.step
+        self.watchdog.beat(f"step {step + 1}: data")
+        batches = self.loader(step, last=step + 1 == self.config.training.steps)
+        return batches, time.perf_counter() - started
+
+    def _set_learning_rate(self) -> float:
+        """In every group of parameters."""
+        rate = learning_rate(self.config.optimizer, self.progress.step, self.config.training.steps)
+        for group in client_optimizer(self.engine).param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _agree(self, batches: list[Batch], stop: StopRequest) -> tuple[float, int]:
+        """What all ranks must know before the step: the counted targets of the global batch, and the exit code that
+        one of them was asked to stop with, or 0. Raises if a checkpoint could not be written."""
+        counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches) * self.grid.counts_samples
+        asked = stop.asked()[0]
+        votes = [counted, self.saver.failed, *(asked == code for code in STOPS)]
+        votes_of_all = self.ranks.sum(torch.tensor(votes, dtype=torch.float64, device=self.ranks.device))
+        targets, failed, *stops = votes_of_all.tolist()
+        if failed:
+            self.saver.wait()  # raises, on all ranks
+        return targets, next((code for code, votes_for in zip(STOPS, stops, strict=True) if votes_for), 0)
+
+    def _update(self, batches: list[Batch], targets: float) -> tuple[float, float, bool, bool]:
+        """Forward and backward passes, and the update.
+
+        Returns:
+            The loss of the global batch, the norm of its gradient, and why nothing was updated: whether one of them is
+            not finite, whether they are a spike.
+        """
+        engine, ranks, step = self.engine, self.ranks, self.progress.step + 1
+        gate = client_optimizer(engine).gate
+        nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        scale = self.grid.replicas.size / max(targets, 1.0)  # DeepSpeed averages gradients over the replicas
+        passes = [batches] if self.pipeline else [[micro_batch] for micro_batch in batches]
+        for i, together in enumerate(passes):
+            self.watchdog.beat(f"step {step}: micro batch {i}")
+            nll += self._backward(together, scale) * self.grid.counts_losses
+            if i + 1 < len(passes):
+                engine.step()  # which only counts
+        loss = ranks.sum(nll).item() / max(targets, 1.0)
+        norm = self._own_norm()
+        if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
+            gate.close()
+        loss_spikes = self.spikes.loss_spikes(loss)
+        # Where DeepSpeed's optimizer knows the norm, it does before it calls ours.
+        gate.ask_before_update(lambda: loss_spikes or self._norm_spikes(norm))
+        self.watchdog.beat(f"step {step}: update")
+        sum_gradients_held_alike(engine)
+        engine.step()
+        # DeepSpeed's own optimizers refuse an update whose norm is not finite, on all ranks alike.
+        known = float(engine.get_global_grad_norm()) if norm is None else norm
+        broken = gate.closed or not engine.was_step_applied()
+        spike = gate.refused and not broken
+        gate.reset()
+        return loss, known, broken, spike
+
+    def _own_norm(self) -> float | None:
+        """The global norm of the gradient before clipping; None where DeepSpeed's optimizer takes it."""
+        if not self._sharded:
+            return gradient_norm(self.engine.module.parameters(), self.grid)
+        if self.config.engine.zero_stage == 0:
+            mark_gradients(self.engine.module.parameters())
+        return None
 
     def _norm_spikes(self, norm: float | None) -> bool:
         """Whether the gradient norm is a spike, agreed by all ranks; called once a step, before the update."""
@@ -324,7 +327,7 @@ class Trainer:
 
     def _saved(self, path: Path | None) -> None:
         if path is not None:
-            self._say(f"  saved {path} in {self.saver.seconds:.1f} s ({self._copy_seconds:.2f} s to copy it)")
+            self.console.say(f"  saved {path} in {self.saver.seconds:.1f} s ({self._copy_seconds:.2f} s to copy it)")
 
     def _roll_back(self) -> None:
         """Too many spikes: go on from a checkpoint of before the first of them, without their batches."""
@@ -339,7 +342,7 @@ class Trainer:
         if self.monitor:
             self.monitor.close()
             self.monitor = Monitor(self.folder, self.progress.step)
-        self._say(f"{told}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
+        self.console.say(f"{told}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
 
     # -------------------------------------------------------------------------------------------------- parts
 
@@ -390,17 +393,9 @@ class Trainer:
         first = batch_number(self.progress.step - 1, self.progress.spikes.quarantine) * training.global_batch_size
         samples = f"samples {first} to {first + training.global_batch_size - 1}"
         if result.spike:
-            spikes = len(self.progress.spikes.spikes)
-            self._say(
-                f"step {self.progress.step}: loss {result.loss:.4f}, gradient norm {result.grad_norm:.4g}: a spike, "
-                f"the update is skipped on all ranks ({samples}; {spikes} spikes, at most "
-                f"{self.config.recovery.max_spikes} per {self.config.recovery.window} steps)"
-            )
+            self.console.spike(self.progress.step, result, samples, len(self.progress.spikes.spikes))
             return
-        self._say(
-            f"step {self.progress.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the update "
-            f"is skipped on all ranks ({samples}; {skipped} in a row, at most {training.max_skipped_steps})"
-        )
+        self.console.not_finite(self.progress.step, result, samples, skipped)
         if skipped > training.max_skipped_steps:
             if not self.ranks.is_main:
                 raise ReportedError("too many skipped steps")
@@ -409,69 +404,3 @@ class Trainer:
                 f"{training.max_skipped_steps}), the last on {samples}. Lower optimizer.learning_rate or look at the "
                 f"data; checkpoints in {self.folder} hold finite weights"
             )
-
-    def _step_metrics(self, result: StepResult, seconds: float, data_seconds: float) -> dict[str, float]:
-        tokens_per_second = self.tokens_per_step / seconds
-        metrics = {
-            "train/learning_rate": result.learning_rate,
-            "train/tokens": self.progress.step * self.tokens_per_step,
-            "train/skipped_steps": self.progress.step - self.progress.updates,
-            "perf/tokens_per_second": tokens_per_second,
-            "perf/step_seconds": seconds,
-            "perf/data_seconds": data_seconds,
-            "perf/memory_gib": memory_gib(self.ranks.device),
-        }
-        for what, num_bytes in result.sent.items():
-            metrics[f"comm/{what.replace('/', '_')}_mib"] = num_bytes / 2**20
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):  # JSON knows no NaN
-            metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm} | result.experts
-        for kind, flops in self.flops.items():
-            metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * self.ranks.world_size)
-        return metrics
-
-    def _line(self, result: StepResult, metrics: dict[str, float]) -> str:
-        steps, step = self.config.training.steps, self.progress.step
-        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
-        parts.append(f"loss {result.loss:.4f}")
-        parts.append(f"lr {result.learning_rate:.2e}  grad {result.grad_norm:.3f}")
-        if "perf/tokens_per_second" in metrics:
-            left = (steps - step) * metrics["perf/step_seconds"]
-            parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tok/s  eta {_duration(left)}")
-        if "validation/loss" in metrics:
-            loss, bits = metrics["validation/loss"], metrics["validation/bits_per_byte"]
-            parts.append(f"validation loss {loss:.4f}  bpb {bits:.4f}")
-        return "  |  ".join(parts)
-
-    def _greet(self) -> None:
-        config, ranks = self.config, self.ranks
-        parameters = count_parameters(config.model, config.attention)
-        active = f" ({parameters['active'] / 1e6:.2f} M active)" if config.model.moe else ""
-        self._say(
-            f"{config.name}: {parameters['total'] / 1e6:.2f} M parameters{active}, "
-            f"{ranks.world_size} x {ranks.device.type} ({self.grid.describe()}), "
-            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
-            f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
-            f"x {config.data.sequence_length} tokens; peak {self.peak / 1e12:.3g} TFLOP/s ({self.peak_source})"
-        )
-        if self.dense_attention:
-            self._say(f"dense attention: {self.dense_attention}")
-        if self.progress.step:
-            self._say(f"resumed {self.folder} after step {self.progress.step}")
-
-    def _farewell(self, reason: str) -> None:
-        steps = self.config.training.steps
-        if self.progress.step < steps:
-            why = f" ({reason})" if reason else ""  # a signal to another rank
-            self._say(f"stopped after step {self.progress.step} of {steps}{why}; run the same command to go on")
-        else:
-            self._say(f"done: {steps} steps in {self.folder}")
-
-    def _say(self, text: str) -> None:
-        if self.ranks.is_main:
-            print(text, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -13,8 +13,8 @@ from nsa.models.sizes import attention_flops
 from nsa.ops import compressed, dense, selected
 from nsa.ops.geometry import Documents, num_compressed
 from nsa.training import performance
+from nsa.training.metrics import StepMetrics, StepResult
 from nsa.training.performance import PEAK_FLOPS, peak_flops
-from nsa.training.trainer import StepResult, Trainer
 
 TOKENS = 100
 # Every two of these numbers differ, so that no two can change places unseen.
@@ -102,9 +102,8 @@ def times(name: str) -> float:
 
 def test_mfu_is_flops_and_speed_over_all_devices() -> None:
     """Notices an MFU that leaves out the ranks, takes them twice, or goes by another speed than the one beside it."""
-    trainer = SimpleNamespace(
+    figures = SimpleNamespace(
         tokens_per_step=4096,
-        progress=SimpleNamespace(step=7, updates=5),
         ranks=SimpleNamespace(device=torch.device("cpu"), world_size=4),
         flops={"sparse": 3e9, "dense_equivalent": 5e9},
         peak=200e12,
@@ -112,7 +111,7 @@ def test_mfu_is_flops_and_speed_over_all_devices() -> None:
     result = StepResult(
         loss=2.0, grad_norm=1.0, learning_rate=0.1, skipped=False, data_seconds=0.0, stop=0, sent={}, experts={}
     )
-    logged = Trainer._step_metrics(trainer, result, seconds=0.5, data_seconds=0.125)
+    logged = StepMetrics.of(figures, result, 7, 5, seconds=0.5, data_seconds=0.125)
     assert logged["perf/tokens_per_second"] == 8192 and logged["perf/step_seconds"] == 0.5
     assert logged["perf/data_seconds"] == 0.125
     assert logged["train/tokens"] == 28672 and logged["train/skipped_steps"] == 2

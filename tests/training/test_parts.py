@@ -67,10 +67,10 @@ def test_a_skipped_step_changes_nothing():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = AdamW([weight], lr=1.0)
     weight.grad = torch.ones(3)
-    optimizer.skip = True
+    optimizer.gate.close()
     optimizer.step()
     assert weight.equal(torch.ones(3)) and not optimizer.state
-    optimizer.skip = False
+    optimizer.gate.reset()
     optimizer.step()
     assert not weight.equal(torch.ones(3))
 

@@ -1,0 +1,88 @@
+"""What a run prints: rank 0 speaks."""
+
+from pathlib import Path
+
+from nsa.config import Config
+from nsa.models import count_parameters
+from nsa.training.deepspeed_config import micro_batches_per_step
+from nsa.training.distributed import Ranks
+from nsa.training.metrics import StepMetrics, StepResult
+
+
+class Console:
+    """Of a run in ``folder``."""
+
+    def __init__(self, config: Config, ranks: Ranks, folder: Path) -> None:
+        self.config, self.ranks, self.folder = config, ranks, folder
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_main:
+            print(text, flush=True)
+
+    def greet(self, layout: str, figures: StepMetrics, dense_attention: str | None, step: int) -> None:
+        """At the start.
+
+        Args:
+            layout: how the ranks are dealt out. dense_attention: what computes it; None: no layer asks.
+            step: after which the run goes on.
+        """
+        config, ranks = self.config, self.ranks
+        parameters = count_parameters(config.model, config.attention)
+        active = f" ({parameters['active'] / 1e6:.2f} M active)" if config.model.moe else ""
+        self.say(
+            f"{config.name}: {parameters['total'] / 1e6:.2f} M parameters{active}, "
+            f"{ranks.world_size} x {ranks.device.type} ({layout}), "
+            f"ZeRO {config.engine.zero_stage}, {config.engine.precision}, "
+            f"{micro_batches_per_step(config, ranks.world_size)} micro batches of {config.training.micro_batch_size} "
+            f"x {config.data.sequence_length} tokens; peak {figures.peak / 1e12:.3g} TFLOP/s ({figures.peak_source})"
+        )
+        if dense_attention:
+            self.say(f"dense attention: {dense_attention}")
+        if step:
+            self.say(f"resumed {self.folder} after step {step}")
+
+    def step(self, step: int, result: StepResult, metrics: dict[str, float]) -> None:
+        """A line of a step; ``metrics``: those of it that were taken, by their tags."""
+        steps = self.config.training.steps
+        parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+        parts.append(f"loss {result.loss:.4f}")
+        parts.append(f"lr {result.learning_rate:.2e}  grad {result.grad_norm:.3f}")
+        if "perf/tokens_per_second" in metrics:
+            left = (steps - step) * metrics["perf/step_seconds"]
+            parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tok/s  eta {duration(left)}")
+        if "validation/loss" in metrics:
+            loss, bits = metrics["validation/loss"], metrics["validation/bits_per_byte"]
+            parts.append(f"validation loss {loss:.4f}  bpb {bits:.4f}")
+        self.say("  |  ".join(parts))
+
+    def spike(self, step: int, result: StepResult, samples: str, spikes: int) -> None:
+        """An update was skipped; ``spikes``: so far in the window."""
+        recovery = self.config.recovery
+        self.say(
+            f"step {step}: loss {result.loss:.4f}, gradient norm {result.grad_norm:.4g}: a spike, the update is "
+            f"skipped on all ranks ({samples}; {spikes} spikes, at most {recovery.max_spikes} per {recovery.window} "
+            "steps)"
+        )
+
+    def not_finite(self, step: int, result: StepResult, samples: str, in_a_row: int) -> None:
+        """An update was skipped."""
+        self.say(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite, the update is skipped on "
+            f"all ranks ({samples}; {in_a_row} in a row, at most {self.config.training.max_skipped_steps})"
+        )
+
+    def farewell(self, step: int, reason: str) -> None:
+        """At the end; ``reason``: why it stopped before its last step."""
+        steps = self.config.training.steps
+        if step < steps:
+            why = f" ({reason})" if reason else ""  # a signal to another rank
+            self.say(f"stopped after step {step} of {steps}{why}; run the same command to go on")
+        else:
+            self.say(f"done: {steps} steps in {self.folder}")
+
+
+def duration(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
