@@ -37,18 +37,9 @@ def test_that_is_in_time():
 
 def pytest_in(folder: Path, run_python, *arguments: str) -> str:
     """What pytest prints about the tests of ``folder`` under the hooks and settings of this suite."""
-    plain = [
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "tests.conftest",
-        "-c",
-        str(ROOT / "pyproject.toml"),
-        "--rootdir",
-        str(folder),
-    ]
-    return run_python("-m", "pytest", *plain, *(str(folder / argument) for argument in arguments)).stdout
+    settings = ["-c", str(ROOT / "pyproject.toml"), "-p", "tests.conftest", "-p", "no:cacheprovider"]
+    files = [str(folder / argument) for argument in arguments]
+    return run_python("-m", "pytest", "-q", *settings, "--rootdir", str(folder), *files).stdout
 
 
 def test_a_test_that_hangs_fails_and_the_next_one_runs(tmp_path: Path, run_python) -> None:
