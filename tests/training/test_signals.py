@@ -15,10 +15,21 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 @pytest.fixture
 def request_stop():
     """Makes a `StopRequest`; the handlers of before are there again after the test."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def unheard(number, frame):
+        raise AssertionError(f"{signal.Signals(number).name} was not heard")
+
+    before = {number: signal.signal(number, unheard) for number in SIGNALS}
     yield StopRequest
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def send(number):
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt:  # would end pytest
+        raise AssertionError("it interrupts at once") from None
 
 
 @pytest.fixture
@@ -34,28 +45,28 @@ def clock(monkeypatch):
 def test_a_signal_asks_for_a_stop(request_stop, number, code):
     stop = request_stop()
     assert stop.asked() == (0, "")
-    signal.raise_signal(number)
+    send(number)
     assert stop.asked() == (code, number.name) == stop.asked()
 
 
 def test_the_first_signal_counts(request_stop):
     stop = request_stop()
-    signal.raise_signal(signal.SIGUSR1)
-    signal.raise_signal(signal.SIGINT)
+    send(signal.SIGUSR1)
+    send(signal.SIGINT)
     assert stop.asked() == (REQUEUE, "SIGUSR1")
 
 
 def test_ctrl_c_twice_interrupts_and_sigterm_twice_does_not(request_stop):
     """Launchers send a SIGTERM of their own after a Ctrl-C: it must not cut the saving short."""
     stop = request_stop()
-    signal.raise_signal(signal.SIGINT)
-    signal.raise_signal(signal.SIGTERM)
+    send(signal.SIGINT)
+    send(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     assert stop.asked() == (INTERRUPTED, "SIGINT")
     again = request_stop()
-    signal.raise_signal(signal.SIGTERM)
-    signal.raise_signal(signal.SIGTERM)
+    send(signal.SIGTERM)
+    send(signal.SIGTERM)
     assert again.asked() == (REQUEUE, "SIGTERM")
 
 
@@ -105,7 +116,7 @@ def test_who_interrupts_decides_whatever_else_asks(request_stop, clock, tmp_path
     stop = request_stop(tmp_path / "STOP", hours=1, since=0.0)
     clock.now = 7200.0
     assert stop.asked() == (REQUEUE, "training.max_hours")
-    signal.raise_signal(signal.SIGINT)
+    send(signal.SIGINT)
     assert stop.asked() == (INTERRUPTED, "SIGINT")
 
 
