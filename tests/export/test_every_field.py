@@ -124,13 +124,7 @@ def asked_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def ask(folder: Path, question: dict) -> tuple[dict, dict]:
         try:
             load_alone.answer(str(folder), question, tmp_path)
-        except (
-            RuntimeError,
-            ValueError,
-            IndexError,
-            TypeError,
-            ZeroDivisionError,
-        ) as e:  # there the process would fail
+        except Exception as e:  # there the process would fail
             raise ExportError(f"transformers cannot use the export: {e}") from e
         return json.loads((tmp_path / "answer.json").read_text()), load_file(tmp_path / "answer.safetensors")
 
@@ -160,11 +154,12 @@ def test_an_export_that_lost_a_field_is_refused(exported: Path, tmp_path: Path, 
 
 
 def test_an_export_with_one_weight_changed_is_refused(exported: Path, tmp_path: Path, asked_here: None) -> None:
-    """Of each tensor of the second sparse layer, and of those around the layers, the largest element."""
+    """The largest element of some tensors, of every part of the model."""
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
-    names = [name for name in weights if not name.startswith("layers.") or name.startswith("layers.2.")]
-    assert len(names) > 20
+    names = ["embedding.weight", "norm.weight", "head.weight"]
+    names += [f"layers.2.{name}" for name in ("attention_norm.weight", "attention.gate.bias", "mlp.router.bias")]
+    names += [name for name in weights if name.startswith("layers.2.attention.compress.key.")][:1]
     for name in names:
         tensor = weights[name].clone()
         tensor.view(-1)[tensor.abs().argmax()] += 0.5
