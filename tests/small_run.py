@@ -53,9 +53,9 @@ def small_config(folder: Path, kind="nsa", **model) -> Config:
     )
 
 
-def small_run(folder: Path, kind="nsa", **model) -> Path:
-    """Write ``folder``/run with one checkpoint, step_00000003; returns it."""
-    config = small_config(folder, kind, **model)
+def small_run(folder: Path, kind="nsa", config: Config | None = None, **model) -> Path:
+    """Write ``folder``/run with one checkpoint, step_00000003; returns it. ``config``: in place of `small_config`."""
+    config = config or small_config(folder, kind, **model)
     torch.manual_seed(0)
     decoder = Decoder(config.model, config.attention)
     for buffer in decoder.buffers():
@@ -76,9 +76,9 @@ def small_run(folder: Path, kind="nsa", **model) -> Path:
     return step.parent
 
 
-def small_export(folder: Path, kind="nsa", **model) -> Path:
+def small_export(folder: Path, kind="nsa", config: Config | None = None, **model) -> Path:
     """The export of `small_run`, unproven."""
-    step = small_run(folder, kind, **model) / "step_00000003"
+    step = small_run(folder, kind, config, **model) / "step_00000003"
     path = step.parent / "export"
     path.mkdir()
     config = load_config(step / "config.yaml")

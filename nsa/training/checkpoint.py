@@ -101,9 +101,15 @@ def write_tensors(folder: Path, rank: int, tensors: Iterable[tuple[str, str, Ten
 
 
 def commit(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Write the manifest into ``temporary`` and rename it to ``final``, which must not exist."""
-    manifest = {"format": FORMAT, "files": dict(sorted(entries.items()))}
-    write_file(temporary / MANIFEST, _json(manifest))
+    """Write the manifest into ``temporary`` and rename it to ``final``, which must not exist.
+
+    Raises:
+        CheckpointError: what was written of the manifest is not what is read back.
+    """
+    manifest = _json({"format": FORMAT, "files": dict(sorted(entries.items()))})
+    write_file(temporary / MANIFEST, manifest)
+    if (temporary / MANIFEST).read_bytes() != manifest:
+        raise CheckpointError(f"{temporary / MANIFEST}: it was not read back as it was written")
     fsync_folder(temporary)
     temporary.rename(final)
     fsync_folder(final.parent)

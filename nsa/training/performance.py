@@ -1,17 +1,19 @@
 """Speed of training: memory, and the share of the device's arithmetic that the model uses (MFU)."""
 
+import re
 import resource
 import sys
 import time
 
 import torch
 
-# Dense bf16 tensor-core FLOP/s as the vendor's data sheets give them (the figure without sparsity), by a part of the
+# Dense bf16 tensor-core FLOP/s as the vendor's data sheets give them (the figure without sparsity), by words of the
 # device's name; the first that fits counts.
 PEAK_FLOPS = (
     ("B300", 2250e12),
     ("B200", 2250e12),
     ("GH200", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
@@ -27,6 +29,7 @@ PEAK_FLOPS = (
     ("RTX 4090", 165e12),
     ("RTX 3090", 71e12),
 )
+OTHER_CARD = r"(?! (?:Ti|D|Laptop)\b)"  # words after a name that make it another card's
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
@@ -36,8 +39,8 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_FLOPS:
-            if part in name:
+        for words, flops in PEAK_FLOPS:
+            if re.search(rf"\b{words}\b{OTHER_CARD}", name):
                 return flops, "data sheet"
     return _measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured"
 

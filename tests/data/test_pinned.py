@@ -1,16 +1,16 @@
 """What decides the order of a run's data, as literals: a change reorders every run, and must be meant."""
 
 import shutil
-import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nsa.data import prepare as module
+from nsa.data.blend import Blend
 from nsa.data.config import DataConfig, SourceConfig, TokenizerConfig
-from nsa.data.loader import SampleStream
+from nsa.data.loader import SampleStream, batch
 from nsa.data.permutation import permute, round_keys
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData, SourceWriter, write_manifest
@@ -156,25 +156,20 @@ def test_the_tokenizer_never_sees_held_out_documents(
     assert not any(text.startswith(some.rstrip("\ufffd")) for text in held_out for some in fed)
 
 
-@pytest.fixture
-def ten_seconds() -> Iterator[None]:
-    """What takes longer fails."""
-
-    def fail(*_: object) -> None:
-        raise TimeoutError("still not done after ten seconds")
-
-    before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
+@pytest.mark.time_limit(10)
 @pytest.mark.parametrize("index", [-1, 10, [3, -2], [0, 10]])
-def test_an_index_outside_of_a_permutation_is_refused(index: int | list[int], ten_seconds: None) -> None:
+def test_an_index_outside_of_a_permutation_is_refused(index: int | list[int]) -> None:
     """Notices a permutation that walks for ever, or gives two indices one place."""
     with pytest.raises(ValueError, match="give indices from 0 to 9"):
         permute(np.array(index), 10, round_keys(1))
+
+
+def test_a_sample_before_the_first_is_refused(write: Callable[..., PreparedData]) -> None:
+    """Notices samples that count from the end, which an endless stream does not have."""
+    stream = SampleStream(write(letters=LETTERS, digits=DIGITS), settings(8, letters=3, digits=1), "train", 7)
+    for ask in (lambda: stream[-1], lambda: stream.locate(-1), lambda: batch(stream, [0, -1]), lambda: Blend([1])[-1]):
+        with pytest.raises(IndexError, match="samples count from 0, not -1"):
+            ask()
 
 
 def test_a_permutation_of_nothing() -> None:

@@ -125,7 +125,8 @@ PEAKS = {
     "NVIDIA B300 SXM6 AC": 2250,  # HGX B300: 36 PFLOP/s with sparsity of eight
     "NVIDIA B200": 2250,  # DGX B200: 72 PFLOP/s in FP8 with sparsity of eight, half of it in bf16
     "NVIDIA GH200 480GB": 989,  # Grace Hopper: 1979 with sparsity
-    "NVIDIA H200": 989,  # H200 Tensor Core GPU: 1979 with sparsity
+    "NVIDIA H200": 989,  # H200 Tensor Core GPU, SXM: 1979 with sparsity
+    "NVIDIA H200 NVL": 835,  # H200 NVL: 1671 with sparsity
     "NVIDIA H100 80GB HBM3": 989,  # H100 Tensor Core GPU, SXM: 1979 with sparsity
     "NVIDIA H100 PCIe": 756,  # H100 PCIe: 1513 with sparsity
     "NVIDIA H100 NVL": 835,  # H100 NVL: 1671 with sparsity
@@ -157,9 +158,20 @@ def test_every_peak_is_pinned() -> None:
 
 
 def test_what_no_data_sheet_gives_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices bf16's figure for fp32, or some device's figure for an unknown one."""
+    """Notices bf16's figure for fp32."""
     monkeypatch.setattr(performance, "_measured_flops", lambda device, dtype: {torch.float32: 1.0}.get(dtype, 2.0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert peak_flops(torch.device("cuda", 0), "fp32") == (1.0, "measured")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
+
+
+# Other cards, whose names begin with, end with or hold that of a card above.
+UNKNOWN = ["NVIDIA T4", "NVIDIA L40", "NVIDIA GB200", "NVIDIA GB300", "NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA A10M"]
+UNKNOWN += ["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_no_device_gets_the_peak_of_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Notices a match by a part of a word: L4 in L40, B200 in GB200, A100 in A1000."""
+    monkeypatch.setattr(performance, "_measured_flops", lambda device, dtype: 2.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0), "bf16") == (2.0, "measured")

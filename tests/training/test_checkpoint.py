@@ -1,16 +1,20 @@
 """Checkpoint folders: broken ones are found and passed over, and nothing good is lost when a save fails."""
 
 import errno
+import hashlib
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import start, train, write_yaml
+from tiny import TEXT, start, train, write_yaml
 
-from nsa.training import checkpoint, saver
+from nsa.training import checkpoint, saver, trainer
 from nsa.training.checkpoint import CheckpointError
+from nsa.training.saving import Progress
+from nsa.training.spikes import SpikeState
 
 TENSORS = [("weight", "a.weight", torch.arange(6.0).view(2, 3)), ("exp_avg", "a.weight", torch.ones(2, 3))]
 
@@ -168,18 +172,167 @@ def test_faults_of_a_run_and_its_checkpoints(tmp_path):
     assert "model.intermediate_size: 48 there, 64 now" in refused.stdout and "optimizer.beta2" in refused.stdout
 
 
-def test_a_rank_lost_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_path, monkeypatch):
+def test_a_rank_lost_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_path, monkeypatch, saver_of_one_rank):
     """The trainer takes a gloo error for a lost rank (exit code 85), a CheckpointError for something to mend (2)."""
 
     def lost(*_: object) -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
 
-    monkeypatch.setattr(saver.dist, "new_group", lambda **_: None)
+    writer = saver_of_one_rank(tmp_path)
     monkeypatch.setattr(saver.messages, "gather", lost)
-    alone = SimpleNamespace(rank=0, is_main=True, on_main=lambda call: call())
-    writer = saver.Saver(alone, tmp_path, keep_last=1)
-    writer.start(saver.Snapshot(step=2, tensors=[], rng={}, state={}, files={}, num_bytes=0))
+    writer.start(snapshot(2, tensors=[]))
     with pytest.raises(RuntimeError, match="gloo"):
         writer.wait()
     assert writer.failed, "other ranks hear of it, if they can"
     assert checkpoint.checkpoints(tmp_path) == []
+
+
+@pytest.fixture
+def saver_of_one_rank(monkeypatch):
+    """Makes the `Saver` of a run of one rank, without a process group."""
+    monkeypatch.setattr(saver.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(saver.messages, "gather", lambda value, group: [value])
+    monkeypatch.setattr(saver.messages, "broadcast", lambda value, group: value)
+    alone = SimpleNamespace(rank=0, is_main=True, on_main=lambda call: call())
+    return lambda run, keep_last=1: saver.Saver(alone, run, keep_last)
+
+
+def snapshot(step, tensors=TENSORS):
+    files = {"config.yaml": b"name: run", "tokenizer.model": b"pieces"}
+    return saver.Snapshot(step, list(tensors), rng={"torch": [1, 2]}, state={"step": step}, files=files, num_bytes=48)
+
+
+WRITTEN = ["model-00000-000.safetensors", "optimizer-00000-000.safetensors", "rng-00000.json", "state.json",
+           "config.yaml", "tokenizer.model", "manifest.json"]  # fmt: skip
+
+
+def test_the_order_of_a_save_survives_a_loss_of_power_at_any_moment(tmp_path, monkeypatch, saver_of_one_rank):
+    """What a crash may undo is everything that was not fsynced: contents of files, and names in folders."""
+    write(tmp_path, 2)
+    events = []
+
+    def record(module, name, before):
+        original = getattr(module, name)
+
+        def recorded(*arguments, **named):
+            if event := before(*arguments):
+                events.append(event)
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    def synced(descriptor):
+        status = os.fstat(descriptor)
+        names = set(os.listdir(descriptor)) if os.path.isdir(descriptor) else status.st_size  # noqa: PTH112, PTH208
+        return "fsync", status.st_ino, names
+
+    record(os, "fsync", synced)
+    record(hashlib, "file_digest", lambda file, *_: ("read back", os.fstat(file.fileno()).st_ino, None))
+    for name in ("rename", "replace"):
+        record(os, name, lambda source, target: ("rename", os.path.basename(source), os.path.basename(target)))  # noqa: PTH119
+    record(shutil, "rmtree", lambda path, **_: ("remove", path.name, None))
+    writer = saver_of_one_rank(tmp_path)
+    writer.start(snapshot(4))
+    folder = writer.wait()
+
+    def only(what, of, state):
+        (place,) = [i for i, event in enumerate(events) if event == (what, of, state)]
+        return place
+
+    named = only("rename", "step_00000004.tmp", "step_00000004")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(WRITTEN)
+    for path in folder.iterdir():
+        written = only("fsync", path.stat().st_ino, path.stat().st_size)
+        assert written < named, f"{path.name} is durable before the folder is a checkpoint"
+        if path.name != "manifest.json":
+            read = only("read back", path.stat().st_ino, None)
+            manifest = (folder / "manifest.json").stat()
+            assert written < read < only("fsync", manifest.st_ino, manifest.st_size), "vouched for once it was read"
+    assert only("fsync", folder.stat().st_ino, set(WRITTEN)) < named, "so are the names of its files"
+    of_run = [i for i, event in enumerate(events) if event[:2] == ("fsync", tmp_path.stat().st_ino)]
+    (durable,) = (i for i in of_run if "step_00000004" in events[i][2])
+    older = [i for i, event in enumerate(events) if event[1] in ("step_00000002", "step_00000002.tmp")]
+    assert len(older) == 2 and durable < min(older), "the older one goes when the name of the new one is durable"
+    assert events[older[0]] == ("rename", "step_00000002", "step_00000002.tmp"), "and loses its name before its files"
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_byte_that_the_disk_changes_is_noticed_before_the_checkpoint_is_one(
+    tmp_path, monkeypatch, saver_of_one_rank, name
+):
+    kept = write(tmp_path, 2)
+    written = checkpoint.write_file
+
+    def write_and_flip(path, content):
+        entry = written(path, content)
+        if path.name == name:
+            flip(path)
+        return entry
+
+    writer = saver_of_one_rank(tmp_path)
+    monkeypatch.setattr(checkpoint, "write_file", write_and_flip)
+    writer.start(snapshot(4))
+    with pytest.raises(CheckpointError, match=rf"step 4 was not written: .*{name}.*step_00000002"):
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+    checkpoint.verify(kept)
+
+
+@pytest.mark.parametrize("name", WRITTEN[:-1])
+def test_a_file_that_is_gone_or_cut_when_the_manifest_is_written_is_noticed(
+    tmp_path, monkeypatch, saver_of_one_rank, name
+):
+    """Each rank reads its own files back; rank 0 looks once more when all have."""
+    write(tmp_path, 2)
+    gather = saver.messages.gather
+
+    def all_have_written(value, group):
+        truncate(tmp_path / "step_00000004.tmp" / name)
+        return gather(value, group)
+
+    writer = saver_of_one_rank(tmp_path)
+    monkeypatch.setattr(saver.messages, "gather", all_have_written)
+    writer.start(snapshot(4))
+    with pytest.raises(CheckpointError, match=f"{name}.*cut short"):
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
+
+
+def saved_steps(run):
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)]
+
+
+def test_the_checkpoint_that_a_rollback_needs_stays(tmp_path, monkeypatch, saver_of_one_rank):
+    """With keep_last 1. Spikes are numbered from 0: only a state after 6 steps or fewer is without number 6. When no
+    spike is left in the window, that checkpoint goes."""
+    monkeypatch.setattr(trainer, "snapshot", lambda engine, config, ranks, progress, identity: snapshot(progress.step))
+    progress = Progress()
+    run = SimpleNamespace(
+        watchdog=SimpleNamespace(beat=lambda where: None),
+        saver=saver_of_one_rank(tmp_path, keep_last=1),
+        progress=progress,
+        **dict.fromkeys(("engine", "config", "ranks", "identity")),
+        _saved=lambda path: None,
+    )
+    seen = {}
+    for step, spikes in ((4, []), (6, []), (7, [6]), (8, [6]), (10, [6, 9]), (12, [9]), (14, [])):
+        progress.step, progress.spikes = step, SpikeState(spikes=spikes)
+        trainer.Trainer.save(run, wait=True)
+        seen[step] = saved_steps(tmp_path)
+    assert seen == {4: [4], 6: [6], 7: [7, 6], 8: [8, 6], 10: [10, 6], 12: [12, 6], 14: [14]}
+
+
+def test_other_data_are_refused_on_resume_and_the_hours_of_a_job_end_it(tmp_path):
+    """The fingerprint is that of what is read, whatever the configuration calls it."""
+    documents = tmp_path / "documents"
+    shutil.copytree(os.path.dirname(TEXT), documents, ignore=shutil.ignore_patterns("__pycache__"))  # noqa: PTH120
+    sources = f"data.sources=[{{name: text, kind: files, path: '{documents}/*.py'}}]"
+    stopped = train(tmp_path, sources, "data.workers=1", "training.max_hours=1e-6")
+    assert stopped.returncode == 75 and "stopped after step 1 of 6 (training.max_hours)" in stopped.stdout
+    with (documents / "decoder.py").open("a") as file:
+        file.write("# one line more\n")
+    refused = train(tmp_path, sources, "data.workers=1")
+    assert refused.returncode == 2 and "Traceback" not in refused.stdout
+    assert "step_00000001 was trained on other data" in refused.stdout
+    assert "Restore them, or start a new run under another name" in refused.stdout
+    assert saved_steps(tmp_path / "runs/run") == [1]

@@ -1,0 +1,168 @@
+"""Every field of the `model` and `attention` sections reaches an export, and the proof notices one that does not.
+
+The fields are those of the sections themselves: a new one is covered without a change here, or named as missing.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from small_run import small_config, small_export
+
+from nsa.config import Config, load_config
+from nsa.exporting import ExportError, load_alone, load_decoder, proof
+from nsa.exporting.folder import CONFIG
+from nsa.models.hf.modeling_nsa import NSAConfig
+from nsa.strict_yaml import walk
+
+# Names in config.json, where they are not the field's own: those that `transformers` expects.
+NAMES = {
+    "model.num_layers": "num_hidden_layers",
+    "model.num_heads": "num_attention_heads",
+    "model.num_kv_heads": "num_key_value_heads",
+    "model.max_position": "original_max_position",
+    "model.norm_eps": "rms_norm_eps",
+    "model.tie_embeddings": "tie_word_embeddings",
+    "model.init_std": "initializer_range",
+    "model.rope.theta": "rotary_base",
+    "model.moe.top_k": "num_experts_per_token",
+    "model.moe.num_shared": "num_shared_experts",
+    "attention.kind": "attention_kinds",
+}
+TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight"}
+# What logits do not depend on: how fresh weights are drawn; the number of layers, which attention_kinds has, too; and
+# a tie where the weights of both are there and differ, which `transformers` then leaves apart.
+NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
+FIELDS = [(key, field) for key, field in walk(Config) if key.startswith(("model.", "attention."))]
+EXPORTED = {key: NAMES.get(key, key.rpartition(".")[2]) for key, _ in FIELDS if key not in TRAINING_ONLY}
+
+# Unlike every default, and large enough an effect on logits; what is not named here gets a value by itself.
+MODEL = {
+    "rope": {"theta": 50.0, "yarn_factor": 2.0, "yarn_beta_fast": 5.0, "yarn_beta_slow": 0.5},
+    "moe": {"num_experts": 5, "top_k": 3, "num_shared": 2, "expert_size": 9, "first_dense": 2},
+    "num_layers": 3,
+    "num_heads": 6,
+    "norm_eps": 0.05,
+    "tie_embeddings": False,
+}
+ATTENTION = {"compress_hidden": 7, "num_blocks": 5, "num_initial": 2, "num_local": 1}
+
+
+def value_of(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree
+
+
+def with_value(tree: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    name, _, rest = key.partition(".")
+    return {**tree, name: with_value(tree[name], rest, value) if rest else value}
+
+
+def others(value: Any) -> list[Any]:
+    """Values of the type of ``value`` that are not it."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int | float):
+        return [value + 1, value * 2, value / 2 if isinstance(value, float) else value // 2]
+    return [3, 1.5, True]
+
+
+def unlike_defaults(folder: Path) -> Config:
+    """A configuration of which no field of the two sections has its default."""
+    config = small_config(folder, ["dense", "nsa", "nsa"], **MODEL)
+    tree = with_value(config.model_dump(), "attention", config.attention.model_dump() | ATTENTION)
+    for key, field in FIELDS:
+        if not field.is_required() and value_of(tree, key) == field.default:
+            for other in others(field.default):
+                try:
+                    tree = Config.model_validate(with_value(tree, key, other)).model_dump()
+                    break
+                except ValueError:
+                    continue
+    return Config.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("every_field")
+    return small_export(folder, config=unlike_defaults(folder))
+
+
+def test_every_field_of_the_export_is_unlike_its_default(exported: Path) -> None:
+    """Else the other tests would not see that it is lost."""
+    tree = load_config(exported / CONFIG).model_dump()
+    same = [key for key, field in FIELDS if not field.is_required() and value_of(tree, key) == field.default]
+    assert same == []
+    fresh = NSAConfig().to_dict()
+    written = json.loads((exported / "config.json").read_text())
+    assert [name for name in EXPORTED.values() if written.get(name) == fresh.get(name)] == []
+
+
+@pytest.mark.parametrize("key", EXPORTED)
+def test_every_field_reaches_config_json_and_comes_back(exported: Path, key: str) -> None:
+    """Notices a field that hf_config does not pass on, that NSAConfig forgets, or that takes the place of another."""
+    value = value_of(load_config(exported / CONFIG).model_dump(), key)
+    written = json.loads((exported / "config.json").read_text())
+    assert EXPORTED[key] in written, f"{key} is lost: add it to hf_config and NSAConfig, or to NAMES"
+    assert written[EXPORTED[key]] == getattr(NSAConfig.from_pretrained(exported), EXPORTED[key]) == value
+    assert value_of(load_decoder(exported)[1].model_dump(), key) == value
+
+
+def test_the_rotary_range_is_that_of_the_extension(exported: Path) -> None:
+    config = load_config(exported / CONFIG).model
+    assert NSAConfig.from_pretrained(exported).max_position_embeddings == 2 * config.max_position
+
+
+@pytest.fixture
+def asked_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The proof's question is answered in this process, which has loaded `transformers` already."""
+
+    def ask(folder: Path, question: dict) -> tuple[dict, dict]:
+        try:
+            load_alone.answer(str(folder), question, tmp_path)
+        except Exception as e:  # there the process would fail
+            raise ExportError(f"transformers cannot use the export: {e}") from e
+        return json.loads((tmp_path / "answer.json").read_text()), load_file(tmp_path / "answer.safetensors")
+
+    monkeypatch.setattr(proof, "_ask", ask)
+    monkeypatch.setattr(proof, "hostile_texts", lambda: ["a </s> b"])
+    monkeypatch.setattr(proof, "NEW_TOKENS", 3)
+
+
+def prove(folder: Path, of: Path) -> proof.Proof:
+    decoder, _, tokenizer = load_decoder(of)
+    return proof.prove(folder, decoder, tokenizer)
+
+
+def test_an_export_that_is_right_is_proven(exported: Path, asked_here: None) -> None:
+    assert prove(exported, exported).difference < proof.TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted({*EXPORTED.values()} - NO_LOGIT))
+def test_an_export_that_lost_a_field_is_refused(exported: Path, tmp_path: Path, asked_here: None, name: str) -> None:
+    """Its default takes its place when the export is read."""
+    broken = Path(shutil.copytree(exported, tmp_path / "broken"))
+    config = json.loads((broken / "config.json").read_text())
+    del config[name]
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match=r"transformers cannot use the export|logits of .* differ"):
+        prove(broken, exported)
+
+
+def test_an_export_with_one_weight_changed_is_refused(exported: Path, tmp_path: Path, asked_here: None) -> None:
+    """The largest element of some tensors, of every part of the model."""
+    broken = Path(shutil.copytree(exported, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    names = ["embedding.weight", "norm.weight", "head.weight"]
+    names += [f"layers.2.{name}" for name in ("attention_norm.weight", "attention.gate.bias", "mlp.router.bias")]
+    names += [name for name in weights if name.startswith("layers.2.attention.compress.key.")][:1]
+    for name in names:
+        tensor = weights[name].clone()
+        tensor.view(-1)[tensor.abs().argmax()] += 0.5
+        save_file({**weights, name: tensor}, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ExportError, match="differ"):
+            prove(broken, exported)

@@ -1,0 +1,139 @@
+"""Who may ask a run to stop, and what is made of it; the clock is the test's."""
+
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from nsa.training import signals
+from nsa.training.exit_codes import INTERRUPTED, REQUEUE, write_exit_file
+from nsa.training.signals import StopRequest
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@pytest.fixture
+def request_stop():
+    """Makes a `StopRequest`; the handlers of before are there again after the test."""
+
+    def unheard(number, frame):
+        raise AssertionError(f"{signal.Signals(number).name} was not heard")
+
+    before = {number: signal.signal(number, unheard) for number in SIGNALS}
+    yield StopRequest
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def send(number):
+    try:
+        signal.raise_signal(number)
+    except KeyboardInterrupt:  # would end pytest
+        raise AssertionError("it interrupts at once") from None
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=500.0)
+    monkeypatch.setattr(signals, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, INTERRUPTED)]
+)
+def test_a_signal_asks_for_a_stop(request_stop, number, code):
+    stop = request_stop()
+    assert stop.asked() == (0, "")
+    send(number)
+    assert stop.asked() == (code, number.name) == stop.asked()
+
+
+def test_the_first_signal_counts(request_stop):
+    stop = request_stop()
+    send(signal.SIGUSR1)
+    send(signal.SIGINT)
+    assert stop.asked() == (REQUEUE, "SIGUSR1")
+
+
+def test_ctrl_c_twice_interrupts_and_sigterm_twice_does_not(request_stop):
+    """Launchers send a SIGTERM of their own after a Ctrl-C: it must not cut the saving short."""
+    stop = request_stop()
+    send(signal.SIGINT)
+    send(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    assert stop.asked() == (INTERRUPTED, "SIGINT")
+    again = request_stop()
+    send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    assert again.asked() == (REQUEUE, "SIGTERM")
+
+
+def test_the_former_handlers_come_back(request_stop):
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stop = request_stop()
+    assert all(signal.getsignal(number) != before[number] for number in SIGNALS)
+    stop.restore()
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_the_hours_of_a_job_count_from_its_beginning(request_stop, clock):
+    """Not from where training begins: preparing and loading are part of what a scheduler allows."""
+    stop = request_stop(hours=1.5, since=100.0)
+    clock.now = 100.0 + 1.5 * 3600 - 0.001
+    assert stop.asked() == (0, "")
+    clock.now = 100.0 + 1.5 * 3600
+    assert stop.asked() == (REQUEUE, "training.max_hours")
+
+
+def test_hours_without_a_beginning_count_from_now(request_stop, clock):
+    stop, endless = request_stop(hours=0.5), request_stop()
+    clock.now = 500.0 + 1799
+    assert stop.asked() == (0, "")
+    clock.now = 500.0 + 1801
+    assert stop.asked() == (REQUEUE, "training.max_hours")
+    clock.now = 1e12
+    assert endless.asked() == (0, "")
+
+
+def test_a_stop_file_is_obeyed_once(request_stop, tmp_path):
+    file = tmp_path / "STOP"
+    stop, elsewhere = request_stop(file), request_stop()
+    stop.forget_file()  # there is none
+    assert stop.asked() == (0, "")
+    file.touch()
+    assert stop.asked() == (REQUEUE, f"the file {file}") and elsewhere.asked() == (0, "")
+    elsewhere.forget_file()
+    assert file.exists()
+    stop.forget_file()
+    assert not file.exists() and stop.asked() == (0, "")
+
+
+def test_who_interrupts_decides_whatever_else_asks(request_stop, clock, tmp_path):
+    """A run that is interrupted must not be started again by itself, also where its hours are over."""
+    (tmp_path / "STOP").touch()
+    stop = request_stop(tmp_path / "STOP", hours=1, since=0.0)
+    clock.now = 7200.0
+    assert stop.asked() == (REQUEUE, "training.max_hours")
+    send(signal.SIGINT)
+    assert stop.asked() == (INTERRUPTED, "SIGINT")
+
+
+def test_rank_0_alone_tells_launch_sh_its_code(tmp_path, monkeypatch):
+    path = tmp_path / "code"
+    monkeypatch.setenv("NSA_EXIT_FILE", str(path))
+    monkeypatch.setenv("RANK", "1")
+    write_exit_file(75)
+    assert not path.exists()
+    monkeypatch.setenv("RANK", "0")
+    write_exit_file(85)
+    assert path.read_text() == "85\n"
+    monkeypatch.delenv("RANK")
+    write_exit_file(75)
+    assert path.read_text() == "75\n"
+    monkeypatch.setenv("NSA_EXIT_FILE", str(tmp_path / "absent/code"))
+    write_exit_file(2)  # a disk that cannot be written is no second fault
+    monkeypatch.delenv("NSA_EXIT_FILE")
+    write_exit_file(2)
+    assert path.read_text() == "75\n"
