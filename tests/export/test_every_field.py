@@ -48,7 +48,7 @@ MODEL = {
     "norm_eps": 0.05,
     "tie_embeddings": False,
 }
-ATTENTION = {"compress_hidden": 7, "num_blocks": 5, "num_initial": 2, "num_local": 1}
+NSA = {"compress_hidden": 7, "num_blocks": 5, "num_initial": 2, "num_local": 1}
 
 
 def value_of(tree: Any, key: str) -> Any:
@@ -74,7 +74,7 @@ def others(value: Any) -> list[Any]:
 def unlike_defaults(folder: Path) -> Config:
     """A configuration of which no field of the two sections has its default."""
     config = small_config(folder, ["dense", "nsa", "nsa"], **MODEL)
-    tree = with_value(config.model_dump(), "attention", config.attention.model_dump() | ATTENTION)
+    tree = with_value(config.model_dump(), "attention.nsa", config.attention.nsa.model_dump() | NSA)
     for key, field in FIELDS:
         if not field.is_required() and value_of(tree, key) == field.default:
             for other in others(field.default):

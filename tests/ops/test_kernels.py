@@ -22,9 +22,10 @@ needs_kernels = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="runs wi
 
 
 @pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="the tests below run by themselves")
+@pytest.mark.time_limit(1000)
 def test_in_the_interpreter(run_python) -> None:
     """Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own."""
-    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=600, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=900, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 

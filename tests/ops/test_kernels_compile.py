@@ -16,6 +16,7 @@ FEW = ("128", "64", "192/128", "fp32")
     [(90, FEW), *(pytest.param(arch, tuple(SHAPES), marks=pytest.mark.slow) for arch in (90, 80, 100))],
     ids=lambda value: value if isinstance(value, int) else "few" if value == FEW else "all",
 )
+@pytest.mark.time_limit(1800)
 def test_kernels_compile(arch: int, shapes: tuple[str, ...], run_python, tmp_path: Path) -> None:
     """After a change that is meant: python tests/ops/compile_kernels.py --arch 90 --write, likewise 80 and 100."""
     done = run_python(
