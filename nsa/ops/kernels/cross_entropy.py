@@ -56,7 +56,7 @@ def logit_gradients_kernel(Logits, Targets, Lse, DLosses, num_vectors, first, VE
 
 
 @torch.library.custom_op("nsa::token_statistics", mutates_args=())
-def _statistics(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
+def _token_statistics(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
     lse, wanted = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
     vector = vector_of(logits.shape[1])
     if len(logits):
@@ -66,8 +66,8 @@ def _statistics(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Te
     return lse, wanted
 
 
-@_statistics.register_fake
-def _(logits, targets, first):
+@_token_statistics.register_fake
+def _token_statistics_fake(logits, targets, first):
     return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
 
 
@@ -81,13 +81,13 @@ def _logit_gradients(logits: Tensor, targets: Tensor, lse: Tensor, d_losses: Ten
 
 
 @_logit_gradients.register_fake
-def _(logits, targets, lse, d_losses, first):
+def _logit_gradients_fake(logits, targets, lse, d_losses, first):
     return None
 
 
 def statistics(logits: Tensor, targets: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """As `nsa.ops.cross_entropy.statistics`."""
-    return _statistics(logits.contiguous(), targets.contiguous(), first)
+    return _token_statistics(logits.contiguous(), targets.contiguous(), first)
 
 
 def logit_gradients(logits: Tensor, targets: Tensor, lse: Tensor, d_losses: Tensor, first: int) -> Tensor:

@@ -95,7 +95,7 @@ def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None) -
 
 
 @_add_rms_norm.register_fake
-def _(x, weight, eps, delta):
+def _add_rms_norm_fake(x, weight, eps, delta):
     h = x.new_empty(0) if delta is None else torch.empty_like(x)
     return h, torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -116,7 +116,7 @@ def _add_rms_norm_backward(
 
 
 @_add_rms_norm_backward.register_fake
-def _(d_normed, d_h, h, weight, rstd):
+def _add_rms_norm_backward_fake(d_normed, d_h, h, weight, rstd):
     return torch.empty_like(h), torch.empty_like(weight)
 
 

@@ -23,7 +23,7 @@ def _range_attention(
 
 
 @_range_attention.register_fake
-def _(q, k, v, first, last, scale):
+def _range_attention_fake(q, k, v, first, last, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -35,7 +35,7 @@ def _range_attention_backward(
 
 
 @_range_attention_backward.register_fake
-def _(q, k, v, out, d_out, lse, first, last, scale):
+def _range_attention_backward_fake(q, k, v, out, d_out, lse, first, last, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -81,7 +81,7 @@ def _select_blocks(
 
 
 @_select_blocks.register_fake
-def _(q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale):
+def _select_blocks_fake(q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale):
     return q.new_empty(*q.shape[:2], k.shape[2], num_blocks, dtype=torch.int32)
 
 
@@ -104,7 +104,7 @@ def _selected_attention(
 
 
 @_selected_attention.register_fake
-def _(q, k, v, blocks, start, end, position, block_size, scale):
+def _selected_attention_fake(q, k, v, blocks, start, end, position, block_size, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -118,7 +118,7 @@ def _selected_attention_backward(
 
 
 @_selected_attention_backward.register_fake
-def _(q, k, v, out, d_out, lse, blocks, start, end, position, block_size, scale):
+def _selected_attention_backward_fake(q, k, v, out, d_out, lse, blocks, start, end, position, block_size, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -159,7 +159,7 @@ def _gated_sum(
 
 
 @_gated_sum.register_fake
-def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
+def _gated_sum_fake(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
     return torch.empty_like(out_cmp)
 
 
@@ -171,7 +171,7 @@ def _gates_backward(
 
 
 @_gates_backward.register_fake
-def _(gates, d_out, outs, lses):
+def _gates_backward_fake(gates, d_out, outs, lses):
     lse, delta = (gates.new_empty(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
     return lse, delta, torch.empty_like(gates)
 
@@ -202,7 +202,7 @@ def _branches_backward(
 
 
 @_branches_backward.register_fake
-def _(d_out, q, kv, *rest):
+def _branches_backward_fake(d_out, q, kv, *rest):
     return [torch.empty_like(x) for x in (q, *kv)]
 
 
@@ -275,7 +275,7 @@ def _compress_blocks(
 
 
 @_compress_blocks.register_fake
-def _(x, inner, position, outer, layout, length, stride):
+def _compress_blocks_fake(x, inner, position, outer, layout, length, stride):
     shape = (x.shape[0], layout[0].shape[0], x.shape[2])
     return x.new_empty(*shape, outer.shape[0]), x.new_empty(*shape, outer.shape[1])
 
@@ -289,7 +289,7 @@ def _compress_blocks_backward(
 
 
 @_compress_blocks_backward.register_fake
-def _(d_out, x, inner, position, outer, *rest):
+def _compress_blocks_backward_fake(d_out, x, inner, position, outer, *rest):
     return torch.empty_like(x), torch.empty_like(inner), torch.empty_like(position), torch.empty_like(outer)
 
 

@@ -110,7 +110,7 @@ def _split_heads(
 
 
 @_split_heads.register_fake
-def _(x, cos, sin, rows, bias, counts, widths, ways):
+def _split_heads_fake(x, cos, sin, rows, bias, counts, widths, ways):
     return [x.new_empty(*x.shape[:2], count, width) for count, width in zip(counts, widths, strict=True)]
 
 
@@ -125,7 +125,7 @@ def _join_heads(
 
 
 @_join_heads.register_fake
-def _(gradients, cos, sin, rows, gates, counts, widths, ways):
+def _join_heads_fake(gradients, cos, sin, rows, gates, counts, widths, ways):
     return gradients[0].new_empty(*gradients[0].shape[:2], sum(c * w for c, w in zip(counts, widths, strict=True)))
 
 

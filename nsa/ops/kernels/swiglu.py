@@ -46,7 +46,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_swiglu.register_fake
-def _(gate, up):
+def _swiglu_fake(gate, up):
     return torch.empty_like(gate)
 
 
@@ -61,7 +61,7 @@ def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 
 
 @_swiglu_backward.register_fake
-def _(d_out, gate, up):
+def _swiglu_backward_fake(d_out, gate, up):
     return torch.empty_like(gate), torch.empty_like(up)
 
 
