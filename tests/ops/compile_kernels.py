@@ -39,7 +39,7 @@ from nsa.ops.kernels import (
     selection,
     swiglu,
 )
-from nsa.ops.kernels.hopper import gradient, span
+from nsa.ops.kernels.hopper import gradient
 from nsa.ops.packing import Documents
 from nsa.ops.rotary import Heads
 
@@ -151,7 +151,7 @@ def compile_all(arch: int) -> dict[str, dict[str, int]]:
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
         if selected.on_hopper(q, k, v, 64, 1.0):
-            lists, runs = selected.unions(layout, 128 // span(heads), 64), [*ranges.int32_runs(run)] * 2
+            lists, runs = selected.unions(layout, gradient.tokens_per_tile(heads), 64), [*ranges.int32_runs(run)] * 2
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )

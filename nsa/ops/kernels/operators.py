@@ -81,7 +81,9 @@ def _select_blocks(
 
 
 @_select_blocks.register_fake
-def _select_blocks_fake(q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale):
+def _select_blocks_fake(
+    q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale
+):
     return q.new_empty(*q.shape[:2], k.shape[2], num_blocks, dtype=torch.int32)
 
 
@@ -188,10 +190,10 @@ def _branches_backward(
     slc = (q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale)
     win = (q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale)
     if k_cmp.numel() and q.numel() and selected.on_hopper(q, k_slc, v_slc, block_size, scale):
-        from nsa.ops.kernels.hopper import gradient, span
+        from nsa.ops.kernels.hopper import gradient
 
         dq = torch.empty_like(q)
-        lists = selected.unions(blocks, 128 // span(q.shape[2] // k_slc.shape[2]), block_size)
+        lists = selected.unions(blocks, gradient.tokens_per_tile(q.shape[2] // k_slc.shape[2]), block_size)
         gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
         del lists
         return [dq, *ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]
