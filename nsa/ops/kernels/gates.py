@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_rows, store_rows
-from nsa.ops.kernels.launch import INTEGERS
+from nsa.ops.kernels.launch import INTEGERS, tile_width
 
 BRANCHES = tl.constexpr(3)  # compressed, selected, window
 ELEMENTS = 4096  # of one program
@@ -68,7 +68,7 @@ def combine_backward_kernel(Gates, DOut, Out0, Out1, Out2, Lse0, Lse1, Lse2, Gat
 
 def _grid(out: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """Grid and constants of both kernels."""
-    rows, width = out.shape[:3].numel(), max(16, triton.next_power_of_2(out.shape[3]))
+    rows, width = out.shape[:3].numel(), tile_width(out.shape[3])
     block = max(1, ELEMENTS // width)
     return (triton.cdiv(rows, block),), {"DV": out.shape[3], "DV1": width, "BM": block, "num_warps": 4}
 

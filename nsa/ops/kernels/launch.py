@@ -48,22 +48,27 @@ def why_not(*tensors: Tensor, heads: bool = True) -> str | None:
     return None
 
 
+def tile_width(width: int) -> int:
+    """Columns of a tile that holds ``width``: a power of two, and at least 16, which tl.dot needs."""
+    return max(16, triton.next_power_of_2(width))
+
+
 def split_width(width: int) -> tuple[int, int]:
-    """A head's columns as two parts whose widths are powers of two; 0 if one is enough: 128 -> 128, 0; 192 -> 128, 64."""
+    """A head's columns as two powers of two, the second 0 if one is enough: 128 -> 128, 0; 192 -> 128, 64."""
     if width <= 16:
         return 16, 0
     whole = triton.next_power_of_2(width)
     if whole == width:
         return width, 0
-    rest = max(16, triton.next_power_of_2(width - whole // 2))
+    rest = tile_width(width - whole // 2)
     return (whole, 0) if rest == whole // 2 else (whole // 2, rest)
 
 
 def vector_of(*counts: int) -> int:
     """How many consecutive elements share their mask in an elementwise kernel: VECTOR if it divides all counts, or 1.
 
-    The compiler does not know a count that is no constant. A kernel computes its mask from ``count // vector * vector``,
-    so that the compiler knows that a load of ``vector`` elements is whole.
+    The compiler knows nothing of a count that is no constant, and would load single elements. So a kernel is given
+    ``count // vector`` and multiplies: then the compiler knows that ``vector`` elements exist or none does.
     """
     return 1 if any(count % VECTOR for count in counts) else VECTOR
 
@@ -90,7 +95,7 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def head_descriptor(x: Tensor, rows: int, heads: int, columns: int) -> TensorDescriptor:
-    """TMA descriptor of a contiguous (B, T, H, D), seen as (B * T, H, D), in boxes of ``rows``: ``heads`` of each token."""
+    """TMA descriptor of a contiguous (B, T, H, D), seen as (B * T, H, D), in boxes of ``rows / heads`` tokens."""
     shape = [x.shape[0] * x.shape[1], *x.shape[2:]]
     return TensorDescriptor(x, shape, [x.stride(1), x.stride(2), 1], [rows // heads, heads, columns])
 
@@ -112,7 +117,7 @@ def architecture() -> str:
 
 @functools.cache
 def _entry(arch: str, kernel: str, width: int, itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
-    """(tile constants, launch options) of the first entry whose limits hold for the width and the bytes of an element."""
+    """(tile constants, launch options) of the first entry that admits the width and the bytes of an element."""
     for entry in _table()[arch][kernel]:
         if width <= entry.get("max_width", MAX_WIDTH) and itemsize <= entry.get("max_itemsize", 4):
             tile = {key: value for key, value in entry.items() if key.isupper()}

@@ -1,4 +1,4 @@
-"""The kernels as torch operators, with shapes for tracing and with gradients: `torch.compile` sees no graph break."""
+"""The kernels as torch operators, with gradients, and with fakes so that `torch.compile` sees no graph break."""
 
 from collections.abc import Callable
 
@@ -56,10 +56,10 @@ _range_attention.register_autograd(_differentiate_range, setup_context=_save_ran
 
 
 def range_attention(q: Tensor, k: Tensor, v: Tensor, visible: Ranges, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of each query to its run of keys.
+    """Attention of each query to its range of keys.
 
     Args:
-        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv).
+        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv). visible: the range that each query sees.
 
     Returns:
         out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32, not differentiable.
@@ -183,7 +183,7 @@ def _branches_backward(
     d_out: Tensor, q: Tensor, kv: list[Tensor], lse: Tensor, delta: Tensor, ranges_: list[Tensor],
     layout: list[Tensor], block_size: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Of q and kv; lse, delta (3, B, T, H) from `_gates_backward`."""
+    """The gradients of q and kv, from lse and delta (3, B, T, H) of `_gates_backward`."""
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
     blocks = BlockLayout(*layout)
     cmp = (q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
@@ -214,12 +214,13 @@ def _save_gated_sum(ctx, inputs, output):
 
 
 def _differentiate_gated_sum(ctx, d_out):
-    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
     q, kv, gates, rest = saved[0], list(saved[1:7]), saved[7], list(saved[11:])
     d_out = d_out.contiguous()
     lse, delta, d_gates = _gates_backward(gates, d_out, list(saved[8:11]), rest[:3])
     del saved
-    ctx.maybe_clear_saved_tensors()  # unless the graph is kept: the branches' outputs go before the gradients come
+    # Frees the branches' outputs before the gradients are allocated, unless the graph is kept.
+    ctx.maybe_clear_saved_tensors()
     gradients = _branches_backward(d_out, q, kv, lse, delta, rest[3:7], rest[7:], ctx.block_size, ctx.scale)
     return *gradients, d_gates, None, None, None, [None] * 3, [None] * 4, [None] * 4, None, None
 
@@ -245,11 +246,14 @@ def native_sparse_attention(
     num_local: int,
     scale: float,
 ) -> Tensor:
-    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`; ``seen`` and ``near``: what the first and last branch see.
-    ``selected_kv`` is called for the keys and values of the selected branch, and their documents, when they are needed.
+    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`.
 
-    The branches run without gradient, and their gated sum carries all of it: its backward pass hands d_out to the
-    branches without writing a gated copy for each, and adds their dq in place.
+    The branches run without gradient. The backward pass of their gated sum computes the gradients of all three: it
+    passes d_out to the branches without writing a gated copy for each, and adds their dq in place.
+
+    Args:
+        selected_kv: returns keys, values and documents of the selected branch. It is called when they are needed.
+        seen, near: the ranges that queries see in the compressed branch, and in the window branch.
     """
     q, gates = q.contiguous(), gates.contiguous()
     kv_cmp, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_win))

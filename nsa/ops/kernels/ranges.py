@@ -42,6 +42,7 @@ from nsa.ops.kernels.launch import (
     head_descriptor,
     split_width,
     tile_sizes,
+    tile_width,
     vector_of,
     warpgroups,
 )
@@ -50,6 +51,9 @@ from nsa.ops.tiles import Ranges
 
 # Programs of a dK, dV launch to aim at: eight for each of some 130 multiprocessors balance uneven work.
 PROGRAMS = 1056
+DELTA_ELEMENTS = 8192  # of one program of `delta_kernel`
+ADD_BLOCK = 1024  # elements of one program of `add_splits_kernel`
+RUNS_BLOCK = 128  # tiles of keys of one program of `tile_runs_kernel`
 MOST_SPLITS = 16  # programs that share one tile of keys
 TILES_PER_SPLIT = 8  # tiles of queries that a program goes through at least, if it shares its keys
 # Rows of queries that one program adds up at most. A tensor core cuts off what does not fit when it adds to a sum: over
@@ -345,7 +349,7 @@ def _constants(heads: int, groups: int, width: int, v_width: int, dtype: torch.d
         "DV": v_width,
         "D1": first,
         "D2": second,
-        "DV1": max(16, triton.next_power_of_2(v_width)),
+        "DV1": tile_width(v_width),
         # fp32 products take three tf32 passes: they err as little as fp32, and run on tensor cores.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
@@ -388,8 +392,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
 def delta(out: Tensor, d_out: Tensor) -> Tensor:
     """(B, T, H) fp32: the sum of out * d_out (B, T, H, Dv) over its last axis."""
     result = out.new_empty(out.shape[:3], dtype=torch.float32)
-    width = max(16, triton.next_power_of_2(out.shape[3]))
-    rows = max(1, 8192 // width)
+    width = tile_width(out.shape[3])
+    rows = max(1, DELTA_ELEMENTS // width)
     if result.numel():
         grid = (triton.cdiv(result.numel(), rows),)
         delta_kernel[grid](out, d_out, result, result.numel(), out.shape[3], width, rows, num_warps=4)
@@ -482,9 +486,9 @@ def key_gradients(
 def _tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
     """Runs of `tile_runs_kernel`. They are the same for all layers of a step, which share ``first`` and ``last``."""
     tokens, num_tiles = len(first), triton.cdiv(num_keys, tile)
-    runs = first.new_empty(4, (num_tiles + 3) // 4 * 4)  # rows at multiples of 16 bytes
-    tile_runs_kernel[(triton.cdiv(num_tiles, 128),)](
-        first, last, runs, tokens, num_keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile, BLOCK=128,
+    runs = first.new_empty(4, triton.cdiv(num_tiles, 4) * 4)  # rows begin at multiples of 16 bytes
+    tile_runs_kernel[(triton.cdiv(num_tiles, RUNS_BLOCK),)](
+        first, last, runs, tokens, num_keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile, BLOCK=RUNS_BLOCK,
         num_warps=4,
     )  # fmt: skip
     return runs
@@ -494,8 +498,8 @@ def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tu
     """The sums of both over their first axis, in the shapes and dtypes of k and v."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     vector = vector_of(k.numel(), v.numel())
-    add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), 1024), 2)](
-        parts_k, parts_v, dk, dv, k.numel() // vector, v.numel() // vector, len(parts_k), VECTOR=vector, BLOCK=1024,
-        num_warps=4,
+    add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), ADD_BLOCK), 2)](
+        parts_k, parts_v, dk, dv, k.numel() // vector, v.numel() // vector, len(parts_k), VECTOR=vector,
+        BLOCK=ADD_BLOCK, num_warps=4,
     )  # fmt: skip
     return dk, dv

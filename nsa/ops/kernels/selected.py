@@ -34,7 +34,16 @@ from nsa.ops.kernels.device_functions import (
     store_rows,
     tile_of_program,
 )
-from nsa.ops.kernels.launch import BOTH_PASSES, FORWARD, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
+from nsa.ops.kernels.launch import (
+    BOTH_PASSES,
+    FORWARD,
+    INTEGERS,
+    LOG2_E,
+    descriptor,
+    tile_sizes,
+    tile_width,
+    warpgroups,
+)
 from nsa.ops.kernels.lists import work_items
 from nsa.ops.kernels.ranges import shape_constants
 from nsa.ops.packing import Documents, block_starts, cached
@@ -402,7 +411,8 @@ def on_hopper(
 
 
 def _block_constants(block_size: int) -> dict[str, int]:
-    width = max(16, triton.next_power_of_2(block_size))
+    """BN, and whether a block has fewer keys."""
+    width = tile_width(block_size)
     return {"BN": width, "PADDED": width != block_size}
 
 
@@ -509,7 +519,7 @@ def key_gradients(
     part_v = v.new_empty(slots * parts, rows, v.shape[3], dtype=torch.float32)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     sizes = (tokens, k.shape[1], num_blocks, block_size, chunk, scale * LOG2_E, scale)
-    widths = [max(16, triton.next_power_of_2(x.shape[3])) for x in (k, v)]
+    widths = [tile_width(x.shape[3]) for x in (k, v)]
     tile, options = tile_sizes("hopper_selected_key" if hopper_keys else "selected_key", q, k, v)
     for list0 in range(0, batch * groups * num_blocks, slots * num_blocks):
         list1 = min(list0 + slots * num_blocks, batch * groups * num_blocks)
