@@ -82,7 +82,7 @@ def load_box_parts(X1, X2, row, column, D1: tl.constexpr, D2: tl.constexpr):
 @triton.jit
 def scores(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
     """Q K^T in fp32, (rows of q, rows of k), of heads in two parts."""
-    s = tl.dot(q1, k1.T, input_precision=PRECISION)
+    s = tl.dot(q1, k1.T, input_precision=PRECISION)  # [rows of q, rows of k]
     if D2 > 0:
         s = tl.dot(q2, k2.T, s, input_precision=PRECISION)
     return s
@@ -91,7 +91,7 @@ def scores(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def load_base2_lse(Lse, row, ok):
     """The LSE of rows to base 2. It is +inf where a row sees nothing: every probability is then exp2(-inf) = 0."""
-    lse = tl.load(Lse + row, mask=ok, other=float("-inf")) * LSE_TO_BASE_2
+    lse = tl.load(Lse + row, mask=ok, other=float("-inf")) * LSE_TO_BASE_2  # [rows]
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
@@ -133,7 +133,7 @@ def count_up_to(Values, bound, count, steps):
     low = tl.zeros_like(bound)
     high = low + count
     for _ in tl.range(0, steps):
-        middle = low + (high - low) // 2  # low + high may pass 2^31
+        middle = low + (high - low) // 2  # as bound; low + high may pass 2^31
         below = (middle < high) & (tl.load(Values + middle, mask=middle < high, other=0) <= bound)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low

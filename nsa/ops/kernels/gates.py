@@ -39,7 +39,7 @@ def combine_kernel(Gates, Out0, Out1, Out2, Out, num_rows, DV: tl.constexpr, DV1
 
 @triton.jit
 def _branch_backward(Gates, Out, Lse, GatedLse, Delta, DGates, branch: tl.constexpr, row, ok, column, d_out, num_rows,
-            DV: tl.constexpr):  # fmt: skip
+                     DV: tl.constexpr):  # fmt: skip
     """One branch of `combine_backward_kernel`."""
     d_gate = tl.sum(d_out * load_rows(Out, row, ok, column, DV).to(tl.float32), 1)  # [BM]
     tl.store(Delta + branch * num_rows + row, d_gate, mask=ok)

@@ -44,8 +44,10 @@ def _box(i, first_box, boxes, LISTED: gl.constexpr):
 
 @gluon.jit
 def _tokens_of_box(Order, i, entries, HEADS: gl.constexpr, BM: gl.constexpr):
-    """(BT,) tokens of the ``i``-th listed box, all of them in every thread. Beyond the list its last one is repeated,
-    and masked later."""
+    """(BT,) tokens of the ``i``-th listed box, all of them in every thread.
+
+    Beyond the list its last token is repeated. Its rows are masked later.
+    """
     BT: gl.constexpr = BM // rows_per_token(HEADS)
     replicated: gl.constexpr = gl.BlockedLayout([BT], [32], [gl.num_warps()], [0])
     at = gl.minimum(i * BT + gl.arange(0, BT, replicated), entries - 1)  # [BT]
@@ -90,7 +92,7 @@ def _row_tokens(Order, token0, i, first_box, boxes, entries, HEADS: gl.constexpr
 
 @gluon.jit
 def _load_statistics(Lse, Delta, token, ok, q_row0, GROUPS: gl.constexpr, HEADS: gl.constexpr, BM: gl.constexpr,
-                layout: gl.constexpr):  # fmt: skip
+                     layout: gl.constexpr):  # fmt: skip
     """LSE and delta (BM,) of rows; -inf and 0 where a row does not exist or is idle."""
     head = gl.arange(0, BM, layout) % rows_per_token(HEADS)  # [BM]
     if rows_per_token(HEADS) > HEADS:
@@ -120,7 +122,7 @@ def _accumulate(dk, dv, tokens, memory, stats, work, key, start, stop, scale_log
     next_token, next_ok = _row_tokens(Order, token0, start + 1, first_box, boxes, entries, HEADS, BM, LISTED, one_each)
     for i in range(start, stop):
         stage, phase = stage_and_phase(i, STAGES)
-        lse, delta = _load_statistics(Lse, Delta, next_token, next_ok, q_row0, GROUPS, HEADS, BM, one_each)  # [BM]
+        lse, delta = _load_statistics(Lse, Delta, next_token, next_ok, q_row0, GROUPS, HEADS, BM, one_each)  # [BM] each
         next_token, next_ok = _row_tokens(Order, token0, i + 2, first_box, boxes, entries, HEADS, BM, LISTED, one_each)
         # The accumulators start from -LSE and -delta, which saves registers. Where a row sees nothing, its LSE is -inf
         # and not negated: every score is then -inf.

@@ -98,8 +98,12 @@ def _producer(q_descs, k_descs, v_desc, memory, Starts, Counts, num_keys, num_ti
 @gluon.jit
 def _rows_of_part(batch, group, tile, num_tokens, Position, PART: gl.constexpr, PARTS: gl.constexpr,
                   GROUPS: gl.constexpr, HEADS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """Of the 64 rows of a warpgroup: number of the token within the tile, row of Q, whether it exists, the token's
-    position, all (64,); and the position of the warpgroup's first token."""
+    """The 64 rows of a warpgroup.
+
+    Returns:
+        For each row the number of its token within the tile, the row of Q, whether it exists, and the position of its
+        token, all (64,). Then the position of the warpgroup's first token.
+    """
     TOKENS: gl.constexpr = tokens_per_warpgroup(HEADS)
     row = gl.arange(0, ROWS, layout)  # [64]
     in_tile = PART * TOKENS + row // rows_per_token(HEADS)  # [64]

@@ -135,7 +135,7 @@ def _load_key_part(K, k_smem, key_row, block0, most_seen, group, column0, GROUPS
 
 @gluon.jit
 def _load_keys(K, k_smem, key_row, block0, most_seen, group, GROUPS: gl.constexpr, D: gl.constexpr,
-                RATIO: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr):  # fmt: skip
+               RATIO: gl.constexpr, KEYS: gl.constexpr, BJ: gl.constexpr):  # fmt: skip
     """Start the asynchronous copy of the keys of BJ blocks. In place of a key that does not exist comes another."""
     for i in gl.static_range(len(k_smem)):
         _load_key_part(K, k_smem[i], key_row, block0, most_seen, group, i * k_smem[0].shape[1], GROUPS, D, RATIO, KEYS,
@@ -185,7 +185,7 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
     _, Last, _, _, _ = runs
     num_tokens, num_keys, num_tiles, slots, _ = sizes
     HALF_KEYS: gl.constexpr = KEYS // 2
-    SPAN: gl.constexpr = rows_per_token(HEADS)
+    HEAD_ROWS: gl.constexpr = rows_per_token(HEADS)
     MOST: gl.constexpr = MOST_HEADS_AT_ONCE if len(memory.q) == 1 else MOST_HEADS_AT_ONCE_IN_PARTS
     AT_ONCE: gl.constexpr = _at_once(HEADS, MOST)
     layout: gl.constexpr = accumulator_layout(BQ, HALF_KEYS)
@@ -193,7 +193,9 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
     h_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [2, 2], [1, 0])
     k_smem = tiles_of_stage(memory.k, PART, KEYS)  # parts of [KEYS, D]
     # The same memory in two views: all heads at once, as it is written, and one row a head, as it is read.
-    bases = memory.base._reinterpret(gl.float32, [2, SPAN, BQ], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(PART)
+    bases = memory.base._reinterpret(gl.float32, [2, HEAD_ROWS, BQ], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).index(
+        PART
+    )
     own, after = memory.own.index(PART), memory.after.index(PART)  # [BQ, BJ] each
     step = 0  # heads of all chunks before
     handed_over = 0  # chunks
@@ -205,11 +207,11 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
         token = start + gl.arange(0, BQ, rows)  # [BQ]
         seen = gl.load(Last + token, mask=token < stop, other=0) - key0  # [BQ], how many keys the token sees
         column = start + gl.arange(0, BQ, gl.SliceLayout(0, h_layout))  # [BQ]
-        heads = gl.arange(0, SPAN, gl.SliceLayout(1, h_layout))  # [SPAN]
-        # [SPAN, BQ]
+        heads = gl.arange(0, HEAD_ROWS, gl.SliceLayout(1, h_layout))  # [HEAD_ROWS]
+        # [HEAD_ROWS, BQ]
         at = (batch.to(gl.int64) * num_tokens + column)[None, :] * (GROUPS * HEADS) + (group * HEADS + heads)[:, None]
-        ok = (column < stop)[None, :] & (heads < HEADS)[:, None]  # [SPAN, BQ]
-        lse = gl.load(Lse + at, mask=ok, other=float("-inf"))  # [SPAN, BQ]
+        ok = (column < stop)[None, :] & (heads < HEADS)[:, None]  # [HEAD_ROWS, BQ]
+        lse = gl.load(Lse + at, mask=ok, other=float("-inf"))  # [HEAD_ROWS, BQ]
         bases.store(gl.where(lse == float("-inf"), float("inf"), lse * LSE_TO_BASE_2))
         for chunk in range(PART, gl.cdiv(scored, COMPUTING) * COMPUTING, COMPUTING):
             if chunk < scored:
@@ -226,7 +228,7 @@ def _compute(memory, K, Lse, runs, sizes, scale_log2, PART: gl.constexpr, GROUPS
                         if i + 1 < 2 * AT_ONCE:
                             k_next = k_left if i % 2 else k_right
                             s = _start_scores(memory, k_next, step + i % 2, BQ, HALF_KEYS, STAGES)
-                        base = memory.base.index(PART * SPAN + head + i // 2).load(rows)  # [BQ]
+                        base = memory.base.index(PART * HEAD_ROWS + head + i // 2).load(rows)  # [BQ]
                         stage = step % STAGES
                         # This mbarrier has completed already. The wait is a branch, over which ptxas does not move
                         # instructions: it would move the exponentials of the product before below the next wait, so
