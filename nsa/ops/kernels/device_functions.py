@@ -16,12 +16,14 @@ LSE_TO_BASE_2 = tl.constexpr(LOG2_E)
 LSE_TO_NATURAL = tl.constexpr(math.log(2))
 
 TOKEN_BITS = tl.constexpr(6)  # a tile of queries has at most 64 tokens: their numbers take 6 bits, their set an int64
+TOKEN_MASK = tl.constexpr((1 << TOKEN_BITS.value) - 1)
 # Stands for "no block". It is above every block number, and an int32 still holds it beside the number of a token.
 NO_BLOCK = tl.constexpr((1 << (31 - TOKEN_BITS.value)) - 1)
 
 # A candidate for selection is an int64: the bits of the fp32 importance above, LAST_BLOCK - block below.
 IMPORTANCE_SHIFT = tl.constexpr(32)
-LAST_BLOCK = tl.constexpr(0x7FFFFFFF)  # 2^31 - 1
+# 2^31 - 1. Left of an operator kernels take its .value: the interpreter knows no constexpr there.
+LAST_BLOCK = tl.constexpr(0x7FFFFFFF)
 NO_CANDIDATE = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every candidate
 BEST_CANDIDATE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every candidate
 

@@ -22,6 +22,7 @@ from nsa.ops.kernels.device_functions import (
     NO_BLOCK,
     SMALLEST_DOT,
     TOKEN_BITS,
+    TOKEN_MASK,
     load_base2_lse,
     load_box_parts,
     load_row_parts,
@@ -81,7 +82,7 @@ def union_kernel(Blocks, BlockStart, Position, Starts, Members, Counts, num_toke
     row = (batch.to(tl.int64) * num_tokens + token) * GROUPS + group  # [WIDTH2]
     block = tl.load(Blocks + row * N + entry % N, mask=ok, other=NO_BLOCK)  # [WIDTH2]
     key = tl.sort((block << TOKEN_BITS) | tl.where(ok, in_tile, 0))  # [WIDTH2]
-    block, in_tile = key >> TOKEN_BITS, key & ((1 << TOKEN_BITS) - 1)
+    block, in_tile = key >> TOKEN_BITS, key & TOKEN_MASK
     before = tl.gather(block, tl.maximum(entry - 1, 0), 0)  # [WIDTH2]
     is_block = block < NO_BLOCK  # [WIDTH2]
     is_first = is_block & ((entry == 0) | (block != before))  # [WIDTH2], not a repetition

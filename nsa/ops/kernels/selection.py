@@ -137,11 +137,11 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
         forced = (j[None, :] < num_initial) | (j[None, :] > own[:, None] - num_local)  # [BQ, BJ]
         importance = tl.where(forced, float("inf"), importance)
         candidate = importance.to(tl.int32, bitcast=True).to(tl.int64) << IMPORTANCE_SHIFT  # [BQ, BJ]
-        candidate |= (LAST_BLOCK - j)[None, :].to(tl.int64)
+        candidate |= (LAST_BLOCK.value - j)[None, :].to(tl.int64)
         best = _insert(best, tl.where(j[None, :] <= own[:, None], candidate, NO_CANDIDATE))
 
     ok_n = (slot_n < num_blocks)[None, :]  # [1, N]
-    chosen = LAST_BLOCK - (best & LAST_BLOCK).to(tl.int32)  # [BQ, N]
+    chosen = LAST_BLOCK.value - (best & LAST_BLOCK).to(tl.int32)  # [BQ, N]
     out_row = (batch.to(tl.int64) * num_tokens + token) * GROUPS + group  # [BQ]
     _store_sorted(Out, tl.where((best >= 0) & ok_n, chosen, -1), out_row, slot_n, ok, num_blocks)
 
