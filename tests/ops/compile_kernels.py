@@ -39,7 +39,7 @@ from nsa.ops.kernels import (
     selection,
     swiglu,
 )
-from nsa.ops.kernels.hopper import gradient, span
+from nsa.ops.kernels.hopper import gradient
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
@@ -151,7 +151,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
         if selected.on_hopper(q, k, v, 64, 1.0):
-            lists, runs = selected.unions(layout, 128 // span(heads), 64), [*ranges.int32_runs(run)] * 2
+            lists, runs = selected.unions(layout, gradient.tokens_per_tile(heads), 64), [*ranges.int32_runs(run)] * 2
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )

@@ -1,7 +1,7 @@
-"""Many small tensors added to one large one, in one launch.
+"""Many small tensors added to parts of a large one, in one launch.
 
-A launch for each tensor takes longer than the sum, and to join the tensors first takes as long again. So the kernel
-gets a table of where each piece lies and where it belongs.
+A launch for each tensor would take longer than the additions. Joining the tensors first would take as long again. So
+the kernel gets a table that says where each piece lies and to which part it is added.
 """
 
 from collections.abc import Callable
@@ -12,38 +12,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels.launch import vector_of
+
 PIECE = 16384  # elements of one program
+BLOCK = 2048  # elements that it adds at a time
+ALIGNMENT = 16  # bytes: the widest load
 
 
 @triton.jit
 def accumulate_kernel(Table, Total, Like, VECTOR: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr):
-    """Table (programs, 3) int64: address, first element in Total, VECTORs of elements. Like: a tensor of the pieces'
-    dtype, not read."""
+    """Total (n,) with the pieces added, one piece a program.
+
+    Table (programs, 3) int64 holds each piece's address, its first element in Total and its length, both divided by
+    VECTOR. Like is a tensor of the pieces' dtype, which is not read.
+    """
     entry = Table + tl.program_id(0) * 3
     piece = tl.load(entry).to(tl.pointer_type(Like.dtype.element_ty))
     total = Total + tl.load(entry + 1) * VECTOR
     count = tl.load(entry + 2).to(tl.int32) * VECTOR
+    # Lets the compiler load and store VECTOR elements at a time.
     piece, total = tl.multiple_of(piece, VECTOR * 2), tl.multiple_of(total, VECTOR * 2)
     for start in tl.range(0, PIECE, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        x = tl.load(piece + at, mask=at < count, other=0.0).to(tl.float32)
-        so_far = tl.load(total + at, mask=at < count, other=0.0).to(tl.float32)
+        at = start + tl.arange(0, BLOCK)  # [BLOCK]
+        x = tl.load(piece + at, mask=at < count, other=0.0).to(tl.float32)  # [BLOCK]
+        so_far = tl.load(total + at, mask=at < count, other=0.0).to(tl.float32)  # [BLOCK]
         tl.store(total + at, (so_far + x).to(Total.dtype.element_ty), mask=at < count)
 
 
 class Accumulator:
-    """Adds tensors of given sizes to parts of ``total`` (n,), again and again.
+    """Adds tensors of given sizes to parts of ``total`` (n,), any number of times.
 
-    What a recording of `add` keeps is the table, so it is made here, outside of the recording: within, its memory would
-    be that of tensors which are gone by then, and every replay would write them anew.
+    `add` may be recorded in a CUDA graph. The recording keeps the table, which is therefore allocated here, outside of
+    it. Allocated within, the table would take memory of tensors that are gone by then, and every replay would write to
+    that memory.
 
     Args:
-        sizes: elements of each tensor. offsets: of its first element in ``total``.
+        sizes: elements of each tensor. offsets: first element of each in ``total``.
     """
 
     def __init__(self, total: Tensor, sizes: list[int], offsets: list[int]) -> None:
         self.total, self.sizes, self.offsets = total, sizes, offsets
-        self.vector = 1 if any(n % 8 for n in (*sizes, *offsets)) or total.data_ptr() % 16 else 8
+        self.vector = vector_of(*sizes, *offsets) if total.data_ptr() % ALIGNMENT == 0 else 1
         programs = sum(triton.cdiv(n, PIECE) for n in sizes)
         self.table = torch.zeros(programs, 3, dtype=torch.int64, device=total.device)
 
@@ -51,21 +60,21 @@ class Accumulator:
         """Add ``parts``, contiguous and of one dtype.
 
         Returns:
-            What writes the table. If this was recorded, call it once the recording has ended, and keep it as long as
-            the recording: it holds the parts.
+            A function that writes the table. If `add` was recorded, call it once the recording has ended. Keep it as
+            long as the recording, because it holds ``parts``.
         """
         assert [x.numel() for x in parts] == self.sizes
-        parts = [x.clone() if x.data_ptr() % 16 else x for x in parts]  # parts of others may begin anywhere
-        place = partial(self._place, parts)
+        parts = [x.clone() if x.data_ptr() % ALIGNMENT else x for x in parts]  # a view may begin anywhere
+        write = partial(self._write_table, parts)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            place()
+            write()
         if len(self.table):
             accumulate_kernel[(len(self.table),)](
-                self.table, self.total, parts[0], VECTOR=self.vector, PIECE=PIECE, BLOCK=2048, num_warps=8
+                self.table, self.total, parts[0], VECTOR=self.vector, PIECE=PIECE, BLOCK=BLOCK, num_warps=8
             )
-        return place
+        return write
 
-    def _place(self, parts: list[Tensor]) -> None:
+    def _write_table(self, parts: list[Tensor]) -> None:
         rows = [
             (x.data_ptr() + i * x.element_size(), (offset + i) // self.vector, min(PIECE, n - i) // self.vector)
             for x, offset, n in zip(parts, self.offsets, self.sizes, strict=True)

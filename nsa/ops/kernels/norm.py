@@ -1,7 +1,7 @@
-"""h = x + delta and its RMSNorm in one pass, and the gradient of both in one.
+"""h = x + delta and its RMSNorm in one kernel, and the gradients of both in another.
 
-A program takes rows whole. In the backward pass it goes through its share of them and keeps its part of the weight's
-gradient in registers: the parts are added up in a fixed order.
+A program holds whole rows. In the backward pass it goes through its share of the rows, and keeps its part of the
+weight's gradient in registers. The parts are then added in a fixed order.
 """
 
 import torch
@@ -12,25 +12,30 @@ from torch import Tensor
 from nsa.ops.kernels.launch import INTEGERS, vector_of
 
 PARTS = 528  # programs of the backward pass, at most: four for each multiprocessor of an H100
+ELEMENTS = 2048  # of the rows that a program holds at a time
+PART_ROWS, PART_COLUMNS = 64, 32  # tile of the parts in `sum_parts_kernel`
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def norm_kernel(X, Delta, Weight, H, Normed, Rstd, eps, num_rows, num_vectors, VECTOR: tl.constexpr, R: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
-    """X, Delta (rows, C) -> H, Normed (rows, C), Rstd (rows,); without Delta H is not written."""
+    """H, Normed (rows, C) and Rstd (rows,) from X, Delta (rows, C), in tiles of R rows.
+
+    Delta may be None. H is not written then. BLOCK is C up to a power of two.
+    """
     width = num_vectors * VECTOR
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    column = tl.arange(0, BLOCK)
-    ok = (row < num_rows)[:, None] & (column < width)[None, :]
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    ok = (row < num_rows)[:, None] & (column < width)[None, :]  # [R, BLOCK]
     at = row[:, None] * width + column[None, :]  # [R, BLOCK]
-    h = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
+    h = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)  # [R, BLOCK]
     if Delta is not None:
         h += tl.load(Delta + at, mask=ok, other=0.0).to(tl.float32)
-        rounded = h.to(H.dtype.element_ty)
+        rounded = h.to(H.dtype.element_ty)  # [R, BLOCK]
         tl.store(H + at, rounded, mask=ok)
-        h = rounded.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(h * h, 1) / width + eps)
-    weight = tl.load(Weight + column, mask=column < width, other=0.0).to(tl.float32)
+        h = rounded.to(tl.float32)  # the norm is that of what was stored
+    rstd = tl.rsqrt(tl.sum(h * h, 1) / width + eps)  # [R]
+    weight = tl.load(Weight + column, mask=column < width, other=0.0).to(tl.float32)  # [BLOCK]
     tl.store(Normed + at, (h * rstd[:, None] * weight[None, :]).to(Normed.dtype.element_ty), mask=ok)
     tl.store(Rstd + row, rstd, mask=row < num_rows)
 
@@ -38,21 +43,24 @@ def norm_kernel(X, Delta, Weight, H, Normed, Rstd, eps, num_rows, num_vectors, V
 @triton.jit(do_not_specialize=INTEGERS)
 def norm_backward_kernel(DNormed, DH, H, Weight, Rstd, DX, Parts, num_rows, num_vectors, VECTOR: tl.constexpr,
                          R: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """-> DX (rows, C), Parts (programs, C): of the weight's gradient. DH (rows, C): past the norm, or None."""
+    """DX (rows, C), and Parts (programs, C) fp32 of the weight's gradient, in tiles of R rows.
+
+    DH (rows, C) is the gradient that reaches H past the norm, or None.
+    """
     width = num_vectors * VECTOR
-    column = tl.arange(0, BLOCK)
-    weight = tl.load(Weight + column, mask=column < width, other=0.0).to(tl.float32)
-    d_weight = tl.zeros([BLOCK], tl.float32)
+    column = tl.arange(0, BLOCK)  # [BLOCK]
+    weight = tl.load(Weight + column, mask=column < width, other=0.0).to(tl.float32)  # [BLOCK]
+    d_weight = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
     for first in tl.range(tl.program_id(0) * R, num_rows, tl.num_programs(0) * R):
-        row = first + tl.arange(0, R).to(tl.int64)
-        ok = (row < num_rows)[:, None] & (column < width)[None, :]
+        row = first + tl.arange(0, R).to(tl.int64)  # [R]
+        ok = (row < num_rows)[:, None] & (column < width)[None, :]  # [R, BLOCK]
         at = row[:, None] * width + column[None, :]  # [R, BLOCK]
-        rstd = tl.load(Rstd + row, mask=row < num_rows, other=0.0)
-        h = tl.load(H + at, mask=ok, other=0.0).to(tl.float32) * rstd[:, None]
-        d_normed = tl.load(DNormed + at, mask=ok, other=0.0).to(tl.float32)
+        rstd = tl.load(Rstd + row, mask=row < num_rows, other=0.0)  # [R]
+        h = tl.load(H + at, mask=ok, other=0.0).to(tl.float32) * rstd[:, None]  # [R, BLOCK], normalized
+        d_normed = tl.load(DNormed + at, mask=ok, other=0.0).to(tl.float32)  # [R, BLOCK]
         d_weight += tl.sum(d_normed * h, 0)
         d_normed *= weight[None, :]
-        d_x = (d_normed - h * (tl.sum(d_normed * h, 1) / width)[:, None]) * rstd[:, None]
+        d_x = (d_normed - h * (tl.sum(d_normed * h, 1) / width)[:, None]) * rstd[:, None]  # [R, BLOCK]
         if DH is not None:
             d_x += tl.load(DH + at, mask=ok, other=0.0).to(tl.float32)
         tl.store(DX + at, d_x.to(DX.dtype.element_ty), mask=ok)
@@ -61,23 +69,24 @@ def norm_backward_kernel(DNormed, DH, H, Weight, Rstd, DX, Parts, num_rows, num_
 
 @triton.jit(do_not_specialize=["num_parts", "width"])
 def sum_parts_kernel(Parts, DWeight, num_parts, width, P: tl.constexpr, BLOCK: tl.constexpr):
-    """Parts (num_parts, width) fp32 -> DWeight (width,)."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([P, BLOCK], tl.float32)
+    """DWeight (width,): the sum of Parts (num_parts, width) fp32, in tiles of P parts."""
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    total = tl.zeros([P, BLOCK], tl.float32)  # [P, BLOCK]
     for first in tl.range(0, num_parts, P):
-        part = first + tl.arange(0, P)
-        ok = (part < num_parts)[:, None] & (column < width)[None, :]
+        part = first + tl.arange(0, P)  # [P]
+        ok = (part < num_parts)[:, None] & (column < width)[None, :]  # [P, BLOCK]
         total += tl.load(Parts + part[:, None] * width + column[None, :], mask=ok, other=0.0)
     tl.store(DWeight + column, tl.sum(total, 0).to(DWeight.dtype.element_ty), mask=column < width)
 
 
 def _sizes(width: int) -> dict[str, int]:
+    """Constants and launch options of both norm kernels."""
     vector, block = vector_of(width), triton.next_power_of_2(width)
     return {
         "num_vectors": width // vector,
         "VECTOR": vector,
         "BLOCK": block,
-        "R": max(1, 2048 // block),
+        "R": max(1, ELEMENTS // block),
         "num_warps": min(16, max(4, block // 512)),
     }
 
@@ -95,7 +104,7 @@ def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None) -
 
 
 @_add_rms_norm.register_fake
-def _(x, weight, eps, delta):
+def _add_rms_norm_fake(x, weight, eps, delta):
     h = x.new_empty(0) if delta is None else torch.empty_like(x)
     return h, torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -111,17 +120,19 @@ def _add_rms_norm_backward(
     programs = min(PARTS, triton.cdiv(rstd.numel(), sizes["R"]))
     parts = h.new_empty(programs, width, dtype=torch.float32)
     norm_backward_kernel[(programs,)](d_normed, d_h, h, weight, rstd, d_x, parts, h.numel() // width, **sizes)
-    sum_parts_kernel[(triton.cdiv(width, 32),)](parts, d_weight, programs, width, P=64, BLOCK=32, num_warps=4)
+    sum_parts_kernel[(triton.cdiv(width, PART_COLUMNS),)](
+        parts, d_weight, programs, width, P=PART_ROWS, BLOCK=PART_COLUMNS, num_warps=4
+    )
     return d_x, d_weight
 
 
 @_add_rms_norm_backward.register_fake
-def _(d_normed, d_h, h, weight, rstd):
+def _add_rms_norm_backward_fake(d_normed, d_h, h, weight, rstd):
     return torch.empty_like(h), torch.empty_like(weight)
 
 
 class _AddNorm(torch.autograd.Function):
-    """x (.., C), weight (C,) -> h, normed; h is x itself without delta."""
+    """h and normed (.., C) from x, delta (.., C) and weight (C,). Without delta h is x itself."""
 
     @staticmethod
     def forward(ctx, x, weight, eps, delta):
@@ -135,7 +146,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_h, d_normed):
         h, weight, rstd = ctx.saved_tensors
-        if d_normed is None:  # nobody asked for the norm
+        if d_normed is None:  # only h was used
             return d_h, None, None, None if ctx.alone else d_h
         d_h = None if d_h is None else d_h.contiguous()
         d_x, d_weight = _add_rms_norm_backward(d_normed.contiguous(), d_h, h, weight, rstd)

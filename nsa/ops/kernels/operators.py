@@ -1,4 +1,4 @@
-"""The kernels as torch operators, with shapes for tracing and with gradients: `torch.compile` sees no graph break."""
+"""The kernels as torch operators, with gradients, and with fakes so that `torch.compile` sees no graph break."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def _range_attention(
 
 
 @_range_attention.register_fake
-def _(q, k, v, first, last, scale):
+def _range_attention_fake(q, k, v, first, last, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -36,7 +36,7 @@ def _range_attention_backward(
 
 
 @_range_attention_backward.register_fake
-def _(q, k, v, out, d_out, lse, d_lse, first, last, scale):
+def _range_attention_backward_fake(q, k, v, out, d_out, lse, d_lse, first, last, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -60,10 +60,10 @@ _range_attention.register_autograd(_differentiate_range, setup_context=_save_ran
 
 
 def range_attention(q: Tensor, k: Tensor, v: Tensor, visible: Ranges, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of each query to its run of keys.
+    """Attention of each query to its range of keys.
 
     Args:
-        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv).
+        q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv). visible: the range that each query sees.
 
     Returns:
         out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32.
@@ -85,7 +85,9 @@ def _select_blocks(
 
 
 @_select_blocks.register_fake
-def _(q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale):
+def _select_blocks_fake(
+    q, k, lse, cu_seqlens, offset, length, stride, block_size, num_blocks, num_initial, num_local, scale
+):
     return q.new_empty(*q.shape[:2], k.shape[2], num_blocks, dtype=torch.int32)
 
 
@@ -108,7 +110,7 @@ def _selected_attention(
 
 
 @_selected_attention.register_fake
-def _(q, k, v, blocks, start, end, position, block_size, scale):
+def _selected_attention_fake(q, k, v, blocks, start, end, position, block_size, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -122,7 +124,7 @@ def _selected_attention_backward(
 
 
 @_selected_attention_backward.register_fake
-def _(q, k, v, out, d_out, lse, blocks, start, end, position, block_size, scale):
+def _selected_attention_backward_fake(q, k, v, out, d_out, lse, blocks, start, end, position, block_size, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -163,7 +165,7 @@ def _gated_sum(
 
 
 @_gated_sum.register_fake
-def _(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
+def _gated_sum_fake(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, out_cmp, *rest):
     return torch.empty_like(out_cmp)
 
 
@@ -175,7 +177,7 @@ def _gates_backward(
 
 
 @_gates_backward.register_fake
-def _(gates, d_out, outs, lses):
+def _gates_backward_fake(gates, d_out, outs, lses):
     lse, delta = (gates.new_empty(3, *gates.shape[:3], dtype=torch.float32) for _ in range(2))
     return lse, delta, torch.empty_like(gates)
 
@@ -185,17 +187,17 @@ def _branches_backward(
     d_out: Tensor, q: Tensor, kv: list[Tensor], lse: Tensor, delta: Tensor, ranges_: list[Tensor],
     layout: list[Tensor], block_size: int, scale: float,
 ) -> list[Tensor]:  # fmt: skip
-    """Of q and kv; lse, delta (3, B, T, H) from `_gates_backward`."""
+    """The gradients of q and kv, from lse and delta (3, B, T, H) of `_gates_backward`."""
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = kv
     blocks = BlockLayout(*layout)
     cmp = (q, k_cmp, v_cmp, d_out, lse[0], delta[0], *ranges_[:2], scale)
     slc = (q, k_slc, v_slc, d_out, lse[1], delta[1], blocks, block_size, scale)
     win = (q, k_win, v_win, d_out, lse[2], delta[2], *ranges_[2:], scale)
     if k_cmp.numel() and q.numel() and selected.on_hopper(q, k_slc, v_slc, block_size, scale):
-        from nsa.ops.kernels.hopper import gradient, span
+        from nsa.ops.kernels.hopper import gradient
 
         dq = torch.empty_like(q)
-        lists = selected.unions(blocks, 128 // span(q.shape[2] // k_slc.shape[2]), block_size)
+        lists = selected.unions(blocks, gradient.tokens_per_tile(q.shape[2] // k_slc.shape[2]), block_size)
         gradient.query_gradient(q, kv, d_out, lse, delta, ranges_, lists, blocks.position, scale, dq)
         del lists
         return [dq, *ranges.key_gradients(*cmp), *selected.key_gradients(*slc), *ranges.key_gradients(*win)]
@@ -206,7 +208,7 @@ def _branches_backward(
 
 
 @_branches_backward.register_fake
-def _(d_out, q, kv, *rest):
+def _branches_backward_fake(d_out, q, kv, *rest):
     return [torch.empty_like(x) for x in (q, *kv)]
 
 
@@ -216,12 +218,13 @@ def _save_gated_sum(ctx, inputs, output):
 
 
 def _differentiate_gated_sum(ctx, d_out):
-    saved = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second read is an error
     q, kv, gates, rest = saved[0], list(saved[1:7]), saved[7], list(saved[11:])
     d_out = d_out.contiguous()
     lse, delta, d_gates = _gates_backward(gates, d_out, list(saved[8:11]), rest[:3])
     del saved
-    ctx.maybe_clear_saved_tensors()  # unless the graph is kept: the branches' outputs go before the gradients come
+    # Frees the branches' outputs before the gradients are allocated, unless the graph is kept.
+    ctx.maybe_clear_saved_tensors()
     gradients = _branches_backward(d_out, q, kv, lse, delta, rest[3:7], rest[7:], ctx.block_size, ctx.scale)
     return *gradients, d_gates, None, None, None, [None] * 3, [None] * 4, [None] * 4, None, None
 
@@ -242,11 +245,14 @@ def native_sparse_attention(
     block_size: int,
     scale: float,
 ) -> Tensor:
-    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`; ``seen`` and ``near``: what the first and last branch see.
-    ``selected_kv`` is called for the keys and values of the selected branch, and their documents, when they are needed.
+    """(B, T, H, Dv), as `nsa.ops.native_sparse_attention`.
 
-    The branches run without gradient, and their gated sum carries all of it: its backward pass hands d_out to the
-    branches without writing a gated copy for each, and adds their dq in place.
+    The branches run without gradient. The backward pass of their gated sum computes the gradients of all three: it
+    passes d_out to the branches without writing a gated copy for each, and adds their dq in place.
+
+    Args:
+        selected_kv: returns keys, values and documents of the selected branch. It is called when they are needed.
+        seen, near: the ranges that queries see in the compressed branch, and in the window branch.
     """
     q, gates = q.contiguous(), gates.contiguous()
     kv_cmp, kv_win = ((k.contiguous(), v.contiguous()) for k, v in (kv_cmp, kv_win))
@@ -273,7 +279,7 @@ def _compress_blocks(
 
 
 @_compress_blocks.register_fake
-def _(x, inner, position, outer, layout, length, stride):
+def _compress_blocks_fake(x, inner, position, outer, layout, length, stride):
     shape = (x.shape[0], layout[0].shape[0], x.shape[2])
     return x.new_empty(*shape, outer.shape[0]), x.new_empty(*shape, outer.shape[1])
 
@@ -287,7 +293,7 @@ def _compress_blocks_backward(
 
 
 @_compress_blocks_backward.register_fake
-def _(d_out, x, inner, position, outer, *rest):
+def _compress_blocks_backward_fake(d_out, x, inner, position, outer, *rest):
     return torch.empty_like(x), torch.empty_like(inner), torch.empty_like(position), torch.empty_like(outer)
 
 

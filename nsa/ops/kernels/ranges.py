@@ -1,15 +1,15 @@
-"""Attention where each query sees a run of keys: dense, sliding window and compressed, packed or not.
+"""Attention where each query sees a range of keys: dense, sliding window and compressed, packed or not.
 
-Rows: for KV head g, row r is query head ``g * h + r % h`` of token ``r // h``, h = H / G. A program takes consecutive
-rows, so that any group size fills a tile and all heads of neighbouring tokens share each key tile.
+Rows: for KV head g, row r is query head ``g * h + r % h`` of token ``r // h``, with h = H / G. A program takes
+consecutive rows. So any group size fills a tile, and all heads of neighbouring tokens share each tile of keys.
 
-Token t sees keys ``first[t] .. last[t] - 1``, both rising with t. For a tile of tokens t0..t1 the keys from
-``first[t1]`` to ``last[t0]`` are seen by all: those tiles need no mask. The inverse, the tokens that see a tile of
-keys, is a run again, found by binary search. So the backward pass for keys is the mirror of the forward one.
+Token t sees keys ``first[t] .. last[t] - 1``. Both rise with t. For a tile of tokens t0..t1, the keys from
+``first[t1]`` to ``last[t0] - 1`` are seen by all: those tiles of keys need no mask. The tokens that see a tile of keys
+are a range again, which a binary search finds. So dK and dV are computed like the output, with the roles swapped.
 
-Algorithm: FlashAttention-2 (arXiv 2307.08691); the backward pass recomputes the probabilities from the LSE, once with
-queries outside (dQ), once with keys outside (dK, dV): seven products instead of five, but no atomics, so that the same
-inputs give the same bits.
+Algorithm: FlashAttention-2 (arXiv 2307.08691). The backward pass recomputes the probabilities from the LSE twice: once
+with queries outside (dQ), once with keys outside (dK, dV). That takes seven products instead of five, but no atomic
+adds, so the same inputs give the same bits.
 """
 
 import functools
@@ -21,6 +21,20 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nsa.ops.geometry import Ranges, cached, derived
+from nsa.ops.kernels.device_functions import (
+    SMALLEST_DOT,
+    count_up_to,
+    load_base2_lse,
+    load_box_parts,
+    load_row_parts,
+    load_rows,
+    query_rows,
+    scores,
+    store_key_gradients,
+    store_output,
+    store_query_gradient,
+    tile_of_program,
+)
 from nsa.ops.kernels.launch import (
     FORWARD,
     INTEGERS,
@@ -29,57 +43,60 @@ from nsa.ops.kernels.launch import (
     head_descriptor,
     split_width,
     tile_sizes,
+    tile_width,
     vector_of,
     warpgroups,
 )
 
-
-@triton.jit
-def _scores(q1, q2, k1, k2, D2: tl.constexpr, PRECISION: tl.constexpr):
-    s = tl.dot(q1, k1.T, input_precision=PRECISION)
-    if D2 > 0:
-        s = tl.dot(q2, k2.T, s, input_precision=PRECISION)
-    return s
-
-
-@triton.jit
-def _load_rows(X, row, ok, column, D):
-    """(rows, columns) of X (.., D) at int64 row numbers; 0 where there is none."""
-    return tl.load(X + row[:, None] * D + column[None, :], mask=ok[:, None] & (column[None, :] < D), other=0.0)
+# Programs of a dK, dV launch to aim at: eight for each of some 130 multiprocessors balance uneven work.
+PROGRAMS = 1056
+DELTA_ELEMENTS = 8192  # of one program of `delta_kernel`
+ADD_BLOCK = 1024  # elements of one program of `add_splits_kernel`
+RUNS_BLOCK = 128  # tiles of keys of one program of `tile_runs_kernel`
+MOST_SPLITS = 16  # programs that share one tile of keys
+TILES_PER_SPLIT = 8  # tiles of queries that a program goes through at least, if it shares its keys
+# Rows of queries that one program adds up at most. A tensor core cuts off what does not fit when it adds to a sum: over
+# 2^20 rows dK and dV come out 0.2 % too small, over 2^23 rows 1.7 % (docs/log/2026-11.md).
+LONGEST_SUM = 2**20
 
 
 @triton.jit
-def _store_rows(X, row, ok, column, D, value):
-    value = value.to(X.dtype.element_ty)
-    tl.store(X + row[:, None] * D + column[None, :], value, mask=ok[:, None] & (column[None, :] < D))
+def _keys_of_tile(First, Last, token0, token1, BN: tl.constexpr):
+    """(begin, full_begin, full_end, end): the keys that tokens ``token0 .. token1`` see.
+
+    Keys ``full_begin .. full_end - 1`` are whole tiles of BN keys that all tokens see.
+    """
+    begin, end = tl.load(First + token0), tl.load(Last + token1)
+    full_begin, full_end = tl.load(First + token1), tl.load(Last + token0)
+    full_begin = tl.minimum(begin + tl.cdiv(full_begin - begin, BN) * BN, end)
+    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+    return begin, full_begin, full_end, end
 
 
 @triton.jit
-def _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, start, stop, k_column, v_column,
+def _forward_loop(acc, row_max, row_sum, q1, q2, first, last, K1, K2, V, key_row, start, stop, k_column, v_column,
                   scale_log2, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
+    """Online softmax over keys ``start .. stop - 1``: (acc, row_max, row_sum) with them taken in."""
     for j in tl.range(start, stop, BN):
-        k1 = K1.load([key_row + j, k_column])
-        k2 = k1
-        if D2 > 0:
-            k2 = K2.load([key_row + j, k_column + D1])
-        s = _scores(q1, q2, k1, k2, D2, PRECISION)
+        k1, k2 = load_box_parts(K1, K2, key_row + j, k_column, D1, D2)  # [BN, D1], [BN, D2]
+        s = scores(q1, q2, k1, k2, D2, PRECISION)  # [BM, BN]
         if MASKED:
-            key = j + tl.arange(0, BN)
+            key = j + tl.arange(0, BN)  # [BN]
             s = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < last[:, None]), s, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(s, 1) * scale_log2)
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BM]
         # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
-        base = new_peak
+        base = new_max  # [BM]
         if MASKED:
-            base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(s * scale_log2 - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(p, 1)
-        acc = acc * shrink[:, None]
-        v = V.load([key_row + j, v_column])
+            base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(s * scale_log2 - base[:, None])  # [BM, BN]
+        rescale = tl.exp2(row_max - base)  # [BM]
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = acc * rescale[:, None]
+        v = V.load([key_row + j, v_column])  # [BN, DV1]
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-        peak = new_peak
-    return acc, peak, total
+        row_max = new_max
+    return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -87,51 +104,47 @@ def forward_kernel(Q, K1, K2, V, Out, Lse, First, Last, num_tokens, num_keys, nu
                    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
                    D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                    PRECISION: tl.constexpr):  # fmt: skip
-    """out, lse of BM rows. Q, Out (B, T, H, D or Dv); K1, K2, V: descriptors of (B * S, G * D); Lse (B, T, H)."""
-    slots = tl.num_programs(0) // num_tiles  # batch x groups
-    tile = num_tiles - 1 - tl.program_id(0) // slots  # the last tiles see most: they go first
-    slot = tl.program_id(0) % slots
-    batch, group = slot // GROUPS, slot % GROUPS
-    row = tile * BM + tl.arange(0, BM)
-    token = row // HEADS
-    ok = token < num_tokens
-    q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
-    q1 = _load_rows(Q, q_row, ok, tl.arange(0, D1), D)
-    q2 = q1
-    if D2 > 0:
-        q2 = _load_rows(Q, q_row, ok, D1 + tl.arange(0, D2), D)
-    first = tl.load(First + token, mask=ok, other=0)
-    last = tl.load(Last + token, mask=ok, other=0)
+    """Output and LSE of BM rows.
+
+    Q, Out (B, T, H, D or Dv); K1, K2, V: descriptors of (B * S, G * D or Dv); Lse (B, T, H) fp32.
+    """
+    tile, _slot, batch, group = tile_of_program(num_tiles, GROUPS)
+    row = tile * BM + tl.arange(0, BM)  # [BM]
+    token = row // HEADS  # [BM]
+    ok = token < num_tokens  # [BM]
+    q_row = query_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    first = tl.load(First + token, mask=ok, other=0)  # [BM]
+    last = tl.load(Last + token, mask=ok, other=0)  # [BM]
 
     token0 = tile * BM // HEADS
     token1 = tl.minimum((tile * BM + BM - 1) // HEADS, num_tokens - 1)
-    begin, end = tl.load(First + token0), tl.load(Last + token1)
-    full_begin, full_end = tl.load(First + token1), tl.load(Last + token0)
-    full_begin = tl.minimum(begin + tl.cdiv(full_begin - begin, BN) * BN, end)
-    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+    begin, full_begin, full_end, end = _keys_of_tile(First, Last, token0, token1, BN)
 
-    acc = tl.zeros([BM, DV1], tl.float32)
-    peak = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
+    row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
+    row_sum = tl.zeros([BM], tl.float32)  # [BM]
     key_row = batch * num_keys
-    acc, peak, total = _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, begin, full_begin,
-                                     group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
-    # A masked tile may have left rows without any key; the unmasked ones need a finite peak or a fresh -inf.
-    acc, peak, total = _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, full_begin, full_end,
-                                     group * D, group * DV, scale_log2, D1, D2, BN, False, PRECISION)  # fmt: skip
-    acc, peak, total = _forward_loop(acc, peak, total, q1, q2, first, last, K1, K2, V, key_row, full_end, end,
-                                     group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
-    _store_rows(Out, q_row, ok, tl.arange(0, DV1), DV, acc / tl.where(total == 0, 1.0, total)[:, None])
-    tl.store(Lse + q_row, (peak + tl.log2(total)) * 0.6931471805599453, mask=ok)
+    acc, row_max, row_sum = _forward_loop(acc, row_max, row_sum, q1, q2, first, last, K1, K2, V, key_row, begin,
+                                          full_begin, group * D, group * DV, scale_log2, D1, D2, BN, True,
+                                          PRECISION)  # fmt: skip
+    # After the masked tiles a row may still have seen no key. The tiles without mask give it a finite maximum.
+    acc, row_max, row_sum = _forward_loop(acc, row_max, row_sum, q1, q2, first, last, K1, K2, V, key_row, full_begin,
+                                          full_end, group * D, group * DV, scale_log2, D1, D2, BN, False,
+                                          PRECISION)  # fmt: skip
+    acc, row_max, row_sum = _forward_loop(acc, row_max, row_sum, q1, q2, first, last, K1, K2, V, key_row, full_end,
+                                          end, group * D, group * DV, scale_log2, D1, D2, BN, True,
+                                          PRECISION)  # fmt: skip
+    store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, DV1)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def delta_kernel(Out, DOut, Delta, num_rows, DV: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr):
-    """Delta (rows,) = sum of Out * DOut (rows, Dv), fp32."""
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    column = tl.arange(0, DV1)
-    out = _load_rows(Out, row, row < num_rows, column, DV).to(tl.float32)
-    d_out = _load_rows(DOut, row, row < num_rows, column, DV).to(tl.float32)
+    """Delta (rows,) fp32: the row sums of Out * DOut, both (rows, Dv)."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
+    column = tl.arange(0, DV1)  # [DV1]
+    out = load_rows(Out, row, row < num_rows, column, DV).to(tl.float32)  # [BM, DV1]
+    d_out = load_rows(DOut, row, row < num_rows, column, DV).to(tl.float32)  # [BM, DV1]
     tl.store(Delta + row, tl.sum(out * d_out, 1), mask=row < num_rows)
 
 
@@ -139,17 +152,15 @@ def delta_kernel(Out, DOut, Delta, num_rows, DV: tl.constexpr, DV1: tl.constexpr
 def _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, start, stop, k_column, v_column,
                 scale_log2, D1: tl.constexpr, D2: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
+    """(dq1, dq2) with dS K of keys ``start .. stop - 1`` added, not yet times the scale."""
     for j in tl.range(start, stop, BN):
-        k1 = K1.load([key_row + j, k_column])
-        k2 = k1
-        if D2 > 0:
-            k2 = K2.load([key_row + j, k_column + D1])
-        v = V.load([key_row + j, v_column])
-        p = tl.exp2(_scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])
+        k1, k2 = load_box_parts(K1, K2, key_row + j, k_column, D1, D2)  # [BN, D1], [BN, D2]
+        v = V.load([key_row + j, v_column])  # [BN, DV1]
+        p = tl.exp2(scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])  # [BM, BN]
         if MASKED:
-            key = j + tl.arange(0, BN)
+            key = j + tl.arange(0, BN)  # [BN]
             p = tl.where((key[None, :] >= first[:, None]) & (key[None, :] < last[:, None]), p, 0.0)
-        ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)
+        ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)  # [BM, BN]
         dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
         if D2 > 0:
             dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
@@ -162,34 +173,24 @@ def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, nu
                  D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """DQ (B, T, H, D) of BM rows; added to what is there if ADD. Arguments as in `forward_kernel`."""
-    slots = tl.num_programs(0) // num_tiles
-    tile = num_tiles - 1 - tl.program_id(0) // slots
-    slot = tl.program_id(0) % slots
-    batch, group = slot // GROUPS, slot % GROUPS
-    row = tile * BM + tl.arange(0, BM)
-    token = row // HEADS
-    ok = token < num_tokens
-    q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
-    q1 = _load_rows(Q, q_row, ok, tl.arange(0, D1), D)
-    q2 = q1
-    if D2 > 0:
-        q2 = _load_rows(Q, q_row, ok, D1 + tl.arange(0, D2), D)
-    d_out = _load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)
-    lse = tl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # nothing seen: every probability is exp2(-inf)
-    delta = tl.load(Delta + q_row, mask=ok, other=0.0)
-    first = tl.load(First + token, mask=ok, other=0)
-    last = tl.load(Last + token, mask=ok, other=0)
+    tile, _slot, batch, group = tile_of_program(num_tiles, GROUPS)
+    row = tile * BM + tl.arange(0, BM)  # [BM]
+    token = row // HEADS  # [BM]
+    ok = token < num_tokens  # [BM]
+    q_row = query_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
+    lse = load_base2_lse(Lse, q_row, ok)  # [BM]
+    delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
+    first = tl.load(First + token, mask=ok, other=0)  # [BM]
+    last = tl.load(Last + token, mask=ok, other=0)  # [BM]
 
     token0 = tile * BM // HEADS
     token1 = tl.minimum((tile * BM + BM - 1) // HEADS, num_tokens - 1)
-    begin, end = tl.load(First + token0), tl.load(Last + token1)
-    full_begin, full_end = tl.load(First + token1), tl.load(Last + token0)
-    full_begin = tl.minimum(begin + tl.cdiv(full_begin - begin, BN) * BN, end)
-    full_end = full_begin + tl.maximum(full_end - full_begin, 0) // BN * BN
+    begin, full_begin, full_end, end = _keys_of_tile(First, Last, token0, token1, BN)
 
-    dq1 = tl.zeros([BM, D1], tl.float32)
-    dq2 = tl.zeros([BM, D2 if D2 > 0 else 16], tl.float32)
+    dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
+    dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
     key_row = batch * num_keys
     dq1, dq2 = _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, begin, full_begin,
                            group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
@@ -197,28 +198,21 @@ def query_kernel(Q, K1, K2, V, DOut, Lse, Delta, First, Last, DQ, num_tokens, nu
                            group * D, group * DV, scale_log2, D1, D2, BN, False, PRECISION)  # fmt: skip
     dq1, dq2 = _query_loop(dq1, dq2, q1, q2, d_out, lse, delta, first, last, K1, K2, V, key_row, full_end, end,
                            group * D, group * DV, scale_log2, D1, D2, BN, True, PRECISION)  # fmt: skip
-    dq1 *= scale
-    dq2 *= scale
-    if ADD:
-        dq1 += _load_rows(DQ, q_row, ok, tl.arange(0, D1), D).to(tl.float32)
-    _store_rows(DQ, q_row, ok, tl.arange(0, D1), D, dq1)
-    if D2 > 0:
-        if ADD:
-            dq2 += _load_rows(DQ, q_row, ok, D1 + tl.arange(0, D2), D).to(tl.float32)
-        _store_rows(DQ, q_row, ok, D1 + tl.arange(0, D2), D, dq2)
+    store_query_gradient(DQ, q_row, ok, dq1, dq2, scale, D, D1, D2, ADD)
 
 
 @triton.jit
-def _load_box(X, token, head, column, row, ok, D, HEADS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
-              BOXED: tl.constexpr):  # fmt: skip
-    """(BM, WIDTH): BM / HEADS tokens of HEADS heads from ``token``, ``head`` of a (B * T, H, D) descriptor.
+def _load_query_tile(X, token, head, column, row, ok, D, HEADS: tl.constexpr, BM: tl.constexpr, WIDTH: tl.constexpr,
+                     BOXED: tl.constexpr):  # fmt: skip
+    """(BM, WIDTH) of Q or dO, from ``column`` on: HEADS heads of BM / HEADS tokens.
 
-    Where the heads of a group are no power of two there is no such box, and the rows are gathered.
+    If BOXED, X is a descriptor of (B * T, H, D), and TMA loads a box from (token, head) on. Only a power of two of
+    heads makes such a box. For other groups X is a tensor, and the rows ``row`` are gathered where ``ok``.
     """
     if BOXED:
         return tl.reshape(X.load([token, head, column]), [BM, WIDTH])
     else:
-        return _load_rows(X, row, ok, column + tl.arange(0, WIDTH), D)
+        return load_rows(X, row, ok, column + tl.arange(0, WIDTH), D)
 
 
 @triton.jit
@@ -226,28 +220,28 @@ def _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last
               num_tokens, scale_log2, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
               D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BOXED: tl.constexpr,
               MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(dk1, dk2, dv) with tiles of queries ``start .. stop - 1`` taken in, counted from row ``row0`` of the slot."""
     for i in tl.range(start, stop):
-        row = row0 + i * BM + tl.arange(0, BM)
-        token = row // HEADS
-        ok = token < num_tokens
-        q_row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + row % HEADS
+        row = row0 + i * BM + tl.arange(0, BM)  # [BM]
+        token = row // HEADS  # [BM]
+        ok = token < num_tokens  # [BM]
+        q_row = query_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)  # [BM]
         box = batch * num_tokens + (row0 + i * BM) // HEADS
         head = group * HEADS
-        q1 = _load_box(Q, box, head, 0, q_row, ok, D, HEADS, BM, D1, BOXED)
+        q1 = _load_query_tile(Q, box, head, 0, q_row, ok, D, HEADS, BM, D1, BOXED)  # [BM, D1]
         q2 = q1
         if D2 > 0:
-            q2 = _load_box(Q2, box, head, D1, q_row, ok, D, HEADS, BM, D2, BOXED)
-        lse = tl.load(Lse + q_row, mask=ok, other=float("-inf")) * 1.4426950408889634
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
-        p = tl.exp2(_scores(k1, k2, q1, q2, D2, PRECISION) * scale_log2 - lse[None, :])  # (BN, BM)
+            q2 = _load_query_tile(Q2, box, head, D1, q_row, ok, D, HEADS, BM, D2, BOXED)  # [BM, D2]
+        lse = load_base2_lse(Lse, q_row, ok)  # [BM]
+        p = tl.exp2(scores(k1, k2, q1, q2, D2, PRECISION) * scale_log2 - lse[None, :])  # [BN, BM]
         if MASKED:
-            first = tl.load(First + token, mask=ok, other=0)
-            last = tl.load(Last + token, mask=ok, other=0)
+            first = tl.load(First + token, mask=ok, other=0)  # [BM]
+            last = tl.load(Last + token, mask=ok, other=0)  # [BM]
             p = tl.where((key[:, None] >= first[None, :]) & (key[:, None] < last[None, :]), p, 0.0)
-        d_out = _load_box(DOut, box, head, 0, q_row, ok, DV, HEADS, BM, DV1, BOXED)
+        d_out = _load_query_tile(DOut, box, head, 0, q_row, ok, DV, HEADS, BM, DV1, BOXED)  # [BM, DV1]
         dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-        delta = tl.load(Delta + q_row, mask=ok, other=0.0)
-        ds = (p * (tl.dot(v, d_out.T, input_precision=PRECISION) - delta[None, :])).to(q1.dtype)
+        delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
+        ds = (p * (tl.dot(v, d_out.T, input_precision=PRECISION) - delta[None, :])).to(q1.dtype)  # [BN, BM]
         dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
         if D2 > 0:
             dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
@@ -259,23 +253,21 @@ def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, F
                num_keys, num_splits, scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
                BN: tl.constexpr, BOXED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """DK, DV_ (splits, B, S, G, D or Dv) of BN keys, from one share of the rows that see them.
+    """DK, DV_ (splits, B, S, G, D or Dv) of BN keys, from one split: a share of the rows that see them.
 
-    SeenBegin .. SeenEnd - 1 are the tokens that see some key of the tile, FullBegin .. FullEnd - 1 all of them.
+    SeenBegin .. SeenEnd - 1 are the tokens that see some key of the tile. FullBegin .. FullEnd - 1 are those that see
+    all of its keys.
     """
     slots = tl.num_programs(1)
     split = tl.program_id(0) % num_splits
     tile = tl.program_id(0) // num_splits
     slot = tl.program_id(1)
     batch, group = slot // GROUPS, slot % GROUPS
-    key = tile * BN + tl.arange(0, BN)
-    ok = key < num_keys
-    k_row = (batch.to(tl.int64) * num_keys + key) * GROUPS + group
-    k1 = _load_rows(K, k_row, ok, tl.arange(0, D1), D)
-    k2 = k1
-    if D2 > 0:
-        k2 = _load_rows(K, k_row, ok, D1 + tl.arange(0, D2), D)
-    v = _load_rows(V, k_row, ok, tl.arange(0, DV1), DV)
+    key = tile * BN + tl.arange(0, BN)  # [BN]
+    ok = key < num_keys  # [BN]
+    k_row = (batch.to(tl.int64) * num_keys + key) * GROUPS + group  # [BN]
+    k1, k2 = load_row_parts(K, k_row, ok, D, D1, D2)  # [BN, D1], [BN, D2]
+    v = load_rows(V, k_row, ok, tl.arange(0, DV1), DV)  # [BN, DV1]
 
     token0, token1 = tl.load(SeenBegin + tile), tl.load(SeenEnd + tile)
     row0 = token0 * HEADS
@@ -287,9 +279,9 @@ def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, F
     full_end = tl.maximum(tl.load(FullEnd + tile) - token0, 0) * HEADS // BM
     full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
 
-    dk1 = tl.zeros([BN, D1], tl.float32)
-    dk2 = tl.zeros([BN, D2 if D2 > 0 else 16], tl.float32)
-    dv = tl.zeros([BN, DV1], tl.float32)
+    dk1 = tl.zeros([BN, D1], tl.float32)  # [BN, D1]
+    dk2 = tl.zeros([BN, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BN, D2], unused if D2 is 0
+    dv = tl.zeros([BN, DV1], tl.float32)  # [BN, DV1]
     dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last, batch, group, row0,
                              begin, full_begin, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, BOXED,
                              True, PRECISION)  # fmt: skip
@@ -299,44 +291,32 @@ def key_kernel(Q, Q2, K, V, DOut, Lse, Delta, First, Last, SeenBegin, SeenEnd, F
     dk1, dk2, dv = _key_loop(dk1, dk2, dv, k1, k2, v, key, Q, Q2, DOut, Lse, Delta, First, Last, batch, group, row0,
                              full_end, end, num_tokens, scale_log2, GROUPS, HEADS, D, DV, D1, D2, DV1, BM, BOXED, True,
                              PRECISION)  # fmt: skip
-    out_row = k_row + split.to(tl.int64) * (slots // GROUPS) * num_keys * GROUPS
-    _store_rows(DK, out_row, ok, tl.arange(0, D1), D, dk1 * scale)
-    if D2 > 0:
-        _store_rows(DK, out_row, ok, D1 + tl.arange(0, D2), D, dk2 * scale)
-    _store_rows(DV_, out_row, ok, tl.arange(0, DV1), DV, dv)
-
-
-@triton.jit
-def _count_up_to(Values, bound, count, steps):
-    """How many of the ``count`` rising Values are at most each bound; 2^steps > count."""
-    low = tl.zeros_like(bound)
-    high = low + count
-    for _ in tl.range(0, steps):
-        middle = low + (high - low) // 2  # their sum may pass 2^31
-        below = (middle < high) & (tl.load(Values + middle, mask=middle < high, other=0) <= bound)
-        low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
-    return low
+    out_row = k_row + split.to(tl.int64) * (slots // GROUPS) * num_keys * GROUPS  # [BN]
+    store_key_gradients(DK, DV_, out_row, ok, dk1, dk2, dv, scale, D, DV, D1, D2, DV1)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "steps", "pitch"])
 def tile_runs_kernel(First, Last, Runs, num_tokens, num_keys, num_tiles, steps, pitch, BN: tl.constexpr,
                      BLOCK: tl.constexpr):  # fmt: skip
-    """Runs (4, pitch) int32: for each tile of BN keys the tokens that see some of it, begin and end, and all of it."""
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = tile * BN
-    last = tl.minimum(begin + BN, num_keys) - 1
-    ok = tile < num_tiles
-    tl.store(Runs + tile, _count_up_to(Last, begin, num_tokens, steps), mask=ok)
-    tl.store(Runs + pitch + tile, _count_up_to(First, last, num_tokens, steps), mask=ok)
-    tl.store(Runs + 2 * pitch + tile, _count_up_to(Last, last, num_tokens, steps), mask=ok)
-    tl.store(Runs + 3 * pitch + tile, _count_up_to(First, begin, num_tokens, steps), mask=ok)
+    """Runs (4, pitch) int32: for each tile of BN keys two ranges of tokens.
+
+    Rows 0 and 1 hold begin and end of the tokens that see some key of the tile, rows 2 and 3 of those that see all.
+    """
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    begin = tile * BN  # [BLOCK]
+    last = tl.minimum(begin + BN, num_keys) - 1  # [BLOCK]
+    ok = tile < num_tiles  # [BLOCK]
+    tl.store(Runs + tile, count_up_to(Last, begin, num_tokens, steps), mask=ok)
+    tl.store(Runs + pitch + tile, count_up_to(First, last, num_tokens, steps), mask=ok)
+    tl.store(Runs + 2 * pitch + tile, count_up_to(Last, last, num_tokens, steps), mask=ok)
+    tl.store(Runs + 3 * pitch + tile, count_up_to(First, begin, num_tokens, steps), mask=ok)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "vectors_k", "vectors_v"])
 def add_splits_kernel(PartK, PartV, DK, DV_, vectors_k, vectors_v, num_splits, VECTOR: tl.constexpr,
                       BLOCK: tl.constexpr):  # fmt: skip
-    """DK and DV_ from the sums (splits, ..) fp32 of the programs that shared a tile, in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    """DK and DV_: the partial sums (splits, ..) fp32 of the programs that shared a tile of keys, added in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     if tl.program_id(1) == 0:
         _add_splits(PartK, DK, at, vectors_k.to(tl.int64) * VECTOR, num_splits, BLOCK)
     else:
@@ -345,7 +325,7 @@ def add_splits_kernel(PartK, PartV, DK, DV_, vectors_k, vectors_v, num_splits, V
 
 @triton.jit
 def _add_splits(Part, Out, at, count, num_splits, BLOCK: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)  # [BLOCK]
     for _ in tl.range(0, num_splits):
         total += tl.load(Part + at, mask=at < count, other=0.0)
         Part += count
@@ -354,7 +334,7 @@ def _add_splits(Part, Out, at, count, num_splits, BLOCK: tl.constexpr):
 
 @cached
 def int32_runs(visible: Ranges) -> tuple[Tensor, Tensor]:
-    """first and last (T,) int32 of a pattern."""
+    """first and last (T,) of a pattern, as int32."""
     return visible.first.int(), visible.last.int()
 
 
@@ -368,8 +348,8 @@ def _constants(heads: int, groups: int, width: int, v_width: int, dtype: torch.d
         "DV": v_width,
         "D1": first,
         "D2": second,
-        "DV1": max(16, triton.next_power_of_2(v_width)),
-        # fp32 products in three tf32 passes: errors of fp32 at the tensor cores' speed.
+        "DV1": tile_width(v_width),
+        # fp32 products take three tf32 passes: they err as little as fp32, and run on tensor cores.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
 
@@ -411,8 +391,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
 def delta(out: Tensor, d_out: Tensor) -> Tensor:
     """(B, T, H) fp32: the sum of out * d_out (B, T, H, Dv) over its last axis."""
     result = out.new_empty(out.shape[:3], dtype=torch.float32)
-    width = max(16, triton.next_power_of_2(out.shape[3]))
-    rows = max(1, 8192 // width)
+    width = tile_width(out.shape[3])
+    rows = max(1, DELTA_ELEMENTS // width)
     if result.numel():
         grid = (triton.cdiv(result.numel(), rows),)
         delta_kernel[grid](out, d_out, result, result.numel(), out.shape[3], width, rows, num_warps=4)
@@ -423,10 +403,10 @@ def backward(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
     scale: float, add_to: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq (``add_to`` plus it, in place, if given), dk, dv in the dtypes of q, k, v; d_out contiguous.
+    """dq, dk, dv in the dtypes of q, k, v. If ``add_to`` (B, T, H, D) is given, dq is added to it in place.
 
     Args:
-        q, k, v, first, last: as for `forward`. d_out: (B, T, H, Dv). lse, delta: (B, T, H) fp32.
+        q, k, v, first, last: as for `forward`. d_out: (B, T, H, Dv), contiguous. lse, delta: (B, T, H) fp32.
     """
     tensors = (q, k, v, d_out, lse, delta, first, last)
     if not k.numel() or not q.numel():
@@ -438,6 +418,7 @@ def query_gradient(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
     scale: float, add_to: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """dq (B, T, H, D), as in `backward`."""
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     dq = torch.empty_like(q) if add_to is None else add_to
     if warpgroups(q, k, v, scale):
@@ -463,25 +444,27 @@ def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, first: Tensor, last: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk (B, S, G, D) and dv (B, S, G, Dv), as in `backward`."""
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     on_hopper = warpgroups(q, k, v, scale)
     tile, options = tile_sizes("hopper_range_key" if on_hopper else "range_key", q, k, v)
     num_tiles = triton.cdiv(keys, tile["BN"])
     runs = derived(first, _tile_runs, last, keys, tile["BN"])
-    # Few key tiles, each seen by many queries (compressed keys): several programs share one, and their sums are
-    # added in a fixed order. At most one for each token to a key, so that the sums take memory linear in the tokens.
+    # Compressed keys are few, and many queries see each: several programs share a tile of keys, and their partial sums
+    # are added in a fixed order. There are at most tokens / keys of them, so the sums take memory linear in the tokens.
     rows = tokens * heads // groups
     programs = PROGRAMS * (2 if on_hopper else 1) // (num_tiles * batch * groups)
-    splits = max(1, min(16, programs, rows // (8 * tile["BM"])), min(triton.cdiv(rows, LONGEST_SUM), tokens // keys))
+    wanted = min(MOST_SPLITS, programs, rows // (TILES_PER_SPLIT * tile["BM"]))
+    splits = max(1, wanted, min(triton.cdiv(rows, LONGEST_SUM), tokens // keys))
     whole = splits == 1
     dk = torch.empty_like(k) if whole else k.new_empty(splits, *k.shape, dtype=torch.float32)
     dv = torch.empty_like(v) if whole else v.new_empty(splits, *v.shape, dtype=torch.float32)
     others = (lse, delta, first, last, *runs, dk, dv, tokens, keys, splits)
     if on_hopper:
         from nsa.ops.kernels.hopper import keys as hopper
-        from nsa.ops.kernels.hopper import span
+        from nsa.ops.kernels.hopper import rows_per_token
 
-        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] // span(heads // groups), tile["BN"])
+        inputs = hopper.descriptors(q, k, v, d_out, tile["BM"] // rows_per_token(heads // groups), tile["BN"])
         hopper.range_key_kernel[(num_tiles * batch * groups, splits)](
             *inputs, *others, scale * LOG2_E, scale, **hopper.shape_constants(q, k), **tile, **options
         )  # fmt: skip
@@ -500,28 +483,22 @@ def key_gradients(
 
 
 def _tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
-    """As `tile_runs_kernel`: the same for all layers, which see the same runs."""
+    """Runs of `tile_runs_kernel`. They are the same for all layers of a step, which share ``first`` and ``last``."""
     tokens, num_tiles = len(first), triton.cdiv(num_keys, tile)
-    runs = first.new_empty(4, (num_tiles + 3) // 4 * 4)  # rows at multiples of 16 bytes
-    tile_runs_kernel[(triton.cdiv(num_tiles, 128),)](
-        first, last, runs, tokens, num_keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile, BLOCK=128,
+    runs = first.new_empty(4, triton.cdiv(num_tiles, 4) * 4)  # rows begin at multiples of 16 bytes
+    tile_runs_kernel[(triton.cdiv(num_tiles, RUNS_BLOCK),)](
+        first, last, runs, tokens, num_keys, num_tiles, tokens.bit_length(), runs.shape[1], BN=tile, BLOCK=RUNS_BLOCK,
         num_warps=4,
     )  # fmt: skip
     return runs
 
 
 def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums over the first axis of both, in the shapes and dtypes of k and v."""
+    """The sums of both over their first axis, in the shapes and dtypes of k and v."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     vector = vector_of(k.numel(), v.numel())
-    add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), 1024), 2)](
-        parts_k, parts_v, dk, dv, k.numel() // vector, v.numel() // vector, len(parts_k), VECTOR=vector, BLOCK=1024,
-        num_warps=4,
+    add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), ADD_BLOCK), 2)](
+        parts_k, parts_v, dk, dv, k.numel() // vector, v.numel() // vector, len(parts_k), VECTOR=vector,
+        BLOCK=ADD_BLOCK, num_warps=4,
     )  # fmt: skip
     return dk, dv
-
-
-PROGRAMS = 1056  # enough to balance uneven work over a GPU of some 130 multiprocessors: eight each
-# Rows of queries that one program adds up. A tensor core cuts off what does not fit when it adds to a sum: over 2^20
-# rows dK and dV come out 0.2 % too small, over 2^23 rows 1.7 % (docs/log/2026-11.md).
-LONGEST_SUM = 2**20

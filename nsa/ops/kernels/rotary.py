@@ -1,7 +1,8 @@
-"""Heads out of a joint projection, rotated or squashed on the way, and their gradients back into it: one launch each.
+"""Heads taken out of a joint projection and rotated or squashed on the way; and the gradient back. One launch each.
 
-A program takes BM tokens of one slot: a head, or all gates. Both halves of a head are in registers, so that a rotated
-pair needs no exchange. Columns of a part are the compiler's constants, its tensor one of a tuple.
+A program takes BM tokens of one slot. A slot is one head, or all gates. It holds the two halves of a head in registers,
+so a rotation, which pairs an element of each, needs no exchange. The columns of every part are compile-time constants,
+and its tensor is one of a tuple.
 """
 
 import functools
@@ -15,38 +16,42 @@ from nsa.ops.geometry import Heads
 from nsa.ops.kernels.launch import INTEGERS
 
 COPY, ROTATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-WAYS = {"copy": 0, "rotate": 1, "sigmoid": 2}
+WAYS = {"copy": COPY.value, "rotate": ROTATE.value, "sigmoid": SIGMOID.value}
+ELEMENTS, MOST_TOKENS = 2048, 64  # of one program: elements of half a head, and tokens at most
 
 
 @triton.jit
 def _convert(X, Part, Cos, Sin, Rows, Extra, row, ok, slot, num_tokens, COLUMNS: tl.constexpr, TABLE: tl.constexpr,
              BACKWARD: tl.constexpr, slots: tl.constexpr, width: tl.constexpr, half: tl.constexpr,
              half1: tl.constexpr, first_column: tl.constexpr, how: tl.constexpr):  # fmt: skip
-    column = tl.arange(0, half1)
-    ok1 = ok[:, None] & (column < half)[None, :]
-    ok2 = ok[:, None] & (column + half < width)[None, :]
-    source = X + row[:, None] * COLUMNS + first_column + slot * width + column[None, :]
-    target = Part + row[:, None] * (slots * width) + slot * width + column[None, :]
+    """`heads_kernel` for one slot of one part. ``half1`` is half the width, up to a power of two."""
+    column = tl.arange(0, half1)  # [half1]
+    ok1 = ok[:, None] & (column < half)[None, :]  # [BM, half1]
+    ok2 = ok[:, None] & (column + half < width)[None, :]  # [BM, half1]
+    source = X + row[:, None] * COLUMNS + first_column + slot * width + column[None, :]  # [BM, half1]
+    target = Part + row[:, None] * (slots * width) + slot * width + column[None, :]  # [BM, half1]
     if BACKWARD:
         source, target = target, source
-    a = tl.load(source, mask=ok1, other=0.0).to(tl.float32)
-    b = tl.load(source + half, mask=ok2, other=0.0).to(tl.float32)
+    a = tl.load(source, mask=ok1, other=0.0).to(tl.float32)  # [BM, half1], first half
+    b = tl.load(source + half, mask=ok2, other=0.0).to(tl.float32)  # [BM, half1], second half
     if how == ROTATE:
-        angle = row.to(tl.int32) % num_tokens
+        angle = row.to(tl.int32) % num_tokens  # [BM], row of the tables
         if Rows is not None:
             angle = tl.load(Rows + angle, mask=ok, other=0)
-        at = angle[:, None] * TABLE + column[None, :]
+        at = angle[:, None] * TABLE + column[None, :]  # [BM, half1]
+        # [BM, half1], [BM, half1]
         cos, sin = tl.load(Cos + at, mask=ok1, other=0.0), tl.load(Sin + at, mask=ok1, other=0.0)
         if BACKWARD:
             sin = -sin
         a, b = a * cos - b * sin, b * cos + a * sin
     elif how == SIGMOID:
         if BACKWARD:
-            gates = Extra + row[:, None] * width + column[None, :]
-            g1 = tl.load(gates, mask=ok1, other=0.0).to(tl.float32)
-            g2 = tl.load(gates + half, mask=ok2, other=0.0).to(tl.float32)
+            gates = Extra + row[:, None] * width + column[None, :]  # [BM, half1]
+            g1 = tl.load(gates, mask=ok1, other=0.0).to(tl.float32)  # [BM, half1]
+            g2 = tl.load(gates + half, mask=ok2, other=0.0).to(tl.float32)  # [BM, half1]
             a, b = a * g1 * (1 - g1), b * g2 * (1 - g2)
         else:
+            # [half1], [half1]
             bias1 = tl.load(Extra + column, mask=column < half, other=0.0).to(tl.float32)
             bias2 = tl.load(Extra + half + column, mask=column + half < width, other=0.0).to(tl.float32)
             a, b = tl.sigmoid(a + bias1[None, :]), tl.sigmoid(b + bias2[None, :])
@@ -57,15 +62,17 @@ def _convert(X, Part, Cos, Sin, Rows, Extra, row, ok, slot, num_tokens, COLUMNS:
 @triton.jit(do_not_specialize=INTEGERS)
 def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
                  TABLE: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
-    """X (rows, COLUMNS) -> Parts, each (rows, slots * width); backward: from the Parts' gradients to X's.
+    """Parts, each (rows, slots * width), from X (rows, COLUMNS). If BACKWARD, X's gradient from those of the Parts.
 
-    SLOTS: for each part its first slot, then slots, slot width, half of it, the same as a power of two, first column,
-    what to do. Rows (T,) of the tables Cos, Sin (.., TABLE), or None. Extra: forward the bias (slot width) of the
-    sigmoid, backward its results.
+    Args:
+        Cos, Sin: tables (.., TABLE) fp32. Rows: (T,) rows of the tables, or None: row t for token t.
+        Extra: forward the bias (slot width,) of the sigmoid, backward its results (rows, slot width).
+        SLOTS: for each part its first slot, number of slots, slot width, half of that, half up to a power of two, first
+            column of X, and what to do: COPY, ROTATE or SIGMOID.
     """
-    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     slot = tl.program_id(1)
-    ok = row < num_rows
+    ok = row < num_rows  # [BM]
     for p in tl.static_range(len(SLOTS)):
         if (slot >= SLOTS[p][0]) & (slot < SLOTS[p][0] + SLOTS[p][1]):
             _convert(X, Parts[p], Cos, Sin, Rows, Extra, row, ok, slot - SLOTS[p][0], num_tokens, COLUMNS, TABLE,
@@ -75,7 +82,7 @@ def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: t
 
 @functools.lru_cache(maxsize=64)
 def _slots(counts: tuple[int, ...], widths: tuple[int, ...], ways: tuple[int, ...]) -> tuple[tuple, int, int]:
-    """SLOTS of the kernel, their number, and the tokens of a program."""
+    """SLOTS of the kernel, the number of slots, and the tokens of a program."""
     result, slot, column, widest = [], 0, 0, 1
     for count, width, how in zip(counts, widths, ways, strict=True):
         slots, slot_width = (1, count * width) if how == SIGMOID.value else (count, width)
@@ -83,7 +90,7 @@ def _slots(counts: tuple[int, ...], widths: tuple[int, ...], ways: tuple[int, ..
         power = triton.next_power_of_2(half)
         result.append((slot, slots, slot_width, half, power, column, how))
         slot, column, widest = slot + slots, column + count * width, max(widest, power)
-    return tuple(result), slot, max(1, min(64, 2048 // widest))
+    return tuple(result), slot, max(1, min(MOST_TOKENS, ELEMENTS // widest))
 
 
 def _launch(
@@ -110,7 +117,7 @@ def _split_heads(
 
 
 @_split_heads.register_fake
-def _(x, cos, sin, rows, bias, counts, widths, ways):
+def _split_heads_fake(x, cos, sin, rows, bias, counts, widths, ways):
     return [x.new_empty(*x.shape[:2], count, width) for count, width in zip(counts, widths, strict=True)]
 
 
@@ -125,7 +132,7 @@ def _join_heads(
 
 
 @_join_heads.register_fake
-def _(gradients, cos, sin, rows, gates, counts, widths, ways):
+def _join_heads_fake(gradients, cos, sin, rows, gates, counts, widths, ways):
     return gradients[0].new_empty(*gradients[0].shape[:2], sum(c * w for c, w in zip(counts, widths, strict=True)))
 
 

@@ -1,4 +1,4 @@
-"""silu(gate) * up and its gradients, each in one pass; what is kept for the backward pass is the inputs alone."""
+"""silu(gate) * up and its gradients, one kernel each. Only the inputs are kept for the backward pass."""
 
 import torch
 import triton
@@ -7,32 +7,35 @@ from torch import Tensor
 
 from nsa.ops.kernels.launch import vector_of
 
-BLOCK = 2048
+BLOCK = 2048  # elements of one program
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
 def swiglu_kernel(Gate, Up, Out, num_vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """Out (n,) from Gate, Up (n,); n is num_vectors * VECTOR."""
     num_elements = num_vectors.to(tl.int64) * VECTOR
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)
-    up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)  # [BLOCK]
+    up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)  # [BLOCK]
     tl.store(Out + at, (gate * tl.sigmoid(gate) * up).to(Out.dtype.element_ty), mask=at < num_elements)
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
 def swiglu_backward_kernel(DOut, Gate, Up, DGate, DUp, num_vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """DGate, DUp (n,) from DOut, Gate, Up (n,); n is num_vectors * VECTOR."""
     num_elements = num_vectors.to(tl.int64) * VECTOR
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d_out = tl.load(DOut + at, mask=at < num_elements, other=0.0).to(tl.float32)
-    gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)
-    up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)
-    s = tl.sigmoid(gate)
-    d_gate = d_out * up * s * (1 + gate * (1 - s))
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    d_out = tl.load(DOut + at, mask=at < num_elements, other=0.0).to(tl.float32)  # [BLOCK]
+    gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)  # [BLOCK]
+    up = tl.load(Up + at, mask=at < num_elements, other=0.0).to(tl.float32)  # [BLOCK]
+    s = tl.sigmoid(gate)  # [BLOCK]
+    d_gate = d_out * up * s * (1 + gate * (1 - s))  # [BLOCK]
     tl.store(DGate + at, d_gate.to(DGate.dtype.element_ty), mask=at < num_elements)
     tl.store(DUp + at, (d_out * gate * s).to(DUp.dtype.element_ty), mask=at < num_elements)
 
 
 def _sizes(x: Tensor) -> dict[str, int]:
+    """The integer arguments of both kernels."""
     vector = vector_of(x.numel())
     return {"num_vectors": x.numel() // vector, "VECTOR": vector, "BLOCK": BLOCK}
 
@@ -46,7 +49,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @_swiglu.register_fake
-def _(gate, up):
+def _swiglu_fake(gate, up):
     return torch.empty_like(gate)
 
 
@@ -61,7 +64,7 @@ def _swiglu_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 
 
 @_swiglu_backward.register_fake
-def _(d_out, gate, up):
+def _swiglu_backward_fake(d_out, gate, up):
     return torch.empty_like(gate), torch.empty_like(up)
 
 
