@@ -8,6 +8,7 @@ import pytest
 from tests.ops.compile_kernels import SHARED_LIMIT, record_of
 
 
+@pytest.mark.time_limit(960)
 @pytest.mark.parametrize(
     "arch", [90, pytest.param(80, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow)]
 )
