@@ -48,8 +48,8 @@ SHARED = {"one_rank", "two_ranks", "four_ranks"}
 
 
 # Seconds that a test may take with its fixtures; @pytest.mark.time_limit(seconds) sets another limit.
-TIME_LIMIT = 300
-LONG_TIME_LIMIT = 5400  # for tests that share ranks or are slow: launches have limits of their own
+TIME_LIMIT = 660  # longer than a process that a test starts may take
+LONG_TIME_LIMIT = 5400  # of tests that share ranks or are slow: these start several
 
 
 def pytest_configure(config: pytest.Config) -> None:
