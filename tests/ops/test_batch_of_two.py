@@ -18,7 +18,6 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_th
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests below run by themselves")
-@pytest.mark.time_limit(1000)
 def test_in_the_interpreter(run_python) -> None:
     """Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own."""
     done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

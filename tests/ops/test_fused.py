@@ -21,7 +21,6 @@ BACKENDS = ["torch", "triton"] if KERNELS else ["torch"]
 
 
 @pytest.mark.skipif(KERNELS, reason="the tests below run by themselves")
-@pytest.mark.time_limit(1000)
 def test_in_the_interpreter(run_python) -> None:
     done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -11,7 +11,6 @@ from tests.ops.compile_kernels import SHAPES, SHARED_LIMIT, record_of
 FEW = ("128", "64", "192/128", "fp32")
 
 
-@pytest.mark.time_limit(960)
 @pytest.mark.parametrize(
     ("arch", "shapes"),
     [(90, FEW), *(pytest.param(arch, tuple(SHAPES), marks=pytest.mark.slow) for arch in (90, 80, 100))],
