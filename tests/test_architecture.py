@@ -118,7 +118,8 @@ def sources() -> list[Path]:
 def test_no_kind_is_asked_for_by_name_outside_its_folder(kind: str) -> None:
     """Neither compared with, nor looked up or counted by its name; and no layer is asked for its class."""
     name = rf"""["']{kind}["']"""
-    asked = re.compile(rf"([=!]= ?|\bin |\bcount\(|\w(?<!sys\.modules)\[){name}|{name} (?:in|==|!=) ")
+    before = r"[=!]= ?|\bcase |\bin (?:[(\[{][^)\]}]*)?|\bcount\(|\w(?<!sys\.modules)\["
+    asked = re.compile(rf"({before}){name}|{name} (?:in|==|!=) ")
     own = ROOT / "nsa/layers" / kind
     wrong = []
     for path in sources():

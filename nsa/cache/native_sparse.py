@@ -16,8 +16,8 @@ class NativeSparseCache:
         window: keys and values of the last ``window`` tokens at most.
     """
 
-    def __init__(self, block_length: int, stride: int, window: int) -> None:
-        self.block_length, self.stride, self.window_size = block_length, stride, window
+    def __init__(self, stride: int, window: int) -> None:
+        self.stride, self.window_size = stride, window
         self.compressed, self.tail, self.selected, self.window = Rows(), Rows(), Rows(), Rows()
 
     @property

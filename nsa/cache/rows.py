@@ -1,5 +1,6 @@
 """Keys and values of the tokens so far, in memory that is asked for in advance."""
 
+import torch
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
@@ -36,7 +37,8 @@ class Rows:
             kept = self.pair if self._memory is not None else tuple(x[:, :0] for x in new)
             size = max(LEAST, 2 * (self.length + tokens))
             self.start, self.stop = 0, self.length
-            k, v = (x.new_empty(len(x), size, *x.shape[2:]) for x in new)
+            with torch.inference_mode(False):  # else only inference mode could write to it later
+                k, v = (x.new_empty(len(x), size, *x.shape[2:]) for x in new)
             for memory, old in zip((k, v), kept, strict=True):
                 memory[:, : self.stop] = old.detach()
             self._memory = k, v

@@ -50,6 +50,13 @@ def test_memory_is_asked_for_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(sizes) == {LEAST}, "as much as before"
 
 
+def test_what_inference_mode_began_goes_on_outside_of_it() -> None:
+    rows, token = Rows(), torch.ones(1, 1, 1, 2)
+    with torch.inference_mode():
+        rows.append((token, token))
+    assert torch.equal(rows.append((token, token))[0], torch.ones(1, 2, 1, 2))
+
+
 def test_a_long_decoding_equals_the_whole() -> None:
     """Long enough that all memory is asked for anew."""
     layer = nsa_layer()

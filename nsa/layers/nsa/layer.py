@@ -231,7 +231,7 @@ class NativeSparseAttention(nn.Module):
         return q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates
 
     def new_cache(self) -> NativeSparseCache:
-        return NativeSparseCache(self.compress.length, self.compress.stride, self.window)
+        return NativeSparseCache(self.compress.stride, self.window)
 
     def _rotary(self, x: Tensor, offset: int, cu_seqlens: Tensor | None) -> Pair:
         positions = Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local

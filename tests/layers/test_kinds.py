@@ -1,0 +1,83 @@
+"""The records of the kinds of attention agree with the layers that they describe."""
+
+import inspect
+from typing import get_args
+
+import pytest
+import torch
+
+from nsa.layers.around import Around, innermost
+from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
+from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
+from nsa.layers.kinds import KINDS
+
+# Every two of these differ.
+SHAPE = Shape(hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, v_head_dim=4, rope_theta=100.0)
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def built(kind: Kind) -> tuple[torch.nn.Module, object]:
+    config = kind.config() if kind.config else None
+    with torch.device("meta"):
+        return kind.build(SHAPE, config, Backends()), config
+
+
+@each_kind
+def test_parts_and_exchanges_name_what_the_layer_has(kind: Kind) -> None:
+    layer, config = built(kind)
+    linears = [layer.get_submodule(n) for n in (*kind.parts.columns, *kind.parts.kv_heads, *kind.parts.rows)]
+    whole = [layer.get_submodule(name) for name in kind.parts.whole]
+    told = {id(p) for module in [*linears, *whole] for p in module.parameters()}
+    assert told == {id(p) for p in layer.parameters()}, "tensor-parallel ranks would hold a parameter unsplit, unsummed"
+    for name in (*kind.parts.gathered, *kind.keeps_scale):
+        layer.get_submodule(name)
+    exchanges = kind.exchanges(config)
+    inputs = list(inspect.signature(layer.attend.forward).parameters)
+    assert inputs == [*exchanges, "cu_seqlens", "offset"]
+    for exchange in exchanges.values():
+        if isinstance(exchange, Blocks):
+            layer.get_submodule(exchange.module)
+
+
+@each_kind
+def test_products_are_the_weights(kind: Kind) -> None:
+    """Once per token each, or once per block and KV head; the first is that of all that is projected together."""
+    layer, config = built(kind)
+    matrices = {name: p.shape for name, p in layer.named_parameters() if p.ndim == 2 and not name.endswith("position")}
+    products = kind.products(SHAPE, config)
+    assert sum(p.inner * p.outer for p in products) == sum(rows * columns for rows, columns in matrices.values())
+    joint = [layer.get_submodule(n).weight.shape[0] for n in (*kind.parts.columns, *kind.parts.kv_heads)]
+    assert products[0].inner == SHAPE.hidden_size and products[0].outer == sum(joint)
+
+
+@each_kind
+def test_all_keys_have_a_price(kind: Kind) -> None:
+    config = kind.config() if kind.config else None
+    assert set(kind.prices) == set(kind.keys(config, 100)) and set(kind.prices.values()) <= set(get_args(Price))
+
+
+def test_a_module_around_another_changes_no_name() -> None:
+    inside = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    outside = Around(Around(inside))
+    assert list(outside.state_dict()) == list(inside.state_dict()) and innermost(outside) is inside
+    assert [name for name, _ in outside.named_modules()] == [name for name, _ in inside.named_modules()]
+    inside[0].weight = torch.nn.Parameter(torch.zeros(3, 2))
+    assert outside.state_dict()["0.weight"].eq(0).all()
+
+
+def test_what_warms_up_is_not_tallied() -> None:
+    loss, x = AuxiliaryLoss(0.5), torch.ones(1, 3, 2, requires_grad=True)
+
+    def backward() -> None:
+        loss(x, x.sum(-1), torch.tensor([1, 2])).sum().backward()
+
+    with untallied(loss):
+        backward()
+    assert loss.tally.tolist() == [0, 0, 0]
+    backward()
+    kept = loss.tally
+    with untallied(loss):
+        backward()
+    assert loss.tally is kept and kept.tolist() == [6, 1, 2], "in place: recordings add to it"
+    loss.clear()
+    assert loss.tally is kept and kept.tolist() == [0, 0, 0]
