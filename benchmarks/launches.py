@@ -84,7 +84,7 @@ def layer_and_input(
     with torch.device(device):
         decoder = Decoder(one, config.attention, backend="triton").bfloat16()
         x = torch.randn(1, tokens, one.hidden_size, dtype=torch.bfloat16).requires_grad_()
-        return decoder.layers[0], x, decoder.rotary(torch.arange(tokens))
+        return decoder.layers[0], x, decoder.rotary.at(torch.arange(tokens))
 
 
 def count(

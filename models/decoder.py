@@ -7,7 +7,7 @@ from nsa import ops
 from nsa.cache import Cache
 from nsa.layers.kind import Backends, Kind
 from nsa.layers.projection import parallel_linear
-from nsa.layers.rotary import rotary_frequencies, rotary_tables
+from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.models.head import LanguageModelHead
 from nsa.models.initialisation import first_value
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cu_seqlens: Tensor | None = None, cache: Cache | None = None
+        self, x: Tensor, rotary: RotaryTables, cu_seqlens: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         x, normed = self.attention_norm(x)
         x, normed = self.mlp_norm(x, self.attention(normed, rotary, cu_seqlens, cache))
@@ -77,6 +77,10 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.attention = config, attention
+        rope = config.rope
+        self.rotary = Rotary(
+            rope.theta, config.max_position, rope.yarn_factor, rope.yarn_beta_fast, rope.yarn_beta_slow
+        )
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(
@@ -123,25 +127,11 @@ class Decoder(nn.Module):
         if positions is None:
             offset = caches[0].length if caches else 0
             positions = Documents.of(input_ids.shape[1], offset, cu_seqlens, input_ids.device).query_local
-        rotary = self.rotary(positions)
+        rotary = self.rotary.at(positions)
         x = self.embedding(input_ids)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, cu_seqlens, caches[i] if caches else None)
         return self.head(self.norm(x)[1], targets)
-
-    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (T, D/2) fp32 at ``positions`` (T,)."""
-        config, rope = self.config, self.config.rope
-        frequencies = rotary_frequencies(
-            config.head_dim,
-            rope.theta,
-            trained_range=config.max_position,
-            yarn_factor=rope.yarn_factor,
-            beta_fast=rope.yarn_beta_fast,
-            beta_slow=rope.yarn_beta_slow,
-            device=positions.device,
-        )
-        return rotary_tables(positions, frequencies, yarn_factor=rope.yarn_factor)
 
     def new_caches(self) -> list[Cache]:
         """Empty caches, one a layer, for decoding sequences of equal length side by side."""

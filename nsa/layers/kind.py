@@ -145,6 +145,7 @@ class Kind:
         dense_library: whether its causal attention is ``engine.dense_attention``'s.
         parts: for tensor parallelism.
         exchanges: config -> for context parallelism, what each input of ``attend`` needs, in their order, by name.
+        choices: submodules that choose, as integers without gradient, what is attended to; recomputation keeps these.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
         figures: (attend, *inputs, cu_seqlens, offset) -> figures of one layer for TensorBoard; None: there are none.
         export: config -> fields of config.json; None: an export cannot carry the kind yet.
@@ -165,6 +166,7 @@ class Kind:
     dense_library: bool
     parts: Parts
     exchanges: Callable[[Any], dict[str, Exchange]]
+    choices: tuple[str, ...]
     expensive: tuple[str, ...]
     figures: Callable[..., dict[str, float]] | None
     export: Callable[[Any], dict[str, Any]] | None

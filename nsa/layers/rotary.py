@@ -1,41 +1,70 @@
 """Rotary position embedding with YaRN length extension."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def rotary_frequencies(
-    head_dim: int,
-    theta: float,
-    *,
-    trained_range: int,
-    yarn_factor: float = 1.0,
-    beta_fast: float = 32.0,
-    beta_slow: float = 1.0,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Angular frequencies, (head_dim / 2,) fp32, in radians per token.
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding (RoPE, arXiv 2104.09864), stretched by YaRN (arXiv 2309.00071): angles by head width.
 
-    RoPE (arXiv 2104.09864, Eq. 15); with ``yarn_factor`` > 1 the frequencies that turn less than ``beta_slow`` times
-    over ``trained_range`` tokens are divided by the factor, those that turn more than ``beta_fast`` times are kept,
-    and those between are blended (YaRN, arXiv 2309.00071, section 3.2).
+    Which dims of a head turn, and which of them are pairs, is said where heads are rotated
+    (`nsa.ops.geometry.RotaryLayout`).
+
+    Attributes:
+        theta: base of the frequencies.
+        trained_range: tokens that the model is trained for; counts with YaRN only.
+        yarn_factor: length extension, new range / trained range; 1 is none.
+        beta_fast, beta_slow: turns over the trained range from which on a frequency is kept, and up to which it is
+            divided by the factor.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequencies = theta**-exponents
-    if yarn_factor == 1.0:
-        return frequencies
-    turns = trained_range * frequencies / (2 * math.pi)
-    keep = ((turns - beta_slow) / (beta_fast - beta_slow)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / yarn_factor)
+
+    theta: float = 10000.0
+    trained_range: int = 1
+    yarn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def frequencies(self, width: int, device: torch.device | None = None) -> Tensor:
+        """Angular frequencies, (width / 2,) fp32, in radians per token, for ``width`` dims that turn.
+
+        RoPE (arXiv 2104.09864, Eq. 15). With YaRN the frequencies between the two betas are blended (arXiv 2309.00071,
+        section 3.2).
+        """
+        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+        frequencies = self.theta**-exponents
+        if self.yarn_factor == 1.0:
+            return frequencies
+        turns = self.trained_range * frequencies / (2 * math.pi)
+        keep = ((turns - self.beta_slow) / (self.beta_fast - self.beta_slow)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / self.yarn_factor)
+
+    def tables(self, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (T, width / 2) fp32, of the angles at ``positions`` (T,) integer.
+
+        With YaRN by a factor s both carry its attention temperature 0.1 ln(s) + 1 (arXiv 2309.00071, Eq. 22).
+        """
+        angles = positions[:, None].float() * self.frequencies(width, positions.device)
+        temperature = 0.1 * math.log(self.yarn_factor) + 1.0
+        return angles.cos() * temperature, angles.sin() * temperature
+
+    def at(self, positions: Tensor) -> "RotaryTables":
+        """The tables of tokens at ``positions`` (T,) integer, for all layers of a decoder."""
+        return RotaryTables(self, positions)
 
 
-def rotary_tables(positions: Tensor, frequencies: Tensor, *, yarn_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (T, head_dim / 2) fp32, of the angles at ``positions`` (T,) integer.
+class RotaryTables:
+    """cos and sin at the positions of a batch. Each width that a layer asks for is computed once."""
 
-    With ``yarn_factor`` s both carry YaRN's attention temperature 0.1 ln(s) + 1 (arXiv 2309.00071, Eq. 22).
-    """
-    angles = positions[:, None].float() * frequencies
-    temperature = 0.1 * math.log(yarn_factor) + 1.0
-    return angles.cos() * temperature, angles.sin() * temperature
+    def __init__(self, rotary: Rotary, positions: Tensor) -> None:
+        self.rotary, self.positions = rotary, positions
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, width: int) -> tuple[Tensor, Tensor]:
+        """As `Rotary.tables` for ``width`` dims."""
+        if width not in self._made:
+            self._made[width] = self.rotary.tables(self.positions, width)
+        return self._made[width]

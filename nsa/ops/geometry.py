@@ -257,12 +257,35 @@ def block_ends(documents: Documents, length: int, stride: int) -> Tensor:
     return (start + length - 1).clamp(max=tokens - 1)
 
 
+class RotaryLayout(NamedTuple):
+    """Which dims of a head turn, and which two of them are a pair.
+
+    Attributes:
+        width: dims that turn, R, even; None: all of the head.
+        place: they are the head's first ones or its last.
+        pairs: (i, i + R/2) of them are a pair ("half-split"), or (2i, 2i + 1) ("interleaved").
+    """
+
+    width: int | None = None
+    place: Literal["first", "last"] = "first"
+    pairs: Literal["half-split", "interleaved"] = "half-split"
+
+    def turning(self, width: int) -> tuple[int, int]:
+        """R, and the first dim that turns, of a head of ``width`` dims."""
+        turning = width if self.width is None else self.width
+        return turning, 0 if self.place == "first" else width - turning
+
+
+ALL_HALF_SPLIT = RotaryLayout()
+
+
 class Heads(NamedTuple):
     """``number`` heads of ``width`` columns, and what becomes of them: as they are, rotated, or sigmoid(x + bias)."""
 
     number: int
     width: int
     how: Literal["copy", "rotate", "sigmoid"] = "copy"
+    layout: RotaryLayout = ALL_HALF_SPLIT
 
     @property
     def columns(self) -> int:

@@ -30,10 +30,9 @@ from nsa.parallel.grid import Axis
 
 
 def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
-    """Let ``model`` take whole samples and compute this rank's tokens of them."""
+    """Let the attention of ``model`` take this rank's tokens, which `ComputeOwn` then hands to the decoder."""
     if axis.size == 1:
         return
-    model.forward = partial(_compute_own_tokens, model.forward, axis)  # type: ignore[method-assign]
     layer: Any
     for layer in model.layers:
         attention = layer.attention
@@ -47,14 +46,18 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
                 setattr(attention.get_submodule(parent), child, MakeBlocks(make, axis, exchange))
 
 
-def _compute_own_tokens(
-    forward: Any, axis: Axis, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None
-) -> Tensor:
-    """`nsa.models.Decoder.forward` from whole samples to the losses of this rank's tokens."""
-    chunks = Chunks.of_local(input_ids.shape[1] // axis.size, axis)
-    positions = Documents.of(input_ids.shape[1], 0, cu_seqlens, input_ids.device).query_local
-    own = {"targets": chunks.mine(targets), "positions": chunks.mine(positions, 0)}
-    return forward(chunks.mine(input_ids), cu_seqlens=cu_seqlens, **own)
+class ComputeOwn(Around):
+    """A decoder that is given whole samples, and returns the losses of this rank's tokens of them."""
+
+    def __init__(self, inside: nn.Module, axis: Axis) -> None:
+        super().__init__(inside)
+        self.axis = axis
+
+    def forward(self, input_ids: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        chunks = Chunks.of_local(input_ids.shape[1] // self.axis.size, self.axis)
+        positions = Documents.of(input_ids.shape[1], 0, cu_seqlens, input_ids.device).query_local
+        own = {"targets": chunks.mine(targets), "positions": chunks.mine(positions, 0)}
+        return self.inside(chunks.mine(input_ids), cu_seqlens=cu_seqlens, **own)
 
 
 class Arriving:
@@ -131,7 +134,7 @@ class MakeBlocks(Around):
         super().__init__(inside)
         self.axis, self.exchange = axis, exchange
 
-    def forward(self, raw: Pair, rotary: Pair, cu_seqlens: Tensor | None = None) -> Pair:
+    def forward(self, raw: Pair, tables: Pair, cu_seqlens: Tensor | None = None) -> Pair:
         chunks, device = Chunks.of_local(raw[0].shape[1], self.axis), raw[0].device
         if cu_seqlens is None:
             cu_seqlens = _one_document(chunks.tokens, device)
@@ -141,7 +144,7 @@ class MakeBlocks(Around):
         # A batch is more heads: so the packing below is that of one row.
         k, v = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(widths, -1)
         borders, row = derived(cu_seqlens, _block_layout, chunks, length, stride)
-        cos, sin = (_behind_halos(table, chunks, length - 1) for table in rotary)
+        cos, sin = (_behind_halos(table, chunks, length - 1) for table in tables)
         blocks = self.inside((k, v), (cos, sin), borders)
         gathered = all_gather(torch.cat(blocks, -1), self.axis, TOKENS, self.exchange.name)[0, row]
         k, v = gathered.unflatten(1, (len(rows), -1)).transpose(0, 1).split(widths, -1)

@@ -105,7 +105,7 @@ def _build(config: Config, grid: Grid) -> Decoder:
     engine = config.engine
     with META:
         model = Decoder(config.model, config.attention, backend="triton")
-    parallelize(model, grid)
+    model = parallelize(model, grid)
     if grid.pipeline.group is not None:  # its sends ask for the device's backend before they go
         backend = grid.pipeline.group._get_backend(torch.device("cpu"))
         grid.pipeline.group._register_backend(META, dist.ProcessGroup.BackendType.CUSTOM, backend)

@@ -53,7 +53,8 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     if copies > 1:
         for kind in kinds:
             head = kind.parts.gathered_bytes(model.attention_shape, width)
-            sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + again)
+            twice = again and not set(kind.parts.gathered) <= set(kind.choices)  # a choice is kept
+            sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + twice)
     if p > 1:
         # A pipeline sums gradients once a step, the others after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(

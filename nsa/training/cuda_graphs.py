@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nsa.config import Config
+from nsa.layers.around import Around
 from nsa.layers.auxiliary_loss import untallied
 from nsa.models.moe import Experts
 from nsa.ops.geometry import KnownLengths, known_lengths, tell_lengths
@@ -52,8 +53,8 @@ def graphs_serve(config: Config, device: torch.device) -> bool:
     return parallel.pipeline == 1 and config.engine.zero_stage < 3
 
 
-class GraphedDecoder:
-    """In the place of a decoder's ``forward``: losses with gradients by graphs, everything else by the decoder itself.
+class GraphedDecoder(Around):
+    """A decoder in whose place losses with gradients come from graphs, and everything else from itself.
 
     Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass; or, with
     ``sinks``, the recording adds them there, and the parameters get none.
@@ -65,19 +66,20 @@ class GraphedDecoder:
         traffic: where the ranks of a spread decoder count what they send.
     """
 
-    def __init__(self, model: nn.Module, traffic: Traffic | None = None, sinks: Sinks | None = None) -> None:
-        self.model, self.eager, self.traffic, self.sinks = model, model.forward, traffic or Traffic(), sinks
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+    def __init__(self, inside: nn.Module, traffic: Traffic | None = None, sinks: Sinks | None = None) -> None:
+        super().__init__(inside)
+        self.traffic, self.sinks = traffic or Traffic(), sinks
+        self.trained = [p for p in inside.parameters() if p.requires_grad]
         self.recorded: _Recording | None = None
-        self.by_lengths = any(getattr(module, "asks_for_lengths", False) for module in model.modules())
+        self.by_lengths = any(getattr(module, "asks_for_lengths", False) for module in inside.modules())
         _graphed.add(self)
 
-    def __call__(
+    def forward(
         self, input_ids: Tensor, targets: Tensor | None = None, cu_seqlens: Tensor | None = None, **others: Any
     ) -> Tensor:
         """As `nsa.models.Decoder.forward`."""
         if not torch.is_grad_enabled() or targets is None or cu_seqlens is None or others:
-            return self.eager(input_ids, targets=targets, cu_seqlens=cu_seqlens, **others)
+            return self.inside(input_ids, targets=targets, cu_seqlens=cu_seqlens, **others)
         lengths = known_lengths(cu_seqlens) if self.by_lengths else None
         lengths = lengths if lengths is not None and lengths.equal else None
         if self.recorded is None or not self.recorded.has_room(input_ids, cu_seqlens, lengths):
@@ -88,7 +90,7 @@ class GraphedDecoder:
             self.recorded = None
             self.recorded = _Recording(self, input_ids, targets, pad_borders(cu_seqlens, size), lengths)
         borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
-        return _Replay.apply(self.recorded, input_ids, targets, borders, *self.parameters)
+        return _Replay.apply(self.recorded, input_ids, targets, borders, *self.trained)
 
 
 _graphed: WeakSet[GraphedDecoder] = WeakSet()
@@ -130,20 +132,20 @@ class _Recording:
     ) -> None:
         self.inputs, self.traffic = [x.clone() for x in (ids, targets, borders)], decoder.traffic
         self.lengths, self.sinks = lengths, decoder.sinks
-        self.parameters = decoder.parameters
+        self.parameters = decoder.trained
         # Stand-ins that share the parameters' memory: autograd sends a parameter's gradient to the stream on which it
         # was first used, and that one cannot be recorded.
         stand_ins = {
-            f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in decoder.model.named_parameters()
+            f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in decoder.inside.named_parameters()
         }
         leaves = [leaf for leaf in stand_ins.values() if leaf.requires_grad]
-        record = partial(self._record, decoder.model, decoder.eager, leaves, borders)
-        functional_call(_Holder(decoder.model), stand_ins, (record,))
+        record = partial(self._record, decoder.inside, leaves, borders)
+        functional_call(_Holder(decoder.inside), stand_ins, (record,))
 
-    def _record(self, model: nn.Module, forward: Any, leaves: Sequence[Tensor], borders: Tensor) -> None:
+    def _record(self, model: nn.Module, leaves: Sequence[Tensor], borders: Tensor) -> None:
         def run() -> Tensor:
             input_ids, targets, cu_seqlens = self.inputs
-            return forward(input_ids, targets=targets, cu_seqlens=cu_seqlens)
+            return model(input_ids, targets=targets, cu_seqlens=cu_seqlens)
 
         def gradients(losses: Tensor) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(losses, leaves, self.d_losses, allow_unused=True)

@@ -42,25 +42,24 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
             backend=config.engine.backend,
             dense_attention=config.engine.dense_attention,
         )
-    parallelize(model, grid, fill=lambda model: materialise(model, draw, dtype))
+    model = parallelize(model, grid, fill=lambda model: materialise(model, draw, dtype))
     if config.engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
     optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)
 
     optimizer.gate.close()  # DeepSpeed takes a step with zero gradients to allocate; it would decay the weights
     mpu = ModelParallelUnit(grid)
+    graphed = GraphedDecoder(model, grid.traffic) if graphs_serve(config, ranks.device) else None
     with _quiet():
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
+        engine, *_ = deepspeed.initialize(model=graphed or model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.gate.reset()
     if isinstance(engine.optimizer, BF16_Optimizer):
         alone, found = grid.model.size == 1, engine.optimizer.get_grads_for_norm
         engine.optimizer.get_grads_for_norm = (
             partial(_flat_gradients, engine.optimizer) if alone else _some(found, ranks)
         )
-    if graphs_serve(config, ranks.device):
-        straight = isinstance(engine.optimizer, BF16_Optimizer) and config.engine.zero_stage == 1
-        sinks = GradientSinks(engine.optimizer) if straight else None
-        engine.module.forward = GraphedDecoder(engine.module, grid.traffic, sinks)
+    if graphed and isinstance(engine.optimizer, BF16_Optimizer) and config.engine.zero_stage == 1:
+        graphed.sinks = GradientSinks(engine.optimizer)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
 
@@ -72,9 +71,9 @@ def client_optimizer(engine: DeepSpeedEngine) -> AdamW | SGD:
 
 def sum_gradients_held_alike(engine: DeepSpeedEngine) -> None:
     """Before a step, where the passes are recorded and leave that to us; elsewhere the backward passes did it."""
-    forward = engine.module.forward
-    if isinstance(forward, GraphedDecoder) and forward.sinks is not None:
-        forward.sinks.sum_alike()
+    graphed = engine.module
+    if isinstance(graphed, GraphedDecoder) and graphed.sinks is not None:
+        graphed.sinks.sum_alike()
 
 
 def dense_attention_of(config: Config, device: torch.device) -> str | None:

@@ -9,9 +9,9 @@ from torch.nn.functional import silu
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.nsa.compression import BlockCompression
 from nsa.layers.projection import joint_linear, parallel_linear
-from nsa.layers.rotary import rotary_frequencies, rotary_tables
+from nsa.layers.rotary import Rotary
 from nsa.ops import apply_rotary
-from nsa.ops.geometry import Documents, block_ends
+from nsa.ops.geometry import Documents, RotaryLayout, block_ends
 
 SIZES = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 10}
 
@@ -91,7 +91,7 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_compressed_scores_depend_on_distance_alone() -> None:
     """Shifting a sequence by whole strides, behind other tokens, keeps what a later query sees of it."""
     layer = nsa_layer(num_blocks=3, num_initial=0)
-    tables = [rotary_tables(torch.arange(s, s + 40), rotary_frequencies(6, 1e4, trained_range=64)) for s in (0, 16)]
+    tables = [Rotary(1e4).at(torch.arange(s, s + 40)) for s in (0, 16)]
     x = torch.randn(1, 40, 16, dtype=torch.float64)
     # Tables are fp32: angles of other absolute positions round differently.
     torch.testing.assert_close(layer(x, tables[0]), layer(x, tables[1]), rtol=1e-4, atol=1e-5)
@@ -109,16 +109,43 @@ def test_joint_linear_equals_one_by_one() -> None:
 
 def test_rotary_turns_pairs_and_keeps_norms() -> None:
     x = torch.randn(1, 9, 2, 8)
-    cos, sin = rotary_tables(torch.arange(9), rotary_frequencies(8, 1e4, trained_range=9))
+    cos, sin = Rotary(1e4).tables(torch.arange(9), 8)
     turned = apply_rotary(x, cos, sin)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     pair = torch.complex(x[..., 0], x[..., 4]) * torch.exp(1j * torch.arange(9.0))[None, :, None]
     torch.testing.assert_close(torch.complex(turned[..., 0], turned[..., 4]), pair)
 
 
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("pairs", ["half-split", "interleaved"])
+def test_rotary_turns_the_dims_of_its_layout(place: str, pairs: str) -> None:
+    """Four of ten dims turn, each pair as one complex number; the others stay as they are."""
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 9, 3, 10), torch.arange(5, 14)
+    first = 0 if place == "first" else 6
+    turning = [first + d for d in ((0, 2, 1, 3) if pairs == "half-split" else (0, 1, 2, 3))]
+    expected = x.clone()
+    for number, (a, b) in enumerate(zip(turning[::2], turning[1::2], strict=True)):
+        angle = positions * 100.0 ** (-number / 2)
+        pair = torch.complex(x[..., a], x[..., b]) * torch.exp(1j * angle)[None, :, None]
+        expected[..., a], expected[..., b] = pair.real, pair.imag
+    layout = RotaryLayout(4, place, pairs)  # type: ignore[arg-type]
+    torch.testing.assert_close(apply_rotary(x, *Rotary(100.0).tables(positions, 4), layout=layout), expected)
+
+
+def test_rotary_refuses_layouts_that_do_not_fit() -> None:
+    x, tables = torch.randn(1, 3, 1, 8), Rotary().tables(torch.arange(3), 6)
+    with pytest.raises(ValueError, match="3 cannot turn"):
+        apply_rotary(x, *tables, layout=RotaryLayout(3))
+    with pytest.raises(ValueError, match="10 cannot turn"):
+        apply_rotary(x, *tables, layout=RotaryLayout(10))
+    with pytest.raises(ValueError, match=r"must be \(T, 4 / 2\)"):
+        apply_rotary(x, *tables, layout=RotaryLayout(4))
+
+
 def test_yarn_keeps_fast_and_stretches_slow_frequencies() -> None:
-    plain = rotary_frequencies(64, 1e4, trained_range=4096)
-    yarn = rotary_frequencies(64, 1e4, trained_range=4096, yarn_factor=4)
+    plain = Rotary(1e4, 4096).frequencies(64)
+    yarn = Rotary(1e4, 4096, yarn_factor=4).frequencies(64)
     assert torch.equal(yarn[:4], plain[:4])
     torch.testing.assert_close(yarn[-4:], plain[-4:] / 4)
     assert (yarn <= plain).all() and (yarn >= plain / 4 * 0.999).all()
@@ -128,10 +155,10 @@ def test_dense_layer_decodes_as_the_whole() -> None:
     torch.manual_seed(0)
     layer = DenseAttention(16, 4, 2, 6, 4).double()
     x = torch.randn(1, 21, 16, dtype=torch.float64)
-    cos, sin = rotary_tables(torch.arange(21), rotary_frequencies(6, 1e4, trained_range=21))
+    rotary = Rotary(1e4)
     cache = layer.new_cache()
-    parts = [layer(x[:, t : t + 1], (cos[t : t + 1], sin[t : t + 1]), cache=cache) for t in range(21)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, (cos, sin)))
+    parts = [layer(x[:, t : t + 1], rotary.at(torch.tensor([t])), cache=cache) for t in range(21)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x, rotary.at(torch.arange(21))))
 
 
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16), (0, 16)])

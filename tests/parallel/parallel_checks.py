@@ -68,7 +68,7 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
     for moe in (m for decoder in (whole, part) for m in decoder.modules() if isinstance(m, MixtureOfExperts)):
         moe.balance.scale = 0.1
         moe.router.bias.copy_(torch.linspace(-0.1, 0.1, len(moe.router.bias)))
-    parallelize(part, grid)
+    part = parallelize(part, grid)
 
     packed = dice.random() < 0.8
     batch = 1 if packed else dice.randint(1, 2)

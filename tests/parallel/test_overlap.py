@@ -56,7 +56,7 @@ def test_the_selected_keys_and_values_travel_behind_the_compressed_branch(tmp_pa
         with torch.device("meta"):
             model = Decoder(config.model, config.attention, backend="triton")
             ids = torch.empty(1, 64, dtype=torch.int64)
-        parallelize(model, grid)
+        model = parallelize(model, grid)
         model(ids, targets=ids, cu_seqlens=torch.empty(2, dtype=torch.int32, device="meta")).sum().backward()
 
     def between(first: str, last: str) -> list[str]:

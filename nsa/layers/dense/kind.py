@@ -50,6 +50,7 @@ DENSE = Kind(
         gathered_bytes=lambda shape, width: 0,
     ),
     exchanges=lambda config: {"q": Own(), "kv": Gather("keys")},
+    choices=(),
     expensive=("range_attention",),
     figures=None,
     export=lambda config: {},

@@ -8,6 +8,7 @@ from nsa import ops
 from nsa.cache import FullCache
 from nsa.layers.kind import Local, Pair
 from nsa.layers.projection import joint_linear
+from nsa.layers.rotary import RotaryTables
 from nsa.ops.dense.libraries import NAMES
 
 
@@ -69,14 +70,14 @@ class DenseAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: RotaryTables,
         cu_seqlens: Tensor | None = None,
         cache: FullCache | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         Args:
-            rotary: cos and sin (T, D/2) fp32 at the tokens' positions (`nsa.layers.rotary.rotary_tables`).
+            rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`).
             cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1.
             cache: keys and values of the tokens before; T new ones are appended.
         """
@@ -86,7 +87,7 @@ class DenseAttention(nn.Module):
             ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "rotate"),
             ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
         ]
-        q, k, v = ops.split_heads(joint, parts, *rotary, backend=self.backend)
+        q, k, v = ops.split_heads(joint, parts, *rotary.of(self.head_dim), backend=self.backend)
         offset = 0 if cache is None else cache.length
         q, kv = self.exchange(q, (k, v))
         if cache is not None:

@@ -11,7 +11,7 @@ from nsa.cache import NativeSparseCache
 from nsa.layers.kind import Local, Pair
 from nsa.layers.nsa.compression import BlockCompression
 from nsa.layers.projection import joint_linear
-from nsa.layers.rotary import rotary_frequencies, rotary_tables
+from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.geometry import Documents, block_ends
 
 BRANCHES = ("compressed", "selected", "window")
@@ -37,18 +37,18 @@ class KeyValueCompression(nn.Module):
         self.key = BlockCompression(head_dim, length, stride, hidden, backend=backend)
         self.value = BlockCompression(v_head_dim, length, stride, hidden, backend=backend)
 
-    def forward(self, raw: Pair, rotary: Pair, cu_seqlens: Tensor | None = None, ahead: int = 0) -> Pair:
+    def forward(self, raw: Pair, tables: Pair, cu_seqlens: Tensor | None = None, ahead: int = 0) -> Pair:
         """(B, T, G, D), (B, T, G, Dv) -> the blocks of `BlockCompression` for each.
 
         Args:
-            rotary: cos and sin of the tokens from the ``ahead``-th on: there every block ends.
+            tables: cos and sin of the tokens from the ``ahead``-th on: there every block ends.
         """
         documents = Documents.of(raw[0].shape[1], 0, cu_seqlens, raw[0].device)
         ends = block_ends(documents, self.length, self.stride)
         if ahead:
             ends = ends - ahead
         k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
-        return ops.apply_rotary(k_cmp, *rotary, ends, backend=self.backend), v_cmp
+        return ops.apply_rotary(k_cmp, *tables, ends, backend=self.backend), v_cmp
 
 
 class BlockChoice(nn.Module):
@@ -183,32 +183,33 @@ class NativeSparseAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Pair | None = None,
+        rotary: RotaryTables | None = None,
         cu_seqlens: Tensor | None = None,
         cache: NativeSparseCache | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
         Args:
-            rotary: cos and sin (T, D/2) fp32 at the tokens' positions (`nsa.layers.rotary.rotary_tables`); None: made
-                here from ``rope_theta``.
+            rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`); None: made here from
+                ``rope_theta``.
             cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; no branch looks across one.
             cache: of the tokens before, from `new_cache`; the T new ones are appended.
         """
         offset = 0 if cache is None else cache.length
         if rotary is None:
-            rotary = self._rotary(x, offset, cu_seqlens)
-        q, raw_cmp, slc, win, gates = self.exchange(*self.project(x, rotary))
+            rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
+        tables = rotary.of(self.head_dim)
+        q, raw_cmp, slc, win, gates = self.exchange(*self.project(x, tables))
         if cache is None:
-            cmp = self.compress(raw_cmp, rotary, cu_seqlens)
+            cmp = self.compress(raw_cmp, tables, cu_seqlens)
         else:
             cmp, slc, win = cache.append(
-                raw_cmp, slc, win, lambda raw, first: self.compress(raw, rotary, ahead=offset - first)
+                raw_cmp, slc, win, lambda raw, first: self.compress(raw, tables, ahead=offset - first)
             )
         out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 
-    def project(self, x: Tensor, rotary: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
+    def project(self, x: Tensor, tables: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
         """Rotated queries; keys and values of each branch, those of the compressed one not rotated; gates."""
         branches: list[Any] = [self.key_value[branch] for branch in BRANCHES]
         linears = [self.query, *(linear for kv in branches for linear in (kv.key, kv.value)), self.gate]
@@ -226,14 +227,9 @@ class NativeSparseAttention(nn.Module):
             ops.Heads(heads, 3, "sigmoid"),
         ]
         q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = ops.split_heads(
-            joint, parts, *rotary, bias=self.gate.bias, backend=self.backend
+            joint, parts, *tables, bias=self.gate.bias, backend=self.backend
         )
         return q, (k_cmp, v_cmp), (k_slc, v_slc), (k_win, v_win), gates
 
     def new_cache(self) -> NativeSparseCache:
         return NativeSparseCache(self.compress.stride, self.window)
-
-    def _rotary(self, x: Tensor, offset: int, cu_seqlens: Tensor | None) -> Pair:
-        positions = Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local
-        frequencies = rotary_frequencies(self.head_dim, self.rope_theta, trained_range=1, device=x.device)
-        return rotary_tables(positions, frequencies)

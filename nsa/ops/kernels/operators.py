@@ -9,7 +9,6 @@ from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_l
 from nsa.ops.kernels import compression, ranges, selected, selection
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels.selected import BlockLayout
-from nsa.ops.selection.recall import recalled
 
 
 @torch.library.custom_op("nsa::range_attention", mutates_args=())
@@ -81,7 +80,7 @@ def _select_blocks(
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     visible = visible_blocks(documents, length, stride)
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
-    return recalled(lambda: selection.select(q, k, lse, documents, visible, offset, *sizes, scale))
+    return selection.select(q, k, lse, documents, visible, offset, *sizes, scale)
 
 
 @_select_blocks.register_fake

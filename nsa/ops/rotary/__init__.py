@@ -6,17 +6,26 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import resolve_backend
-from nsa.ops.geometry import Heads
+from nsa.ops.geometry import ALL_HALF_SPLIT, Heads, RotaryLayout
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """Rotate the heads of x: pairs (i, i + D/2), computed in fp32.
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rows: Tensor | None = None,
+    *,
+    layout: RotaryLayout = ALL_HALF_SPLIT,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotate the heads of x, computed in fp32.
 
-    (a, b) -> (a cos - b sin, b cos + a sin): RoPE (arXiv 2104.09864, Eq. 34) with the halves of a head for its pairs.
+    A pair (a, b) -> (a cos - b sin, b cos + a sin): RoPE (arXiv 2104.09864, Eq. 34).
 
     Args:
-        x: (B, T, H, D), D even. cos, sin: (T, D/2) fp32. rows: (T,) int64, the tables' row for each token; None: its
-            own, 0 .. T - 1. backend: auto, triton, torch or naive.
+        x: (B, T, H, D). cos, sin: (T, R/2) fp32, R of the D dims turn. rows: (T,) int64, the tables' row for each
+            token; None: its own, 0 .. T - 1. layout: which dims turn and are pairs; by default all, (i, i + D/2).
+            backend: auto, triton, torch or naive.
 
     Returns:
         (B, T, H, D) in x's dtype.
@@ -24,7 +33,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None
     Raises:
         ValueError: shapes that do not belong together, unknown backend.
     """
-    heads = Heads(x.shape[2], x.shape[3], "rotate")
+    heads = Heads(x.shape[2], x.shape[3], "rotate", layout)
     return split_heads(x.flatten(2), [heads], cos, sin, rows=rows, backend=backend)[0]
 
 
@@ -67,14 +76,19 @@ def split_heads(
             assert bias is not None
             columns = (columns + bias).sigmoid()
         heads = columns.unflatten(-1, (part.number, part.width))
-        outs.append(_rotate(heads, cos, sin) if part.how == "rotate" else heads)
+        outs.append(_rotate(heads, cos, sin, part.layout) if part.how == "rotate" else heads)
     return outs
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: RotaryLayout) -> Tensor:
+    width, start = layout.turning(x.shape[-1])
+    turning = x[..., start : start + width].float()
+    interleaved = layout.pairs == "interleaved"
+    first, second = (turning[..., 0::2], turning[..., 1::2]) if interleaved else turning.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    turned = first * cos - second * sin, second * cos + first * sin
+    out = (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
+    return out if width == x.shape[-1] else torch.cat((x[..., :start], out, x[..., start + width :]), -1)
 
 
 def _check(
@@ -83,9 +97,14 @@ def _check(
     if x.shape[-1] != sum(part.columns for part in parts) or not 1 <= len(parts) <= 8:
         raise ValueError(f"x {tuple(x.shape)} must have the columns of 1 to 8 parts: {[tuple(p) for p in parts]}")
     for part in parts:
-        if part.how == "rotate" and (part.width % 2 or cos.shape[1] != part.width // 2 or sin.shape != cos.shape):
+        if part.how != "rotate":
+            continue
+        turning, _ = part.layout.turning(part.width)
+        if turning % 2 or part.width % 2 or not 0 < turning <= part.width:
+            raise ValueError(f"of heads of {part.width} dims {turning} cannot turn: both must be even")
+        if cos.shape[1] != turning // 2 or sin.shape != cos.shape:
             raise ValueError(
-                f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (T, {part.width} / 2) for these heads"
+                f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be (T, {turning} / 2) for these heads"
             )
     if rows is None and len(cos) != x.shape[1]:
         raise ValueError(f"{x.shape[1]} tokens need as many rows of cos and sin, got {len(cos)}")

@@ -9,7 +9,6 @@ from nsa.ops.compressed import compressed_ranges
 from nsa.ops.compressed import naive_mask as compressed_mask
 from nsa.ops.dispatch import accumulation_dtype, check_attention, check_compression, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, Ranges, block_starts
-from nsa.ops.selection.recall import recalled
 from nsa.ops.tiles import LOG2_E, Runs
 
 
@@ -64,15 +63,12 @@ def select_blocks(
             q, k_cmp, lse, cu_seqlens, offset, *sizes[:3], num_blocks, num_initial, num_local, sizes[3]
         )
 
-    def choose() -> Tensor:
-        if implementation == "naive":
-            tiles = iter([(slice(0, q.shape[1]), naive_importance(q, k_cmp, lse, documents, *sizes))])
-        else:
-            tiles = _importance_tiles(q, k_cmp, lse, documents, visible, *sizes)
-        local, forced = documents.query_local, (num_initial, num_local)
-        return torch.cat([pick_blocks(i, local[rows], block_size, num_blocks, *forced) for rows, i in tiles], dim=1)
-
-    return recalled(choose)
+    if implementation == "naive":
+        tiles = iter([(slice(0, q.shape[1]), naive_importance(q, k_cmp, lse, documents, *sizes))])
+    else:
+        tiles = _importance_tiles(q, k_cmp, lse, documents, visible, *sizes)
+    local, forced = documents.query_local, (num_initial, num_local)
+    return torch.cat([pick_blocks(i, local[rows], block_size, num_blocks, *forced) for rows, i in tiles], dim=1)
 
 
 def check_selection(
