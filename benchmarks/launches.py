@@ -61,7 +61,7 @@ def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
     from triton.runtime.jit import JITFunction
 
     from nsa.ops import dispatch
-    from nsa.ops.kernels import launch
+    from nsa.ops.kernels import hardware
 
     def launch_instead(self: JITFunction, grid: tuple) -> Any:
         return lambda *args, **kwargs: launched(f"{self.fn.__module__.rpartition('.')[2]}.{self.__name__}")
@@ -69,7 +69,7 @@ def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
     with (
         mock.patch.object(dispatch, "_on_gpu", lambda *tensors: True),
         mock.patch.object(JITFunction, "__getitem__", launch_instead),
-        mock.patch.object(launch, "architecture", lambda: arch),
+        mock.patch.object(hardware, "architecture", lambda: arch),
         mock.patch.object(dispatch, "_kernel_obstacle", lambda *tensors, **needs: None),
     ):
         yield

@@ -35,8 +35,8 @@ from nsa.models import Decoder, training_flops_per_token
 from nsa.ops.dense.libraries import chosen
 from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.training.activation_checkpointing import checkpoint_layers
+from nsa.training.batches import ON_DEVICE
 from nsa.training.cuda_graphs import GraphedDecoder
-from nsa.training.loading import ON_DEVICE
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3  # steps

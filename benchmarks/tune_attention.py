@@ -28,9 +28,9 @@ from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, d
 from benchmarks.measure import called_ms
 from nsa.ops.compressed import compressed_ranges
 from nsa.ops.geometry import Documents, window_ranges
-from nsa.ops.kernels import launch, ranges, selected, selection
+from nsa.ops.kernels import hardware, ranges, selected, selection
 
-TABLE = Path(launch.__file__).with_name("tiles.json")
+TABLE = Path(hardware.__file__).with_name("tiles.json")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -149,7 +149,7 @@ def operations(shape: Shape, tokens: int) -> dict[str, Callable[[], object]]:
 
 def rows_of(call: Callable[[], object]) -> set[str]:
     """The rows of the tile table that a call asks for."""
-    with mock.patch.object(launch, "_entry", wraps=launch._entry) as entry:
+    with mock.patch.object(hardware, "_entry", wraps=hardware._entry) as entry:
         call()
     return {asked.args[1] for asked in entry.call_args_list}
 
@@ -157,10 +157,10 @@ def rows_of(call: Callable[[], object]) -> set[str]:
 def tune(shape: Shape, tokens: int, row: str, calls: dict[str, Callable[[], object]], compile_only: bool) -> list[dict]:
     results = []
     candidates = CANDIDATES if max(shape.width, shape.v_width) <= 128 else WIDE_CANDIDATES
-    table = launch._table()[launch.architecture()]
+    table = hardware._table()[hardware.architecture()]
     for candidate in candidates[row]:
         saved, table[row] = table[row], [candidate]
-        launch._entry.cache_clear()
+        hardware._entry.cache_clear()
         result = {"kernel": row, "shape": shape.name, "tokens": tokens, **candidate}
         try:
             for name, call in calls.items():
@@ -173,7 +173,7 @@ def tune(shape: Shape, tokens: int, row: str, calls: dict[str, Callable[[], obje
         except Exception as error:  # a tile that does not fit is an answer
             result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
         table[row] = saved
-        launch._entry.cache_clear()
+        hardware._entry.cache_clear()
         if not compile_only:
             print(json.dumps(result), flush=True)
             results.append(result)
@@ -231,9 +231,9 @@ def write_winners(results: list[dict], shape: Shape) -> None:
         if not timed:
             print(f"{row}: no candidate fits shape {shape.name}, its entry stays")
             continue
-        entries = table[launch.architecture()][row]
+        entries = table[hardware.architecture()][row]
         width = max(shape.width, shape.v_width)
-        index = next(i for i, entry in enumerate(entries) if width <= entry.get("max_width", launch.MAX_WIDTH))
+        index = next(i for i, entry in enumerate(entries) if width <= entry.get("max_width", hardware.MAX_WIDTH))
         limits = {key: value for key, value in entries[index].items() if key.startswith("max_")}
         best = min(timed, key=counted_ms)
         entries[index] = limits | {key: best[key] for key in best if key.isupper() or key in OPTIONS}

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from nsa.planning import report
+    from nsa.planning.describe import describe, describe_dry_run, describe_search, describe_speed
     from nsa.planning.dry_run import dry_run
     from nsa.planning.memory import memory_of
     from nsa.planning.search import search
@@ -63,17 +63,17 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--gpu {options.gpu}: one of {', '.join(GPUS)}")
     if options.memory is not None and options.memory <= 0:
         raise ConfigError(f"--memory {options.memory:g}: GB of a GPU")
-    print(report.describe(config, gpus))
+    print(describe(config, gpus))
     if options.gpu or options.memory:
         gpu = GPUS[options.gpu or "H100"]
         gpu = replace(gpu, memory=1e9 * options.memory) if options.memory else gpu
         speed = predict_speed(config, gpus, gpu)
-        print("\n" + report.describe_speed(speed, memory_of(config, gpus), gpus, gpu), flush=True)
-        print("\n" + report.describe_search(search(config, gpus, gpu), gpus, gpu))
+        print("\n" + describe_speed(speed, memory_of(config, gpus), gpus, gpu), flush=True)
+        print("\n" + describe_search(search(config, gpus, gpu), gpus, gpu))
     if options.dry_run:
         stages = config.parallel.pipeline
         for rank in (0, stages * config.parallel.context * config.parallel.tensor - 1) if stages > 1 else (0,):
-            print("\n" + report.describe_dry_run(dry_run(config, gpus, rank)), flush=True)
+            print("\n" + describe_dry_run(dry_run(config, gpus, rank)), flush=True)
 
 
 def _fit(files: list[Path]) -> None:

@@ -38,7 +38,7 @@ def main() -> int:
         print(dump_config(config), end="")
         return 0
     if arguments.dry_run:
-        from nsa.planning.report import describe
+        from nsa.planning.describe import describe
 
         try:
             print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))

@@ -31,7 +31,7 @@ def _on_gpu(*tensors: Tensor) -> bool:
 def _kernel_obstacle(*tensors: Tensor, heads: bool) -> str | None:
     # Triton exists on Linux only, and costs a second to import.
     try:
-        from nsa.ops.kernels.launch import why_not
+        from nsa.ops.kernels.hardware import why_not
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return why_not(*tensors, heads=heads)

@@ -8,8 +8,8 @@ from pathlib import Path
 from nsa.config import Config
 from nsa.data.loader import SampleStream
 from nsa.training.distributed import Ranks, ReportedError
-from nsa.training.saving import Progress
 from nsa.training.spikes import SpikeState, batch_number
+from nsa.training.state import Progress
 
 
 class TrainingError(ValueError):

@@ -21,22 +21,22 @@ from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_probe import probe
 from nsa.training.balance import Balance
+from nsa.training.batches import ON_DEVICE, Batch, StepLoader, pinned, sample_indices
+from nsa.training.checkpoint_writer import CheckpointWriter
 from nsa.training.console import Console
 from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.deepspeed_config import deepspeed_config
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine, client_optimizer, dense_attention_of, sum_gradients_held_alike
 from nsa.training.exit_codes import DONE, INTERRUPTED, REQUEUE
-from nsa.training.loading import ON_DEVICE, Batch, StepLoader, pinned, sample_indices
 from nsa.training.metrics import StepMetrics, StepResult
 from nsa.training.monitor import Monitor
 from nsa.training.quarantine import TrainingError, roll_back
 from nsa.training.run_folder import RunFolder
-from nsa.training.saver import Saver
-from nsa.training.saving import Identity, load_newest, restore, snapshot, state_bytes
 from nsa.training.schedule import learning_rate
 from nsa.training.signals import StopRequest
 from nsa.training.spikes import SpikeDetector, batch_number
+from nsa.training.state import Identity, load_newest, restore, snapshot, state_bytes
 from nsa.training.watchdog import Watchdog
 
 IGNORED = -100  # targets that are not counted
@@ -81,7 +81,7 @@ class Trainer:
         self.progress = restore(self.engine, config, self.ranks, self.folder, self.identity)
         self.spikes = SpikeDetector(config.recovery, self.progress.spikes)
         self.ranks.on_main(lambda: checkpoint.check_space(self.folder, state_bytes(config)))
-        self.saver = Saver(self.ranks, self.folder, config.checkpoint.keep_last)
+        self.writer = CheckpointWriter(self.ranks, self.folder, config.checkpoint.keep_last)
         recovery, rank = config.recovery, self.ranks.rank
         self.watchdog = Watchdog(rank, world_size, self.folder, recovery.hang_seconds, recovery.lost_seconds)
 
@@ -127,8 +127,8 @@ class Trainer:
                 data_seconds += result.data_seconds
                 last = step == training.steps or bool(result.stop)
                 self._check_skips(result)
-                if self.saver.finished and not self.saver.failed:
-                    self._saved(self.saver.wait())
+                if self.writer.finished and not self.writer.failed:
+                    self._saved(self.writer.wait())
                 if self.spikes.exhausted:
                     self._roll_back()
                     since, seconds, data_seconds = self.progress.step, 0.0, 0.0
@@ -215,11 +215,11 @@ class Trainer:
         one of them was asked to stop with, or 0. Raises if a checkpoint could not be written."""
         counted = sum(int(torch.count_nonzero(b["targets"] != IGNORED)) for b in batches) * self.grid.counts_samples
         asked = stop.asked()[0]
-        votes = [counted, self.saver.failed, *(asked == code for code in STOPS)]
+        votes = [counted, self.writer.failed, *(asked == code for code in STOPS)]
         votes_of_all = self.ranks.sum(torch.tensor(votes, dtype=torch.float64, device=self.ranks.device))
         targets, failed, *stops = votes_of_all.tolist()
         if failed:
-            self.saver.wait()  # raises, on all ranks
+            self.writer.wait()  # raises, on all ranks
         return targets, next((code for code, votes_for in zip(STOPS, stops, strict=True) if votes_for), 0)
 
     def _update(self, batches: list[Batch], targets: float) -> tuple[float, float, bool, bool]:
@@ -316,22 +316,22 @@ class Trainer:
     def save(self, wait: bool = False) -> None:
         """Copy the state and let it be written in the background; ``wait`` until it is."""
         self.watchdog.beat(f"checkpoint of step {self.progress.step}")
-        self._saved(self.saver.wait())
+        self._saved(self.writer.wait())
         started = time.perf_counter()
         copy = snapshot(self.engine, self.config, self.ranks, self.progress, self.identity)
         self._copy_seconds = time.perf_counter() - started
         spikes = self.progress.spikes.spikes
-        self.saver.start(copy, protect=spikes[0] + 1 if spikes else None)
+        self.writer.start(copy, protect=spikes[0] + 1 if spikes else None)
         if wait:
-            self._saved(self.saver.wait())
+            self._saved(self.writer.wait())
 
     def _saved(self, path: Path | None) -> None:
         if path is not None:
-            self.console.say(f"  saved {path} in {self.saver.seconds:.1f} s ({self._copy_seconds:.2f} s to copy it)")
+            self.console.say(f"  saved {path} in {self.writer.seconds:.1f} s ({self._copy_seconds:.2f} s to copy it)")
 
     def _roll_back(self) -> None:
         """Too many spikes: go on from a checkpoint of before the first of them, without their batches."""
-        self._saved(self.saver.wait())
+        self._saved(self.writer.wait())
         after, spikes = self.progress.step, self.progress.spikes
         going_back = partial(load_newest, self.engine, self.config, self.ranks, self.folder, self.identity)
         self.progress, told = roll_back(

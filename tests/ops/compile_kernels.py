@@ -32,7 +32,7 @@ from nsa.ops.kernels import (
     compression,
     cross_entropy,
     gates,
-    launch,
+    hardware,
     norm,
     ranges,
     rotary,
@@ -105,8 +105,8 @@ def _tool(name: str, *arguments: str) -> str:
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """By kernel and shape what it takes; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
-    table = f"sm_{arch}" if f"sm_{arch}" in launch._table() else "sm_80"
-    launch.architecture = lambda: table  # type: ignore[assignment]
+    table = f"sm_{arch}" if f"sm_{arch}" in hardware._table() else "sm_80"
+    hardware.architecture = lambda: table  # type: ignore[assignment]
     report: dict[str, dict[str, int]] = {}
     shape_name = ""
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import TEXT, start, train, write_yaml
 
-from nsa.training import checkpoint, saver, trainer
+from nsa.training import checkpoint, checkpoint_writer, trainer
 from nsa.training.checkpoint import CheckpointError
-from nsa.training.saving import Progress
 from nsa.training.spikes import SpikeState
+from nsa.training.state import Progress
 
 TENSORS = [("weight", "a.weight", torch.arange(6.0).view(2, 3)), ("exp_avg", "a.weight", torch.ones(2, 3))]
 
@@ -133,7 +133,7 @@ def test_tensors_are_exhausted_when_a_write_fails(tmp_path, monkeypatch):
 
 FULL_DISK = """
 import errno, sys
-from nsa.training import checkpoint, saver
+from nsa.training import checkpoint, checkpoint_writer
 write = checkpoint.write_file
 def full(path, content):
     if "step_00000006" in str(path) and path.name.startswith("optimizer"):
@@ -172,14 +172,14 @@ def test_faults_of_a_run_and_its_checkpoints(tmp_path):
     assert "model.intermediate_size: 48 there, 64 now" in refused.stdout and "optimizer.beta2" in refused.stdout
 
 
-def test_a_rank_lost_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_path, monkeypatch, saver_of_one_rank):
+def test_a_rank_lost_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_path, monkeypatch, writer_of_one_rank):
     """The trainer takes a gloo error for a lost rank (exit code 85), a CheckpointError for something to mend (2)."""
 
     def lost(*_: object) -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
 
-    writer = saver_of_one_rank(tmp_path)
-    monkeypatch.setattr(saver.messages, "gather", lost)
+    writer = writer_of_one_rank(tmp_path)
+    monkeypatch.setattr(checkpoint_writer.messages, "gather", lost)
     writer.start(snapshot(2, tensors=[]))
     with pytest.raises(RuntimeError, match="gloo"):
         writer.wait()
@@ -188,25 +188,27 @@ def test_a_rank_lost_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_p
 
 
 @pytest.fixture
-def saver_of_one_rank(monkeypatch):
-    """Makes the `Saver` of a run of one rank, without a process group."""
-    monkeypatch.setattr(saver.dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(saver.messages, "gather", lambda value, group: [value])
-    monkeypatch.setattr(saver.messages, "broadcast", lambda value, group: value)
+def writer_of_one_rank(monkeypatch):
+    """Makes the `CheckpointWriter` of a run of one rank, without a process group."""
+    monkeypatch.setattr(checkpoint_writer.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(checkpoint_writer.messages, "gather", lambda value, group: [value])
+    monkeypatch.setattr(checkpoint_writer.messages, "broadcast", lambda value, group: value)
     alone = SimpleNamespace(rank=0, is_main=True, on_main=lambda call: call())
-    return lambda run, keep_last=1: saver.Saver(alone, run, keep_last)
+    return lambda run, keep_last=1: checkpoint_writer.CheckpointWriter(alone, run, keep_last)
 
 
 def snapshot(step, tensors=TENSORS):
     files = {"config.yaml": b"name: run", "tokenizer.model": b"pieces"}
-    return saver.Snapshot(step, list(tensors), rng={"torch": [1, 2]}, state={"step": step}, files=files, num_bytes=48)
+    return checkpoint_writer.Snapshot(
+        step, list(tensors), rng={"torch": [1, 2]}, state={"step": step}, files=files, num_bytes=48
+    )
 
 
 WRITTEN = ["model-00000-000.safetensors", "optimizer-00000-000.safetensors", "rng-00000.json", "state.json",
            "config.yaml", "tokenizer.model", "manifest.json"]  # fmt: skip
 
 
-def test_the_order_of_a_save_survives_a_loss_of_power_at_any_moment(tmp_path, monkeypatch, saver_of_one_rank):
+def test_the_order_of_a_save_survives_a_loss_of_power_at_any_moment(tmp_path, monkeypatch, writer_of_one_rank):
     """What a crash may undo is everything that was not fsynced: contents of files, and names in folders."""
     write(tmp_path, 2)
     events = []
@@ -231,7 +233,7 @@ def test_the_order_of_a_save_survives_a_loss_of_power_at_any_moment(tmp_path, mo
     for name in ("rename", "replace"):
         record(os, name, lambda source, target: ("rename", os.path.basename(source), os.path.basename(target)))  # noqa: PTH119
     record(shutil, "rmtree", lambda path, **_: ("remove", path.name, None))
-    writer = saver_of_one_rank(tmp_path)
+    writer = writer_of_one_rank(tmp_path)
     writer.start(snapshot(4))
     folder = writer.wait()
 
@@ -258,7 +260,7 @@ def test_the_order_of_a_save_survives_a_loss_of_power_at_any_moment(tmp_path, mo
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_a_byte_that_the_disk_changes_is_noticed_before_the_checkpoint_is_one(
-    tmp_path, monkeypatch, saver_of_one_rank, name
+    tmp_path, monkeypatch, writer_of_one_rank, name
 ):
     kept = write(tmp_path, 2)
     written = checkpoint.write_file
@@ -269,7 +271,7 @@ def test_a_byte_that_the_disk_changes_is_noticed_before_the_checkpoint_is_one(
             flip(path)
         return entry
 
-    writer = saver_of_one_rank(tmp_path)
+    writer = writer_of_one_rank(tmp_path)
     monkeypatch.setattr(checkpoint, "write_file", write_and_flip)
     writer.start(snapshot(4))
     with pytest.raises(CheckpointError, match=rf"step 4 was not written: .*{name}.*step_00000002"):
@@ -280,18 +282,18 @@ def test_a_byte_that_the_disk_changes_is_noticed_before_the_checkpoint_is_one(
 
 @pytest.mark.parametrize("name", WRITTEN[:-1])
 def test_a_file_that_is_gone_or_cut_when_the_manifest_is_written_is_noticed(
-    tmp_path, monkeypatch, saver_of_one_rank, name
+    tmp_path, monkeypatch, writer_of_one_rank, name
 ):
     """Each rank reads its own files back; rank 0 looks once more when all have."""
     write(tmp_path, 2)
-    gather = saver.messages.gather
+    gather = checkpoint_writer.messages.gather
 
     def all_have_written(value, group):
         truncate(tmp_path / "step_00000004.tmp" / name)
         return gather(value, group)
 
-    writer = saver_of_one_rank(tmp_path)
-    monkeypatch.setattr(saver.messages, "gather", all_have_written)
+    writer = writer_of_one_rank(tmp_path)
+    monkeypatch.setattr(checkpoint_writer.messages, "gather", all_have_written)
     writer.start(snapshot(4))
     with pytest.raises(CheckpointError, match=f"{name}.*cut short"):
         writer.wait()
@@ -302,14 +304,14 @@ def saved_steps(run):
     return [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)]
 
 
-def test_the_checkpoint_that_a_rollback_needs_stays(tmp_path, monkeypatch, saver_of_one_rank):
+def test_the_checkpoint_that_a_rollback_needs_stays(tmp_path, monkeypatch, writer_of_one_rank):
     """With keep_last 1. Spikes are numbered from 0: only a state after 6 steps or fewer is without number 6. When no
     spike is left in the window, that checkpoint goes."""
     monkeypatch.setattr(trainer, "snapshot", lambda engine, config, ranks, progress, identity: snapshot(progress.step))
     progress = Progress()
     run = SimpleNamespace(
         watchdog=SimpleNamespace(beat=lambda where: None),
-        saver=saver_of_one_rank(tmp_path, keep_last=1),
+        writer=writer_of_one_rank(tmp_path, keep_last=1),
         progress=progress,
         **dict.fromkeys(("engine", "config", "ranks", "identity")),
         _saved=lambda path: None,

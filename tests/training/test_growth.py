@@ -1,7 +1,7 @@
 """No step of the trainer costs more than the one before: between step 50 and step 250 nothing grows.
 
 Counted are the objects of each type; the lengths of all containers within reach of the trainer (and so of its engine,
-loader, watchdog, monitor and saver) or of a module of ours or DeepSpeed's; hooks, threads and open files.
+loader, watchdog, monitor and checkpoint_writer) or of a module of ours or DeepSpeed's; hooks, threads and open files.
 """
 
 import gc
@@ -93,7 +93,7 @@ def lengths(roots: dict[str, Any]) -> Counter[str]:
 
 def look(trainer: Trainer) -> dict[str, int]:
     """Counts of what this process holds, once the threads beside the training have nothing to do."""
-    trainer.saver.wait()
+    trainer.writer.wait()
     if trainer.loader._ahead:
         trainer.loader._ahead[1].result()
     counts = lengths({"trainer": trainer} | {name: vars(m) for name, m in modules.items() if package(name) in OURS})

@@ -3,7 +3,7 @@
 import pytest
 from tiny import on_ranks
 
-from nsa.training.loading import StepLoader, sample_indices
+from nsa.training.batches import StepLoader, sample_indices
 from tests.training.conftest import engines
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import vector_of
+from nsa.ops.kernels.hardware import vector_of
 
 PIECE = 16384  # elements of one program
 BLOCK = 2048  # elements that it adds at a time

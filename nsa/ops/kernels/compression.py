@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout
-from nsa.ops.kernels import launch
+from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import load_rows
 
 # The sum over rows is split by the shape alone, so that it has the same bits on every GPU.
@@ -180,14 +180,14 @@ def _table() -> dict:
 def _tile(arch: str, kernel: str, width: int, itemsize: int) -> dict[str, int]:
     table = _table()
     for entry in table[arch if arch in table else "sm_80"][kernel]:
-        if width <= entry.get("max_width", launch.MAX_WIDTH) and itemsize <= entry.get("max_itemsize", 4):
+        if width <= entry.get("max_width", hardware.MAX_WIDTH) and itemsize <= entry.get("max_itemsize", 4):
             return {key: value for key, value in entry.items() if not key.startswith("max_")}
     raise AssertionError(f"no tile sizes for {kernel} at width {width} on {arch}")
 
 
 def _tile_sizes(kernel: str, x: Tensor, outer: Tensor) -> dict[str, int]:
     """Tile constants and launch options from compression_tiles.json, for x (.., D) and outer (Dv, hidden)."""
-    return _tile(launch.architecture(), kernel, max(x.shape[-1], *outer.shape), x.element_size())
+    return _tile(hardware.architecture(), kernel, max(x.shape[-1], *outer.shape), x.element_size())
 
 
 def _precision(x: Tensor) -> dict[str, str]:
@@ -211,8 +211,8 @@ def forward(
         bias = inner @ position.flatten()
         forward_kernel[(triton.cdiv(rows, tile["BM"]),)](
             x, inner, bias, outer, start, pre, out, rows, tokens, blocks, GROUPS=groups, LENGTH=length, D=width,
-            HIDDEN=hidden, DV=v_width, H1=launch.tile_width(hidden), DV1=launch.tile_width(v_width), **_precision(x),
-            **tile,
+            HIDDEN=hidden, DV=v_width, H1=hardware.tile_width(hidden), DV1=hardware.tile_width(v_width),
+            **_precision(x), **tile,
         )  # fmt: skip
     return out, pre
 
@@ -234,7 +234,7 @@ def backward(
     tile = _tile_sizes("compress_hidden", x, outer)
     hidden_kernel[(triton.cdiv(rows, tile["BM"]),)](
         d_out, pre, outer, layout.start, h, d_pre, rows, blocks, DV=v_width,
-        H1=launch.tile_width(hidden), DV1=launch.tile_width(v_width), **constants, **tile,
+        H1=hardware.tile_width(hidden), DV1=hardware.tile_width(v_width), **constants, **tile,
     )  # fmt: skip
     # h is 0 in rows of blocks that do not exist.
     d_outer = d_out.flatten(0, 2).T @ h.flatten(0, 2)
@@ -253,12 +253,12 @@ def backward(
     tile = _tile_sizes("compress_weight", x, outer)
     weight_kernel[(splits * length * triton.cdiv(width, tile["BN"]),)](
         x, d_pre, layout.start, partial, rows, tokens, blocks, triton.cdiv(rows, splits), LENGTH=length, D=width,
-        H1=launch.tile_width(hidden), **constants, **tile,
+        H1=hardware.tile_width(hidden), **constants, **tile,
     )  # fmt: skip
     d_inner, d_position = torch.empty_like(inner), torch.empty_like(position)
     tile = _tile_sizes("compress_reduce", x, outer)
     reduce_kernel[(triton.cdiv(length * width, tile["BN"]),)](
         partial, d_bias, inner, position, d_inner, d_position, splits, WIDTH=length * width, HIDDEN=hidden,
-        H1=launch.tile_width(hidden), **tile,
+        H1=hardware.tile_width(hidden), **tile,
     )  # fmt: skip
     return dx, d_inner, d_position, d_outer

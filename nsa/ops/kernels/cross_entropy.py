@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import INTEGERS, vector_of
+from nsa.ops.kernels.hardware import INTEGERS, vector_of
 
 BLOCK = 4096  # logits that a program holds at a time
 

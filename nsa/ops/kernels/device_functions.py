@@ -1,7 +1,7 @@
 """Device functions that several Triton kernels call: where a program works, rows in and out, scores, and the LSE.
 
 Shapes in the comments: BM rows of queries, BN keys. A head of D columns is loaded as one or two parts whose widths are
-powers of two: D1 columns, then D2 (0 if there is no second part). `nsa.ops.kernels.launch.split_width` chooses them.
+powers of two: D1 columns, then D2 (0 if there is no second part). `nsa.ops.kernels.hardware.split_width` chooses them.
 """
 
 import math
@@ -9,7 +9,7 @@ import math
 import triton
 import triton.language as tl
 
-from nsa.ops.kernels.launch import LOG2_E
+from nsa.ops.kernels.hardware import LOG2_E
 
 # Kernels compute softmax with exp2 and keep the LSE in natural units in memory.
 LSE_TO_BASE_2 = tl.constexpr(LOG2_E)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_rows, store_rows
-from nsa.ops.kernels.launch import INTEGERS, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, tile_width
 
 BRANCHES = tl.constexpr(3)  # compressed, selected, window
 ELEMENTS = 4096  # of one program

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import NO_BLOCK, count_up_to
-from nsa.ops.kernels.launch import INTEGERS
+from nsa.ops.kernels.hardware import INTEGERS
 
 BLOCK = 1024  # entries of one program
 LISTS = 32  # begins of lists that a program looks for at a time

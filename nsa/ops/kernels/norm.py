@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import INTEGERS, vector_of
+from nsa.ops.kernels.hardware import INTEGERS, vector_of
 
 PARTS = 528  # programs of the backward pass, at most: four for each multiprocessor of an H100
 ELEMENTS = 2048  # of the rows that a program holds at a time

@@ -35,7 +35,7 @@ from nsa.ops.kernels.device_functions import (
     store_query_gradient,
     tile_of_program,
 )
-from nsa.ops.kernels.launch import (
+from nsa.ops.kernels.hardware import (
     FORWARD,
     INTEGERS,
     LOG2_E,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.geometry import Heads
-from nsa.ops.kernels.launch import INTEGERS
+from nsa.ops.kernels.hardware import INTEGERS
 
 COPY, ROTATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WAYS = {"copy": COPY.value, "rotate": ROTATE.value, "sigmoid": SIGMOID.value}

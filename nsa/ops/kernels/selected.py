@@ -36,7 +36,7 @@ from nsa.ops.kernels.device_functions import (
     store_rows,
     tile_of_program,
 )
-from nsa.ops.kernels.launch import (
+from nsa.ops.kernels.hardware import (
     BOTH_PASSES,
     FORWARD,
     INTEGERS,

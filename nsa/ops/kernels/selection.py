@@ -31,7 +31,7 @@ from nsa.ops.kernels.device_functions import (
     scores,
     tile_of_program,
 )
-from nsa.ops.kernels.launch import BOTH_PASSES, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
+from nsa.ops.kernels.hardware import BOTH_PASSES, INTEGERS, LOG2_E, descriptor, tile_sizes, warpgroups
 from nsa.ops.kernels.ranges import int32_runs, shape_constants
 
 SORTED = 2048  # block numbers that a program of `sort_kernel` sorts

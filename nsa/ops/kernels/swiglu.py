@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.launch import vector_of
+from nsa.ops.kernels.hardware import vector_of
 
 BLOCK = 2048  # elements of one program
 

@@ -5,8 +5,8 @@ a program run on during its own softmax. The kernels get the same ranges and lis
 (nsa/ops/kernels), and compute the same.
 
 They serve 16-bit types and heads of 64 or 128. A group has a power of two of heads, or its heads fill at least five
-eighths of a power of two up to 16 (`nsa.ops.kernels.launch.warpgroups`). The forward pass and selection also serve keys
-of 192 columns (values of 128). Such keys are loaded in two parts: 128 columns, and 64.
+eighths of a power of two up to 16 (`nsa.ops.kernels.hardware.warpgroups`). The forward pass and selection also serve
+keys of 192 columns (values of 128). Such keys are loaded in two parts: 128 columns, and 64.
 
 Words used in this folder: a kernel has computing warpgroups of 64 rows each, and mostly a producer warp that only loads
 tiles by TMA. Tiles pass through shared memory in pipeline stages. Every stage has two mbarriers: `ready` completes when
@@ -26,7 +26,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa.ops.kernels.launch import split_width
+from nsa.ops.kernels.hardware import split_width
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 ROWS = gl.constexpr(64)  # of a warpgroup: wgmma multiplies 64 rows

@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa.ops.kernels.hardware import INTEGERS
 from nsa.ops.kernels.hopper import (
     accumulator_layout,
     allocate_barriers,
@@ -33,7 +34,6 @@ from nsa.ops.kernels.hopper import (
     rows_per_token,
     stage_and_phase,
 )
-from nsa.ops.kernels.launch import INTEGERS
 
 
 @gluon.jit

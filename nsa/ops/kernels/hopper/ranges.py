@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL
+from nsa.ops.kernels.hardware import INTEGERS, LOG2_E, tile_sizes
 from nsa.ops.kernels.hopper import (
     ROWS,
     accumulator_layout,
@@ -44,7 +45,6 @@ from nsa.ops.kernels.hopper.query_tiles import (
     token_of_warpgroup,
     tokens_per_tile,
 )
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 SMALLEST_DEPTH = gl.constexpr(16)  # keys: wgmma multiplies 16 at a time
 

@@ -14,6 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL
+from nsa.ops.kernels.hardware import INTEGERS, LOG2_E
 from nsa.ops.kernels.hopper import (
     ROWS,
     accumulator_layout,
@@ -35,7 +36,6 @@ from nsa.ops.kernels.hopper import (
     tokens_per_warpgroup,
     used_parts,
 )
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E
 
 BLOCK_SIZE = 64  # keys of a selected block: the only size that these kernels serve
 
@@ -260,7 +260,7 @@ def forward(
 
     Args:
         lists, position: the chosen blocks of each tile and the queries' positions (T,) int32.
-        tile, options: tile constants and launch options, as from `nsa.ops.kernels.launch.tile_sizes`.
+        tile, options: tile constants and launch options, as from `nsa.ops.kernels.hardware.tile_sizes`.
     """
     (batch, tokens, heads, width), (keys, groups) = q.shape, k.shape[1:3]
     heads //= groups

@@ -29,6 +29,7 @@ from nsa.ops.kernels.device_functions import (
     LSE_TO_BASE_2,
     NO_CANDIDATE,
 )
+from nsa.ops.kernels.hardware import INTEGERS, LOG2_E, tile_sizes
 from nsa.ops.kernels.hopper import (
     accumulator_layout,
     allocate_barriers,
@@ -42,7 +43,6 @@ from nsa.ops.kernels.hopper import (
     tiles_of_stage,
     used_parts,
 )
-from nsa.ops.kernels.launch import INTEGERS, LOG2_E, tile_sizes
 
 TILE = 64  # queries: the rows of a warpgroup
 COMPUTING = gl.constexpr(2)  # warpgroups that compute importances

@@ -42,7 +42,7 @@ class Snapshot:
     num_bytes: int
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one run. One is written at a time. All methods but `failed` are collective.
 
     Args:

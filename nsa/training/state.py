@@ -10,11 +10,11 @@ from nsa.config import Config, dump_config
 from nsa.models import count_parameters
 from nsa.training import checkpoint
 from nsa.training.checkpoint import CheckpointError
+from nsa.training.checkpoint_writer import Snapshot
 from nsa.training.distributed import Ranks
 from nsa.training.optimizer import STATE_KEYS
 from nsa.training.rng import rng_state, seed_all, set_rng_state
 from nsa.training.run_folder import check_same
-from nsa.training.saver import Snapshot
 from nsa.training.sharded_state import WEIGHT, create_optimizer_state, gather, local_shards, scatter
 from nsa.training.spikes import SpikeState
 
@@ -54,7 +54,7 @@ def state_bytes(config: Config) -> int:
 
 
 def snapshot(engine: DeepSpeedEngine, config: Config, ranks: Ranks, progress: Progress, identity: Identity) -> Snapshot:
-    """A copy of the whole state, for a `Saver` to write. Collective."""
+    """A copy of the whole state, for a `CheckpointWriter` to write. Collective."""
     keys = STATE_KEYS[config.optimizer.kind]
     tensors = gather(local_shards(engine, keys), (WEIGHT, *keys))
     # Where what is gathered may be the engine's own memory.
