@@ -6,7 +6,7 @@
     python benchmarks/fault_campaign.py --write              # figures into docs/reliability.md as well
 
 Every run trains a tiny model on a little of Python's own text on CPU ranks (gloo), with a checkpoint every other step.
-"Equal" means bitwise: every weight, moment, generator and counter of the last checkpoint, and every logged loss. A
+"Identical" means bitwise: every weight, moment, generator and counter of the last checkpoint, and every logged loss. A
 traceback, a lost checkpoint or an undocumented exit code counts against. Exits with 1 if anything did.
 """
 
@@ -94,18 +94,23 @@ def main() -> int:
 
 
 def table(figures: Row) -> str:
-    """Markdown of the figures."""
+    """Markdown: one row for each fault and outcome; files that it was injected into ("fault: file") share the row."""
     lines = [
         "",
         f"Commit {figures['commit']}, {figures['machine']}, {figures['seconds']} s; written by "
         "`python benchmarks/fault_campaign.py --write`.",
         "",
-        "| fault | times | outcome as documented | outcome |",
-        "|---|---|---|---|",
+        "| fault | injected | behaved as documented | what happens |",
+        "|---|--:|--:|---|",
     ]
     assert isinstance(figures["rows"], list)
+    together: dict[tuple[str, str], list[Row]] = {}
     for row in figures["rows"]:
-        lines.append(f"| {row['fault']} | {row['times']:,} | {row['as documented']:,} | {row['outcome']} |")
+        together.setdefault((str(row["fault"]).partition(": ")[0], str(row["outcome"])), []).append(row)
+    for (fault, outcome), rows in together.items():
+        files = ", ".join(str(row["fault"]).partition(": ")[2] for row in rows)
+        times, good = (sum(int(str(row[key])) for row in rows) for key in ("times", "as documented"))
+        lines.append(f"| {fault}{': ' if files else ''}{files} | {times:,} | {good:,} | {outcome} |")
     return "\n".join(lines) + "\n\n"
 
 

@@ -26,7 +26,7 @@ AIMS = {
 STEP_AIMS = {("1b", 2, 8192): 1.0, ("1b", 1, 16384): 1.35, ("1b", 1, 32768): 1.9, ("1b", 1, 65536): 3.0}
 MFU_AIMS = {("125m", 1, 8192): 0.27}
 SHAPES = {
-    "A": "64 query heads, 4 KV heads, width 128",
+    "A": "64 query heads, 4 KV heads, head dimension 128",
     "B": "32 / 8, 128",
     "C": "16 / 1, 128",
     "D": "32 / 16, 64",
@@ -98,21 +98,29 @@ def page(results: dict[str, dict]) -> str:
     lines = [
         "# Performance\n",
         words(
-            "Written by `python benchmarks/report.py`. All of it is bf16, causal, on one GPU. A ratio is the time of",
-            "the baseline over ours: above 1 ours is faster. Tables, commands and notes of each measurement are in",
-            "`benchmarks/results/*.md`, beside the JSON that they come from; what the plan predicts of each step is in",
-            "[trainer.md](../benchmarks/results/trainer.md).\n",
+            "Written by `python benchmarks/report.py`. All of it is bf16, causal, on one GPU, with torch 2.11 and",
+            "Triton 3.6; the versions that `pyproject.toml` pins now were not measured. A ratio is the time of the",
+            "baseline over ours: above 1 ours is faster. The page of each measurement (`benchmarks/results/*.md`) has",
+            "its commands, tables and notes, beside the JSON that they come from.\n",
         ),
         *operator(results),
         *peers(results),
         *dense(results),
         *steps(results),
         *trainer(results),
-        "## What is not reached\n",
+        "## Targets missed\n",
+        "The targets were set by the project before the work.\n",
         *(words(f"- {line}", indent="  ") for line in aims),
-        "- Two GPUs: not measured at these commits. None was to be had.",
+        words(
+            "- Two GPUs: not measured at these commits, since no machine was available. Four GPUs ran at older",
+            "commits: [parallelism.md](parallelism.md#on-gpus).",
+            indent="  ",
+        ),
         "",
-        "What was tried, and why it stops there: [the notebook](log/README.md).",
+        words(
+            "What was tried, and why it stops there: [log](log/README.md). What the plan predicts of each step:",
+            "[trainer.md](../benchmarks/results/trainer.md).",
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -120,13 +128,18 @@ def page(results: dict[str, dict]) -> str:
 def operator(results: dict[str, dict]) -> Iterator[str]:
     """NSA's operator over dense attention."""
     newest = [row["over_cudnn"] for row in one_document(results[DENSE]) if row["implementation"] == "flash-attn-4"]
-    yield "## How fast is NSA's operator, against dense attention?\n"
+    yield "## NSA's operator against dense attention\n"
+    yield words(
+        "Compressed attention, selection, selected attention, window and the gated sum, without projections and",
+        "without the compression MLP. Block indices are like a trained model's; one document, batch 1. Shapes: A has",
+        "64 query heads on 4 KV heads of 128; A192 the same with keys of 192; B 32 on 8 of 128; E 32 on 16 of 128.\n",
+    )
     yield f"![time of forward and backward, and times faster than cuDNN](images/{OPERATOR}.png)\n"
     yield words(
-        "All three branches with selection, on indices like a trained model's; one document, batch 1. The baselines",
-        f"are dense attention by cuDNN {cudnn_version(results[DENSE])} and by FlashAttention-2, both as torch 2.11",
-        "calls them. Their gradients differ from run to run, ours repeat their bits. FlashAttention-4 was not run",
-        f"here: it is {min(newest):.1f} to {max(newest):.2f} times as fast as cuDNN (below).\n",
+        f"The baselines are dense attention by cuDNN {cudnn_version(results[DENSE])} and by FlashAttention-2, both as",
+        "called by torch 2.11. Their backward passes are not deterministic; ours is. FlashAttention-4 was not run on",
+        f"these shapes. On an H200 and the shapes of dense attention below it is {min(newest):.1f} to",
+        f"{max(newest):.2f} times as fast as cuDNN, so over FlashAttention-4 the ratios would be smaller.\n",
     )
     other = {(run["shape"], run["tokens"]): run["total"]["trained"] for run in results[OPERATOR_H200]["runs"]}
     rows: list[list[object]] = []
@@ -137,18 +150,18 @@ def operator(results: dict[str, dict]) -> Iterator[str]:
         cells = [" / ".join(f"{entry[d]:.1f}" for d in directions) if entry else None for entry in against]
         beside = f"{other[run['shape'], run['tokens']]['vs']['cudnn']['both']:.1f}"
         rows.append([f"{run['shape']} {length(run['tokens'])}", ms(row["both"]), *cells, beside])
-    header = ["shape, tokens", "ours, H100, ms", "over cuDNN, H100: forward / backward / both"]
-    yield from table([*header, "over FlashAttention-2, H100", "over cuDNN, H200, both"], rows)
-    yield "A: 64 query heads on 4 KV heads of 128; A192: keys of 192; B: 32 on 8 of 128; E: 32 on 16 of 128.\n"
+    yield "Speed-ups are forward / backward / both. FlashAttention-2 ran up to 64K tokens.\n"
+    header = ["shape, tokens", "NSA ms, both, H100", "speed-up over cuDNN, H100", "over FlashAttention-2, H100"]
+    yield from table([*header, "over cuDNN, both, H200"], rows)
     yield source(results, OPERATOR, OPERATOR_H200)
 
 
 def peers(results: dict[str, dict]) -> Iterator[str]:
     """NSA's operator over that of others."""
-    yield "## And against other public NSA kernels?\n"
+    yield "## NSA's operator against other public NSA kernels\n"
     yield words(
-        "Their time over that of our call of the same function, both passes, asked for by the host, on what each",
-        "selects itself; 4 KV heads of 128, 32K tokens. Whether their bits repeat was not tested.",
+        "Their time over ours for the same function: forward and backward, eager launches, each implementation on its",
+        "own selection; 4 KV heads of 128, 32K tokens. Whether theirs are deterministic was not tested.",
         "Flash-linear-attention was not run here.\n",
     )
     runs = sorted(results[GROUPS]["runs"], key=lambda run: int(run["shape"][1:]))
@@ -157,7 +170,7 @@ def peers(results: dict[str, dict]) -> Iterator[str]:
         by = {run["shape"]: run["peers"][peer] for run in runs}
         version = next(iter(by.values()))["version"].split("@")[1]
         rows.append([f"{name} ({version})", *(f"{e['stages']['total']['ratio']['both']:.2f}" for e in by.values())])
-    yield from table(["H100; query heads to a KV head:", *(run["shape"][1:] for run in runs)], rows)
+    yield from table(["H100; query heads per KV head:", *(run["shape"][1:] for run in runs)], rows)
     ratios = [
         entry["stages"]["total"]["ratio"]["both"]
         for run in results[GROUPS_H200]["runs"]
@@ -172,14 +185,18 @@ def one_document(result: dict) -> list[dict]:
 
 
 def dense(results: dict[str, dict]) -> Iterator[str]:
-    """Dense attention with borders by every implementation."""
+    """Dense attention with document boundaries by every implementation."""
     result = results[DENSE]
-    yield "## How fast is dense attention with document borders?\n"
+    yield "## Dense attention\n"
     yield words(
-        f"Forward and backward. The baseline is cuDNN {cudnn_version(result)} without borders; one document fills the",
-        "sample; 8K / 32K tokens. `engine.dense_attention` names the implementation; `auto` takes the first of",
-        "FlashAttention-4, cuDNN and our kernel that is installed and can. Where documents differ in length, cuDNN",
-        "cannot.\n",
+        "These are the implementations behind `engine.dense_attention`. On Hopper, `auto` uses the first that is",
+        "installed and supports the inputs: FlashAttention-4, cuDNN, our Triton kernel. cuDNN is not used if documents",
+        "differ in length. `.venv/bin/pip install -e '.[flash4]'` installs FlashAttention-4.\n",
+    )
+    yield words(
+        "The table has speed-ups, forward and backward together, at 8K / 32K tokens. Each implementation is given",
+        f"document boundaries, and one document fills the sample. The baseline is cuDNN {cudnn_version(result)}",
+        "without boundaries.\n",
     )
     rows = one_document(result)
     base = {
@@ -195,7 +212,7 @@ def dense(results: dict[str, dict]) -> Iterator[str]:
     same = ("yes" if all(r["repeats"] for r in rows if r["implementation"] == name) else "no" for name in NAMES)
     version = result["implementations"]["flash-attn-4"].removeprefix("flash-attn-4 ")
     header = [f"{name} {version}" if key == "flash-attn-4" else name for key, name in NAMES.items()]
-    yield from table(["query / KV heads, width", *header], [*lines, ["the same bits in two runs", *same]])
+    yield from table(["query / KV heads, head dimension", *header], [*lines, ["deterministic", *same]])
     times: dict[str, list[float]] = {}
     for row in result["dense_attention"]:
         if row["packing"] == "packed":
@@ -203,9 +220,9 @@ def dense(results: dict[str, dict]) -> Iterator[str]:
     older = [a / b for a, b in zip(times["flash"], times["triton"], strict=True)]
     newer = [a / b for a, b in zip(times["triton"], times["flash-attn-4"], strict=True)]
     yield words(
-        "Of packed documents (1024 tokens on average) cuDNN is not used. Ours is there",
+        "On packed documents (1024 tokens on average) our kernel is",
         f"{min(older):.1f} to {max(older):.1f} times as fast as FlashAttention-2, and FlashAttention-4",
-        f"{min(newer):.1f} to {max(newer):.1f} times as fast as ours.\n",
+        f"{min(newer):.1f} to {max(newer):.1f} times as fast as our kernel.\n",
     )
     yield source(results, DENSE)
 
@@ -235,13 +252,13 @@ def steps(results: dict[str, dict]) -> Iterator[str]:
     found = cases(result)
     assert all(fastest(by)["dense_attention"] == "flash-attn-4" for by in found.values())
     version = result["flash_attn_4"].removeprefix("flash-attn-4 ")
-    yield "## How fast are whole training steps?\n"
+    yield "## Whole training steps, one document per sample\n"
     yield f"![MFU of whole steps, and NSA over dense attention](images/{MODELS}.png)\n"
     yield words(
-        "Forward, backward and AdamW by CUDA graphs, without DeepSpeed, nothing recomputed, one document a sample. MFU",
-        "counts what the attention needs, of 989.5 TFLOP/s. The baseline is the same model with the fastest dense",
-        f"attention there is here, FlashAttention-4 {version}; beside it by cuDNN. Neither repeats its bits; NSA's",
-        "kernels do.\n",
+        "Forward, backward and AdamW as CUDA graphs, without DeepSpeed and without recomputation. The baselines are",
+        f"the same model with dense attention by FlashAttention-4 {version}, the fastest measured here, and by cuDNN.",
+        "Neither is deterministic; NSA's kernels are. MFU is the FLOPs that the configured attention needs, over 989.5",
+        "TFLOP/s. So NSA's MFU is lower even where its step is faster: it needs fewer FLOPs.\n",
     )
     lines: list[list[object]] = []
     for case, by in found.items():
@@ -257,45 +274,52 @@ def steps(results: dict[str, dict]) -> Iterator[str]:
         "NSA over FlashAttention-4",
         "over cuDNN",
     ]
-    yield from table([*header, "aim, over the fastest"], lines)
+    yield from table([*header, "target, over FlashAttention-4"], lines)
     yield source(results, MODELS)
 
 
 def trainer(results: dict[str, dict]) -> Iterator[str]:
-    """The trainer: its pace, and beside the bare model."""
+    """The trainer: its throughput over time, and beside the bare model."""
     steady = results[STEADY]["steady"]
     whole = {row["attention"]: row for row in results[TRAINER]["training"]}
     bare = {(row["attention"], row.get("dense_attention")): row for row in results[BARE]["models"]}
     alone = {"nsa": bare["nsa", None], "dense": bare["dense", "triton"]}
     packed = {row["attention"]: row for row in results[PACKED]["training"] if row["config"] == "125m"}
     long = results[LONG]["training"][0]
-    yield "## How fast is the trainer, and does it keep its pace?\n"
+    yield "## The trainer, on packed documents\n"
     yield words(
-        "The trainer is DeepSpeed with ZeRO 1. All samples are packed of the same texts. MFU counts a sample as one",
-        "document, which flatters packed ones. Dense attention is our Triton kernel, but for one row.\n",
+        "The trainer is DeepSpeed with ZeRO 1. All samples are packed from the same texts. Dense attention is our",
+        "Triton kernel, except in the FlashAttention-4 row. MFU is counted as if each sample were one document, so it",
+        "is too high here.\n",
     )
 
     def cell(row: dict) -> str:
         return f"{row['tokens_per_s']:,} ({row.get('mfu_sparse', row.get('mfu')):.1%})"
 
-    fastest = cell(bare["dense", "flash-attn-4"])
+    def over(by: dict[str, dict]) -> str:
+        return f"{by['nsa']['tokens_per_s'] / by['dense']['tokens_per_s']:.2f}"
+
+    newest = bare["dense", "flash-attn-4"]
+    beside = over({"nsa": alone["nsa"], "dense": newest})
     rows: list[list[object]] = [
-        ["trainer, 125m, 4 micro batches of 8 x 4K", card(results[TRAINER]), *(cell(row) for row in whole.values())],
-        ["bare model, the same samples", card(results[BARE]), *(cell(row) for row in alone.values())],
-        ["bare model, the same samples, FlashAttention-4", card(results[BARE]), None, fastest],
-        ["trainer, 125m, 1 x 16K", card(results[PACKED]), cell(packed["nsa"]), cell(packed["dense"])],
-        ["trainer, 1b, 1 x 32K, all recomputed", card(results[LONG]), cell(long), None],
+        ["trainer, 125m, 4 micro batches of 8 x 4K", card(results[TRAINER]), *map(cell, whole.values()), over(whole)],
+        ["bare model, the same samples", card(results[BARE]), *map(cell, alone.values()), over(alone)],
+        ["bare model, the same samples, FlashAttention-4", card(results[BARE]), None, cell(newest), beside],
+        ["trainer, 125m, 1 x 16K", card(results[PACKED]), cell(packed["nsa"]), cell(packed["dense"]), over(packed)],
+        ["trainer, 1b, 1 x 32K, full recomputation", card(results[LONG]), cell(long), None, None],
     ]
-    yield from table(["", "one card", "NSA tokens/s (MFU)", "dense tokens/s (MFU)"], rows)
+    yield from table(["", "one GPU", "NSA tokens/s (MFU)", "dense tokens/s (MFU)", "NSA over dense"], rows)
     shares = {kind: whole[kind]["tokens_per_s"] / alone[kind]["tokens_per_s"] for kind in whole}
     yield words(
-        f"Over the bare model with the same attention, the trainer reaches {shares['nsa']:.3f} of its tokens/s with",
-        f"NSA and {shares['dense']:.3f} with dense attention. At 4K, NSA is slower than dense attention.\n",
+        f"**Short packed documents are slower with NSA**: at 8 x 4K it trains at {over(whole)} of the speed of our",
+        f"dense kernel, and the bare model runs at {beside} of the speed of FlashAttention-4. Against the bare model",
+        f"with the same attention, the trainer reaches {shares['nsa']:.3f} of the tokens/s with NSA and",
+        f"{shares['dense']:.3f} with dense attention.\n",
     )
     yield words(
-        f"Pace ({steady['config']}, {steady['attention'].upper()}, {steady['tokens_per_step']:,} tokens a step):",
-        f"{steady['first']:,} tokens/s in steps 100 to 600, {steady['last']:,} in steps 2,500 to 3,000, which is",
-        f"{steady['ratio']:.3f} of it. Before c81e5c6 the pace fell from 522,000 to 421,000 within 700 steps.\n",
+        f"Throughput over time ({steady['config']}, {steady['attention'].upper()}, {steady['tokens_per_step']:,}",
+        f"tokens per step, `python benchmarks/steady.py`): {steady['first']:,} tokens/s in steps 100 to 600,",
+        f"{steady['last']:,} in steps 2,500 to 3,000 (ratio {steady['ratio']:.3f}).\n",
     )
     yield source(results, TRAINER, BARE, STEADY, PACKED, LONG)
 
@@ -305,11 +329,11 @@ def missed_by_steps(result: dict) -> Iterator[str]:
     for case, aim in MFU_AIMS.items():
         if (mfu := found[case]["nsa"]["mfu"]) < aim:
             yield (
-                f"NSA, {named(case)}: {100 * mfu:.1f} % MFU, the aim is {100 * aim:.0f} %. Over half of its step is "
-                "attention, whose kernels have few programs at that length."
+                f"NSA, {named(case)}: {100 * mfu:.1f} % MFU (target {100 * aim:.0f} %). Over half of its step is "
+                "attention, whose kernels have too few thread blocks to fill the GPU at that length."
             )
     ratios = {case: fastest(found[case])["ms"] / found[case]["nsa"]["ms"] for case in STEP_AIMS}
-    short = [f"{r:.2f} at {named(c)} (aim {STEP_AIMS[c]:g})" for c, r in ratios.items() if r < STEP_AIMS[c]]
+    short = [f"{r:.2f} at {named(c)} (target {STEP_AIMS[c]:g})" for c, r in ratios.items() if r < STEP_AIMS[c]]
     if short:
         yield f"NSA over FlashAttention-4 in whole steps, one {card(result)}: {', '.join(short)}."
 
@@ -319,7 +343,7 @@ def missed_by_operator(results: dict[str, dict]) -> str:
     for stem in (OPERATOR, OPERATOR_H200):
         runs = {(run["shape"], run["tokens"]): run["total"]["trained"]["vs"]["cudnn"] for run in results[stem]["runs"]}
         short = [
-            f"{shape} {length(tokens)} {direction} {runs[shape, tokens][direction]:.2f} (aim {aim:g})"
+            f"{shape} {length(tokens)} {direction} {runs[shape, tokens][direction]:.2f} (target {aim:g})"
             for (shape, tokens, direction), aim in AIMS.items()
             if runs[shape, tokens][direction] < aim
         ]

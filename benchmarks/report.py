@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import headlines
-from benchmarks.headlines import AIMS, SHAPES, length, ms, table, words
+from benchmarks.headlines import AIMS, NAMES, SHAPES, length, ms, table, words
 from nsa.planning import measured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,8 +95,8 @@ def whole(runs: list[dict]) -> Iterator[str]:
     header = ["shape, tokens", "forward ms", "backward ms", "both ms", "share of the floor", "peak MB", "saved MB"]
     called = any("called" in row for run in runs for row in run["total"].values())
     if called:
-        yield "Times are of CUDA graphs, as the trainer runs; `as called`: both passes asked for by the host.\n"
-        header.append("as called ms")
+        yield "Times are of CUDA graphs, as the trainer runs; `eager`: both passes launched from Python.\n"
+        header.append("eager ms")
     rows = []
     for run in runs:
         row = run["total"][regime_of(run)]
@@ -118,7 +118,7 @@ def whole(runs: list[dict]) -> Iterator[str]:
             for n in dense
         ]
         rows.append([f"{run['shape']} {length(run['tokens'])}", *cells, ", ".join(aims) or None])
-    yield from table(["shape, tokens", *dense, "aim, over cudnn"], rows)
+    yield from table(["shape, tokens", *dense, "target, over cudnn"], rows)
     yield "By the regime of the indices (forward + backward ms; distinct blocks in tiles of 4 tokens):\n"
     regimes = names_of(runs, "total")
     rows = [
@@ -134,7 +134,7 @@ def whole(runs: list[dict]) -> Iterator[str]:
 
 def _as_called(row: dict) -> str:
     """A mark for what waits for the GPU and so was not timed as a CUDA graph."""
-    return "" if row.get("recorded", True) else " (as called)"
+    return "" if row.get("recorded", True) else " (eager)"
 
 
 def others(result: dict) -> Iterator[str]:
@@ -225,8 +225,8 @@ def models(rows: list[dict]) -> Iterator[str]:
         return
     yield "Forward, backward and optimizer step in bf16; tokens/s (MFU); NSA over dense in bold.\n"
     yield words(
-        "The baseline is dense attention by our own Triton kernel with document borders. That kernel takes 4 to 14 %",
-        "longer than cuDNN without borders, and FlashAttention-4 is faster than both",
+        "The baseline is dense attention by our own Triton kernel with document boundaries. That kernel takes 4 to 14",
+        "% longer than cuDNN without boundaries, and FlashAttention-4 is faster than both",
         "([dense-h200-2026-11-28](dense-h200-2026-11-28.md)): over the fastest dense attention the ratios are smaller.",
         "[models-h200-2026-11-28](models-h200-2026-11-28.md) has those.\n",
     )
@@ -272,9 +272,9 @@ def dense(rows: list[dict]) -> Iterator[str]:
         return
     yield "### Causal attention by every implementation\n"
     yield words(
-        "Query / KV heads, width. `triton` is ours, `flash` FlashAttention-2 of torch. `none`: without borders, the",
-        "baseline; `one`: a document fills the sample; `packed`: documents of 1024 tokens on average. Over cuDNN: its",
-        "time without borders over this one, both passes. Repeats: the same bits in two backward passes.\n",
+        "Query / KV heads, head dimension. `triton` is ours, `flash` FlashAttention-2 of torch. `none`: no boundaries,",
+        "the baseline; `one`: a document fills the sample; `packed`: documents of 1024 tokens on average. Over cuDNN:",
+        "its time without boundaries over this one, both passes. Repeats: two backward passes are bitwise identical.\n",
     )
     columns = ("packing", "implementation", "forward_ms", "backward_ms", "over_cudnn", "repeats")
     cells = [[f"{row['shape']}; {length(row['tokens'])}", *(row.get(name) for name in columns)] for row in rows]
@@ -285,7 +285,7 @@ def steady(result: dict | None) -> Iterator[str]:
     """The result of benchmarks/steady.py."""
     if not result:
         return
-    yield f"### {result['config']} {result['attention']}: the trainer's pace\n"
+    yield f"### {result['config']} {result['attention']}: the trainer's throughput over time\n"
     tokens = f"{result['tokens_per_step']:,} tokens"
     yield f"Tokens/s in blocks of {result['block']} steps of {tokens}; the first warms up:\n"
     yield words(*(f"{block:,}," for block in result["blocks"])).rstrip(",") + ".\n"
@@ -316,7 +316,7 @@ def layers(rows: list[dict]) -> Iterator[str]:
     if not rows:
         return
     yield "### One layer, and who waits for whom\n"
-    yield "Forward and backward: its time, that of the host to ask for it, that of the kernels by themselves.\n"
+    yield "Forward and backward: its time, that of the host to launch it, that of the kernels by themselves.\n"
     columns = ("tokens", "launches", "ms", "host_ms", "gpu_ms")
     cells = [[f"{row['config']} {row['attention']}", *(row[name] for name in columns)] for row in rows]
     yield from table(["", *(name.replace("_", " ") for name in columns)], cells)
@@ -342,7 +342,7 @@ def draw(result: dict, path: Path) -> None:
         lines["ours"].append((x, run["total"][regime_of(run)]["both"]))
         for name, entry in run["dense"].items():
             if "both" in entry.get("dense", {}):
-                lines.setdefault(f"dense: {name}", []).append((x, entry["dense"]["both"]))
+                lines.setdefault(f"dense: {NAMES.get(name, name)}", []).append((x, entry["dense"]["both"]))
         for name, entry in run["peers"].items():
             if "total" in entry.get("stages", {}):
                 # It chooses its own blocks, of random data: our call of the same function stands beside it.
@@ -409,7 +409,7 @@ def draw_steps(result: dict, path: Path) -> None:
     aims = [(place, headlines.STEP_AIMS.get(case)) for place, case in enumerate(found)]
     wanted = [(place - 0.135, aim) for place, aim in aims if aim]
     right.plot(
-        *zip(*wanted, strict=True), "_", color="red", markersize=22, zorder=3, label="aim, over the fastest dense"
+        *zip(*wanted, strict=True), "_", color="red", markersize=22, zorder=3, label="target, over the fastest dense"
     )
     right.axhline(1, color="gray", linewidth=1)
     left.set(ylabel="MFU, %", title=f"Whole steps, one {headlines.card(result)}")
@@ -433,7 +433,7 @@ def page(name: str, result: dict) -> str:
             draw(result, figure)
         lines += [
             "bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of them, window 512. Milliseconds are medians, the L2",
-            "cache flushed between repeats. Query / KV heads, width:",
+            "cache flushed between repeats. Query / KV heads, head dimension:",
             "",
             *(f"- {shape} = {told}" for shape, told in SHAPES.items()),
             "",
@@ -449,9 +449,10 @@ OF_THE_PLAN = """# Steps, and the plan's prediction
 Written by `python benchmarks/report.py`.
 
 Rows with a predicted peak are the trainer's (`benchmarks/training.py`: one GPU, DeepSpeed, bf16; medians of up to 20
-steps after the first) or its pace (`benchmarks/steady.py`); the others are bare models' (`benchmarks/models.py`). Files
-of before 2026-11-28 were measured before the step around attention was made faster. The plan is fitted to the later
-ones, and says less time than the earlier took. Dense attention was our own Triton kernel in those.
+steps after the first) or its throughput over time (`benchmarks/steady.py`); the others are bare models'
+(`benchmarks/models.py`). Files of before 2026-11-28 were measured before the step around attention was made faster. The
+plan is fitted to the later ones, and says less time than the earlier took. Dense attention was our own Triton kernel in
+those.
 """
 
 

@@ -42,10 +42,10 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """Where tokens come from and how they are cut into samples."""
 
-    sources: list[SourceConfig] = Field(min_length=1, description="the blend")
+    sources: list[SourceConfig] = Field(min_length=1, description="the data mixture")
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the sentencepiece tokenizer")
     cache_dir: str = Field("data/cache", description="folder of the prepared tokenizer and token shards")
-    sequence_length: int = Field(ge=8, description="tokens in one sample")
+    sequence_length: int = Field(ge=8, description="tokens in one sample (sequence)")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")
     workers: int = Field(2, ge=1, description="processes that prepare shards")
 

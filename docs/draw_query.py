@@ -53,7 +53,7 @@ def draw(made: dict[str, Any], path: Path) -> None:
     _tokens(
         plots[3],
         made["p_slc"][0, t],
-        f"5   Selected attention: weight of each token in the {len(made['chosen'])} chosen blocks",
+        f"5   Selected attention: weight of each token in the {len(made['chosen'])} selected blocks",
     )
     for j in made["chosen"]:
         shade = ALWAYS if j in made["always"] else CHOSEN
@@ -105,7 +105,7 @@ def _compressed(plot: Axes, made: dict[str, Any]) -> None:
 
 def _importance(plot: Axes, made: dict[str, Any]) -> None:
     size = made["block_size"]
-    _title(plot, f"3, 4   Importance of the selection blocks ({size} tokens each), and the choice")
+    _title(plot, f"3, 4   Importance of the selection blocks ({size} tokens each), and the selection")
     top = float(made["importance"].max()) * 1.35
     for j in range(made["t"] // made["block_size"] + 1):
         value = float(made["importance"][j])
@@ -153,7 +153,7 @@ def _sides(sides: Any, made: dict[str, Any]) -> None:
     sides[0].legend(handles=heads, loc="center", frameon=False, fontsize=10)
     sides[2].axis("off")
     kinds = [
-        Patch(color=ALWAYS, label="always in: first\nblock, last two"),
+        Patch(color=ALWAYS, label="always selected:\nfirst block, last two"),
         Patch(color=CHOSEN, label="most important\nof the others"),
         Patch(color=OTHER, label="not selected"),
     ]

@@ -58,10 +58,12 @@ class RopeConfig(Section):
     """Rotary position embedding (arXiv 2104.09864) with YaRN length extension (arXiv 2309.00071)."""
 
     theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    yarn_factor: float = Field(1.0, ge=1, description="length extension: new rotary range / trained range; 1 is none")
-    yarn_beta_fast: float = Field(32.0, gt=0, description="turns over the range above which a frequency is kept")
+    yarn_factor: float = Field(1.0, ge=1, description="YaRN length extension: new range / max_position; 1: none")
+    yarn_beta_fast: float = Field(
+        32.0, gt=0, description="YaRN: frequencies with more rotations over max_position are kept"
+    )
     yarn_beta_slow: float = Field(
-        1.0, gt=0, description="turns over the trained range below which a frequency is divided by yarn_factor"
+        1.0, gt=0, description="YaRN: frequencies with fewer rotations over max_position are divided by yarn_factor"
     )
 
     @model_validator(mode="after")
@@ -78,18 +80,20 @@ class MoEConfig(Section):
     """Mixture of experts in place of the MLP (DeepSeekMoE, arXiv 2401.06066)."""
 
     num_experts: int = Field(ge=2, description="routed experts of a layer; without this section every MLP is dense")
-    top_k: int = Field(ge=2, description="routed experts that compute a token; their gates add up to 1")
-    num_shared: int = Field(0, ge=0, description="experts beside them that compute every token")
+    top_k: int = Field(
+        ge=2, description="routed experts per token; with 1 the gate would be constant, and the router get no gradient"
+    )
+    num_shared: int = Field(0, ge=0, description="shared experts, applied to every token")
     expert_size: int = Field(ge=1, description="hidden width of one expert")
     first_dense: int = Field(1, ge=0, description="layers at the start that keep a dense MLP of intermediate_size")
     bias_rate: float = Field(
         0.001,
         ge=0,
-        description="balance without a loss: what a step adds to the choice of experts with too few tokens and takes "
-        "from the others; 0: no such bias",
+        description="balance without a loss: after each step the router bias of experts with too few tokens grows by "
+        "this, that of the others falls by it; 0: off",
     )
     loss_weight: float = Field(
-        0.0, ge=0, description="weight of the balance loss, which is 1 where a micro batch loads all alike; 0: no loss"
+        0.0, ge=0, description="weight of the balance loss, which is 1 if a micro batch loads experts evenly; 0: off"
     )
 
     @model_validator(mode="after")
@@ -113,7 +117,7 @@ class ModelConfig(Section):
     head_dim: int = Field(ge=2, description="query and key width of a head; even")
     v_head_dim: int | None = Field(None, ge=1, description="value width of a head; null: head_dim")
     intermediate_size: int = Field(ge=1, description="hidden width of the SwiGLU MLP")
-    max_position: int = Field(ge=1, description="rotary range in tokens that the model is trained for")
+    max_position: int = Field(ge=1, description="range of the rotary embedding in tokens; the longest sequence")
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding")
     moe: MoEConfig | None = Field(None, description="mixture of experts; null: every MLP is dense")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")

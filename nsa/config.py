@@ -72,7 +72,7 @@ class TrainingConfig(Section):
     validation_samples: int = Field(32, ge=1, description="held-out samples read by one validation")
     log_every: int = Field(1, ge=1, description="steps between two lines of metrics")
     probe_every: int = Field(
-        50, ge=1, description="steps between two looks into the attention (gates, selected blocks)"
+        50, ge=1, description="steps between two sets of attention metrics (gates, selected blocks)"
     )
     max_skipped_steps: int = Field(
         10, ge=0, description="consecutive non-finite steps that are skipped before the run stops"
@@ -102,7 +102,9 @@ class RecoveryConfig(Section):
     """What the trainer does about loss spikes, hangs and lost ranks (docs/reliability.md)."""
 
     loss_sigma: float = Field(
-        6.0, ge=0, description="a step is skipped if its loss is so many deviations above the window's mean; 0: never"
+        6.0,
+        ge=0,
+        description="a step whose loss is this many standard deviations above the window's mean is skipped; 0: never",
     )
     grad_norm_sigma: float = Field(0.0, ge=0, description="the same for the gradient norm before clipping; 0: never")
     window: int = Field(128, ge=8, description="accepted steps that spikes are measured against")
@@ -111,9 +113,9 @@ class RecoveryConfig(Section):
     )
     max_rollbacks: int = Field(3, ge=0, description="rollbacks to an earlier checkpoint before the run stops")
     hang_seconds: float = Field(
-        1800.0, ge=0, description="a rank that makes no progress for so long ends the job, with all stacks; 0: never"
+        1800.0, ge=0, description="a rank without progress for this long ends the job, with all stacks; 0: never"
     )
-    lost_seconds: float = Field(60.0, ge=2, description="a process that gives no sign of life for so long is lost")
+    lost_seconds: float = Field(60.0, ge=2, description="a process without a sign of life for this long is lost")
 
 
 class EngineConfig(Section):
@@ -126,27 +128,29 @@ class EngineConfig(Section):
         "bf16", description="weights and activations; the optimizer is fp32 always"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="recompute each layer in the backward pass: full, or selective, which keeps what attention "
-        "gave (2 bytes x heads x width per token and branch) and recomputes the rest; true and false: full and none"
+        "none", description="recompute each layer in the backward pass: full, or selective, which keeps attention's "
+        "outputs (2 bytes x heads x head dimension per token and branch); true and false: full and none"
     )  # fmt: skip
     offload_optimizer: bool = Field(
         False, description="keep the optimizer's fp32 weights and moments in the host's memory and update there: saves "
-        "12 bytes a parameter on the device (over the replicas), costs time in every step; with zero_stage 1 to 3"
+        "12 bytes per parameter (sharded), costs time in every step; with zero_stage 1 to 3"
     )  # fmt: skip
     cuda_graphs: bool = Field(
-        True, description="on a GPU, record the passes of a micro batch and replay them: a small model no longer waits "
-        "for Python; the recording keeps its memory. With zero_stage 0 to 2, no pipeline and no spread experts; "
-        "elsewhere it changes nothing"
+        True, description="on a GPU, capture the passes of a micro batch in CUDA graphs: a small model no longer "
+        "waits for Python; the graphs keep their memory. Only with zero_stage 0 to 2, no pipeline and no expert "
+        "parallelism; otherwise it changes nothing"
     )  # fmt: skip
     backend: Literal["auto", "triton", "torch", "naive"] = Field(
-        "auto", description="implementation of the attention operators; auto: triton on a GPU, else torch"
+        "auto",
+        description="implementation of the attention operators; auto: triton on a GPU, else torch; naive: the "
+        "quadratic reference implementation",
     )
 
     dense_attention: Literal["auto", "triton", "cudnn", "flash", "flash-attn-3", "flash-attn-4"] = Field(
-        "auto", description="implementation of causal attention in dense layers, where backend is auto. auto: on a GPU "
-        "the fastest by measurement. triton: its gradients repeat to the bit, for 4 to 14 % more time than cuDNN's (15 "
-        "to 40 % more than FlashAttention-4's). Those of the libraries differ from run to run in the last bits. cudnn "
-        "serves batches whose documents have one length, and triton the others"
+        "auto", description="implementation of causal attention in dense layers, where backend is auto. auto: on "
+        "Hopper the first of flash-attn-4, cudnn and triton that is installed and supports the inputs; on other GPUs "
+        "triton. Only triton has deterministic gradients; it takes 4 to 14 % more time than cuDNN and 15 to 40 % more "
+        "than FlashAttention-4. cudnn needs documents of one length; the others are left to triton"
     )  # fmt: skip
 
     @field_validator("activation_checkpointing", mode="before")
@@ -177,7 +181,7 @@ class Config(Section):
     """One run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run's folder")
-    seed: int = Field(1234, ge=0, lt=2**31, description="of initialisation and data order")
+    seed: int = Field(1234, ge=0, lt=2**31, description="random seed for initialisation and data order")
     output_dir: str = Field("checkpoints", min_length=1, description="folder that holds the run folders")
     model: ModelConfig = Field(description="shape of the decoder")
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of every layer")
@@ -238,13 +242,29 @@ def json_schema() -> str:
     return json.dumps(Config.model_json_schema(), indent=2) + "\n"
 
 
+MINIMAL = """
+name: my-run
+model: {vocab_size: 4096, hidden_size: 256, num_layers: 4, num_heads: 4, num_kv_heads: 1, head_dim: 64,
+        intermediate_size: 768, max_position: 1024}
+data: {sequence_length: 1024, sources: [{name: python, kind: builtin}]}
+optimizer: {learning_rate: 1.0e-3}
+training: {steps: 200, global_batch_size: 8, micro_batch_size: 4}
+"""
+
+
 def reference() -> str:
     """Markdown tables of every key, type, default and meaning, as committed in ``docs/configuration.md``."""
     lines = [
         "# Configuration reference",
         "",
-        "Written by `python -m nsa.config --reference`; a test keeps it current.",
-        "A `*` stands for the number of a list item, from 0.",
+        "Generated by `python -m nsa.config --reference`; a test keeps it current.",
+        "In a key, `*` stands for an index of a list, from 0. Any key can be set in the YAML file or on the command",
+        "line (`model.num_layers=4`). `configs/schema.json` lets editors complete and check the files. A file with the",
+        "required keys alone:",
+        "",
+        "```yaml",
+        MINIMAL.strip(),
+        "```",
     ]
     section = None
     for key, field in strict_yaml.walk(Config):

@@ -79,7 +79,7 @@ def damaged_checkpoints(stage: Stage, repeats: int, seed: int) -> list[dict[str,
                         told = "passed over" in life.output and "resumed" in life.output
                         kept = (output / "run" / f"{newest.name}.broken").is_dir()
                         good += ended and told and kept and "Traceback" not in life.output
-                rows.append(_row(f"{harm_name}, checkpoint: {kind}", repeats, good, "passed over; equal end"))
+                rows.append(_row(f"{harm_name}, checkpoint: {kind}", repeats, good, "it is skipped; identical end"))
     return rows
 
 
@@ -95,7 +95,7 @@ def damaged_figures(stage: Stage, repeats: int, seed: int) -> dict[str, object]:
                 life = stage.start(output)
                 ended = life.end() == 0 and "Traceback" not in life.output
                 good += ended and final_state(output / "run")["files"] == stage.reference()["files"]
-    return _row("bit flip or truncation: metrics.jsonl", 2 * repeats, good, "lines dropped; equal weights")
+    return _row("bit flip or truncation: metrics.jsonl", 2 * repeats, good, "lines dropped; identical weights")
 
 
 def damaged_shards(stage: Stage, repeats: int, seed: int) -> list[dict[str, object]]:
@@ -116,7 +116,7 @@ def damaged_shards(stage: Stage, repeats: int, seed: int) -> list[dict[str, obje
                         life = stage.start(output)
                         ended = life.end() == 0 and final_state(output / "run") == stage.reference()
                         good += ended and intact != ("built again" in life.output) and "Traceback" not in life.output
-                rows.append(_row(f"{harm_name}, prepared data: {kind}", repeats, good, "built again; equal end"))
+                rows.append(_row(f"{harm_name}, prepared data: {kind}", repeats, good, "prepared again; identical end"))
     return rows
 
 
@@ -147,7 +147,7 @@ def full_disk(stage: Stage) -> list[dict[str, object]]:
             clean = not list((output / "run").glob("*.tmp"))
             ended = stage.start(output).end() == 0 and final_state(output / "run") == stage.reference()
             fine = code == 2 and bool(good) and said and clean and ended
-            rows.append(_row(name, 1, int(fine), "exit code 2, said; earlier checkpoints good; equal end"))
+            rows.append(_row(name, 1, int(fine), "exit code 2, error message; earlier checkpoints good; identical end"))
             if not fine:
                 print(f"{name}: {code=} {good=} {said=} {clean=} {ended=}\n{life.output}", flush=True)
     return rows

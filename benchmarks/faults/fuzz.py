@@ -105,7 +105,7 @@ class Tally:
         inputs = self.seen.total()
         good = self.seen["used"] + self.seen["refused"]
         print(f"{self.what}: {inputs} inputs, {dict(self.seen)}", *self.first[:3], sep="\n  ", flush=True)
-        outcome = f"{self.seen['used']:,} used, {self.seen['refused']:,} refused in words"
+        outcome = f"{self.seen['used']:,} accepted, {self.seen['refused']:,} rejected with an error message"
         return row(f"fuzz, {self.what}", inputs, good, outcome)
 
 
@@ -220,4 +220,4 @@ def _commands(stage: Stage, folder: Path, chance: random.Random) -> dict[str, ob
             times += 1
         life = Life([str(path), *stage.arguments[1:]], folder / "log")
         good += life.end() == 2 and "Traceback" not in life.output and life.output.startswith("error: ")
-    return row("the command on bad YAML", times, good, "exit code 2, said")
+    return row("the command on bad YAML", times, good, "exit code 2, error message")

@@ -36,7 +36,7 @@ def campaign(stage: Stage, kills: int, seed: int) -> dict[str, object]:
         "fault": f"SIGKILL ({seen['save']} during saves, {seen['steps']} during steps)",
         "times": seen.total(),
         "as documented": seen.total() if ok else seen.total() - lost - (runs - equal),
-        "outcome": f"{equal} of {runs} runs equal to the untouched one, {lost} checkpoints lost",
+        "outcome": f"{equal} of {runs} runs identical to the undisturbed one, {lost} checkpoints lost",
         "ok": ok,
     }
 
@@ -88,6 +88,6 @@ def sigterm_during_saves(stage: Stage, times: int, seed: int) -> dict[str, objec
         "fault": "SIGTERM during a save",
         "times": times,
         "as documented": good,
-        "outcome": f"exit code 75, its step saved, equal end; slowest stop {slowest:.1f} s",
+        "outcome": f"exit code 75, its step saved, identical end; slowest stop {slowest:.1f} s",
         "ok": good == times and slowest < 30,
     }

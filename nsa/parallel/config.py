@@ -11,7 +11,7 @@ class ParallelConfig(Section):
 
     tensor: int = Field(
         1, ge=1, description="ranks that split heads, MLP columns and the vocabulary (Megatron, with sequence-parallel "
-        "norms); keep within one machine"
+        "norms); keep within one node"
     )  # fmt: skip
     context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, in balanced shards")
     expert: int = Field(

@@ -85,7 +85,7 @@ def table(results: dict[str, dict[str, list[float]]], commit: str) -> str:
     """Markdown: the largest difference of a layout and ZeRO stage over kinds, optimizers and steps."""
     lines = [
         f"Written by `python tests/parallel/matrix.py` at commit {commit}: the largest relative difference from one "
-        f"process, in loss and unclipped norm of the gradient, over {STEPS} steps of "
+        f"process, in loss and unclipped gradient norm, over {STEPS} steps of "
         f"{{{', '.join(KINDS)}}} x {{{', '.join(OPTIMIZERS)}}}, fp32, packed documents. The limit is {LIMIT:g}.",
         "",
         "| tensor | context | pipeline | ranks | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 |",
@@ -93,7 +93,7 @@ def table(results: dict[str, dict[str, list[float]]], commit: str) -> str:
     ]
     for key, found in results.items():
         sizes = tuple(int(n) for n in key.split(","))
-        cells = [f"{max(found[z]):.1e}" if z in found else "refused" for z in "0123"]
+        cells = [f"{max(found[z]):.1e}" if z in found else "rejected" for z in "0123"]
         lines.append(f"| {' | '.join(map(str, sizes))} | {ranks_of(sizes)} | {' | '.join(cells)} |")  # type: ignore[arg-type]
     return "\n".join(lines)
 
