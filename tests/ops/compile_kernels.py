@@ -181,17 +181,17 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             for delta in (None, x.detach()):
                 both = norm.add_rms_norm(x, weight, 1e-6, delta)
                 torch.autograd.grad(both, x, both)
-        for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
-            shape_name = f"{str(dtype).removeprefix('torch.')}, {place} 64 of 192, {pairs}"
-            x = torch.zeros(1, 256, 2 * 192, dtype=dtype, requires_grad=True)
-            turning = [Heads(2, 192, "rotate", RotaryLayout(64, place, pairs))]
-            (turned,) = rotary.split_heads(x, turning, *torch.zeros(2, 256, 32), None, None)
-            torch.autograd.grad(turned, x, turned)
         shape_name = str(dtype).removeprefix("torch.")
         logits, targets, row = torch.zeros(64, 32768, dtype=dtype), torch.zeros(64, dtype=torch.int64), torch.zeros(64)
         cross_entropy.statistics(logits, targets, 0)
         cross_entropy.logit_gradients(logits, targets, row, row, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
+    for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
+        shape_name = f"{place} 64 of 192, {pairs}"
+        x = torch.zeros(1, 256, 2 * 192, dtype=torch.bfloat16, requires_grad=True)
+        turning = [Heads(2, 192, "rotate", RotaryLayout(64, place, pairs))]
+        (turned,) = rotary.split_heads(x, turning, *torch.zeros(2, 256, 32), None, None)
+        torch.autograd.grad(turned, x, turned)
     return report
 
 

@@ -1,4 +1,4 @@
-"""What the tests of parallelism run on several ranks: `parallel_checks.py FOLDER`, started by tiny.on_ranks."""
+"""What the tests of parallelism run on several ranks: `parallel_checks.py FOLDER WORLD_SIZE`, by tiny.on_ranks."""
 
 import random
 import sys

@@ -1,17 +1,21 @@
-"""What the tests run on several ranks: `rank_checks.py FOLDER`, started by tiny.on_ranks."""
+"""What the tests run on several ranks: `rank_checks.py FOLDER WORLD_SIZE`, started by tiny.on_ranks."""
 
+import importlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from tiny import tiny_config
+from tiny import as_rank, free_port, tiny_config
 
 from nsa.config import Config
 from nsa.training import checkpoint
@@ -208,18 +212,44 @@ class broken:
 
 
 def main(checks: dict[str, Any]) -> None:
-    folder = Path(sys.argv[1])
-    ranks = initialize()
-    answers = {}
+    """Run each check in processes of its own. They are forked: the imports take longer than most checks."""
+    folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
+    importlib.import_module("torch._inductor")  # the first step would import it
+    for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
+        port = free_port()
+        ranks = [fork(partial(run_check, checks[check], arguments, folder / name), rank, world_size, port)
+                 for rank in range(world_size)]  # fmt: skip
+        if failed := [rank for rank, process in enumerate(ranks) if os.waitpid(process, 0)[1]]:
+            sys.exit(f"{name} failed on ranks {failed}")
+
+
+def fork(function: Callable[[], None], rank: int, world_size: int, port: int) -> int:
+    """Call ``function`` in a new process, as one rank; returns the process."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
     try:
-        for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
-            function: Callable[..., Any] = checks[check]
-            (folder / name).mkdir(exist_ok=True)
-            answers[name] = function(ranks, folder / name, **arguments)
+        os.environ |= as_rank(rank, world_size, port)
+        function()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_check(function: Callable[..., Any], arguments: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    ranks = initialize()
+    try:
+        answer = function(ranks, folder, **arguments)
     finally:
         forget_recordings()
     if ranks.is_main:
-        (folder / "answers.json").write_text(json.dumps(answers))
+        folder.with_suffix(".json").write_text(json.dumps(answer))
     torch.distributed.destroy_process_group()
 
 

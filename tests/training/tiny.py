@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def free_port() -> int:
 
 
 def start(
-    arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0, **more: str
+    arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0, own_session: bool = False, **more: str
 ) -> subprocess.Popen[str]:
     """Start ``python *arguments`` as one rank, as a launcher would (or without a launcher: ``world_size`` 1).
 
@@ -79,9 +81,7 @@ def start(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    if world_size > 1:
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_PORT": str(port)}
+    environment |= as_rank(rank, world_size, port)
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -89,7 +89,16 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=own_session,
     )
+
+
+def as_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher puts into the environment of one rank; nothing for one alone."""
+    if world_size == 1:
+        return {}
+    here = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return here | {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
 
 
 def train(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -107,7 +116,7 @@ def on_ranks(
     timeout: float = 600,
     gpus: int = 0,
 ) -> dict[str, Any]:
-    """Run checks of ``script`` (rank_checks.py), one after the other, in ``world_size`` processes.
+    """Run checks of ``script`` (rank_checks.py), one after the other, each in ``world_size`` new processes.
 
     Args:
         checks: a name for each, the check's function and its arguments.
@@ -118,14 +127,15 @@ def on_ranks(
     """
     write_yaml(folder)
     (folder / "checks.json").write_text(json.dumps(checks))
-    script, port = script or Path(__file__).with_name("rank_checks.py"), free_port()
+    script = script or Path(__file__).with_name("rank_checks.py")
     enough = torch.cuda.device_count() >= max(world_size, gpus)
-    more = {} if enough else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    processes = [start([str(script), str(folder)], rank, world_size, port, **more) for rank in range(world_size)]
+    # To ask CUDA itself whether there is a GPU would keep the forked ranks from using it.
+    more = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if enough else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    process = start([str(script), str(folder), str(world_size)], own_session=True, **more)
     try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+        output = process.communicate(timeout=timeout)[0]
     finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return json.loads((folder / "answers.json").read_text())
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # ranks that hang, too
+    assert process.returncode == 0, output
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in checks}
