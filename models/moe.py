@@ -15,6 +15,7 @@ from torch.nn.functional import grouped_mm, silu
 
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.models.config import MoEConfig
+from nsa.ops.dispatch import without_autocast
 
 
 class Router(nn.Module):
@@ -40,7 +41,8 @@ class Router(nn.Module):
         Of equal affinities the expert of the lower number is chosen.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
-        affinities = (x.to(dtype) @ self.weight.to(dtype).mT).sigmoid()
+        with without_autocast(x.device.type):  # a choice is made in fp32
+            affinities = (x.to(dtype) @ self.weight.to(dtype).mT).sigmoid()
         ranked = (affinities.detach() + self.bias).sort(dim=-1, descending=True, stable=True).indices
         chosen = ranked[..., : self.top_k]
         gates = affinities.gather(-1, chosen)
@@ -155,7 +157,8 @@ def balance_losses(affinities: Tensor, counts: Tensor) -> Tensor:
     """
     shares = affinities / affinities.sum(-1, keepdim=True)
     f = affinities.shape[-1] * counts / counts.sum(-1, keepdim=True)
-    return (shares @ f.to(shares.dtype).unsqueeze(-1)).squeeze(-1)
+    with without_autocast(shares.device.type):
+        return (shares @ f.to(shares.dtype).unsqueeze(-1)).squeeze(-1)
 
 
 def moved_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from nsa.ops.dispatch import autocasts
 
+
+@autocasts("x", "weights")
 def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     """The projections of x by each weight, one after the other along the last axis.
 
@@ -23,6 +26,7 @@ def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     return _JointLinear.apply(x, *weights)
 
 
+@autocasts("x", "first", "second")
 def parallel_linear(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The projections of x by two weights, each a tensor of its own.
 

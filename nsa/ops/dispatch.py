@@ -1,7 +1,15 @@
 """Checks that all operators share, and the choice of an implementation."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
+
+_Function = TypeVar("_Function", bound=Callable)
 
 BACKENDS = ("auto", "triton", "torch", "naive")
 
@@ -35,6 +43,80 @@ def _kernel_obstacle(*tensors: Tensor, heads: bool) -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return why_not(*tensors, heads=heads)
+
+
+def autocasts(*names: str) -> Callable[[_Function], _Function]:
+    """A decorator for an operator: under `torch.autocast` it computes like torch's matrix products.
+
+    The arguments ``names`` (tensors, or pairs of them) are cast to autocast's dtype, and their gradients come back in
+    their own. Within the operator autocast is off: what it computes in fp32 stays in fp32.
+    """
+
+    def decorate(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        first_name = next(iter(signature.parameters))
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            device = (args[0] if args else kwargs[first_name]).device.type
+            if not _autocast_enabled(device):
+                return function(*args, **kwargs)
+            dtype, given = torch.get_autocast_dtype(device), signature.bind(*args, **kwargs)
+            for name in names:
+                if name in given.arguments:
+                    given.arguments[name] = _cast(given.arguments[name], dtype)
+            with without_autocast(device):
+                return function(*given.args, **given.kwargs)
+
+        return cast(_Function, call)
+
+    return decorate
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Where torch.autocast is on, it is off in this context."""
+    return torch.autocast(device_type, enabled=False) if _autocast_enabled(device_type) else nullcontext()
+
+
+def _autocast_enabled(device_type: str) -> bool:
+    """The meta device has no autocast, and may not be asked."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def differentiable_once(backward: _Function) -> _Function:
+    """A decorator for the ``backward`` of an autograd.Function: its gradients have no derivative, and to ask raises.
+
+    torch's `once_differentiable` raises only where nothing else is asked for: `torch.autograd.grad` passes over it.
+    """
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor | None) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        depends_on = [x for x in (*gradients, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        given = [x for x in results if x is not None]
+        marked = iter(_NoDerivative.apply(len(given), *given, *depends_on))
+        return tuple(None if x is None else next(marked) for x in results)
+
+    return cast(_Function, call)
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, number: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:number])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("this operator has no second derivative; backend='naive' has one, in quadratic memory")
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(part, dtype) for part in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, offset: int | None = None) -> None:

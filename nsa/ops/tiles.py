@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nsa.ops.dispatch import accumulation_dtype
+from nsa.ops.dispatch import accumulation_dtype, differentiable_once
 from nsa.ops.geometry import Ranges
 
 # Scores are in units of log2: exp2 is several times faster than exp on a CPU where many arguments are -inf.
@@ -160,6 +160,7 @@ class _TiledAttention(torch.autograd.Function):
         return result, lse
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, d_result: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_result is None and d_lse is None:
             return (None,) * 5

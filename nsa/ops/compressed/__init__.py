@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from nsa.ops.dispatch import check_attention, check_compression, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_compression, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, Ranges, block_starts, num_compressed, visible_blocks
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Runs, tiled_attention
 
 
+@autocasts("q", "k_cmp", "v_cmp")
 def compressed_attention(
     q: Tensor,
     k_cmp: Tensor,

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from nsa.ops.dispatch import accumulation_dtype, check_compression, check_packing, resolve_backend
+from nsa.ops.dispatch import accumulation_dtype, autocasts, check_compression, check_packing, resolve_backend
 from nsa.ops.geometry import Documents, compression_layout, num_compressed
 
 
+@autocasts("x", "inner", "position", "outer")
 def compress_blocks(
     x: Tensor,
     inner: Tensor,
@@ -46,7 +47,9 @@ def compress_blocks(
     if outer.shape[1] != inner.shape[0]:
         raise ValueError(f"inner {tuple(inner.shape)} and outer {tuple(outer.shape)} must share the hidden width")
     if not num_compressed(x.shape[1], length, stride):
-        return x.new_zeros(x.shape[0], 0, x.shape[2], outer.shape[0])
+        # There is no block, and yet every weight has a gradient (0): DistributedDataParallel waits for them.
+        none = x.new_zeros(x.shape[0], 0, x.shape[2], *position.shape) + position.to(x.dtype)
+        return linear(silu(linear(none.flatten(3), inner.to(x.dtype))), outer.to(x.dtype))
     inner, position, outer = (w.to(x.dtype) for w in (inner, position, outer))
     implementation = resolve_backend(backend, x, outer)
     documents = Documents.of(x.shape[1], 0, cu_seqlens, x.device)

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nsa.ops.dispatch import accumulation_dtype, resolve_backend
+from nsa.ops.dispatch import accumulation_dtype, autocasts, differentiable_once, resolve_backend
 
 IGNORED = -100
 KEPT_LOGITS = 2**30  # logits that are kept for the backward pass: 2 GiB in 16 bits; more are computed again
 CHUNK_LOGITS = 2**28  # logits of one chunk, where they are computed again
 
 
+@autocasts("hidden", "weight")
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Negative log-likelihood of each target under softmax(weight @ hidden).
 
@@ -143,6 +144,7 @@ class _Losses(torch.autograd.Function):
         return torch.cat(losses)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lses = ctx.saved_tensors
         kept, ctx.logits = ctx.logits, None  # lost here; a second backward pass computes them again

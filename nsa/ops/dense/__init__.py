@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dense import libraries
-from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_positions, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, KnownLengths, known_lengths, window_ranges
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Runs, tiled_attention
@@ -40,6 +40,7 @@ def dense_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@autocasts("q", "k", "v")
 def dense_attention(
     q: Tensor,
     k: Tensor,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.ops.dispatch import differentiable_once
 from nsa.ops.geometry import KnownLengths
 
 NAMES = ("cudnn", "flash", "flash-attn-3", "flash-attn-4")
@@ -152,6 +153,7 @@ class _Torch(torch.autograd.Function):
         return out if cu_seqlens is None else out[None]
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, seed, offset, cu_seqlens = ctx.saved_tensors
         d_out = (d_out if cu_seqlens is None else d_out[0]).contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa.ops.compressed import compressed_attention, compressed_ranges
 from nsa.ops.dense import check_window, dense_attention
-from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_positions, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, clip_borders, window_ranges
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import check_selection, select_blocks
@@ -28,6 +28,7 @@ class Branches(NamedTuple):
     lse: Tensor
 
 
+@autocasts("q", "kv_cmp", "kv_slc", "kv_win", "gates")
 def native_sparse_attention(
     q: Tensor,
     kv_cmp: tuple[Tensor, Tensor],

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nsa.ops.dispatch import resolve_backend
+from nsa.ops.dispatch import autocasts, resolve_backend
 from nsa.ops.geometry import ALL_HALF_SPLIT, Heads, RotaryLayout
 
 
@@ -37,6 +37,7 @@ def apply_rotary(
     return split_heads(x.flatten(2), [heads], cos, sin, rows=rows, backend=backend)[0]
 
 
+@autocasts("x")
 def split_heads(
     x: Tensor,
     parts: Sequence[Heads],

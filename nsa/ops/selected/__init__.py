@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from nsa.ops.dispatch import check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_positions, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, block_starts
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Blocks, tiled_attention
 
 
+@autocasts("q", "k", "v")
 def selected_attention(
     q: Tensor,
     k: Tensor,

@@ -7,12 +7,20 @@ from torch import Tensor
 
 from nsa.ops.compressed import compressed_ranges
 from nsa.ops.compressed import naive_mask as compressed_mask
-from nsa.ops.dispatch import accumulation_dtype, check_attention, check_compression, resolve_backend, softmax_scale
+from nsa.ops.dispatch import (
+    accumulation_dtype,
+    autocasts,
+    check_attention,
+    check_compression,
+    resolve_backend,
+    softmax_scale,
+)
 from nsa.ops.geometry import Documents, Ranges, block_starts
 from nsa.ops.tiles import LOG2_E, Runs
 
 
 @torch.no_grad()
+@autocasts("q", "k_cmp")
 def select_blocks(
     q: Tensor,
     k_cmp: Tensor,

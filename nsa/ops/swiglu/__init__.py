@@ -3,9 +3,10 @@
 from torch import Tensor
 from torch.nn.functional import silu
 
-from nsa.ops.dispatch import resolve_backend
+from nsa.ops.dispatch import autocasts, resolve_backend
 
 
+@autocasts("gate", "up")
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """gate * sigmoid(gate) * up, elementwise.
 
