@@ -58,7 +58,7 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     if p > 1:
         # A pipeline sums gradients once per step; without one they are summed after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(
-            _all_reduce(4 * elements, ranks) for elements, ranks in held_alike(config, kinds, last)
+            _all_reduce(4 * elements, ranks) for elements, ranks in replicated_parameters(config, kinds, last)
         )
         if last:
             sent["tensor/loss"] += passes * _losses(config, tokens, p)
@@ -112,7 +112,7 @@ def _all_reduce(num_bytes: int, ranks: int) -> int:
     return 2 * num_bytes * (ranks - 1) // ranks
 
 
-def held_alike(config: Config, kinds: Sequence[Kind], last: bool) -> list[tuple[int, int]]:
+def replicated_parameters(config: Config, kinds: Sequence[Kind], last: bool) -> list[tuple[int, int]]:
     """(elements, ranks) of each parameter of the layers ``kinds`` that is replicated on tensor-parallel ranks.
 
     They sum its gradient. These are norms, whole modules (NSA's compression) and shared KV projections.

@@ -17,7 +17,7 @@ from nsa.ops.cross_entropy import chunk_rows
 from nsa.parallel.grid import data_parallel_size
 from nsa.parallel.pipeline import stage_layers
 from nsa.planning.memory import straight_gradients
-from nsa.planning.traffic import element_bytes, held_alike, parameters_of_rank
+from nsa.planning.traffic import element_bytes, parameters_of_rank, replicated_parameters
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import micro_batches_per_step
 
@@ -100,7 +100,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     groups = max(1, model.num_kv_heads // tp)
     recorded = graphs_serve(config, torch.device("cuda"))
     straight = straight_gradients(config)
-    summed = len(held_alike(config, kinds, last)) * (1 if parallel.pipeline > 1 else passes)
+    summed = len(replicated_parameters(config, kinds, last)) * (1 if parallel.pipeline > 1 else passes)
     return Work(
         flops=flops * passes,
         thin=thin * passes,
