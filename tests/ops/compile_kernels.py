@@ -91,9 +91,9 @@ def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
         text = _tool("cuobjdump", "-res-usage", file.name)
         if wgmma:
             waits = _tool("cuobjdump", "-sass", file.name).count("WARPGROUP.DEPBAR") - ptx.count("wgmma.wait_group")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    used = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert match, text
+    used = {"registers": int(match[1]), "stack": int(match[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
     return used | {"more_waits": max(0, waits)}
 
 

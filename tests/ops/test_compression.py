@@ -33,7 +33,7 @@ def packing(documents: list[int], device="cpu") -> Tensor | None:
 
 
 @pytest.mark.parametrize(COLUMNS, CASES)
-def test_portable_path_equals_the_definition(batch, documents, groups, width, v_width, hidden, length, stride) -> None:
+def test_fallback_equals_the_reference(batch, documents, groups, width, v_width, hidden, length, stride) -> None:
     inputs = inputs_of(batch, documents, groups, width, v_width, hidden, length, torch.float64)
     options = {"length": length, "stride": stride, "cu_seqlens": packing(documents)}
     out, expected = (ops.compress_blocks(*inputs, **options, backend=name) for name in ("torch", "naive"))
@@ -43,7 +43,7 @@ def test_portable_path_equals_the_definition(batch, documents, groups, width, v_
 
 
 @pytest.mark.parametrize("documents", [[20], [1, 20, 0, 3, 8, 37]])
-def test_definition_equals_windows_of_each_document(documents: list[int]) -> None:
+def test_reference_equals_windows_of_each_document(documents: list[int]) -> None:
     x, inner, position, outer = inputs_of(1, documents, 2, 16, 16, 24, 8, torch.float64)
     out = ops.compress_blocks(
         x, inner, position, outer, length=8, stride=4, cu_seqlens=packing(documents), backend="naive"
@@ -66,7 +66,7 @@ def test_too_few_tokens_give_no_block() -> None:
     )
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     x, inner, position, outer = inputs_of(1, [20], 2, 16, 16, 24, 8, torch.float32)
     with pytest.raises(ValueError, match="inner"):
         ops.compress_blocks(x, inner, position, outer, length=4, stride=4)

@@ -67,14 +67,14 @@ def test_cross_entropy(rows: int, width: int, columns: int, chunk: int | None, b
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
-def test_cross_entropy_of_no_token_of_the_vocabulary_is_not_a_number(backend: str) -> None:
+def test_cross_entropy_is_nan_outside_of_the_vocabulary(backend: str) -> None:
     hidden, weight = normal(3, 16), normal(32, 16)
     losses = ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 32, -1], device=DEVICE), backend=backend)
     assert losses.isnan().tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_parts_of_the_vocabulary_make_the_whole(backend: str) -> None:
+def test_sharded_vocabulary_equals_the_whole(backend: str) -> None:
     """As tensor-parallel ranks hold them; logits of 1000 and -1000 neither overflow nor vanish."""
     logits, targets = normal(9, 96).detach() * 300, targets_of(9, 96).clamp(min=0)
     parts = [
@@ -93,7 +93,7 @@ def test_parts_of_the_vocabulary_make_the_whole(backend: str) -> None:
     torch.testing.assert_close(torch.cat(found, 1).double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_loss_keeps_no_logits_of_more_than_the_limit(monkeypatch) -> None:
+def test_the_loss_keeps_logits_up_to_the_limit(monkeypatch) -> None:
     monkeypatch.setattr(loss, "KEPT_LOGITS", 97 * 49)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 97 * 8)
     seen = []
@@ -108,7 +108,7 @@ def test_the_loss_keeps_no_logits_of_more_than_the_limit(monkeypatch) -> None:
     assert losses.grad_fn.logits is not None
 
 
-def test_cross_entropy_refuses_shapes_that_do_not_belong_together() -> None:
+def test_cross_entropy_rejects_inconsistent_shapes() -> None:
     with pytest.raises(ValueError, match=r"hidden \(N, C\)"):
         ops.linear_cross_entropy(normal(3, 16), normal(32, 8), targets_of(3, 32))
 
@@ -142,7 +142,7 @@ def test_add_rms_norm(shape: tuple[int, ...], added: bool, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_norm_or_a_stream_that_nobody_uses(backend: str) -> None:
+def test_an_unused_result_of_the_norm(backend: str) -> None:
     x, delta, weight = normal(5, 24), normal(5, 24) + 1, normal(24)
     for used in (0, 1):
         out = ops.add_rms_norm(x, weight, 1e-6, delta, backend=backend)[used]
@@ -153,7 +153,7 @@ def test_a_norm_or_a_stream_that_nobody_uses(backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_the_definition_of_the_norm_is_torchs() -> None:
+def test_the_reference_of_the_norm_equals_torch() -> None:
     x, weight = normal(4, 24), normal(24)
     expected = torch.nn.functional.rms_norm(x, (24,), weight, 1e-5)
     torch.testing.assert_close(ops.add_rms_norm(x, weight, 1e-5, backend="naive")[1], expected)

@@ -125,7 +125,7 @@ def test_split_heads(parts: list[ops.Heads], batch: int, tokens: int, given: boo
 
 
 @needs_kernels
-def test_one_part_of_the_gradients_alone() -> None:
+def test_split_heads_with_the_gradient_of_one_part() -> None:
     """The others' are missing, not zeros: as where no token is compressed."""
     x, (cos, sin) = normal(1, 9, 40), normal(2, 9, 8).detach()
     parts = [ops.Heads(1, 16, "rotate"), ops.Heads(1, 24)]
@@ -183,7 +183,7 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
     ("tokens", "groups", "n", "per_tile", "block_size"),
     [(70, 2, 4, 4, 8), (33, 1, 3, 7, 2), (64, 1, 16, 64, 1), (70, 1, 40, 64, 1)],
 )
-def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_size) -> None:
+def test_unions_of_blocks_and_their_members(tokens, groups, n, per_tile, block_size) -> None:
     """With choices made twice, and bit 63."""
     from nsa.ops.geometry import Documents
     from nsa.ops.kernels.selected import NO_BLOCK, BlockLayout, unions
@@ -230,7 +230,7 @@ def test_compressed(documents, heads, groups, length, stride) -> None:
 
 
 @needs_kernels
-def test_a_long_sum_is_shared(monkeypatch) -> None:
+def test_long_sums_are_split(monkeypatch) -> None:
     """No program adds up more rows than its accumulator has digits for, where keys are few and partial sums small."""
     from nsa.ops.kernels import ranges
 
@@ -325,7 +325,7 @@ def test_native_sparse(documents) -> None:
 
 
 @needs_kernels
-def test_outputs_of_the_branches_go_before_their_gradients_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_of_the_branches_are_freed_before_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa.ops.kernels import selected
 
     forward, key_gradients, outputs, alive = selected.forward, selected.key_gradients, [], []
@@ -399,7 +399,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 40), (1, 0)])
-def test_nothing_to_do(batch: int, tokens: int) -> None:
+def test_empty_inputs(batch: int, tokens: int) -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
     def empty(count: int, heads: int, width: int = 64) -> Tensor:
@@ -417,7 +417,7 @@ def test_nothing_to_do(batch: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("width", "dtype", "reason"), [(6, torch.float32, "16 bytes"), (16, torch.float64, "float16"), (256, None, "fp32")]
 )
-def test_what_the_kernels_cannot_do_is_refused(width: int, dtype: torch.dtype | None, reason: str) -> None:
+def test_unsupported_inputs_are_rejected(width: int, dtype: torch.dtype | None, reason: str) -> None:
     x = torch.randn(1, 4, 2, width, device=DEVICE, dtype=dtype)
     with pytest.raises(ValueError, match=reason):
         ops.dense_attention(x, x, x, backend="triton")

@@ -86,7 +86,7 @@ def test_packed_equals_each_document_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
-def test_queries_on_a_cache_equal_the_whole_sequence(backend: str) -> None:
+def test_decoding_equals_the_whole_sequence(backend: str) -> None:
     for seed in range(40):
         case = random_case(seed, torch.float64, packed=False)
         tokens, sizes = case.q.shape[1], case.sizes
@@ -165,7 +165,7 @@ def test_naive_gradients_by_finite_differences(packed: bool) -> None:
     assert torch.autograd.gradcheck(attend, case.tensors, fast_mode=True)
 
 
-def test_memory_of_the_portable_path_is_linear_in_tokens() -> None:
+def test_memory_of_the_fallback_is_linear_in_tokens() -> None:
     """No tensor saved for the backward pass grows faster than the inputs."""
 
     def saved(tokens: int) -> int:

@@ -146,7 +146,7 @@ def test_low_precision_accumulates_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, exact.to(dtype))
 
 
-def test_bitwise_the_same_twice() -> None:
+def test_results_are_bitwise_deterministic() -> None:
     case = random_case(11)
     args = (case.q, case.kv_cmp, case.kv_slc, case.kv_win, case.gates)
     results = []
@@ -184,6 +184,6 @@ Q, KV = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 2, 4)
         ),
     ],
 )
-def test_misuse_is_refused_with_a_reason(call, message: str) -> None:
+def test_misuse_is_rejected_with_a_message(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

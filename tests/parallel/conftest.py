@@ -1,4 +1,4 @@
-"""Launches of four ranks, and one of a single one to compare with."""
+"""Launches of four ranks, and of one rank to compare with."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ CASES = [
     [*BASE, *CLIPPED, *MOE, *layout(expert=2, zero=2)],
     [*BASE, *SGD, *MOE, *layout(expert=2, tensor=2, zero=1), "engine.activation_checkpointing=true"],
 ]
-# In bf16 DeepSpeed's own optimizers take the norm. The first stage's only layer is dense: of the two ranks that hold it
-# beside split experts one owns no gradient.
+# In bf16 DeepSpeed's optimizers compute the gradient norm. The first stage's only layer is dense, so one of its two
+# expert-parallel ranks owns no gradient.
 ROUNDED = [
     [*BASE, *SGD, *case, "engine.precision=bf16"]
     for case in (
@@ -32,7 +32,7 @@ ROUNDED = [
         layout(tensor=2, context=2, zero=1),
     )
 ]
-# All of four ranks with experts; the cases above have some of them.
+# All layouts of four ranks with experts; the cases above have some of them.
 EXPERT_SPREADS = [{}, {"expert": 2}, {"expert": 4}, {"tensor": 2}]
 EXPERT_SPREADS += [{"expert": 2, other: 2} for other in ("tensor", "context", "pipeline")]
 EXPERT_CASES = [
@@ -83,7 +83,7 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four_ranks")
-    # A launch for each: runs leave their process groups, and gloo's threads of hundreds would starve the later ones.
+    # One launch for each: process groups are not destroyed, and gloo's threads of hundreds would slow down later runs.
     answers: dict[str, Any] = {}
     for name, check in CHECKS.items():
         answers |= on_ranks(RANKS, folder, {name: check}, SCRIPT)

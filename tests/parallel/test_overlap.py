@@ -1,4 +1,4 @@
-"""What context-parallel ranks send each other is on its way while something else is computed."""
+"""The communication of context-parallel ranks overlaps with computation."""
 
 import dataclasses
 
@@ -12,9 +12,9 @@ from tests.parallel.test_grid import grid_of
 from tests.training.tiny import tiny_config
 
 
-def test_the_selected_keys_and_values_travel_behind_the_compressed_branch(tmp_path, monkeypatch):
-    """And their gradients behind the backward pass of the compression. On the meta device, among ranks that are not
-    there: the order of what is begun, computed and waited for."""
+def test_the_gather_of_selected_keys_overlaps_with_the_compressed_branch(tmp_path, monkeypatch):
+    """The reduce-scatter of their gradients overlaps with the backward pass of the compression. Checks the order of
+    starts, computations and waits on the meta device, in a fake process group."""
     events: list[str] = []
 
     def tell(module, name, event):
