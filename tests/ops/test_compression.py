@@ -1,4 +1,4 @@
-"""`ops.compress_blocks`: the portable path and the kernels against the definition, values and gradients."""
+"""`ops.compress_blocks`: the PyTorch fallback and the kernels against the reference, values and gradients."""
 
 import itertools
 
@@ -14,7 +14,7 @@ CASES = [  # batch, documents, groups, width, v width, hidden, length, stride
     (2, [63], 3, 24, 16, 40, 6, 2),
     (1, [50], 1, 48, 48, 48, 8, 8),
     (1, [1, 20, 0, 3, 8, 37], 2, 16, 16, 16, 8, 4),
-    (1, [2, 1, 3], 2, 16, 16, 16, 4, 2),  # no block at all, though six tokens of one document would have one
+    (1, [2, 1, 3], 2, 16, 16, 16, 4, 2),  # no block, though one document of six tokens would have one
     (1, [5, 5], 1, 16, 16, 16, 3, 1),
 ]
 COLUMNS = ("batch", "documents", "groups", "width", "v_width", "hidden", "length", "stride")

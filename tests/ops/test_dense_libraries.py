@@ -1,4 +1,4 @@
-"""Causal attention by libraries: which one is taken where, what is refused, and that they compute the definition."""
+"""Causal attention by libraries: their selection, unsupported shapes, and their results against the reference."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_known_lengths() -> None:
 
 
 def test_told_lengths_are_valid_until_the_boundaries_change(monkeypatch) -> None:
-    """On a device nobody looks; the meta device stands for it."""
+    """On a device the values are not read; the meta device stands for one."""
     there = borders(4, 4).to("meta")
     assert known_lengths(there) is None
     tell_lengths(there, KnownLengths(4, True))
@@ -123,7 +123,7 @@ def test_the_implementation_is_described_at_the_start(here, name: str, words: st
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_flash_is_called_with_the_signature_of_this_torch(packed: bool) -> None:
-    """On the meta device, which needs no GPU: torch's private operators change between releases."""
+    """On the meta device, without a GPU, since torch's private operators change between releases."""
     inputs = [torch.empty(1, 96, n, 64, device="meta", dtype=BF16, requires_grad=True) for n in (8, 2, 2)]
     cu_seqlens = torch.empty(4, device="meta", dtype=torch.int32) if packed else None
     out = libraries.attend("flash", *inputs, 0.1, cu_seqlens, KnownLengths(96, not packed))
@@ -133,7 +133,7 @@ def test_flash_is_called_with_the_signature_of_this_torch(packed: bool) -> None:
 
 
 def test_cudnn_is_called_with_the_signature_of_this_torch() -> None:
-    """It has no meta kernel: what it takes and gives is pinned."""
+    """It has no meta kernel, so its arguments and results are compared with a fixed signature."""
     forward, backward = (
         getattr(torch.ops.aten, f"_cudnn_attention_{way}").default._schema for way in ("forward", "backward")
     )
@@ -150,7 +150,7 @@ def test_cudnn_is_called_with_the_signature_of_this_torch() -> None:
 @pytest.mark.parametrize("name", libraries.NAMES)
 @pytest.mark.parametrize("lengths", [[96], [32, 32, 32], [1, 50, 45], [40, 56, 0, 0, 0], [0, 96, 0]])
 def test_libraries_equal_the_reference(name: str, lengths: list[int]) -> None:
-    """Where it cannot, our kernels do; the window always goes to them."""
+    """Our kernels compute the calls that a library does not support, and always the window."""
     if obstacle := libraries.not_here(name):
         pytest.skip(obstacle)
     torch.manual_seed(0)

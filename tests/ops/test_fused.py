@@ -1,6 +1,6 @@
 """The operators around attention: cross-entropy from hidden states, and the residual sum with its norm.
 
-The portable paths are compared with their definitions here; the kernels too, on a GPU or in Triton's interpreter.
+Compares the PyTorch fallbacks with the reference, and on a GPU or in Triton's interpreter the kernels, too.
 """
 
 import os
@@ -45,7 +45,7 @@ LOSSES = [(1, 16, 97), (7, 24, 96), (50, 16, 5000), (0, 16, 32)]
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize(("rows", "width", "columns"), LOSSES)
 def test_cross_entropy(rows: int, width: int, columns: int, chunk: int | None, backend: str, monkeypatch) -> None:
-    """Against torch's in float64, kept and in chunks; every row has another factor in the gradient."""
+    """Against torch's in float64, with kept logits and in chunks. Every row has another factor in the gradient."""
     if chunk:
         monkeypatch.setattr(loss, "KEPT_LOGITS", 0)
         monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * columns)
@@ -63,7 +63,7 @@ def test_cross_entropy(rows: int, width: int, columns: int, chunk: int | None, b
     theirs = torch.autograd.grad(expected, wide, d_losses.double())
     for a, b, c in zip(ours, again, theirs, strict=True):
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(a, b)  # what the first pass wrote over is computed again
+        torch.testing.assert_close(a, b)  # logits that the first pass overwrote are recomputed
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
@@ -75,7 +75,7 @@ def test_cross_entropy_is_nan_outside_of_the_vocabulary(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sharded_vocabulary_equals_the_whole(backend: str) -> None:
-    """As tensor-parallel ranks hold them; logits of 1000 and -1000 neither overflow nor vanish."""
+    """Sharded as over tensor-parallel ranks. Logits of 1000 and -1000 neither overflow nor underflow."""
     logits, targets = normal(9, 96).detach() * 300, targets_of(9, 96).clamp(min=0)
     parts = [
         loss.statistics(x.contiguous(), targets, 32 * i, backend=backend) for i, x in enumerate(logits.split(32, 1))
@@ -126,7 +126,7 @@ NORMS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("shape", "added"), NORMS)
 def test_add_rms_norm(shape: tuple[int, ...], added: bool, backend: str) -> None:
-    """Both results carry a gradient of their own."""
+    """Both results have a gradient."""
     x, delta, weight = normal(*shape), normal(*shape) * 2, normal(shape[-1])
     given = [x, weight, *([delta] if added else [])]
     ours = ops.add_rms_norm(x, weight, 1e-3, delta if added else None, backend=backend)
@@ -161,7 +161,7 @@ def test_the_reference_of_the_norm_equals_torch() -> None:
 
 @pytest.mark.gpu
 def test_in_16_bits() -> None:
-    """What a GPU trains in, of the shapes of a real step: rounding is all that differs from fp32."""
+    """In bf16, with the shapes of a real step: the result differs from fp32 by rounding only."""
     hidden, weight = normal(1000, 256, dtype=torch.bfloat16), normal(32768, 256, dtype=torch.bfloat16)
     targets = targets_of(1000, 32768)
     losses = ops.linear_cross_entropy(hidden, weight, targets)

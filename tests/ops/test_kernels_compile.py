@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, fits their shared memory, and spills no more than is recorded."""
+"""Every kernel compiles for several GPUs, fits their shared memory, and spills no more than in the record."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from tests.ops.compile_kernels import SHAPES, SHARED_LIMIT, record_of
 
-# Those that the shipped configurations have, DeepSeek's own, and fp32; the others take minutes more.
+# The shapes of the shipped configurations, DeepSeek's, and fp32; the others take minutes more.
 FEW = ("128", "64", "192/128", "fp32")
 
 
@@ -18,7 +18,7 @@ FEW = ("128", "64", "192/128", "fp32")
 )
 @pytest.mark.time_limit(1800)
 def test_kernels_compile(arch: int, shapes: tuple[str, ...], run_python, tmp_path: Path) -> None:
-    """After a change that is meant: python tests/ops/compile_kernels.py --arch 90 --write, likewise 80 and 100."""
+    """After an intended change run python tests/ops/compile_kernels.py --arch 90 --write, likewise 80 and 100."""
     done = run_python(
         "tests/ops/compile_kernels.py", "--arch", str(arch), "--shapes", *shapes, timeout=900, TRITON_INTERPRET="0",
         OMP_NUM_THREADS="1", TRITON_CACHE_DIR=str(tmp_path),

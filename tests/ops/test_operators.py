@@ -1,4 +1,4 @@
-"""Each operator on its own: definitions by hand, edges, and what is refused."""
+"""Each operator alone: explicit references, edge cases, and invalid arguments."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def test_query_before_the_first_block_sees_nothing(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of", ["both", "lse"])
 def test_a_returned_lse_has_a_gradient(backend: str, of: str) -> None:
-    """Against the softmax written out, and by differences."""
+    """Against an explicit softmax, and by finite differences."""
     torch.manual_seed(0)
     tokens, borders = 23, cumulative([9, 1, 13])
     q, k, v = (torch.randn(1, tokens, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))

@@ -1,4 +1,4 @@
-"""Where documents lie is computed once for all layers, and again when it changes."""
+"""Positions of documents are computed once for all layers, and again if the boundaries change."""
 
 import torch
 
