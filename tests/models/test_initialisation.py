@@ -64,9 +64,9 @@ def test_a_materialised_parameter_keeps_its_partition(config):
         with torch.device("meta"):
             model = Decoder(config.model, config.attention)
         parallelize(model, grid)
-        said = {name: dict(vars(p)) for name, p in model.named_parameters()}
+        marks = {name: dict(vars(p)) for name, p in model.named_parameters()}
         materialise(model, drawn(config), torch.float32)
-        assert {name: dict(vars(p)) for name, p in model.named_parameters()} == said
+        assert {name: dict(vars(p)) for name, p in model.named_parameters()} == marks
         assert model.head.weight is model.embedding.weight, "tied"
 
 

@@ -217,15 +217,15 @@ def test_decoding_and_packing_with_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"top_k": 7}, r"model.moe.top_k \(7\) exceeds model.moe.num_experts \(6\)"),
         ({"top_k": 1}, "greater than or equal to 2"),
         ({"capacity": 1.0}, "capacity"),
     ],
 )
-def test_invalid_moe_configurations_are_rejected(changes, told) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_invalid_moe_configurations_are_rejected(changes, message) -> None:
+    with pytest.raises(ValidationError, match=message):
         MoEConfig(**{**MOE, **changes})
 
 

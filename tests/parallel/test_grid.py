@@ -105,7 +105,7 @@ def test_ranks_must_be_a_multiple_of_a_replica():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["parallel.tensor=3"], r"must divide model.num_heads \(4\)"),
         (["parallel.tensor=4", "model.intermediate_size=50"], r"model.intermediate_size \(50\).* to 52"),
@@ -122,8 +122,8 @@ def test_ranks_must_be_a_multiple_of_a_replica():
         ([*MOE, "model.moe.expert_size=5", "parallel.tensor=2"], r"model.moe.num_shared x model.moe.expert_size \(5\)"),
     ],
 )
-def test_invalid_layouts_are_rejected(tmp_path, overrides, told):
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_layouts_are_rejected(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
         tiny_config(tmp_path, "model.num_heads=4", *overrides)
 
 
