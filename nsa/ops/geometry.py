@@ -129,7 +129,7 @@ class KnownLengths:
         return cls(longest, longest > 0 and bool(((lengths == longest) | (lengths == 0)).all()))
 
 
-_told: MutableMapping[Tensor, tuple[int, KnownLengths]] = WeakTensorKeyDictionary()
+_recorded_lengths: MutableMapping[Tensor, tuple[int, KnownLengths]] = WeakTensorKeyDictionary()
 
 
 def tell_lengths(cu_seqlens: Tensor, lengths: KnownLengths) -> None:
@@ -137,7 +137,7 @@ def tell_lengths(cu_seqlens: Tensor, lengths: KnownLengths) -> None:
 
     It is valid until the tensor is written to.
     """
-    _told[cu_seqlens] = cu_seqlens._version, lengths
+    _recorded_lengths[cu_seqlens] = cu_seqlens._version, lengths
 
 
 def known_lengths(cu_seqlens: Tensor) -> KnownLengths | None:
@@ -146,7 +146,7 @@ def known_lengths(cu_seqlens: Tensor) -> KnownLengths | None:
         return KnownLengths.of(cu_seqlens)
     if cu_seqlens.is_inference() or torch.compiler.is_compiling():
         return None
-    version, lengths = _told.get(cu_seqlens, (None, None))
+    version, lengths = _recorded_lengths.get(cu_seqlens, (None, None))
     return lengths if version == cu_seqlens._version else None
 
 

@@ -39,9 +39,9 @@ def test_told_lengths_are_valid_until_the_boundaries_change(monkeypatch) -> None
     assert known_lengths(there) == KnownLengths(4, True)
     there.copy_(borders(3, 5).to("meta"))
     assert known_lengths(there) is None
-    before = len(geometry._told)
+    before = len(geometry._recorded_lengths)
     del there
-    assert len(geometry._told) < before, "nothing is kept of borders that are gone"
+    assert len(geometry._recorded_lengths) < before, "nothing is kept of boundaries that are gone"
 
 
 @pytest.mark.parametrize(
