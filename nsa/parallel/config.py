@@ -7,7 +7,7 @@ from nsa.schema import Section
 
 
 class ParallelConfig(Section):
-    """How many ranks share one replica of the model; the remaining ranks are data-parallel."""
+    """How many ranks share one replica of the model; the ranks that are left over are data-parallel."""
 
     tensor: int = Field(
         1, ge=1, description="ranks that split heads, MLP columns and the vocabulary (Megatron, with sequence-parallel "
