@@ -1,19 +1,19 @@
-"""Times every stage of native sparse attention and the whole, beside dense attention and other implementations of it.
+"""Times native sparse attention, by stages and as a whole, against dense attention and other implementations.
 
     python benchmarks/attention.py [--shapes A B=8192,32768] [--tokens 8192 65536] [--out FILE] [--profile]
         [--dense cudnn flash flex flash-attn flash-attn-4] [--peers fla=8192 sfnsa xunhao] [--peer-path sfnsa=DIR]
 
-Per stage: milliseconds (median, L2 flushed between repeats; of a CUDA graph, as the trainer runs; what waits for the
-GPU is timed as called), TFLOP/s of the algorithm's operations, GB/s of the bytes that must move, and the share of the
-time that these would take at the ceilings in benchmarks/measure.py. Totals are of
-`ops.native_sparse_attention` itself with the selection computed and then replaced by indices of each regime
-(benchmarks/attention_inputs.py), with peak and saved memory, as ratios to each dense implementation. A peer of one of
-our stages stands beside our call of the same function, in the same run, with the distance between the two.
+Per stage: milliseconds (median, L2 flushed between repeats; in a CUDA graph, as in training, or eager if the call waits
+for the GPU), TFLOP/s of the algorithm's operations, GB/s of the bytes that must be moved, and the share of the time
+that these would take at the ceilings in benchmarks/measure.py. Totals are of `ops.native_sparse_attention`, whose
+selection is computed and then replaced by indices of each regime (benchmarks/attention_inputs.py), with peak and saved
+memory, and ratios to each dense implementation. A peer's stage is measured in the same run as our call of the same
+function, with the difference of their results.
 
 `ncu --profile-from-start off python benchmarks/attention.py --shapes A=65536 --single-pass` profiles each kernel once.
 
-Correctness: relative L2 errors against the float64 definition on 1024 tokens, cuDNN's dense ones for scale.
-`python benchmarks/report.py` turns the JSON of --out into docs/performance.md.
+Correctness: relative L2 errors against the float64 reference on 1024 tokens, with those of cuDNN's dense attention for
+comparison. `python benchmarks/report.py` converts the JSON of --out to docs/performance.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ BRANCHES = ("compressed", "selected", "window")
 
 
 def fixed_indices(indices: Tensor):
-    """`selection.select`, which still does its work, returning ``indices``."""
+    """Replace `selection.select` by a function that still runs it, but returns ``indices``."""
     select = selection.select
     return mock.patch.object(selection, "select", lambda *a: (select(*a), indices)[1])
 
@@ -68,7 +68,7 @@ class Report:
 
 
 def stages(report: Report, x: Inputs, indices: dict[str, Tensor]) -> None:
-    """Every stage by itself."""
+    """Measure every stage alone."""
     shape, tokens = report.shape, report.tokens
     compression = {"length": shape.length, "stride": shape.stride}
     selecting = {**compression, "block_size": shape.block_size, "num_blocks": shape.num_blocks}
@@ -110,7 +110,7 @@ def stages(report: Report, x: Inputs, indices: dict[str, Tensor]) -> None:
 
 
 def against_dense(report: Report, x: Inputs, names: list[str]) -> None:
-    """Dense and windowed attention of others on the same tensors."""
+    """Measure other implementations of dense and windowed attention on the same tensors."""
     (k, v), window = x.pairs[1], report.shape.window
     for name in names:
         function, entry = dense.KNOWN[name], {}
@@ -122,7 +122,7 @@ def against_dense(report: Report, x: Inputs, names: list[str]) -> None:
                 times = forward_backward(call)
             except NotImplementedError:
                 continue
-            except Exception as error:  # a refusal is an answer; what it refuses is in its words
+            except Exception as error:  # reported as the result
                 entry[kind] = {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
                 report.show(f"{name} {kind}", entry[kind])
                 continue
@@ -138,7 +138,7 @@ def against_dense(report: Report, x: Inputs, names: list[str]) -> None:
 
 
 def whole(report: Report, x: Inputs, indices: dict[str, Tensor], profile: bool) -> None:
-    """The operator in each regime, with memory and ratios to dense attention."""
+    """Measure the operator in each regime, with memory and ratios to dense attention."""
     shape = report.shape
     call = Call(lambda: ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes), x.all)
     d_out = torch.randn(1, report.tokens, shape.heads, shape.v_width, device="cuda", dtype=x.q.dtype)
@@ -174,7 +174,7 @@ def whole(report: Report, x: Inputs, indices: dict[str, Tensor], profile: bool) 
 def against_peers(
     report: Report, x: Inputs, indices: dict[str, Tensor], adapters: dict[str, object], whole_only: bool
 ) -> None:
-    """Other implementations, stage by stage, beside ours in the same function."""
+    """Measure other implementations by stages, each against our call of the same function."""
     for name, peer in adapters.items():
         if reason := peer.refuses(report.shape):
             report.result["peers"][name] = {"version": peer.version, "refuses": reason}
@@ -196,7 +196,7 @@ def against_peers(
                 entry["stages"][stage] = row
                 report.show(f"{name} {stage}", row)
                 torch.cuda.empty_cache()
-        except Exception as error:  # its stages so far stay; the run goes on
+        except Exception as error:  # keep its stages so far and continue
             entry["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             report.show(name, entry["failed"])
 
@@ -223,7 +223,7 @@ def run(shape: Shape, tokens: int, options: argparse.Namespace, adapters: dict[s
 
 
 def single_pass(shape: Shape, tokens: int) -> None:
-    """One forward and backward pass on trained-like indices for a profiler to see, the kernels compiled before."""
+    """One forward and backward pass on trained-like indices for a profiler, after the kernels are compiled."""
     x = Inputs(shape, tokens)
     with fixed_indices(block_indices(shape, tokens, "trained")):
         for watched in (False, True):
@@ -237,7 +237,7 @@ def single_pass(shape: Shape, tokens: int) -> None:
 
 
 def compile_side_by_side(names: list[str], options: argparse.Namespace) -> None:
-    """Fill Triton's cache by a process for each shape: one after the other, compiling takes longer than measuring."""
+    """Fill Triton's cache with a process for each shape, since compiling in sequence takes longer than measuring."""
 
     def compile_one(name: str) -> None:
         command = [sys.executable, __file__, "--shapes", f"{name}=2048", "--regimes", *options.regimes, "--dense"]
@@ -251,8 +251,8 @@ def compile_side_by_side(names: list[str], options: argparse.Namespace) -> None:
 
 
 def longest(shape: Shape, tokens: int) -> dict:
-    """One forward and backward pass at the selection's own choice, the second of its kind; the last queries checked by
-    the portable path."""
+    """One forward and backward pass, after a warm-up, with the real selection. The PyTorch fallback checks the last
+    queries."""
     x = Inputs(shape, tokens)
     torch.autograd.grad(ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes).sum(), x.all)
     torch.cuda.synchronize()
@@ -294,14 +294,14 @@ def kernel_times(call) -> dict[str, float]:
 
 
 def errors(shape: Shape, tokens: int = 1024) -> dict:
-    """Relative L2 errors of output and gradients against the float64 definition; cuDNN's dense ones for scale."""
+    """Relative L2 errors of output and gradients against the float64 reference, and cuDNN's for dense attention."""
     x, result = Inputs(shape, tokens), {}
     exact = [t.detach().double().requires_grad_() for t in x.all]
 
     def compare(ours: list[Tensor], theirs: list[Tensor]) -> float:
         return max(((a.double() - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
 
-    # The float64 selection would differ where importances nearly tie: both take the kernel's.
+    # The float64 selection would differ if importances nearly tie, so both use the kernel's.
     out = ops.native_sparse_attention(x.q, *x.pairs, x.gates, **shape.sizes)
     with torch.no_grad():
         compression = {"length": shape.length, "stride": shape.stride}
@@ -333,7 +333,7 @@ def errors(shape: Shape, tokens: int = 1024) -> dict:
 
 
 def environment() -> dict:
-    """Hardware, versions and commit; the versions of the dense peers; the ceilings assumed and measured."""
+    """Hardware, versions and commit, versions of the dense peers, and the assumed and measured ceilings."""
     ceilings = {"ceiling": measure.CEILING, "measured_ceiling": measure.ceilings()}
     return measure.environment() | {"dense": dense.versions()} | ceilings
 

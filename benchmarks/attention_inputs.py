@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads, KV heads and head widths; l 32, d 16, blocks of 64, 16 of them, window 512."""
+    """Query heads, KV heads and head dimensions; l 32, d 16, 16 selected blocks of 64, window 512."""
 
     name: str
     heads: int
@@ -100,7 +100,7 @@ REGIMES: dict[str, tuple[list[float], float]] = {
 
 
 def block_indices(shape: Shape, tokens: int, regime: str, device: str = "cuda", seed: int = 0) -> Tensor:
-    """(1, T, G, n) int32: the first, the last two, and the best scored of the blocks between; ascending, then -1."""
+    """(1, T, G, n) int32: the first, the last two, and the best-scored of the other blocks; ascending, then -1."""
     amplitudes, static = REGIMES[regime]
     generator = torch.Generator(device).manual_seed(seed)
     count, n = (tokens + shape.block_size - 1) // shape.block_size, shape.num_blocks

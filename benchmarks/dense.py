@@ -1,4 +1,4 @@
-"""Dense (and windowed) attention of others, as functions (q, k, v, window) of (B, T, heads, width)."""
+"""Other implementations of dense (and windowed) attention, as functions (q, k, v, window) of (B, T, heads, width)."""
 
 import functools
 import importlib.metadata
@@ -25,7 +25,7 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
 
 
 class _TorchFlash(torch.autograd.Function):
-    """torch's own FlashAttention-2 with a window, which scaled_dot_product_attention does not offer."""
+    """torch's FlashAttention-2 with a window, which scaled_dot_product_attention does not offer."""
 
     @staticmethod
     def forward(ctx, q, k, v, window):
@@ -50,7 +50,7 @@ class _TorchFlash(torch.autograd.Function):
 def flash(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     if window is None:
         width = v.shape[3]
-        if width < q.shape[3]:  # which it refuses
+        if width < q.shape[3]:  # which it does not support
             v = pad(v, (0, q.shape[3] - width))
         return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v)[..., :width]
     return _TorchFlash.apply(q, k, v, window)
@@ -107,12 +107,12 @@ PACKAGES = {"flash-attn": "flash-attn", "flash-attn-4": "flash-attn-4"}
 
 def versions() -> dict[str, str]:
     """Version of each implementation that can be imported here."""
-    found = dict.fromkeys(("cudnn", "flash", "flex"), f"torch {torch.__version__}")
+    names = dict.fromkeys(("cudnn", "flash", "flex"), f"torch {torch.__version__}")
     for name, package in PACKAGES.items():
         try:
-            found[name] = f"{package} {importlib.metadata.version(package)}"
+            names[name] = f"{package} {importlib.metadata.version(package)}"
         except importlib.metadata.PackageNotFoundError:
             continue
     if torch.backends.cudnn.is_available():
-        found["cudnn"] += f", cuDNN {torch.backends.cudnn.version()}"
-    return found
+        names["cudnn"] += f", cuDNN {torch.backends.cudnn.version()}"
+    return names

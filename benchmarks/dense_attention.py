@@ -1,12 +1,11 @@
-"""Causal attention with document borders, by every implementation that is here, over cuDNN's without borders.
+"""Times causal attention with document boundaries, by all installed implementations, relative to cuDNN without them.
 
     python benchmarks/dense_attention.py [--tokens 8192 32768] [--out FILE]
 
-bf16, batch 1, by CUDA graphs where the call can be recorded; the median of repeats with the L2 cache flushed. `one`: a
-document fills the sample, which the host knows; `packed`: documents of random length, 1024 tokens on average.
-`repeats`: whether two backward passes give the same bits. `over_cudnn`: cuDNN's time without borders over the row's,
-both passes.
-This is what nsa/ops/dense/fastest.json was written from.
+bf16, batch 1, in CUDA graphs if the call can be captured; the median of repeats with the L2 cache flushed. `one`: one
+document fills the sample, and the host knows it; `packed`: documents of random length, 1024 tokens on average.
+`repeats`: whether two backward passes are bitwise identical. `over_cudnn`: cuDNN's time without boundaries over the
+row's, both passes. nsa/ops/dense/fastest.json was written from these results.
 """
 
 import argparse
@@ -66,14 +65,14 @@ def rows_of(name: str, heads: int, groups: int, width: int, tokens: int) -> list
                 row |= _times(times)
                 if packing == "one":
                     row["over_cudnn"] = round(whole / (times.forward + times.backward), 3)
-            except Exception as error:  # a library's refusal: said, and on with the next
+            except Exception as error:  # the library does not support it: report, and go on with the next
                 row["refused"] = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
             rows.append(row)
     return rows
 
 
 def repeats(call: Call) -> bool:
-    """Whether two backward passes have the same bits."""
+    """Whether two backward passes are bitwise identical."""
     out = call.run()
     d_out = torch.randn_like(out)
     first, second = (torch.autograd.grad(out, call.inputs, d_out, retain_graph=True) for _ in range(2))

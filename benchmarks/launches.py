@@ -1,10 +1,10 @@
-"""What one decoder layer asks a GPU to do, counted without one: the kernels that it launches.
+"""Counts the kernels that one decoder layer launches on a GPU, without a GPU.
 
     python benchmarks/launches.py [--configs 25m] [--tokens 2048] [--list] [KEY=VALUE ...]
 
-The layer runs forward and backward on CPU tensors as it would on a GPU of --arch: Triton's kernels are counted and not
-run, PyTorch's operators run on the CPU and are counted where one stands for a launch (views and allocations do not).
-Numbers mean nothing here.
+The layer runs forward and backward on CPU tensors as it would on a GPU of --arch. Triton kernels are counted but not
+run. PyTorch operators run on the CPU and are counted if they would launch a kernel (views and allocations do not). The
+results of the layer are meaningless.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from nsa.config import load_config
 from nsa.models import Decoder
 
 ROOT = Path(__file__).parents[1]
-# Of the host alone: views, allocations, questions.
+# Operators without a launch: views, allocations, queries.
 FREE = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "slice", "split", "split_with_sizes", "select", "unbind"),
     *("unsqueeze", "squeeze", "expand", "alias", "detach", "as_strided", "empty", "new_empty", "empty_like", "unfold"),
@@ -34,7 +34,7 @@ FREE = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches by name while active, those within the operators of this project included."""
+    """Counts launches by name while active, including those within the operators of this project."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Launches(TorchDispatchMode):
             with self:
                 return definition._init_fn(*args, **(kwargs or {}))
         kernel = torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CPU")
-        if not kernel and function._can_decompose():  # such as flatten, matmul: what they are made of is counted
+        if not kernel and function._can_decompose():  # such as flatten or matmul: their parts are counted instead
             with self:
                 return function.decompose(*args, **(kwargs or {}))
         if name.split(".")[0] not in FREE:
@@ -57,7 +57,7 @@ class Launches(TorchDispatchMode):
 
 @contextlib.contextmanager
 def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
-    """Kernels "run" on CPU tensors as on ``arch``: each launch calls ``launched(name)``."""
+    """Make Triton believe that CPU tensors are on a GPU of ``arch``. Each launch calls ``launched(name)`` instead."""
     from triton.runtime.jit import JITFunction
 
     from nsa.ops import dispatch
@@ -78,7 +78,7 @@ def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
 def layer_and_input(
     config_name: str, kind: str, tokens: int, overrides: list[str], device: str = "cpu"
 ) -> tuple[Any, Tensor, Any]:
-    """The first decoder layer in bf16, an input that wants its gradient, and the rotary tables."""
+    """The first decoder layer in bf16, an input that requires a gradient, and the rotary tables."""
     config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*overrides, f"attention.kind={kind}"])
     one = config.model.model_copy(update={"num_layers": 1})
     with torch.device(device):
@@ -90,7 +90,7 @@ def layer_and_input(
 def count(
     config_name: str, kind: str, tokens: int, arch: str = "sm_90", overrides: list[str] | None = None
 ) -> tuple[Counter[str], Counter[str]]:
-    """Launches of one layer, forward and backward, once the index tensors that layers share are there."""
+    """Launches of one layer, forward and backward, without those for the index tensors that layers share."""
     layer, x, rotary = layer_and_input(config_name, kind, tokens, overrides or [])
     passes: list[tuple[Counter[str], Counter[str]]] = []
     mode = Launches()

@@ -1,11 +1,11 @@
-"""One decoder layer, forward and backward: is the GPU busy, or does it wait for the host? NSA beside dense attention.
+"""Times one decoder layer, forward and backward, NSA and dense: is the GPU busy, or does it wait for the host?
 
     python benchmarks/layer.py [--configs 25m 125m 1b] [--tokens 2048 8192 16384 32768] [--out FILE] [KEY=VALUE ...]
 
-bf16, batch 1. ms: median of whole iterations that follow one another, as in training. host_ms: time until the host has
-asked for everything, the GPU idle at the start. gpu_ms: sum over the kernels of one iteration (torch.profiler), which
-are counted. Where host_ms is near ms, launches are what takes the time. Results go into FILE under "layer"; an existing
-FILE keeps its other entries. `launches.py` counts launches without a GPU.
+bf16, batch 1. ms: median of consecutive iterations, as in training. host_ms: time until the host has launched all
+kernels, with the GPU idle at the start. gpu_ms: sum over the kernels of one iteration (torch.profiler), which are
+counted. If host_ms is close to ms, launches limit the speed. Results go into FILE under "layer"; an existing FILE keeps
+its other entries. `launches.py` counts launches without a GPU.
 """
 
 import argparse
@@ -27,7 +27,7 @@ REPEATS = 20
 
 
 def wall_ms(step: Callable[[], None]) -> float:
-    """Median over runs of ten iterations, with no wait within a run."""
+    """Median over runs of ten iterations, without waiting for the GPU within a run."""
     times = []
     for _ in range(REPEATS // 4):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -51,7 +51,7 @@ def host_ms(step: Callable[[], None]) -> float:
 
 
 def kernels(step: Callable[[], None]) -> tuple[int, float]:
-    """Kernels, fills and copies of one iteration, and the milliseconds that they take in all."""
+    """Number of kernels, fills and copies of one iteration, and their total milliseconds."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
         step()
         torch.cuda.synchronize()

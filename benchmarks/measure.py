@@ -1,4 +1,4 @@
-"""Time, memory and error of differentiable calls, and what the hardware allows for them."""
+"""Measures time, memory and error of differentiable calls, and the speed limits of the hardware."""
 
 import datetime
 import platform
@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 from triton.testing import do_bench
 
-# What a bf16 matrix product of random data, and a copy (read + write), reach on an H200: floors are taken of these.
+# What a bf16 matrix product of random data, and a copy (read + write), reach on an H200. Floors are computed from them.
 CEILING = {"tflops": 700.0, "tb_per_s": 4.3}
 
 
@@ -32,14 +32,14 @@ def environment() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Call:
-    """``run()`` gives a tensor; gradients are taken of ``inputs``, none if empty."""
+    """``run()`` returns a tensor. Gradients with respect to ``inputs`` are computed; none if empty."""
 
     run: Callable[[], Tensor]
     inputs: tuple[Tensor, ...] = ()
 
 
 class Times(NamedTuple):
-    """Milliseconds of the forward pass and of the backward pass alone (0 without inputs), recorded or as called."""
+    """Milliseconds of the forward pass and of the backward pass alone (0 without inputs), by CUDA graph or eager."""
 
     forward: float
     backward: float
@@ -47,16 +47,16 @@ class Times(NamedTuple):
 
 
 def called_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds, the L2 cache flushed between repeats: the host asks for each kernel.
+    """Median milliseconds of eager calls, with the L2 cache flushed between repeats.
 
-    Of a steady state, as in training: a GPU at its power limit takes some tenths of a second to settle at the clock
-    that a kernel can have (H100: 1.98 GHz at first, then 1.5 to 1.8), and remembers what ran before for as long.
+    Measured in a steady state, as in training: a GPU at its power limit takes some tenths of a second to settle at the
+    clock that a kernel allows (H100: 1.98 GHz at first, then 1.5 to 1.8).
     """
     return do_bench(call, warmup=250, rep=250, return_mode="median")
 
 
 def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
-    """The kernels of ``call`` as a CUDA graph; nothing if it waits for the GPU, which cannot be recorded."""
+    """The kernels of ``call`` as a CUDA graph; None if it waits for the GPU, which cannot be captured."""
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         call()
@@ -68,7 +68,7 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
             call()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        generator.graphsafe_set_state(random_state)  # its own still believes in the recording
+        generator.graphsafe_set_state(random_state)  # its own state is still in capture mode
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return None
@@ -78,7 +78,7 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
 def time_ms(
     call: Callable[[], object], stream: torch.cuda.Stream | None = None, record: bool = True
 ) -> tuple[float, bool]:
-    """(`called_ms` of a recording, True), as the trainer runs; (as called, False) of what cannot be recorded."""
+    """(`called_ms` of a CUDA graph, True), as in training; (eager, False) for what cannot be captured."""
     graph = recording(call, stream or torch.cuda.Stream()) if record else None
     return called_ms(graph.replay if graph else call), graph is not None
 
@@ -90,7 +90,7 @@ def forward_backward(call: Call, record: bool = True) -> Times:
             milliseconds, recorded = time_ms(call.run, stream, record)
             return Times(milliseconds, 0.0, recorded)
 
-    def backward() -> tuple[float, bool]:  # by itself, so that its graph is gone before the forward pass is timed
+    def backward() -> tuple[float, bool]:  # a function, so that its graph is freed before the forward pass is timed
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):  # a backward pass runs on the stream of its forward pass
             out = call.run()
@@ -104,7 +104,7 @@ def forward_backward(call: Call, record: bool = True) -> Times:
 
 
 def memory_mb(call: Call) -> dict[str, int]:
-    """MiB beyond the inputs: the peak of one forward and backward pass, and what is held between the two."""
+    """MiB besides the inputs: the peak of one forward and backward pass, and what is saved between the two."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -117,7 +117,7 @@ def memory_mb(call: Call) -> dict[str, int]:
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Relative L2 distance, in float32 sums taken slice by slice: both may be gigabytes."""
+    """Relative L2 distance, with float32 sums by slices, since both may have gigabytes."""
     difference = square = 0.0
     rows = max(1, ours.shape[:-1].numel() // 16)
     for a, b in zip(ours.flatten(0, -2).split(rows), theirs.flatten(0, -2).split(rows), strict=True):
@@ -127,9 +127,9 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def agreement(call: Call, reference: Call) -> dict[str, float]:
-    """How far ``call`` is from ``reference``: output, and the worst of the gradients for the same d_out.
+    """Errors of ``call`` relative to ``reference``: of the output, and the worst of the gradients for the same d_out.
 
-    Of integer outputs (.., n), lists of chosen blocks in any order: the share of the reference's that are missing.
+    For integer outputs (.., n), lists of selected blocks in any order: the share of the reference's that are missing.
     """
     if not call.inputs:
         with torch.no_grad():
@@ -148,7 +148,7 @@ def agreement(call: Call, reference: Call) -> dict[str, float]:
 
 
 def row(milliseconds: float, flops: float | None, num_bytes: float | None) -> dict[str, float]:
-    """A line of the report: rates, the floor (the longer of operations and bytes at CEILING) and its share."""
+    """A row of the report: rates, the floor (the longer time of operations and bytes at CEILING) and its share."""
     result: dict[str, float] = {"ms": round(milliseconds, 3)}
     floors = []
     if flops:
@@ -163,7 +163,7 @@ def row(milliseconds: float, flops: float | None, num_bytes: float | None) -> di
 
 
 def ceilings() -> dict[str, float]:
-    """The same two ceilings as this machine shows them now."""
+    """The same two ceilings, measured on this machine."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(2**30, device="cuda", dtype=torch.int32)
     target = torch.empty_like(source)

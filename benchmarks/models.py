@@ -1,15 +1,15 @@
-"""Tokens/s, MFU and memory of whole training steps: NSA beside the same model with dense attention.
+"""Tokens/s, MFU and memory of whole training steps, of NSA and the same model with dense attention.
 
     python benchmarks/models.py [--configs 25m 125m] [--tokens 8192 16384 32768 65536] [--samples 1] [--out FILE]
                                 [--kinds nsa dense dense:triton] [--packed] [--profile] [KEY=VALUE ...]
 
-A step is forward and backward of the decoder in bf16 on --samples samples of one document each, on one GPU, without
-DeepSpeed, by CUDA graphs as in the trainer, --accumulate times, and a fused AdamW update; the median of several, which
-follow each other while nobody waits. A kind names its attention, and for dense layers the implementation
-(engine.dense_attention): `dense` is the fastest of this machine, which the row names. MFU counts what the configured
-attention needs (`nsa.models.sizes`), not what a dense one would, against the data sheet's peak. --packed takes the
-samples that the trainer reads in `benchmarks/training.py`, several documents each. --profile prints the kernels that
-take most time. Results go into FILE under "models"; an existing FILE keeps its other entries.
+A step is --accumulate forward and backward passes of the decoder in bf16 on --samples samples of one document each, and
+a fused AdamW update, on one GPU, without DeepSpeed, by CUDA graphs as in the trainer. Reported is the median of several
+consecutive steps. A kind names its attention, and for dense layers the implementation (engine.dense_attention): `dense`
+is the fastest on this machine, which the row names. MFU counts the FLOPs of the configured attention
+(`nsa.models.sizes`), not those of a dense one, against the data sheet's peak. --packed takes the samples that the
+trainer reads in `benchmarks/training.py`, with several documents each. --profile prints the kernels that take most
+time. Results go into FILE under "models"; an existing FILE keeps its other entries.
 """
 
 import argparse
@@ -44,21 +44,21 @@ PEAK_TFLOPS = 989.5  # dense bf16 of an H100 or H200 (NVIDIA's data sheet)
 
 
 class Gradients:
-    """Where a recording leaves its gradients (`nsa.training.cuda_graphs.Sinks`): the optimizer reads them there. Those
-    of several micro batches are added up."""
+    """Where a CUDA graph writes its gradients (`nsa.training.cuda_graphs.Sinks`) and the optimizer reads them. Sums
+    those of several micro batches."""
 
     def __init__(self, accumulate: bool) -> None:
         self.accumulate, self.sums = accumulate, []
 
     def add(self, gradients: Mapping[torch.nn.Parameter, torch.Tensor | None]) -> Callable[[], None]:
-        found = {p: g for p, g in gradients.items() if g is not None}
+        present = {p: g for p, g in gradients.items() if g is not None}
         if not torch.cuda.is_current_stream_capturing():
-            self.sums = [torch.zeros_like(g) for g in found.values()] if self.accumulate else []
+            self.sums = [torch.zeros_like(g) for g in present.values()] if self.accumulate else []
             return lambda: None
-        for p, g in zip(found, self.sums or found.values(), strict=True):
+        for p, g in zip(present, self.sums or present.values(), strict=True):
             p.grad = g
         if self.sums:
-            torch._foreach_add_(self.sums, list(found.values()))
+            torch._foreach_add_(self.sums, list(present.values()))
         return lambda: None
 
     def clear(self) -> None:
@@ -72,11 +72,11 @@ class Gradients:
         pass
 
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs and targets (1, tokens), borders
+MicroBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # inputs and targets (1, tokens), document boundaries
 
 
 def one_document_each(config: Config, tokens: int, samples: int) -> Iterator[MicroBatch]:
-    """The same micro batch again and again: ``samples`` documents of ``tokens`` random tokens."""
+    """Repeats one micro batch: ``samples`` documents of ``tokens`` random tokens."""
     count = tokens * samples
     inputs, targets = (torch.randint(config.model.vocab_size, (1, count), device="cuda") for _ in range(2))
     borders = torch.arange(0, count + 1, tokens, dtype=torch.int32, device="cuda")
@@ -85,24 +85,24 @@ def one_document_each(config: Config, tokens: int, samples: int) -> Iterator[Mic
 
 
 def as_the_trainer_reads(config: Config, samples: int, number: int) -> Iterator[MicroBatch]:
-    """The trainer's first ``number`` micro batches of ``samples``, in its order, on the GPU beforehand."""
+    """The trainer's first ``number`` micro batches of ``samples``, in its order, copied to the GPU beforehand."""
     stream = SampleStream(prepare(config.data, config.seed), config.data, "train", config.seed)
-    found = []
+    batches = []
     for i in range(number):
         read = batch(stream, range(i * samples, (i + 1) * samples))
         inputs, targets, borders = (read[key].cuda() for key in ON_DEVICE)
         tell_lengths(borders, KnownLengths.of(read["cu_seqlens"]))
-        found.append((inputs, targets, borders))
-    return iter(found)
+        batches.append((inputs, targets, borders))
+    return iter(batches)
 
 
 def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespace) -> dict:
     attention, _, implementation = kind.partition(":")
-    told = [f"attention.kind={attention}", f"engine.dense_attention={implementation or 'auto'}"]
+    overrides = [f"attention.kind={attention}", f"engine.dense_attention={implementation or 'auto'}"]
     if options.packed:
-        told += [SOURCE, TOKENIZER, "data.validation_fraction=0.02", f"data.sequence_length={tokens}"]
-        told += [f"data.cache_dir={tempfile.gettempdir()}/nsa-models-benchmark"]
-    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*options.overrides, *told])
+        overrides += [SOURCE, TOKENIZER, "data.validation_fraction=0.02", f"data.sequence_length={tokens}"]
+        overrides += [f"data.cache_dir={tempfile.gettempdir()}/nsa-models-benchmark"]
+    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [*options.overrides, *overrides])
     device, count = torch.device("cuda", 0), tokens * options.samples
     row: dict = {"config": config_name, "attention": attention, "tokens": tokens, "samples": options.samples}
     if attention == "dense":
@@ -156,10 +156,10 @@ def measure(config_name: str, kind: str, tokens: int, options: argparse.Namespac
 
 def profile(step: Callable[[], object], shown: int = 60) -> None:
     """Print the kernels of two steps by their time in one."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step(), step()
     times: dict[str, list[float]] = defaultdict(list)
-    for event in found.events():
+    for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             times[event.name].append(event.device_time / 1e3)
     print(f"  {sum(map(len, times.values())) / 2:.0f} kernels, {sum(map(sum, times.values())) / 2:.2f} ms")

@@ -1,12 +1,12 @@
-"""Adapters to other implementations of native sparse attention, each beside our call of the same function.
+"""Adapters to other implementations of native sparse attention, each with our call of the same function.
 
     fla      flash-linear-attention, from its package (fla-core)
     xunhao   XunhaoLai/native-sparse-attention-triton, a checkout given by --peer-path xunhao=DIR
     sfnsa    mdy666/Scalable-Flash-Native-Sparse-Attention, a checkout given by --peer-path sfnsa=DIR
 
-`calls` gives, per stage, (theirs, ours): the benchmark compares outputs and gradients, then times both. Where a peer's
-compression differs from the shape's, ours is called with theirs. The window is torch's FlashAttention-2 where a peer
-would call the flash-attn package, which need not be installed.
+`calls` returns (theirs, ours) for each stage. The benchmark compares outputs and gradients, then times both. If a
+peer's compression differs from the shape's, ours is called with the peer's. If a peer calls the flash-attn package for
+the window, torch's FlashAttention-2 replaces it, so the package need not be installed.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ Stage = tuple[str, Call, Call]
 
 
 def pooled(x: Tensor, length: int, stride: int) -> Tensor:
-    """Mean of each block of (B, T, G, D): of its segments' means."""
+    """Mean of each block of (B, T, G, D), from the means of its segments."""
     count = x.shape[1] // stride
     means = x[:, : count * stride].unflatten(1, (count, stride)).float().mean(2)
     blocks, per_block = (x.shape[1] - length) // stride + 1, length // stride
@@ -105,7 +105,7 @@ class Fla:
 class Xunhao:
     """Packed sequences (T, heads, width); its selection comes with the compressed attention."""
 
-    recordable = False  # it waits for the GPU; a recording that fails keeps its memory for good
+    recordable = False  # it waits for the GPU, and a failed capture never frees its memory
 
     def __init__(self, path: Path | None) -> None:
         if path is None:
@@ -171,7 +171,7 @@ class Xunhao:
 
 
 class Sfnsa:
-    """Packed sequences; its whole shares keys and values among the branches and pools them by the mean."""
+    """Packed sequences; its full operator shares keys and values among the branches and pools them by the mean."""
 
     recordable = False
 
@@ -185,7 +185,7 @@ class Sfnsa:
         from flash_nsa.modules import megatron_level_nsa
 
         self.nsa, self.version = flash_nsa, path.name
-        # Its window calls the flash-attn package: torch's FlashAttention-2 instead, with the same window as ours.
+        # Its window calls the flash-attn package. torch's FlashAttention-2 replaces it, with the same window as ours.
         megatron_level_nsa.swa_fwd, megatron_level_nsa.swa_bwd = self._window, self._window_backward
 
     def refuses(self, shape: Shape) -> str | None:
@@ -267,7 +267,7 @@ class Sfnsa:
 
 
 def _stand_in(name: str, **attributes: object) -> None:
-    """An empty module for one that a peer imports and does not need here."""
+    """An empty module in place of one that a peer imports but does not need here."""
     try:
         __import__(name)
     except ImportError:

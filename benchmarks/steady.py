@@ -1,11 +1,11 @@
-"""Whether the trainer keeps its speed: thousands of steps on one GPU, tokens/s at the beginning and at the end.
+"""Throughput of the trainer over time: thousands of steps on one GPU, tokens/s at the beginning and at the end.
 
     python benchmarks/steady.py [--config 25m] [--steps 3000] [--kind nsa] [--out FILE] [KEY=VALUE ...]
 
-Steps are taken through `nsa.training.trainer.Trainer.train_step`, without validation, probes and checkpoints. They are
-timed in blocks of 100, and the GPU is waited for at the borders of blocks alone: what is measured is what runs. The
-first block warms up. Compared are the five blocks after it with the last five; blocks of fewer steps make a thirtieth
-of the run. The text is the Python standard library's. FILE (JSON) is written anew after every block.
+Steps run through `nsa.training.trainer.Trainer.train_step`, without validation, probes and checkpoints. They are timed
+in blocks of 100 (in short runs of a thirtieth of the run), and only between blocks the GPU is waited for. The first
+block is the warm-up. The five blocks after it are compared with the last five. The text is the Python standard
+library's. FILE (JSON) is rewritten after every block.
 """
 
 import argparse
@@ -34,12 +34,16 @@ TOKENS, BATCH = 4096, 4  # of a sample, and samples of a step: all in one micro 
 
 
 def configuration(name: str, kind: str | None, steps: int, folder: str, overrides: list[str]) -> Config:
-    """Everything in ``folder``."""
-    told = [f"training.steps={steps}", f"optimizer.warmup_steps={block_size(steps)}", f"data.sequence_length={TOKENS}"]
-    told += [f"training.micro_batch_size={BATCH}", f"training.global_batch_size={BATCH}", SOURCE]
-    told += [f"name=steady-{name}", f"output_dir={folder}/runs", f"data.cache_dir={folder}/cache"]
-    told += [f"attention.kind={kind}"] if kind else []
-    return load_config(str(ROOT / f"configs/{name}.yaml"), [*told, *overrides])
+    """The configuration of the run, with all of its output in ``folder``."""
+    settings = [
+        f"training.steps={steps}",
+        f"optimizer.warmup_steps={block_size(steps)}",
+        f"data.sequence_length={TOKENS}",
+    ]
+    settings += [f"training.micro_batch_size={BATCH}", f"training.global_batch_size={BATCH}", SOURCE]
+    settings += [f"name=steady-{name}", f"output_dir={folder}/runs", f"data.cache_dir={folder}/cache"]
+    settings += [f"attention.kind={kind}"] if kind else []
+    return load_config(str(ROOT / f"configs/{name}.yaml"), [*settings, *overrides])
 
 
 def block_size(steps: int) -> int:
@@ -59,19 +63,19 @@ def borders(trainer: Trainer, steps: int) -> Iterator[tuple[int, float]]:
 
 
 def now() -> float:
-    """Seconds, when the GPU has done what it was asked for."""
+    """The time in seconds, after waiting for the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rate(tokens: int, begin: tuple[int, float], end: tuple[int, float]) -> float:
-    """Tokens per second between two borders, ``tokens`` a step."""
+    """Tokens per second between two times, with ``tokens`` per step."""
     return tokens * (end[0] - begin[0]) / (end[1] - begin[1])
 
 
 def measure(config: Config, row: dict[str, Any], report: dict[str, Any], out: Path) -> None:
-    """Train, fill in ``row``, which is part of ``report``, and write that to ``out``."""
+    """Train, fill in ``row``, which is part of ``report``, and write the report to ``out``."""
     trainer, steps = Trainer(config), config.training.steps
     row["tokens_per_step"] = tokens = trainer.step_metrics.tokens_per_step
     seen: list[tuple[int, float]] = []

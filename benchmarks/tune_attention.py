@@ -2,10 +2,10 @@
 
     python benchmarks/tune_attention.py [--kernels hopper_forward ...] [--shape A] [--tokens 32768] [--write]
 
-Tuned are the rows of the table that the shape's attention asks for on this GPU (on Hopper, those of its own kernels
-where they serve the shape). The winner has the least sum of times over what a row serves: compressed keys, the window,
-or chosen blocks as a trained model and as alike neighbours choose them; dQ of one branch at a time, also where training
-takes all three at once. It replaces the entry that serves the shape.
+It tunes the rows of the table that the shape's attention uses on this GPU (on Hopper, those of Hopper's kernels if they
+support the shape). The winner has the least sum of times over the calls that use a row: compressed keys, the window, or
+selected blocks with the regimes "trained" and "alike". dQ is timed for one branch at a time, though training computes
+all three at once. The winner replaces the entry for the shape.
 
 Compilation runs in parallel processes first, so that the timing pass finds every kernel in Triton's cache.
 """
@@ -38,7 +38,7 @@ def grid(**axes: list[int]) -> list[dict[str, int]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-# The kernels for Hopper, at all widths: what does not fit says so.
+# The kernels for Hopper, at all head dimensions: tiles that do not fit raise an error.
 HOPPER_CANDIDATES = {
     "hopper_forward": [
         *grid(BN=[128], STAGES=[2, 3], QUEUE=[1, 2], num_warps=[4], maxnreg=[168]),
@@ -96,7 +96,7 @@ CANDIDATES = HOPPER_CANDIDATES | {
     ],
 }
 
-# For head widths above 128, where accumulators leave fewer registers.
+# For head dimensions above 128, for which accumulators leave fewer registers.
 WIDE_CANDIDATES = HOPPER_CANDIDATES | {
     "range_forward": [
         *grid(BM=[128], BN=[64], num_warps=[8], num_stages=[1, 2]),
@@ -118,7 +118,7 @@ WIDE_CANDIDATES = HOPPER_CANDIDATES | {
 
 
 def operations(shape: Shape, tokens: int) -> dict[str, Callable[[], object]]:
-    """Name -> a call of each operation of the attention, on each kind of input that it serves."""
+    """Name -> a call of each operation of the attention, on each kind of input that it gets."""
     scale = shape.width**-0.5
     q, d_out = normal(1, tokens, shape.heads, shape.width), normal(1, tokens, shape.heads, shape.v_width, seed=1)
     documents = Documents.of(tokens, 0, None, q.device)
@@ -148,10 +148,10 @@ def operations(shape: Shape, tokens: int) -> dict[str, Callable[[], object]]:
 
 
 def rows_of(call: Callable[[], object]) -> set[str]:
-    """The rows of the tile table that a call asks for."""
+    """The rows of the tile table that a call uses."""
     with mock.patch.object(hardware, "_entry", wraps=hardware._entry) as entry:
         call()
-    return {asked.args[1] for asked in entry.call_args_list}
+    return {one.args[1] for one in entry.call_args_list}
 
 
 def tune(shape: Shape, tokens: int, row: str, calls: dict[str, Callable[[], object]], compile_only: bool) -> list[dict]:
@@ -170,7 +170,7 @@ def tune(shape: Shape, tokens: int, row: str, calls: dict[str, Callable[[], obje
                     result[name] = round(called_ms(call), 3)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a tile that does not fit is an answer
+        except Exception as error:  # the tile may not fit
             result["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:90]
         table[row] = saved
         hardware._entry.cache_clear()
@@ -195,8 +195,8 @@ def main() -> None:
         parser.error("needs an NVIDIA GPU, and a torch that is built for it")
     shape = SHAPES[options.shape]
     small = operations(shape, 2048)
-    asked = {name: rows_of(call) for name, call in small.items()}
-    used = sorted(set().union(*asked.values()))
+    rows_by_call = {name: rows_of(call) for name, call in small.items()}
+    used = sorted(set().union(*rows_by_call.values()))
     rows = options.kernels or used
     if unused := sorted(set(rows) - set(used)):
         parser.error(f"shape {shape.name} does not use {', '.join(unused)} on this GPU, but {', '.join(used)}")
@@ -211,7 +211,7 @@ def main() -> None:
     calls = small if options.compile_only else operations(shape, options.tokens)
     results = []
     for row in rows:
-        its = {name: call for name, call in calls.items() if row in asked[name]}
+        its = {name: call for name, call in calls.items() if row in rows_by_call[name]}
         results += tune(shape, options.tokens, row, its, options.compile_only)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
@@ -220,7 +220,7 @@ def main() -> None:
 
 
 def counted_ms(result: dict) -> float:
-    """What counts: all calls but those of random indices."""
+    """The sum of times that decides: of all calls but those with random indices."""
     return sum(time for name, time in result.items() if isinstance(time, float) and not name.startswith("random"))
 
 

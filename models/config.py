@@ -1,4 +1,4 @@
-"""What a decoder is: the `model` and `attention` sections of a configuration."""
+"""The `model` and `attention` sections of a configuration."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,7 +9,7 @@ from nsa.layers.kinds import BASELINE, DEFAULT, KINDS, kind_of
 from nsa.schema import Section
 
 NAMES = tuple(kind.name for kind in KINDS)
-# The type of attention.kind: the names of the kinds that there are.
+# The type of attention.kind: the names of all kinds.
 KindName = Literal[NAMES]  # type: ignore[valid-type]
 
 
@@ -141,7 +141,7 @@ class ModelConfig(Section):
 
     @property
     def attention_shape(self) -> Shape:
-        """Of an attention layer."""
+        """The shape of an attention layer."""
         return Shape(
             hidden_size=self.hidden_size,
             num_heads=self.num_heads,

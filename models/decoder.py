@@ -16,7 +16,7 @@ from nsa.ops.geometry import Documents
 
 
 class RMSNorm(nn.Module):
-    """The residual stream x + delta, and its norm: over the last axis, in fp32 and rounded once (arXiv 1910.07467)."""
+    """The residual stream x + delta and its norm over the last dimension, in fp32, rounded once (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `nsa.ops.add_rms_norm`; without ``delta`` the stream is x."""
+        """As `nsa.ops.add_rms_norm`. Without ``delta`` the residual stream is x."""
         return ops.add_rms_norm(x, self.weight, self.eps, delta)
 
 
@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        # Modules for their names and initialisation; one operator takes both weights.
+        # Modules give names and initialisation to the weights; one operator uses both.
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -44,7 +44,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each on the norm of the residual stream, which they add to. ``kind``: of the attention."""
+    """Attention and MLP. Each reads the normed residual stream and adds to the stream. ``kind``: of the attention."""
 
     def __init__(self, config: ModelConfig, kind: Kind, attention: nn.Module, mlp: MLP | MixtureOfExperts) -> None:
         super().__init__()
@@ -63,12 +63,12 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder language model, drawn from torch's generator; on the meta device without values.
+    """A decoder language model, initialised by torch's generator; on the meta device without values.
 
     Args:
         config: shape. attention: kind of each layer, and the sizes of each kind.
         backend: implementation of the attention operators: auto, triton, torch or naive.
-        dense_attention: of causal attention, where ``backend`` is auto: auto, triton or a library
+        dense_attention: implementation of dense attention if ``backend`` is auto: auto, triton or a library
             (`nsa.ops.dense_attention`).
     """
 
@@ -116,10 +116,10 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (B, T) int64.
-            targets: (B, T) int64, the token that follows each; -100 is not counted.
-            cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; positions start anew in each.
+            targets: (B, T) int64, the next token of each; -100 is not counted.
+            cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1; positions start at 0 in each.
             caches: of the tokens before, from `new_caches`; the T new tokens are appended.
-            positions: (T,) int64, of each token in its document; None: counted from ``cu_seqlens`` and ``caches``.
+            positions: (T,) int64, of each token in its document; None: from ``cu_seqlens`` and ``caches``.
 
         Returns:
             Without targets: logits (B, T, V). With: negative log-likelihood (B, T) fp32 in nats, 0 where not counted.
@@ -134,12 +134,12 @@ class Decoder(nn.Module):
         return self.head(self.norm(x)[1], targets)
 
     def new_caches(self) -> list[Cache]:
-        """Empty caches, one a layer, for decoding sequences of equal length side by side."""
+        """Empty caches, one per layer, for decoding a batch of sequences of equal length."""
         return [layer.attention.new_cache() for layer in self.layers]  # type: ignore[union-attr, operator]
 
 
 def build_mlp(layer: int, config: ModelConfig) -> MLP | MixtureOfExperts:
-    """The MLP of one decoder layer; shared experts are one MLP of their common width."""
+    """The MLP of one decoder layer. Shared experts are one MLP of their total width."""
     moe = config.moe
     if moe is None or not config.has_experts(layer):
         return MLP(config.hidden_size, config.intermediate_size)

@@ -1,4 +1,4 @@
-"""The output head: logits, or the loss without all logits in fp32."""
+"""The output head: returns logits, or the loss without keeping all logits in fp32."""
 
 from torch import Tensor, nn
 from torch.nn.functional import linear

@@ -2,8 +2,8 @@
 
     y_t = shared(u_t) + sum_{i chosen} g_{i,t} expert_i(u_t)
 
-Every token gets its experts: none is dropped and there is no capacity. Sizes in the comments: B rows, T tokens,
-C hidden, E experts, K chosen by a token, F width of an expert.
+Every token gets its experts: none is dropped, and experts have no capacity limit. Sizes in the comments: B sequences,
+T tokens, C hidden size, E experts, K experts per token, F width of an expert.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,13 @@ from nsa.ops.dispatch import without_autocast
 
 
 class Router(nn.Module):
-    """Which experts a token goes to, and what each counts (DeepSeek-V3, arXiv 2412.19437, Eq. 13 to 16).
+    """Selects the experts of a token and their gates (DeepSeek-V3, arXiv 2412.19437, Eq. 13 to 16).
 
         s_{i,t} = sigmoid(u_t . e_i)      chosen_t = TopK_i(s_{i,t} + b_i)      g_{i,t} = s_{i,t} / sum_{chosen} s_{j,t}
 
-    The bias b balances the load without a loss (arXiv 2408.15664): it enters the choice alone, has no gradient, and is
-    moved from outside, once a step (`moved_bias`). It is fp32 whatever the dtype of the weights: its steps are small.
+    The bias b balances the load without a loss (arXiv 2408.15664): it affects the selection only and has no gradient.
+    The trainer updates it once per step (`moved_bias`). It stays fp32 in any dtype of the weights, since its steps are
+    small.
     """
 
     bias: Tensor
@@ -38,7 +39,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., C) -> affinities s (..., E) and gates (..., K), fp32 (or more); experts (..., K) int64.
 
-        Of equal affinities the expert of the lower number is chosen.
+        Of equal affinities the expert with the lower number is selected.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device.type):  # a choice is made in fp32
@@ -56,7 +57,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs, each on rows of its own.
+    """E SwiGLU MLPs, each applied to its own rows.
 
     gate, up (E, C, F); down (E, F, C): ``down(silu(gate(x)) * up(x))`` as in the dense layer.
     """
@@ -73,19 +74,19 @@ class Experts(nn.Module):
             ends = counts.cumsum(0).to(torch.int32)
             hidden = silu(grouped_mm(rows, self.gate, offs=ends)) * grouped_mm(rows, self.up, offs=ends)
             return grouped_mm(hidden, self.down, offs=ends)
-        # An expert without rows takes part, too: so every weight has a gradient on every rank.
+        # Experts without rows take part, too, so that every weight has a gradient on every rank.
         parts = zip(
             rows.split(sizes(counts, len(rows))), self.gate.unbind(), self.up.unbind(), self.down.unbind(), strict=True
         )
         return torch.cat([(silu(x @ gate) * (x @ up)) @ down for x, gate, up, down in parts])
 
     def _grouped(self, rows: Tensor) -> bool:
-        """Whether one kernel can compute all experts."""
+        """Whether one kernel can compute all experts for these rows."""
         return rows.is_cuda and rows.dtype == torch.bfloat16 and self.one_kernel(*self.gate.shape[1:]) and len(rows) > 0
 
     @staticmethod
     def one_kernel(hidden_size: int, expert_size: int) -> bool:
-        """Whether there is one for all experts of these widths, in bf16 on a GPU: it wants rows of 16 bytes."""
+        """Whether one bf16 GPU kernel can compute all experts of these sizes; it needs rows of n x 16 bytes."""
         return hidden_size % 8 == expert_size % 8 == 0
 
 
@@ -93,11 +94,12 @@ class MixtureOfExperts(nn.Module):
     """x (B, T, C) -> (B, T, C).
 
     Args:
-        shared: an MLP that every token passes through; None: there is none.
+        shared: an MLP that is applied to every token; None: there is none.
 
     Attributes:
-        balance: the balance loss, and the tokens of each expert in its tally.
-        row_counts: (B, E) int64 of these tokens -> of the whole rows. Another where ranks share a row's tokens.
+        balance: the balance loss; its tally also counts the tokens of each expert.
+        row_counts: (B, E) int64 counts of these tokens -> counts of the whole sequences. Parallelism replaces it if
+            ranks share the tokens of a sequence.
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig, shared: nn.Module | None) -> None:
@@ -125,32 +127,32 @@ class MixtureOfExperts(nn.Module):
 
 
 def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:
-    """chosen (B, T, K) -> (B, E) int64: how often each row chose each expert."""
+    """chosen (B, T, K) -> (B, E) int64: how many tokens of each sequence go to each expert."""
     ids = chosen.flatten(1).sort(dim=1).values
     numbers = torch.arange(num_experts, device=ids.device).expand(len(ids), -1).contiguous()
     return torch.searchsorted(ids, numbers, right=True).diff(dim=1, prepend=ids.new_zeros(len(ids), 1))
 
 
 def sizes(counts: Tensor, total: int) -> list[int]:
-    """``counts``, which add up to ``total``, on the host. The meta device has no data: as even as can be."""
+    """``counts``, whose sum is ``total``, on the host. On the meta device, which has no data: as even as possible."""
     return even(total, len(counts)) if counts.is_meta else counts.tolist()
 
 
 def even(total: int, parts: int) -> list[int]:
-    """``parts`` numbers that add up to ``total`` and differ by one at most."""
+    """``parts`` numbers with the sum ``total``, which differ by one at most."""
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def balance_losses(affinities: Tensor, counts: Tensor) -> Tensor:
-    """The classical balance loss, token by token; its mean over a row is that row's (DeepSeek-V3, Eq. 17 to 20).
+    """The balance loss of each token; its mean over a sequence is that of the sequence (DeepSeek-V3, Eq. 17 to 20).
 
         sum_i f_i P_i,   f_i = E / (K T) x (tokens that chose i),   P_i = 1 / T sum_t s_{i,t} / sum_j s_{j,t}
 
-    It is 1 where the load is even. f has no gradient. Differently from Eq. 18, f counts the choice with the bias in it:
-    the load that is there.
+    It is 1 if the load is even. f has no gradient. Unlike in Eq. 18, f counts the selection with the bias, which is the
+    actual load.
 
     Args:
-        affinities: (B, T, E). counts: (B, E) int64 of the whole rows.
+        affinities: (B, T, E). counts: (B, E) int64 of the whole sequences.
 
     Returns:
         (B, T), each token's part of the sum over tokens.
@@ -168,8 +170,10 @@ def moved_bias(bias: Tensor, load: Tensor, rate: float) -> Tensor:
 
 
 def take(rows: Tensor, index: Tensor, inverse: Tensor, copies: int = 1) -> Tensor:
-    """rows (M, C), each ``copies`` times in a row, in the order ``index`` (M x copies,), whose ``inverse`` is known:
-    so the gradient is a gather and a sum in fixed order, not a sum of whatever comes first."""
+    """Repeat each of rows (M, C) ``copies`` times and permute them by ``index`` (M x copies,).
+
+    With its ``inverse`` the gradient is a gather and a sum in a fixed order, which is deterministic.
+    """
     return _Take.apply(rows, index, inverse, copies)
 
 

@@ -12,7 +12,7 @@ from nsa.models.config import AttentionConfig, ModelConfig
 
 @lru_cache(maxsize=256)
 def parameters_of_attention(kind: Kind, shape: Shape, config: Any) -> dict[str, int]:
-    """Of each parameter of one layer, by its name in the layer, the number of elements."""
+    """name in the layer -> number of elements, for each parameter of one layer."""
     with torch.device("meta"):
         layer = kind.build(shape, config, Backends())
     return {name: parameter.numel() for name, parameter in layer.named_parameters()}
@@ -24,7 +24,7 @@ def attention_parameters(kind: Kind, model: ModelConfig, attention: AttentionCon
 
 
 def mlp_parameters(model: ModelConfig, active: bool = False) -> int:
-    """Parameters of the MLPs of all layers, mixtures of experts included; ``active``: those that compute a token."""
+    """Parameters of the MLPs of all layers, experts included; ``active``: only the experts that a token goes to."""
     moe, layers = model.moe, [model.has_experts(number) for number in range(model.num_layers)]
     total = layers.count(False) * 3 * model.hidden_size * model.intermediate_size
     if moe is not None:
@@ -34,8 +34,11 @@ def mlp_parameters(model: ModelConfig, active: bool = False) -> int:
 
 
 def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str, int]:
-    """``total`` parameters; ``embedding`` (the head's too, unless tied) and ``non_embedding`` ones of them; ``routed``:
-    of the routed experts; ``active``: all but those of the experts that a token does not go to."""
+    """Numbers of parameters.
+
+    ``total``, ``embedding`` (with the head's, unless tied), ``non_embedding``, ``routed``: of the routed experts,
+    ``active``: all except those of the experts that a token does not go to.
+    """
     body = model.hidden_size + 2 * model.hidden_size * model.num_layers + mlp_parameters(model)
     body += sum(attention_parameters(kind, model, attention) for kind in attention.kinds(model.num_layers))
     embedding = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
@@ -68,8 +71,8 @@ def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, seq
     """Forward and backward FLOPs per token (backward counts twice the forward), of the active parameters.
 
     Returns:
-        ``sparse``: what the configured attention needs. ``dense_equivalent``: the same decoder with dense attention
-        in every layer: what its speed is compared by across kinds of attention.
+        ``sparse``: FLOPs of the configured attention. ``dense_equivalent``: of the same decoder with dense attention in
+        every layer, to compare speeds across kinds of attention.
     """
 
     def total(kinds: list[Kind]) -> float:

@@ -1,4 +1,4 @@
-"""The strict base of every configuration section: an unknown key is an error, a value is what its type says."""
+"""The strict base class of every configuration section: rejects unknown keys and does not convert types."""
 
 from pydantic import BaseModel, ConfigDict
 

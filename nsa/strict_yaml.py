@@ -1,8 +1,8 @@
-"""Strict YAML into a typed tree of sections, with errors that a person can act on.
+"""Reads strict YAML into a typed tree of sections, with helpful errors.
 
 A plain YAML loader takes the last of two equal keys, reads ``3e-4`` as a string and ``no`` as a boolean. Here a
 duplicate key is an error, scalars follow YAML 1.2 (``true``/``false``, ``3e-4`` is a number), and every problem is
-told with the file, the line, the full dotted key and what would be valid. Nothing here knows a particular tree.
+reported with the file, the line, the full dotted key and what would be valid. This module works for any section.
 """
 
 import difflib
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes what only ``_Loader`` takes for no text: 1E0."""
+    """SafeDumper that also quotes strings that only ``_Loader`` would read as another type, such as 1E0."""
 
 
 for _tag, _pattern, _first in (
@@ -51,7 +51,7 @@ for _tag, _pattern, _first in (
 
 
 def _parse(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
-    """Python values of a YAML text, and the line (from 1) of every key and list item. ``name`` is for messages."""
+    """Python values of a YAML text, and the line (from 1) of every key and list item. ``name``: for error messages."""
     lines: dict[Path_, int] = {}
     try:
         loader = _Loader(text)
@@ -83,11 +83,11 @@ def _parse(text: str, name: str) -> tuple[Any, dict[Path_, int]]:
         return (None if node is None else build(node, ())), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        told = [part for part in (error.context, error.problem) if part]
-        raise ConfigError(f"{name}{f', line {mark.line + 1}' if mark else ''}: {', '.join(told)}") from error
+        parts = [part for part in (error.context, error.problem) if part]
+        raise ConfigError(f"{name}{f', line {mark.line + 1}' if mark else ''}: {', '.join(parts)}") from error
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
-    except ValueError as error:  # a scalar that matches a resolver and still is no value, e.g. a huge integer
+    except ValueError as error:  # a scalar that matches a resolver but is not a valid value, e.g. a huge integer
         raise error if isinstance(error, ConfigError) else ConfigError(f"{name}: {error}") from error
     finally:
         loader.dispose()
@@ -155,11 +155,11 @@ def load(
     overrides: Sequence[str] = (),
     upgrade: Callable[[Any], Any] = lambda tree: tree,
 ) -> SectionT:
-    """Read ``path``, write the ``key=value`` overrides over it (in order), check it against ``section``.
+    """Read ``path``, apply the ``key=value`` overrides in order, and validate the result as a ``section``.
 
-    ``upgrade``: brings the values of an older file to today's keys, before the overrides.
+    ``upgrade``: converts the values of an older file to the current keys, before the overrides.
 
-    Raises ``ConfigError`` that lists every problem found.
+    Raises ``ConfigError`` that lists all problems.
     """
     tree, lines = _parse(_read(path), str(path))
     if not isinstance(tree, dict):
@@ -169,12 +169,14 @@ def load(
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        problems: dict[Path_, str] = {}  # one per place: a union reports every alternative that did not fit
+        problems: dict[Path_, str] = {}  # one per key: a union reports every alternative that did not fit
         for item in error.errors():
             where, annotation = _real_path(section, item["loc"])
             problems.setdefault(where, _in_words(section, where, annotation, item))
-        told = [_place(where, lines, overridden) + words for where, words in problems.items()]
-    raise ConfigError(f"{path}: " + (told[0] if len(told) == 1 else "\n  ".join([f"{len(told)} problems", *told])))
+        messages = [_place(where, lines, overridden) + words for where, words in problems.items()]
+    raise ConfigError(
+        f"{path}: " + (messages[0] if len(messages) == 1 else "\n  ".join([f"{len(messages)} problems", *messages]))
+    )
 
 
 def _place(path: Path_, lines: dict[Path_, int], overridden: dict[Path_, str]) -> str:
@@ -184,11 +186,11 @@ def _place(path: Path_, lines: dict[Path_, int], overridden: dict[Path_, str]) -
         if path[:length] in lines:
             return f"line {lines[path[:length]]}: "
     made = [override for key, override in overridden.items() if path and key[: len(path)] == path]
-    return f"override {made[0]!r}: " if made else ""  # it made the section that the path names
+    return f"override {made[0]!r}: " if made else ""  # the override created the section that the path names
 
 
 def _real_path(section: type[BaseModel], loc: Sequence[str | int]) -> tuple[Path_, Any]:
-    """The keys among pydantic's location (which also names the alternatives of a union), and the last one's type."""
+    """The keys in pydantic's location, which also has the alternatives of unions, and the type of the last key."""
     path: Path_ = ()
     annotation: Any = section
     for part in loc:
@@ -214,17 +216,17 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    found = [a for a in _alternatives(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
-    return found[0] if found else None
+    sections = [a for a in _alternatives(annotation) if isinstance(a, type) and issubclass(a, BaseModel)]
+    return sections[0] if sections else None
 
 
 def _item_of(annotation: Any) -> Any:
-    found = [get_args(a)[0] for a in _alternatives(annotation) if get_origin(a) is list]
-    return found[0] if found else None
+    items = [get_args(a)[0] for a in _alternatives(annotation) if get_origin(a) is list]
+    return items[0] if items else None
 
 
 def is_section(annotation: Any) -> bool:
-    """Whether a value of this type has keys of its own."""
+    """Whether a value of this type is a section, with its own keys."""
     return _section_of(annotation) is not None
 
 
@@ -246,9 +248,9 @@ def type_words(annotation: Any) -> str:
 
 
 def _in_words(section: type[BaseModel], path: Path_, annotation: Any, item: Any) -> str:
-    """One problem of pydantic's, in plain words."""
+    """One problem that pydantic reports, in plain words."""
     key, kind, got = dotted(path), item["type"], item["input"]
-    if kind == "value_error":  # raised by a validator of ours, which names its keys itself
+    if kind == "value_error":  # raised by one of our validators, whose message names the keys
         return str(item["ctx"]["error"])
     if kind == "missing":
         field = _field(section, path)
@@ -272,9 +274,9 @@ def _field(section: type[BaseModel], path: Path_) -> Any:
 
 
 def walk(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key that holds a value, with its pydantic field; an item of a list of sections is written ``*``.
+    """Every key that holds a value, with its pydantic field. ``*`` stands for an item of a list of sections.
 
-    The plain keys of a section come before its own sections.
+    The plain keys of a section come before its subsections.
     """
     yield from ((prefix + name, f) for name, f in section.model_fields.items() if not is_section(f.annotation))
     for name, field in section.model_fields.items():
@@ -285,7 +287,7 @@ def walk(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _nearest(section: type[BaseModel], path: Path_) -> str:
-    """What the writer of an unknown key may have meant: a sibling, or a key of that name in another section."""
+    """A suggestion for an unknown key: a sibling with a similar name, or a key of that name in another section."""
     parent = _section_of(_real_path(section, path[:-1])[1])
     siblings = list(parent.model_fields) if parent else []
     name = str(path[-1])
@@ -303,6 +305,6 @@ def _nearest(section: type[BaseModel], path: Path_) -> str:
 
 def dump(section: BaseModel) -> str:
     """YAML of the whole tree, defaults included; ``load`` reads it back to an equal tree."""
-    # The dumper follows YAML 1.1: it quotes more strings than needed and writes 1.0e-08, which reads back all the same.
+    # The dumper follows YAML 1.1: it quotes more strings than needed and writes 1.0e-08. Both are read back correctly.
     tree = section.model_dump(mode="json")
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

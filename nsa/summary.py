@@ -1,4 +1,4 @@
-"""What a finished run left behind and how well it did: `python -m nsa.summary RUN`, the end of the demo."""
+"""Summary of a finished run, its loss and its files: `python -m nsa.summary RUN`. The demo ends with it."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-LEFT_BEHIND = {  # what, and the pattern of its files in the run folder
+LEFT_BEHIND = {  # name -> pattern of its files in the run folder
     "configuration": "config.yaml",
     "figures": "metrics.jsonl",
     "checkpoint": "step_*/manifest.json",
@@ -17,7 +17,7 @@ LEFT_BEHIND = {  # what, and the pattern of its files in the run folder
 
 
 def summarise(run: Path) -> str:
-    """A text of a few lines. Raises ``ValueError`` if ``run`` is no folder of a run that was validated."""
+    """A few lines of text. Raises ``ValueError`` if ``run`` is not the folder of a run that was validated."""
     try:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
@@ -26,16 +26,16 @@ def summarise(run: Path) -> str:
     if not validations:
         raise ValueError(f"{run}: the run has not been validated yet")
     first, last = validations[0], validations[-1]
-    told = [
+    summary = [
         f"validation bits per byte: {last['validation/bits_per_byte']:.3f} after {last['step']} steps"
         f" ({first['validation/bits_per_byte']:.3f} after {first['step']})"
     ]
     for name, pattern in LEFT_BEHIND.items():
-        found = sorted(run.glob(pattern))
+        paths = sorted(run.glob(pattern))
         if name in ("checkpoint", "export"):
-            found = [path.parent for path in found][-1:]  # the folder; of checkpoints the last
-        told += [f"{name + ':':<15}{path}" for path in found]
-    return "\n".join(told)
+            paths = [path.parent for path in paths][-1:]  # the folder, and only of the last checkpoint
+        summary += [f"{name + ':':<15}{path}" for path in paths]
+    return "\n".join(summary)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""Reading files that somebody else may have made: checkpoints, exports, prepared data.
+"""Reads files that may come from others: checkpoints, exports, prepared data.
 
-Nothing here runs code from a file. A file must be a regular one, inside the folder it is named in, of a bounded size
-where it is read whole, and say one thing only: JSON with two equal keys is refused, since two readers could take
-different ones.
+Nothing here runs code from a file. A file must be regular, inside the folder that it is listed in, and of a bounded
+size if it is read whole. It must also be unambiguous: JSON with duplicate keys is rejected, since two readers could
+take different values.
 """
 
 import json
@@ -17,14 +17,14 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 
 
 class UntrustedError(ValueError):
-    """A file is not what it must be; nothing of it was used."""
+    """A file is invalid, and nothing of it was used."""
 
 
 def inside(folder: Path, name: Any) -> Path:
     """The path of file ``name`` (it may have subfolders) of ``folder``.
 
     Raises:
-        UntrustedError: the name leads elsewhere.
+        UntrustedError: the name leads out of the folder.
     """
     if not isinstance(name, str) or not name or "\\" in name or "\0" in name or not name.isprintable():
         raise UntrustedError(f"{folder}: {name!r} is no name of a file")
@@ -52,16 +52,16 @@ def read_bytes(path: Path, limit: int) -> bytes:
     size = regular_size(path)
     if size > limit:
         raise UntrustedError(f"{path}: {size} bytes, at most {limit} are read")
-    # Between the look and the reading another file may have come in its place: links are not followed.
+    # The file may have been replaced since the check, so links are not followed.
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
         return file.read(limit + 1)[:limit]
 
 
 def parse_json(text: bytes, name: str) -> Any:
-    """Strict JSON: no duplicate keys, no nesting without end, no numbers of thousands of digits.
+    """Parse strict JSON: no duplicate keys, no very deep nesting, no numbers of thousands of digits.
 
     Raises:
-        UntrustedError: it is something else; ``name`` is for the message.
+        UntrustedError: the text is not strict JSON; ``name`` is for the message.
     """
     try:
         return json.loads(text, object_pairs_hook=_unique)
@@ -75,10 +75,10 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
 
 
 def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
-    """The header of a safetensors file (name -> dtype, shape, data_offsets), if all of it is sound.
+    """The validated header of a safetensors file (name -> dtype, shape, data_offsets).
 
     Raises:
-        UntrustedError: it is not a regular file, its header is huge, ambiguous or does not describe the file exactly.
+        UntrustedError: it is not a regular file, or its header is huge, ambiguous or does not match the file exactly.
         OSError: it cannot be read.
     """
     size = regular_size(path)
@@ -114,8 +114,8 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"duplicate key {next(k for k in keys if keys.count(k) > 1)[:100]!r}")
-    return found
+    return unique

@@ -1,4 +1,4 @@
-"""What a trained model can do: bits per byte by position, recall at and beyond the training length."""
+"""Evaluates a trained model: bits per byte by position, recall at and beyond the training length."""
 
 from nsa.evaluation.runner import evaluate
 

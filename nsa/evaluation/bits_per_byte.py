@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, by position in the document: does more context help, and how far."""
+"""Bits per byte of held-out text by position in the document, which shows whether more context helps."""
 
 import math
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ BATCH_TOKENS = 8192  # tokens of one forward pass
 
 @dataclass(frozen=True)
 class Curve:
-    """Bits per byte of all counted targets, and of those whose position in their document (or the piece of it that
-    lies in the sample) is ``starts[i]`` .. ``starts[i+1] - 1``; NaN where there is no text.
+    """Bits per byte of all counted targets, and by their position in the document.
 
-    length: tokens of a sample. samples, bytes: how many, and the text that the targets stand for.
+    Entry i is of the positions ``starts[i]`` .. ``starts[i+1] - 1``, and NaN without text there. Positions count from
+    the start of the document, or of the part of it that is in the sample.
+
+    length: tokens per sample. samples: how many. bytes: of the text of all counted targets.
     """
 
     length: int
@@ -30,7 +32,7 @@ class Curve:
 
 
 def measure(decoder: Decoder, stream: SampleStream, samples: int) -> Curve:
-    """The curve over the first ``samples`` samples of a stream, the ones that validation reads."""
+    """The curve over the first ``samples`` samples of a stream, which validation reads, too."""
     length = stream.sequence_length
     starts = bucket_starts(length)
     nats, counted = np.zeros(len(starts)), np.zeros(len(starts))
@@ -56,7 +58,7 @@ def measure(decoder: Decoder, stream: SampleStream, samples: int) -> Curve:
 
 
 def bucket_starts(length: int) -> list[int]:
-    """Two buckets an octave: 0, 8, 12, 16, 24, 32, 48 ... below ``length``."""
+    """Two buckets per octave: 0, 8, 12, 16, 24, 32, 48 ... below ``length``."""
     octaves = [start for k in range(3, length.bit_length()) for start in (2**k, 3 * 2 ** (k - 1))]
     return [0, *(start for start in octaves if start < length)]
 

@@ -11,14 +11,16 @@ from nsa.data.synthetic import IGNORED, Task
 from nsa.evaluation.bits_per_byte import BATCH_TOKENS
 from nsa.models import Decoder
 
-SEED = "evaluation"  # episodes that no training seed, a number, can make
+SEED = "evaluation"  # differs from every training seed, since those are numbers
 Z = 1.96  # 95 %
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Share of answers that are the most likely of all tokens, with its 95 % interval; chance: of a guess among the
-    values that the task uses. length: tokens of an episode."""
+    """Accuracy of the most likely token as the answer, with its 95 % interval.
+
+    chance: accuracy of a guess among the values that the task uses. length: tokens of an episode.
+    """
 
     task: str
     length: int
@@ -32,19 +34,19 @@ class Recall:
 
 Predict = Callable[
     [Tensor, Tensor], Tensor
-]  # tokens (B, T), asked (B, T) bool -> the tokens predicted where asked (A,)
+]  # tokens (B, T), counted (B, T) bool -> (A,), the predicted next token at each counted position
 
 
 def measure(predict: Predict, task: Task, length: int, episodes: int) -> Recall:
-    """Ask ``episodes`` episodes of ``length`` tokens."""
+    """Recall over ``episodes`` episodes of ``length`` tokens."""
     size = max(1, BATCH_TOKENS // length)
     right: list[np.ndarray] = []
     for first in range(0, episodes, size):
         made = [task.generate(length, SEED, i) for i in range(first, min(first + size, episodes))]
         tokens = torch.from_numpy(np.stack([e.tokens for e in made]))
         targets = torch.from_numpy(np.stack([e.targets for e in made]))
-        asked = targets != IGNORED
-        right.append((predict(tokens, asked) == targets[asked]).view(len(made), -1).numpy())
+        counted = targets != IGNORED
+        right.append((predict(tokens, counted) == targets[counted]).view(len(made), -1).numpy())
     correct = np.concatenate(right)
     low, high = interval(correct)
     accuracy = float(correct.mean())
@@ -52,13 +54,13 @@ def measure(predict: Predict, task: Task, length: int, episodes: int) -> Recall:
 
 
 def predictor(decoder: Decoder) -> Predict:
-    """The most likely next token; logits are made where they are asked for only."""
+    """Predicts the most likely next token. Computes logits at the counted positions only."""
 
     @torch.no_grad()
-    def predict(tokens: Tensor, asked: Tensor) -> Tensor:
+    def predict(tokens: Tensor, counted: Tensor) -> Tensor:
         device = decoder.embedding.weight.device
-        asked = asked.to(device)
-        hook = decoder.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][asked], *inputs[1:]))
+        counted = counted.to(device)
+        hook = decoder.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][counted], *inputs[1:]))
         try:
             return decoder(tokens.to(device)).argmax(-1).cpu()
         finally:
@@ -70,8 +72,8 @@ def predictor(decoder: Decoder) -> Predict:
 def interval(correct: np.ndarray) -> tuple[float, float]:
     """Wilson's 95 % interval of the mean of ``correct`` (episodes, answers) bool.
 
-    Answers of one episode stand and fall together: they count for as many as their scatter over episodes says (the
-    design effect of cluster sampling), and, where all are alike, for one an episode.
+    Answers of one episode are correlated. So the number of answers is divided by the design effect of cluster sampling,
+    estimated from the variance over episodes. If all answers are equal, each episode counts as one.
     """
     episodes, answers = correct.shape
     p = correct.mean()

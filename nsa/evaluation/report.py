@@ -1,4 +1,4 @@
-"""The figures of an evaluation as text and as plots."""
+"""The results of an evaluation as text and as plots."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from nsa.evaluation.recall import Recall
 
 
 def curve_table(curves: list[Curve]) -> str:
-    """Bits per byte of each curve, in all and by position."""
+    """Bits per byte of each curve, in total and by position."""
     lines = ["bits per byte of held-out text, by position in the document"]
     lines.append(f"  {'position':>13}" + "".join(f"  samples of {c.length:>5}" for c in curves))
     longest = max(curves, key=lambda c: c.length)
@@ -57,7 +57,7 @@ def plot_curves(curves: list[Curve], training_length: int, path: Path) -> None:
 
 
 def plot_recall(results: list[Recall], training_length: int, path: Path) -> None:
-    """Accuracy with its interval over the length of the episode, a line a task."""
+    """Accuracy with its interval over the length of the episode, one line per task."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for task in dict.fromkeys(r.task for r in results):
         mine = [r for r in results if r.task == task]

@@ -1,4 +1,4 @@
-"""One evaluation of one export."""
+"""Evaluates an export."""
 
 import json
 import math
@@ -34,14 +34,14 @@ def evaluate(
     Args:
         export: folder written by `nsa.export`.
         out: folder for the results; None: ``evaluation`` beside the export.
-        config: whose ``data`` and ``evaluation`` sections say what is read and how much; None: the training's.
-        say: gets the tables, as they grow.
+        config: its ``data`` and ``evaluation`` sections are used; None: those of the training.
+        say: called with the rows of the tables as they are computed.
 
     Returns:
-        What evaluation.json holds.
+        The content of evaluation.json.
 
     Raises:
-        ValueError: the folder is no export, or the data cannot be had.
+        ValueError: the folder is no export, or the data are not available.
     """
     began = time.monotonic()
     export = Path(export)
@@ -97,7 +97,7 @@ def evaluate(
 
 
 class Decoders:
-    """The decoder of an export; for lengths beyond its rotary range, the same with YaRN that stretches it so far."""
+    """The decoder of an export. For lengths beyond its rotary range YaRN extends it to that length."""
 
     def __init__(self, export: Path) -> None:
         self._export = export
@@ -120,9 +120,9 @@ class Decoders:
 
 
 def _prepare(config: Config, tokenizer: Tokenizer, path: Path) -> PreparedData:
-    """The held-out text in the model's tokens: the run's own prepared data if they are there, else made anew.
+    """The held-out text in the model's tokens: the run's prepared data if they exist, else prepared again.
 
-    The split depends on the text and the seed alone, so that held-out documents stay held out.
+    The split depends on the text and the seed alone, so held-out documents stay held out.
     """
     if config.data.tokenizer.path is None:
         prepared = prepare(config.data, config.seed)
@@ -133,7 +133,7 @@ def _prepare(config: Config, tokenizer: Tokenizer, path: Path) -> PreparedData:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replace NaN, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Modules around other modules: how parallelism and recomputation are put onto a model that knows nothing of them."""
+"""Wrappers of modules, with which parallelism and recomputation are added without changes to the model."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ from torch import nn
 
 
 class Around(nn.Module):
-    """A module in the place of another, ``inside``, which it calls.
+    """A module that replaces another one, ``inside``, and calls it.
 
-    Its parameters and submodules are those of ``inside``, under the same names: a state dict does not change. Other
-    attributes are looked for there, too.
+    It has the parameters and submodules of ``inside`` under the same names, so the state dict does not change. Other
+    attributes are also looked up in ``inside``.
     """
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
         self._parameters, self._buffers, self._modules = inside._parameters, inside._buffers, inside._modules
         self._non_persistent_buffers_set = inside._non_persistent_buffers_set
-        object.__setattr__(self, "inside", inside)  # no submodule: it would give everything a second name
+        object.__setattr__(self, "inside", inside)  # not a submodule, which would give everything a second name
 
     inside: nn.Module
 
@@ -28,7 +28,7 @@ class Around(nn.Module):
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """What all the modules around it are around."""
+    """The module without its wrappers."""
     while isinstance(module, Around):
         module = module.inside
     return module

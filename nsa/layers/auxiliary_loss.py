@@ -1,8 +1,8 @@
-"""Losses of a layer beside the model's: the balance of experts today, an indexer's divergence tomorrow.
+"""Auxiliary losses of a layer, such as the balance loss of experts.
 
-A layer attaches its loss to what it hands on, and needs no second result for it, however deep in the model or in
-which stage of a pipeline it is. What it saw is tallied on the device, in the backward pass: once, however often a layer
-is recomputed, not in validation, and again in every replay of a recording.
+A layer attaches its loss to its output, so it needs no second result, wherever in the model or pipeline it is. Losses
+and counts are summed on the device (the tally) in the backward pass: once per pass even if the layer is recomputed, not
+in validation, and in every replay of a CUDA graph.
 """
 
 from collections.abc import Iterator
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 
 class AuxiliaryLoss(nn.Module):
-    """A loss of one layer, and what is counted beside it.
+    """An auxiliary loss of one layer, and counts that are summed with it.
 
     Attributes:
         weight: of the loss in the objective.
-        scale: of the loss of a token; None: such that its mean over a pass counts. The trainer's is that of a mean
-            over the global batch.
-        tally: (1 + counts,) fp64 of the backward passes since the last `clear`: the loss, summed over tokens, and the
-            counts. None before the first one.
+        scale: factor of each token's loss; None: 1 / tokens of the pass, for a mean over it. The trainer sets it such
+            that the mean is over the global batch.
+        tally: (1 + counts,) fp64, sums over the backward passes since the last `clear`: of the loss over tokens, and of
+            the counts. None before the first backward pass.
     """
 
     def __init__(self, weight: float) -> None:
@@ -31,10 +31,10 @@ class AuxiliaryLoss(nn.Module):
         self.tally: Tensor | None = None
 
     def forward(self, x: Tensor, losses: Tensor | None, counts: Tensor) -> Tensor:
-        """``x`` as it is. Its backward pass sends weight x scale into every loss, as if they were in the objective.
+        """Returns ``x`` unchanged. Its backward pass gives every loss the gradient weight x scale.
 
         Args:
-            x: any shape, what the layer hands on. losses: (B, T), each token's; None: only the counts matter.
+            x: the layer's output, any shape. losses: (B, T), of each token; None: only the counts are summed.
             counts: (n,) integers.
         """
         if not x.requires_grad:
@@ -62,7 +62,7 @@ class AuxiliaryLoss(nn.Module):
 
 @contextmanager
 def untallied(model: nn.Module) -> Iterator[None]:
-    """Backward passes of ``model`` inside leave no trace in any tally. The tallies are made, where there were none."""
+    """Restore all tallies after the backward passes of ``model`` in this context. Creates tallies that are missing."""
     auxiliaries = [module for module in model.modules() if isinstance(module, AuxiliaryLoss)]
     before = [None if auxiliary.tally is None else auxiliary.tally.clone() for auxiliary in auxiliaries]
     yield

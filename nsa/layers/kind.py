@@ -1,11 +1,11 @@
-"""The record of a kind of attention: everything that the rest of the program asks of one.
+"""The record of a kind of attention: everything that the rest of the program needs to know about it.
 
-A kind lives in a folder of its own: its layer, its section of the configuration and its record. `nsa.layers.kinds`
-lists the records. Models, parallelism, planning, training and export read a record, and know no kind by name.
+Each kind has a folder with its layer, its section of the configuration and its record. `nsa.layers.kinds` lists the
+records. Models, parallelism, planning, training and export read the records and know no kind by name.
 
-A layer has ``forward(x, rotary, cu_seqlens, cache)`` and ``new_cache()``, and two modules without parameters. It hands
-the inputs of ``attend`` to ``exchange``, as soon as they are projected, and goes on with what that returns (`Local`).
-Then it calls ``attend(*inputs, cu_seqlens, offset)``, where offset is the position of the first query.
+A layer has ``forward(x, rotary, cu_seqlens, cache)`` and ``new_cache()``, and two modules without parameters. It passes
+the projected inputs of ``attend`` to ``exchange`` (`Local`), and what that returns to
+``attend(*inputs, cu_seqlens, offset)``, where offset is the position of the first query.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from nsa.schema import Section
 
-Price = Literal["causal", "compressed", "near"]  # constants of `nsa.planning`, fitted to measurements
+Price = Literal["causal", "compressed", "near"]  # speeds that `nsa.planning` fits to measurements
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of an attention layer.
+    """The shape of an attention layer.
 
     Attributes:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
@@ -37,22 +37,25 @@ class Shape:
     rope_theta: float
 
     def on_rank(self, ranks: int) -> "Shape":
-        """Of the part that each of ``ranks`` tensor-parallel ranks holds."""
+        """The shape of the part that each of ``ranks`` tensor-parallel ranks holds."""
         heads, kv_heads = self.num_heads // ranks, max(1, self.num_kv_heads // ranks)
         return replace(self, num_heads=heads, num_kv_heads=kv_heads)
 
 
 @dataclass(frozen=True)
 class Backends:
-    """Implementations of the operators: ``operators`` of all (auto, triton, torch, naive); ``dense``: of causal
-    attention, where that is auto (`nsa.ops.dense_attention`)."""
+    """Implementations of the operators.
+
+    ``operators``: of all operators (auto, triton, torch, naive). ``dense``: of dense attention if the former is auto
+    (`nsa.ops.dense_attention`).
+    """
 
     operators: str = "auto"
     dense: str = "auto"
 
 
 class Build(Protocol):
-    """Makes the layer of a kind."""
+    """Builds the layer of a kind."""
 
     def __call__(self, shape: Shape, config: Any, backends: Backends) -> nn.Module: ...
 
@@ -68,15 +71,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Parts:
-    """How tensor-parallel ranks split a layer, by the paths of its submodules.
+    """How a layer is sharded over tensor-parallel ranks, by the paths of its submodules.
 
     Attributes:
-        columns: linear maps whose outputs belong to query heads. kv_heads: to KV heads.
-        rows: linear maps whose inputs belong to query heads; the ranks add up their outputs.
-        whole: modules that every rank holds whole.
-        gathered: modules that need all query heads of a KV head, with the axis of the heads in each of their inputs by
-            position; None: the input is the same for all.
-        gathered_bytes: (shape, bytes of an activation) -> what one query head of one token weighs in these inputs.
+        columns: linear maps whose outputs belong to query heads. kv_heads: those whose outputs belong to KV heads.
+        rows: linear maps whose inputs belong to query heads; the ranks sum their outputs.
+        whole: modules that are replicated.
+        gathered: modules that need all query heads of a KV head -> the dimension of the heads in each positional input;
+            None: the input is the same on all ranks.
+        gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in these inputs.
     """
 
     columns: tuple[str, ...]
@@ -94,15 +97,15 @@ class Own:
 
 @dataclass(frozen=True)
 class Gather:
-    """It needs keys and values of all tokens before its own: a pair of tensors (B, T, G, ...). ``name``: of the bytes
-    in the metrics."""
+    """It needs keys and values of all earlier tokens: a pair of tensors (B, T, G, ...). ``name``: of the bytes sent, in
+    the metrics."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Halo:
-    """It needs keys and values of the last ``tokens`` before its own: a pair of tensors (B, T, G, ...)."""
+    """It needs keys and values of the last ``tokens`` tokens before its own: a pair of tensors (B, T, G, ...)."""
 
     name: str
     tokens: int
@@ -110,10 +113,10 @@ class Halo:
 
 @dataclass(frozen=True)
 class Blocks:
-    """It needs keys and values of all blocks, as ``module`` makes them: one of ``length`` tokens every ``stride``.
+    """It needs keys and values of all blocks that ``module`` computes: one of ``length`` tokens every ``stride``.
 
-    ``module`` is called with the pair (B, T, G, ...), the rotary tables and the borders. It needs a halo of length - 1
-    tokens (``halo``, the name of these bytes in the metrics); then blocks are gathered (``name``).
+    ``module`` is called with the pair (B, T, G, ...), the rotary tables and the document boundaries. It needs a halo of
+    length - 1 tokens. Then the blocks are gathered. ``halo`` and ``name``: of the bytes of either, in the metrics.
     """
 
     name: str
@@ -128,27 +131,27 @@ Exchange = Own | Gather | Halo | Blocks
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kind:
-    """A kind of attention. Nothing has a default: a new kind says everything.
+    """A kind of attention. No attribute has a default, so a new kind must state everything.
 
     Attributes:
         name: in ``attention.kind``, and of its section ``attention.<name>``.
-        title: what it is called, with its paper.
-        config: its section of the configuration; None: it has no keys. The functions below are given the section.
-        build: makes the layer. Its parameters get their first values by `nsa.models.initialisation`.
-        keeps_scale: submodules whose weights keep the scale of their input from the start, since no norm follows.
+        title: its full name, with its paper.
+        config: its section of the configuration, which the functions below get; None: it has no keys.
+        build: builds the layer. `nsa.models.initialisation` initialises its parameters.
+        keeps_scale: submodules whose initial weights keep the scale of their input, since no norm follows.
         products: (shape, config) -> the layer's linear maps; the first is the joint projection of the hidden state.
-        keys: (config, tokens) -> keys that a query sees, the mean over a document of so many tokens, by term.
+        keys: (config, tokens) -> term -> number of keys that a query attends to, mean over a document of ``tokens``.
         reach: config -> the length up to which a query sees every token in some branch; 0: at all lengths.
-        prices: by term, at what speed the plan expects these keys.
-        priced_as: the kind whose launches and starts of kernels the plan takes for this one's.
-        lists: whether queries choose lists of blocks, whose making the plan counts.
-        dense_library: whether its causal attention is ``engine.dense_attention``'s.
+        prices: term -> the speed that the plan assumes for these keys.
+        priced_as: the kind whose launch and start times of kernels the plan assumes.
+        lists: whether queries select blocks; the plan then counts the time to build their lists.
+        dense_library: whether ``engine.dense_attention`` applies.
         parts: for tensor parallelism.
-        exchanges: config -> for context parallelism, what each input of ``attend`` needs, in their order, by name.
-        choices: submodules that choose, as integers without gradient, what is attended to; recomputation keeps these.
+        exchanges: config -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in order.
+        choices: submodules that select (as integers without gradient) what is attended to; recomputation keeps these.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
-        figures: (attend, *inputs, cu_seqlens, offset) -> figures of one layer for TensorBoard; None: there are none.
-        export: config -> fields of config.json; None: an export cannot carry the kind yet.
+        figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
+        export: config -> fields of config.json; None: the kind cannot be exported yet.
         card: config -> rows of the model card.
     """
 
@@ -177,7 +180,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Local(nn.Module):
-    """The exchange of a layer that has all tokens: nothing is sent."""
+    """The exchange of a layer that has all tokens: returns its inputs."""
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         return inputs

@@ -1,11 +1,11 @@
-"""The kinds of attention that there are. A new one is added here, and nowhere else outside its folder."""
+"""The list of all kinds of attention. A new kind is added here, and nowhere else outside its folder."""
 
 from nsa.layers.dense.kind import DENSE
 from nsa.layers.kind import Kind
 from nsa.layers.nsa.kind import NSA
 
 KINDS: tuple[Kind, ...] = (DENSE, NSA)
-BASELINE = DENSE  # what others are compared with: every query sees every token before it
+BASELINE = DENSE  # the kind that others are compared with
 DEFAULT = NSA
 
 _by_name = {kind.name: kind for kind in KINDS}

@@ -11,11 +11,11 @@ from nsa.ops.dispatch import autocasts
 
 @autocasts("x", "weights")
 def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
-    """The projections of x by each weight, one after the other along the last axis.
+    """The projections of x by each weight, concatenated along the last dimension.
 
-    One matrix product forward and two backward for any number of weights: fewer launches, no sum over the gradients
-    of x. The weights are joined for each of them anew, which reads and writes a few MB, so that no copy of the weights
-    is kept between the passes.
+    Takes one matrix product forward and two backward for any number of weights: fewer launches, and no sum over the
+    gradients of x. The weights are concatenated again for each product, which reads and writes a few MB, so no copy of
+    them is kept between the passes.
 
     Args:
         x: (.., C). weights: (W_i, C) each, in x's dtype.
@@ -28,9 +28,9 @@ def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 @autocasts("x", "first", "second")
 def parallel_linear(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """The projections of x by two weights, each a tensor of its own.
+    """The projections of x by two weights, as two tensors.
 
-    In the backward pass the second product adds x's gradient to that of the first: no kernel sums the two.
+    In the backward pass the second product adds to the gradient of x of the first, so no kernel sums the two.
 
     Args:
         x: (.., C). first, second: (W, C), in x's dtype.

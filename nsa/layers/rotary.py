@@ -9,17 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary position embedding (RoPE, arXiv 2104.09864), stretched by YaRN (arXiv 2309.00071): angles by head width.
+    """The angles of rotary position embedding (RoPE, arXiv 2104.09864), extended by YaRN (arXiv 2309.00071).
 
-    Which dims of a head turn, and which of them are pairs, is said where heads are rotated
-    (`nsa.ops.geometry.RotaryLayout`).
+    `nsa.ops.geometry.RotaryLayout` says which dims of a head are rotated, and which of them are pairs.
 
     Attributes:
         theta: base of the frequencies.
-        trained_range: tokens that the model is trained for; counts with YaRN only.
-        yarn_factor: length extension, new range / trained range; 1 is none.
-        beta_fast, beta_slow: turns over the trained range from which on a frequency is kept, and up to which it is
-            divided by the factor.
+        trained_range: tokens that the model is trained for; used with YaRN only.
+        yarn_factor: length extension, new range / trained range; 1: none.
+        beta_fast, beta_slow: frequencies with at least beta_fast rotations over the trained range are kept, those with
+            at most beta_slow are divided by the factor.
     """
 
     theta: float = 10000.0
@@ -29,10 +28,10 @@ class Rotary:
     beta_slow: float = 1.0
 
     def frequencies(self, width: int, device: torch.device | None = None) -> Tensor:
-        """Angular frequencies, (width / 2,) fp32, in radians per token, for ``width`` dims that turn.
+        """Angular frequencies, (width / 2,) fp32, in radians per token, for ``width`` rotated dims.
 
-        RoPE (arXiv 2104.09864, Eq. 15). With YaRN the frequencies between the two betas are blended (arXiv 2309.00071,
-        section 3.2).
+        RoPE (arXiv 2104.09864, Eq. 15). With YaRN, frequencies between the two betas are interpolated (arXiv
+        2309.00071, section 3.2).
         """
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
         frequencies = self.theta**-exponents
@@ -45,7 +44,8 @@ class Rotary:
     def tables(self, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each (T, width / 2) fp32, of the angles at ``positions`` (T,) integer.
 
-        With YaRN by a factor s both carry its attention temperature 0.1 ln(s) + 1 (arXiv 2309.00071, Eq. 22).
+        With YaRN by a factor s both are multiplied by its attention temperature 0.1 ln(s) + 1 (arXiv 2309.00071,
+        Eq. 22).
         """
         angles = positions[:, None].float() * self.frequencies(width, positions.device)
         temperature = 0.1 * math.log(self.yarn_factor) + 1.0
@@ -57,7 +57,7 @@ class Rotary:
 
 
 class RotaryTables:
-    """cos and sin at the positions of a batch. Each width that a layer asks for is computed once."""
+    """cos and sin at the positions of a batch. The tables of each width are computed once."""
 
     def __init__(self, rotary: Rotary, positions: Tensor) -> None:
         self.rotary, self.positions = rotary, positions

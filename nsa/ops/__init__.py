@@ -1,4 +1,4 @@
-"""The operators: pure functions on tensors. See each folder's README for the definition and derivation."""
+"""The operators: pure functions on tensors. Each folder's README has the definition and derivation."""
 
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks

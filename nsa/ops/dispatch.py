@@ -1,4 +1,4 @@
-"""Checks that all operators share, and the choice of an implementation."""
+"""Checks that all operators share, and the selection of an implementation."""
 
 import functools
 import inspect
@@ -15,10 +15,10 @@ BACKENDS = ("auto", "triton", "torch", "naive")
 
 
 def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True) -> str:
-    """The implementation to run: ``naive`` (the definition), ``torch`` (portable, linear memory) or ``triton``.
+    """The implementation to run: ``naive`` (reference), ``torch`` (fallback with linear memory) or ``triton``.
 
-    ``auto`` takes the kernels for ``tensors`` on a GPU (or the meta device, where a GPU's work is only planned) that
-    they can handle. ``heads``: their last axis is a head's width, which kernels for attention hold whole.
+    ``auto`` takes the kernels if ``tensors`` are on a GPU (or the meta device, for plans) and the kernels support them.
+    ``heads``: whether their last dimension is a head dimension, which attention kernels load as a whole.
 
     Raises:
         ValueError: unknown name, or ``triton`` for tensors that the kernels cannot handle.
@@ -37,7 +37,7 @@ def _on_gpu(*tensors: Tensor) -> bool:
 
 
 def _kernel_obstacle(*tensors: Tensor, heads: bool) -> str | None:
-    # Triton exists on Linux only, and costs a second to import.
+    # Triton exists on Linux only, and takes a second to import.
     try:
         from nsa.ops.kernels.hardware import why_not
     except ImportError as error:
@@ -120,7 +120,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, offset: int | None = None) -> None:
-    """Raise ValueError unless q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) belong together.
+    """Raise ValueError unless the shapes of q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) are consistent.
 
     ``offset``: position of the first query; None: the queries are the last T of the S positions of the keys.
     """
@@ -138,14 +138,14 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
 
 
 def check_packing(q: Tensor, cu_seqlens: Tensor | None, tokens: int) -> None:
-    """Raise ValueError unless ``cu_seqlens`` (N+1,) int32 borders documents in ``tokens`` tokens, and q is (1, ...)."""
+    """Raise ValueError unless ``cu_seqlens`` (N+1,) int32 are document boundaries in ``tokens`` tokens, and B is 1."""
     if cu_seqlens is None:
         return
     if q.shape[0] != 1:
         raise ValueError(f"packed documents (cu_seqlens) need batch 1, got {q.shape[0]}: concatenate the sequences")
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype != torch.int32:
         raise ValueError(f"cu_seqlens must be (N+1,) int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    # On a GPU the look at the values would wait for the device.
+    # On a GPU, reading the values would wait for the device.
     if cu_seqlens.device.type == "cpu":
         inner_ok = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
         if not inner_ok or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens:

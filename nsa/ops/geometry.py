@@ -1,6 +1,6 @@
-"""Where documents, compression blocks, selection blocks and heads lie in a packed batch, and which keys a query sees.
+"""Positions of documents, compression blocks, selection blocks and heads in a packed batch, and the keys of a query.
 
-Everything here is index arithmetic on device: shapes depend on the number of tokens and documents only, never on the
+All of it is index arithmetic on the device. Shapes depend on the number of tokens and documents only, not on the
 documents' lengths, so nothing waits for the GPU. Unpacked input is the case of one document.
 """
 
@@ -18,10 +18,11 @@ _Result = TypeVar("_Result")
 
 
 def cached(function: _Function, kept: int | None = 16) -> _Function:
-    """Remember the index tensors of the last few geometries (``kept``; None: of all): every layer asks for the same,
-    and building small tensors costs the host more than attention to 8K tokens costs the GPU.
+    """Cache the results of the last ``kept`` calls (None: of all calls).
 
-    They are built as normal tensors even in inference mode: training could not save the others for its backward pass.
+    Every layer needs the same index tensors, and building small tensors takes the host longer than attention to 8K
+    tokens takes the GPU. They are never inference tensors, even in inference mode: training could not save those for
+    its backward pass.
     """
 
     @functools.lru_cache(maxsize=kept)
@@ -36,19 +37,19 @@ def cached(function: _Function, kept: int | None = 16) -> _Function:
 
 
 def num_compressed(num_tokens: int, length: int, stride: int) -> int:
-    """Compression blocks that lie whole within ``num_tokens`` tokens (NSA, arXiv 2502.11089, Eq. 7).
+    """Number of whole compression blocks in ``num_tokens`` tokens (NSA, arXiv 2502.11089, Eq. 7).
 
-    It also bounds the number in any packing of ``num_tokens`` tokens into documents.
+    This is also an upper bound if the tokens are packed documents.
     """
     return (num_tokens - length) // stride + 1 if num_tokens >= length else 0
 
 
-@dataclass(frozen=True, eq=False)  # compared and cached by identity: equality of tensors is not a bool
+@dataclass(frozen=True, eq=False)  # compared and cached by identity, since equality of tensors is not a bool
 class Documents:
-    """The documents of a (packed) batch, and for each query which one it lies in.
+    """The documents of a (packed) batch, and the document of each query.
 
     Attributes (all int64, on the device of the batch):
-        bounds: (N+1,) first token of each document, and the total.
+        bounds: (N+1,) first token of each document, and the number of tokens.
         query_position: (T,) the query's token index in the key sequence.
         query_document: (T,) the query's document.
     """
@@ -66,7 +67,7 @@ class Documents:
 
     @property
     def lengths(self) -> Tensor:
-        """(N,) tokens of each document."""
+        """(N,) number of tokens of each document."""
         return self.bounds[1:] - self.bounds[:-1]
 
     @property
@@ -75,11 +76,11 @@ class Documents:
         return self.query_position - self.bounds[self.query_document]
 
     def compressed_bounds(self, length: int, stride: int) -> Tensor:
-        """(N+1,) first compression block of each document in their concatenation."""
+        """(N+1,) first compression block of each document, among the blocks of all documents in order."""
         return _cumulate(torch.where(self.lengths >= length, (self.lengths - length) // stride + 1, 0))
 
     def selection_bounds(self, block_size: int) -> Tensor:
-        """(N+1,) first selection block of each document in their concatenation; the last block may be partial."""
+        """(N+1,) first selection block of each document, as above. The last block of a document may be partial."""
         return _cumulate((self.lengths + block_size - 1) // block_size)
 
 
@@ -94,10 +95,10 @@ _known_packings: MutableMapping[Tensor, tuple[int, dict[Any, Any]]] = WeakTensor
 
 
 def derived(cu_seqlens: Tensor, function: Callable[..., _Result], *args: Any) -> _Result:
-    """``function(cu_seqlens, *args)``, computed once: all layers of a step get the same tensor. Hashable ``args``."""
+    """``function(cu_seqlens, *args)``, cached: all layers of a step pass the same tensor. ``args`` are hashable."""
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
         return function(cu_seqlens, *args)
-    # The version tells whether the tensor was written to since.
+    # The version changes if the tensor is written to.
     version, known = _known_packings.get(cu_seqlens, (None, {}))
     if version != cu_seqlens._version:
         known = {}
@@ -110,10 +111,11 @@ def derived(cu_seqlens: Tensor, function: Callable[..., _Result], *args: Any) ->
 
 @dataclass(frozen=True)
 class KnownLengths:
-    """What the host knows of the documents of a batch.
+    """What the host knows of the lengths of the documents of a batch.
 
     Attributes:
-        longest: tokens of the longest, or a bound. equal: whether each that is not empty has so many.
+        longest: tokens of the longest document, or an upper bound. equal: whether all nonempty documents have this
+            length.
     """
 
     longest: int
@@ -121,35 +123,35 @@ class KnownLengths:
 
     @classmethod
     def of(cls, cu_seqlens: Tensor) -> "KnownLengths":
-        """From borders (N+1,) on the host."""
+        """From document boundaries (N+1,) on the host."""
         lengths = cu_seqlens[1:] - cu_seqlens[:-1]
         longest = int(lengths.max())
         return cls(longest, longest > 0 and bool(((lengths == longest) | (lengths == 0)).all()))
 
 
-_told: MutableMapping[Tensor, tuple[int, KnownLengths]] = WeakTensorKeyDictionary()
+_recorded_lengths: MutableMapping[Tensor, tuple[int, KnownLengths]] = WeakTensorKeyDictionary()
 
 
 def tell_lengths(cu_seqlens: Tensor, lengths: KnownLengths) -> None:
-    """Record what the host knows of borders on a device: to ask the device would wait for it.
+    """Record what the host knows of document boundaries on a device, since reading them would wait for the device.
 
-    It holds until the borders are written to.
+    It is valid until the tensor is written to.
     """
-    _told[cu_seqlens] = cu_seqlens._version, lengths
+    _recorded_lengths[cu_seqlens] = cu_seqlens._version, lengths
 
 
 def known_lengths(cu_seqlens: Tensor) -> KnownLengths | None:
-    """What was told, or what the borders on the host say; None: nothing is known."""
+    """What `tell_lengths` recorded, or what boundaries on the host say; None: nothing is known."""
     if cu_seqlens.device.type == "cpu":
         return KnownLengths.of(cu_seqlens)
     if cu_seqlens.is_inference() or torch.compiler.is_compiling():
         return None
-    version, lengths = _told.get(cu_seqlens, (None, None))
+    version, lengths = _recorded_lengths.get(cu_seqlens, (None, None))
     return lengths if version == cu_seqlens._version else None
 
 
 def clip_borders(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
-    """Borders (N+1,) int32 of the documents among tokens ``start .. stop - 1``; those outside become empty."""
+    """Boundaries (N+1,) int32 of the documents within tokens ``start .. stop - 1``. Documents outside become empty."""
     return derived(cu_seqlens, _clip_borders, start, stop)
 
 
@@ -160,7 +162,7 @@ def _clip_borders(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
 def _packed_documents(cu_seqlens: Tensor, num_queries: int, offset: int) -> Documents:
     bounds = cu_seqlens.to(torch.int64)
     position = torch.arange(offset, offset + num_queries, device=cu_seqlens.device)
-    # right=True passes over empty documents: a token lies in the last document that starts at or before it.
+    # right=True skips empty documents: a token lies in the last document that starts at or before it.
     return Documents(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
 
 
@@ -169,12 +171,12 @@ def _cumulate(counts: Tensor) -> Tensor:
 
 
 def block_starts(bounds: Tensor, block_bounds: Tensor, stride: int, count: int) -> tuple[Tensor, Tensor]:
-    """First token and document of ``count`` blocks that are laid at ``stride`` within each document.
+    """First token and document of ``count`` blocks, which start every ``stride`` tokens in each document.
 
     Args:
         bounds: (N+1,) first token of each document.
-        block_bounds: (N+1,) first block of each document; ``count`` may exceed its last entry, and the rows beyond
-            it mean nothing.
+        block_bounds: (N+1,) first block of each document. ``count`` may exceed its last entry; rows beyond it are
+            undefined.
 
     Returns:
         (count,) first token and (count,) document, both int64.
@@ -186,7 +188,7 @@ def block_starts(bounds: Tensor, block_bounds: Tensor, stride: int, count: int) 
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """Query t sees keys ``first[t] .. last[t]-1``; both (T,) int64 and never falling, as causal masks are."""
+    """Query t sees keys ``first[t] .. last[t]-1``. Both are (T,) int64 and nondecreasing, as for causal masks."""
 
     first: Tensor
     last: Tensor
@@ -194,29 +196,29 @@ class Ranges:
 
 @cached
 def window_ranges(documents: Documents, reach: int) -> Ranges:
-    """The run of keys that each query sees: its own and the ``reach`` - 1 before it, of its document."""
+    """The keys that each query sees: its own and the ``reach`` - 1 keys before it, within its document."""
     first = torch.maximum(documents.bounds[documents.query_document], documents.query_position - reach + 1)
     return Ranges(first, documents.query_position + 1)
 
 
 @cached
 def visible_blocks(documents: Documents, length: int, stride: int) -> Ranges:
-    """The run of compressed blocks that end at or before each query, within its document."""
+    """The range of compressed blocks that end at or before each query, within its document."""
     first = documents.compressed_bounds(length, stride)[documents.query_document]
     seen = torch.where(documents.query_local >= length - 1, (documents.query_local - length + 1) // stride + 1, 0)
     return Ranges(first, first + seen)
 
 
 class CompressionLayout(NamedTuple):
-    """Where blocks and segments (the ``stride`` tokens from one block to the next) lie; all int32.
+    """Positions of blocks and segments (a segment is the ``stride`` tokens from one block to the next); all int32.
 
     Attributes:
-        start: (M,) first token of each block, -1 where there is none (documents too short to have M in all).
-        block_segment: (M,) segment that each block begins with; -1 likewise.
-        segment_token: (N,) first token of each segment of each document; T where there is none.
-        segment_end: (N,) token after its last one: the last segment of a document may be short.
-        segment_block: (N,) the block that begins with the segment, if its document has so many.
-        block_first, block_last: (N,) run of the blocks of the segment's document.
+        start: (M,) first token of each block; -1 for rows without a block (documents may have fewer than M in total).
+        block_segment: (M,) first segment of each block; -1 likewise.
+        segment_token: (N,) first token of each segment of each document; T for rows without a segment.
+        segment_end: (N,) token after its last token. The last segment of a document may be short.
+        segment_block: (N,) the block that begins with the segment, if its document has it.
+        block_first, block_last: (N,) range of the blocks of the segment's document.
     """
 
     start: Tensor
@@ -230,14 +232,14 @@ class CompressionLayout(NamedTuple):
 
 @cached
 def compression_layout(documents: Documents, length: int, stride: int) -> CompressionLayout:
-    """The layout of compression blocks in (packed) documents; built once for all layers."""
+    """The layout of compression blocks in (packed) documents. It is cached, for all layers."""
     bounds, tokens = documents.bounds, len(documents.query_position)
     block_bounds = documents.compressed_bounds(length, stride)
     start, document = block_starts(bounds, block_bounds, stride, num_compressed(tokens, length, stride))
     exists = torch.arange(len(start), device=start.device) < block_bounds[-1]
     segment_bounds = documents.selection_bounds(stride)
     segment = segment_bounds[document] + (start - bounds[document]) // stride
-    # Every document may end in a short segment: this many hold any packing.
+    # Every document may end in a short segment, so this is the maximum for any packing.
     token, owner = block_starts(bounds, segment_bounds, stride, tokens // stride + len(bounds) - 1)
     token = token.clamp(max=tokens)
     first, last = block_bounds[owner], block_bounds[owner + 1]
@@ -249,7 +251,7 @@ def compression_layout(documents: Documents, length: int, stride: int) -> Compre
 
 @cached
 def block_ends(documents: Documents, length: int, stride: int) -> Tensor:
-    """(M,) int64 token at which each compression block ends; the last token where there is no such block."""
+    """(M,) int64 last token of each compression block; the last token of all for rows without a block."""
     tokens = len(documents.query_position)
     start, _ = block_starts(
         documents.bounds, documents.compressed_bounds(length, stride), stride, num_compressed(tokens, length, stride)
@@ -258,12 +260,12 @@ def block_ends(documents: Documents, length: int, stride: int) -> Tensor:
 
 
 class RotaryLayout(NamedTuple):
-    """Which dims of a head turn, and which two of them are a pair.
+    """Which dims of a head are rotated, and which of them are pairs.
 
     Attributes:
-        width: dims that turn, R, even; None: all of the head.
-        place: they are the head's first ones or its last.
-        pairs: (i, i + R/2) of them are a pair ("half-split"), or (2i, 2i + 1) ("interleaved").
+        width: number of rotated dims, R, even; None: all of the head.
+        place: whether they are the first or the last dims of the head.
+        pairs: which of them are a pair: (i, i + R/2) ("half-split") or (2i, 2i + 1) ("interleaved").
     """
 
     width: int | None = None
@@ -271,7 +273,7 @@ class RotaryLayout(NamedTuple):
     pairs: Literal["half-split", "interleaved"] = "half-split"
 
     def turning(self, width: int) -> tuple[int, int]:
-        """R, and the first dim that turns, of a head of ``width`` dims."""
+        """R and the first rotated dim, for a head of ``width`` dims."""
         turning = width if self.width is None else self.width
         return turning, 0 if self.place == "first" else width - turning
 
@@ -280,7 +282,7 @@ ALL_HALF_SPLIT = RotaryLayout()
 
 
 class Heads(NamedTuple):
-    """``number`` heads of ``width`` columns, and what becomes of them: as they are, rotated, or sigmoid(x + bias)."""
+    """``number`` heads of ``width`` columns, which are copied, rotated, or mapped to sigmoid(x + bias)."""
 
     number: int
     width: int

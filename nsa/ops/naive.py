@@ -1,4 +1,4 @@
-"""The definition that every attention operator here instantiates: softmax over the keys that a mask lets through."""
+"""The reference implementation of all attention operators: softmax over the keys that a mask allows."""
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
         mask: bool, broadcastable to (B, G, T, S); True where the query sees the key.
 
     Returns:
-        out (B, T, H, Dv) in q's dtype; lse (B, H, T) in the accumulation dtype. A row that sees nothing gives 0 and
-        -inf, and hands no gradient back.
+        out (B, T, H, Dv) in q's dtype; lse (B, H, T) in the accumulation dtype. A query that sees no key has out 0,
+        lse -inf and no gradient.
     """
     groups = k.shape[2]
     heads_per_group = q.shape[2] // groups
@@ -26,7 +26,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 
     scores = torch.einsum("bthd,bshd->bhts", q_, k_) * scale
     sees = mask.any(-1, keepdim=True)
-    # Rows that see nothing are summed and softmaxed unmasked and set after, so that no gradient is NaN.
+    # Queries that see no key are computed without the mask and overwritten afterwards, so that no gradient is NaN.
     lse = scores.masked_fill(~mask & sees, -torch.inf).logsumexp(-1).masked_fill(~sees.squeeze(-1), -torch.inf)
     probabilities = scores.masked_fill(~mask & sees, -torch.inf).softmax(-1) * sees
     return torch.einsum("bhts,bshe->bthe", probabilities, v_).to(q.dtype), lse

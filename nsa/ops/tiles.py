@@ -1,9 +1,9 @@
-"""The portable attention: tiles of queries against the keys they can see, in memory linear in the tokens.
+"""The PyTorch fallback of attention: tiles of queries against the keys that they see, in memory linear in the tokens.
 
-A pattern cuts the queries into tiles and says, for each, which keys to load and which of them each query sees. Scores
-exist for one tile at a time, forward and backward (FlashAttention's recomputation, arXiv 2205.14135, section 3.1, at
-the granularity of torch calls). The two patterns serve every operator: `Runs` where each query sees a run of keys
-(causal, window, compressed), `Blocks` where it sees a list of blocks (selected).
+A pattern divides the queries into tiles. For each tile it says which keys to load and which of them each query sees.
+Scores exist for one tile at a time, forward and backward (FlashAttention's recomputation, arXiv 2205.14135, section
+3.1, with torch operators). There are two patterns: `Runs` if each query sees a contiguous range of keys (causal,
+window, compressed), `Blocks` if it sees a list of blocks (selected).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from nsa.ops.dispatch import accumulation_dtype, differentiable_once
 from nsa.ops.geometry import Ranges
 
-# Scores are in units of log2: exp2 is several times faster than exp on a CPU where many arguments are -inf.
+# Scores are in units of log2: on a CPU exp2 is several times faster than exp if many arguments are -inf.
 LOG2_E = 1 / math.log(2)
 MAX_ROWS = 128
 MAX_SCORES = 2**25  # scores of one tile: 128 MiB in fp32
@@ -28,7 +28,7 @@ class Tile:
     """Queries ``start .. stop-1`` and the keys they need.
 
     Attributes:
-        keys: a slice of the key axis, or (B, G, U) int64 positions to gather.
+        keys: a slice of the keys' dimension, or (B, G, U) int64 positions to gather.
         mask: bool, broadcastable to (B, G, 1, stop - start, U).
     """
 
@@ -43,7 +43,7 @@ class Pattern(Protocol):
 
 
 def tile_bounds(num_queries: int, num_keys: int, num_heads: int) -> Iterator[tuple[int, int]]:
-    """Runs of queries whose scores against ``num_keys`` keys stay within MAX_SCORES."""
+    """(start, stop) of tiles of queries whose scores against ``num_keys`` keys are at most MAX_SCORES."""
     rows = max(1, min(MAX_ROWS, MAX_SCORES // max(1, num_heads * num_keys)))
     for start in range(0, num_queries, rows):
         yield start, min(start + rows, num_queries)
@@ -51,7 +51,7 @@ def tile_bounds(num_queries: int, num_keys: int, num_heads: int) -> Iterator[tup
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """The pattern of `nsa.ops.geometry.Ranges`: each query sees a run of keys."""
+    """The pattern of `nsa.ops.geometry.Ranges`: each query sees a contiguous range of keys."""
 
     ranges: Ranges
 
@@ -67,9 +67,9 @@ class Runs:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Query t of group g sees, at or before itself, the tokens of blocks ``blocks[:, t, g]``.
+    """Query t of group g sees the tokens of blocks ``blocks[:, t, g]`` at or before itself.
 
-    The tile loads the union of its queries' blocks: neighbouring queries select much the same ones.
+    A tile loads the union of its queries' blocks, since neighbouring queries select mostly the same blocks.
 
     Attributes:
         blocks: (B, T, G, n) int64 indices into ``block_start``; -1 is none.
@@ -88,7 +88,7 @@ class Blocks:
         within = torch.arange(self.block_size, device=self.blocks.device)
         for start, stop in tile_bounds(num_queries, num_keys, num_heads):
             blocks = self.blocks[:, start:stop].transpose(1, 2)  # (B, G, t, n)
-            # One column more takes the -1s.
+            # An additional column takes the -1s.
             chosen = torch.zeros(
                 batch, groups, stop - start, len(self.block_start) + 1, dtype=torch.bool, device=blocks.device
             )
@@ -96,13 +96,13 @@ class Blocks:
             chosen = chosen[..., :-1]
             used = chosen.any(2)
             width = int(used.sum(-1).max())
-            # Used blocks first, in order; the rest only pads groups that use fewer.
+            # Used blocks come first, in order; the rest is padding for groups that use fewer.
             union = used.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
             member = chosen.gather(3, union[:, :, None].expand(-1, -1, stop - start, -1))
             keys = (self.block_start[union][..., None] + within).flatten(2)
             mask = member.repeat_interleave(self.block_size, dim=3)
             mask &= keys[:, :, None] <= self.query_position[start:stop, None]
-            # A block may reach past the end of the sequence; the causal mask has dropped that part.
+            # A block may extend past the end of the sequence; the causal mask excludes that part.
             yield Tile(start, stop, keys.clamp(max=num_keys - 1), mask[:, :, None])
 
 
@@ -145,7 +145,7 @@ class _TiledAttention(torch.autograd.Function):
                 continue
             rows = slice(tile.start, tile.stop)
             scores = _scores(q_[:, :, :, rows], _take(k_, tile.keys), tile.mask)
-            # A row that sees nothing: exp(-inf - 0) = 0, where -inf - -inf would be NaN.
+            # For a query that sees no key: exp(-inf - 0) = 0, but -inf - -inf would be NaN.
             largest = scores.amax(-1, keepdim=True)
             largest.masked_fill_(largest == -torch.inf, 0)
             p = scores.sub_(largest).exp2_()

@@ -1,6 +1,6 @@
-"""One rank grid, and the ways to spread a decoder over it: tensor, context, pipeline and expert parallelism.
+"""The device mesh (`Grid`) and the ways to shard a decoder over it: tensor, context, pipeline, expert parallelism.
 
-Nothing here is a global and no model file knows of it: the trainer builds a `Grid` and hands it to `parallelize`.
+There is no global state, and the model code does not know of it: the trainer passes a `Grid` to `parallelize`.
 """
 
 from nsa.parallel.config import ParallelConfig

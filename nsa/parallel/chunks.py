@@ -1,8 +1,8 @@
-"""The tokens of a sequence, dealt out to context-parallel ranks in balanced shards.
+"""A sequence sharded over context-parallel ranks such that each has the same amount of attention to compute.
 
-With n ranks the sequence is cut into 2n chunks, and rank r holds chunks r and 2n - 1 - r: a causal mask gives late
-tokens more to see, and so every rank has as many pairs of query and key as the others (the zig-zag of ring attention
-in Llama 3, arXiv 2407.21783, section 3.3.2).
+With n ranks the sequence is cut into 2n chunks, and rank r holds chunks r and 2n - 1 - r. Under a causal mask later
+queries see more keys. With one early and one late chunk, every rank has the same number of pairs of query and key
+(as in Llama 3, arXiv 2407.21783, section 3.3.2).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Chunks:
     """The chunks of one rank.
 
     Attributes:
-        axis: the context-parallel ranks. size: tokens of a chunk.
+        axis: the context-parallel ranks. size: tokens per chunk.
     """
 
     axis: Axis
@@ -37,7 +37,7 @@ class Chunks:
 
     @property
     def tokens(self) -> int:
-        """Of the whole sequence."""
+        """Tokens of the whole sequence."""
         return 2 * self.axis.size * self.size
 
     def numbers(self, rank: int) -> tuple[int, int]:
@@ -48,7 +48,7 @@ class Chunks:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """First token of each of this rank's chunks, and the one after its last."""
+        """(start, stop) of the tokens of each of this rank's chunks."""
         return [(k * self.size, (k + 1) * self.size) for k in self.numbers(self.axis.rank)]
 
     def mine(self, whole: Tensor, dim: int = TOKENS) -> Tensor:
@@ -61,14 +61,17 @@ class Chunks:
         return first, second
 
     def in_order(self, gathered: Tensor) -> Tensor:
-        """The tokens of all ranks, one rank after the other, as the sequence (B, T, ...)."""
+        """From tokens ordered by rank, as gathered, to tokens in the order of the sequence, (B, T, ...)."""
         parts = gathered.split(self.size, TOKENS)
         # Rank r's chunks are parts 2r and 2r + 1.
         order = range(self.axis.size)
         return torch.cat([parts[2 * r] for r in order] + [parts[2 * r + 1] for r in reversed(order)], TOKENS)
 
     def with_halos(self, local: Tensor, width: int, what: str) -> Tensor:
-        """Each chunk behind the ``width`` tokens before it (zeros before the first): (B, 2 x (width + size), ...)."""
+        """Each chunk preceded by its halo, the ``width`` tokens before it: (B, 2 x (width + size), ...).
+
+        The first chunk of the sequence is preceded by zeros.
+        """
         if not width:
             return local
         plan = halo_plan(self, width, local.device)
@@ -82,11 +85,13 @@ class Chunks:
 
 @dataclass(frozen=True)
 class HaloPlan:
-    """Who sends which tokens to whom.
+    """Which tokens each rank sends to which.
 
     Attributes:
-        rows: (n,) int64 local tokens to send, by receiver. send, receive: tokens to and from each rank.
-        order: (2 x width,) int64: the received token of each place of both halos; the last + 1 is none.
+        rows: (n,) int64, the local tokens to send, sorted by receiver.
+        send, receive: number of tokens sent to and received from each rank.
+        order: (2 x width,) int64, the index among the received tokens for each place of both halos. The index after
+            the last means: no such token.
     """
 
     rows: Tensor
@@ -95,20 +100,20 @@ class HaloPlan:
     order: Tensor
 
 
-@partial(cached, kept=None)  # a recorded pass reads them for as long as it is replayed
+@partial(cached, kept=None)  # a CUDA graph reads the tensors for as long as it is replayed
 def halo_plan(chunks: Chunks, width: int, device: torch.device) -> HaloPlan:
-    """For halos of ``width`` tokens, with its index tensors on ``device``."""
+    """The plan for halos of ``width`` tokens. Its index tensors are on ``device``."""
     ranks, here = range(chunks.axis.size), chunks.axis.rank
 
     def wanted(receiver: int, sender: int) -> list[tuple[int, int]]:
-        """(place in the receiver's halos, token of the sequence) of what ``sender`` holds of them."""
-        found = []
+        """(place in the receiver's halos, token of the sequence) for each halo token that ``sender`` holds."""
+        pairs = []
         for half, chunk in enumerate(chunks.numbers(receiver)):
             first = chunk * chunks.size - width
             for token in range(max(0, first), chunk * chunks.size):
                 if chunks.holder(token // chunks.size) == sender:
-                    found.append((half * width + token - first, token))
-        return found
+                    pairs.append((half * width + token - first, token))
+        return pairs
 
     def local(token: int) -> int:
         chunk = token // chunks.size

@@ -1,7 +1,7 @@
-"""Collectives with gradients. Each names what it carries, and its axis counts the bytes.
+"""Collectives with gradients. Each names what it carries (``what``), and its axis counts the bytes.
 
-The gradient of a gather is a sum and the other way round: ranks along an axis compute different parts of one loss, so
-what reaches a tensor that many of them read is the sum of what each sends back.
+Ranks along an axis compute different parts of one loss. So the gradient of a tensor that several ranks read is the
+sum of their gradients: the backward of an all-gather is a reduce-scatter, and the other way round.
 """
 
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from torch import Tensor
 
 from nsa.parallel.grid import Axis
 
-# torch 2.11 has them by other names.
+# torch 2.11 has them under other names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
-    """The parts of all ranks one after the other along ``dim``; the gradient is summed and cut again."""
+    """The parts of all ranks, concatenated along ``dim``; the gradient is reduce-scattered."""
     return x if axis.size == 1 else Gather(x, axis, dim, what).end()
 
 
 def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
-    """This rank's part along ``dim`` of the sum over all ranks; the gradient is gathered."""
+    """This rank's part along ``dim`` of the sum over all ranks; the gradient is all-gathered."""
     return x if axis.size == 1 else _ReduceScatter.apply(x, axis, dim, what)
 
 
 def all_reduce(x: Tensor, axis: Axis, what: str, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduce in place, without gradient."""
+    """Reduce in place. No gradient."""
     if axis.size > 1:
         dist.all_reduce(x, op, group=axis.group)
         axis.traffic.add(f"{axis.name}/{what}", 2 * x.nbytes * (axis.size - 1) // axis.size)
@@ -42,31 +42,33 @@ def exchange(rows: Tensor, axis: Axis, send: list[int], receive: list[int], what
 
 
 class Gather:
-    """An `all_gather` behind what is computed between its making and `end`. In the backward pass, which comes the other
-    way, the sum of the gradients is behind the same."""
+    """An `all_gather` that overlaps with what is computed between the constructor and `end`.
+
+    In the backward pass the reduce-scatter of the gradients overlaps with the backward of the same computation.
+    """
 
     def __init__(self, x: Tensor, axis: Axis, dim: int, what: str) -> None:
         self._way = _UnderWay((axis, dim, what))
         self._part = _Begin.apply(x, self._way)
 
     def end(self) -> Tensor:
-        """The parts of all ranks; once."""
+        """The parts of all ranks. Must be called exactly once."""
         return _End.apply(self._part, self._way)
 
 
 def gather_parts(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
-    """`all_gather` without gradient."""
+    """As `all_gather`, without gradient."""
     return _begin_gather(x, axis, dim, what).wait()
 
 
 def sum_parts(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
-    """`reduce_scatter` without gradient."""
+    """As `reduce_scatter`, without gradient."""
     return _begin_sum(x, axis, dim, what).wait()
 
 
 @dataclass(frozen=True)
 class _Transfer:
-    """A result that is not there before `wait`. ``source`` must live until then."""
+    """A collective that was started. ``result`` is valid after `wait`, and ``source`` must live until then."""
 
     result: Tensor
     source: Tensor
@@ -96,7 +98,7 @@ def _begin_sum(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
 
 @dataclass
 class _UnderWay:
-    """What the two ends of a `Gather` tell each other, in either direction."""
+    """What `_Begin` and `_End` of a `Gather` share, in the forward and the backward pass."""
 
     how: tuple[Axis, int, str]
     transfer: _Transfer | None = None
@@ -128,7 +130,7 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.way.transfer = _begin_sum(gradient, *ctx.way.how)
-        return ctx.way.transfer.result, None  # not there yet: `_Begin` waits for it
+        return ctx.way.transfer.result, None  # not valid yet: `_Begin` waits for it
 
 
 class _ReduceScatter(torch.autograd.Function):

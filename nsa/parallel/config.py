@@ -21,17 +21,17 @@ class ParallelConfig(Section):
 
     @property
     def model_ranks(self) -> int:
-        """Ranks that compute one sample."""
+        """Ranks that together compute one sample."""
         return self.tensor * self.context * self.pipeline
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that hold one whole model: those of as many samples as there are expert-parallel ranks."""
+        """Ranks that together hold all weights: `model_ranks` for each expert-parallel rank."""
         return self.model_ranks * self.expert
 
 
 def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: int, zero_stage: int) -> None:
-    """Raise ValueError, saying why and what to change, for a layout that cannot hold the model or its samples."""
+    """Raise ValueError, with the reason and what to change, if the model or its samples do not fit the layout."""
     tensor, context = parallel.tensor, parallel.context
     for key in ("num_heads", "intermediate_size", "vocab_size"):
         size = getattr(model, key)

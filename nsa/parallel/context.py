@@ -1,15 +1,15 @@
-"""Context parallelism: each rank computes the tokens of its chunks, with the keys and values that they see.
+"""Context parallelism: each rank computes the tokens of its chunks, with the keys and values that they attend to.
 
-What is on its own per token (norms, projections, MLP, loss) needs nothing. Attention does, and the record of its kind
-says for each input what (`nsa.layers.kind.Exchange`):
+What works on each token alone (norms, projections, MLP, loss) needs no communication. Attention does. The record of
+its kind says for each input which (`nsa.layers.kind.Exchange`):
 
-* Gather: keys and values of all ranks (their gradients are summed and scattered back). The gather is under way while
-  the layer goes on, until somebody asks for what it brings;
-* Halo: those of the last tokens before each chunk (NSA's window);
-* Blocks: a rank makes the blocks that end in its chunks, after a halo of length - 1 tokens; then the blocks are
-  gathered: 1 / stride of the whole (NSA's compression).
+* Gather: keys and values of all ranks (their gradients are reduce-scattered). The gather overlaps with the layer's
+  computation until the keys are read;
+* Halo: keys and values of the last tokens before each chunk (NSA's window);
+* Blocks: a rank computes the blocks that end in its chunks, which takes a halo of length - 1 tokens. Then the blocks
+  of all ranks are gathered: 1 / stride of the tokens (NSA's compression).
 
-A chunk's queries are then the last ones of a prefix of the sequence, which the operators know. Documents may be
+A chunk's queries are then the last ones of a prefix of the sequence, which the operators support. Documents may be
 packed: ``cu_seqlens`` always describes the whole sequence.
 """
 
@@ -30,14 +30,14 @@ from nsa.parallel.grid import Axis
 
 
 def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
-    """Let the attention of ``model`` take this rank's tokens, which `ComputeOwn` then hands to the decoder."""
+    """Make the attention of ``model`` work on this rank's tokens alone, which `ComputeOwn` passes to the decoder."""
     if axis.size == 1:
         return
     layer: Any
     for layer in model.layers:
         attention = layer.attention
         exchanges = tuple(layer.kind.exchanges(model.attention.of(layer.kind)).values())
-        attention.exchange = SetOut(axis, exchanges)
+        attention.exchange = StartGathers(axis, exchanges)
         attention.attend = AttendOwn(attention.attend, axis, exchanges)
         for exchange in exchanges:
             if isinstance(exchange, Blocks):
@@ -47,7 +47,7 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
 
 
 class ComputeOwn(Around):
-    """A decoder that is given whole samples, and returns the losses of this rank's tokens of them."""
+    """A decoder that takes whole samples and returns the losses of this rank's tokens."""
 
     def __init__(self, inside: nn.Module, axis: Axis) -> None:
         super().__init__(inside)
@@ -60,8 +60,8 @@ class ComputeOwn(Around):
         return self.inside(chunks.mine(input_ids), cu_seqlens=cu_seqlens, **own)
 
 
-class Arriving:
-    """Keys and values of the whole sequence, while those of other ranks are on their way. Called, it waits for them."""
+class PendingPair:
+    """Keys and values of the whole sequence, while they are being gathered. A call waits for the gather."""
 
     def __init__(self, kv: Pair, axis: Axis, what: str) -> None:
         self.chunks, self.widths = Chunks.of_local(kv[0].shape[1], axis), [x.shape[-1] for x in kv]
@@ -70,16 +70,16 @@ class Arriving:
         self.pair: Pair | None = None
 
     def __call__(self, stop: int) -> Pair:
-        """Of the first ``stop`` tokens."""
+        """Keys and values of the first ``stop`` tokens."""
         if self.pair is None:
-            with torch.set_grad_enabled(self.recorded):  # whoever asks first
+            with torch.set_grad_enabled(self.recorded):  # the first caller may have disabled gradients
                 k, v = self.chunks.in_order(self.gather.end()).split(self.widths, -1)
             self.pair = k, v
         return self.pair[0][:, :stop], self.pair[1][:, :stop]
 
 
-class SetOut(nn.Module):
-    """`nsa.layers.kind.Local` where other ranks hold the tokens before: what all ranks need sets out to them."""
+class StartGathers(nn.Module):
+    """In the place of `nsa.layers.kind.Local`: starts to gather the inputs that all ranks need."""
 
     def __init__(self, axis: Axis, exchanges: tuple[Exchange, ...]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class SetOut(nn.Module):
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         return tuple(
-            Arriving(x, self.axis, exchange.name) if isinstance(exchange, Gather) else x
+            PendingPair(x, self.axis, exchange.name) if isinstance(exchange, Gather) else x
             for x, exchange in zip(inputs, self.exchanges, strict=True)
         )
 
@@ -110,7 +110,7 @@ class AttendOwn(Around):
         return torch.cat(outs, TOKENS)
 
     def _pieces(self, x: Any, exchange: Exchange, chunks: Chunks) -> list[Any]:
-        """An input of ``attend``, for each of the two chunks."""
+        """One input of ``attend``, for each of the two chunks."""
         if isinstance(exchange, Own):
             return list(chunks.pair(x))
         if isinstance(exchange, Gather):
@@ -121,14 +121,14 @@ class AttendOwn(Around):
         halo = min(exchange.tokens, chunks.tokens - 1)
         rows = chunks.with_halos(torch.cat(x, -1), halo, exchange.name).split(halo + chunks.size, TOKENS)
         widths = [part.shape[-1] for part in x]
-        # At its start the sequence has no more tokens.
+        # A chunk near the start of the sequence has fewer tokens before it.
         return [
             row[:, max(0, halo - start) :].split(widths, -1) for row, (start, _) in zip(rows, chunks.spans, strict=True)
         ]
 
 
 class MakeBlocks(Around):
-    """A module that makes blocks of a sequence: from this rank's tokens to the blocks of the whole sequence."""
+    """A module that computes blocks: from this rank's tokens to the blocks of the whole sequence."""
 
     def __init__(self, inside: nn.Module, axis: Axis, exchange: Blocks) -> None:
         super().__init__(inside)
@@ -141,7 +141,7 @@ class MakeBlocks(Around):
         length, stride = self.exchange.length, self.exchange.stride
         widths = raw[0].shape[-1], raw[1].shape[-1]
         rows = chunks.with_halos(torch.cat(raw, -1), length - 1, self.exchange.halo)
-        # A batch is more heads: so the packing below is that of one row.
+        # The batch becomes additional heads, so the packing below is that of one sequence.
         k, v = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(widths, -1)
         borders, row = derived(cu_seqlens, _block_layout, chunks, length, stride)
         cos, sin = (_behind_halos(table, chunks, length - 1) for table in tables)
@@ -157,7 +157,10 @@ def _one_document(tokens: int, device: torch.device) -> Tensor:
 
 
 def _behind_halos(table: Tensor, chunks: Chunks, width: int) -> Tensor:
-    """Rotary table (2 x size, D / 2) of this rank's tokens as one of `Chunks.with_halos`; no block ends in a halo."""
+    """Rotary table (2 x size, D / 2) of this rank's tokens, laid out as in `Chunks.with_halos`.
+
+    Halos get zeros: no block ends there, and the position of a block is that of its last token.
+    """
     halo = table.new_zeros(width, table.shape[1])
     return torch.cat((halo, table[: chunks.size], halo, table[chunks.size :]))
 
@@ -166,16 +169,16 @@ def _block_layout(cu_seqlens: Tensor, chunks: Chunks, length: int, stride: int) 
     """Where compression blocks lie.
 
     Returns:
-        borders: (2N + 3,) int32, of the rank's chunks behind their halos, such that blocks start where they do in the
-            whole sequence: in each chunk a piece too short for a block, then the documents.
-        row: (M,) int64, for each block of the whole sequence its row among the gathered ones.
+        borders: (2N + 3,) int32, document boundaries of the rank's chunks with their halos. Each chunk begins with a
+            piece too short for a block, so that its blocks start where they do in the whole sequence.
+        row: (M,) int64, for each block of the whole sequence its row among the gathered blocks.
     """
     bounds, behind, device = cu_seqlens.to(torch.int64), length - 1, cu_seqlens.device
     pieces = [bounds.new_zeros(1)]
     for half, (start, stop) in enumerate(chunks.spans):
         base = start - behind
         missing = (base - bounds[:-1]).clamp(min=0)
-        first = bounds[:-1] + (missing + stride - 1) // stride * stride  # the document's first block in sight
+        first = bounds[:-1] + (missing + stride - 1) // stride * stride  # the document's first block in this piece
         first = torch.minimum(first, bounds[1:]).clamp(base, stop) - base
         pieces += [x + half * (behind + chunks.size) for x in (first, bounds.new_full((1,), behind + chunks.size))]
     borders = torch.cat(pieces).to(torch.int32)

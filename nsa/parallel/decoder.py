@@ -1,4 +1,4 @@
-"""A whole decoder, spread over the grid."""
+"""A whole decoder, sharded over the grid."""
 
 from collections.abc import Callable
 
@@ -12,13 +12,16 @@ from nsa.parallel.tensor import split_over_tensor_ranks
 
 
 def parallelize(model: Decoder, grid: Grid, fill: Callable[[Decoder], None] | None = None) -> Decoder:
-    """Leave of ``model``, whole and alike on all ranks, what this rank holds.
+    """Reduce ``model``, which is whole and identical on all ranks, to this rank's part.
 
-    ``fill``: gives a model on the meta device its values (`nsa.parallel.partition.materialise`), once it is split.
+    Parameters keep their names; `nsa.parallel.partition` says which part of the logical parameter each is.
 
-    Parameters keep their names; `nsa.parallel.partition` says which part of the logical one each is. What is returned
-    is ``model``, or a module around it; called like the whole decoder, it returns the losses of this rank's tokens (a
-    stage that is not the last: activations).
+    Args:
+        fill: gives a model on the meta device its values once it is sharded (`nsa.parallel.partition.materialise`).
+
+    Returns:
+        ``model`` or a wrapper of it. Called like the whole decoder, it returns the losses of this rank's tokens, or
+        activations on a stage that is not the last.
     """
     split_over_tensor_ranks(model, grid.tensor, grid.sharers)
     split_over_context_ranks(model, grid.context)
@@ -27,7 +30,7 @@ def parallelize(model: Decoder, grid: Grid, fill: Callable[[Decoder], None] | No
     if fill:
         fill(model)
     if grid.pipeline.size == 1:
-        add_up_in_backward(model.parameters())  # a pipeline does it once a step
+        add_up_in_backward(model.parameters())  # a pipeline does it once per step
     if grid.context.size > 1:
         return ComputeOwn(model, grid.context)  # type: ignore[return-value]
     return model

@@ -1,11 +1,11 @@
-"""Expert parallelism: every rank holds some of the experts of a layer, whole, and ranks send each other the tokens.
+"""Expert parallelism: every rank holds some whole experts of a layer, and ranks send each other tokens.
 
-A rank routes its own tokens and sends each to the holders of its experts (all-to-all), who compute and send back. The
-ranks of `Grid.experts` take part: those along ``parallel.expert``, which read different samples, and tensor-parallel
-ranks, which hold different tokens there, so that no expert need be cut.
+A rank routes its own tokens and sends each to the ranks that hold its experts. They compute and send the results back
+(two all-to-alls). The ranks of `Grid.experts` take part: those along ``parallel.expert``, which read different
+samples, and the tensor-parallel ranks. The latter hold different tokens at this point, so no expert has to be split.
 
-An expert's gradient comes from the tokens of all these ranks, and is averaged by DeepSpeed over those that hold the
-same expert. Everything else is held alike along ``parallel.expert``: its gradients are summed there.
+An expert's gradient comes from the tokens of all these ranks. DeepSpeed averages it over the ranks that hold the same
+expert. All other parameters are replicated along ``parallel.expert``, and their gradients are summed there.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ from nsa.parallel.partition import Partition, mark, part_of, partition_of, sum_o
 
 
 def split_over_expert_ranks(model: Decoder, grid: Grid) -> None:
-    """Keep this rank's experts of a decoder that is already split over tensor-parallel ranks."""
+    """Keep this rank's experts of a decoder that is already sharded over tensor-parallel ranks."""
     routed = set()
     for moe in model.modules():
         if not isinstance(moe, MixtureOfExperts):
@@ -46,7 +46,7 @@ def split_over_expert_ranks(model: Decoder, grid: Grid) -> None:
 
 
 class ComputeTogether(Around):
-    """`Experts` for the experts of all ranks, in order; ``inside`` has this rank's."""
+    """Computes the experts of all ranks, in order; ``inside`` holds this rank's."""
 
     def __init__(self, inside: Experts, axis: Axis) -> None:
         super().__init__(inside)
@@ -60,7 +60,7 @@ class ComputeTogether(Around):
         dist.all_to_all_single(receive, send, group=axis.group)
         sent, got = (sizes(x.sum(1), len(rows)) for x in (send, receive))
         received = exchange(rows, axis, sent, got, "tokens")
-        # They come by rank and then by expert; the experts want them by expert.
+        # The rows arrive sorted by rank and then by expert; `Experts` takes them sorted by expert.
         number = torch.arange(send.shape[1], device=counts.device).repeat(axis.size)
         order = number.repeat_interleave(receive.flatten(), output_size=len(received)).argsort(stable=True)
         inverse = order.argsort()

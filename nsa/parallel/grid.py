@@ -1,11 +1,12 @@
-"""The rank grid: who works with whom.
+"""The grid of ranks (device mesh): which ranks work together.
 
-Tensor-parallel ranks are neighbours (they talk most: keep them on one machine), then expert, context, pipeline, data:
+Tensor-parallel ranks are neighbours, since they communicate most (keep them in one node). Then come expert, context,
+pipeline and data:
 rank = (((data * pipeline_size + pipeline) * context_size + context) * expert_size + expert) * tensor_size + tensor.
 
-Ranks along ``expert`` read different samples, as along ``data``, but hold different experts. All else they hold alike;
-their gradients of it are summed by the hooks of `nsa.parallel.partition`, so that to DeepSpeed they are what
-tensor-parallel ranks are: it averages, and shards, over the ranks that hold the same experts.
+Ranks along ``expert`` read different samples, as along ``data``, but hold different experts. All other parameters are
+replicated on them, and the hooks of `nsa.parallel.partition` sum their gradients. DeepSpeed sees them as
+tensor-parallel ranks: it averages gradients, and shards state, over the ranks that hold the same experts.
 """
 
 from dataclasses import dataclass, field
@@ -22,13 +23,13 @@ NAMES = ("data", "pipeline", "context", "expert", "tensor")  # slowest first
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """The ranks that differ from this one along one direction of the grid.
+    """One dimension of the grid: this process and the ranks that differ from it in this coordinate alone.
 
     Attributes:
-        name: what traffic along it is counted under.
-        rank, size: this process's place, and how many there are. ranks: their world ranks, in order.
-        group: None where this process is alone.
-        traffic: counts what this process sends along it.
+        name: the name that its traffic is counted under.
+        rank, size: this process's coordinate, and the number of ranks. ranks: their world ranks, in order.
+        group: None if this process is alone.
+        traffic: counts the bytes that this process sends along it.
     """
 
     name: str
@@ -44,16 +45,16 @@ class Grid:
     """All axes of this process.
 
     Attributes:
-        tensor, expert, context, pipeline, data: the five directions.
+        tensor, expert, context, pipeline, data: the five dimensions.
         samples: data x expert: the ranks that read different samples.
         experts: expert x tensor: the ranks that hold different experts of a layer, and different tokens.
         row: context x tensor: the ranks that hold different tokens of the same samples.
         replicas: data x context: the ranks with the same weights, over which DeepSpeed averages gradients and shards
-            state. Context belongs to it because its ranks, too, see different tokens with the same weights; so every
-            ZeRO stage divides by the same number, where DeepSpeed's own sequence-parallel groups do not.
+            state. Context-parallel ranks belong to it: they, too, see different tokens with the same weights. So
+            every ZeRO stage divides by the same number. With DeepSpeed's sequence-parallel groups it would not.
         model: pipeline x expert x tensor: the ranks that hold different weights of one model.
         sharers: the tensor-parallel ranks with the same KV head as this one.
-        ends: the first and the last stage of the pipeline; on others this rank alone.
+        ends: the first and the last stage of the pipeline; on other stages this rank alone.
     """
 
     tensor: Axis
@@ -72,17 +73,17 @@ class Grid:
 
     @property
     def counts_samples(self) -> bool:
-        """Whether this rank speaks for the samples it reads: one rank of those that share them does."""
+        """Whether this rank counts the samples that it reads: of the ranks that share a sample, one does."""
         return self.tensor.rank == 0 and self.context.rank == 0 and self.pipeline.rank == 0
 
     @property
     def counts_losses(self) -> bool:
-        """Whether this rank speaks for the losses of its tokens."""
+        """Whether this rank counts the losses of its tokens."""
         return self.tensor.rank == 0 and self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def spread(self) -> bool:
-        """Whether a sample is computed by several ranks."""
+        """Whether several ranks compute a sample together."""
         return self.tensor.size * self.context.size * self.pipeline.size > 1
 
     def describe(self) -> str:
@@ -97,26 +98,26 @@ def build_grid(
     """The grid of ``world_size`` ranks as seen by ``rank``. Collective.
 
     Args:
-        num_kv_heads: of the model: where there are more tensor-parallel ranks, some share a head.
+        num_kv_heads: of the model; with more tensor-parallel ranks than that, several share a KV head.
         timeout: of a collective; None: the default process group's.
 
     Raises:
-        ValueError: the ranks cannot be dealt out.
+        ValueError: ``world_size`` is no multiple of the ranks of a replica.
     """
     shape = _shape(sizes, world_size)
     places = list(product(*(range(n) for n in shape)))  # in the order of ranks
     traffic = Traffic()
 
     def teams(*along: str) -> list[list[int]]:
-        """All lines of the grid in a direction (or planes, in two)."""
-        found: dict[tuple[int, ...], list[int]] = {}
+        """The ranks grouped by equal coordinates in all dimensions but ``along``."""
+        groups: dict[tuple[int, ...], list[int]] = {}
         for number, place in enumerate(places):
             fixed = tuple(at for name, at in zip(NAMES, place, strict=True) if name not in along)
-            found.setdefault(fixed, []).append(number)
-        return list(found.values())
+            groups.setdefault(fixed, []).append(number)
+        return list(groups.values())
 
     def axis(name: str, all_teams: list[list[int]], alone_too: bool = False) -> Axis:
-        """Every rank makes every group, in the same order: their names are counted alike on all only then."""
+        """Every rank creates every group in the same order, since torch numbers the groups as they are created."""
         mine, group = [rank], None
         for team in all_teams:
             if len(team) > 1 or alone_too:
@@ -136,7 +137,7 @@ def build_grid(
         samples=axis("samples", teams("data", "expert")),
         experts=axis("experts", teams("expert", "tensor")),
         row=axis("row", teams("context", "tensor")),
-        # DeepSpeed wants a group even of one.
+        # DeepSpeed needs a group, even of one rank.
         replicas=axis("replicas", teams("data", "context"), alone_too=True),
         model=axis("model", teams("pipeline", "expert", "tensor"), alone_too=True),
         sharers=axis("tensor", [team[i : i + copies] for team in tensor for i in range(0, len(team), copies)]),
@@ -146,10 +147,10 @@ def build_grid(
 
 
 def data_parallel_size(sizes: ParallelConfig, world_size: int) -> int:
-    """Samples that ``world_size`` ranks compute at a time.
+    """Number of samples that ``world_size`` ranks compute at a time.
 
     Raises:
-        ValueError: the ranks do not make whole replicas of the model.
+        ValueError: ``world_size`` is no multiple of the ranks of a replica.
     """
     replica = sizes.replica_ranks
     if world_size % replica:
@@ -167,12 +168,11 @@ def _shape(sizes: ParallelConfig, world_size: int) -> tuple[int, ...]:
 
 
 class ModelParallelUnit:
-    """What DeepSpeed 0.19 asks its ``mpu``.
+    """The interface that DeepSpeed 0.19 expects of its ``mpu``.
 
-    Data parallelism is `Grid.replicas`. There are no get_sequence_* methods and no pipeline: DeepSpeed would divide
-    gradients by another number in each ZeRO stage for the first, and the second is none of its business here: all
-    ranks of `Grid.model` are tensor-parallel to it, and the marks of `nsa.parallel.partition` say which parameters
-    they count in the norm of the gradient.
+    Its data-parallel ranks are `Grid.replicas`. There are no get_sequence_* methods: with them DeepSpeed would divide
+    gradients by another number in each ZeRO stage. Nor does it see the pipeline: it takes all ranks of `Grid.model` as
+    tensor-parallel. `nsa.parallel.partition.mark` says which parameters each counts in the gradient norm.
     """
 
     def __init__(self, grid: Grid) -> None:

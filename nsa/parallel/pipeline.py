@@ -1,13 +1,13 @@
 """Pipeline parallelism: each stage holds consecutive layers, and micro batches flow through the stages (1F1B).
 
 The first stage has the embedding, the last the norm and the head. After a warm-up every stage alternates one forward
-and one backward pass (PipeDream-Flush, arXiv 2006.09503): a stage keeps the activations of as many micro batches as
-there are stages from it on, and the share of idle time is (stages - 1) / (micro batches + stages - 1).
+and one backward pass (PipeDream-Flush, arXiv 2006.09503). Stage i of n keeps the activations of n - i micro batches
+(from i = 0), and the share of idle time is (n - 1) / (micro batches + n - 1).
 
-The decoder's own forward runs on every stage: what lies on others is replaced by a module that passes its input on.
-Gradients of all micro batches are summed here, in fp32, outside of DeepSpeed, which then takes the sum as the gradient
-of one backward pass. So parameters that two stages hold (tied embeddings) and those that tensor-parallel ranks hold
-alike are summed once a step, before DeepSpeed averages over the replicas.
+The decoder's own forward runs on every stage: a module of another stage is replaced by one that returns its input.
+Gradients of all micro batches are summed here, in fp32, and DeepSpeed takes the sum as the gradient of one backward
+pass. So the gradients of replicated parameters (tied embeddings on two stages, norms on tensor-parallel ranks) are
+summed over their ranks once per step, before DeepSpeed averages over the replicas.
 """
 
 from collections import deque
@@ -24,23 +24,23 @@ from nsa.parallel.partition import Partition, add_up, axes_of, mark, named_buffe
 
 
 class Elsewhere(nn.Module):
-    """In the place of a module that lies on another stage: passes its first argument on."""
+    """In the place of a module of another stage: returns its first argument."""
 
     def forward(self, x: Tensor, *others: Any) -> Tensor:
         return x
 
 
 class NormElsewhere(nn.Module):
-    """In the place of the last norm: the residual stream for both of its results."""
+    """In the place of the last norm: returns the residual stream for both of its results."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x
 
 
 class StageInput(nn.Module):
-    """In the place of the embedding on later stages: the activations of the stage before, (B, tokens, C).
+    """In the place of the embedding on later stages: returns the activations of the stage before, (B, tokens, C).
 
-    ``weight``: the last stage's copy of a tied embedding, which only its head reads.
+    ``weight``: on the last stage its copy of a tied embedding, which its head reads.
     """
 
     def __init__(self, weight: nn.Parameter | None) -> None:
@@ -54,7 +54,7 @@ class StageInput(nn.Module):
 
 
 def stage_layers(num_layers: int, stages: int, stage: int) -> range:
-    """The layers of a stage. Where they cannot be equal the later stages have fewer: the last has the head, too."""
+    """The layers of a stage. If they cannot be divided equally, later stages have fewer: the last has the head, too."""
     first, end = (-(-number * num_layers // stages) for number in (stage, stage + 1))
     return range(first, end)
 
@@ -62,8 +62,8 @@ def stage_layers(num_layers: int, stages: int, stage: int) -> range:
 def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:
     """Keep this stage's part of a decoder. ``ends``: the first and last stage, which share tied embeddings.
 
-    ``model.everywhere`` then says of all parameters, in the order of the whole model, and then of all buffers, the
-    shape and `Partition` that they have on their stage, and whether they are trained.
+    Sets ``model.everywhere``: name -> (shape on its stage, `Partition`, whether it is trained) of the parameters and
+    then the buffers of all stages, each in the order of the whole model.
     """
     if axis.size == 1:
         return
@@ -91,7 +91,7 @@ def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:
 
 
 class Engine(Protocol):
-    """What a `Pipeline` asks of a DeepSpeedEngine."""
+    """What a `Pipeline` uses of a DeepSpeedEngine."""
 
     module: Any
 
@@ -102,9 +102,9 @@ class Pipeline:
     """The schedule of one stage.
 
     Args:
-        engine: around the stage, with one micro batch per step: its backward pass takes the sum.
-        stage: forward pass of the stage on a micro batch: losses on the last one, activations on the others.
-        shape: of the activations (B, tokens, C) of a micro batch.
+        engine: wraps the stage. To it a step has one micro batch, whose gradient is the sum of all.
+        stage: forward pass of the stage on a micro batch; returns losses on the last stage, else activations.
+        shape: micro batch -> shape (B, tokens, C) of its activations.
     """
 
     def __init__(
@@ -123,17 +123,22 @@ class Pipeline:
     @torch.no_grad()
     def forward(self, batch: Any) -> Tensor:
         """Losses of a micro batch on the last stage, zero on the others; no gradients."""
-        _, x = self._talk(receive_forward=not self.first, shape=self.shape(batch))
+        _, x = self._exchange(receive_forward=not self.first, shape=self.shape(batch))
         out = self._run(batch, x)
-        self._talk(send_forward=None if self.last else out)
+        self._exchange(send_forward=None if self.last else out)
         return out if self.last else out.new_zeros(())
 
     def backward(self, batches: list[Any], scale: float) -> Tensor:
-        """Forward and backward passes of ``batches``, of equal shape; the gradient of ``scale`` times the sum of all
-        losses is handed to the engine. Returns the sum of the losses (fp64) on the last stage, zero on the others."""
+        """Forward and backward passes of ``batches``, of equal shape.
+
+        The engine gets the gradient of ``scale`` times the sum of all losses.
+
+        Returns:
+            The sum of the losses (fp64) on the last stage, zero on the others.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
-        waiting: deque[tuple[Tensor | None, Tensor]] = deque()  # inputs and outputs whose backward pass is to come
+        waiting: deque[tuple[Tensor | None, Tensor]] = deque()  # (input, output) of the backward passes still to run
         shape, warm_up = self.shape(batches[0]), min(self.axis.size - 1 - self.axis.rank, len(batches))
 
         def forward(batch: Any, x: Tensor | None) -> Tensor | None:
@@ -157,21 +162,21 @@ class Pipeline:
             return d_x
 
         for batch in batches[:warm_up]:
-            _, x = self._talk(receive_forward=not self.first, shape=shape)
-            self._talk(send_forward=forward(batch, x))
+            _, x = self._exchange(receive_forward=not self.first, shape=shape)
+            self._exchange(send_forward=forward(batch, x))
         steady = batches[warm_up:]
         x = None
         if steady:
-            _, x = self._talk(receive_forward=not self.first, shape=shape)
+            _, x = self._exchange(receive_forward=not self.first, shape=shape)
         for number, batch in enumerate(steady):
             out = forward(batch, x)
-            d_out, _ = self._talk(send_forward=out, receive_backward=not self.last, shape=shape)
+            d_out, _ = self._exchange(send_forward=out, receive_backward=not self.last, shape=shape)
             more = number + 1 < len(steady)
             d_x = backward(d_out)
-            _, x = self._talk(send_backward=d_x, receive_forward=more and not self.first, shape=shape)
+            _, x = self._exchange(send_backward=d_x, receive_forward=more and not self.first, shape=shape)
         for _ in range(warm_up):
-            d_out, _ = self._talk(receive_backward=not self.last, shape=shape)
-            self._talk(send_backward=backward(d_out))
+            d_out, _ = self._exchange(receive_backward=not self.last, shape=shape)
+            self._exchange(send_backward=backward(d_out))
         for parameter, gradient in zip(self.parameters, sums, strict=True):
             add_up(gradient, axes_of(parameter))
         self.engine.backward(_Gradient.apply(sums, *self.parameters), scale_wrt_gas=False)
@@ -185,7 +190,7 @@ class Pipeline:
             self.engine.module.embedding.received = None
         return out
 
-    def _talk(
+    def _exchange(
         self,
         *,
         send_forward: Tensor | None = None,
@@ -194,7 +199,11 @@ class Pipeline:
         receive_backward: bool = False,
         shape: tuple[int, ...] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Exchange with both neighbours at once, so that none waits for one who waits: (from after, from before)."""
+        """Exchange with both neighbours in one batch, which cannot deadlock.
+
+        Returns:
+            What the stage after sent (gradients), and what the stage before sent (activations).
+        """
         axis, moves = self.axis, []
         before, after = axis.ranks[axis.rank - 1], axis.ranks[(axis.rank + 1) % axis.size]
 
@@ -220,7 +229,7 @@ class Pipeline:
 
 
 class _Gradient(torch.autograd.Function):
-    """A zero whose gradient by the parameters is given: in fp32, rounded to theirs once."""
+    """Zero, whose gradients with respect to the parameters are given in fp32 and rounded once to their dtypes."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *parameters: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053) with sequence-parallel norms (arXiv 2205.05198).
 
-Attention is split by heads and the MLP by columns: every rank keeps its part of the weights and computes a part of the
-result. Between them, where each token is on its own, a rank holds its part of the tokens: so activations there, and
-the work of the norms, are split, too. The residual stream is gathered before an attention or MLP and their results are
-summed and split after it: both are hooks around the module, which computes as it does alone, with fewer heads.
+Attention is sharded by heads and the MLP by columns: every rank keeps its part of the weights and computes a part of
+the result. Between them each token is independent, and a rank holds its part of the tokens. So the activations and the
+norms there are sharded, too. Before an attention or MLP the tokens are all-gathered, and its results are
+reduce-scattered. Both are hooks on the module, which itself computes as on one rank, with fewer heads.
 
-Query heads and KV heads are split together. Where there are fewer KV heads than ranks, neighbours hold the same KV
-head and split its query heads. A module that must see all query heads of a KV head (NSA chooses blocks by their
-importance to all of them) is then given those of the neighbours, too, so that these ranks choose alike.
+Query heads and KV heads are sharded together. If there are fewer KV heads than ranks, neighbours hold the same KV head
+and share its query heads. A module that needs all query heads of a KV head also gets those of the neighbours: NSA
+selects blocks by their importance to all of them, and these ranks must select the same.
 
-Parameters that every rank holds whole (norms, NSA's compression) see a part of the tokens or heads on each rank: their
-gradients are summed over the ranks. Which module of a layer is split how is in the record of its kind
-(`nsa.layers.kind.Parts`).
+Replicated parameters (norms, NSA's compression) see a part of the tokens or heads on each rank, so their gradients are
+summed over the ranks. The record of a kind (`nsa.layers.kind.Parts`) says how each module of a layer is sharded.
 """
 
 from functools import partial
@@ -28,11 +27,11 @@ from nsa.parallel.grid import Axis
 from nsa.parallel.partition import Partition, mark, part_of, sum_over
 from nsa.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 
-TOKENS = 1  # the axis of x (B, T, C) that is split between attention and MLP
+TOKENS = 1  # the dimension of x (B, T, C) that is sharded between attention and MLP
 
 
 def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
-    """Keep this rank's part of a whole decoder, initialised alike on every rank. ``sharers``: of its KV head."""
+    """Keep this rank's part of a whole decoder, which is identical on all ranks. ``sharers``: as in `Grid`."""
     if axis.size == 1:
         return
     columns, rows = Partition(0, axis.rank, axis.size), Partition(1, axis.rank, axis.size)
@@ -45,7 +44,7 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
         _split_attention(attention, layer.kind.parts, columns, kv_heads, rows, axis, sharers)
         split = [attention]
         if isinstance(mlp, MixtureOfExperts):
-            _replicate(mlp.router, axis)  # each rank routes its tokens; `nsa.parallel.experts` deals out the experts
+            _replicate(mlp.router, axis)  # each rank routes its tokens; `nsa.parallel.experts` shards the experts
             mlp = mlp.shared
         if mlp is not None:
             for linear in (mlp.gate, mlp.up):
@@ -117,10 +116,10 @@ def _sum_and_split_tokens(axis: Axis, module: nn.Module, args: tuple[Any, ...], 
 
 
 class WithAllHeads(Around):
-    """A module that is given all query heads of a KV head, where each of ``sharers`` holds a part of them.
+    """A module that gets all query heads of a KV head, of which each of ``sharers`` holds a part.
 
     Args:
-        heads: of each input by position, the axis of its heads; None: the input is the same for all.
+        heads: for each positional input, the dimension of its heads; None: the input is the same on all ranks.
     """
 
     def __init__(self, inside: nn.Module, sharers: Axis, heads: tuple[int | None, ...]) -> None:

@@ -1,4 +1,4 @@
-"""How many bytes this process sends to others, by what they are."""
+"""Counts the bytes that this process sends to others, by what they carry."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 
 class Traffic:
-    """A counter of bytes sent by the collectives of `nsa.parallel`; DeepSpeed's own are not in it.
+    """A counter of bytes sent by the collectives of `nsa.parallel`, without DeepSpeed's.
 
-    An all-gather of n ranks counts (n - 1) times the part, a reduce-scatter (n - 1) / n of the whole, an all-reduce
-    both: what a ring sends. An exchange counts what leaves the process.
+    Counted is what a ring of n ranks sends: (n - 1) times the part for an all-gather, (n - 1) / n of the whole for a
+    reduce-scatter, twice that for an all-reduce. An all-to-all counts what leaves the process.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Traffic:
 
     @contextmanager
     def apart(self) -> Iterator[Counter[str]]:
-        """What is sent meanwhile counts in the given counter instead."""
+        """Count what is sent in the meantime in the yielded counter instead."""
         outside, self._sent = self._sent, Counter()
         try:
             yield self._sent
@@ -31,6 +31,6 @@ class Traffic:
             self._sent = outside
 
     def take(self) -> dict[str, int]:
-        """Bytes by name since the last call."""
+        """Bytes by name since the last call, which are then reset."""
         sent, self._sent = dict(sorted(self._sent.items())), Counter()
         return sent

@@ -1,4 +1,4 @@
-"""The embedding and the loss with the vocabulary split over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053)."""
+"""The embedding and the loss with the vocabulary sharded over tensor-parallel ranks (Megatron-LM, arXiv 1909.08053)."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from nsa.parallel.grid import Axis
 
 
 class VocabularyEmbedding(nn.Module):
-    """(B, T) token ids -> (B, T / ranks, C): this rank's part of the tokens. ``weight``: its part of the rows."""
+    """(B, T) token ids -> (B, T / ranks, C) for this rank's part of the tokens. ``weight``: its part of the rows."""
 
     def __init__(self, weight: nn.Parameter, axis: Axis) -> None:
         super().__init__()
@@ -28,8 +28,8 @@ class VocabularyEmbedding(nn.Module):
 class VocabularyHead(nn.Module):
     """hidden (B, T / ranks, C), targets (B, T) -> the negative log-likelihood (B, T) fp32 of all tokens on every rank.
 
-    Only three numbers per token are exchanged: the largest sum of exponentials (its logarithm), the sum of all and the
-    target's logit. Logits are kept or computed again as in `nsa.ops.linear_cross_entropy`.
+    Besides the tokens, ranks exchange three numbers per token: the largest log-sum-exp of a rank, the sum of all ranks'
+    exponentials, and the target's logit. Logits are kept or recomputed as in `nsa.ops.linear_cross_entropy`.
     """
 
     def __init__(self, weight: nn.Parameter, axis: Axis) -> None:
@@ -46,14 +46,14 @@ class VocabularyHead(nn.Module):
 
 
 def _local(token: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
-    """The rank's row of each token, and where the token is another rank's (there the row is 0)."""
+    """The rank's row of each token, and a mask of the tokens whose row another rank holds (there the row is 0)."""
     row = token - axis.rank * rows
     elsewhere = (row < 0) | (row >= rows)
     return row.masked_fill(elsewhere, 0), elsewhere
 
 
 def _combine(axis: Axis, own: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """From the sums of exponentials (their logarithms) and the targets' logits of each rank to those of all."""
+    """From this rank's log-sum-exp and targets' logits (0 where another rank's) to those of the whole vocabulary."""
     largest = all_reduce(own.clone(), axis, "loss", dist.ReduceOp.MAX)
     total, wanted = all_reduce(torch.stack(((own - largest).exp(), wanted)), axis, "loss")
     return largest + total.log(), wanted

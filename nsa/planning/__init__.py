@@ -1,1 +1,1 @@
-"""What a run will need and how fast it may be, before it is started."""
+"""Predicts the memory, traffic and speed of a run before it is started."""

@@ -1,7 +1,7 @@
-"""The constants of the plan, in a file beside this one: what was fitted, to which measurements, and what is assumed.
+"""The constants of the plan (constants.json): which were fitted, to which measurements, and which are assumed.
 
-`benchmarks/results/plan-constants.json` is a link to it, so that it stands beside the results that it comes from.
-`python -m nsa.plan --fit FILE ...` writes it anew.
+`benchmarks/results/plan-constants.json` is a link to that file, beside the results that it was fitted to.
+`python -m nsa.plan --fit FILE ...` rewrites it.
 """
 
 import json
@@ -18,7 +18,7 @@ PATH = Path(__file__).with_name("constants.json")
 
 @dataclass(frozen=True)
 class Constants:
-    """The values alone. Units and meanings are in the file."""
+    """The values alone. constants.json has their units and meanings."""
 
     matrices: float
     matrices_width: float
@@ -49,10 +49,10 @@ class Constants:
 
 
 class Constant(Section):
-    """One of them.
+    """One constant.
 
-    ``source``: fit (to whole steps, in ``files``), measured (by itself, in ``files``) or assumed. What is fitted has a
-    ``start``, where it stays if no measurement says otherwise, and limits.
+    ``source``: fit (to times of whole steps, in ``files``), measured (directly, in ``files``) or assumed. A fitted
+    constant has limits and a ``start``, which it keeps if the measurements do not depend on it.
     """
 
     value: float = Field(gt=0)
@@ -78,8 +78,11 @@ class Constant(Section):
 
 
 class ConstantsFile(Section):
-    """The whole file. ``files``: those of the fit. The errors are of the step time in their ``cases``, relative; left
-    out: of each case by a fit to all others."""
+    """The whole file.
+
+    ``files`` are those of the fit, with ``cases`` measured steps. Errors are relative errors of the step time. For the
+    errors "left out" each case is predicted by a fit to all others.
+    """
 
     about: str
     files: list[str]
@@ -92,10 +95,10 @@ class ConstantsFile(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> "ConstantsFile":
-        wanted = {field.name for field in fields(Constants)}
-        if problems := wanted ^ self.constants.keys():
-            told = [f"{name} is {'missing' if name in wanted else 'unknown'}" for name in sorted(problems)]
-            raise ValueError("constants: " + ", ".join(told))
+        expected = {field.name for field in fields(Constants)}
+        if names := expected ^ self.constants.keys():
+            problems = [f"{name} is {'missing' if name in expected else 'unknown'}" for name in sorted(names)]
+            raise ValueError("constants: " + ", ".join(problems))
         return self
 
     def values(self) -> Constants:
@@ -103,7 +106,7 @@ class ConstantsFile(Section):
 
 
 def read(path: Path | None = None) -> ConstantsFile:
-    """Raises ValueError that names the file and every missing, unknown or impossible entry."""
+    """Read and check the file. Raises ValueError that names it and every missing, unknown or invalid entry."""
     path = path or PATH
     try:
         return ConstantsFile.model_validate_json(path.read_text())

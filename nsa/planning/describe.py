@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""Formats a plan as text."""
 
 from nsa.config import Config
 from nsa.models import count_parameters, training_flops_per_token
@@ -6,7 +6,7 @@ from nsa.parallel.config import ParallelConfig
 from nsa.parallel.grid import data_parallel_size
 from nsa.planning.dry_run import DryRun
 from nsa.planning.memory import Memory, memory_of
-from nsa.planning.search import Found
+from nsa.planning.search import Candidate
 from nsa.planning.speed import Gpu, Speed, fits, known
 from nsa.planning.traffic import bytes_sent, data_bytes, parameters_of_rank
 from nsa.training.deepspeed_config import micro_batches_per_step
@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def describe(config: Config, gpus: int) -> str:
-    """Parameters, FLOPs, memory and traffic in the configured layout. Raises ValueError if it cannot be dealt out."""
+    """Parameters, FLOPs, memory and traffic in the configured layout. Raises ValueError if ``gpus`` do not fit it."""
     training, engine, length = config.training, config.engine, config.data.sequence_length
     passes, memory = micro_batches_per_step(config, gpus), memory_of(config, gpus)
     counts = count_parameters(config.model, config.attention)
@@ -63,14 +63,14 @@ def describe_speed(speed: Speed, memory: Memory, gpus: int, gpu: Gpu) -> str:
     return "\n".join(lines)
 
 
-def describe_search(found: list[Found], gpus: int, gpu: Gpu) -> str:
+def describe_search(candidates: list[Candidate], gpus: int, gpu: Gpu) -> str:
     """The best layouts as a table."""
     free = f"with {100 - 100 * known().room:.0f} % of {gpu.memory / 1e9:.0f} GB left free"
     lines = [
         f"The fastest of {gpus} x {gpu.name} that fit {free}, by the same prediction:",
         "  tensor context pipeline expert data  recomputed  micro batch   GiB per GPU   s a step     tokens/s",
     ]
-    for one in found:
+    for one in candidates:
         p, speed = one.config.parallel, one.speed
         place = f"{p.tensor:>8} {p.context:>7} {p.pipeline:>8} {p.expert:>6}"
         place += f" {data_parallel_size(p, gpus) // p.expert:>4}"
@@ -81,7 +81,7 @@ def describe_search(found: list[Found], gpus: int, gpu: Gpu) -> str:
 
 
 def describe_dry_run(run: DryRun) -> str:
-    """What a rank did on the meta device."""
+    """The result of a dry run."""
     lines = [
         f"Dry run of rank {run.rank} of {run.layout}, in {run.seconds:.0f} s: forward and backward passes go through",
         f"  {'parameters of the rank':<28} {run.parameters:>14,}",

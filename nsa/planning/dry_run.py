@@ -1,9 +1,9 @@
-"""One rank's forward and backward passes without its GPU and without the other ranks.
+"""Runs one rank's forward and backward passes without a GPU and without the other ranks.
 
-The rank's part of the decoder is built on the meta device, where tensors have shapes and no memory, inside a process
-group that is only pretended, and runs a micro batch through the very code that trains. So a layout that breaks does so
-here, and what is counted is what would be sent and kept. The operators are those of the kernels, which know the shapes
-of their results; what a kernel needs for itself while it runs is not seen.
+The rank's part of the decoder is built on the meta device, where tensors have shapes but no memory, in a fake process
+group. It runs a micro batch through the same code as training. So an invalid layout fails here, and the bytes sent and
+kept are counted. The operators are the registered ones of the kernels, which compute the shapes of their results. The
+temporary memory of a kernel is not counted.
 """
 
 import sys
@@ -39,12 +39,11 @@ class DryRun:
     """What one rank does in a step.
 
     Attributes:
-        rank: in the world. layout: such as "2 data x 4 tensor". parameters: that the rank holds.
-        sent: bytes to others of its replica in a step, by the names of `comm/...` in the metrics.
-        flops: of its matrix products in a step, those that run again included; without attention and compression.
-        peak_bytes: most that lives at once beside weights, gradients and optimizer: activations, and what the
-            backward pass has under way.
-        seconds: that the dry run took.
+        rank: the world rank. layout: such as "2 data x 4 tensor". parameters: how many the rank holds.
+        sent: bytes sent within its replica in a step, by the names of `comm/...` in the metrics.
+        flops: of its matrix products in a step, recomputation included; without attention and compression.
+        peak_bytes: peak memory besides weights, gradients and optimizer: activations and temporary gradients.
+        seconds: time that the dry run took.
     """
 
     rank: int
@@ -60,12 +59,12 @@ def dry_run(config: Config, gpus: int, rank: int = 0) -> DryRun:
     """Run a step of ``rank`` among ``gpus`` ranks without computing anything.
 
     Raises:
-        ConfigError: the ranks cannot be dealt out, or the kernels do not know such heads.
+        ConfigError: ``gpus`` do not fit the layout, or the kernels do not support the heads.
     """
     started = time.perf_counter()
     try:
         passes = micro_batches_per_step(config, gpus)
-        with _pretended_ranks(rank, gpus):
+        with _fake_ranks(rank, gpus):
             grid = build_grid(config.parallel, rank, gpus, num_kv_heads=config.model.num_kv_heads)
             model = _build(config, grid)
             runs = [_count(config, grid, model, n) for n in sorted({1, min(passes, grid.pipeline.size)})]
@@ -74,7 +73,7 @@ def dry_run(config: Config, gpus: int, rank: int = 0) -> DryRun:
     first, last = runs[0], runs[-1]
 
     def of_step(name: str) -> int:
-        """Every micro batch sends the same; the rest, once a step, is what one pass alone sends beyond that."""
+        """Bytes of the whole step, by extrapolation: each micro batch sends the same, the rest is sent once."""
         a, b, more = first.sent.get(name, 0), last.sent.get(name, 0), last.passes - first.passes
         return a + (b - a) // more * (passes - 1) if more else a * passes
 
@@ -90,29 +89,29 @@ def dry_run(config: Config, gpus: int, rank: int = 0) -> DryRun:
 
 
 @contextmanager
-def _pretended_ranks(rank: int, world_size: int) -> Iterator[None]:
+def _fake_ranks(rank: int, world_size: int) -> Iterator[None]:
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield
     finally:
         dist.destroy_process_group()
-        sys.excepthook = hook  # torch's names the rank, and calls the one before: a search has hundreds
+        sys.excepthook = hook  # torch sets one per process group, which calls the one before: a search has hundreds
 
 
 def _build(config: Config, grid: Grid) -> Decoder:
-    """As `nsa.training.engine.build_engine`, without DeepSpeed."""
+    """The rank's part of the decoder, as in `nsa.training.engine.build_engine`, without DeepSpeed."""
     engine = config.engine
     with META:
         model = Decoder(config.model, config.attention, backend="triton")
     model = parallelize(model, grid)
-    if grid.pipeline.group is not None:  # its sends ask for the device's backend before they go
+    if grid.pipeline.group is not None:  # sends look up the backend of the device
         backend = grid.pipeline.group._get_backend(torch.device("cpu"))
         grid.pipeline.group._register_backend(META, dist.ProcessGroup.BackendType.CUSTOM, backend)
     if engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, engine.activation_checkpointing)
     for parameter in model.parameters():
-        # DeepSpeed, or the pipeline's sum, takes a gradient as soon as it is there.
+        # DeepSpeed, or the pipeline's sum, takes each gradient as soon as it is computed.
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return model.bfloat16() if engine.precision == "bf16" else model
 
@@ -152,14 +151,14 @@ class _Engine:
         loss.backward()
 
 
-IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch counts the FLOPs of the other alone
+IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}  # torch has a FLOP formula for the latter only
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes of the meta tensors that operators made and that live, and FLOPs of matrix products, while it is entered.
+    """A context that counts bytes of the live meta tensors that operators made in it, and FLOPs of matrix products.
 
     Args:
-        given: tensors that are not to be counted, and that live longer.
+        given: tensors that are not counted. They must outlive the context.
 
     Attributes:
         now, peak: bytes. flops: forward and backward.

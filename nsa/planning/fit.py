@@ -1,7 +1,8 @@
-"""The plan's constants by least squares: the relative error of the step time over measured cases, squared and added up.
+"""Fits the plan's constants by least squares: minimises the squared relative errors of the step times.
 
-Beside it stands a pull of each constant towards where it starts, so that what the measurements do not tell apart stays
-there. A few dozen cases and a dozen constants: Newton's method on their logarithms, derivatives by differences.
+A regularisation term pulls each constant towards its start, so that those that the measurements do not determine stay
+there. There are a few dozen cases and a dozen constants. The method is Levenberg-Marquardt on the logarithms of the
+constants, with finite differences.
 """
 
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ import numpy as np
 from nsa.planning.constants import Constant, Constants, ConstantsFile
 from nsa.planning.measured import Case
 
-PULL = 0.05  # a constant that moves by a factor e counts like an error of 5 % in one case
-NOTICED = 0.01  # a constant was fitted on a file where a factor e in it changes a step by so much
+PULL = 0.05  # moving a constant by a factor of e counts like an error of 5 % in one case
+NOTICED = 0.01  # relative change of a step per factor of e in a constant, above which its file is listed
 
 
 def fit(cases: Sequence[Case], before: ConstantsFile) -> ConstantsFile:
-    """``before`` with its fitted constants fitted to ``cases``, and the errors; what it said of them is not used.
+    """``before`` with its fitted constants fitted to ``cases``, and the errors. Their old values are not used.
 
     Raises:
         ValueError: there are fewer than two cases.
@@ -30,10 +31,10 @@ def fit(cases: Sequence[Case], before: ConstantsFile) -> ConstantsFile:
         others = [other for place, other in enumerate(cases) if place != number]
         left_out.append(abs(case.error(_fitted(others, before).values())))
     errors = [abs(case.error(content.values())) for case in cases]
-    stated: dict[str, float] = {"mean_error": fmean(errors), "worst_error": max(errors)}
-    stated |= {"mean_error_left_out": fmean(left_out), "worst_error_left_out": max(left_out)}
-    told = {name: round(error, 4) for name, error in stated.items()}
-    return content.model_copy(update={"cases": len(cases), **told})
+    summary: dict[str, float] = {"mean_error": fmean(errors), "worst_error": max(errors)}
+    summary |= {"mean_error_left_out": fmean(left_out), "worst_error_left_out": max(left_out)}
+    rounded = {name: round(error, 4) for name, error in summary.items()}
+    return content.model_copy(update={"cases": len(cases), **rounded})
 
 
 def _fitted(cases: Sequence[Case], before: ConstantsFile) -> ConstantsFile:
@@ -58,7 +59,7 @@ def _fitted(cases: Sequence[Case], before: ConstantsFile) -> ConstantsFile:
     for _ in range(200):
         jacobian = slopes(logs)
         gradient = jacobian.T @ errors(logs) + PULL**2 * (logs - start)
-        # At a limit and pushed against it: does not take part.
+        # A constant at a limit stays fixed if its gradient points beyond it.
         free = ~((logs <= limits[0]) & (gradient > 0) | (logs >= limits[1]) & (gradient < 0))
         curvature = jacobian.T @ jacobian + (PULL**2 + caution) * np.eye(len(logs))
         move = np.zeros_like(logs)
@@ -74,9 +75,9 @@ def _fitted(cases: Sequence[Case], before: ConstantsFile) -> ConstantsFile:
             caution *= 4
 
     seen = np.abs(slopes(logs)) > NOTICED
-    found: dict[str, Constant] = dict(before.constants)
+    updated: dict[str, Constant] = dict(before.constants)
     for number, (name, constant) in enumerate(fitted.items()):
         files = sorted({case.file for case, noticed in zip(cases, seen[:, number], strict=True) if noticed})
         value = float(f"{np.exp(logs[number]):.4g}")
-        found[name] = constant.model_copy(update={"value": value, "files": files})
-    return before.model_copy(update={"constants": found, "files": sorted({case.file for case in cases})})
+        updated[name] = constant.model_copy(update={"value": value, "files": files})
+    return before.model_copy(update={"constants": updated, "files": sorted({case.file for case in cases})})

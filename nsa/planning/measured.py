@@ -1,4 +1,4 @@
-"""The prediction against what was measured (benchmarks/models.py, training.py and steady.py), its error stated."""
+"""Compares the predicted step times and memory with measurements (benchmarks/models.py, training.py, steady.py)."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -20,21 +20,21 @@ ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 ALONE = ("training.micro_batch_size=1", "training.global_batch_size=1", "parallel={}")
 STEADY = ("training.micro_batch_size=4", "training.global_batch_size=4", "parallel={}")  # samples of 4096 tokens
-# What configurations recomputed that no longer do, and until when: rows of the trainer did not say it.
+# Until this date these configurations recomputed layers. The rows of the trainer's results do not say so.
 RECOMPUTED, UNTIL = {"1b": "full", "3b": "full", "7b": "full", "27b-a5b": "full"}, "2026-11-29"
-# The trainer's benchmarks read the Python standard library. Tokens of a sample, and of the piece of a file that a token
-# of it lies in (mean over tokens; 4096 words, Python 3.11): no attention looks beyond a piece.
+# The trainer's benchmarks read the Python standard library. For each number of tokens per sample, PIECES has the tokens
+# of the document that a token lies in (mean over tokens; vocabulary of 4096, Python 3.11). No attention crosses it.
 SAMPLES = (2048, 4096, 8192, 16384, 32768, 65536, 131072)
 PIECES = (1860, 3440, 6033, 9869, 14684, 19533, 22910)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A measured step, counted: what the plan says of it hangs on constants alone.
+    """A measured step and its `Plan`, whose prediction depends on the constants alone.
 
     Attributes:
-        file: its name below the repository's root. kind: models, training or steady. row: as it is in the file.
-        seconds: of the step; None where the run was refused.
+        file: path below the repository's root. kind: models, training or steady. row: as it is in the file.
+        seconds: of the step; None if the run was refused.
     """
 
     file: str
@@ -46,29 +46,30 @@ class Case:
     seconds: float | None
 
     def describe(self) -> str:
-        """What was measured, in a line."""
+        """What was measured, as one line."""
         batch = self.config.training
-        changed = [told for told in self.row.get("overrides", []) if "activation_checkpointing" not in told]
+        changed = [entry for entry in self.row.get("overrides", []) if "activation_checkpointing" not in entry]
         words = [self.gpu.name, self.kind, self.row["config"], self.row["attention"]]
         words += [f"{batch.global_batch_size} x {self.row['tokens']} tokens"]
         words += [f"recomputed {self.config.engine.activation_checkpointing}", *changed]
         return f"{' '.join(words)}: {1e3 * (self.seconds or 0.0):.1f} ms"
 
     def error(self, known: Constants) -> float:
-        """Of the predicted step time, relative."""
+        """Relative error of the predicted step time."""
         assert self.seconds is not None
         return self.plan.speed(known).step_seconds / self.seconds - 1
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One measurement beside its prediction.
+    """One measurement and its prediction.
 
     Attributes:
-        device, attention, tokens (of a sample): of what. config: name of the configuration and what was changed in it.
-        row: what was measured, as it is in the file: step_ms or ms, and perhaps mfu..., peak_gib, refused.
-        seconds: of the step, measured; None where the run was refused. step_seconds, tokens_per_second, memory_gib:
-        predicted. fitted: whether the constants were fitted to this measurement.
+        device, attention, tokens (per sample): what was measured. config: name of the configuration, and its changes.
+        row: the measurement as it is in the file: step_ms or ms, and perhaps mfu..., peak_gib, refused.
+        seconds: of the step, measured; None if the run was refused.
+        step_seconds, tokens_per_second, memory_gib: predicted.
+        fitted: whether the constants were fitted to this measurement.
     """
 
     device: str
@@ -84,7 +85,7 @@ class Comparison:
 
     @property
     def error(self) -> float | None:
-        """Of the step time, relative; None where the run was refused."""
+        """Relative error of the step time; None if the run was refused."""
         return self.step_seconds / self.seconds - 1 if self.seconds else None
 
     @property
@@ -94,21 +95,21 @@ class Comparison:
 
 
 def result_files() -> list[Path]:
-    """All that are committed, of older code, too."""
+    """All committed result files, also those of older code."""
     folder = ROOT / "benchmarks/results"
     return [path for kind in ("models", "training", "steady") for path in sorted(folder.glob(f"{kind}-*.json"))]
 
 
 def fitted_files() -> list[Path]:
-    """Those that the constants were fitted to."""
+    """The result files that the constants were fitted to."""
     return [ROOT / name for name in constants.read().files]
 
 
 def cases(path: Path) -> Iterator[Case]:
-    """The rows of a file: ``models`` (no DeepSpeed, every sample one document), ``training`` and ``steady`` (trainer).
+    """The rows of a result file: ``models`` (without DeepSpeed), ``training`` and ``steady`` (the trainer).
 
     Raises:
-        ValueError: no such file, a device without a data sheet.
+        ValueError: no such file, or a device that `GPUS` does not have.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -122,55 +123,58 @@ def cases(path: Path) -> Iterator[Case]:
         config = load_config(ROOT / f"configs/{row['config']}.yaml", [*_shape(row), *_bare(row)])
         document = _document(row["tokens"]) if row.get("packed") else None
         plan = Plan(config, 1, gpu, document, dense=row.get("dense_attention", "triton"))
-        # AdamW on 16 bits, gradients added up in 16 bits.
+        # AdamW on bf16 weights, gradients accumulated in bf16.
         moved = plan.parameters * (10 * row.get("accumulate", 1) + 16)
         plan.works = [replace(work, optimizer=moved, gradients=0.0) for work in plan.works]
-        plan.steps = 0  # nothing that the host does once a step
+        plan.steps = 0  # the host does nothing else once per step
         yield Case(file, "models", row, gpu, config, plan, row["ms"] / 1e3 if "ms" in row else None)
     for row in result.get("training", []):
         seconds = row["step_ms"] / 1e3 if "step_ms" in row else None
-        told = list(ALONE)
+        overrides = list(ALONE)
         if result.get("date", UNTIL) < UNTIL and row["config"] in RECOMPUTED:
-            told.append(f"engine.activation_checkpointing={RECOMPUTED[row['config']]}")
-        yield _trained(file, "training", row, gpu, told, seconds)
+            overrides.append(f"engine.activation_checkpointing={RECOMPUTED[row['config']]}")
+        yield _trained(file, "training", row, gpu, overrides, seconds)
     if "last" in result.get("steady", {}):
         row = {"tokens": 4096, **result["steady"]}
         row["tokens_per_s"] = row["last"]
         yield _trained(file, "steady", row, gpu, STEADY, row["tokens_per_step"] / row["last"])
 
 
-def _trained(file: str, kind: str, row: dict[str, Any], gpu: Gpu, told: Sequence[str], seconds: float | None) -> Case:
-    config = load_config(ROOT / f"configs/{row['config']}.yaml", [*told, *_shape(row), *row.get("overrides", [])])
+def _trained(
+    file: str, kind: str, row: dict[str, Any], gpu: Gpu, overrides: Sequence[str], seconds: float | None
+) -> Case:
+    config = load_config(ROOT / f"configs/{row['config']}.yaml", [*overrides, *_shape(row), *row.get("overrides", [])])
     plan = Plan(config, row.get("gpus", 1), gpu, _document(row["tokens"]))
     return Case(file, kind, row, gpu, config, plan, seconds)
 
 
 def _document(tokens: int) -> float:
-    """Tokens of a document as a token sees it, packed into samples of ``tokens``."""
+    """Tokens of the document that a token lies in (mean over tokens), in samples of ``tokens``; interpolated."""
     return float(np.exp(np.interp(np.log(tokens), np.log(SAMPLES), np.log(PIECES))))
 
 
 def _shape(row: dict[str, Any]) -> list[str]:
-    told = {"attention.kind": row["attention"], "data.sequence_length": row["tokens"]}
-    told["model.max_position"] = row["tokens"]
-    return [f"{key}={value}" for key, value in told.items()]
+    """The overrides that every row implies."""
+    overrides = {"attention.kind": row["attention"], "data.sequence_length": row["tokens"]}
+    overrides["model.max_position"] = row["tokens"]
+    return [f"{key}={value}" for key, value in overrides.items()]
 
 
 def _bare(row: dict[str, Any]) -> list[str]:
-    """What benchmarks/models.py says of a row in words of its own."""
+    """The overrides that a row of benchmarks/models.py implies."""
     samples = row.get("samples", 1)
-    told = {"training.micro_batch_size": samples, "training.global_batch_size": samples * row.get("accumulate", 1)}
-    told["engine.activation_checkpointing"] = row.get("recomputed", "none")
-    return [*(f"{key}={value}" for key, value in told.items()), "engine.zero_stage=1", "parallel={}"]
+    overrides = {"training.micro_batch_size": samples, "training.global_batch_size": samples * row.get("accumulate", 1)}
+    overrides["engine.activation_checkpointing"] = row.get("recomputed", "none")
+    return [*(f"{key}={value}" for key, value in overrides.items()), "engine.zero_stage=1", "parallel={}"]
 
 
 def compare(path: Path) -> Iterator[Comparison]:
-    """Every row of a file beside its prediction."""
+    """Every row of a file with its prediction."""
     fitted_files = _fitted_files()
     for case in cases(path):
         row, speed = case.row, case.plan.speed(known())
         changed = [case.config.engine.activation_checkpointing]
-        changed += [told for told in row.get("overrides", []) if "activation_checkpointing" not in told]
+        changed += [entry for entry in row.get("overrides", []) if "activation_checkpointing" not in entry]
         gpus = row.get("gpus", 1)
         trained = case.kind != "models"
         yield Comparison(
@@ -193,7 +197,7 @@ def _fitted_files() -> frozenset[str]:
 
 
 def table(rows: Sequence[Comparison]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = [
         "| device | config (recomputed) | attention | tokens | step ms | predicted | error | tokens/s | MFU | "
         "MFU dense-equivalent | peak GiB | predicted | error |",
@@ -213,7 +217,7 @@ def table(rows: Sequence[Comparison]) -> str:
 
 
 def error_lines(rows: Sequence[Comparison]) -> list[str]:
-    """The error in one line for the measurements that the model was fitted to, and one for the others."""
+    """Mean and worst error: a line for the measurements of the fit, one for the others, and one for the memory."""
     lines = []
     for fitted, words in ((True, "the cases of the fit"), (False, "measurements that it was not fitted to")):
         errors = [abs(r.error) for r in rows if r.fitted == fitted and r.error is not None]

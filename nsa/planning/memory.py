@@ -1,7 +1,7 @@
-"""Memory of one rank, by what takes it.
+"""Memory of one rank, by kind.
 
 Weights, gradients and the optimizer's state are counted as DeepSpeed 0.19 keeps them in each ZeRO stage. Activations
-come from dry runs of decoders of one and two layers: so they are what the code keeps, whatever it is.
+are measured in dry runs of decoders of one and two layers, so they are what the code really keeps.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_st
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank: the first of a replica, which holds the most layers and micro batches.
+    """Bytes of the first rank of a replica, which holds the most layers and micro batches.
 
     Attributes:
-        device: by kind, while it trains. host: the same, of the optimizer's state if it is offloaded.
-        start: on the device before ZeRO shards anything: the rank's part, and one parameter whole in fp32.
+        device: by kind, during training. host: the same, for the optimizer's state if it is offloaded.
+        start: on the device before ZeRO shards anything: the rank's part, and one whole parameter in fp32.
     """
 
     device: dict[str, float]
@@ -33,12 +33,12 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Of the device."""
+        """Peak memory of the device."""
         return max(self.start, sum(self.device.values()))
 
 
 def memory_of(config: Config, gpus: int) -> Memory:
-    """Raises ValueError if the ranks cannot be dealt out."""
+    """The memory of a rank. Raises ValueError if ``gpus`` do not fit the layout."""
     model, stages, kinds = config.model, config.parallel.pipeline, _kinds(config)
     costs = {kind: _layer_costs(_alone(config, *kind)) for kind in dict.fromkeys(kinds)}
     tables = 1 if stages > 1 or model.tie_embeddings else 2
@@ -50,10 +50,10 @@ def memory_of(config: Config, gpus: int) -> Memory:
 
 
 def memory_at_least(config: Config, gpus: int) -> float:
-    """A bound of the device's memory in bytes. No layout is run dry for it: in all of them layers keep about as much of
-    a token.
+    """A lower bound of the device's memory in bytes, cheaper than `memory_of`.
 
-    Raises ValueError if the ranks cannot be dealt out.
+    Needs no dry run per layout, since layers keep about the same memory per token in all layouts. Raises ValueError if
+    ``gpus`` do not fit the layout.
     """
     parallel, training, kinds = config.parallel, config.training, _kinds(config)
     one = training.model_copy(update={"micro_batch_size": 1})
@@ -65,14 +65,14 @@ def memory_at_least(config: Config, gpus: int) -> float:
 
 
 def _kinds(config: Config) -> list[tuple[str, bool]]:
-    """Attention, and whether there are experts, of the first stage's layers."""
+    """(kind of attention, whether it has experts) of each layer of the first stage."""
     model, attention = config.model, config.attention.kinds(config.model.num_layers)
     numbers = stage_layers(model.num_layers, config.parallel.pipeline, 0)
     return [(attention[number].name, model.has_experts(number)) for number in numbers]
 
 
 def _in_flight(config: Config, gpus: int) -> int:
-    """Micro batches of the first stage, under 1F1B."""
+    """Number of micro batches whose activations the first stage keeps under 1F1B."""
     return min(micro_batches_per_step(config, gpus), config.parallel.pipeline)
 
 
@@ -87,17 +87,17 @@ def _memory(config: Config, gpus: int, parameters: float, activations: float) ->
     model, engine, width, stages = config.model, config.engine, element_bytes(config), config.parallel.pipeline
     device: dict[str, float] = {"weights": parameters * width}
     if engine.zero_stage == 3:
-        told = deepspeed_config(config, gpus)["zero_optimization"]
+        zero = deepspeed_config(config, gpus)["zero_optimization"]
         # Weights that are used again soon stay gathered.
-        device["weights"] = device["weights"] / replicas + min(parameters, told["stage3_max_live_parameters"]) * width
+        device["weights"] = device["weights"] / replicas + min(parameters, zero["stage3_max_live_parameters"]) * width
     device["gradients"] = parameters * _gradient_bytes(config, replicas)
     if stages > 1:
-        device["gradients"] += parameters * (4 + width)  # the pipeline's own sum, and a pass's beside it
+        device["gradients"] += parameters * (4 + width)  # the pipeline's sum, and the gradients of one pass
     if straight_gradients(config):
-        # They gather in the recording while activations go.
+        # The CUDA graph holds the gradients of a whole pass, in part in the memory of activations that it freed.
         device["recording"] = max(parameters * width - activations, _table(config) * width)
     elif graphs_serve(config, torch.device("cuda")):
-        # Where the graphs write gradients; and copies of them, unless those become the gradients themselves.
+        # The gradients that the CUDA graph writes. With several passes or ZeRO 2 also a copy of them.
         device["recording"] = parameters * width * (1 + (passes > 1 or engine.zero_stage == 2))
     state: dict[str, float] = {}
     copies = 4 if width == 2 or engine.offload_optimizer else 0
@@ -117,32 +117,32 @@ def _memory(config: Config, gpus: int, parameters: float, activations: float) ->
 
 
 def straight_gradients(config: Config) -> bool:
-    """Whether a recording adds gradients to DeepSpeed's fp32 sums itself (`nsa.training.gradient_sinks`)."""
+    """Whether the CUDA graph adds gradients to DeepSpeed's fp32 sums itself (`nsa.training.gradient_sinks`)."""
     engine = config.engine
     kept = engine.precision == "bf16" and engine.zero_stage == 1 and not engine.offload_optimizer
     return kept and graphs_serve(config, torch.device("cuda"))
 
 
 def _experts(config: Config) -> int:
-    """Elements of one weight of all routed experts of a layer."""
+    """Elements of one weight matrix of all routed experts of a layer."""
     moe = config.model.moe
     return moe.num_experts * config.model.hidden_size * moe.expert_size if moe else 0
 
 
 def _gradient_bytes(config: Config, replicas: int) -> float:
-    """Per parameter of a rank."""
+    """Bytes of gradients per parameter of a rank."""
     stage, width = config.engine.zero_stage, element_bytes(config)
     if stage == 0:
         return 4 if width == 4 else 2 + 4  # accumulated in bf16, and in fp32 for the update
     if stage == 1 and width == 2:
-        return 4 + (0 if straight_gradients(config) else 2)  # the sum of all in fp32, and those of one pass
+        return 4 + (0 if straight_gradients(config) else 2)  # the fp32 sum, and the gradients of one pass
     if stage == 1:
-        return 4 + (0 if config.engine.offload_optimizer else 4 / replicas)  # and the average of the rank's part
+        return 4 + (0 if config.engine.offload_optimizer else 4 / replicas)  # and the average of the rank's shard
     return 0 if config.engine.offload_optimizer else 4 / replicas
 
 
 def _bucket(config: Config, gpus: int, parameters: float) -> float:
-    """What gradients are gathered in before they are reduced, and its fp32 copy."""
+    """Bytes of the bucket that gradients are gathered in before they are reduced, and of its fp32 copy."""
     size = deepspeed_config(config, gpus)["zero_optimization"]["reduce_bucket_size"]
     width = element_bytes(config)
     return min(size, parameters) * (width + (4 if width == 2 else 0))
@@ -150,7 +150,7 @@ def _bucket(config: Config, gpus: int, parameters: float) -> float:
 
 @dataclass(frozen=True)
 class _Costs:
-    """Of one layer: bytes that it keeps until its backward pass; parameters. fixed: bytes beside what layers keep."""
+    """kept: bytes that a layer keeps until its backward pass. fixed: bytes besides. parameters: number per layer."""
 
     kept: float
     fixed: float
@@ -158,7 +158,7 @@ class _Costs:
 
 
 def _alone(config: Config, kind: str, experts: bool) -> Config:
-    """The same rank's work on one micro batch, with layers of one kind; equal for all numbers of layers and ranks."""
+    """The configuration with one layer of this kind and one micro batch, equal for all numbers of layers and ranks."""
     attention, parallel = config.attention.model_copy(update={"kind": kind}), config.parallel
     moe = config.model.moe.model_copy(update={"first_dense": 0}) if config.model.moe and experts else None
     model = config.model.model_copy(update={"num_layers": 1, "moe": moe})
@@ -173,7 +173,7 @@ _known: dict[str, _Costs] = {}
 
 
 def _layer_costs(config: Config) -> _Costs:
-    """From decoders of one and of two layers."""
+    """The costs of a layer, from the difference between decoders of one and of two layers."""
     key = config.model_dump_json(include={"attention", "model", "parallel", "training", "engine", "data"})
     if key not in _known:
         two = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 2})})

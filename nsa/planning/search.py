@@ -1,4 +1,4 @@
-"""The best layout of ranks, recomputation and micro batch, by trying all."""
+"""Exhaustive search for the best layout, recomputation and micro batch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ MODES = ("none", "selective", "full")  # from the most memory to the least
 
 
 @dataclass(frozen=True)
-class Found:
-    """A layout with its recomputation and micro batch, its speed and its memory."""
+class Candidate:
+    """A layout with its recomputation and micro batch, its predicted speed and memory."""
 
     config: Config
     speed: Speed
@@ -25,7 +25,7 @@ class Found:
 
 
 def layouts(gpus: int, experts: bool = False) -> Iterator[ParallelConfig]:
-    """Every layout of so many GPUs, of a model with ``experts`` or without; what is left over is data-parallel."""
+    """Every layout of ``gpus`` GPUs for a model with or without ``experts``; the remaining ranks are data-parallel."""
     for tensor in _divisors(gpus):
         for context in _divisors(gpus // tensor):
             for pipeline in _divisors(gpus // (tensor * context)):
@@ -36,21 +36,21 @@ def layouts(gpus: int, experts: bool = False) -> Iterator[ParallelConfig]:
 def in_layout(config: Config, parallel: ParallelConfig, mode: str | None = None, micro: int | None = None) -> Config:
     """The configuration with another `parallel` section, and perhaps another recomputation and micro batch.
 
-    Raises ConfigError in the trainer's words if it refuses it.
+    Raises ConfigError, with the trainer's message, if the configuration is invalid.
     """
-    told: dict[str, Any] = config.model_dump() | {"parallel": parallel.model_dump()}
-    told["engine"] |= {"activation_checkpointing": mode or config.engine.activation_checkpointing}
-    told["training"] |= {"micro_batch_size": micro or config.training.micro_batch_size}
+    settings: dict[str, Any] = config.model_dump() | {"parallel": parallel.model_dump()}
+    settings["engine"] |= {"activation_checkpointing": mode or config.engine.activation_checkpointing}
+    settings["training"] |= {"micro_batch_size": micro or config.training.micro_batch_size}
     try:
-        return Config.model_validate(told)
+        return Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(str(error.errors()[0]["ctx"]["error"])) from error
 
 
 def micro_batches(config: Config, parallel: ParallelConfig, gpus: int) -> list[int]:
-    """The configured size, and the powers of two that a rank's part of the global batch is a multiple of.
+    """The configured size, and the powers of two that divide a rank's part of the global batch.
 
-    Where the balance of experts is learned, the micro batch is part of what is learned: it stays.
+    With a balance loss only the configured size, since that loss is computed per micro batch.
     """
     training, moe = config.training, config.model.moe
     if moe is not None and moe.loss_weight:
@@ -60,11 +60,11 @@ def micro_batches(config: Config, parallel: ParallelConfig, gpus: int) -> list[i
     return sorted(powers | {training.micro_batch_size})
 
 
-def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
-    """The ``most`` fastest that fit in memory: of each layout and recomputation the fastest micro batch.
+def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Candidate]:
+    """The ``most`` fastest candidates that fit in memory: the fastest micro batch of each layout and recomputation.
 
     Raises:
-        ConfigError: none can train it, or none fits.
+        ConfigError: no layout can train the model, or none fits in memory.
     """
     tried: list[tuple[Config, Speed]] = []
     reason = ""
@@ -72,7 +72,7 @@ def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
         try:
             in_layout(config, parallel)
             sizes = micro_batches(config, parallel, gpus)
-        except ValueError as error:  # the trainer's words, of the last one
+        except ValueError as error:
             reason = str(error)
             continue
         for micro in sizes:
@@ -84,24 +84,24 @@ def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Found]:
                     reason = str(error)
     if not tried:
         raise ConfigError(f"no layout of {gpus} GPUs can train this; the last one tried: {reason}")
-    # Of two that are as fast, the smaller micro batch.
+    # If two are equally fast, the smaller micro batch comes first.
     tried.sort(key=lambda pair: (pair[1].step_seconds, pair[0].training.micro_batch_size))
-    found: dict[tuple[ParallelConfig, str], Found] = {}
+    best: dict[tuple[ParallelConfig, str], Candidate] = {}
     for other, speed in tried:
         choice = other.parallel, other.engine.activation_checkpointing
-        if choice in found or memory_at_least(other, gpus) > known().room * gpu.memory:
+        if choice in best or memory_at_least(other, gpus) > known().room * gpu.memory:
             continue
         memory = memory_of(other, gpus)
         if fits(memory, gpu):
-            found[choice] = Found(other, speed, memory)
-        if len(found) == most:
+            best[choice] = Candidate(other, speed, memory)
+        if len(best) == most:
             break
-    if not found:
+    if not best:
         raise ConfigError(
             f"no layout of {gpus} GPUs fits into the {gpu.memory / 1e9:.0f} GB of a {gpu.name}, whatever is "
             "recomputed: use more, or raise engine.zero_stage"
         )
-    return list(found.values())
+    return list(best.values())
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,10 +1,10 @@
-"""Step time of a configuration in its layout of ranks, predicted.
+"""Predicts the step time of a configuration in its layout.
 
-A step takes the longer of what Python launches (where CUDA graphs serve: the sums of gradients between tensor-parallel
-ranks alone) and what the device computes, then what the links move (nothing is assumed to overlap), stretched by the
-pipeline's bubble. `nsa.planning.work` counts what is computed; what a device makes of it is in constants.json, with the
-measurements that it was fitted to and the error on them. Of links and of the host's memory little is measured yet:
-arithmetic from data sheets.
+A step takes the maximum of the time to launch kernels from Python and the time of the kernels, plus the time of
+communication (no overlap is assumed). The pipeline's bubble stretches the sum. With CUDA graphs Python launches only
+the sums of gradients between tensor-parallel ranks. `nsa.planning.work` counts what is computed; constants.json has
+the speeds, the measurements that they were fitted to, and the errors. Speeds of links and of the host's memory come
+from data sheets: little of them is measured yet.
 """
 
 import json
@@ -27,10 +27,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """peak: bf16 FLOP/s. memory: bytes; bandwidth: its bytes/s. fast, slow: bytes/s one way of a rank within a machine
-    and between machines.
+    """A GPU, from its data sheet.
 
-    From data sheets: NVLink, and one 400 Gb/s adapter a GPU (200 on the A100).
+    Attributes:
+        peak: bf16 FLOP/s. memory: bytes. bandwidth: bytes/s of the memory.
+        fast, slow: bytes/s of a rank in one direction, within a node (NVLink) and between nodes (one adapter of
+            400 Gb/s per GPU, 200 Gb/s for the A100).
     """
 
     name: str
@@ -51,17 +53,17 @@ GPUS = {
         Gpu("A100", "sm_80", 312e12, 80e9, 2.04e12, 300e9, 25e9),
     )
 }
-ONCE = ("optimizer", "between steps", "data links", "optimizer on the host")  # a step: no bubble stretches it
+ONCE = ("optimizer", "between steps", "data links", "optimizer on the host")  # once per step: outside of the bubble
 AXES = ("tensor", "expert", "context", "pipeline", "data")
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of the busiest rank and one step.
+    """One step of the busiest rank.
 
     Attributes:
         sent: bytes by name, DeepSpeed's as ``data``. seconds: by kind, without the pipeline's bubble.
-        tokens_per_second: of all ranks.
+        tokens_per_second: of all ranks together.
     """
 
     sent: dict[str, float]
@@ -72,42 +74,42 @@ class Speed:
 
 @cache
 def known() -> Constants:
-    """The constants that are committed."""
+    """The committed constants."""
     return constants.read().values()
 
 
 def fits(memory: Memory, gpu: Gpu) -> bool:
-    """Whether a part of the device's memory stays free, for fragments and what nobody counts."""
+    """Whether the plan fits with some memory to spare, for fragmentation and what is not counted."""
     return memory.peak <= known().room * gpu.memory
 
 
 def predict_speed(config: Config, gpus: int, gpu: Gpu, document: float | None = None) -> Speed:
-    """Predict a step on ``gpus`` GPUs. Raises ValueError if they cannot be dealt out.
+    """Predict a step on ``gpus`` GPUs. Raises ValueError if they do not fit the layout.
 
-    ``document``: tokens of the documents that samples are packed of, a mean over tokens; None: a sample is one.
+    ``document``: tokens of the document that a token lies in, mean over tokens; None: one document fills a sample.
     """
     return Plan(config, gpus, gpu, document).speed(known())
 
 
 class Plan:
-    """A configuration in its layout, counted: what it takes hangs on constants alone.
+    """The work and traffic of a configuration in its layout. Its predicted time depends on the constants alone.
 
     Args:
-        document: as for `predict_speed`. dense: what computes dense attention, by the names of engine.dense_attention;
-            None: what that says.
+        document: as for `predict_speed`.
+        dense: implementation of dense attention, as in engine.dense_attention; None: as configured.
     """
 
     def __init__(
         self, config: Config, gpus: int, gpu: Gpu, document: float | None = None, dense: str | None = None
     ) -> None:
         self.config, self.gpus, self.gpu = config, gpus, gpu
-        self.steps = 1  # 0 where nothing is done once a step but the update
+        self.steps = 1  # 0 if nothing but the update is done once per step
         self.passes = micro_batches_per_step(config, gpus)
         self.parameters = parameters_of_rank(config)
         self.sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus, self.parameters)}
         # The first stage has the most layers, the last one the head.
         if straight_gradients(config) and "tensor/gradients" in self.sent:
-            self.sent["tensor/gradients"] /= self.passes  # summed once a step
+            self.sent["tensor/gradients"] /= self.passes  # summed once per step
         self.works = [work_of(config, gpus, stage, document) for stage in sorted({0, config.parallel.pipeline - 1})]
         self.dense = dense or dense_attention(config, gpu, packed=document is not None)
 
@@ -121,7 +123,7 @@ class Plan:
             moved = sum(size for name, size in self.sent.items() if name.partition("/")[0].rstrip("s") == axis)
             seconds[f"{axis} links"] = moved / (known.link * link(self.gpu, sizes, axis))
         if self.config.engine.offload_optimizer:
-            mine = self.parameters / (self.gpus // (tp * ep * pp))  # ZeRO's part
+            mine = self.parameters / (self.gpus // (tp * ep * pp))  # ZeRO's shard
             moved = 2 * mine * element_bytes(self.config)
             seconds["optimizer on the host"] = moved / known.host_link + mine / known.host_adam
         seconds["between steps"] = known.step * self.steps
@@ -132,11 +134,11 @@ class Plan:
 
 
 def link(gpu: Gpu, sizes: dict[str, int], axis: str) -> float:
-    """Bytes/s of a rank to the others along an axis. ``sizes``: ranks of every one of AXES.
+    """Bytes/s of a rank to the others along an axis. ``sizes``: number of ranks of each of AXES.
 
-    Tensor-parallel ranks are neighbours, then expert, context ...: an axis is slow if it leaves the machine. It is not
-    so slow if it has several ranks in each: a ring then crosses on the adapter of each of them with a part of the
-    message. What experts and stages send is for one rank, and crosses on its own.
+    Ranks are numbered in the order of AXES, so an axis is slow if it spans several nodes. It is faster if it has
+    several ranks in each node: a ring then uses the network adapters of all of them. Experts and pipeline stages send
+    to single ranks, over one adapter.
     """
     inner = prod(sizes[other] for other in AXES[: AXES.index(axis)])
     if inner * sizes[axis] <= gpu.per_machine:
@@ -148,7 +150,7 @@ def link(gpu: Gpu, sizes: dict[str, int], axis: str) -> float:
 
 
 def dense_attention(config: Config, gpu: Gpu, packed: bool) -> str:
-    """What computes causal attention where no further package is installed. ``packed``: documents differ in length."""
+    """The implementation of dense attention without optional packages. ``packed``: documents differ in length."""
     engine = config.engine
     if engine.backend != "auto" or engine.dense_attention != "auto":
         return engine.dense_attention if engine.backend == "auto" else "triton"
@@ -158,8 +160,10 @@ def dense_attention(config: Config, gpu: Gpu, packed: bool) -> str:
 
 
 def price(work: Work, gpu: Gpu, known: Constants, dense: str, shared: bool) -> dict[str, float]:
-    """Seconds by kind. ``dense``: what computes causal attention. ``shared``: tensor- or context-parallel ranks share a
-    sample."""
+    """Seconds by kind.
+
+    ``dense``: implementation of dense attention. ``shared``: whether tensor- or context-parallel ranks share a sample.
+    """
     faster = {"triton": known.dense_triton, "flash": known.dense_flash, "flash-attn-4": known.dense_flash_4}
     attention = known.dense * faster.get(dense, 1.0)
     flops = work.attention

@@ -1,6 +1,6 @@
-"""Bytes that a rank sends in a step, by arithmetic: what nsa/parallel counts, and DeepSpeed's.
+"""Bytes that a rank sends in a step, by formulas: those that nsa/parallel counts, and DeepSpeed's.
 
-A test compares `bytes_sent` with a dry run, number by number, and a dry run with ranks that really talk.
+Tests compare `bytes_sent` with a dry run, number by number, and the dry run with real ranks.
 """
 
 from collections import Counter
@@ -23,15 +23,15 @@ from nsa.training.deepspeed_config import micro_batches_per_step
 
 
 def element_bytes(config: Config) -> int:
-    """Of an activation or weight that is computed with."""
+    """Bytes per element of activations, and of the weights that the passes use."""
     return 2 if config.engine.precision == "bf16" else 4
 
 
 def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
-    """To others of its replica in a step, by the names of `comm/...` in the metrics.
+    """Bytes that ``rank`` sends within its replica in a step, by the names of `comm/...` in the metrics.
 
     Raises:
-        ValueError: the ranks cannot be dealt out.
+        ValueError: ``gpus`` do not fit the layout.
     """
     model, parallel = config.model, config.parallel
     passes = micro_batches_per_step(config, gpus)
@@ -41,24 +41,24 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     first, last = stage == 0, stage == stages - 1
     kinds = [config.attention.kinds(model.num_layers)[i] for i in stage_layers(model.num_layers, stages, stage)]
     width, again = element_bytes(config), config.engine.activation_checkpointing != "none"
-    tokens = config.training.micro_batch_size * config.data.sequence_length // n  # of a rank
+    tokens = config.training.micro_batch_size * config.data.sequence_length // n  # per rank
     shard = tokens // p * model.hidden_size * width  # bytes of its part of the residual stream
 
     sent: Counter[str] = Counter()
-    # Around attention and MLP a gather and a scatter, which is the other one backward. What runs again in the backward
-    # pass stops before the last scatter, that nothing waits for.
+    # An all-gather before and a reduce-scatter after each attention and MLP; in the backward pass the other way round.
+    # Recomputation stops before the last reduce-scatter, whose result no gradient needs.
     each = (p - 1) * shard
     sent["tensor/activations"] += passes * each * (len(kinds) * (8 + 3 * again) + 2 * first + 2 * last)
     copies = max(1, p // model.num_kv_heads)
     if copies > 1:
         for kind in kinds:
             head = kind.parts.gathered_bytes(model.attention_shape, width)
-            twice = again and not set(kind.parts.gathered) <= set(kind.choices)  # a choice is kept
+            twice = again and not set(kind.parts.gathered) <= set(kind.choices)  # a selection is not recomputed
             sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + twice)
     if p > 1:
-        # A pipeline sums gradients once a step, the others after each micro batch.
+        # A pipeline sums gradients once per step; without one they are summed after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(
-            _all_reduce(4 * elements, ranks) for elements, ranks in held_alike(config, kinds, last)
+            _all_reduce(4 * elements, ranks) for elements, ranks in replicated_parameters(config, kinds, last)
         )
         if last:
             sent["tensor/loss"] += passes * _losses(config, tokens, p)
@@ -66,9 +66,9 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     if model.moe is not None and holders > 1:
         rows = tokens // p * model.moe.top_k
         away = rows - even(rows, holders)[rank % holders]
-        # There and back, forward and backward; what runs again goes both ways once more.
+        # To the experts and back, forward and backward; recomputation sends both ways once more.
         sent["experts/tokens"] += passes * routed * (4 + 2 * again) * away * model.hidden_size * width
-    if parallel.expert > 1:  # what is no routed expert, in fp32; on average over the stages
+    if parallel.expert > 1:  # all but the routed experts, in fp32; average over the stages
         counts = count_parameters(model, config.attention)
         alike = (counts["total"] - counts["routed"]) // (p * stages)
         sent["expert/gradients"] += (passes if stages == 1 else 1) * _all_reduce(4 * alike, parallel.expert)
@@ -78,21 +78,21 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     if stages > 1:
         sent["pipeline/activations"] += passes * shard * (not last)
         sent["pipeline/gradients"] += passes * shard * (not first)
-        if model.tie_embeddings and (first or last):  # the sum of both stages' gradients: an all-reduce of two, fp32
+        if model.tie_embeddings and (first or last):  # gradients summed over both stages: an all-reduce of two, fp32
             sent["pipeline/gradients"] += model.vocab_size // p * model.hidden_size * 4
     return {name: num_bytes for name, num_bytes in sorted(sent.items()) if num_bytes}
 
 
 def parameters_of_rank(config: Config) -> float:
-    """On average over the stages of a pipeline; of the routed experts a rank holds fewer."""
+    """Number of parameters that a rank holds, on average over the pipeline stages."""
     counts, parallel = count_parameters(config.model, config.attention), config.parallel
     return (counts["total"] - counts["routed"] * (1 - 1 / parallel.expert)) / (parallel.tensor * parallel.pipeline)
 
 
 def data_bytes(config: Config, gpus: int, parameters: float) -> float:
-    """Of DeepSpeed, between ranks with the same weights: gradients, and what ZeRO gathers of the weights in a step.
+    """Bytes that DeepSpeed sends in a step between ranks with the same weights: fp32 gradients, and ZeRO's weights.
 
-    Rings; gradients go in fp32. ``parameters``: of the rank.
+    Collectives are counted as rings. ``parameters``: of the rank.
     """
     replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
     stage, again = config.engine.zero_stage, config.engine.activation_checkpointing != "none"
@@ -103,7 +103,7 @@ def data_bytes(config: Config, gpus: int, parameters: float) -> float:
     return (replicas - 1) / replicas * parameters * (reduced + gathered)
 
 
-@cache  # an axis is equal to itself alone: so what is known of its chunks is found again
+@cache  # axes compare by identity: the caches of `nsa.parallel.chunks` need the same object
 def _axis(rank: int, size: int) -> Axis:
     return Axis("context", rank, size, tuple(range(size)), None)
 
@@ -112,34 +112,36 @@ def _all_reduce(num_bytes: int, ranks: int) -> int:
     return 2 * num_bytes * (ranks - 1) // ranks
 
 
-def held_alike(config: Config, kinds: Sequence[Kind], last: bool) -> list[tuple[int, int]]:
-    """(elements, ranks) of each parameter of the layers ``kinds`` that tensor-parallel ranks hold alike and sum the
-    gradient of: norms, modules that are held whole (NSA's compression), shared KV projections."""
+def replicated_parameters(config: Config, kinds: Sequence[Kind], last: bool) -> list[tuple[int, int]]:
+    """(elements, ranks) of each parameter of the layers ``kinds`` that is replicated on tensor-parallel ranks.
+
+    They sum its gradient. These are norms, whole modules (NSA's compression) and shared KV projections.
+    """
     model, p = config.model, config.parallel.tensor
     copies = max(1, p // model.num_kv_heads)
     if p == 1:
         return []
-    found = [(model.hidden_size, p)] * (2 * len(kinds) + last)
+    replicated = [(model.hidden_size, p)] * (2 * len(kinds) + last)
     for kind in kinds:
         parameters = parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))
         for name, elements in parameters.items():
             module = name.rpartition(".")[0]
             if module in kind.parts.kv_heads and copies > 1:
-                found.append((elements // model.num_kv_heads, copies))
+                replicated.append((elements // model.num_kv_heads, copies))
             if f"{module}.".startswith(tuple(f"{whole}." for whole in kind.parts.whole)):
-                found.append((elements, p))
-    return found
+                replicated.append((elements, p))
+    return replicated
 
 
 def _losses(config: Config, tokens: int, p: int) -> int:
-    """Three numbers a token, chunk by chunk: the largest sum, the sum of all and the target's logit."""
+    """Bytes of the loss: three fp32 numbers per token (see `nsa.parallel.vocabulary.VocabularyHead`), by chunks."""
     size = chunk_rows(tokens, config.model.vocab_size // p)
     chunks = [min(size, tokens - start) for start in range(0, tokens, size)]
     return sum(_all_reduce(4 * rows, p) + _all_reduce(8 * rows, p) for rows in chunks)
 
 
 def _context(config: Config, kinds: Sequence[Kind], chunks: Chunks, again: bool) -> dict[str, int]:
-    """Of one micro batch, forward and backward: gradients go back the way keys came."""
+    """Bytes of one micro batch, forward and backward. Gradients are sent back the way that the keys came."""
     model, n = config.model, chunks.axis.size
     heads = max(1, model.num_kv_heads // config.parallel.tensor)
     row = heads * (model.head_dim + (model.v_head_dim or model.head_dim)) * element_bytes(config)
@@ -160,7 +162,7 @@ def _context(config: Config, kinds: Sequence[Kind], chunks: Chunks, again: bool)
 
 
 def _halo(chunks: Chunks, width: int, again: bool) -> int:
-    """Tokens that leave the rank: those that others want, and the gradients of those that it wanted."""
+    """Rows that leave the rank: tokens of others' halos, and gradients of the tokens of its own halos."""
     if not width:
         return 0
     plan, here = halo_plan(chunks, width, torch.device("cpu")), chunks.axis.rank

@@ -1,7 +1,7 @@
-"""What a rank computes in a step, counted: FLOPs of products by their width, bytes of what goes through memory.
+"""Counts what a rank computes in a step: FLOPs of matrix products and attention, bytes read and written.
 
-Nothing here knows how fast a device is: `nsa.planning.speed` puts a price on it. Bytes are those of fused operators:
-each reads its inputs once and writes its results once.
+It does not depend on the speed of a device: `nsa.planning.speed` turns the counts into seconds. Bytes are those of
+fused operators, each of which reads its inputs once and writes its results once.
 """
 
 from collections.abc import Iterator
@@ -17,24 +17,25 @@ from nsa.ops.cross_entropy import chunk_rows
 from nsa.parallel.grid import data_parallel_size
 from nsa.parallel.pipeline import stage_layers
 from nsa.planning.memory import straight_gradients
-from nsa.planning.traffic import element_bytes, held_alike, parameters_of_rank
+from nsa.planning.traffic import element_bytes, parameters_of_rank, replicated_parameters
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one rank of a stage in a step. What runs again in the backward pass is counted again.
+    """The work of one rank of a stage in a step. Recomputation is counted again.
 
     Attributes:
-        flops: of matrix products. thin: the same, each divided by its width a b / (a + b).
+        flops: of matrix products. thin: the same, but each product divided by its width a b / (a + b).
         attention: FLOPs of attention, as the MFU counts them, by price (`nsa.layers.kind.Price`).
-        head_width: mean of the widths of keys and values. lists: layers that choose blocks x KV heads x tokens.
-        logits: tokens x words. elementwise, optimizer: bytes. gradients: parameter tensors x micro batches, where
-            Python hands each over.
+        head_width: mean of the head dimensions of keys and values.
+        lists: layers that select blocks x KV heads x tokens.
+        logits: tokens x vocabulary. elementwise, optimizer: bytes.
+        gradients: parameter tensors x micro batches, if Python passes each gradient to DeepSpeed.
         layers: passes of a layer, by the kind that it is priced as; a forward pass alone counts a third.
-        launched: whether Python launches them.
-        sums: gradients that tensor-parallel ranks sum.
+        launched: whether Python launches the kernels of these passes.
+        sums: number of gradients that tensor-parallel ranks sum.
     """
 
     flops: float
@@ -52,13 +53,13 @@ class Work:
 
 
 def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = None) -> Work:
-    """Of a rank of the pipeline's ``stage``.
+    """The work of a rank of the pipeline's ``stage``.
 
     Args:
-        document: tokens of the documents that samples are packed of, a mean over tokens; None: a sample is one.
+        document: tokens of the document that a token lies in, mean over tokens; None: one document fills a sample.
 
     Raises:
-        ValueError: the ranks cannot be dealt out.
+        ValueError: ``gpus`` do not fit the layout.
     """
     model, parallel, mode = config.model, config.parallel, config.engine.activation_checkpointing
     tp, passes = parallel.tensor, micro_batches_per_step(config, gpus)
@@ -71,7 +72,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     for number, kind in zip(numbers, kinds, strict=True):
         experts = model.has_experts(number)
         products = list(_products(config, kind, experts))
-        # What no gradient needs does not run again: here the product that ends an MLP.
+        # What no gradient needs is not recomputed: here the last product of an MLP.
         again = [] if mode == "none" else products[: None if experts else -1]
         for rows, a, b in [*products * 3, *again]:
             flops += tokens * rows * 2 * a * b
@@ -80,13 +81,13 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
         elementwise += tokens * element_bytes(config) * (forward * (1 + (mode != "none")) + backward)
     words = model.vocab_size // tp
     if last:
-        whole = chunk_rows(int(tokens), words) >= tokens  # else the backward pass computes the logits again
+        whole = chunk_rows(int(tokens), words) >= tokens  # else the backward pass recomputes the logits
         flops += (6 if whole else 8) * tokens * model.hidden_size * words
         thin += (6 if whole else 8) * tokens * (model.hidden_size + words)
 
     seen = round(min(document or config.data.sequence_length, config.data.sequence_length))
     key, value = model.head_dim, model.v_head_dim or model.head_dim
-    # Forward and backward is three times the forward pass, what runs again once more.
+    # Forward and backward cost three times the forward pass; recomputation adds one more.
     each = 2 * tokens * (model.num_heads / tp) * (key + value) * (4 if mode == "full" else 3)
     attention: dict[str, float] = dict.fromkeys(get_args(Price), 0.0)
     layers: dict[str, float] = {}
@@ -99,7 +100,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     groups = max(1, model.num_kv_heads // tp)
     recorded = graphs_serve(config, torch.device("cuda"))
     straight = straight_gradients(config)
-    summed = len(held_alike(config, kinds, last)) * (1 if parallel.pipeline > 1 else passes)
+    summed = len(replicated_parameters(config, kinds, last)) * (1 if parallel.pipeline > 1 else passes)
     return Work(
         flops=flops * passes,
         thin=thin * passes,
@@ -117,7 +118,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
 
 
 def _products(config: Config, kind: Kind, experts: bool) -> Iterator[tuple[float, int, int]]:
-    """(rows per token of the rank, width in, width out) of a layer's products, forward; the MLP's last comes last."""
+    """(rows per token of the rank, input size, output size) of a layer's forward products; the MLP's last is last."""
     model, tp = config.model, config.parallel.tensor
     hidden = model.hidden_size
     for product in kind.products(model.attention_shape.on_rank(tp), config.attention.of(kind)):
@@ -135,17 +136,17 @@ def _products(config: Config, kind: Kind, experts: bool) -> Iterator[tuple[float
 
 
 def _elements(config: Config, kind: Kind, experts: bool) -> tuple[float, float]:
-    """Elements that a layer reads and writes per token between its products, forward and backward."""
+    """Elements per token that a layer reads and writes outside of products and attention: (forward, backward)."""
     model, tp = config.model, config.parallel.tensor
-    # Norms and sums: of the first norm x and its result; of the sum and the second norm four; of the last sum three.
+    # Norms and residual sums. Forward: two for the first norm, four for a sum with the second norm, three for the last.
     forward, backward = 9 * model.hidden_size / tp, 8 * model.hidden_size / tp
-    # Heads are cut out of what was projected.
+    # Heads are copied out of the joint projection.
     joint = kind.products(model.attention_shape.on_rank(tp), config.attention.of(kind))[0].outer
     forward, backward = forward + 2 * joint, backward + 2 * joint
     width = model.intermediate_size
     if experts:
         assert model.moe is not None
-        # Rows go to their experts and come back; silu and product are two operators there.
+        # Rows are permuted to their experts and back; silu and product are two operators there.
         rows = model.moe.top_k / tp
         forward += rows * (4 * model.hidden_size + 5 * model.moe.expert_size)
         backward += rows * (6 * model.hidden_size + 8 * model.moe.expert_size)
@@ -154,10 +155,13 @@ def _elements(config: Config, kind: Kind, experts: bool) -> tuple[float, float]:
 
 
 def _optimizer_bytes(config: Config, gpus: int, passes: int) -> float:
-    """Gradients of every micro batch are copied and added up in fp32; once a step they are reduced, and what ZeRO
-    leaves to the rank is measured, clipped and updated."""
+    """Bytes that gradients and the update read and write.
+
+    Gradients of every micro batch are copied and accumulated in fp32. Once per step they are reduced, and the norm,
+    clipping and update work on the rank's ZeRO shard.
+    """
     parameters, width, engine = parameters_of_rank(config), element_bytes(config), config.engine
     replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
     mine = parameters / (replicas if engine.zero_stage else 1)
-    updated = 0 if engine.offload_optimizer else 7 * 4 + 4 + width  # AdamW on fp32, and the copy to compute with
+    updated = 0 if engine.offload_optimizer else 7 * 4 + 4 + width  # AdamW in fp32, and the copy in the model's dtype
     return parameters * (passes * (3 * width + 8) + (12 if replicas > 1 else 0)) + mine * (12 + updated)

@@ -1,4 +1,4 @@
-"""Recomputation of layers in the backward pass, put on from outside of the model (arXiv 1604.06174)."""
+"""Activation checkpointing: layers are recomputed in the backward pass (arXiv 1604.06174). The model is unchanged."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -16,23 +16,23 @@ KEPT_OF_TORCH = (torch.ops.aten._cudnn_attention_forward.default, torch.ops.aten
 
 
 def checkpoint_layers(layers: nn.ModuleList, mode: str = "full") -> None:
-    """Let the forward pass of each decoder layer run again in the backward pass.
+    """Wrap each decoder layer such that its forward pass is recomputed in the backward pass.
 
     Args:
-        mode: ``full`` keeps the inputs of a layer and what it chose to attend to; ``selective`` also the results of
-            its attention kernels, which do not run again (the portable operators do).
+        mode: ``full`` keeps the inputs of a layer and the blocks that it selected. ``selective`` also keeps the
+            results of its attention kernels, which are then not recomputed (those of the PyTorch fallback are).
     """
     for number, layer in enumerate(layers):
         layers[number] = Recomputed(layer, mode)
 
 
 class Recomputed(Around):
-    """A decoder layer whose forward pass runs again in the backward pass; ``mode``: as for `checkpoint_layers`."""
+    """A decoder layer that is recomputed in the backward pass; ``mode``: as for `checkpoint_layers`."""
 
     def __init__(self, inside: nn.Module, mode: str) -> None:
         super().__init__(inside)
         layer: Any = inside
-        kind = getattr(layer, "kind", None)  # None: the layer lies on another stage
+        kind = getattr(layer, "kind", None)  # None: the layer is on another stage
         choices = [_keep_choice(layer.attention, path) for path in kind.choices] if kind else []
         expensive = kind.expensive if kind and mode == "selective" else ()
         self.contexts: Callable[[], Any] = partial(_contexts, choices, expensive)
@@ -45,19 +45,18 @@ class Recomputed(Around):
 
 
 class KeptChoice(Around):
-    """A module that chooses what a layer attends to, as integers without gradient.
+    """A module that selects what a layer attends to (integers without gradient), and keeps the selection.
 
-    The choice is the most expensive integer of a layer: for NSA T x G x n numbers, a hundredth of the layer's
-    activations, for a pass over all compressed scores. And the recomputed pass must attend to what the first one
-    attended to. So it takes the choices of the first one, in their order. (Torch's selective checkpointing would do,
-    but it intercepts every operator of the layer, at three times the host's time: 14 ms against 6 per layer and step,
-    measured on a CPU where the operators cost nothing.)
+    The recomputed pass must attend to what the first pass attended to, so it takes the selections of the first pass,
+    in order. This also saves time: for NSA the selection has T x G x n integers, a hundredth of the layer's
+    activations, and needs a pass over all compressed scores. (Torch's selective checkpointing could keep it, too, but
+    intercepts every operator of the layer: 14 instead of 6 ms of host time per layer and step, measured on a CPU.)
     """
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__(inside)
-        self.kept: list[Tensor] | None = None  # in a first pass: its choices so far
-        self.given: Iterator[Tensor] | None = None  # in a recomputed pass: the choices that are left
+        self.kept: list[Tensor] | None = None  # in a first pass: its selections so far
+        self.given: Iterator[Tensor] | None = None  # in a recomputed pass: the selections still to return
 
     def forward(self, *inputs: Any, **others: Any) -> Tensor:
         if self.given is not None:
@@ -78,11 +77,11 @@ def _keep_choice(attention: nn.Module, path: str) -> KeptChoice:
 def _contexts(
     choices: Sequence[KeptChoice], expensive: Sequence[str]
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of one forward pass, and of each recomputation of it: what torch.utils.checkpoint takes as ``context_fn``.
+    """The contexts of a forward pass and of its recomputations: a ``context_fn`` of torch.utils.checkpoint.
 
     Args:
-        expensive: operators of torch.ops.nsa whose results are kept (arXiv 2205.05198: what costs much time for its
-            memory); none: torch does not look at the operators.
+        expensive: operators of torch.ops.nsa whose results are kept, since they cost much time for their memory (arXiv
+            2205.05198). If empty, torch does not intercept operators.
     """
     kept: list[list[Tensor]] = [[] for _ in choices]
     first, again = (_Pass(choices, kept, recomputed) for recomputed in (False, True))
@@ -94,7 +93,7 @@ def _contexts(
 
 
 class _Pass(AbstractContextManager[None]):
-    """May be entered again: a graph that is retained is recomputed each time."""
+    """Sets up the `KeptChoice` modules for a pass. Can be entered again: a retained graph is recomputed each time."""
 
     def __init__(self, choices: Sequence[KeptChoice], kept: Sequence[list[Tensor]], recomputed: bool) -> None:
         self.choices, self.kept, self.recomputed = choices, kept, recomputed

@@ -1,7 +1,7 @@
-"""Figures of what the attention of each layer does, for TensorBoard.
+"""Metrics of the attention of each layer, for TensorBoard.
 
-Forward pre-hooks on the parameter-free ``attend`` of the layers see its inputs; the layer knows nothing of it. What is
-measured is up to the kind of attention (`nsa.layers.kind.Kind.figures`).
+Forward pre-hooks on ``attend`` of the layers see its inputs, so the layers need no code for it. The kind of attention
+says what is measured (`nsa.layers.kind.Kind.figures`).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,15 +16,15 @@ from nsa.layers.around import innermost
 
 @contextmanager
 def probe(layers: nn.ModuleList, metrics: dict[str, float]) -> Iterator[None]:
-    """When closed, ``metrics`` has the figures of the forward passes of the decoder ``layers`` (means, of several).
+    """On exit, add to ``metrics`` the means over the forward passes of the decoder ``layers`` in the context.
 
-    Tags are attention/<figure>/layer_<number>.
+    Tags are attention/<name>/layer_<number>.
     """
     handles = []
     seen: dict[str, list[float]] = {}
     layer: Any
     for number, layer in enumerate(layers):
-        figures = layer.kind.figures if hasattr(layer, "kind") else None  # a layer may lie on another stage
+        figures = layer.kind.figures if hasattr(layer, "kind") else None  # the layer may be on another stage
         if figures is not None:
             hook = _hook(figures, f"layer_{number:02d}", seen)
             handles.append(innermost(layer.attention.attend).register_forward_pre_hook(hook, with_kwargs=True))

@@ -1,4 +1,4 @@
-"""The balance of experts in training: the scale of its loss, the move of the biases, and figures of the load."""
+"""Load balancing of experts: scales the balance loss, updates the router biases, and measures the load."""
 
 import torch
 from torch import nn
@@ -10,10 +10,10 @@ from nsa.training.distributed import Ranks
 
 
 class Balance:
-    """Of the mixtures of experts on this rank, of a decoder with ``config``; nothing where there are none.
+    """Balances the experts of this rank's layers of ``model``; does nothing for a model without experts.
 
-    The objective has the mean of the balance loss over all tokens of the global batch, of each layer, times
-    ``model.moe.loss_weight``; it is not part of the loss that is reported.
+    The objective includes, for each layer, the mean balance loss over all tokens of the global batch times
+    ``model.moe.loss_weight``. The reported loss does not include it.
     """
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, grid: Grid) -> None:
@@ -22,29 +22,31 @@ class Balance:
         self.tokens = config.training.global_batch_size * config.data.sequence_length
         self.here: dict[int, MixtureOfExperts] = {}
         for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
-            mlp = getattr(layer, "mlp", None)  # a layer may lie on another stage
+            mlp = getattr(layer, "mlp", None)  # the layer may be on another stage
             if isinstance(mlp, MixtureOfExperts):
                 self.here[number] = mlp
                 mlp.balance.scale = grid.replicas.size / self.tokens  # DeepSpeed averages over the replicas
 
     @torch.no_grad()
     def end_step(self, update: bool) -> dict[str, float]:
-        """Move the biases by the load of the global batch, alike on all ranks; ``update``: or not, if the step was
-        skipped. Collective.
+        """Update the biases by the load of the global batch, identically on all ranks. Collective.
+
+        Args:
+            update: false if the step was skipped: then the biases stay.
 
         Returns:
-            Figures of the layers that have experts. Tags end in the layer's number:
+            Metrics of the layers that have experts. Tags end in the layer's number:
             moe/max_violation: tokens of the busiest expert over the mean, minus 1 (MaxVio of arXiv 2408.15664).
             moe/mean_violation: mean distance of an expert's tokens from the mean, over the mean.
             moe/dead_share: share of experts without a token.
-            moe/balance_loss: where it has a weight; 1 is an even load.
+            moe/balance_loss: if it has a weight; 1 is an even load.
         """
         if self.moe is None:
             return {}
         # Counts are exact in fp64, so their sum is the same in any order.
         seen = torch.zeros(self.num_layers, self.moe.num_experts + 1, dtype=torch.float64, device=self.ranks.device)
         for number, mlp in self.here.items():
-            if mlp.balance.tally is not None:  # not before the first backward pass
+            if mlp.balance.tally is not None:  # None before the first backward pass
                 seen[number] += mlp.balance.tally
             mlp.balance.clear()
         self.ranks.sum(seen)

@@ -1,4 +1,4 @@
-"""Which samples a rank reads in a step, and reading them ahead of time."""
+"""Which samples a rank reads in a step, and a loader that prefetches them."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,7 +9,7 @@ ON_DEVICE = ("input_ids", "targets", "cu_seqlens")  # what the model reads
 
 
 def pinned(batch: Batch) -> Batch:
-    """With what the model reads in page-locked memory: to copy it to a GPU then waits for nothing."""
+    """The batch with the model's inputs in pinned memory, from which copies to a GPU are asynchronous."""
     return batch | {name: batch[name].pin_memory() for name in ON_DEVICE}
 
 
@@ -25,7 +25,7 @@ def sample_indices(step: int, rank: int, world_size: int, global_batch: int, mic
 
 
 class StepLoader:
-    """Reads the micro batches of a step; the next step's are read in the background meanwhile.
+    """Reads the micro batches of a step, and prefetches those of the next step in a thread.
 
     Args:
         read: step -> its micro batches, a pure function.
@@ -37,7 +37,7 @@ class StepLoader:
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def __call__(self, step: int, last: bool = False) -> list[Batch]:
-        """The micro batches of ``step``; unless it is the ``last``, the next step is read ahead."""
+        """The micro batches of ``step``. Prefetches the next step, unless this is the ``last``."""
         if self._ahead is None or self._ahead[0] != step:
             self._ahead = step, self._pool.submit(self._read, step)
         batches = self._ahead[1].result()
@@ -45,7 +45,7 @@ class StepLoader:
         return batches
 
     def forget(self) -> None:
-        """What was read ahead is not wanted any more: the order of the data changed."""
+        """Drop what was prefetched, since the order of the data changed."""
         self._ahead = None
 
     def close(self) -> None:

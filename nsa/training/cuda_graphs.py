@@ -1,12 +1,12 @@
 """The forward and backward pass of a micro batch, each replayed as one CUDA graph.
 
-A layer of NSA is some hundred kernels, and to ask for one costs the host more than a small model's kernel takes: so
-models of up to about a hundred million parameters wait for the host. A graph asks for all of them at once. It is
-recorded once, for tensors at fixed addresses and of fixed shapes: micro batches are copied in, and the borders of their
-documents filled up with empty documents to a number that all so far had room in.
+A layer of NSA launches about a hundred kernels. In models of up to about a hundred million parameters a launch takes
+the host longer than the kernel takes the GPU, so the GPU waits. A graph launches all kernels at once. It is captured
+once, for tensors at fixed addresses and of fixed shapes. Micro batches are copied into them, and their document
+boundaries are padded with empty documents to a fixed number.
 
-Tensor- and context-parallel ranks record what they send each other, too: they get the same samples, so they record and
-replay at the same times.
+Collectives of tensor- and context-parallel ranks are captured, too. These ranks get the same samples, so they capture
+and replay at the same time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ FEWEST_DOCUMENTS = 64
 
 
 class Sinks(Protocol):
-    """Where gradients are added up, in place of the parameters' own (`nsa.training.gradient_sinks`)."""
+    """Where gradients are accumulated instead of in ``grad`` (`nsa.training.gradient_sinks`)."""
 
     def add(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Callable[[], None]: ...
 
@@ -40,9 +40,11 @@ class Sinks(Protocol):
 
 
 def graphs_serve(config: Config, device: torch.device) -> bool:
-    """Whether a micro batch can be recorded: on a GPU, where the host decides nothing in between. ZeRO 3 gathers
-    weights, a pipeline alternates micro batches, and the host wants to know the shares of experts that are spread, or
-    that one kernel cannot compute."""
+    """Whether a micro batch can be captured: on a GPU, if the host decides nothing during the passes.
+
+    It cannot with ZeRO 3, which gathers weights, nor with a pipeline, which alternates micro batches. Nor with experts
+    that are sharded or not computed by one kernel: then the host reads how many tokens each expert gets.
+    """
     if not config.engine.cuda_graphs or device.type != "cuda":
         return False
     parallel, moe = config.parallel, config.model.moe
@@ -54,16 +56,17 @@ def graphs_serve(config: Config, device: torch.device) -> bool:
 
 
 class GraphedDecoder(Around):
-    """A decoder in whose place losses with gradients come from graphs, and everything else from itself.
+    """A decoder whose losses with gradients are computed by CUDA graphs; all else by the decoder itself.
 
-    Gradients reach the parameters through autograd as without graphs, all at the end of the backward pass; or, with
-    ``sinks``, the recording adds them there, and the parameters get none.
+    Gradients reach the parameters through autograd, all at the end of the backward pass. With ``sinks`` the graph adds
+    them there instead, and the parameters get none.
 
-    Dense layers attend faster where all documents have one length (one fills the sample), and a recording is made for
-    that or for any. After the first batch of documents that differ it is the latter, for good.
+    Dense layers are faster if all documents have the same length (one that fills the sample). So a graph is captured
+    either for one length or for any lengths. After the first batch of documents of different lengths, all graphs are
+    for any lengths.
 
     Args:
-        traffic: where the ranks of a spread decoder count what they send.
+        traffic: counter of the bytes that the ranks of a sharded decoder send.
     """
 
     def __init__(self, inside: nn.Module, traffic: Traffic | None = None, sinks: Sinks | None = None) -> None:
@@ -86,7 +89,7 @@ class GraphedDecoder(Around):
             size = documents_size(len(cu_seqlens))
             if self.recorded is not None and self.recorded.lengths != lengths:
                 self.by_lengths, lengths = False, None
-            torch.cuda.synchronize()  # the last replay may be under way, in memory that is given back here
+            torch.cuda.synchronize()  # the last replay may still run, in memory that is freed here
             self.recorded = None
             self.recorded = _Recording(self, input_ids, targets, pad_borders(cu_seqlens, size), lengths)
         borders = pad_borders(cu_seqlens, len(self.recorded.inputs[2]))
@@ -97,17 +100,19 @@ _graphed: WeakSet[GraphedDecoder] = WeakSet()
 
 
 def forget_recordings() -> None:
-    """Of the whole process. To be called before it leaves a process group: NCCL waits there for all graphs to be gone
-    that its collectives were recorded in."""
+    """Delete all CUDA graphs of the process.
+
+    Must be called before it leaves a process group: NCCL then waits until all graphs with its collectives are deleted.
+    """
     for decoder in _graphed:
         recorded, decoder.recorded = decoder.recorded, None
-        with suppress(RuntimeError):  # of a device that has failed: its process ends
+        with suppress(RuntimeError):  # the device may have failed, and the process then ends
             for graph in (recorded.forward, recorded.backward) if recorded else ():
-                graph.reset()  # whoever else still holds the recording
+                graph.reset()  # even if the recording is still referenced
 
 
 def out_of_memory_behind(error: BaseException) -> torch.OutOfMemoryError | None:
-    """What ended a recording, if it was memory that ran out: ending it then fails, too, and hides that."""
+    """The out-of-memory error that ended a capture, if any. Ending the capture then fails, too, and hides it."""
     behind: BaseException | None = error
     while behind is not None and not isinstance(behind, torch.OutOfMemoryError):
         behind = behind.__context__
@@ -115,17 +120,17 @@ def out_of_memory_behind(error: BaseException) -> torch.OutOfMemoryError | None:
 
 
 def documents_size(borders: int) -> int:
-    """Borders to fill up to: a power of two, so that few graphs are recorded."""
+    """The number of boundaries to pad to: a power of two, so that few graphs are captured."""
     return max(FEWEST_DOCUMENTS, 1 << (borders - 1).bit_length())
 
 
 def pad_borders(cu_seqlens: Tensor, size: int) -> Tensor:
-    """(N+1,) -> (size,): the last border repeated, which makes empty documents."""
+    """(N+1,) -> (size,): repeats the last boundary, which makes empty documents."""
     return torch.cat((cu_seqlens, cu_seqlens[-1:].expand(size - len(cu_seqlens))))
 
 
 class _Recording:
-    """The two graphs of one shape, and the tensors that they read and write."""
+    """The two captured graphs of one shape, and the tensors that they read and write."""
 
     def __init__(
         self, decoder: GraphedDecoder, ids: Tensor, targets: Tensor, borders: Tensor, lengths: KnownLengths | None
@@ -133,8 +138,8 @@ class _Recording:
         self.inputs, self.traffic = [x.clone() for x in (ids, targets, borders)], decoder.traffic
         self.lengths, self.sinks = lengths, decoder.sinks
         self.parameters = decoder.trained
-        # Stand-ins that share the parameters' memory: autograd sends a parameter's gradient to the stream on which it
-        # was first used, and that one cannot be recorded.
+        # Stand-ins that share the parameters' memory: autograd accumulates a parameter's gradient on the stream on
+        # which it was first used, and that stream cannot be captured.
         stand_ins = {
             f"model.{name}": p.detach().requires_grad_(p.requires_grad) for name, p in decoder.inside.named_parameters()
         }
@@ -151,26 +156,26 @@ class _Recording:
             return torch.autograd.grad(losses, leaves, self.d_losses, allow_unused=True)
 
         def write_borders() -> None:
-            """What was derived from them is derived anew, and so recorded."""
+            """Write the boundaries again, so that what is derived from them is computed again, inside the capture."""
             self.inputs[2].copy_(borders)
             if self.lengths is not None:
                 tell_lengths(self.inputs[2], self.lengths)
 
-        stream = torch.cuda.Stream()  # what the first pass sets up (compiled kernels, handles) cannot be recorded
+        stream = torch.cuda.Stream()  # warm-up: what the first pass sets up (compiled kernels, handles) is not captured
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), self.traffic.apart(), untallied(model):
             write_borders()
             losses = run()
             self.d_losses = torch.ones_like(losses)
-            found = gradients(losses)
-            if self.sinks:  # of zeros: nothing is added, and the kernel is compiled
-                self.sinks.add({p: None if g is None else torch.zeros_like(g) for p, g in self._named(found)})
-            del losses, found
+            warm_up = gradients(losses)
+            if self.sinks:  # adds zeros, to compile the kernel
+                self.sinks.add({p: None if g is None else torch.zeros_like(g) for p, g in self._named(warm_up)})
+            del losses, warm_up
             write_borders()
         torch.cuda.current_stream().wait_stream(stream)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
-        # Other threads read data and write checkpoints meanwhile: their calls are none of the recording's business.
+        # Other threads read data and write checkpoints meanwhile: their calls must not invalidate the capture.
         mode: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
         try:
             with self.traffic.apart() as self.sent_forward, torch.cuda.graph(self.forward, **mode):
@@ -196,7 +201,7 @@ class _Recording:
 
 
 class _Holder(nn.Module):
-    """Calls a function while `functional_call` has put other tensors in the place of the model's parameters."""
+    """Calls a function while `functional_call` has replaced the model's parameters by other tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -209,7 +214,7 @@ class _Holder(nn.Module):
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recording: _Recording, *tensors: Tensor) -> Tensor:
-        for fixed, given in zip(recording.inputs, tensors, strict=False):  # the parameters are where they were
+        for fixed, given in zip(recording.inputs, tensors, strict=False):  # the parameters need no copy
             fixed.copy_(given)
         recording.forward.replay()
         recording.traffic.add_all(recording.sent_forward)
@@ -225,6 +230,6 @@ class _Replay(torch.autograd.Function):
         if recording.sinks:
             recording.sinks.filled()
             return None, *[None] * ctx.num_inputs, *[None] * len(recording.parameters)
-        # Copies: whoever takes them may keep them, or add to them, beyond the next replay.
+        # Copies, since the receiver may keep or modify them beyond the next replay.
         gradients = [None if g is None else g.clone() for g in recording.gradients]
         return None, *[None] * ctx.num_inputs, *gradients

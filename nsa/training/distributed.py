@@ -1,4 +1,4 @@
-"""Process groups: one process without a launcher, or many under `deepspeed`, torchrun or SLURM."""
+"""Process groups: one process without a launcher, or many under `deepspeed`, torchrun or Slurm."""
 
 import logging
 import os
@@ -22,17 +22,17 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # others wait while rank 0 prepares the d
 
 
 class ReportedError(ValueError):
-    """An error of rank 0 that the other ranks also stop for; rank 0 alone prints it."""
+    """Raised on the other ranks when rank 0 raised an error. Only rank 0 prints it."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands.
+    """The rank of this process, its device, and messages between all processes.
 
     Attributes:
-        rank, world_size: among all processes. local_rank: on this machine.
-        device: that this process computes on.
-        control: a gloo group for messages between the processes that may wait long.
+        rank, world_size: among all processes. local_rank: within this node.
+        device: the device that this process computes on.
+        control: a gloo group with a long timeout, for messages between the processes.
     """
 
     rank: int
@@ -76,20 +76,20 @@ class Ranks:
 
 
 def initialize() -> Ranks:
-    """Join the process group that the launcher's environment describes; without one be the only process.
+    """Join the process group that the launcher's environment describes; without a launcher it has one process.
 
     Raises:
-        ValueError: MASTER_ADDR:MASTER_PORT cannot be used, or there is no GPU for this process.
+        ValueError: the processes cannot meet at MASTER_ADDR:MASTER_PORT, or there is no GPU for this process.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)  # warns that CPU ranks have no device id
-    # DeepSpeed's own calls of names that torch has renamed.
+    # DeepSpeed calls functions by names that torch has deprecated.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see nsa/training/__init__.py
-    # NCCL would register the memory that recorded collectives use, and does not survive it where the allocator maps
-    # memory piece by piece (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
+    # NCCL would register the memory of captured collectives, and crashes if the allocator maps memory in pieces
+    # (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True).
     os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    # Collectives of two groups may lie side by side in a recording: they start in the order that the host asked in.
+    # Collectives of two groups may be parallel in a CUDA graph. This makes them start in the order of the calls.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     alone = "RANK" not in os.environ
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
@@ -126,8 +126,8 @@ def initialize() -> Ranks:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """The same inputs give the same bits: deterministic kernels and a fixed number of CPU threads."""
-    # On a GPU an operation without a deterministic kernel warns: the run is worth more than its last bit.
+    """Make computations bitwise reproducible: deterministic kernels and a fixed number of CPU threads."""
+    # On a GPU an operation without a deterministic kernel only warns, so that the run goes on.
     torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type == "cpu":

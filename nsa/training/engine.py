@@ -28,10 +28,10 @@ from nsa.training.sharded_state import create_optimizer_state
 
 
 def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[str, Any]) -> DeepSpeedEngine:
-    """Hand this rank's part of the decoder, in the precision that is trained in, to DeepSpeed.
+    """A DeepSpeed engine around this rank's part of the decoder, in the precision of training.
 
-    It is drawn from ``config.seed``, alike in every layout. The part must fit on the device, also where ZeRO 3 shards
-    it afterwards.
+    Weights are initialised from ``config.seed``, identically in every layout. The part must fit on the device, even if
+    ZeRO 3 shards it afterwards.
     """
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     draw = partial(first_value, config=config.model, seed=config.seed, device=ranks.device)
@@ -47,16 +47,16 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
     optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)
 
-    optimizer.gate.close()  # DeepSpeed takes a step with zero gradients to allocate; it would decay the weights
+    optimizer.gate.close()  # to allocate, DeepSpeed takes a step with zero gradients, which would decay the weights
     mpu = ModelParallelUnit(grid)
     graphed = GraphedDecoder(model, grid.traffic) if graphs_serve(config, ranks.device) else None
     with _quiet():
         engine, *_ = deepspeed.initialize(model=graphed or model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.gate.reset()
     if isinstance(engine.optimizer, BF16_Optimizer):
-        alone, found = grid.model.size == 1, engine.optimizer.get_grads_for_norm
+        alone, original = grid.model.size == 1, engine.optimizer.get_grads_for_norm
         engine.optimizer.get_grads_for_norm = (
-            partial(_flat_gradients, engine.optimizer) if alone else _some(found, ranks)
+            partial(_flat_gradients, engine.optimizer) if alone else _at_least_one(original, ranks)
         )
     if graphed and isinstance(engine.optimizer, BF16_Optimizer) and config.engine.zero_stage == 1:
         graphed.sinks = GradientSinks(engine.optimizer)
@@ -65,22 +65,23 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
 
 
 def client_optimizer(engine: DeepSpeedEngine) -> AdamW | SGD:
-    """Ours, which DeepSpeed's own may have wrapped."""
+    """Our optimizer, which DeepSpeed's may wrap."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def sum_gradients_held_alike(engine: DeepSpeedEngine) -> None:
-    """Before a step, where the passes are recorded and leave that to us; elsewhere the backward passes did it."""
+    """Sum the gradients of replicated parameters before a step. Needed with CUDA graphs that fill gradient sinks;
+    otherwise the backward passes have done it."""
     graphed = engine.module
     if isinstance(graphed, GraphedDecoder) and graphed.sinks is not None:
         graphed.sinks.sum_alike()
 
 
 def dense_attention_of(config: Config, device: torch.device) -> str | None:
-    """What computes causal attention in this run, in words; None without such layers.
+    """Description of the implementation of dense attention in this run; None without dense layers.
 
     Raises:
-        ValueError: ``engine.dense_attention`` names what is not here, or what cannot do the shape.
+        ValueError: the implementation of ``engine.dense_attention`` is not available or does not support the shape.
     """
     model, name = config.model, config.engine.dense_attention
     if not any(kind.dense_library for kind in config.attention.kinds(model.num_layers)):
@@ -101,20 +102,26 @@ def dense_attention_of(config: Config, device: torch.device) -> str | None:
 
 
 def _flat_gradients(optimizer: BF16_Optimizer, for_clipping: bool = False) -> Any:
-    """`BF16_Optimizer.get_grads_for_norm` where a rank holds the whole model: its buffers instead of a gradient for
-    each parameter, for which the GPU, done with the backward pass, would wait one by one. Padding in them is 0."""
+    """`BF16_Optimizer.get_grads_for_norm` for ranks that hold the whole model.
+
+    Returns the flat buffers, whose padding is 0, instead of a gradient per parameter: with one small kernel for each of
+    those, the GPU would wait for the host.
+    """
     flat = optimizer.fp32_groups_gradients_flat
     return flat if for_clipping else (flat, {})
 
 
-def _some(found: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
-    """`BF16_Optimizer.get_grads_for_norm` with a zero for a rank that owns no gradient: DeepSpeed cannot take the norm
-    of none. Such a rank is one of several that hold the same layers, all of them dense, beside split experts."""
+def _at_least_one(original: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
+    """`BF16_Optimizer.get_grads_for_norm` with a zero for a rank that owns no gradient.
+
+    DeepSpeed cannot compute the norm of an empty list. With expert parallelism a rank may hold only dense layers, which
+    other ranks own.
+    """
 
     def gradients(for_clipping: bool = False) -> Any:
         if for_clipping:
-            return found(for_clipping)
-        shared, of_experts = found()
+            return original(for_clipping)
+        shared, of_experts = original()
         return shared or [torch.zeros(1, device=ranks.device)], of_experts
 
     return gradients
@@ -122,8 +129,11 @@ def _some(found: Callable[..., Any], ranks: Ranks) -> Callable[..., Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """DeepSpeed warns of an "untested optimizer" (tests/training/test_parity.py tests it), and its bf16 optimizer
-    prints three lines of memory for every parameter group, whatever the log level. Errors are still told."""
+    """Silence DeepSpeed, except for errors.
+
+    It warns of an "untested optimizer" (tests/training/test_parity.py tests it), and its bf16 optimizer prints three
+    lines about memory for every parameter group, whatever the log level.
+    """
     log, report = logging.getLogger("DeepSpeed"), bf16_optimizer.see_memory_usage
     level = log.level
     log.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Gradients of a micro batch go straight to the fp32 sums that DeepSpeed takes its step with.
+"""Adds the gradients of a micro batch directly to the fp32 buffers that DeepSpeed's optimizer steps with.
 
-Otherwise each is copied out of the recording, kept as the parameter's ``grad``, converted and added, parameter by
-parameter, while the GPU waits for Python to ask for it.
+Without it each gradient is copied out of the CUDA graph's memory, kept as ``grad``, converted and added, parameter by
+parameter, and the GPU waits for Python to launch these kernels.
 """
 
 import itertools
@@ -29,21 +29,21 @@ class GradientSinks:
                     self.alike.setdefault(axes, []).append(its_sum)
 
     def add(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Callable[[], None]:
-        """Add each parameter's gradient, None for 0.
+        """Add each parameter's gradient; None stands for 0.
 
         Returns:
-            If this was recorded: what is to be called once the recording has ended, and kept as long as it.
+            A function that, if this was captured, must be called after the capture and kept as long as the graph.
         """
         optimizer, places = self.optimizer, []
         for number, parameters in enumerate(optimizer.bf16_groups):
             total = optimizer.fp32_groups_gradients_flat[number]
             ends = itertools.accumulate(p.numel() for p in parameters)
             placed = [(end, gradients[p]) for p, end in zip(parameters, ends, strict=True)]
-            found = {end - g.numel(): g.contiguous() for end, g in placed if g is not None}
-            if total.is_cuda and found:
-                places.append(self._accumulator(number, total, found).add(list(found.values())))
-            elif found:
-                for first, g in found.items():
+            by_start = {end - g.numel(): g.contiguous() for end, g in placed if g is not None}
+            if total.is_cuda and by_start:
+                places.append(self._accumulator(number, total, by_start).add(list(by_start.values())))
+            elif by_start:
+                for first, g in by_start.items():
                     total[first : first + g.numel()] += g.flatten()
 
         def place_all() -> None:
@@ -52,23 +52,25 @@ class GradientSinks:
 
         return place_all
 
-    def _accumulator(self, number: int, total: Tensor, found: dict[int, Tensor]) -> Any:
-        """One for each group and choice of parameters: made before they are recorded."""
+    def _accumulator(self, number: int, total: Tensor, by_start: dict[int, Tensor]) -> Any:
+        """The accumulator of a group and set of parameters, which is made in the warm-up, before the capture."""
         from nsa.ops.kernels.accumulate import Accumulator  # Triton exists on Linux only
 
-        key = (number, *found)
+        key = (number, *by_start)
         if key not in self.accumulators:
-            self.accumulators[key] = Accumulator(total, [g.numel() for g in found.values()], list(found))
+            self.accumulators[key] = Accumulator(total, [g.numel() for g in by_start.values()], list(by_start))
         return self.accumulators[key]
 
     def filled(self) -> None:
-        """Tell DeepSpeed that its buffers hold gradients. It ignores those that it has not filled itself."""
+        """Tell DeepSpeed that its buffers hold gradients. It ignores buffers that it has not filled itself."""
         for has in self.optimizer.fp32_groups_has_gradients:
             has[:] = [True] * len(has)
 
     def sum_alike(self) -> None:
-        """The sum over the ranks that hold a parameter alike, each having seen a part of the tokens or heads: once a
-        step, in one message for each set of ranks. See `nsa.parallel.partition.sum_over`."""
+        """Sum the gradients of replicated parameters over their ranks (`nsa.parallel.partition.sum_over`).
+
+        To be called once per step. Sends one message for each set of ranks.
+        """
         for axes, sums in self.alike.items():
             message = torch.cat(sums).float()
             add_up(message, axes)

@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed shards, and which parameters decay."""
+"""The optimizer that DeepSpeed shards, and which parameters have weight decay."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,10 @@ STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ()}
 
 
 class UpdateGate:
-    """Whether an optimizer may update in this step: the trainer says what it knows, the optimizer asks.
+    """Whether an optimizer may update in this step. The trainer closes the gate, the optimizer checks it.
 
-    DeepSpeed calls the optimizer within a step of its own, once for each group of parameters; around a closed gate that
-    step still clears gradients and counts micro batches, in every ZeRO stage alike.
+    DeepSpeed calls the optimizer in its own step, once for each parameter group. With a closed gate that step still
+    clears gradients and counts micro batches, in every ZeRO stage.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class UpdateGate:
         self.closed = True
 
     def ask_before_update(self, refuse: Callable[[], bool]) -> None:
-        """``refuse`` is called once, when the gradient norm is known; true: no update."""
+        """Call ``refuse`` once, when the gradient norm is known. If it returns true, there is no update."""
         self._refuse = refuse
 
     def is_open(self) -> bool:
-        """For the optimizer, with each group of parameters."""
+        """Whether to update. The optimizer calls it for each parameter group."""
         if self.closed:
             return False
         if self._refuse is not None and self._refused is None:
@@ -42,11 +42,11 @@ class UpdateGate:
 
     @property
     def refused(self) -> bool:
-        """Whether the answer was no."""
+        """Whether ``refuse`` returned true in this step."""
         return bool(self._refused)
 
     def reset(self) -> None:
-        """For the next step: open, with nobody to ask."""
+        """Open the gate for the next step, without a ``refuse``."""
         self.closed, self._refuse, self._refused = False, None, None
 
 
@@ -71,15 +71,16 @@ class SGD(_Gated, torch.optim.SGD):  # type: ignore[misc]
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices that multiply activations; no norm, bias, embedding or position."""
+    """Whether weight decay applies: to matrices that multiply activations, not to norms, biases, embeddings and
+    position encodings."""
     return parameter.ndim >= 2 and not name.startswith("embedding.") and not name.endswith(".position")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> AdamW | SGD:
-    """The optimizer over all parameters of ``model``, in two groups: with and without decay.
+    """The optimizer over all parameters of ``model``, in two groups: with and without weight decay.
 
-    ``offload``: DeepSpeed will move its state to the host. torch's own fused AdamW is as vectorised there as
-    DeepSpeed's, which would have to be compiled on every machine.
+    ``offload``: DeepSpeed will move its state to the host. torch's fused AdamW is vectorised there, as DeepSpeed's is,
+    but does not need to be compiled on every machine.
     """
     named = list(model.named_parameters())
     groups = [

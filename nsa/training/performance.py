@@ -1,4 +1,4 @@
-"""Speed of training: memory, and the share of the device's arithmetic that the model uses (MFU)."""
+"""Peak FLOP/s of the device, for the model FLOPs utilisation (MFU), and peak memory."""
 
 import re
 import resource
@@ -7,8 +7,8 @@ import time
 
 import torch
 
-# Dense bf16 tensor-core FLOP/s as the vendor's data sheets give them (the figure without sparsity), by words of the
-# device's name; the first that fits counts.
+# Dense bf16 tensor-core FLOP/s (without sparsity) from the vendor's data sheets, by part of the device's name. The
+# first match counts.
 PEAK_FLOPS = (
     ("B300", 2250e12),
     ("B200", 2250e12),
@@ -29,18 +29,18 @@ PEAK_FLOPS = (
     ("RTX 4090", 165e12),
     ("RTX 3090", 71e12),
 )
-OTHER_CARD = r"(?! (?:Ti|D|Laptop)\b)"  # words after a name that make it another card's
+OTHER_GPU = r"(?! (?:Ti|D|Laptop)\b)"  # suffixes of the name of another GPU
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """FLOP/s of the device, and where the figure comes from: "data sheet" or "measured".
+    """Peak FLOP/s of the device, and where the number comes from: "data sheet" or "measured".
 
-    Measured, by a matrix product, is what no data sheet gives: CPUs, fp32, and unknown devices.
+    For CPUs, fp32 and unknown devices it is measured with a matrix product.
     """
     if device.type == "cuda" and precision == "bf16":
         name = torch.cuda.get_device_name(device)
         for words, flops in PEAK_FLOPS:
-            if re.search(rf"\b{words}\b{OTHER_CARD}", name):
+            if re.search(rf"\b{words}\b{OTHER_GPU}", name):
                 return flops, "data sheet"
     return _measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured"
 
@@ -58,7 +58,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process in GiB: the device's, on a CPU the resident set."""
+    """Peak memory of this process in GiB: allocated on the GPU, or on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

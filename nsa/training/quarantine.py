@@ -1,4 +1,4 @@
-"""Going back after too many loss spikes, and the list of the data that are then left out: `<run>/quarantine.jsonl`."""
+"""Rolls back after too many loss spikes, and lists the batches that are skipped then: `<run>/quarantine.jsonl`."""
 
 import json
 import os
@@ -24,20 +24,20 @@ def roll_back(
     stream: SampleStream,
     load_before: Callable[[int], Progress | None],
 ) -> tuple[Progress, str]:
-    """Load a checkpoint of before the spikes and quarantine their batches. Collective.
+    """Load a checkpoint from before the spikes and quarantine their batches. Collective.
 
     Args:
-        load_before: loads the newest verified checkpoint of fewer steps than its argument.
+        load_before: loads the newest verified checkpoint with fewer steps than its argument.
 
     Returns:
-        The progress to go on from, with the quarantine in it; what happened, in words.
+        The progress to continue from, with the quarantine in it, and a message about what happened.
 
     Raises:
-        TrainingError: the run went back too often, or there is no such checkpoint.
+        TrainingError: the run was rolled back too often, or there is no such checkpoint.
     """
     recovery, first = config.recovery, spikes.spikes[0]
     bad = {batch_number(step, spikes.quarantine): step for step in spikes.spikes}
-    told = (
+    summary = (
         f"{len(bad)} spikes within {recovery.window} steps (steps {', '.join(str(s + 1) for s in spikes.spikes)}; "
         f"recovery.max_spikes is {recovery.max_spikes})"
     )
@@ -47,7 +47,7 @@ def roll_back(
         if not ranks.is_main:
             return ReportedError(reason)
         return TrainingError(
-            f"{told}, {reason}. Lower optimizer.learning_rate, look at the documents named in "
+            f"{summary}, {reason}. Lower optimizer.learning_rate, look at the documents named in "
             f"{run / 'quarantine.jsonl'}, or raise recovery.loss_sigma"
         )
 
@@ -58,16 +58,17 @@ def roll_back(
         raise fail("and there is no good checkpoint from before them")
     progress.spikes.quarantine = sorted({*spikes.quarantine, *bad})
     progress.spikes.rollbacks = spikes.rollbacks + 1
-    return progress, f"{told}; batches {sorted(bad)} are quarantined, {run / 'quarantine.jsonl'} names their documents"
+    batches = f"batches {sorted(bad)} are quarantined, {run / 'quarantine.jsonl'} names their documents"
+    return progress, f"{summary}; {batches}"
 
 
 def write_quarantine(run: Path, stream: SampleStream, batches: dict[int, int], batch_size: int) -> None:
     """Append a line for each batch: its number, its step, its samples and the documents in them.
 
-    What decides is the list in the checkpoint's state.json; this file tells where to look.
+    The file is for the reader only: the trainer uses the list in the checkpoint's state.json.
 
     Args:
-        batches: number of each batch, and the step (from 0) that read it. batch_size: samples of a batch.
+        batches: batch number -> the step (from 0) that read it. batch_size: samples per batch.
     """
     with (run / "quarantine.jsonl").open("a") as file:
         for number, step in sorted(batches.items()):

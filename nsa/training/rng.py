@@ -1,4 +1,4 @@
-"""The state of every random generator of a process, as JSON."""
+"""The state of all random generators of a process, as JSON."""
 
 import random
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
-    torch.manual_seed(seed)  # every device's
+    torch.manual_seed(seed)  # of all devices
 
 
 def rng_state() -> dict[str, Any]:

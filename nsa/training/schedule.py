@@ -8,9 +8,10 @@ from nsa.config import OptimizerConfig
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of step ``step`` (from 0) of ``steps``.
 
-    Linear warm-up: step i of w warm-up steps has (i + 1) / w of the peak. Then ``cosine`` falls to the minimum along
-    half a cosine, ``wsd`` stays and falls linearly over the last ``decay_steps`` (arXiv 2405.18392), ``constant``
-    stays. The first step of a decay has the peak, and the minimum would be that of the step after the last.
+    Linear warm-up: step i of w warm-up steps has (i + 1) / w of the peak. Then ``constant`` stays at the peak,
+    ``cosine`` falls to the minimum along half a cosine, and ``wsd`` stays at the peak and falls linearly over the last
+    ``decay_steps`` (arXiv 2405.18392). The first step of a decay has the peak; the step after the last one would have
+    the minimum.
     """
     peak, low = config.learning_rate, config.min_learning_rate
     if step < config.warmup_steps:

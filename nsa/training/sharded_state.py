@@ -1,10 +1,10 @@
-"""Where DeepSpeed keeps the fp32 weights and moments of a parameter, in every ZeRO stage, as one view of them.
+"""One view of the fp32 weights and moments that DeepSpeed keeps, for all ZeRO stages.
 
-A checkpoint holds logical tensors: whole, fp32, under the parameter's name. A rank holds a run of consecutive elements
-of the flattened tensor (ZeRO 1 and 2: or none; ZeRO 3; ZeRO 0: all of them). `local_shards` names these runs as views
-into DeepSpeed's own buffers, `gather` puts whole tensors together, `scatter` writes them back; both move bits and
-compute nothing. What is relied on was read in DeepSpeed 0.19.8 and is tested in tests/training/test_resume.py. The
-model's own buffers are saved like weights, without state of the optimizer.
+A checkpoint holds logical tensors: whole, fp32, under the parameter's name. A rank holds a range of consecutive
+elements of the flattened tensor: all of them (ZeRO 0), a part or none (ZeRO 1 and 2), a part (ZeRO 3). `local_shards`
+returns these ranges as views of DeepSpeed's buffers, `gather` assembles whole tensors, `scatter` writes them back.
+Both copy bits only, without arithmetic. This relies on internals of DeepSpeed 0.19.8, which
+tests/training/test_resume.py tests. The model's buffers are saved like weights, without optimizer state.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,13 +31,13 @@ class Shard:
     """This rank's part of one parameter's state.
 
     Attributes:
-        shape: of the parameter as the model on this rank has it. start: first element of the part in it, flattened.
+        shape: of the parameter in this rank's model. start: index of the shard's first element in it, flattened.
         tensors: flat fp32 views of equal length, ``weight`` and the optimizer's (``exp_avg``, ...); empty if this rank
             holds nothing of the parameter.
-        partition: which part of the logical parameter the model on this rank has.
-        replicated: every replica of the model holds the same. everywhere: and every rank has it all.
-        speaks: whether this rank's elements go into a checkpoint; of the ranks that hold an element one does.
-        trained: whether the optimizer has state of it; else there is ``weight`` alone.
+        partition: which part of the logical parameter this rank's model has.
+        replicated: whether all data-parallel ranks hold the same. everywhere: whether every rank holds all of it.
+        speaks: whether this rank writes its elements to a checkpoint. Of the ranks that hold an element, one does.
+        trained: whether the optimizer has state for it; otherwise there is ``weight`` alone.
     """
 
     shape: torch.Size
@@ -55,7 +55,7 @@ class Shard:
 
 
 def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updates: int = 0) -> None:
-    """Give every parameter the optimizer's state before the first step: zeros, after ``updates`` updates."""
+    """Create the optimizer's state of every parameter before the first step: zeros, with ``updates`` updates so far."""
     optimizer = engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
@@ -63,7 +63,7 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
     else:
         parameters = [p for group in base.param_groups for p in group["params"]]
     for p in parameters if keys else []:
-        # A fused optimizer wants the count beside the weights, the others on the CPU.
+        # A fused optimizer needs the count on the device of the weights, the others on the CPU.
         where = p.device if base.defaults.get("fused") else torch.device("cpu")
         state = {"step": torch.tensor(float(updates), device=where)}
         base.state[p] = state | {key: torch.zeros_like(p, requires_grad=False) for key in keys}
@@ -73,11 +73,11 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
 
 
 def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
-    """The shard of every parameter, then of every buffer of the whole model, by name. ``keys``: the optimizer's."""
+    """name -> shard of every parameter, then of every buffer, of the whole model. ``keys``: of the optimizer state."""
     named = dict(engine.module.named_parameters())
     shards = _local_shards(engine, named, keys)
     first_replica = engine.mpu.get_data_parallel_rank() == 0
-    stages = getattr(engine.module, "everywhere", None)  # of a pipeline: the tensors of all
+    stages = getattr(engine.module, "everywhere", None)  # with a pipeline: the tensors of all stages
     for name, shard in shards.items():
         shard.partition = partition_of(named[name])
     for name, buffer, part in named_buffers(engine.module):
@@ -124,7 +124,7 @@ def _stage_1_2_shard(p: Any, keys: tuple[str, ...]) -> Shard:
 def _stage_3_shard(p: Any, keys: tuple[str, ...], rank: int) -> Shard:
     tensors = {WEIGHT: safe_get_local_fp32_param(p)}
     tensors |= {key: safe_get_local_optimizer_state(p, key) for key in keys}
-    # Partitions have equal size; the last ones may reach, or lie, beyond the parameter's end.
+    # Partitions have equal size, so the last ones may extend beyond, or lie beyond, the parameter's end.
     size = tensors[WEIGHT].numel()
     start = min(rank * size, p.ds_numel)
     held = min(size, p.ds_numel - start)
@@ -132,9 +132,9 @@ def _stage_3_shard(p: Any, keys: tuple[str, ...], rank: int) -> Shard:
 
 
 def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[str, str, Tensor]]:
-    """Whole tensors as (key, name, fp32 CPU tensor): each on one rank, of about equal total size.
+    """Yield whole tensors as (key, name, fp32 CPU tensor): each on one rank, with about equal total size per rank.
 
-    Collective: every rank must exhaust it.
+    Collective: every rank must exhaust the iterator.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     load = [0] * world_size
@@ -146,7 +146,7 @@ def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[st
             if world_size == 1 or shard.everywhere:
                 whole = shard.tensors[key]
             else:
-                # Summing the bits as integers, where at most one rank has other than zero, keeps every bit (even -0.0).
+                # At most one rank has a nonzero value, and a sum of the bits as integers keeps them all (even -0.0).
                 device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
                 bits = torch.zeros(shape, dtype=torch.int32, device=device)
                 if shard.tensors and shard.speaks:
@@ -162,20 +162,18 @@ def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[st
 
 @torch.no_grad()
 def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[str, str], Tensor]) -> None:
-    """Write whole tensors ``read(key, name)`` into the shards and the weights that the model computes with."""
+    """Write the whole tensors ``read(key, name)`` into the shards, and update the model's weights."""
     for name, shard in shards.items():
         for key, part in shard.tensors.items():
             whole = read(key, name)
-            assert whole.shape == shard.logical_shape and whole.dtype == torch.float32, (
-                key,
-                name,
-            )  # as `read` has checked
+            # `read` has checked this.
+            assert whole.shape == shard.logical_shape and whole.dtype == torch.float32, (key, name)
             part.copy_(shard.partition.cut(whole).flatten()[shard.start : shard.start + part.numel()])
     _refresh_model(engine)
 
 
 def _refresh_model(engine: DeepSpeedEngine) -> None:
-    """Copy the fp32 weights into the model's own, as the end of each stage's optimizer step does."""
+    """Copy the fp32 weights into the model's weights, as DeepSpeed does after an optimizer step in each stage."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer._partition_all_parameters()

@@ -1,10 +1,10 @@
-"""Loss spikes: which steps are not applied, when the run goes back, and which data it then leaves out.
+"""Loss spikes: which steps are skipped, when the run is rolled back, and which batches it then skips.
 
 A step whose loss (or gradient norm) is far above the mean of the last accepted steps is skipped: weights and moments
-stay as they are. Skipping has a budget; when it is spent, the run goes back to a checkpoint from before the first of
-these spikes and never reads their batches again (the playbook of PaLM, arXiv 2204.02311, section 5.1; the detector is
-that of OLMo-core's SkipStepOptimizer). All of it is a pure function of losses and norms, which every rank knows alike,
-and its state is part of a checkpoint: a resumed run decides as one that went through.
+stay as they are. If too many are skipped, the run is rolled back to a checkpoint from before the first of these
+spikes, and never reads their batches again (as PaLM, arXiv 2204.02311, section 5.1; the detector is that of
+OLMo-core's SkipStepOptimizer). All decisions are a pure function of losses and norms, which all ranks have. The state
+is part of a checkpoint, so a resumed run decides as an uninterrupted one.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 
 from nsa.config import RecoveryConfig
 
-FLOOR = 0.01  # of the mean: a flat curve has no deviation, and its noise would be many of them
+FLOOR = 0.01  # least deviation, relative to the mean: on a flat curve noise would be many standard deviations
 
 
 @dataclass
@@ -26,7 +26,7 @@ class SpikeState:
         losses, grad_norms: of the last accepted steps, at most ``window``.
         spikes: steps (from 0) within the last ``window`` that were skipped as spikes.
         quarantine: batches that are left out of the data order, ascending.
-        rollbacks: how often the run went back.
+        rollbacks: how often the run was rolled back.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -37,7 +37,7 @@ class SpikeState:
 
     @classmethod
     def read(cls, saved: Any) -> "SpikeState":
-        """From state.json. Raises ValueError or TypeError if it is not sound."""
+        """From state.json. Raises ValueError or TypeError if it is invalid."""
         state = cls(**saved)
         counts = [*state.spikes, *state.quarantine, state.rollbacks]
         if not all(type(n) is int and n >= 0 for n in counts):
@@ -48,9 +48,9 @@ class SpikeState:
 
 
 def batch_number(step: int, quarantine: Iterable[int]) -> int:
-    """The batch that step ``step`` (from 0) reads: the step-th of those that are not in ``quarantine``.
+    """The batch that step ``step`` (from 0) reads: number ``step`` of the batches that are not in ``quarantine``.
 
-    A batch that is added to the quarantine never changes what earlier steps read.
+    Adding a batch to the quarantine does not change what the steps before that batch read.
     """
     batch = step
     for left_out in sorted(quarantine):
@@ -59,10 +59,10 @@ def batch_number(step: int, quarantine: Iterable[int]) -> int:
 
 
 def beyond(value: float, window: list[float], sigma: float, least: int) -> bool:
-    """Whether a finite ``value`` is more than ``sigma`` deviations above the mean of ``window``.
+    """Whether a finite ``value`` is more than ``sigma`` standard deviations above the mean of ``window``.
 
-    Never with fewer than ``least`` values in it, or a ``sigma`` of 0. A value that is not finite is no spike: such
-    steps are skipped by a rule of their own.
+    False if ``window`` has fewer than ``least`` values or ``sigma`` is 0. Also false for a value that is not finite:
+    another rule skips such steps.
     """
     if not sigma or len(window) < least or not math.isfinite(value):
         return False
@@ -71,7 +71,7 @@ def beyond(value: float, window: list[float], sigma: float, least: int) -> bool:
 
 
 class SpikeDetector:
-    """Judges steps by the rules of ``config``; ``state`` may be replaced (on a rollback)."""
+    """Detects spikes by the rules of ``config``. ``state`` may be replaced (after a rollback)."""
 
     def __init__(self, config: RecoveryConfig, state: SpikeState) -> None:
         self.config, self.state = config, state
@@ -84,7 +84,7 @@ class SpikeDetector:
         return beyond(norm, self.state.grad_norms, self.config.grad_norm_sigma, self._least)
 
     def record(self, step: int, loss: float, norm: float, spike: bool) -> None:
-        """Remember step ``step`` (from 0), whose update was applied, or else was a spike."""
+        """Remember step ``step`` (from 0), which was either applied or skipped as a ``spike``."""
         state, window = self.state, self.config.window
         state.spikes = [s for s in state.spikes if s > step - window]
         if spike:

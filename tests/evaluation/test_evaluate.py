@@ -1,4 +1,4 @@
-"""`python -m nsa.evaluate`, from an export to the files it leaves."""
+"""`python -m nsa.evaluate`, from an export to the files that it writes."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FEW = ["evaluation.recall_samples=3", "evaluation.bpb_samples=4"]
 
 
-def test_everything_is_measured_and_written(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_writes_all_results(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(exported), *FEW]) == 0
     out = exported.parent / "evaluation"
     assert sorted(path.name for path in out.iterdir()) == ["bits_per_byte.png", "evaluation.json", "recall.png"]
@@ -28,7 +28,7 @@ def test_everything_is_measured_and_written(exported: Path, capsys: pytest.Captu
     document = json.loads((out / "evaluation.json").read_text())
     assert document["training"]["step"] == 3
     assert [(c["length"], c["samples"]) for c in document["bits_per_byte"]] == [(64, 4), (256, 1)]
-    # nobody trained this model: it needs about as many bits as a uniform one, and recalls nothing
+    # The model is untrained: it needs about as many bits as a uniform one, and recalls nothing.
     assert 3 < document["bits_per_byte"][0]["bits_per_byte"] < 12
     rows = {(r["task"], r["factor"]): r for r in document["recall"]}
     assert set(rows) == {(task, f) for task in ("mqar", "passkey", "copy") for f in (1, 2, 4)} - {("passkey", 1)}
@@ -48,7 +48,7 @@ def test_held_out_text_is_read_in_the_tokens_of_the_model(exported: Path) -> Non
     config = decoders.config
     own = runner._prepare(config, decoders.tokenizer, exported / "tokenizer.model")
     assert own.tokenizer.sha256 == decoders.tokenizer.sha256
-    # A corpus that trains another tokenizer, as on a machine with another Python.
+    # A corpus that gives another tokenizer, as on a machine with another Python.
     section = config.data.tokenizer.model_copy(update={"vocab_size": 390})
     other = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": section})})
     assert prepare(other.data, other.seed, progress=False).tokenizer.sha256 != decoders.tokenizer.sha256
@@ -57,7 +57,7 @@ def test_held_out_text_is_read_in_the_tokens_of_the_model(exported: Path) -> Non
     assert [name for name, _ in again.texts("validation")] == [name for name, _ in own.texts("validation")]
 
 
-def test_mistakes_are_explained(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_reported(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(tmp_path)]) == 2
     assert "is no export" in capsys.readouterr().err
     assert command.main([str(exported), "evaluation.recall_sample=3"]) == 2

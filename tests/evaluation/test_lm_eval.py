@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an export, offline, with tasks of one's own."""
+"""lm-evaluation-harness on an export, offline, with custom tasks."""
 
 import json
 import math
@@ -41,7 +41,7 @@ metadata: {{version: 1.0}}
 
 
 def score(decoder, tokenizer, text: str, context: str = "") -> float:
-    """Log-likelihood of ``text`` after ``context``, the beginning of a document if that is empty."""
+    """Log-likelihood of ``text`` after ``context``, or at the beginning of a document if ``context`` is empty."""
     before = tokenizer.encode(context) or [tokenizer.bos_id]
     ids = torch.tensor([before + tokenizer.encode(text)])
     targets = ids[:, 1:].clone()
@@ -78,8 +78,8 @@ def test_harness_gives_the_decoders_own_scores(exported: Path, tmp_path: Path) -
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (found,) = (tmp_path / "out").rglob("results_*.json")
-    results = json.loads(found.read_text())["results"]
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(path.read_text())["results"]
 
     decoder, _, tokenizer = load_decoder(exported)
     nats = sum(score(decoder, tokenizer, row["text"]) for row in texts)

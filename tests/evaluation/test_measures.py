@@ -1,4 +1,4 @@
-"""Bits per byte and recall of models whose figures are known."""
+"""Bits per byte and recall of models with known results."""
 
 import math
 from pathlib import Path
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tokenizers.Tokenizer:
 
 
 class Known(nn.Module):
-    """Costs position + 1 bits a token: position in the document."""
+    """A model whose loss is position + 1 bits per token, with the position in the document."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ def test_bits_per_byte_of_a_known_model(stream: SampleStream, samples: int, monk
 
 
 def lookup(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Solves mqar: what followed this key the first time."""
-    found = []
+    """Solves mqar: predicts what followed this key the first time."""
+    predictions = []
     for row, where in zip(tokens.tolist(), asked, strict=True):
-        found += [row[row.index(row[t]) + 1] for t in where.nonzero()[:, 0].tolist()]
-    return torch.tensor(found)
+        predictions += [row[row.index(row[t]) + 1] for t in where.nonzero()[:, 0].tolist()]
+    return torch.tensor(predictions)
 
 
 def echo(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """Solves copy: the token as many places back as there are answers."""
+    """Solves copy: predicts the token as many places back as there are answers."""
     return torch.cat([row[where.nonzero()[:, 0] - int(where.sum())] for row, where in zip(tokens, asked, strict=True)])
 
 
@@ -83,7 +83,7 @@ def test_an_oracle_scores_one(tokenizer, name: str, solve) -> None:
 
 @pytest.mark.parametrize("name", ["mqar", "copy", "passkey"])
 def test_a_guess_scores_chance(tokenizer, name: str) -> None:
-    """mqar tells its values: a guess is one of those; elsewhere it is one of the task's."""
+    """In mqar a guess is one of the values of the episode, in other tasks one of the task's values."""
     task = Task(name, tokenizer)
     rng = np.random.default_rng(0)
 
@@ -106,10 +106,10 @@ def test_predictions_are_the_most_likely_tokens(tokenizer, monkeypatch: pytest.M
     expected = decoder(tokens).argmax(-1)[asked]
     assert torch.equal(predict(tokens, asked), expected)
     assert torch.equal(predict(tokens, asked), expected)
-    assert decoder(tokens).shape == (3, 40, 420)  # nothing is left behind
+    assert decoder(tokens).shape == (3, 40, 420)  # the hook was removed
 
 
-def test_interval_counts_episodes_where_answers_go_together() -> None:
+def test_interval_counts_episodes_if_answers_are_correlated() -> None:
     rng = np.random.default_rng(0)
     independent = rng.random((200, 50)) < 0.5
     low, high = recall.interval(independent)

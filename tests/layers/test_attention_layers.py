@@ -1,4 +1,4 @@
-"""Layers: compression without overlap against windows laid out, packing, decoding, and use on their own."""
+"""Layers: compression against explicit windows, packing, decoding, rotary embedding, and use without a decoder."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def nsa_layer(**changes) -> NativeSparseAttention:
 
 
 @pytest.mark.parametrize(("tokens", "length", "stride"), [(7, 8, 4), (8, 8, 4), (33, 8, 4), (31, 6, 2), (9, 3, 3)])
-def test_compression_equals_windows_laid_out(tokens: int, length: int, stride: int) -> None:
+def test_compression_equals_explicit_windows(tokens: int, length: int, stride: int) -> None:
     torch.manual_seed(0)
     phi = BlockCompression(5, length, stride, hidden=7).double()
     torch.nn.init.normal_(phi.position)
@@ -89,11 +89,11 @@ def test_every_parameter_gets_a_gradient() -> None:
 
 
 def test_compressed_scores_depend_on_distance_alone() -> None:
-    """Shifting a sequence by whole strides, behind other tokens, keeps what a later query sees of it."""
+    """Scores stay the same if a sequence is shifted by whole strides, with other tokens before it."""
     layer = nsa_layer(num_blocks=3, num_initial=0)
     tables = [Rotary(1e4).at(torch.arange(s, s + 40)) for s in (0, 16)]
     x = torch.randn(1, 40, 16, dtype=torch.float64)
-    # Tables are fp32: angles of other absolute positions round differently.
+    # Tables are fp32, so angles of other absolute positions round differently.
     torch.testing.assert_close(layer(x, tables[0]), layer(x, tables[1]), rtol=1e-4, atol=1e-5)
 
 
@@ -107,7 +107,7 @@ def test_joint_linear_equals_one_by_one() -> None:
     torch.testing.assert_close(frozen, x.detach().sum((0, 1)).expand(4, -1))
 
 
-def test_rotary_turns_pairs_and_keeps_norms() -> None:
+def test_rotary_rotates_pairs_and_keeps_norms() -> None:
     x = torch.randn(1, 9, 2, 8)
     cos, sin = Rotary(1e4).tables(torch.arange(9), 8)
     turned = apply_rotary(x, cos, sin)
@@ -118,8 +118,8 @@ def test_rotary_turns_pairs_and_keeps_norms() -> None:
 
 @pytest.mark.parametrize("place", ["first", "last"])
 @pytest.mark.parametrize("pairs", ["half-split", "interleaved"])
-def test_rotary_turns_the_dims_of_its_layout(place: str, pairs: str) -> None:
-    """Four of ten dims turn, each pair as one complex number; the others stay as they are."""
+def test_rotary_rotates_the_dims_of_its_layout(place: str, pairs: str) -> None:
+    """Four of ten dims are rotated, each pair as one complex number; the others stay unchanged."""
     torch.manual_seed(0)
     x, positions = torch.randn(2, 9, 3, 10), torch.arange(5, 14)
     first = 0 if place == "first" else 6
@@ -163,11 +163,11 @@ def test_dense_layer_decodes_as_the_whole() -> None:
 
 @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 5, 16), (0, 16)])
 def test_parallel_linear_is_two_projections(shape: tuple[int, ...]) -> None:
-    """Of one vector, of none, and of a batch; x's gradient is the sum of both ways."""
+    """For one vector, none, and a batch. The gradient of x is the sum of both projections'."""
     torch.manual_seed(0)
     given = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in (shape, (24, 16), (24, 16))]
     ours, theirs = parallel_linear(*given), [given[0] @ weight.T for weight in given[1:]]
     d_both = [torch.randn_like(out) for out in theirs]
-    found, expected = (torch.autograd.grad(outs, given, d_both) for outs in (ours, theirs))
-    for a, b in zip((*ours, *found), (*theirs, *expected), strict=True):
+    gradients, expected = (torch.autograd.grad(outs, given, d_both) for outs in (ours, theirs))
+    for a, b in zip((*ours, *gradients), (*theirs, *expected), strict=True):
         torch.testing.assert_close(a, b)

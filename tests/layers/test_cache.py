@@ -1,4 +1,4 @@
-"""Caches: what is kept, and that a token costs the same at any length."""
+"""Caches: their content, and that a token costs the same at any length."""
 
 import random
 
@@ -11,8 +11,8 @@ from tests.layers.test_attention_layers import nsa_layer
 
 
 @pytest.mark.parametrize("kept", [None, 1, 7, 100])
-def test_rows_are_what_concatenation_gives(kept: int | None) -> None:
-    """Against torch.cat; pieces of no token included. What was handed out stays as it was."""
+def test_rows_equal_concatenation(kept: int | None) -> None:
+    """Against torch.cat, with empty pieces. Tensors that were returned earlier do not change."""
     dice = random.Random(0)
     torch.manual_seed(0)
     rows, expected, given = Rows(), [torch.zeros(2, 0, 3, w) for w in (4, 5)], []
@@ -20,10 +20,10 @@ def test_rows_are_what_concatenation_gives(kept: int | None) -> None:
         tokens = dice.choice([0, 1, 1, 2, 17])
         new = [torch.randn(2, tokens, 3, width) for width in (4, 5)]
         expected = [torch.cat(both, 1) for both in zip(expected, new, strict=True)]
-        found = rows.append((new[0], new[1]))
-        for ours, theirs in zip(found, expected, strict=True):
+        result = rows.append((new[0], new[1]))
+        for ours, theirs in zip(result, expected, strict=True):
             assert torch.equal(ours, theirs)
-        given.append((found[0], found[0].clone()))
+        given.append((result[0], result[0].clone()))
         if kept is not None:
             surplus = max(0, rows.length - kept)
             rows.drop(surplus)
@@ -33,8 +33,8 @@ def test_rows_are_what_concatenation_gives(kept: int | None) -> None:
         assert torch.equal(view, then)
 
 
-def test_memory_is_asked_for_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token at a time: memory doubles, and with a bound on what is kept it stays."""
+def test_memory_is_allocated_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token by token: memory doubles when full; with a bound on the kept tokens it stays the same."""
     sizes: list[int] = []
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape: sizes.append(shape[1]) or empty(x, *shape))
@@ -50,7 +50,7 @@ def test_memory_is_asked_for_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(sizes) == {LEAST}, "as much as before"
 
 
-def test_what_inference_mode_began_goes_on_outside_of_it() -> None:
+def test_a_cache_from_inference_mode_works_outside_of_it() -> None:
     rows, token = Rows(), torch.ones(1, 1, 1, 2)
     with torch.inference_mode():
         rows.append((token, token))
@@ -58,7 +58,7 @@ def test_what_inference_mode_began_goes_on_outside_of_it() -> None:
 
 
 def test_a_long_decoding_equals_the_whole() -> None:
-    """Long enough that all memory is asked for anew."""
+    """Long enough that all memory is reallocated."""
     layer = nsa_layer()
     x = torch.randn(2, 5 * LEAST, 16, dtype=torch.float64)
     cache = layer.new_cache()

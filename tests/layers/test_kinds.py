@@ -11,7 +11,7 @@ from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
 from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
 from nsa.layers.kinds import KINDS
 
-# Every two of these differ.
+# All values differ, so that none can be mistaken for another.
 SHAPE = Shape(hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, v_head_dim=4, rope_theta=100.0)
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
@@ -23,12 +23,14 @@ def built(kind: Kind) -> tuple[torch.nn.Module, object]:
 
 
 @each_kind
-def test_parts_and_exchanges_name_what_the_layer_has(kind: Kind) -> None:
+def test_parts_and_exchanges_match_the_layer(kind: Kind) -> None:
     layer, config = built(kind)
     linears = [layer.get_submodule(n) for n in (*kind.parts.columns, *kind.parts.kv_heads, *kind.parts.rows)]
     whole = [layer.get_submodule(name) for name in kind.parts.whole]
-    told = {id(p) for module in [*linears, *whole] for p in module.parameters()}
-    assert told == {id(p) for p in layer.parameters()}, "tensor-parallel ranks would hold a parameter unsplit, unsummed"
+    listed = {id(p) for module in [*linears, *whole] for p in module.parameters()}
+    assert listed == {id(p) for p in layer.parameters()}, (
+        "tensor-parallel ranks would hold a parameter unsplit, unsummed"
+    )
     for name in (*kind.parts.gathered, *kind.keeps_scale):
         layer.get_submodule(name)
     exchanges = kind.exchanges(config)
@@ -40,8 +42,8 @@ def test_parts_and_exchanges_name_what_the_layer_has(kind: Kind) -> None:
 
 
 @each_kind
-def test_products_are_the_weights(kind: Kind) -> None:
-    """Once per token each, or once per block and KV head; the first is that of all that is projected together."""
+def test_products_match_the_weights(kind: Kind) -> None:
+    """Each is used once per token, or once per block and KV head. The first is the joint projection."""
     layer, config = built(kind)
     matrices = {name: p.shape for name, p in layer.named_parameters() if p.ndim == 2 and not name.endswith("position")}
     products = kind.products(SHAPE, config)
@@ -56,7 +58,7 @@ def test_all_keys_have_a_price(kind: Kind) -> None:
     assert set(kind.prices) == set(kind.keys(config, 100)) and set(kind.prices.values()) <= set(get_args(Price))
 
 
-def test_a_module_around_another_changes_no_name() -> None:
+def test_a_wrapper_changes_no_parameter_name() -> None:
     inside = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     outside = Around(Around(inside))
     assert list(outside.state_dict()) == list(inside.state_dict()) and innermost(outside) is inside
@@ -65,7 +67,7 @@ def test_a_module_around_another_changes_no_name() -> None:
     assert outside.state_dict()["0.weight"].eq(0).all()
 
 
-def test_what_warms_up_is_not_tallied() -> None:
+def test_warm_up_passes_are_not_tallied() -> None:
     loss, x = AuxiliaryLoss(0.5), torch.ones(1, 3, 2, requires_grad=True)
 
     def backward() -> None:

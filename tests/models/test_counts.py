@@ -1,4 +1,4 @@
-"""FLOPs and MFU against what is counted by hand: pairs of queries and keys from the naive masks, weights by name."""
+"""FLOPs and MFU against independent counts: pairs of queries and keys in the naive masks, weights by name."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from nsa.training.metrics import StepMetrics, StepResult
 from nsa.training.performance import PEAK_FLOPS, peak_flops
 
 TOKENS = 100
-# Every two of these numbers differ, so that no two can change places unseen.
+# All numbers differ, so that the tests notice if two are swapped.
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 24,
@@ -61,8 +61,8 @@ def pairs(kind: str) -> int:
 
 
 @pytest.mark.parametrize("kind", ["dense", "nsa"])
-def test_flops_of_attention_are_those_of_the_pairs_in_its_masks(kind: str) -> None:
-    """Notices a pair too many or too few in any branch: at its first token, the border of a block, or the last."""
+def test_flops_of_attention_equal_the_pairs_in_its_masks(kind: str) -> None:
+    """Fails for a pair too many or too few in any branch: at its first token, a block boundary, or the last token."""
     model, attention = ModelConfig(**SHAPE), AttentionConfig(kind=kind, nsa=ATTENTION)
     flops = attention_flops(kind_of(kind), model, attention, TOKENS)
     # A pair is a multiply-add for each column of the key and of the value, in every head.
@@ -76,7 +76,7 @@ MOE = MoEConfig(num_experts=4, top_k=2, num_shared=1, expert_size=11, first_dens
 @pytest.mark.parametrize("moe", [None, MOE])
 @pytest.mark.parametrize("kind", ["dense", "nsa", ["dense", "nsa", "nsa"]])
 def test_flops_per_token_are_three_forward_passes(kind: str | list[str], moe: MoEConfig | None, tied: bool) -> None:
-    """Notices a weight that is not counted, or counted though no token passes it; a layer of the other kind."""
+    """Fails if a weight is missing, is counted though no token uses it, or a layer has the other kind."""
     model, attention = ModelConfig(**SHAPE, moe=moe, tie_embeddings=tied), AttentionConfig(kind=kind, nsa=ATTENTION)
     flops = training_flops_per_token(model, attention, TOKENS)
     for name, kinds in (("sparse", [k.name for k in attention.kinds(5)]), ("dense_equivalent", ["dense"] * 5)):
@@ -89,9 +89,9 @@ def test_flops_per_token_are_three_forward_passes(kind: str | list[str], moe: Mo
 
 
 def times(name: str) -> float:
-    """Multiply-adds of a token with each entry of a parameter; biases and positions are added, not multiplied.
+    """Multiply-adds per token with each element of a parameter; biases and positions are added, not multiplied.
 
-    The embedding is looked up. The head counts apart, since it may be the embedding.
+    The embedding is looked up. The head is counted separately, since it may share the embedding's weight.
     """
     if "norm" in name or name in ("embedding.weight", "head.weight") or name.endswith(("bias", "position")):
         return 0
@@ -101,7 +101,7 @@ def times(name: str) -> float:
 
 
 def test_mfu_is_flops_and_speed_over_all_devices() -> None:
-    """Notices an MFU that leaves out the ranks, takes them twice, or goes by another speed than the one beside it."""
+    """Fails if the MFU ignores the ranks, counts them twice, or uses another speed than the logged one."""
     figures = SimpleNamespace(
         tokens_per_step=4096,
         ranks=SimpleNamespace(device=torch.device("cpu"), world_size=4),
@@ -145,33 +145,33 @@ PEAKS = {
 
 
 @pytest.mark.parametrize("name", PEAKS)
-def test_peak_of_a_device_is_that_of_its_data_sheet(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices another figure, and a name that an entry before its own takes: A10 in A100, H20 in H200, L4 in L40S."""
+def test_peak_flops_equal_the_data_sheet(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails for another number, or if an earlier entry matches the name: A10 in A100, H20 in H200, L4 in L40S."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0), "bf16") == (PEAKS[name] * 1e12, "data sheet")
 
 
 def test_every_peak_is_pinned() -> None:
-    """Notices an entry of the table that no name above reaches."""
+    """Fails for an entry of the table that no name above matches."""
     reached = {next(part for part, _ in PEAK_FLOPS if part in name) for name in PEAKS}
     assert reached == {part for part, _ in PEAK_FLOPS}
 
 
-def test_what_no_data_sheet_gives_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices bf16's figure for fp32."""
+def test_peak_without_a_data_sheet_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if fp32 gets the peak of bf16."""
     monkeypatch.setattr(performance, "_measured_flops", lambda device, dtype: {torch.float32: 1.0}.get(dtype, 2.0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     assert peak_flops(torch.device("cuda", 0), "fp32") == (1.0, "measured")
 
 
-# Other cards, whose names begin with, end with or hold that of a card above.
+# Other GPUs, whose names contain that of a GPU above.
 UNKNOWN = ["NVIDIA T4", "NVIDIA L40", "NVIDIA GB200", "NVIDIA GB300", "NVIDIA RTX A1000", "NVIDIA A100X", "NVIDIA A10M"]
 UNKNOWN += ["NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3090 Ti"]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_no_device_gets_the_peak_of_another(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices a match by a part of a word: L4 in L40, B200 in GB200, A100 in A1000."""
+def test_similar_names_do_not_match(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails for a match with a part of a word: L4 in L40, B200 in GB200, A100 in A1000."""
     monkeypatch.setattr(performance, "_measured_flops", lambda device, dtype: 2.0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda", 0), "bf16") == (2.0, "measured")

@@ -35,7 +35,7 @@ def small(kind, **changes) -> tuple[ModelConfig, AttentionConfig]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [True, False])
-def test_counted_parameters_are_the_built_ones(kind, tied: bool) -> None:
+def test_counted_parameters_equal_the_models(kind, tied: bool) -> None:
     model, attention = small(kind, tie_embeddings=tied)
     with torch.device("meta"):
         decoder = Decoder(model, attention)

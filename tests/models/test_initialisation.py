@@ -1,4 +1,4 @@
-"""First weights: drawn one by one, so that a rank of any layout draws just its part and all agree."""
+"""Initial weights are drawn per parameter, so that a rank of any layout draws its part and all layouts agree."""
 
 import pytest
 import torch
@@ -59,18 +59,18 @@ def test_ranks_of_every_layout_hold_parts_of_the_same_weights(config, sizes):
     assert held == logical.keys()
 
 
-def test_a_materialised_parameter_keeps_what_the_layout_said_of_it(config):
+def test_a_materialised_parameter_keeps_its_partition(config):
     with grid_of(rank=1, world_size=4, tensor=4) as grid:
         with torch.device("meta"):
             model = Decoder(config.model, config.attention)
         parallelize(model, grid)
-        said = {name: dict(vars(p)) for name, p in model.named_parameters()}
+        marks = {name: dict(vars(p)) for name, p in model.named_parameters()}
         materialise(model, drawn(config), torch.float32)
-        assert {name: dict(vars(p)) for name, p in model.named_parameters()} == said
+        assert {name: dict(vars(p)) for name, p in model.named_parameters()} == marks
         assert model.head.weight is model.embedding.weight, "tied"
 
 
-def test_what_the_values_are(config):
+def test_initial_values(config):
     whole = Decoder(config.model, config.attention)
     whole.initialise(seed=7)
     std, depth = config.model.init_std, (2 * config.model.num_layers) ** 0.5

@@ -1,4 +1,4 @@
-"""The mixture of experts against its definition: a float64 loop over tokens."""
+"""The mixture of experts against the reference implementation: a float64 loop over tokens."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def mixture(seed: int = 0, **changes) -> MixtureOfExperts:
 
 
 def naive(moe: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, balance loss (the mean over rows) and load, token by token."""
+    """Output, balance loss (mean over sequences) and load, token by token."""
     router, experts = moe.router, moe.experts
     num_experts, top_k = len(router.weight), router.top_k
     out, losses, load = torch.zeros_like(x), [], torch.zeros(num_experts, dtype=torch.int64)
@@ -63,25 +63,25 @@ def naive(moe: MixtureOfExperts, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (1, 9, {"top_k": 6}),
     ],
 )
-def test_outputs_gradients_and_loads_are_those_of_the_definition(rows, tokens, changes, loss_weight) -> None:
+def test_outputs_gradients_and_loads_equal_the_reference(rows, tokens, changes, loss_weight) -> None:
     moe = mixture(loss_weight=loss_weight, **changes)
     x = torch.randn(rows, tokens, WIDTH, dtype=torch.float64, requires_grad=True)
     weights = torch.randn_like(x)
     expected, loss, load = naive(moe, x)
-    found = moe(x)
-    torch.testing.assert_close(found, expected)
+    output = moe(x)
+    torch.testing.assert_close(output, expected)
 
     inputs = [x, *moe.parameters()]
     wanted = torch.autograd.grad((expected * weights).sum() + loss_weight * loss, inputs)
     assert moe.balance.tally is None, "nothing is counted before the backward pass"
-    for a, b in zip(torch.autograd.grad((found * weights).sum(), inputs), wanted, strict=True):
+    for a, b in zip(torch.autograd.grad((output * weights).sum(), inputs), wanted, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(moe.balance.tally[1:], load.double())
     if loss_weight:
         torch.testing.assert_close(moe.balance.tally[0] / (rows * tokens), loss)
 
 
-def test_ties_go_to_the_lower_number_and_the_bias_chooses_without_counting() -> None:
+def test_ties_go_to_the_lower_number_and_the_bias_affects_selection_only() -> None:
     router = Router(WIDTH, 6, 2)
     torch.nn.init.zeros_(router.weight)
     _, chosen, gates = router(torch.randn(7, WIDTH))
@@ -113,7 +113,7 @@ def test_the_bias_balances_a_router_that_prefers_one_expert() -> None:
     assert loads[-1].max() < 110 and loads[-1].min() > 90
 
 
-def test_the_loss_teaches_an_even_load() -> None:
+def test_the_balance_loss_evens_the_load() -> None:
     moe = mixture(loss_weight=1.0, num_shared=0)
     moe.router.bias.zero_()
     with torch.no_grad():
@@ -130,14 +130,14 @@ def test_the_loss_teaches_an_even_load() -> None:
     assert uneven[-1] < 0.75 * uneven[0]
 
 
-def test_taking_rows_has_the_gradient_of_indexing() -> None:
+def test_take_has_the_gradient_of_indexing() -> None:
     rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     index = torch.randperm(20)
     d = torch.randn(20, 3, dtype=torch.float64)
-    found = take(rows, index, index.argsort(), copies=4)
+    taken = take(rows, index, index.argsort(), copies=4)
     expected = rows.repeat_interleave(4, 0)[index]
-    assert torch.equal(found, expected)
-    for a, b in zip(torch.autograd.grad(found, rows, d), torch.autograd.grad(expected, rows, d), strict=True):
+    assert torch.equal(taken, expected)
+    for a, b in zip(torch.autograd.grad(taken, rows, d), torch.autograd.grad(expected, rows, d), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -168,8 +168,8 @@ def test_the_bias_stays_fp32() -> None:
     assert moe(torch.randn(1, 4, WIDTH, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_runs_without_data() -> None:
-    """On the meta device, where a plan counts what a pass keeps and computes: every expert gets as many tokens."""
+def test_meta_device_has_even_loads() -> None:
+    """On the meta device, which plans use, every expert gets equally many tokens."""
     with torch.device("meta"):
         moe = MixtureOfExperts(WIDTH, MoEConfig(**MOE, loss_weight=0.1), MLP(WIDTH, 5))
         x = torch.empty(1, 17, WIDTH, requires_grad=True)
@@ -185,7 +185,7 @@ def test_counted_parameters_and_flops(first_dense: int) -> None:
     counted = count_parameters(model, attention)
     assert counted["total"] == sum(p.numel() for p in decoder.parameters())
     assert counted["total"] == counted["embedding"] + counted["non_embedding"]
-    idle = (4 - first_dense) * 4 * 3 * 24 * 5  # layers, experts that a token does not go to, their matrices
+    idle = (4 - first_dense) * 4 * 3 * 24 * 5  # layers x unused experts per token x matrices x their size
     routed = [p.numel() for name, p in decoder.named_parameters() if ".experts." in name]
     assert counted["routed"] == sum(routed)
     assert counted["active"] == counted["total"] - idle
@@ -207,7 +207,7 @@ def test_initial_scale_is_that_of_a_dense_decoder() -> None:
 
 
 def test_decoding_and_packing_with_experts() -> None:
-    """Every token is on its own."""
+    """Tokens do not affect each other."""
     torch.manual_seed(0)
     decoder = Decoder(*small("nsa", moe=MoEConfig(**MOE))).double()
     ids = torch.randint(0, 97, (2, 40))
@@ -217,15 +217,15 @@ def test_decoding_and_packing_with_experts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"top_k": 7}, r"model.moe.top_k \(7\) exceeds model.moe.num_experts \(6\)"),
         ({"top_k": 1}, "greater than or equal to 2"),
         ({"capacity": 1.0}, "capacity"),
     ],
 )
-def test_contradictions_are_refused(changes, told) -> None:
-    with pytest.raises(ValidationError, match=told):
+def test_invalid_moe_configurations_are_rejected(changes, message) -> None:
+    with pytest.raises(ValidationError, match=message):
         MoEConfig(**{**MOE, **changes})
 
 
@@ -235,8 +235,8 @@ def test_a_model_whose_layers_are_all_dense_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_one_kernel_computes_what_a_loop_over_experts_does() -> None:
-    """Grouped matrix products in bf16, empty experts among them, against float64; the same bits each time."""
+def test_grouped_kernel_equals_a_loop_over_experts() -> None:
+    """Grouped matrix products in bf16, some experts empty, against float64; bitwise deterministic."""
     torch.manual_seed(0)
     for num_experts, hidden, width, counts in ((6, 64, 40, [5, 0, 17, 1, 0, 9]), (3, 8, 16, [0, 0, 3])):
         experts = Experts(num_experts, hidden, width)

@@ -1,4 +1,4 @@
-"""Random inputs of the NSA operators, on shapes that no one would choose."""
+"""Random inputs of the NSA operators, with unusual shapes."""
 
 import itertools
 import random
@@ -42,7 +42,7 @@ class Case:
 
 @contextmanager
 def few_programs() -> Iterator[None]:
-    """Hopper's kernels run in three programs, each of which goes from tile to tile on small inputs, too."""
+    """Run Hopper's persistent kernels in three programs, so that each computes several tiles of small inputs, too."""
     from nsa.ops.kernels.hopper import gradient, ranges, selected, selection
 
     with ExitStack() as patches:
@@ -56,7 +56,7 @@ def cumulative(documents: list[int]) -> Tensor:
 
 
 def random_case(seed: int, dtype: torch.dtype = torch.float32, packed: bool | None = None) -> Case:
-    """A reproducible case; sizes, group sizes, head dims and packing all vary with the seed."""
+    """A reproducible case. Sizes, group sizes, head dimensions and packing vary with the seed."""
     choose, normal = random.Random(seed), torch.Generator().manual_seed(seed)
     stride = choose.choice([1, 2, 4])
     length = stride * choose.choice([1, 2, 3])
@@ -104,6 +104,6 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32, packed: bool | No
 
 
 def gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """Gradients of a fixed, uneven weighting of ``out``."""
+    """Gradients of a fixed sum of ``out`` with unequal weights."""
     weights = torch.arange(1, out.numel() + 1, dtype=out.dtype, device=out.device).view_as(out).sin()
     return list(torch.autograd.grad((out * weights).sum(), inputs, allow_unused=True, materialize_grads=True))

@@ -1,12 +1,12 @@
-"""Compiles every kernel at every entry of the tile table for a GPU that need not be there, and prints what it takes.
+"""Compiles every kernel at every entry of the tile table, without a GPU, and prints the resources that it uses.
 
     python tests/ops/compile_kernels.py [--arch 90] [--shapes NAME ...] [--write]
 
--> JSON: registers, stack (spills), shared memory, number of wgmma, and of waits for them that ptxas adds to those asked
-for (it then runs them one by one, for want of registers); --write keeps it as the record that CI compares with.
+-> JSON: registers, stack (spills), shared memory, number of wgmma, and number of waits for them that ptxas adds to ours
+(it then runs them one by one, for lack of registers). --write stores it as the record that CI compares with.
 
-The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation: what
-is compiled is what would be launched, its alignment and its constants included.
+The host functions run on CPU tensors with a driver that only names the GPU, and each launch becomes a compilation. So
+exactly what would be launched is compiled, with its alignment and constants.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from nsa.ops.kernels.hopper import gradient
 
 RECORD = Path(__file__).with_name("kernel_resources.json")
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-# One shape for each row of the table: widths up to 128, to 192 (two loads of the keys), to 256, and fp32.
+# One shape for each row of the table: head dimensions up to 128, to 192 (two loads of the keys), to 256, and fp32.
 SHAPES = {
     "128": (16, 128, 128, torch.bfloat16),
     "128, pairs": (2, 128, 128, torch.bfloat16),
@@ -63,7 +63,7 @@ SHAPES = {
 
 
 class NamedOnly:
-    """A driver that knows which GPU is meant, and has none."""
+    """A driver that names a GPU, but has none."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -91,9 +91,9 @@ def resources(kernel: triton.compiler.CompiledKernel) -> dict[str, int]:
         text = _tool("cuobjdump", "-res-usage", file.name)
         if wgmma:
             waits = _tool("cuobjdump", "-sass", file.name).count("WARPGROUP.DEPBAR") - ptx.count("wgmma.wait_group")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    used = {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert match, text
+    used = {"registers": int(match[1]), "stack": int(match[2]), "shared": kernel.metadata.shared, "wgmma": wgmma}
     return used | {"more_waits": max(0, waits)}
 
 
@@ -103,7 +103,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
-    """By kernel and shape what it takes; ``shapes``: those of SHAPES that are compiled."""
+    """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
     table = f"sm_{arch}" if f"sm_{arch}" in hardware._table() else "sm_80"
     hardware.architecture = lambda: table  # type: ignore[assignment]

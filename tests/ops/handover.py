@@ -1,11 +1,11 @@
-"""A textbook handover between warpgroups: what compute-sanitizer's racecheck says of it.
+"""A correct handover between warpgroups, for which compute-sanitizer's racecheck reports false errors.
 
     compute-sanitizer --tool racecheck python tests/ops/handover.py
 
-Two warpgroups fill a slot each, a third one reads both; whoever is done lets all its threads meet and one of them
-arrive at an mbarrier that the others wait at. By PTX's memory model that orders all accesses, and the sums are right.
-racecheck (CUDA 13.0, H200) reports the reads against the writes all the same: 17 errors. So its reports on the kernels
-in nsa/ops/kernels/hopper that hand over like this show nothing.
+Two warpgroups fill a slot each, and a third one reads both. When one is done, its threads synchronise and one of them
+arrives at an mbarrier that the others wait for. By PTX's memory model that orders all accesses, and the sums are
+correct. racecheck (CUDA 13.0, H200) still reports races between reads and writes: 17 errors. So its reports on the
+kernels in nsa/ops/kernels/hopper that use this handover mean nothing.
 """
 
 import sys

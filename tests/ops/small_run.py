@@ -1,4 +1,4 @@
-"""The operator forward and backward on small shapes, for compute-sanitizer to watch:
+"""Runs the operator forward and backward on small shapes, for compute-sanitizer:
 
 compute-sanitizer --tool memcheck python tests/ops/small_run.py
 compute-sanitizer --tool racecheck python tests/ops/small_run.py

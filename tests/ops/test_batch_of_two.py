@@ -1,6 +1,6 @@
-"""Sums that several programs share, with two sequences: each must come out as it does alone.
+"""Sums that several programs share, for two sequences: results must equal those of each sequence alone.
 
-In Triton's interpreter, where tiles are small; memory is full of NaN before the kernels write to it.
+Runs in Triton's interpreter, with small tiles. Memory is filled with NaN before the kernels write to it.
 """
 
 import os
@@ -19,15 +19,15 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_th
 
 @pytest.mark.skipif(INTERPRETED, reason="the tests below run by themselves")
 def test_in_the_interpreter(run_python) -> None:
-    """Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own."""
+    """Runs in another process, since Triton reads TRITON_INTERPRET when a kernel is defined."""
     done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """Memory that nobody has written to yet is NaN."""
-    torch.use_deterministic_algorithms(True)  # torch fills it then
+    """Uninitialised memory is NaN."""
+    torch.use_deterministic_algorithms(True)  # makes torch fill it
     assert torch.zeros(2).new_empty(3).isnan().all() and torch.empty_like(torch.zeros(3)).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
@@ -38,9 +38,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def check(run: Callable[[list[Tensor], str], Tensor], inputs: list[Tensor], weights: int = 0) -> None:
-    """Output and gradients of ``run`` are the definition's; those of each sequence are its own when it is alone.
+    """Output and gradients of ``run`` equal the reference, and for each sequence those of the sequence alone.
 
-    The last ``weights`` of the inputs belong to both sequences: their gradients are the sum of the two.
+    The last ``weights`` inputs are shared by both sequences: their gradients are the sum of the two.
     """
     apart = len(inputs) - weights
     loss = normal(*run(inputs, "naive").shape, seed=99)
@@ -63,7 +63,7 @@ def check(run: Callable[[list[Tensor], str], Tensor], inputs: list[Tensor], weig
 
 
 def spy_on_shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many programs shared a tile of keys, of each call."""
+    """The number of programs that shared a tile of keys, for each call."""
     from nsa.ops.kernels import ranges
 
     add, shares = ranges._add_splits_of, []
@@ -71,13 +71,13 @@ def spy_on_shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return shares
 
 
-DENSE = [(17, 32, 1, 16, 24, None), (22, 24, 1, 48, 16, 7)]  # the heads of a group: a power of two, and not
+DENSE = [(17, 32, 1, 16, 24, None), (22, 24, 1, 48, 16, 7)]  # the heads of a group are a power of two, and are not
 
 
 @interpreted
 @pytest.mark.parametrize(("tokens", "heads", "groups", "width", "v_width", "window"), DENSE)
 def test_keys_of_dense_attention(tokens, heads, groups, width, v_width, window, monkeypatch) -> None:
-    """Notices a share of dK and dV that lies, or is looked for, where the other sequence's is."""
+    """Fails if a partial sum of dK and dV is written to, or read from, the place of the other sequence's."""
     shares = spy_on_shares(monkeypatch)
     inputs = [normal(2, tokens, heads, width), normal(2, tokens, groups, width, seed=1)]
     inputs.append(normal(2, tokens, groups, v_width, seed=2))
@@ -87,7 +87,7 @@ def test_keys_of_dense_attention(tokens, heads, groups, width, v_width, window, 
 
 @interpreted
 def test_keys_of_compressed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices the same of four shares, and of KV heads, where all keys are one tile."""
+    """The same with four shares, and with KV heads, if all keys are one tile."""
     from nsa.ops.kernels import ranges
 
     monkeypatch.setattr(ranges, "LONGEST_SUM", 20)  # else the sequence would have to be long
@@ -100,9 +100,9 @@ def test_keys_of_compressed_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_keys_of_selected_attention(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices parts of a list that lie, or are looked for, where the other sequence's are.
+    """Fails if parts of a list are written to, or read from, the place of the other sequence's.
 
-    ``at_once``: sequences whose parts fit the memory for them, and share a launch.
+    ``at_once``: number of sequences whose parts fit in the memory for them, and which share a launch.
     """
     from nsa.ops.kernels import selected
 
@@ -111,7 +111,7 @@ def test_keys_of_selected_attention(at_once: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(selected, "work_items", lambda *args: found.append(work_items(*args)) or found[-1])
     monkeypatch.setattr(selected, "PART_BYTES", at_once * 2 * block_size * (16 + 16) * 4)  # two parts of a sequence
     inputs = [normal(2, tokens, 2, 16), normal(2, tokens, 1, 16, seed=1), normal(2, tokens, 1, 16, seed=2)]
-    # Block 0's list is longer than an item; others choose another block, and other ones in each sequence.
+    # Block 0's list is longer than an item. The tokens also select another block, which differs between sequences.
     choice = torch.zeros(2, tokens, 1, 1, dtype=torch.int32)
     choice[0, 64::9], choice[1, 70::11] = 1, 1
     choice[0, 130::9], choice[1, 128::11] = 2, -1
@@ -129,7 +129,7 @@ def test_keys_of_selected_attention(at_once: int, monkeypatch: pytest.MonkeyPatc
 @interpreted
 @pytest.mark.parametrize(("rows_per_split", "splits"), [(8, 3), (16, 4)])
 def test_weights_of_compression(rows_per_split: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notices rows of the second sequence that are read from the first, where a run of rows has some of both."""
+    """Fails if rows of the second sequence are read from the first, in a range of rows with some of both."""
     from nsa.ops.kernels import compression
 
     monkeypatch.setattr(compression, "ROWS_PER_SPLIT", rows_per_split)

@@ -1,4 +1,4 @@
-"""`ops.compress_blocks`: the portable path and the kernels against the definition, values and gradients."""
+"""`ops.compress_blocks`: the PyTorch fallback and the kernels against the reference, values and gradients."""
 
 import itertools
 
@@ -14,7 +14,7 @@ CASES = [  # batch, documents, groups, width, v width, hidden, length, stride
     (2, [63], 3, 24, 16, 40, 6, 2),
     (1, [50], 1, 48, 48, 48, 8, 8),
     (1, [1, 20, 0, 3, 8, 37], 2, 16, 16, 16, 8, 4),
-    (1, [2, 1, 3], 2, 16, 16, 16, 4, 2),  # no block at all, though six tokens of one document would have one
+    (1, [2, 1, 3], 2, 16, 16, 16, 4, 2),  # no block, though one document of six tokens would have one
     (1, [5, 5], 1, 16, 16, 16, 3, 1),
 ]
 COLUMNS = ("batch", "documents", "groups", "width", "v_width", "hidden", "length", "stride")
@@ -33,7 +33,7 @@ def packing(documents: list[int], device="cpu") -> Tensor | None:
 
 
 @pytest.mark.parametrize(COLUMNS, CASES)
-def test_portable_path_equals_the_definition(batch, documents, groups, width, v_width, hidden, length, stride) -> None:
+def test_fallback_equals_the_reference(batch, documents, groups, width, v_width, hidden, length, stride) -> None:
     inputs = inputs_of(batch, documents, groups, width, v_width, hidden, length, torch.float64)
     options = {"length": length, "stride": stride, "cu_seqlens": packing(documents)}
     out, expected = (ops.compress_blocks(*inputs, **options, backend=name) for name in ("torch", "naive"))
@@ -43,7 +43,7 @@ def test_portable_path_equals_the_definition(batch, documents, groups, width, v_
 
 
 @pytest.mark.parametrize("documents", [[20], [1, 20, 0, 3, 8, 37]])
-def test_definition_equals_windows_of_each_document(documents: list[int]) -> None:
+def test_reference_equals_windows_of_each_document(documents: list[int]) -> None:
     x, inner, position, outer = inputs_of(1, documents, 2, 16, 16, 24, 8, torch.float64)
     out = ops.compress_blocks(
         x, inner, position, outer, length=8, stride=4, cu_seqlens=packing(documents), backend="naive"
@@ -66,7 +66,7 @@ def test_too_few_tokens_give_no_block() -> None:
     )
 
 
-def test_wrong_shapes_are_refused() -> None:
+def test_wrong_shapes_are_rejected() -> None:
     x, inner, position, outer = inputs_of(1, [20], 2, 16, 16, 24, 8, torch.float32)
     with pytest.raises(ValueError, match="inner"):
         ops.compress_blocks(x, inner, position, outer, length=4, stride=4)

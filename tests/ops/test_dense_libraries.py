@@ -1,4 +1,4 @@
-"""Causal attention by libraries: which one is taken where, what is refused, and that they compute the definition."""
+"""Causal attention by libraries: their selection, unsupported shapes, and their results against the reference."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def borders(*lengths: int, device: torch.device = CPU) -> torch.Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
-def test_what_the_host_knows_of_documents() -> None:
+def test_known_lengths() -> None:
     assert KnownLengths.of(borders(8)) == KnownLengths(8, True)
     assert KnownLengths.of(borders(8, 8, 8)) == KnownLengths(8, True)
     assert KnownLengths.of(borders(8, 0, 0)) == KnownLengths(8, True), "borders that are filled up"
@@ -31,17 +31,17 @@ def test_what_the_host_knows_of_documents() -> None:
     assert known_lengths(borders(4, 4)) == KnownLengths(4, True), "the host can look"
 
 
-def test_what_was_told_holds_until_the_borders_are_written_to(monkeypatch) -> None:
-    """On a device nobody looks; the meta device stands for it."""
+def test_told_lengths_are_valid_until_the_boundaries_change(monkeypatch) -> None:
+    """On a device the values are not read; the meta device stands for one."""
     there = borders(4, 4).to("meta")
     assert known_lengths(there) is None
     tell_lengths(there, KnownLengths(4, True))
     assert known_lengths(there) == KnownLengths(4, True)
     there.copy_(borders(3, 5).to("meta"))
     assert known_lengths(there) is None
-    before = len(geometry._told)
+    before = len(geometry._recorded_lengths)
     del there
-    assert len(geometry._told) < before, "nothing is kept of borders that are gone"
+    assert len(geometry._recorded_lengths) < before, "nothing is kept of boundaries that are gone"
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,18 @@ def test_what_was_told_holds_until_the_borders_are_written_to(monkeypatch) -> No
         ("flash-attn-4", (264, 264), BF16, "up to 256"),
     ],
 )
-def test_shapes_that_a_library_does_not_have(
+def test_shapes_that_a_library_does_not_support(
     name: str, widths: tuple[int, int], dtype: torch.dtype, reason: str
 ) -> None:
     assert reason in str(libraries.cannot(name, *widths, dtype))
 
 
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128), (192, 128)])
-def test_cudnn_has_the_usual_shapes(widths: tuple[int, int]) -> None:
+def test_cudnn_supports_the_usual_shapes(widths: tuple[int, int]) -> None:
     assert libraries.cannot("cudnn", *widths, BF16) is None
 
 
-def test_the_table_names_what_there_is() -> None:
+def test_the_table_names_existing_libraries() -> None:
     table = json.loads(Path(libraries.__file__).with_name("fastest.json").read_text())
     for order in table["order"].values():
         assert set(order) == {"equal", "packed"}
@@ -75,7 +75,7 @@ def test_the_table_names_what_there_is() -> None:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="of a machine without a GPU")
-def test_a_library_that_is_not_here_is_refused_before_anything_is_loaded(tmp_path) -> None:
+def test_a_missing_library_is_rejected_at_the_start(tmp_path) -> None:
     for name in (*libraries.NAMES, "triton"):
         config = tiny_config(tmp_path, f"engine.dense_attention={name}")
         with pytest.raises(ValueError, match=rf"engine.dense_attention={name}: there is no CUDA.* can be auto$"):
@@ -88,7 +88,7 @@ def test_a_library_that_is_not_here_is_refused_before_anything_is_loaded(tmp_pat
     assert dense_attention_of(tiny_config(tmp_path, "attention.kind=nsa", "engine.dense_attention=cudnn"), CPU) is None
 
 
-def test_what_cannot_do_the_shape_is_refused_with_what_can(tmp_path, monkeypatch) -> None:
+def test_an_unsupported_shape_is_rejected_with_alternatives(tmp_path, monkeypatch) -> None:
     """As on a Hopper GPU without FlashAttention's packages."""
     monkeypatch.setattr(
         libraries, "not_here", lambda name: "its package is not installed" if name[-1] in "34" else None
@@ -112,7 +112,7 @@ def test_what_cannot_do_the_shape_is_refused_with_what_can(tmp_path, monkeypatch
         ((), "flash", "flash (gradients differ"),
     ],
 )
-def test_what_is_said_at_the_start(here, name: str, words: str, tmp_path, monkeypatch) -> None:
+def test_the_implementation_is_described_at_the_start(here, name: str, words: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(libraries, "not_here", lambda n: None if n in ("cudnn", "flash", *here) else "not installed")
     monkeypatch.setattr(libraries.torch.cuda, "get_device_capability", lambda device: (9, 0))
     libraries._order.cache_clear()
@@ -122,8 +122,8 @@ def test_what_is_said_at_the_start(here, name: str, words: str, tmp_path, monkey
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_flash_is_called_as_this_torch_wants_it(packed: bool) -> None:
-    """On the meta device, which needs no GPU: torch's private operators change between releases."""
+def test_flash_is_called_with_the_signature_of_this_torch(packed: bool) -> None:
+    """On the meta device, without a GPU, since torch's private operators change between releases."""
     inputs = [torch.empty(1, 96, n, 64, device="meta", dtype=BF16, requires_grad=True) for n in (8, 2, 2)]
     cu_seqlens = torch.empty(4, device="meta", dtype=torch.int32) if packed else None
     out = libraries.attend("flash", *inputs, 0.1, cu_seqlens, KnownLengths(96, not packed))
@@ -132,8 +132,8 @@ def test_flash_is_called_as_this_torch_wants_it(packed: bool) -> None:
     assert [g.shape for g in gradients] == [x.shape for x in inputs]
 
 
-def test_cudnn_is_called_as_this_torch_wants_it() -> None:
-    """It has no meta kernel: what it takes and gives is pinned."""
+def test_cudnn_is_called_with_the_signature_of_this_torch() -> None:
+    """It has no meta kernel, so its arguments and results are compared with a fixed signature."""
     forward, backward = (
         getattr(torch.ops.aten, f"_cudnn_attention_{way}").default._schema for way in ("forward", "backward")
     )
@@ -149,8 +149,8 @@ def test_cudnn_is_called_as_this_torch_wants_it() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", libraries.NAMES)
 @pytest.mark.parametrize("lengths", [[96], [32, 32, 32], [1, 50, 45], [40, 56, 0, 0, 0], [0, 96, 0]])
-def test_a_library_computes_the_definition(name: str, lengths: list[int]) -> None:
-    """Where it cannot, our kernels do; the window always goes to them."""
+def test_libraries_equal_the_reference(name: str, lengths: list[int]) -> None:
+    """Our kernels compute the calls that a library does not support, and always the window."""
     if obstacle := libraries.not_here(name):
         pytest.skip(obstacle)
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def test_a_library_computes_the_definition(name: str, lengths: list[int]) -> Non
 
 
 @pytest.mark.gpu
-def test_strict_determinism_takes_the_kernels_that_repeat() -> None:
+def test_strict_determinism_takes_our_kernels() -> None:
     q, k, v = (torch.randn(1, 512, n, 64, device="cuda", dtype=BF16) for n in (8, 1, 1))
     on_hopper = torch.cuda.get_device_capability() == (9, 0)
     assert libraries.library_for("auto", q, k, v, KnownLengths(512, True)) is not None or not on_hopper

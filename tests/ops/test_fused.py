@@ -1,6 +1,6 @@
 """The operators around attention: cross-entropy from hidden states, and the residual sum with its norm.
 
-The portable paths are compared with their definitions here; the kernels too, on a GPU or in Triton's interpreter.
+Compares the PyTorch fallbacks with the reference, and on a GPU or in Triton's interpreter the kernels, too.
 """
 
 import os
@@ -45,7 +45,7 @@ LOSSES = [(1, 16, 97), (7, 24, 96), (50, 16, 5000), (0, 16, 32)]
 @pytest.mark.parametrize("chunk", [None, 7])
 @pytest.mark.parametrize(("rows", "width", "columns"), LOSSES)
 def test_cross_entropy(rows: int, width: int, columns: int, chunk: int | None, backend: str, monkeypatch) -> None:
-    """Against torch's in float64, kept and in chunks; every row has another factor in the gradient."""
+    """Against torch's in float64, with kept logits and in chunks. Every row has another factor in the gradient."""
     if chunk:
         monkeypatch.setattr(loss, "KEPT_LOGITS", 0)
         monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * columns)
@@ -63,19 +63,19 @@ def test_cross_entropy(rows: int, width: int, columns: int, chunk: int | None, b
     theirs = torch.autograd.grad(expected, wide, d_losses.double())
     for a, b, c in zip(ours, again, theirs, strict=True):
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(a, b)  # what the first pass wrote over is computed again
+        torch.testing.assert_close(a, b)  # logits that the first pass overwrote are recomputed
 
 
 @pytest.mark.parametrize("backend", ["naive", *BACKENDS])
-def test_cross_entropy_of_no_token_of_the_vocabulary_is_not_a_number(backend: str) -> None:
+def test_cross_entropy_is_nan_outside_of_the_vocabulary(backend: str) -> None:
     hidden, weight = normal(3, 16), normal(32, 16)
     losses = ops.linear_cross_entropy(hidden, weight, torch.tensor([0, 32, -1], device=DEVICE), backend=backend)
     assert losses.isnan().tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_parts_of_the_vocabulary_make_the_whole(backend: str) -> None:
-    """As tensor-parallel ranks hold them; logits of 1000 and -1000 neither overflow nor vanish."""
+def test_sharded_vocabulary_equals_the_whole(backend: str) -> None:
+    """Sharded as over tensor-parallel ranks. Logits of 1000 and -1000 neither overflow nor underflow."""
     logits, targets = normal(9, 96).detach() * 300, targets_of(9, 96).clamp(min=0)
     parts = [
         loss.statistics(x.contiguous(), targets, 32 * i, backend=backend) for i, x in enumerate(logits.split(32, 1))
@@ -93,7 +93,7 @@ def test_parts_of_the_vocabulary_make_the_whole(backend: str) -> None:
     torch.testing.assert_close(torch.cat(found, 1).double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_loss_keeps_no_logits_of_more_than_the_limit(monkeypatch) -> None:
+def test_the_loss_keeps_logits_up_to_the_limit(monkeypatch) -> None:
     monkeypatch.setattr(loss, "KEPT_LOGITS", 97 * 49)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 97 * 8)
     seen = []
@@ -108,7 +108,7 @@ def test_the_loss_keeps_no_logits_of_more_than_the_limit(monkeypatch) -> None:
     assert losses.grad_fn.logits is not None
 
 
-def test_cross_entropy_refuses_shapes_that_do_not_belong_together() -> None:
+def test_cross_entropy_rejects_inconsistent_shapes() -> None:
     with pytest.raises(ValueError, match=r"hidden \(N, C\)"):
         ops.linear_cross_entropy(normal(3, 16), normal(32, 8), targets_of(3, 32))
 
@@ -126,7 +126,7 @@ NORMS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("shape", "added"), NORMS)
 def test_add_rms_norm(shape: tuple[int, ...], added: bool, backend: str) -> None:
-    """Both results carry a gradient of their own."""
+    """Both results have a gradient."""
     x, delta, weight = normal(*shape), normal(*shape) * 2, normal(shape[-1])
     given = [x, weight, *([delta] if added else [])]
     ours = ops.add_rms_norm(x, weight, 1e-3, delta if added else None, backend=backend)
@@ -142,7 +142,7 @@ def test_add_rms_norm(shape: tuple[int, ...], added: bool, backend: str) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_norm_or_a_stream_that_nobody_uses(backend: str) -> None:
+def test_an_unused_result_of_the_norm(backend: str) -> None:
     x, delta, weight = normal(5, 24), normal(5, 24) + 1, normal(24)
     for used in (0, 1):
         out = ops.add_rms_norm(x, weight, 1e-6, delta, backend=backend)[used]
@@ -153,7 +153,7 @@ def test_a_norm_or_a_stream_that_nobody_uses(backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_the_definition_of_the_norm_is_torchs() -> None:
+def test_the_reference_of_the_norm_equals_torch() -> None:
     x, weight = normal(4, 24), normal(24)
     expected = torch.nn.functional.rms_norm(x, (24,), weight, 1e-5)
     torch.testing.assert_close(ops.add_rms_norm(x, weight, 1e-5, backend="naive")[1], expected)
@@ -161,7 +161,7 @@ def test_the_definition_of_the_norm_is_torchs() -> None:
 
 @pytest.mark.gpu
 def test_in_16_bits() -> None:
-    """What a GPU trains in, of the shapes of a real step: rounding is all that differs from fp32."""
+    """In bf16, with the shapes of a real step: the result differs from fp32 by rounding only."""
     hidden, weight = normal(1000, 256, dtype=torch.bfloat16), normal(32768, 256, dtype=torch.bfloat16)
     targets = targets_of(1000, 32768)
     losses = ops.linear_cross_entropy(hidden, weight, targets)

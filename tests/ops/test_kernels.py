@@ -1,4 +1,4 @@
-"""The Triton kernels against the definition: on the GPU where there is one, else in Triton's interpreter (fp32)."""
+"""The Triton kernels against the reference: on a GPU if there is one, else in Triton's interpreter (fp32)."""
 
 import itertools
 import os
@@ -23,7 +23,7 @@ needs_kernels = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="runs wi
 @pytest.mark.skipif(HAS_GPU or INTERPRETED, reason="the tests below run by themselves")
 @pytest.mark.time_limit(1000)
 def test_in_the_interpreter(run_python) -> None:
-    """Triton reads TRITON_INTERPRET when a kernel is defined: a process of its own."""
+    """Runs in another process, since Triton reads TRITON_INTERPRET when a kernel is defined."""
     done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=900, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
@@ -38,7 +38,7 @@ def packing(documents: list[int]) -> Tensor | None:
 
 
 def check(kernel, definition, inputs: list[Tensor]) -> None:
-    """Outputs and gradients; ``kernel`` and ``definition`` give (output, other outputs...)."""
+    """Compare outputs and gradients; ``kernel`` and ``definition`` return (output, other outputs...)."""
     out, expected = kernel(), definition()
     for ours, theirs in zip(out, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -72,7 +72,7 @@ def test_dense(batch, documents, heads, groups, width, v_width, window) -> None:
 @needs_kernels
 @pytest.mark.parametrize("of", ["both", "lse"])
 def test_a_returned_lse_has_a_gradient(of: str) -> None:
-    """Queries before the first block see nothing: their LSE is -inf, and hands nothing back."""
+    """Queries before the first block see no key: their LSE is -inf and has no gradient."""
     documents, sizes = [40, 9, 30], {"length": 8, "stride": 4}
     q, k, v = normal(1, 79, 4, 16), normal(1, 18, 2, 16), normal(1, 18, 2, 16, seed=1)
     weights = torch.randn(1, 79, 4, 16, device=DEVICE) * (of == "both"), torch.randn(1, 4, 79, device=DEVICE)
@@ -125,8 +125,8 @@ def test_split_heads(parts: list[ops.Heads], batch: int, tokens: int, given: boo
 
 
 @needs_kernels
-def test_one_part_of_the_gradients_alone() -> None:
-    """The others' are missing, not zeros: as where no token is compressed."""
+def test_split_heads_with_the_gradient_of_one_part() -> None:
+    """The other parts have no gradient instead of zeros, as if no token is compressed."""
     x, (cos, sin) = normal(1, 9, 40), normal(2, 9, 8).detach()
     parts = [ops.Heads(1, 16, "rotate"), ops.Heads(1, 24)]
     (ours,) = torch.autograd.grad(ops.split_heads(x, parts, cos, sin, backend="triton")[1].sum(), x)
@@ -188,8 +188,8 @@ def test_lists_of_tokens_and_their_work_items(batch, tokens, groups, n, num_bloc
     ("tokens", "groups", "n", "per_tile", "block_size"),
     [(70, 2, 4, 4, 8), (33, 1, 3, 7, 2), (64, 1, 40, 64, 1)],
 )
-def test_unions_of_blocks_and_who_chose_them(tokens, groups, n, per_tile, block_size) -> None:
-    """With choices made twice, and bit 63."""
+def test_unions_of_blocks_and_their_members(tokens, groups, n, per_tile, block_size) -> None:
+    """With blocks that are selected twice, and with bit 63."""
     from nsa.ops.geometry import Documents
     from nsa.ops.kernels.selected import NO_BLOCK, BlockLayout, unions
 
@@ -216,7 +216,7 @@ COMPRESSED = [  # documents, heads, groups, length, stride
     ([3], 2, 1, 4, 2),
     ([129], 6, 2, 4, 2),
     ([1, 50, 3, 20], 3, 1, 6, 2),
-    ([140], 4, 1, 8, 8),  # so many rows to a tile of keys that programs share it
+    ([140], 4, 1, 8, 8),  # a tile of keys has so many rows of queries that programs share it
 ]
 
 
@@ -235,8 +235,8 @@ def test_compressed(documents, heads, groups, length, stride) -> None:
 
 
 @needs_kernels
-def test_a_long_sum_is_shared(monkeypatch) -> None:
-    """No program adds up more rows than its accumulator has digits for, where keys are few and partial sums small."""
+def test_long_sums_are_split(monkeypatch) -> None:
+    """With few keys and small partial sums, no program sums more rows than its accumulator has precision for."""
     from nsa.ops.kernels import ranges
 
     add, shares = ranges._add_splits_of, []
@@ -284,7 +284,7 @@ SELECTED = [  # batch, documents, heads, groups, D, Dv, block size, blocks
     (1, [70], 4, 2, 16, 16, 8, 4),
     (1, [1, 40, 34], 3, 1, 16, 32, 6, 3),
     (2, [33], 2, 1, 48, 16, 16, 2),
-    (1, [300], 2, 2, 16, 16, 64, 3),  # the first block's list is cut
+    (1, [300], 2, 2, 16, 16, 64, 3),  # the first block's list has several items
     (1, [600], 2, 1, 16, 16, 256, 2),  # a block has more tokens than short items have entries
 ]
 
@@ -301,7 +301,7 @@ def test_selected(batch, documents, heads, groups, width, v_width, block_size, b
     q, k = normal(batch, tokens, heads, width), normal(batch, tokens, groups, width)
     v = normal(batch, tokens, groups, v_width, seed=1)
     order = normal(batch, tokens, groups, tokens // block_size + 1).detach().argsort(-1)
-    indices = order[..., :blocks].int()  # blocks after the query among them
+    indices = order[..., :blocks].int()  # with some blocks after the query
     indices[..., 0] = torch.where((indices == 0).any(-1), indices[..., 0], 0)
     indices[:, ::5, :, -1] = -1
     options = {"block_size": block_size, "cu_seqlens": packing(documents)}
@@ -330,7 +330,7 @@ def test_native_sparse(documents) -> None:
 
 
 @needs_kernels
-def test_outputs_of_the_branches_go_before_their_gradients_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_of_the_branches_are_freed_before_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa.ops.kernels import selected
 
     forward, key_gradients, outputs, alive = selected.forward, selected.key_gradients, [], []
@@ -404,7 +404,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(("batch", "tokens"), [(0, 40), (1, 0)])
-def test_nothing_to_do(batch: int, tokens: int) -> None:
+def test_empty_inputs(batch: int, tokens: int) -> None:
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
     def empty(count: int, heads: int, width: int = 64) -> Tensor:
@@ -422,7 +422,7 @@ def test_nothing_to_do(batch: int, tokens: int) -> None:
 @pytest.mark.parametrize(
     ("width", "dtype", "reason"), [(6, torch.float32, "16 bytes"), (16, torch.float64, "float16"), (256, None, "fp32")]
 )
-def test_what_the_kernels_cannot_do_is_refused(width: int, dtype: torch.dtype | None, reason: str) -> None:
+def test_unsupported_inputs_are_rejected(width: int, dtype: torch.dtype | None, reason: str) -> None:
     x = torch.randn(1, 4, 2, width, device=DEVICE, dtype=dtype)
     with pytest.raises(ValueError, match=reason):
         ops.dense_attention(x, x, x, backend="triton")

@@ -1,4 +1,4 @@
-"""Tensors of more than 2^31 elements, whose offsets int32 does not hold, against the same computed a part at a time."""
+"""Tensors of more than 2^31 elements, whose offsets exceed int32, against the same computed in parts."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tests.ops.test_kernels_random import relative_error
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 SIZES = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 16, "window": 512}
-# Parts start tiles, lists and splits elsewhere, so sums are taken in another order: what bf16 rounds, not more.
+# Parts divide tiles, lists and splits differently, so sums have another order. They may differ by bf16 rounding only.
 ROUNDING = 1e-2
 Function = Callable[..., Tensor]
 
@@ -21,13 +21,13 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
 
 
 def passes(function: Function, inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
-    """The output, and the gradients of all inputs."""
+    """The output and the gradients of all inputs."""
     out = function(*inputs)
     return [out.detach(), *torch.autograd.grad(out, inputs, d_out)]
 
 
 def equal_by_parts(function: Function, inputs: list[Tensor], d_out: Tensor, axis: int, parts: int) -> None:
-    """The whole in one call, and cut along ``axis`` (samples, or KV heads with theirs) into ``parts`` calls."""
+    """Compare one call with ``parts`` calls, split along ``axis`` (samples, or KV heads with their query heads)."""
     whole = passes(function, inputs, d_out)
     cut = [[x.detach().chunk(parts, axis)[i].contiguous().requires_grad_() for x in inputs] for i in range(parts)]
     for i, part in enumerate(cut):
@@ -41,9 +41,9 @@ def whole_attention(q: Tensor, *rest: Tensor) -> Tensor:
     return ops.native_sparse_attention(q, *zip(kv[::2], kv[1::2], strict=True), gates, **SIZES, backend="triton")
 
 
-@pytest.mark.parametrize("v_width", [128, 64])  # Hopper's kernels, and the portable ones
+@pytest.mark.parametrize("v_width", [128, 64])  # Hopper's kernels, and the Triton kernels
 def test_queries(v_width: int, tokens: int = 2**19 + 24576, device: str = "cuda") -> None:
-    """32 heads of 128, by KV heads."""
+    """32 heads of 128, split by KV heads."""
     generator = torch.Generator(device).manual_seed(0)
     counts = (tokens // 16 - 1, tokens, tokens)
     kv = [normal(generator, 1, n, 2, width) for n in counts for width in (128, v_width)]
@@ -53,7 +53,7 @@ def test_queries(v_width: int, tokens: int = 2**19 + 24576, device: str = "cuda"
 
 @pytest.mark.parametrize("kind", ["selected", "window"])
 def test_keys(kind: str, batch: int = 9, tokens: int = 2**17, device: str = "cuda") -> None:
-    """16 KV heads of 128 with a query head each, by samples."""
+    """16 KV heads of 128 with a query head each, split by samples."""
     generator = torch.Generator(device).manual_seed(0)
     block = torch.arange(tokens, device=device)[:, None] // 64
     chosen = torch.cat([block * 0, block // 3, block // 2, block], 1)

@@ -1,4 +1,4 @@
-"""The kernels in bf16 on random shapes, on a GPU: errors like dense attention's, poisoned memory, same bits."""
+"""The kernels in bf16 on random shapes on a GPU: errors as of dense attention, memory with NaN, determinism."""
 
 import os
 import random
@@ -18,8 +18,8 @@ from tests.ops.cases import cumulative, few_programs
 pytestmark = pytest.mark.gpu
 SHAPES = int(os.environ.get("RANDOM_SHAPES", "12"))  # of each family
 
-# Compiling costs seconds for each: (heads, groups, width, v width, length, stride, block size, blocks). What varies
-# within a family costs nothing: tokens, documents, batch, window, forced blocks.
+# Families: (heads, groups, width, v width, length, stride, block size, blocks). Each takes seconds to compile. Within a
+# family tokens, documents, batch, window and forced blocks vary, which needs no compilation.
 FAMILIES = [
     (16, 1, 128, 128, 32, 16, 64, 16),
     (8, 2, 128, 128, 32, 16, 64, 16),
@@ -42,7 +42,7 @@ FAMILIES = [
 
 
 def poison() -> None:
-    """Leave NaN where the allocator will take its next tensors from."""
+    """Fill the memory of the allocator's next tensors with NaN."""
     torch.full((2**26,), torch.nan, device="cuda")
 
 
@@ -67,9 +67,11 @@ def dense_error(tokens: int, generator: torch.Generator) -> float:
 
 
 class DenseReference(torch.autograd.Function):
-    """FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) in plain torch under any mask, quadratic: scores in fp32;
-    rounded to bf16 are exp(s - max), the output, in the backward pass exp(s - lse), dS and the gradients; delta comes
-    from the rounded output."""
+    """FlashAttention-2 (arXiv 2307.08691, algorithms 1 and 2) in PyTorch, with any mask and quadratic memory.
+
+    Scores are fp32. Rounded to bf16 are exp(s - max), the output, and in the backward pass exp(s - lse), dS and the
+    gradients. delta is computed from the rounded output.
+    """
 
     @classmethod
     def attend(cls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ class DenseReference(torch.autograd.Function):
         scores = (q @ k.mT * scale).masked_fill(~mask, -torch.inf)
         lse = scores.logsumexp(-1, keepdim=True)
         p = (scores - lse.masked_fill(lse == -torch.inf, 0)).exp()
-        peak = pad(scores, (0, 1), value=-torch.inf).amax(-1, keepdim=True)  # there may be no keys at all
+        peak = pad(scores, (0, 1), value=-torch.inf).amax(-1, keepdim=True)  # there may be no keys
         numerator = (scores - peak.masked_fill(peak == -torch.inf, 0)).exp()
         out = rounded(rounded(numerator) @ v / numerator.sum(-1, keepdim=True).clamp(min=1e-30))
         ctx.save_for_backward(q, k, v, p, out)
@@ -151,7 +153,7 @@ def check_random_case(family: int, choose: random.Random, generator: torch.Gener
 
     names = ("out", "q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates")
     ours_off, theirs_off, sizes = (dict.fromkeys(names, 0.0) for _ in range(3))
-    # On few tokens errors do not average out: such a case is drawn several times.
+    # With few tokens errors do not average out, so such a case is drawn several times.
     for _ in range(max(1, 64 // (batch * tokens))):
         kv = [tensor(n, groups, w) for n in (keys, tokens, tokens) for w in (width, v_width)]
         inputs = [tensor(tokens, heads, width), *kv, torch.sigmoid(tensor(tokens, heads, 3))]
@@ -164,16 +166,16 @@ def check_random_case(family: int, choose: random.Random, generator: torch.Gener
         _, lse = ops.compressed_attention(inputs[0], inputs[1], inputs[2], **compression, **packing)
         indices = ops.select_blocks(inputs[0], inputs[1], lse, **selecting, **packing)
         expected = ops.select_blocks(inputs[0].float(), inputs[1].float(), lse, **selecting, **packing, backend="torch")
-        # Importances that nearly tie may swap: the sums are rounded in another order.
+        # Importances that nearly tie may swap, since the sums have another order.
         assert (indices != expected).float().mean() < 0.002, f"{case}: other blocks"
         exact = run("naive", indices, [x.double() for x in inputs], d_out)
-        # What bf16 costs a dense attention of this very case.
+        # The bf16 error of dense attention in the same case.
         with ExitStack() as patches:
             for module in (compressed, selected, dense):
                 patches.enter_context(mock.patch.object(module, "masked_attention", DenseReference.attend))
             reference = run("naive", indices, [x.clone() for x in inputs], d_out)
         for name, a, b, c in zip(names, ours, exact, reference, strict=True):
-            # A gradient that is 0 but for rounding (one key: dq = dk = 0) has no relative error.
+            # A gradient that is 0 except for rounding (with one key dq = dk = 0) has no relative error.
             noise = 1e-2 if name in ("q", "k_cmp", "k_slc", "k_win") else 0
             sizes[name] += max(b.norm().item(), noise * d_out.float().norm().item(), 1e-30) ** 2
             ours_off[name] += (a.double() - b).norm().item() ** 2
@@ -187,7 +189,7 @@ def check_random_case(family: int, choose: random.Random, generator: torch.Gener
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(8, 2, 128), (16, 1, 64), (6, 3, 128)])
 def test_dense_attention_as_dispatched(heads: int, groups: int, width: int, deterministic: bool) -> None:
-    """Plain causal attention may be cuDNN's, deterministic or not: its errors are a dense attention's, too."""
+    """Dense attention may be computed by cuDNN, deterministic or not. Its errors must be in the same range."""
     generator = torch.Generator("cuda").manual_seed(0)
     limit = allowed(generator)
     for tokens in (65, 1000):
@@ -216,7 +218,7 @@ SAME_BITS = [(64, 4, 128), (32, 8, 128), (32, 16, 128), (64, 4, 192), (48, 4, 12
 
 @pytest.mark.parametrize(("heads", "groups", "width"), SAME_BITS)
 def test_same_bits_on_every_run(heads: int, groups: int, width: int) -> None:
-    """At a size where every multiprocessor is busy and tiles follow each other: a race shows once in many runs."""
+    """With enough tiles to keep every multiprocessor busy, since a race shows only once in many runs."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(tokens: int, heads: int, width: int = 128) -> Tensor:

@@ -1,4 +1,4 @@
-"""At short lengths a step takes as long as its launches do: a layer must not come to need more of them unnoticed."""
+"""Number of kernel launches of a layer, which limits the speed at short lengths."""
 
 import os
 
@@ -11,7 +11,7 @@ from benchmarks.launches import count
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not launched")
 @pytest.mark.parametrize(("kind", "most"), [("nsa", 78), ("dense", 35)])
 def test_launches_of_a_layer(kind: str, most: int) -> None:
-    """After a change that is meant: python benchmarks/launches.py --list says what they are."""
+    """python benchmarks/launches.py --list prints the launches, for instance after an intended change."""
     forward, backward = count("25m", kind, 256)
     assert forward["rotary.heads_kernel"] >= 1  # the kernels' way was counted
     assert forward.total() + backward.total() <= most, (forward, backward)

@@ -1,4 +1,4 @@
-"""The operators together: the portable path against the definition, packed against separate, decoding against whole."""
+"""The whole operator: the PyTorch fallback against the reference, packing, decoding and gradients."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def test_torch_equals_naive_in_values_and_gradients(block: int) -> None:
 
 
 def test_fp32_equals_float64_naive_branch_by_branch() -> None:
-    """The same blocks are given to both: near-ties may fall differently in fp32."""
+    """Both get the same blocks, since fp32 may decide near-ties differently."""
     for seed in range(100):
         case, exact = random_case(seed), random_case(seed, torch.float64)
         for part, reference in zip(exact.tensors, case.tensors, strict=True):
@@ -86,7 +86,7 @@ def test_packed_equals_each_document_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
-def test_queries_on_a_cache_equal_the_whole_sequence(backend: str) -> None:
+def test_decoding_equals_the_whole_sequence(backend: str) -> None:
     for seed in range(40):
         case = random_case(seed, torch.float64, packed=False)
         tokens, sizes = case.q.shape[1], case.sizes
@@ -108,7 +108,7 @@ def test_queries_on_a_cache_equal_the_whole_sequence(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["naive", "torch"])
 def test_a_chunk_of_packed_documents_equals_its_part_of_the_whole(backend: str) -> None:
-    """What context parallelism computes: queries start..stop-1 on the keys before stop, the window's cut short."""
+    """As in context parallelism: queries start..stop-1 with the keys before stop, and only the window's last keys."""
     for seed in range(40):
         case = random_case(seed, torch.float64, packed=True)
         assert case.cu_seqlens is not None
@@ -153,7 +153,7 @@ def test_naive_gradients_by_finite_differences(packed: bool) -> None:
     )
     documents = {"cu_seqlens": case.cu_seqlens, "backend": "naive"}
     _, lse = ops.compressed_attention(case.q, *case.kv_cmp, **case.compression, **documents)
-    # Blocks are chosen once: the choice itself has no gradient.
+    # Blocks are selected once, since the selection has no gradient.
     indices = ops.select_blocks(case.q, case.kv_cmp[0], lse, **case.selection, **documents)
 
     def attend(q, kc, vc, ks, vs, kw, vw, gates):
@@ -165,7 +165,7 @@ def test_naive_gradients_by_finite_differences(packed: bool) -> None:
     assert torch.autograd.gradcheck(attend, case.tensors, fast_mode=True)
 
 
-def test_memory_of_the_portable_path_is_linear_in_tokens() -> None:
+def test_memory_of_the_fallback_is_linear_in_tokens() -> None:
     """No tensor saved for the backward pass grows faster than the inputs."""
 
     def saved(tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Each operator on its own: definitions by hand, edges, and what is refused."""
+"""Each operator alone: explicit references, edge cases, and invalid arguments."""
 
 import itertools
 
@@ -45,7 +45,7 @@ def test_query_before_the_first_block_sees_nothing(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("of", ["both", "lse"])
 def test_a_returned_lse_has_a_gradient(backend: str, of: str) -> None:
-    """Against the softmax written out, and by differences."""
+    """Against an explicit softmax, and by finite differences."""
     torch.manual_seed(0)
     tokens, borders = 23, cumulative([9, 1, 13])
     q, k, v = (torch.randn(1, tokens, n, 4, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2))
@@ -146,7 +146,7 @@ def test_low_precision_accumulates_in_fp32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, exact.to(dtype))
 
 
-def test_bitwise_the_same_twice() -> None:
+def test_results_are_bitwise_deterministic() -> None:
     case = random_case(11)
     args = (case.q, case.kv_cmp, case.kv_slc, case.kv_win, case.gates)
     results = []
@@ -184,6 +184,6 @@ Q, KV = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 2, 4)
         ),
     ],
 )
-def test_misuse_is_refused_with_a_reason(call, message: str) -> None:
+def test_misuse_is_rejected_with_a_message(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()

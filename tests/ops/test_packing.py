@@ -1,4 +1,4 @@
-"""Where documents lie is computed once for all layers, and again when it changes."""
+"""Positions of documents are computed once for all layers, and again if the boundaries change."""
 
 import torch
 
@@ -14,7 +14,7 @@ def test_packing_is_computed_once_for_all_layers() -> None:
     assert first.query_document.tolist() == [0, 0, 0, 1, 1, 1, 1]
 
 
-def test_packing_follows_what_is_written_into_it() -> None:
+def test_packing_is_recomputed_if_boundaries_change() -> None:
     cu_seqlens = cumulative([3, 4])
     Documents.of(7, 0, cu_seqlens, cu_seqlens.device)
     cu_seqlens.copy_(torch.tensor([0, 5, 7]))
@@ -27,7 +27,7 @@ def test_packing_in_inference_mode() -> None:
         assert Documents.of(7, 0, cu_seqlens, cu_seqlens.device).lengths.tolist() == [3, 4]
 
 
-def test_what_inference_mode_cached_can_be_trained_on() -> None:
+def test_a_packing_cached_in_inference_mode_works_in_training() -> None:
     q = torch.randn(1, 23, 2, 4, requires_grad=True)
     with torch.inference_mode():
         ops.dense_attention(q, q, q, window=5)

@@ -1,4 +1,4 @@
-"""Launches of four ranks, and one of a single one to compare with."""
+"""Launches of four ranks, and of one rank to compare with."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ CASES = [
     [*BASE, *CLIPPED, *MOE, *layout(expert=2, zero=2)],
     [*BASE, *SGD, *MOE, *layout(expert=2, tensor=2, zero=1), "engine.activation_checkpointing=true"],
 ]
-# In bf16 DeepSpeed's own optimizers take the norm. The first stage's only layer is dense: of the two ranks that hold it
-# beside split experts one owns no gradient.
+# In bf16 DeepSpeed's optimizers compute the gradient norm. The first stage's only layer is dense, so one of its two
+# expert-parallel ranks owns no gradient.
 ROUNDED = [
     [*BASE, *SGD, *case, "engine.precision=bf16"]
     for case in (
@@ -32,7 +32,7 @@ ROUNDED = [
         layout(tensor=2, context=2, zero=1),
     )
 ]
-# All of four ranks with experts; the cases above have some of them.
+# All layouts of four ranks with experts; the cases above have some of them.
 EXPERT_SPREADS = [{}, {"expert": 2}, {"expert": 4}, {"tensor": 2}]
 EXPERT_SPREADS += [{"expert": 2, other: 2} for other in ("tensor", "context", "pipeline")]
 EXPERT_CASES = [

@@ -1,4 +1,4 @@
-"""Runs in many layouts, and what one process says they must give."""
+"""Runs in many layouts, and reference runs in one process."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.training.tiny import on_ranks
 
 SCRIPT = Path(__file__).with_name("parallel_checks.py")
 STEPS = 10
-RANKS = 4  # of most launches; with fewer GPUs everything that is compared runs on the CPU
+RANKS = 4  # of most launches; with fewer GPUs all runs, references included, use the CPU
 # Four query heads; two KV heads, so that two tensor-parallel ranks have one each, and four must share.
 BASE = ["model.num_heads=4", "model.num_kv_heads=2", "optimizer.schedule=constant"]
 # The updates of SGD show the scale of gradients, which AdamW hides; the first is not clipped, the second in each step.
@@ -16,7 +16,7 @@ SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3", "optimizer.gradient_
 CLIPPED = ["optimizer.kind=adamw", "optimizer.gradient_clipping=0.2"]
 MOE = ["num_experts=8", "top_k=2", "num_shared=1", "expert_size=16", "first_dense=0", "bias_rate=0.01"]
 MOE = [f"model.moe.{override}" for override in [*MOE, "loss_weight=0.1"]]
-# What changes nothing that is learned.
+# Overrides that do not affect what is learned.
 LAYOUT = ("parallel.", "engine.", "training.micro_batch_size")
 
 Case = list[str]
@@ -28,12 +28,12 @@ def layout(zero: int = 0, **sizes: int) -> list[str]:
 
 
 def learned(case: Case) -> Case:
-    """The case without its layout: what one process runs to compare with."""
+    """The case without its layout, for the reference run in one process."""
     return [override for override in case if not override.startswith(LAYOUT)]
 
 
 def references(folder: Path, cases: Sequence[Case], gpus: int = RANKS) -> dict[str, Curve]:
-    """Curves in one process, by the case without its layout. ``gpus``: as of `on_ranks`."""
+    """Curves in one process, by the case without its layout. ``gpus``: as for `on_ranks`."""
     distinct = list({str(learned(case)): learned(case) for case in cases}.values())
     checks = {"reference": ("curves", {"cases": distinct, "steps": STEPS})}
     curves = on_ranks(1, folder, checks, SCRIPT, gpus=gpus)["reference"]

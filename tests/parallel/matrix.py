@@ -1,4 +1,4 @@
-"""The table of layouts: every one against one process. `python tests/parallel/matrix.py` writes docs/parallelism.md.
+"""Compares every layout with one process. `python tests/parallel/matrix.py` writes the table in docs/parallelism.md.
 
 For each of tp {1, 2} x cp {1, 2, 4} x pp {1, 2} x ZeRO {0, 1, 2, 3}, with two data-parallel replicas where cp is
 1: dense and NSA, SGD without clipping and AdamW with clipping in every step, ten steps in fp32 on
@@ -34,7 +34,7 @@ from tests.training.tiny import on_ranks  # noqa: E402
 KINDS = {kind: [f"attention.kind={kind}"] for kind in ("dense", "nsa")}
 OPTIMIZERS = {"SGD": SGD, "AdamW, clipped": CLIPPED}
 LIMIT = 1e-5
-MOST_RANKS = 16  # all layouts; with fewer GPUs all of them, and what they are compared with, run on the CPU
+MOST_RANKS = 16  # enough for all layouts; with fewer GPUs all runs, references included, use the CPU
 PAGE, BEGIN, END = ROOT / "docs/parallelism.md", "<!-- table -->", "<!-- /table -->"
 
 Layout = tuple[int, int, int]  # tensor, context, pipeline
@@ -45,7 +45,7 @@ def layouts(most_ranks: int) -> list[Layout]:
 
 
 def ranks_of(sizes: Layout) -> int:
-    """A replica's ranks, or two replicas' where context does not give ZeRO ranks to shard over."""
+    """The ranks of one replica; of two without context parallelism, so that ZeRO has ranks to shard over."""
     tensor, context, pipeline = sizes
     return tensor * max(context, 2) * pipeline
 
@@ -66,19 +66,19 @@ def cases(sizes: Layout, zero: int) -> list[Case]:
 def run(sizes: Layout, folder: Path, reference: dict[str, Curve], timeout: float = 3600) -> dict[str, list[float]]:
     """Largest relative difference of each kind and optimizer, by ZeRO stage.
 
-    A launch for each stage: runs leave their process groups, and gloo's threads of a dozen would starve 16 ranks.
+    One launch per stage: process groups are not destroyed, and gloo's threads of a dozen would slow down 16 ranks.
     """
-    found = {}
+    differences = {}
     for zero in stages(sizes):
         todo = cases(sizes, zero)
         checks = {"curves": ("curves", {"cases": todo, "steps": STEPS})}
         within = folder / f"zero{zero}"
         within.mkdir()
         curves = on_ranks(ranks_of(sizes), within, checks, SCRIPT, timeout, gpus=MOST_RANKS)["curves"]
-        found[str(zero)] = [
+        differences[str(zero)] = [
             difference(curve, reference[str(learned(case))]) for case, curve in zip(todo, curves, strict=True)
         ]
-    return found
+    return differences
 
 
 def table(results: dict[str, dict[str, list[float]]], commit: str) -> str:

@@ -1,4 +1,4 @@
-"""What the tests of parallelism run on several ranks: `parallel_checks.py FOLDER WORLD_SIZE`, by tiny.on_ranks."""
+"""The checks that tests of parallelism run on several ranks: `parallel_checks.py FOLDER WORLD_SIZE`, by on_ranks."""
 
 import random
 import sys
@@ -31,8 +31,10 @@ from nsa.training.trainer import Trainer
 
 
 def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int) -> list[list[float]]:
-    """For each layout and seed: the largest difference of a spread decoder from the whole one, in losses and in
-    gradients relative to the largest entry of each, over all ranks."""
+    """The largest difference of a sharded decoder from the whole one, for each layout and seed, over all ranks.
+
+    Compared are losses, and gradients relative to their largest element.
+    """
     answer = []
     for layout in layouts:
         grids = {
@@ -49,8 +51,10 @@ def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: i
 
 
 def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
-    """Of a random small decoder, packing and layout of blocks. The same ``seed`` gives all ranks the same. ``grids``:
-    by number of KV heads."""
+    """The difference for a random small decoder, packing and layout of blocks, identical on all ranks by ``seed``.
+
+    ``grids``: by number of KV heads.
+    """
     dice = random.Random(seed)
     num_kv_heads = dice.choice(list(grids))
     grid = grids[num_kv_heads]
@@ -92,22 +96,22 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
             dist.all_reduce(g, group=samples.group)
     largest = max(g.abs().max().item() for g in gradients.values())
     for name, p in part.named_parameters():
-        found = gradient(p)
+        ours = gradient(p)
         if grid.context.size > 1:
-            dist.all_reduce(found, group=grid.context.group)
+            dist.all_reduce(ours, group=grid.context.group)
         wanted = partition_of(p).cut(gradients[name])
         assert p.shape == wanted.shape, (name, p.shape, wanted.shape)
-        difference = max(difference, (found - wanted).abs().max().item() / largest)
+        difference = max(difference, (ours - wanted).abs().max().item() / largest)
     return difference
 
 
 def gradient(p: torch.nn.Parameter) -> torch.Tensor:
-    """Zero where there is none: a sample shorter than a compression block."""
+    """The gradient, or zeros if there is none: for a sample shorter than a compression block."""
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[str, int]]]:
-    """For each case: what every rank counts that it sent in a step."""
+    """For each case: the bytes that every rank counts in a step."""
     answer = []
     for number, overrides in enumerate(cases):
         trainer = Trainer(tiny_config(folder, f"name=sent{number}", *overrides), ranks)
@@ -117,10 +121,10 @@ def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[s
 
 
 def chain(ranks: Ranks, folder: Path, overrides: list[str], links: list[tuple[int, list[str]]]) -> list[float]:
-    """One run that goes on under other overrides after some steps. ``links``: last step, overrides.
+    """One run that resumes with other overrides after some steps. ``links``: (last step, overrides).
 
     Returns:
-        Its losses.
+        The losses of the run.
     """
     for last, layout in links:
         config = tiny_config(folder, *overrides, f"training.steps={last}", *layout)
@@ -133,12 +137,12 @@ def chain(ranks: Ranks, folder: Path, overrides: list[str], links: list[tuple[in
 
 
 def check_state(trainer: Trainer) -> None:
-    """What a trainer holds after it resumed is, put together, bit for bit what the checkpoint holds."""
-    found = checkpoint.checkpoints(trainer.folder)
-    if not found:
+    """The gathered state of a resumed trainer is bitwise identical to the checkpoint."""
+    folders = checkpoint.checkpoints(trainer.folder)
+    if not folders:
         return
     keys = STATE_KEYS[trainer.config.optimizer.kind]
-    read = {kind: checkpoint.TensorReader(found[0], kind) for kind in ("model", "optimizer")}
+    read = {kind: checkpoint.TensorReader(folders[0], kind) for kind in ("model", "optimizer")}
     names = set()
     for key, name, tensor in gather(local_shards(trainer.engine, keys), ("weight", *keys)):
         saved = read["model"](name) if key == "weight" else read["optimizer"](f"{key}.{name}")
@@ -193,7 +197,7 @@ def random_experts(dice: random.Random) -> MoEConfig | None:
 
 
 def random_borders(dice: random.Random, tokens: int) -> torch.Tensor:
-    """Documents of any length, empty ones among them."""
+    """Boundaries of documents of any length, some of them empty."""
     inner = sorted(dice.randint(0, tokens) for _ in range(dice.randint(0, 6)))
     return torch.tensor([0, *inner, tokens], dtype=torch.int32)
 

@@ -1,4 +1,4 @@
-"""The rank grid: who works with whom, what is refused, and what DeepSpeed asks of it."""
+"""The grid of ranks: its axes, invalid layouts, and the interface for DeepSpeed."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from tests.training.tiny import tiny_config
 
 @contextmanager
 def grid_of(rank: int, world_size: int, **sizes: int) -> Iterator[Grid]:
-    """As one rank of a process group that is not there."""
+    """The grid of one rank in a fake process group."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield build_grid(ParallelConfig(**sizes), rank, world_size, num_kv_heads=2)
@@ -45,7 +45,7 @@ def test_tensor_ranks_are_neighbours_then_context_then_data():
     "sizes",
     [{}, {"tensor": 4}, {"pipeline": 2}, {"tensor": 2, "context": 2}, {"expert": 4}, {"expert": 2, "tensor": 2}],
 )
-def test_the_axes_of_all_ranks_fit_together(sizes):
+def test_the_axes_of_all_ranks_are_consistent(sizes):
     world_size, counted_samples, counted_losses = 8, 0, 0
     for rank in range(world_size):
         with grid_of(rank, world_size, **sizes) as grid:
@@ -79,7 +79,7 @@ def test_experts_lie_between_tensor_and_context():
         assert grid.describe() == "2 data x 2 context x 2 expert x 2 tensor"
 
 
-def test_some_share_a_kv_head_or_a_tied_embedding():
+def test_sharers_of_a_kv_head_and_of_a_tied_embedding():
     with grid_of(rank=6, world_size=8, tensor=8) as grid:
         assert grid.sharers.ranks == (4, 5, 6, 7) and grid.sharers.rank == 2
     with grid_of(rank=2, world_size=8, pipeline=4) as grid:
@@ -97,7 +97,7 @@ def test_stages_share_the_layers():
             assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1 and sizes[-1] == min(sizes)
 
 
-def test_ranks_that_make_no_whole_replicas_are_refused():
+def test_ranks_must_be_a_multiple_of_a_replica():
     with pytest.raises(ValueError, match=r"parallel.tensor \(2\) x parallel.context \(4\).* 8 ranks .* 12 ranks"):
         data_parallel_size(ParallelConfig(tensor=2, context=4), 12)
     with pytest.raises(ValueError, match=r"parallel.expert \(4\).* 4 ranks .* 6 ranks"):
@@ -105,7 +105,7 @@ def test_ranks_that_make_no_whole_replicas_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["parallel.tensor=3"], r"must divide model.num_heads \(4\)"),
         (["parallel.tensor=4", "model.intermediate_size=50"], r"model.intermediate_size \(50\).* to 52"),
@@ -122,25 +122,25 @@ def test_ranks_that_make_no_whole_replicas_are_refused():
         ([*MOE, "model.moe.expert_size=5", "parallel.tensor=2"], r"model.moe.num_shared x model.moe.expert_size \(5\)"),
     ],
 )
-def test_layouts_that_cannot_work_are_refused_before_anything_is_loaded(tmp_path, overrides, told):
-    with pytest.raises(ConfigError, match=told):
+def test_invalid_layouts_are_rejected(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
         tiny_config(tmp_path, "model.num_heads=4", *overrides)
 
 
-def test_deepspeed_asks_nothing_that_the_unit_does_not_answer():
-    """A release that asks more of its ``mpu`` fails here. The sequence-parallel questions must stay unanswered."""
-    asked = set()
+def test_the_mpu_has_all_methods_that_deepspeed_calls():
+    """Fails for a release that calls more methods of its ``mpu``. Those for sequence parallelism must not exist."""
+    called = set()
     for path in Path(deepspeed.__file__).parent.rglob("*.py"):
-        asked |= set(re.findall(r"\bmpu\.(\w+)\(", path.read_text(errors="ignore")))
-    optional = {  # asked after hasattr, or of DeepSpeed's own objects
+        called |= set(re.findall(r"\bmpu\.(\w+)\(", path.read_text(errors="ignore")))
+    optional = {  # called after hasattr, or on DeepSpeed's own objects
         name
-        for name in asked
+        for name in called
         if "sequence" in name or "slice" in name or "pipe_parallel" in name or not name.startswith("get_")
     }
     with grid_of(rank=3, world_size=8, tensor=2, context=2) as grid:
         unit = ModelParallelUnit(grid)
         answered = {name for name in dir(unit) if name.startswith("get_")}
-        assert asked - optional <= answered, asked - optional - answered
+        assert called - optional <= answered, called - optional - answered
         assert not any("sequence" in name for name in dir(unit))
         assert (unit.get_data_parallel_rank(), unit.get_data_parallel_world_size()) == (1, 4)
         assert unit.get_data_parallel_group_ranks() == [1, 3, 5, 7]
@@ -148,7 +148,7 @@ def test_deepspeed_asks_nothing_that_the_unit_does_not_answer():
 
 
 class NoGradient(torch.autograd.Function):
-    """As a recorded pass, which hands every parameter a gradient or None."""
+    """Like a CUDA graph, returns a gradient or None for every parameter."""
 
     @staticmethod
     def forward(ctx, x, *parameters):
@@ -159,7 +159,7 @@ class NoGradient(torch.autograd.Function):
         return d_out, torch.ones(3), None
 
 
-def test_gradients_of_what_ranks_hold_alike_are_summed_and_may_be_missing():
+def test_gradients_of_replicated_parameters_are_summed_and_may_be_missing():
     with grid_of(rank=0, world_size=2, tensor=2) as grid:
         there, missing = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
         for parameter in (there, missing):
@@ -179,7 +179,7 @@ def test_traffic_is_counted_once():
     assert traffic.take() == {}
 
 
-def test_traffic_of_a_recording_counts_when_it_is_replayed():
+def test_traffic_of_a_cuda_graph_counts_when_it_is_replayed():
     traffic = Traffic()
     traffic.add("a", 1)
     with traffic.apart() as recorded:

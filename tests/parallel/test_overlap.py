@@ -1,4 +1,4 @@
-"""What context-parallel ranks send each other is on its way while something else is computed."""
+"""The communication of context-parallel ranks overlaps with computation."""
 
 import dataclasses
 
@@ -12,21 +12,21 @@ from tests.parallel.test_grid import grid_of
 from tests.training.tiny import tiny_config
 
 
-def test_the_selected_keys_and_values_travel_behind_the_compressed_branch(tmp_path, monkeypatch):
-    """And their gradients behind the backward pass of the compression. On the meta device, among ranks that are not
-    there: the order of what is begun, computed and waited for."""
+def test_the_gather_of_selected_keys_overlaps_with_the_compressed_branch(tmp_path, monkeypatch):
+    """The reduce-scatter of their gradients overlaps with the backward pass of the compression. Checks the order of
+    starts, computations and waits on the meta device, in a fake process group."""
     events: list[str] = []
 
-    def tell(module, name, event):
+    def log_calls(module, name, event):
         function = getattr(module, name)
 
-        def told(*args, **kwargs):
+        def logged(*args, **kwargs):
             events.append(event)
             return function(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, told)
+        monkeypatch.setattr(module, name, logged)
 
-    def tell_transfer(name, kind):
+    def log_transfers(name, kind):
         function = getattr(collectives, name)
 
         class Work:
@@ -37,19 +37,19 @@ def test_the_selected_keys_and_values_travel_behind_the_compressed_branch(tmp_pa
                 events.append(f"{self.what} there")
                 self.work.wait()
 
-        def told(x, axis, dim, what):
+        def logged(x, axis, dim, what):
             events.append(f"{kind}{what} out")
             transfer = function(x, axis, dim, what)
             return dataclasses.replace(transfer, work=Work(transfer.work, f"{kind}{what}"))
 
-        monkeypatch.setattr(collectives, name, told)
+        monkeypatch.setattr(collectives, name, logged)
 
-    tell_transfer("_begin_gather", "")
-    tell_transfer("_begin_sum", "gradient of ")
-    tell(operators, "_compress_blocks", "compress")
-    tell(operators, "_compress_blocks_backward", "compress backward")
-    tell(operators, "_select_blocks", "select")
-    tell(operators, "_selected_attention", "attend to selected")
+    log_transfers("_begin_gather", "")
+    log_transfers("_begin_sum", "gradient of ")
+    log_calls(operators, "_compress_blocks", "compress")
+    log_calls(operators, "_compress_blocks_backward", "compress backward")
+    log_calls(operators, "_select_blocks", "select")
+    log_calls(operators, "_selected_attention", "attend to selected")
 
     config = tiny_config(tmp_path, "attention.kind=nsa", "model.num_layers=1")
     with grid_of(rank=0, world_size=2, context=2) as grid:

@@ -1,4 +1,4 @@
-"""A dry run counts what ranks really send, the arithmetic counts the same, and a layout that breaks, breaks."""
+"""The plan's traffic and memory equal those of a dry run, and a dry run fails for invalid layouts."""
 
 import time
 
@@ -14,7 +14,7 @@ from tests.parallel.layouts import MOE
 from tests.training.tiny import tiny_config
 
 BASE = ["model.num_heads=4", "model.num_kv_heads=2", "model.num_layers=4"]
-LAYOUTS = [  # tensor, context, pipeline, what is recomputed, rank
+LAYOUTS = [  # tensor, context, pipeline, activation checkpointing, rank
     (2, 2, 1, "none", 0),
     (4, 1, 1, "full", 0),
     (4, 2, 1, "selective", 3),
@@ -30,7 +30,7 @@ LAYOUTS = [  # tensor, context, pipeline, what is recomputed, rank
 
 @pytest.mark.parametrize(("tensor", "context", "pipeline", "mode", "rank"), LAYOUTS)
 @pytest.mark.parametrize("more", ["model.tie_embeddings=false", "engine.precision=bf16"])
-def test_the_arithmetic_of_traffic_is_a_dry_runs(tmp_path, tensor, context, pipeline, mode, rank, more):
+def test_planned_traffic_equals_a_dry_runs(tmp_path, tensor, context, pipeline, mode, rank, more):
     sizes = {"tensor": tensor, "context": context, "pipeline": pipeline}
     overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
     config = tiny_config(tmp_path, *BASE, *overrides, f"engine.activation_checkpointing={mode}", more)
@@ -41,31 +41,31 @@ def test_the_arithmetic_of_traffic_is_a_dry_runs(tmp_path, tensor, context, pipe
 
 @pytest.mark.parametrize(("sizes", "rank"), [({"expert": 2}, 1), ({"expert": 2, "tensor": 2}, 2), ({"tensor": 2}, 0)])
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_the_arithmetic_of_experts_is_a_dry_runs(tmp_path, sizes, rank, mode):
+def test_planned_expert_traffic_equals_a_dry_runs(tmp_path, sizes, rank, mode):
     overrides = [*BASE, *MOE, f"engine.activation_checkpointing={mode}"]
     config = tiny_config(tmp_path, *overrides, *(f"parallel.{name}={size}" for name, size in sizes.items()))
-    found, counted = bytes_sent(config, 4, rank), dry_run(config, 4, rank).sent
-    assert found["experts/tokens"] == counted["experts/tokens"]
+    planned, counted = bytes_sent(config, 4, rank), dry_run(config, 4, rank).sent
+    assert planned["experts/tokens"] == counted["experts/tokens"]
     if "tensor" not in sizes:
-        assert found["expert/gradients"] == pytest.approx(counted["expert/gradients"], rel=0.001)
+        assert planned["expert/gradients"] == pytest.approx(counted["expert/gradients"], rel=0.001)
 
 
 @pytest.mark.parametrize("overrides", [(), ("parallel.tensor=4", "parallel.context=2")])
 @pytest.mark.parametrize("mode", ["full", "selective", "none"])
-def test_the_planned_activations_are_a_dry_runs(overrides, mode):
+def test_planned_activations_equal_a_dry_runs(overrides, mode):
     config = load_config(ROOT / "configs/1b.yaml", [*overrides, f"engine.activation_checkpointing={mode}"])
     planned = memory_of(config, 32).device["activations"]
     assert planned == pytest.approx(dry_run(config, 32).peak_bytes, rel=0.02)
 
 
-def test_a_stages_activations_and_gradients_are_a_dry_runs():
+def test_planned_memory_of_a_pipeline_stage_equals_a_dry_runs():
     config = load_config(ROOT / "configs/1b.yaml", ["parallel.tensor=2", "parallel.pipeline=4"])
     run, planned = dry_run(config, 64), memory_of(config, 64).device
-    own = run.parameters * (4 + 2)  # the sum that a pipeline keeps, and a pass's beside it
+    own = run.parameters * (4 + 2)  # the pipeline's fp32 sum of gradients, and the gradients of one pass
     assert planned["activations"] + own == pytest.approx(run.peak_bytes, rel=0.05)
 
 
-def test_a_large_decoder_takes_seconds():
+def test_dry_run_of_a_large_decoder_is_fast():
     started = time.process_time()
     config = load_config(
         ROOT / "configs/7b.yaml",
@@ -77,7 +77,7 @@ def test_a_large_decoder_takes_seconds():
     head = config.model.vocab_size * config.model.hidden_size / 4
     layers = run.parameters - (1 if config.model.tie_embeddings else 2) * head
     tokens = 64 * 8192 / 2  # half of each sample
-    expected = 2 * tokens * (4 * layers + 3 * head)  # once more for the layers, but for the last product of each
+    expected = 2 * tokens * (4 * layers + 3 * head)  # layers are recomputed, except for the last product of each
     assert run.flops == pytest.approx(expected, rel=0.1)
 
 
@@ -89,7 +89,7 @@ def test_a_layout_that_cannot_work_is_refused(tmp_path):
     assert not dist.is_initialized()
 
 
-def test_a_layer_that_breaks_is_caught(tmp_path, monkeypatch):
+def test_a_dry_run_fails_for_a_broken_layer(tmp_path, monkeypatch):
     from nsa.parallel import tensor
 
     monkeypatch.setattr(tensor, "_gather_tokens", lambda axis, module, args: args)

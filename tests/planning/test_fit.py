@@ -1,4 +1,4 @@
-"""The plan's constants: their file is strict, a fit finds them again, and the stated error is the error."""
+"""The plan's constants: their file is validated, a fit recovers known constants, and the stated error is correct."""
 
 import json
 from dataclasses import fields, replace
@@ -37,14 +37,14 @@ def test_the_stated_error_is_below_15_percent():
 
 
 def test_measurements_of_older_code_can_be_compared():
-    """Their configurations recomputed more, and they name fewer of the things that they ran with."""
+    """Their configurations recomputed more, and their rows have fewer fields."""
     rows = [row for path in result_files() for row in compare(path) if not row.fitted]
     assert len(rows) >= 39 and all(abs(row.error) < 0.5 for row in rows if row.error is not None)
     old = next(row for row in rows if row.config == "1b (full)")
     assert abs(old.memory_error) < 0.05, "recomputed as it was then"
 
 
-def test_every_file_that_a_constant_names_is_there_and_a_link_beside_them():
+def test_files_of_the_constants_exist():
     content = constants.read()
     named = {name for constant in content.constants.values() for name in constant.files}
     assert set(content.files) <= named and all((ROOT / name).exists() for name in named)
@@ -70,7 +70,7 @@ def broken(change) -> str:
         (lambda c: c.update(error=0.1), "error: Extra inputs"),
     ],
 )
-def test_the_file_is_strict(tmp_path, change, words):
+def test_invalid_constants_files_are_rejected(tmp_path, change, words):
     path = tmp_path / "constants.json"
     path.write_text(broken(change))
     with pytest.raises(ValueError, match=words) as raised:
@@ -79,7 +79,7 @@ def test_the_file_is_strict(tmp_path, change, words):
 
 
 def made_up(path, known: Constants) -> None:
-    """A file of measurements that the plan with other constants would have made."""
+    """A file of measurements as predicted by the plan with ``known`` constants."""
     rows = []
     for config, attention, tokens, mode in [
         (config, attention, tokens, mode)
@@ -103,14 +103,14 @@ def test_a_fit_finds_the_constants_of_made_up_measurements(tmp_path):
     starts = {name: one.start for name, one in before.constants.items() if one.source == "fit"}
     known = replace(before.values(), **{**starts, **MEANT})
     made_up(tmp_path / "made.json", known)
-    found = fit(list(cases(tmp_path / "made.json")), before)
-    assert found.worst_error < 0.02 and found.files == ["made.json"] and found.cases == 24
+    fitted = fit(list(cases(tmp_path / "made.json")), before)
+    assert fitted.worst_error < 0.02 and fitted.files == ["made.json"] and fitted.cases == 24
     for name, value in MEANT.items():
-        assert found.constants[name].value == pytest.approx(value, rel=0.25), name
-    assert found.constants["lists"].files == ["made.json"]
-    # What nothing was measured of stays where it starts, and names no file.
-    assert found.constants["gradient"].value == starts["gradient"] and not found.constants["gradient"].files
-    assert found.constants["room"] == before.constants["room"]
+        assert fitted.constants[name].value == pytest.approx(value, rel=0.25), name
+    assert fitted.constants["lists"].files == ["made.json"]
+    # A constant that no measurement depends on keeps its start, and lists no file.
+    assert fitted.constants["gradient"].value == starts["gradient"] and not fitted.constants["gradient"].files
+    assert fitted.constants["room"] == before.constants["room"]
     with pytest.raises(ValueError, match="at least two"):
         fit([], before)
 
@@ -125,14 +125,14 @@ def test_the_command_writes_what_it_fits(tmp_path, monkeypatch, capsys):
     del few["training"][4]["step_ms"]
     made.write_text(json.dumps(few))
     assert main(["--fit", str(made)]) == 0
-    told = capsys.readouterr().out
-    assert "25m nsa 1 x 4096 tokens recomputed full" in told and f"Written: {path}" in told
+    output = capsys.readouterr().out
+    assert "25m nsa 1 x 4096 tokens recomputed full" in output and f"Written: {path}" in output
     written = constants.read(path)
-    assert written.cases == 4 and f"{100 * written.worst_error:.1f} % at most" in told
+    assert written.cases == 4 and f"{100 * written.worst_error:.1f} % at most" in output
     assert main(["--fit", str(tmp_path / "none.json")]) == 2
 
 
-def test_every_constant_matters_or_is_said_to_be_assumed():
+def test_every_constant_has_unit_meaning_and_source():
     content = constants.read()
     assert {field.name for field in fields(Constants)} == content.constants.keys()
     for name, one in content.constants.items():
@@ -141,7 +141,7 @@ def test_every_constant_matters_or_is_said_to_be_assumed():
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 129, 2048, 8192])
-def test_keys_are_those_that_the_mfu_counts(tokens):
+def test_planned_keys_equal_the_mfus(tokens):
     config = load_config(CONFIG)
     each = 2 * config.model.num_heads * 2 * config.model.head_dim
     expected = attention_flops(NSA, config.model, config.attention, tokens)
@@ -149,8 +149,8 @@ def test_keys_are_those_that_the_mfu_counts(tokens):
 
 
 @pytest.mark.parametrize(("name", "gpus"), [("25m", 1), ("1b", 8), ("27b-a5b", 64)])
-def test_work_is_that_of_the_mfu_and_of_a_dry_run(name, gpus):
-    """What is counted of the model, and what runs again: the first by `training_flops_per_token`, both by running."""
+def test_planned_flops_equal_the_mfus_and_a_dry_runs(name, gpus):
+    """Against `training_flops_per_token` without recomputation, and against dry runs with and without."""
     config = load_config(ROOT / f"configs/{name}.yaml", ["engine.activation_checkpointing=none", "parallel={}"])
     work, model = work_of(config, gpus), config.model
     tokens = config.training.global_batch_size / gpus * config.data.sequence_length
@@ -163,7 +163,7 @@ def test_work_is_that_of_the_mfu_and_of_a_dry_run(name, gpus):
         assert dry_run(config, gpus).flops == pytest.approx(work_of(config, gpus).flops, rel=0.03)
 
 
-def test_a_ring_crosses_machines_on_all_its_adapters_and_a_message_for_one_rank_does_not():
+def test_link_speed_within_and_between_nodes():
     gpu = GPUS["H100"]
     sizes = dict.fromkeys(AXES, 1)
     assert link(gpu, sizes | {"data": 8}, "data") == gpu.fast
@@ -174,7 +174,7 @@ def test_a_ring_crosses_machines_on_all_its_adapters_and_a_message_for_one_rank_
     assert link(gpu, sizes | {"expert": 8}, "expert") == gpu.fast
 
 
-def test_dense_attention_is_what_the_measured_order_says():
+def test_planned_dense_attention_is_the_fastest_measured():
     config = load_config(CONFIG, ["attention.kind=dense"])
     chosen = [dense_attention(config, GPUS[name], packed) for name in ("H100", "A100") for packed in (False, True)]
     assert chosen == ["cudnn", "triton", "triton", "triton"]

@@ -1,4 +1,4 @@
-"""nsa.plan: what a run will need, how fast it may be, and in which layout."""
+"""nsa.plan: predicted memory and speed by layout, and the command."""
 
 import json
 
@@ -27,19 +27,19 @@ PARAMETERS = count_parameters(config().model, config().attention)["total"]
     ("stage", "bytes_each"),
     [(0, (2, 6, 12)), (1, (2, 4, 12 / 8)), (2, (2, 4 / 8, 12 / 8)), (3, (2 / 8, 4 / 8, 12 / 8))],
 )
-def test_zero_shards_what_its_stage_says(stage, bytes_each):
-    found = memory_of(config(f"engine.zero_stage={stage}"), 8).device
+def test_memory_by_zero_stage(stage, bytes_each):
+    memory = memory_of(config(f"engine.zero_stage={stage}"), 8).device
     expected = dict(zip(("weights", "gradients", "optimizer"), bytes_each, strict=True))
     if stage == 3:
         expected["weights"] += 2 * 1e9 / PARAMETERS  # gathered
     for kind, size in expected.items():
-        assert found[kind] == pytest.approx(PARAMETERS * size), kind
+        assert memory[kind] == pytest.approx(PARAMETERS * size), kind
 
 
 def test_fp32_has_no_second_copy_of_the_weights_and_sgd_no_moments():
-    found = memory_of(config("engine.precision=fp32", "optimizer.kind=sgd", "engine.zero_stage=0"), 1).device
-    assert found["weights"] == 4 * PARAMETERS and found["gradients"] == 4 * PARAMETERS
-    assert found["optimizer"] == 0
+    memory = memory_of(config("engine.precision=fp32", "optimizer.kind=sgd", "engine.zero_stage=0"), 1).device
+    assert memory["weights"] == 4 * PARAMETERS and memory["gradients"] == 4 * PARAMETERS
+    assert memory["optimizer"] == 0
 
 
 def test_an_offloaded_optimizer_is_on_the_host():
@@ -51,15 +51,15 @@ def test_an_offloaded_optimizer_is_on_the_host():
     assert speeds[0].step_seconds > speeds[1].step_seconds
 
 
-def test_tensor_and_pipeline_ranks_hold_a_part():
+def test_memory_is_sharded_over_tensor_and_pipeline_ranks():
     whole = memory_of(config(), 8).device["weights"]
     for parallel in ("parallel.tensor=2", "parallel.pipeline=2"):
         part = memory_of(config(parallel), 8).device["weights"]
-        assert whole / 2 <= part < 0.56 * whole  # and what all hold
+        assert whole / 2 <= part < 0.56 * whole  # with the replicated parameters
         assert memory_of(config(parallel), 8).start < whole, "no rank builds the whole decoder"
 
 
-def test_recomputation_is_memory_for_time():
+def test_recomputation_saves_memory_and_costs_time():
     kept, seconds = {}, {}
     long = ["training.micro_batch_size=1", "data.sequence_length=65536", "model.max_position=65536"]
     for mode in ("none", "selective", "full"):
@@ -80,15 +80,15 @@ def test_a_measurement_of_the_trainer_is_compared_with_its_memory(tmp_path, caps
     assert first.error == first.step_seconds / 0.1 - 1 and not first.fitted
     assert first.memory_gib > 2 and first.memory_error == first.memory_gib / 3 - 1
     assert main(["--check", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert "out of memory" in told and error_lines([first, second])[0] in told
+    output = capsys.readouterr().out
+    assert "out of memory" in output and error_lines([first, second])[0] in output
 
 
-def test_the_command_honours_the_layout(capsys):
+def test_the_command_plans_the_configured_layout(capsys):
     assert main([str(CONFIG), "--gpus", "16", "--gpu", "H100", "parallel.tensor=2", "parallel.context=2"]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for words in ("4 data x 2 tensor x 2 context", "context/selected", "tokens/s", "dense-equivalent", "at the start"):
-        assert words in told, words
+        assert words in output, words
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_command_honours_the_layout(capsys):
         (["--memory", "0"], "GB of a GPU"),
     ],
 )
-def test_what_cannot_be_planned_is_said(capsys, arguments, words):
+def test_invalid_arguments_are_reported(capsys, arguments, words):
     assert main([str(CONFIG), *arguments]) == 2
     assert words in capsys.readouterr().err
 
@@ -113,11 +113,11 @@ def test_the_trainers_dry_run_prints_the_plan(run_python):
         assert words in result.stdout
 
 
-def test_experts_are_counted_where_they_lie():
-    """What is no routed expert is held whole, and sharded over the ranks with the same experts."""
+def test_memory_with_expert_parallelism():
+    """All but the routed experts is replicated, and its state is sharded over the ranks with the same experts."""
     papers = config("parallel={expert: 8}", name="27b-a5b")
     counts = count_parameters(papers.model, papers.attention)
     held = counts["total"] - counts["routed"] * 7 / 8
-    found = memory_of(papers, 64)
-    assert found.device["weights"] == pytest.approx(2 * held)
-    assert found.device["optimizer"] == pytest.approx(12 * held / 8)
+    memory = memory_of(papers, 64)
+    assert memory.device["weights"] == pytest.approx(2 * held)
+    assert memory.device["optimizer"] == pytest.approx(12 * held / 8)

@@ -13,9 +13,9 @@ from nsa.ops.dense.libraries import NAMES
 
 
 class CausalAttention(nn.Module):
-    """The operator of the layer, without parameters: where hooks see queries, keys and values.
+    """The operator of the layer, as a module without parameters, so that hooks can see queries, keys and values.
 
-    ``asks_for_lengths``: whether it runs faster where the host knows the lengths of the documents
+    ``asks_for_lengths``: whether it is faster if the host knows the lengths of the documents
     (`nsa.ops.geometry.tell_lengths`).
     """
 
@@ -27,10 +27,14 @@ class CausalAttention(nn.Module):
     def forward(
         self, q: Tensor, kv: Pair | Callable[[], Pair], cu_seqlens: Tensor | None = None, offset: int = 0
     ) -> Tensor:
-        """As `nsa.ops.dense_attention`; ``offset``: keys before the first query. ``kv`` may be a function that returns
-        keys and values, if they are still on their way from other devices."""
+        """As `nsa.ops.dense_attention`.
+
+        Args:
+            kv: keys and values, or a function that waits for them if they are being gathered from other devices.
+            offset: number of keys before the first query.
+        """
         k, v = kv() if callable(kv) else kv
-        assert offset + q.shape[1] == k.shape[1], "the last queries of all tokens"
+        assert offset + q.shape[1] == k.shape[1], "the queries must be those of the last tokens"
         return ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
@@ -41,7 +45,7 @@ class DenseAttention(nn.Module):
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys. v_head_dim: Dv of values; None: D.
         backend: implementation of the operators: auto, triton, torch or naive.
-        implementation: of the attention, where ``backend`` is auto: auto, triton, or a library by name
+        implementation: of the attention if ``backend`` is auto: auto, triton, or the name of a library
             (`nsa.ops.dense_attention`).
     """
 
@@ -59,7 +63,7 @@ class DenseAttention(nn.Module):
         super().__init__()
         v_head_dim = v_head_dim or head_dim
         self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
-        # Modules for their names and initialisation; one product takes the weights.
+        # Modules give names and initialisation to the weights; one joint product uses them.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
         self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
@@ -78,8 +82,8 @@ class DenseAttention(nn.Module):
 
         Args:
             rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`).
-            cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1.
-            cache: keys and values of the tokens before; T new ones are appended.
+            cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1.
+            cache: keys and values of the tokens before, to which T new ones are appended.
         """
         joint = joint_linear(x, [linear.weight for linear in (self.query, self.key, self.value)])
         parts = [

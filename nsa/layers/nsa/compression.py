@@ -1,4 +1,4 @@
-"""NSA's learned compression phi: overlapping blocks of keys (or values) to one vector each."""
+"""NSA's learned compression phi: maps each of overlapping blocks of keys (or values) to one vector."""
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,8 @@ class BlockCompression(nn.Module):
     phi(block) = outer(silu(inner(flatten(block + position)))), shared by the KV heads.
 
     Args:
-        width: D, of the key or value heads.
-        length: tokens in a block (l), a multiple of ``stride`` (d), the tokens between two blocks.
+        width: D, the head dimension of keys or values.
+        length: tokens in a block (l), a multiple of ``stride`` (d), the tokens between the starts of two blocks.
         hidden: width of the hidden layer; None: D.
         backend: implementation of the operator: auto, triton, torch or naive.
     """
@@ -24,7 +24,7 @@ class BlockCompression(nn.Module):
         super().__init__()
         self.length, self.stride, self.backend = length, stride, backend
         self.position = nn.Parameter(torch.zeros(length, width))
-        # Modules for their names and initialisation; the operator takes the weights.
+        # Modules give names and initialisation to the weights; the operator uses them.
         self.inner = nn.Linear(length * width, hidden or width, bias=False)
         self.outer = nn.Linear(hidden or width, width, bias=False)
         nn.init.normal_(self.inner.weight, std=(length * width) ** -0.5)
@@ -34,7 +34,7 @@ class BlockCompression(nn.Module):
 
         Returns:
             (B, M, G, D), M = (T - l) // d + 1 (0 if T < l). With ``cu_seqlens`` (N+1,) the blocks of each document,
-            concatenated in order; there may be fewer than M, the rows beyond them mean nothing.
+            concatenated in order. There may be fewer than M; the remaining rows are undefined.
         """
         return ops.compress_blocks(
             x,

@@ -1,4 +1,4 @@
-"""What Native Sparse Attention does, for TensorBoard: gates, selected blocks and the share of each branch."""
+"""Metrics of Native Sparse Attention for TensorBoard: gates, selected blocks and the share of each branch."""
 
 import math
 from collections.abc import Callable
@@ -24,14 +24,14 @@ def measure(
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
 ) -> dict[str, float]:
-    """The figures of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`).
+    """The metrics of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`).
 
     gate_<branch>: mean gate over tokens and heads.
     mass_<branch>: norm of the branch's gated output, as a share of the sum over branches.
-    block_entropy: how evenly the selections are spread over the blocks, 0 (one block) to 1.
-    block_overlap: share of a query's selected blocks that the query before it selected as well.
-    first_block_share: share of queries that would select the first block if it were not forced, among those that have
-        a choice (more blocks than they may select).
+    block_entropy: how evenly the selections are distributed over the blocks, from 0 (one block) to 1.
+    block_overlap: share of a query's selected blocks that the previous query selected as well.
+    first_block_share: share of queries that would select the first block if it were not forced, among those with more
+        blocks than they may select.
     """
     sizes = attend.sizes
     choose = partial(attend.choose, cu_seqlens=cu_seqlens, offset=offset)
@@ -59,13 +59,13 @@ def measure(
 
 
 def block_entropy(blocks: Tensor, document: Tensor) -> float:
-    """Entropy of how often each block is selected, over its largest value; mean over batch and KV heads.
+    """Entropy of how often each block is selected, divided by its maximum; mean over batch and KV heads.
 
     Args:
         blocks: (B, T, G, n) int, -1 where nothing is selected. document: (T,) int64, of each query.
     """
     entropies = []
-    number = document[:, None] * (int(blocks.max()) + 1) + blocks.permute(0, 2, 1, 3)  # unlike in unlike documents
+    number = document[:, None] * (int(blocks.max()) + 1) + blocks.permute(0, 2, 1, 3)  # unique across documents
     for chosen, valid in zip(number.flatten(0, 1), blocks.permute(0, 2, 1, 3).flatten(0, 1) >= 0, strict=True):
         counts = torch.unique(chosen[valid], return_counts=True)[1].double()
         share = counts / counts.sum()
@@ -74,7 +74,7 @@ def block_entropy(blocks: Tensor, document: Tensor) -> float:
 
 
 def block_overlap(blocks: Tensor, document: Tensor) -> float:
-    """Share of the blocks of each query that the query before it, in the same document, selected too."""
+    """Share of the blocks of each query that the previous query of the same document selected, too."""
     now, before = blocks[:, 1:], blocks[:, :-1]
     valid = (now >= 0) & (document[1:] == document[:-1])[:, None, None]
     shared = torch.zeros_like(valid)
@@ -84,7 +84,7 @@ def block_overlap(blocks: Tensor, document: Tensor) -> float:
 
 
 def first_block_share(blocks: Tensor, choice: Tensor) -> float:
-    """Share of the queries in ``choice`` (T,) bool that select block 0; 1 if none has a choice: then all see it."""
+    """Share of the queries in ``choice`` (T,) bool that select block 0; 1 if ``choice`` is empty."""
     if not choice.any():
         return 1.0
     return (blocks[:, choice] == 0).any(-1).float().mean().item()

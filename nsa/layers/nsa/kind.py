@@ -25,15 +25,15 @@ def build(shape: Shape, config: NsaConfig, backends: Backends) -> nn.Module:
 
 
 def products(shape: Shape, config: NsaConfig) -> list[Product]:
-    """The compression runs once a stride and KV head, on keys and on values."""
+    """The compression runs once per stride and KV head, on keys and on values."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     joint = heads * shape.head_dim + 3 * kv_heads * (shape.head_dim + shape.v_head_dim) + 3 * heads
-    found = [Product(1, shape.hidden_size, joint), Product(1, heads * shape.v_head_dim, shape.hidden_size)]
+    linear_maps = [Product(1, shape.hidden_size, joint), Product(1, heads * shape.v_head_dim, shape.hidden_size)]
     for width in (shape.head_dim, shape.v_head_dim):
         blocks, hidden = kv_heads / config.compress_stride, config.compress_hidden or width
-        found.append(Product(blocks, config.compress_length * width, hidden))
-        found.append(Product(blocks, hidden, width))
-    return found
+        linear_maps.append(Product(blocks, config.compress_length * width, hidden))
+        linear_maps.append(Product(blocks, hidden, width))
+    return linear_maps
 
 
 @lru_cache(maxsize=256)
@@ -47,7 +47,7 @@ def keys(config: NsaConfig, tokens: int) -> dict[str, float]:
 
 
 def exchanges(config: NsaConfig) -> dict[str, Exchange]:
-    """Any query may select any block, so the selected branch's keys and values are gathered whole."""
+    """Any query may select any block, so all keys and values of the selected branch are gathered."""
     return {
         "q": Own(),
         "kv_cmp": Blocks("compressed", "compression", "compress", config.compress_length, config.compress_stride),

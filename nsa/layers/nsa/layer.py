@@ -18,7 +18,7 @@ BRANCHES = ("compressed", "selected", "window")
 
 
 class KeyValue(nn.Module):
-    """The key and value projections of one branch; the layer computes them together with all its others."""
+    """The key and value projections of one branch. The layer computes all of its projections in one product."""
 
     def __init__(self, hidden_size: int, num_kv_heads: int, head_dim: int, v_head_dim: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class KeyValue(nn.Module):
 
 
 class KeyValueCompression(nn.Module):
-    """The compressed keys and values of a branch, each by an MLP of its own; keys are rotated after."""
+    """Computes the compressed keys and values, each with its own MLP. Keys are rotated afterwards."""
 
     def __init__(
         self, head_dim: int, v_head_dim: int, length: int, stride: int, hidden: int | None, *, backend: str = "auto"
@@ -41,7 +41,7 @@ class KeyValueCompression(nn.Module):
         """(B, T, G, D), (B, T, G, Dv) -> the blocks of `BlockCompression` for each.
 
         Args:
-            tables: cos and sin of the tokens from the ``ahead``-th on: there every block ends.
+            tables: cos and sin of the tokens from index ``ahead`` on; every block must end there.
         """
         documents = Documents.of(raw[0].shape[1], 0, cu_seqlens, raw[0].device)
         ends = block_ends(documents, self.length, self.stride)
@@ -52,7 +52,7 @@ class KeyValueCompression(nn.Module):
 
 
 class BlockChoice(nn.Module):
-    """Which blocks each query selects: an operator without parameters, and without gradient."""
+    """The operator that selects the blocks of each query, without parameters and gradient."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class BlockChoice(nn.Module):
     def forward(
         self, q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0, **sizes: int
     ) -> Tensor:
-        """As `nsa.ops.select_blocks`; ``sizes``: others than the layer's."""
-        told = {"scale": self.scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": self.backend}
-        return ops.select_blocks(q, k_cmp, lse, **self.sizes | sizes, **told)  # type: ignore[arg-type]
+        """As `nsa.ops.select_blocks`; ``sizes`` replace those of the layer."""
+        options = {"scale": self.scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": self.backend}
+        return ops.select_blocks(q, k_cmp, lse, **self.sizes | sizes, **options)  # type: ignore[arg-type]
 
 
 class GatedBranches(nn.Module):
-    """The operator of the layer, without parameters: where hooks see queries, keys, values and gates."""
+    """The operator of the layer, as a module without parameters, so that hooks can see its inputs."""
 
     def __init__(self, choose: BlockChoice, *, window: int) -> None:
         super().__init__()
@@ -115,21 +115,21 @@ class GatedBranches(nn.Module):
 
 
 class NativeSparseAttention(nn.Module):
-    """Learned compression, block selection and a sliding window, gated together; usable in any decoder.
+    """Learned compression, block selection and a sliding window, combined by gates; usable in any decoder.
 
-    Each branch has its own keys and values, so that the window cannot take the gradient from the others (section
-    3.3.3). The compression MLP reads keys before their rotation; the compressed key of a block is then rotated to the
+    Each branch has its own keys and values, so that the window does not dominate what the others learn (section
+    3.3.3). The compression MLP reads keys before their rotation. The compressed key of a block is then rotated to the
     position of the block's last token, so that scores depend on distances alone.
 
     Args:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys, even. v_head_dim: Dv of values; None: D.
         compress_length, compress_stride: tokens in a compression block (l) and between two (d); d divides l.
-        compress_hidden: hidden width of the compression MLP; None: the head's.
+        compress_hidden: hidden width of the compression MLP; None: the head dimension.
         block_size, num_blocks: tokens in a selection block (l'), and blocks per query (n).
         num_initial, num_local: blocks that are always selected: the document's first, the query's most recent.
         window: tokens of the sliding window (w).
-        rope_theta: base of the rotary frequencies when ``forward`` is given no tables.
+        rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
         backend: implementation of the operators: auto, triton, torch or naive.
 
     Raises:
@@ -159,7 +159,7 @@ class NativeSparseAttention(nn.Module):
         v_head_dim = v_head_dim or head_dim
         self.head_dim, self.v_head_dim, self.rope_theta, self.backend = head_dim, v_head_dim, rope_theta, backend
         self.window = window
-        # Modules for their names and initialisation; one product takes the weights.
+        # Modules give names and initialisation to the weights; one joint product uses them.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.key_value = nn.ModuleDict({b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in BRANCHES})
         self.compress = KeyValueCompression(
@@ -190,10 +190,10 @@ class NativeSparseAttention(nn.Module):
         """x (B, T, C) -> (B, T, C).
 
         Args:
-            rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`); None: made here from
+            rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`); None: computed from
                 ``rope_theta``.
-            cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; no branch looks across one.
-            cache: of the tokens before, from `new_cache`; the T new ones are appended.
+            cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1; no branch attends across one.
+            cache: of the tokens before, from `new_cache`; the T new tokens are appended.
         """
         offset = 0 if cache is None else cache.length
         if rotary is None:
@@ -210,7 +210,7 @@ class NativeSparseAttention(nn.Module):
         return self.output(out.flatten(2))
 
     def project(self, x: Tensor, tables: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
-        """Rotated queries; keys and values of each branch, those of the compressed one not rotated; gates."""
+        """Rotated queries; keys and values of each branch, not rotated for the compressed branch; gates."""
         branches: list[Any] = [self.key_value[branch] for branch in BRANCHES]
         linears = [self.query, *(linear for kv in branches for linear in (kv.key, kv.value)), self.gate]
         joint = joint_linear(x, [linear.weight for linear in linears])

@@ -32,7 +32,7 @@ def compressed_attention(
             blocks of each document, concatenated in order; rows beyond the last block are ignored.
         length: tokens of a block (l), a multiple of ``stride`` (d), the tokens between two blocks.
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents up to the last query, with B = 1.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents up to the last query, with B = 1.
         offset: position of the first query (decoding on a cache, a chunk of a sequence).
         backend: auto, triton, torch or naive.
 
@@ -41,7 +41,7 @@ def compressed_attention(
         and -inf.
 
     Raises:
-        ValueError: shapes that do not belong together, fewer blocks than the queries can see, unknown backend.
+        ValueError: inconsistent shapes, fewer blocks than the queries can see, unknown backend.
     """
     check_attention(q, k_cmp, v_cmp, cu_seqlens, offset)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
@@ -59,7 +59,7 @@ def compressed_attention(
 def compressed_ranges(
     q: Tensor, k_cmp: Tensor, length: int, stride: int, cu_seqlens: Tensor | None, offset: int
 ) -> tuple[Documents, Ranges]:
-    """The documents of the queries and the run of compressed blocks that each query sees."""
+    """The documents of the queries and the range of compressed blocks that each query sees."""
     check_compression(length, stride)
     needed = num_compressed(offset + q.shape[1], length, stride)
     if cu_seqlens is None and k_cmp.shape[1] < needed:

@@ -1,4 +1,4 @@
-"""Blocks of keys or values to one vector each: NSA's learned compression (arXiv 2502.11089, Eq. 7)."""
+"""NSA's learned compression: maps each block of keys or values to one vector (arXiv 2502.11089, Eq. 7)."""
 
 import torch
 from torch import Tensor
@@ -24,18 +24,18 @@ def compress_blocks(
 
     Args:
         x: (B, T, G, D).
-        inner: (hidden, length * D), the tokens of a block one after the other. position: (length, D), added to every
+        inner: (hidden, length * D), for the concatenated tokens of a block. position: (length, D), added to every
             block. outer: (Dv, hidden). All are cast to x's dtype.
         length: tokens of a block (l), a multiple of ``stride`` (d), the tokens between two blocks.
-        cu_seqlens: (N+1,) int32 borders of packed documents, with B = 1; blocks are laid within each document.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1; blocks do not cross them.
         backend: auto, triton, torch or naive.
 
     Returns:
         (B, M, G, Dv) in x's dtype, M = (T - l) // d + 1 (0 if T < l). With ``cu_seqlens`` the blocks of each document,
-        concatenated in order; there may be fewer than M, the rows beyond them are 0.
+        concatenated in order. There may be fewer than M; the remaining rows are 0.
 
     Raises:
-        ValueError: shapes that do not belong together, unknown backend.
+        ValueError: inconsistent shapes, unknown backend.
     """
     check_compression(length, stride)
     check_packing(x, cu_seqlens, x.shape[1])
@@ -76,10 +76,10 @@ def _naive(
 def _portable(
     x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, documents: Documents, length: int, stride: int
 ) -> Tensor:
-    """A block's product is the sum of its segments' products: each token is multiplied once, by all its columns."""
+    """Computes a block's product as the sum of its segments' products, so that each token is multiplied only once."""
     layout = compression_layout(documents, length, stride)
     whole = layout.segment_token[: x.shape[1] // stride]
-    # Without packing the whole segments come first, in order; with it the short ones lie between.
+    # Without packing all whole segments come first, in order; with packing short ones are in between.
     if len(documents.bounds) == 2:
         segments = x[:, : len(whole) * stride].unflatten(1, (len(whole), stride))
     else:

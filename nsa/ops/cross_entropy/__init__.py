@@ -1,4 +1,4 @@
-"""The loss of each token from hidden states: a linear layer over the vocabulary and its cross-entropy, together."""
+"""The loss of each token from hidden states: a linear layer over the vocabulary, fused with the cross-entropy."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,17 +10,17 @@ from torch.nn.functional import linear
 from nsa.ops.dispatch import accumulation_dtype, autocasts, differentiable_once, resolve_backend
 
 IGNORED = -100
-KEPT_LOGITS = 2**30  # logits that are kept for the backward pass: 2 GiB in 16 bits; more are computed again
-CHUNK_LOGITS = 2**28  # logits of one chunk, where they are computed again
+KEPT_LOGITS = 2**30  # up to so many logits are kept for the backward pass (2 GiB in bf16); more are recomputed
+CHUNK_LOGITS = 2**28  # logits of one chunk if they are recomputed
 
 
 @autocasts("hidden", "weight")
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "auto") -> Tensor:
     """Negative log-likelihood of each target under softmax(weight @ hidden).
 
-    The logits are in hidden's dtype, and never in fp32 in memory; sums and the loss are fp32. Up to KEPT_LOGITS of them
-    are kept between the passes, and become their own gradients in the backward pass. Of more, a chunk at a time exists,
-    and the backward pass computes it again.
+    The logits are stored in hidden's dtype; sums and the loss are fp32. Up to KEPT_LOGITS logits are kept for the
+    backward pass, which overwrites them with their gradients. If there are more, only one chunk exists at a time, and
+    the backward pass recomputes it.
 
     Args:
         hidden: (N, C). weight: (V, C), in hidden's dtype. targets: (N,) int64; -100 is not counted.
@@ -30,7 +30,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
         (N,) fp32 (float64 for float64), in nats; 0 where not counted; NaN for a target outside of the vocabulary.
 
     Raises:
-        ValueError: shapes that do not belong together, unknown backend.
+        ValueError: inconsistent shapes, unknown backend.
     """
     if (
         hidden.dim() != 2
@@ -51,11 +51,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
 
 
 class Rows(NamedTuple):
-    """Which rows of the vocabulary's weight there are.
+    """The part of the vocabulary whose weight is here.
 
     Attributes:
-        first: the vocabulary's number of row 0. total: rows of the whole vocabulary.
-        combine: from lse and wanted of these rows (`statistics`) to those of all.
+        first: token id of row 0. total: rows of the whole vocabulary.
+        combine: (lse, wanted) of these rows (`statistics`) -> those of all rows.
     """
 
     first: int
@@ -64,13 +64,13 @@ class Rows(NamedTuple):
 
 
 def sharded_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Rows) -> Tensor:
-    """`linear_cross_entropy` with a part of the weight: ``rows`` brings the parts together. The gradient of hidden is
-    this part's."""
+    """`linear_cross_entropy` with a part of the weight, combined by ``rows``. The gradient of hidden is of this part
+    alone."""
     return _Losses.apply(hidden, weight, targets, rows, resolve_backend("auto", hidden, weight, heads=False))
 
 
 def chunk_rows(tokens: int, columns: int) -> int:
-    """Tokens whose logits exist at a time: all, or as many as CHUNK_LOGITS allows where they are computed again."""
+    """Number of tokens whose logits exist at a time: all, or as CHUNK_LOGITS allows if they are recomputed."""
     return max(1, tokens if tokens * columns <= KEPT_LOGITS else CHUNK_LOGITS // columns)
 
 
@@ -83,13 +83,13 @@ def _naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def statistics(logits: Tensor, targets: Tensor, first: int = 0, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """What a cross-entropy needs of logits, whose columns may be a part of the vocabulary.
+    """What the cross-entropy needs of logits, whose columns may be a part of the vocabulary.
 
     Args:
-        logits: (N, V). targets: (N,) int64. first: the vocabulary's number of column 0.
+        logits: (N, V). targets: (N,) int64. first: token id of column 0.
 
     Returns:
-        lse (N,): log of the sum of exponentials. wanted (N,): the target's logit, 0 where it is no column of these.
+        lse (N,): log of the sum of exponentials. wanted (N,): the target's logit, 0 if its column is not here.
         Both fp32 (float64 for float64).
     """
     if resolve_backend(backend, logits, heads=False) == "triton":
@@ -104,9 +104,9 @@ def statistics(logits: Tensor, targets: Tensor, first: int = 0, *, backend: str 
 def logit_gradients(
     logits: Tensor, targets: Tensor, lse: Tensor, d_losses: Tensor, first: int = 0, *, backend: str = "auto"
 ) -> Tensor:
-    """(softmax(logits) - onehot(target)) * d_losses, with the sum of exponentials that ``lse`` (N,) stands for.
+    """(softmax(logits) - onehot(target)) * d_losses, where ``lse`` (N,) normalises the softmax.
 
-    ``logits`` (N, V) are lost: the result (N, V) of their dtype may lie in their memory.
+    ``logits`` (N, V) may be overwritten: the result (N, V), of their dtype, may use their memory.
     """
     if resolve_backend(backend, logits, heads=False) == "triton":
         from nsa.ops.kernels import cross_entropy as kernels
@@ -119,7 +119,7 @@ def logit_gradients(
 
 
 def _columns(targets: Tensor, first: int, number: int) -> tuple[Tensor, Tensor]:
-    """The column of each target, and whether it is there (else the column is 0)."""
+    """The column of each target, and whether it is here (else the column is 0)."""
     column = targets - first
     here = (column >= 0) & (column < number)
     return column.masked_fill(~here, 0), here
@@ -147,7 +147,7 @@ class _Losses(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, d_losses: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, lses = ctx.saved_tensors
-        kept, ctx.logits = ctx.logits, None  # lost here; a second backward pass computes them again
+        kept, ctx.logits = ctx.logits, None  # overwritten below; a second backward pass recomputes them
         d_losses = d_losses.masked_fill(targets == IGNORED, 0)
 
         def d_logits(x: Tensor, target: Tensor, lse: Tensor, d_loss: Tensor) -> Tensor:

@@ -57,20 +57,20 @@ def dense_attention(
     Args:
         q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. With S > T (decoding on a cache, a
             chunk of a sequence) the queries are the last T of the S positions.
-        window: keys seen by a query, its own included; None: all before it.
+        window: number of keys that a query sees, its own included; None: all up to its own.
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents among the S positions, with B = 1; no query looks across
-            one.
-        return_lse: also return the log of the softmax's denominator.
-        backend: auto, triton, torch or naive; or a library by name (`nsa.ops.dense.libraries`), which takes the calls
-            that it can: no window, no ``return_lse``, as many queries as keys, and cuDNN only documents of one length.
-            Others go to our kernels. auto: the fastest on a GPU, by measurement.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1; no query attends
+            across one.
+        return_lse: also return the log-sum-exp of the scores.
+        backend: auto, triton, torch, naive, or the name of a library (`nsa.ops.dense.libraries`). A library computes
+            the calls that it supports: no window, no ``return_lse``, as many queries as keys, and for cuDNN documents
+            of one length. Our kernels compute the others. auto: the fastest that was measured on this kind of GPU.
 
     Returns:
         (B, T, H, Dv) in q's dtype; with ``return_lse`` also (B, H, T) fp32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that do not belong together, window < 1, unknown backend, a library that is not here.
+        ValueError: inconsistent shapes, window < 1, unknown backend, a library that is not available.
     """
     check_attention(q, k, v, cu_seqlens)
     check_window(window)
@@ -99,7 +99,7 @@ def dense_attention(
 def _library(
     backend: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, plain: bool
 ) -> tuple[str, KnownLengths] | None:
-    """The library that takes this call, and the lengths of its documents; None: our kernels do."""
+    """The library for this call, and the lengths of its documents; None: our kernels compute it."""
     lengths = KnownLengths(q.shape[1], True) if cu_seqlens is None else known_lengths(cu_seqlens)
     if backend in libraries.NAMES and (obstacle := libraries.not_here(backend)):
         raise ValueError(f"backend={backend!r}: {obstacle}; or use 'auto'")
@@ -108,7 +108,7 @@ def _library(
 
 
 def check_window(window: int | None) -> None:
-    """Raise ValueError for a window in which a query does not see itself."""
+    """Raise ValueError for a window that excludes the query's own token."""
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 (the query's own token), got {window}")
 

@@ -1,12 +1,12 @@
-"""Causal attention by libraries, under the names that a configuration gives them, and which one is fastest where.
+"""Causal attention by libraries, by their names in a configuration, and the fastest one on each GPU.
 
     cudnn         cuDNN's, in torch: documents of one length (the usual case: one fills the sample)
     flash         FlashAttention-2, in torch: any packing
     flash-attn-3  FlashAttention-3 (package flash-attn-3): any packing
     flash-attn-4  FlashAttention-4 (package flash-attn-4): any packing
 
-Their gradients are sums whose order changes: two runs differ in the last bits. cuDNN's variable lengths in torch 2.11
-read memory that is not theirs where query heads share a KV head, so that they are not offered (docs/log/2026-11.md).
+Their gradients are not deterministic: two runs differ in the last bits. cuDNN's variable lengths are not offered: in
+torch 2.11 they read out of bounds if query heads share a KV head (docs/log/2026-11.md).
 """
 
 import functools
@@ -42,12 +42,12 @@ def not_here(name: str) -> str | None:
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # its parent package is missing
         return False
 
 
 def cannot(name: str, width: int, v_width: int, dtype: torch.dtype) -> str | None:
-    """Why a library cannot attend with heads of these widths; None if it can."""
+    """Why a library does not support heads of these dimensions; None if it does."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in 16 bits, not in {dtype}"
     if name == "cudnn":
@@ -59,7 +59,7 @@ def cannot(name: str, width: int, v_width: int, dtype: torch.dtype) -> str | Non
 
 
 def library_for(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: KnownLengths | None) -> str | None:
-    """The library that takes a call, ``auto`` or one by name; None: our kernels do.
+    """The library for a call, by ``auto`` or by name; None: our kernels compute it.
 
     ``lengths``: of the documents; None: unknown.
     """
@@ -67,10 +67,10 @@ def library_for(name: str, q: Tensor, k: Tensor, v: Tensor, lengths: KnownLength
         return None
     deterministic = torch.are_deterministic_algorithms_enabled()
     if name == "auto" and deterministic and not torch.is_deterministic_algorithms_warn_only_enabled():
-        return None  # our gradients are those that repeat to the bit
+        return None  # our gradients are bitwise deterministic
     equal = lengths is not None and lengths.equal
-    found = chosen(name, equal, q.shape[3], v.shape[3], q.dtype, q.device)
-    return None if found == "triton" else found
+    choice = chosen(name, equal, q.shape[3], v.shape[3], q.dtype, q.device)
+    return None if choice == "triton" else choice
 
 
 @functools.cache
@@ -81,8 +81,10 @@ def _order(device: int, packing: str) -> list[str]:
 
 
 def chosen(name: str, equal: bool, width: int, v_width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """What ``auto`` or a name comes to on a CUDA device: a library, or ``triton``. ``equal``: all documents have one
-    length, and are known to."""
+    """The implementation, a library or ``triton``, that ``auto`` or a name means on a CUDA device.
+
+    ``equal``: whether all documents are known to have one length.
+    """
     order = _order(device.index or 0, "equal" if equal else "packed") if name == "auto" else [name]
     for candidate in order:
         if candidate == "triton":
@@ -93,7 +95,7 @@ def chosen(name: str, equal: bool, width: int, v_width: int, dtype: torch.dtype,
 
 
 def in_words(name: str, width: int, v_width: int, dtype: torch.dtype, device: torch.device) -> str:
-    """`chosen`, for whoever starts a run."""
+    """`chosen` as a text for the log of a run."""
     equal, packed = (chosen(name, one_length, width, v_width, dtype, device) for one_length in (True, False))
     words = equal if equal == packed else f"{equal}, or {packed} where documents differ in length"
     if equal == packed == "triton":
@@ -104,8 +106,8 @@ def in_words(name: str, width: int, v_width: int, dtype: torch.dtype, device: to
 def attend(
     name: str, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, lengths: KnownLengths
 ) -> Tensor:
-    """(B, T, H, Dv), of a call that is the library's (`library_for`)."""
-    if lengths.equal and cu_seqlens is not None:  # a batch of documents, and no borders
+    """(B, T, H, Dv), for a call that the library supports (`library_for`)."""
+    if lengths.equal and cu_seqlens is not None:  # a batch of documents needs no boundaries
         rows = q.shape[1] // lengths.longest
         q, k, v = (x.unflatten(1, (rows, -1)).squeeze(0) for x in (q, k, v))
         out = attend(name, q, k, v, scale, None, lengths)
@@ -130,7 +132,7 @@ def _package(
 
 
 class _Torch(torch.autograd.Function):
-    """The two that torch brings, called past its own choice, which would refuse them where determinism is asked for."""
+    """The two in torch, called directly: torch's dispatch would reject them if deterministic algorithms are on."""
 
     @staticmethod
     def forward(

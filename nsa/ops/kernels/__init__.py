@@ -1,1 +1,1 @@
-"""Triton kernels of the operators, forward and backward; README.md tells the design."""
+"""Triton kernels of the operators, forward and backward; README.md describes the design."""

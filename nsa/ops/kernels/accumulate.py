@@ -1,7 +1,7 @@
-"""Many small tensors added to parts of a large one, in one launch.
+"""Adds many small tensors to parts of a large one, in one launch.
 
-A launch for each tensor would take longer than the additions. Joining the tensors first would take as long again. So
-the kernel gets a table that says where each piece lies and to which part it is added.
+A launch for each tensor would take longer than the additions. Concatenating the tensors first would double the time.
+So the kernel gets a table with the address of each piece and the part that it is added to.
 """
 
 from collections.abc import Callable
@@ -42,9 +42,8 @@ def accumulate_kernel(Table, Total, Like, VECTOR: tl.constexpr, PIECE: tl.conste
 class Accumulator:
     """Adds tensors of given sizes to parts of ``total`` (n,), any number of times.
 
-    `add` may be recorded in a CUDA graph. The recording keeps the table, which is therefore allocated here, outside of
-    it. Allocated within, the table would take memory of tensors that are gone by then, and every replay would write to
-    that memory.
+    `add` may be captured in a CUDA graph. The graph uses the table in every replay, so the table is allocated here,
+    before the capture. Allocated in the capture, it would reuse memory of freed tensors, which every replay writes to.
 
     Args:
         sizes: elements of each tensor. offsets: first element of each in ``total``.
@@ -60,11 +59,11 @@ class Accumulator:
         """Add ``parts``, contiguous and of one dtype.
 
         Returns:
-            A function that writes the table. If `add` was recorded, call it once the recording has ended. Keep it as
-            long as the recording, because it holds ``parts``.
+            A function that writes the table. If `add` was captured, call it after the capture. Keep it as long as the
+            graph, because it holds ``parts``.
         """
         assert [x.numel() for x in parts] == self.sizes
-        parts = [x.clone() if x.data_ptr() % ALIGNMENT else x for x in parts]  # a view may begin anywhere
+        parts = [x.clone() if x.data_ptr() % ALIGNMENT else x for x in parts]  # a view may be unaligned
         write = partial(self._write_table, parts)
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             write()

@@ -1,8 +1,8 @@
-"""Compression of overlapping blocks through an MLP, without laying the blocks out.
+"""Compression of overlapping blocks by an MLP, without a copy of the blocks.
 
 Row ((b * M) + i) * G + g is block i of KV head g of batch b. Token s of the block is a row of x (B, T, G, D), whose
-address rises by G * D with s. So the inner product goes through the block's tokens and reads each where it lies. What
-neighbouring blocks share comes from the L2 cache.
+address rises by G * D with s. So the inner product loops over the block's tokens and reads each in place. Tokens that
+neighbouring blocks share come from the L2 cache.
 
 Backward, with pre = inner x + inner p (p: position), h = silu(pre) and out = outer h:
 
@@ -11,7 +11,7 @@ Backward, with pre = inner x + inner p (p: position), h = silu(pre) and out = ou
   take segments, and gather from the blocks that cover them.
 - dinner = sum over rows of dpre (x) x, + (sum of dpre) (x) p. Programs take columns of inner and a share of the rows.
 
-The shares' partial sums are added in order, so the same inputs give the same bits.
+The shares' partial sums are added in order, so the result is bitwise deterministic.
 
 Shapes in the comments: BM rows, H1 hidden units, DV1 output columns, BN and BK columns of a tile.
 """
@@ -29,7 +29,7 @@ from nsa.ops.geometry import CompressionLayout
 from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import load_rows
 
-# The sum over rows is split by the shape alone, so that it has the same bits on every GPU.
+# The split of the sum over rows depends on the shape alone, so the result is bitwise identical on every GPU.
 ROWS_PER_SPLIT, MOST_SPLITS = 1024, 16
 INTEGERS = ("num_rows", "num_tokens", "num_segments", "num_blocks", "rows_per_split", "num_splits")
 

@@ -23,7 +23,7 @@ INTEGERS = (
     *("num_initial", "num_local", "chunk", "list0", "list1"),
 )
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Widths of keys and values that the kernels for Hopper serve, in both passes and in the forward pass alone.
+# Head dimensions (keys, values) that Hopper's kernels support: in both passes, and in the forward pass alone.
 BOTH_PASSES = ((64, 64), (128, 128))
 FORWARD = (*BOTH_PASSES, (192, 128))
 VECTOR = 8  # elements: 16 bytes of a 16-bit type, the widest load
@@ -67,8 +67,8 @@ def split_width(width: int) -> tuple[int, int]:
 def vector_of(*counts: int) -> int:
     """How many consecutive elements share their mask in an elementwise kernel: VECTOR if it divides all counts, or 1.
 
-    The compiler knows nothing of a count that is no constant, and would load single elements. So a kernel is given
-    ``count // vector`` and multiplies: then the compiler knows that ``vector`` elements exist or none does.
+    A count is not a compile-time constant, so the compiler would load single elements. Instead a kernel gets
+    ``count // vector`` and multiplies. Then the compiler knows that all ``vector`` elements exist or none does.
     """
     return 1 if any(count % VECTOR for count in counts) else VECTOR
 
@@ -76,10 +76,10 @@ def vector_of(*counts: int) -> int:
 def warpgroups(
     q: Tensor, k: Tensor, v: Tensor, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES
 ) -> bool:
-    """Whether the kernels written for Hopper's warpgroups (nsa/ops/kernels/hopper) serve these tensors."""
+    """Whether the kernels for Hopper's warpgroups (nsa/ops/kernels/hopper) support these tensors."""
     heads = q.shape[2] // k.shape[2]
     rows = triton.next_power_of_2(heads)  # of a token
-    # With three eighths of the rows idle, the portable kernels are about as fast.
+    # With three eighths of the rows idle, the Triton kernels are about as fast.
     fits = heads == rows <= 64 or (rows <= 16 and 8 * heads >= 5 * rows)
     fits = fits and (q.shape[3], v.shape[3]) in widths
     return architecture() == "sm_90" and q.element_size() == 2 and fits and scale > 0
@@ -88,7 +88,7 @@ def warpgroups(
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """TMA descriptor of a contiguous (B, S, G, D), seen as a (B * S, G * D) matrix, in boxes of (rows, columns).
 
-    Where D is no power of two, a box reaches into the next head's columns. The other factor of the product is 0 there.
+    If D is no power of two, a box extends into the next head's columns. The other factor of the product is 0 there.
     """
     height, width = x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]
     return TensorDescriptor(x, [height, width], [width, 1], [rows, columns])

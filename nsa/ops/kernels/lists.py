@@ -1,8 +1,8 @@
-"""For each block the list of the tokens that chose it, cut into work items: dK and dV of the block sum over them.
+"""Builds for each block the list of the tokens that selected it, divided into work items. dK and dV sum over them.
 
 One stable sort of (block, token) pairs puts each block's tokens together, ascending. A second, small sort puts the work
-items into the order in which they start. The kernels here write the keys of both sorts and read their results: four
-launches beside the sorts.
+items into the order in which they start. The kernels here write the keys of both sorts and read their results, in four
+launches.
 """
 
 from typing import NamedTuple
@@ -108,7 +108,7 @@ def item_block_kernel(Order, ListBegin, ItemBegin, ItemBlock, Keys, num_items, n
 
 
 def work_items(blocks: Tensor, num_blocks: int, chunk: int) -> Items:
-    """The lists of all blocks, cut into items of at most ``chunk`` entries. A list has at least one item.
+    """The lists of all blocks, divided into items of at most ``chunk`` entries. A list has at least one item.
 
     Args:
         blocks: (B, T, G, n) int32, contiguous; numbers below ``num_blocks``, or NO_BLOCK. T, n > 0.

@@ -41,7 +41,7 @@ def _range_attention_backward_fake(q, k, v, out, d_out, lse, d_lse, first, last,
 
 def _save_range(ctx, inputs, output):
     q, k, v, first, last, ctx.scale = inputs
-    ctx.set_materialize_grads(False)  # no zeros for lse, which few use
+    ctx.set_materialize_grads(False)  # no zeros for lse, whose gradient is rarely used
     ctx.save_for_backward(q, k, v, *output, first, last)
 
 

@@ -1,15 +1,15 @@
-"""Attention where each query sees a range of keys: dense, sliding window and compressed, packed or not.
+"""Attention in which each query sees a range of keys: dense, sliding window and compressed, packed or not.
 
 Rows: for KV head g, row r is query head ``g * h + r % h`` of token ``r // h``, with h = H / G. A program takes
 consecutive rows. So any group size fills a tile, and all heads of neighbouring tokens share each tile of keys.
 
-Token t sees keys ``first[t] .. last[t] - 1``. Both rise with t. For a tile of tokens t0..t1, the keys from
-``first[t1]`` to ``last[t0] - 1`` are seen by all: those tiles of keys need no mask. The tokens that see a tile of keys
-are a range again, which a binary search finds. So dK and dV are computed like the output, with the roles swapped.
+Token t sees keys ``first[t] .. last[t] - 1``. Both never decrease with t. For a tile of tokens t0..t1, all tokens see
+the keys from ``first[t1]`` to ``last[t0] - 1``, so those tiles of keys need no mask. The tokens that see a tile of keys
+are also a range, which a binary search finds. So dK and dV are computed like the output, with the roles swapped.
 
 Algorithm: FlashAttention-2 (arXiv 2307.08691). The backward pass recomputes the probabilities from the LSE twice: once
-with queries outside (dQ), once with keys outside (dK, dV). That takes seven products instead of five, but no atomic
-adds, so the same inputs give the same bits.
+with queries in the outer loop (dQ), once with keys (dK, dV). That takes seven products instead of five, but no atomic
+adds, so the result is bitwise deterministic.
 """
 
 import functools
@@ -48,15 +48,15 @@ from nsa.ops.kernels.hardware import (
     warpgroups,
 )
 
-# Programs of a dK, dV launch to aim at: eight for each of some 130 multiprocessors balance uneven work.
+# Target number of programs of a dK, dV launch: eight for each of some 130 multiprocessors balance uneven work.
 PROGRAMS = 1056
 DELTA_ELEMENTS = 8192  # of one program of `delta_kernel`
 ADD_BLOCK = 1024  # elements of one program of `add_splits_kernel`
 RUNS_BLOCK = 128  # tiles of keys of one program of `tile_runs_kernel`
 MOST_SPLITS = 16  # programs that share one tile of keys
 TILES_PER_SPLIT = 8  # tiles of queries that a program goes through at least, if it shares its keys
-# Rows of queries that one program adds up at most. A tensor core cuts off what does not fit when it adds to a sum: over
-# 2^20 rows dK and dV come out 0.2 % too small, over 2^23 rows 1.7 % (docs/log/2026-11.md).
+# Maximum number of rows of queries that one program sums. A tensor core truncates when it adds to a sum: over 2^20 rows
+# dK and dV come out 0.2 % too small, over 2^23 rows 1.7 % (docs/log/2026-11.md).
 LONGEST_SUM = 2**20
 
 
@@ -349,7 +349,7 @@ def _constants(heads: int, groups: int, width: int, v_width: int, dtype: torch.d
         "D1": first,
         "D2": second,
         "DV1": tile_width(v_width),
-        # fp32 products take three tf32 passes: they err as little as fp32, and run on tensor cores.
+        # fp32 products take three tf32 passes, which are as accurate as fp32 and run on tensor cores.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
 
@@ -363,7 +363,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
     """out (B, T, H, Dv) in q's dtype and lse (B, T, H) fp32.
 
     Args:
-        q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv): contiguous. first, last: (T,) int32, never falling.
+        q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv): contiguous. first, last: (T,) int32, nondecreasing.
     """
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     out = q.new_empty(batch, tokens, heads, v.shape[3])
@@ -389,7 +389,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, scale:
 
 
 def delta(out: Tensor, d_out: Tensor) -> Tensor:
-    """(B, T, H) fp32: the sum of out * d_out (B, T, H, Dv) over its last axis."""
+    """(B, T, H) fp32: the sum of out * d_out (B, T, H, Dv) over its last dimension."""
     result = out.new_empty(out.shape[:3], dtype=torch.float32)
     width = tile_width(out.shape[3])
     rows = max(1, DELTA_ELEMENTS // width)
@@ -450,8 +450,9 @@ def key_gradients(
     tile, options = tile_sizes("hopper_range_key" if on_hopper else "range_key", q, k, v)
     num_tiles = triton.cdiv(keys, tile["BN"])
     runs = derived(first, _tile_runs, last, keys, tile["BN"])
-    # Compressed keys are few, and many queries see each: several programs share a tile of keys, and their partial sums
-    # are added in a fixed order. There are at most tokens / keys of them, so the sums take memory linear in the tokens.
+    # There are few compressed keys, and many queries see each. So several programs share a tile of keys, and their
+    # partial sums are added in a fixed order. There are at most tokens / keys of them, so the sums take memory linear
+    # in the tokens.
     rows = tokens * heads // groups
     programs = PROGRAMS * (2 if on_hopper else 1) // (num_tiles * batch * groups)
     wanted = min(MOST_SPLITS, programs, rows // (TILES_PER_SPLIT * tile["BM"]))
@@ -483,7 +484,7 @@ def key_gradients(
 
 
 def _tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
-    """Runs of `tile_runs_kernel`. They are the same for all layers of a step, which share ``first`` and ``last``."""
+    """Runs as `tile_runs_kernel` writes them: the same for all layers of a step, which share ``first`` and ``last``."""
     tokens, num_tiles = len(first), triton.cdiv(num_keys, tile)
     runs = first.new_empty(4, triton.cdiv(num_tiles, 4) * 4)  # rows begin at multiples of 16 bytes
     tile_runs_kernel[(triton.cdiv(num_tiles, RUNS_BLOCK),)](
@@ -494,7 +495,7 @@ def _tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
 
 
 def _add_splits_of(parts_k: Tensor, parts_v: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of both over their first axis, in the shapes and dtypes of k and v."""
+    """The sums of both over their first dimension, in the shapes and dtypes of k and v."""
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     vector = vector_of(k.numel(), v.numel())
     add_splits_kernel[(triton.cdiv(max(k.numel(), v.numel()), ADD_BLOCK), 2)](

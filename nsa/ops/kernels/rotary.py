@@ -1,4 +1,4 @@
-"""Heads taken out of a joint projection and rotated or squashed on the way; and the gradient back. One launch each.
+"""Splits a joint projection into heads, with rotation or sigmoid, and computes the gradient: one launch each.
 
 A program takes BM tokens of one slot. A slot is one head, or all gates. It holds the two halves of a head in registers,
 so a rotation, which pairs an element of each, needs no exchange. The columns of every part are compile-time constants,
@@ -192,7 +192,7 @@ def split_heads(
 
 
 def _layout(part: Heads) -> tuple[int, int, int]:
-    """Pairs that turn, their first dim, whether they are interleaved; of heads that turn."""
+    """Number of rotated pairs, their first dim, and whether they are interleaved, for heads that are rotated."""
     if part.how != "rotate":
         return 0, 0, 0
     width, start = part.layout.turning(part.width)

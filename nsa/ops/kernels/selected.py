@@ -1,14 +1,14 @@
 """Attention to the blocks that each query selected (NSA, arXiv 2502.11089, Eq. 12), forward and backward.
 
-Queries outside (output, dQ): a tile is BT neighbouring tokens times the h heads of a group. Its rows share the union of
-their tokens' blocks. `union_kernel` writes for each tile the sorted list of distinct blocks, and for each block a bit
-for every token that chose it. A row that did not choose a block gets +inf as its maximum (or LSE), so that its
-probabilities are exp2(-inf) = 0. That costs nothing per score.
+Queries in the outer loop (output, dQ): a tile is BT neighbouring tokens times the h heads of a group. Its rows share
+the union of their tokens' blocks. `union_kernel` writes for each tile the sorted list of distinct blocks, and for each
+block a bit for every token that selected it. A row that did not select a block gets +inf as its maximum (or LSE), so
+its probabilities are exp2(-inf) = 0. That costs nothing per score.
 
-Keys outside (dK, dV): for each block the list of tokens that chose it comes from one stable sort of (block, token)
-pairs (`nsa.ops.kernels.lists`). It takes linear memory, has a fixed order, and does not wait for the host. Lists of
-blocks that many chose (all choose the first) are cut into work items of bounded length, whose fp32 sums are added in
-order. All heads of a token are rows of one product.
+Keys in the outer loop (dK, dV): for each block the list of tokens that selected it comes from one stable sort of
+(block, token) pairs (`nsa.ops.kernels.lists`). It takes linear memory, has a fixed order, and does not wait for the
+host. Long lists (all tokens select the first block) are divided into work items of bounded length, whose fp32 sums are
+added in order. All heads of a token are rows of one product.
 """
 
 from dataclasses import dataclass
@@ -50,13 +50,13 @@ from nsa.ops.kernels.lists import work_items
 from nsa.ops.kernels.ranges import shape_constants
 
 MOST_TOKENS = 1 << TOKEN_BITS.value  # of a tile of queries
-ITEMS = 2112  # work items to aim at: sixteen for each of some 130 multiprocessors
+ITEMS = 2112  # target number of work items: sixteen for each of some 130 multiprocessors
 # Rows of queries in a work item at most, though at least 128 tokens. The rows of all items that run at the same time
 # then fit the L2 cache.
 ITEM_ROWS = 4096
 PART_BYTES = 512 << 20  # of the fp32 sums that exist at the same time, at most
 PART_ROWS = 8  # keys of one program of `add_parts_kernel`
-PART_LOADS = 8  # loads that it has under way
+PART_LOADS = 8  # loads that it keeps in flight
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -340,10 +340,10 @@ def add_parts_kernel(PartK, PartV, DK, DV_, ItemBegin, PartBegin, BlockStart, Bl
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where the blocks of a (packed) sequence lie, and which ones each query chose. All int32.
+    """Positions of the blocks of a (packed) sequence, and the blocks that each query selected. All int32.
 
     Attributes:
-        blocks: (B, T, G, n) chosen blocks, numbered over the whole sequence; NO_BLOCK where there is none.
+        blocks: (B, T, G, n) selected blocks, numbered over the whole sequence; NO_BLOCK for none.
         start, end: (M,) first token of each block, and one past its last.
         position: (T,) token index of each query.
     """
@@ -357,7 +357,7 @@ class BlockLayout:
     def of(cls, documents: Documents, block_indices: Tensor, num_keys: int, block_size: int) -> "BlockLayout":
         """From ``block_indices`` (B, T, G, n), numbered within each document; -1 is none."""
         start, end, first, own, position = _blocks(documents, num_keys, block_size)
-        # A block after the query has no key that it may see.
+        # Blocks after the query have no keys that it may see.
         none = (block_indices < 0) | (block_indices > own)
         blocks = (block_indices.int() + first).masked_fill_(none, NO_BLOCK.value)
         return cls(blocks.contiguous(), start, end, position)
@@ -393,7 +393,7 @@ def unions(layout: BlockLayout, tokens_per_tile: int, block_size: int) -> tuple[
 
 
 def _tile(kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile constants and launch options of a kernel with queries outside. BT is the tokens that fill the BM rows."""
+    """Tile constants and launch options of a kernel over tiles of queries. BT: the tokens that fill the BM rows."""
     tile, options = tile_sizes(kernel, q, k, v)
     heads = q.shape[2] // k.shape[2]
     tile["BM"] = max(tile["BM"], triton.next_power_of_2(heads))
@@ -404,7 +404,7 @@ def _tile(kernel: str, q: Tensor, k: Tensor, v: Tensor, block_size: int) -> tupl
 def on_hopper(
     q: Tensor, k: Tensor, v: Tensor, block_size: int, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES
 ) -> bool:
-    """Whether Hopper's kernels with queries outside serve these tensors.
+    """Whether Hopper's kernels over tiles of queries support these tensors.
 
     Groups need two heads: a tile of 128 rows then has at most the 64 tokens that a Member has bits for.
     """
@@ -499,7 +499,7 @@ def key_gradients(
     """dk (B, S, G, D) and dv (B, S, G, Dv), as in `backward`."""
     (batch, tokens, groups, n), num_blocks = layout.blocks.shape, len(layout.start)
     heads, rows = q.shape[2] // groups, _block_constants(block_size)["BN"]
-    # The layout of shared memory repeats after eight rows, which the box of a token must fill.
+    # The layout of shared memory repeats every eight rows, which the box of a token must fill.
     hopper_keys = warpgroups(q, k, v, scale) and rows == 64 and heads > 4
     token_rows = triton.next_power_of_2(heads) if hopper_keys else heads
     # Items must be short enough that every multiprocessor gets several. Where a token has many rows, they must also be

@@ -35,7 +35,7 @@ from nsa.ops.kernels.hardware import BOTH_PASSES, INTEGERS, LOG2_E, descriptor, 
 from nsa.ops.kernels.ranges import int32_runs, shape_constants
 
 SORTED = 2048  # block numbers that a program of `sort_kernel` sorts
-# Hopper's kernel serves at most so many chosen blocks, and compressed keys of one block.
+# Hopper's kernel supports at most so many selected blocks, and compressed keys per block.
 HOPPER_MOST_BLOCKS = HOPPER_MOST_RATIO = 32
 
 
@@ -201,10 +201,10 @@ def select(
 
 
 def _on_hopper(q: Tensor, k: Tensor, ratio: int, units: int, num_blocks: int, scale: float) -> bool:
-    """Whether the kernel for Hopper serves these tensors.
+    """Whether the kernel for Hopper supports these tensors.
 
-    Its shared memory holds the LSEs of all heads and the sums of a chunk's blocks beside the keys. A chunk has the more
-    blocks, the fewer keys a block has.
+    Its shared memory holds the keys, the LSEs of all heads and the sums of a chunk's blocks. The fewer keys a block
+    has, the more blocks a chunk has.
     """
     heads = q.shape[2] // k.shape[2]
     if q.shape[3] > 128:

@@ -18,7 +18,7 @@ Choose = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Branches(NamedTuple):
-    """What the branches give: outputs (B, T, H, Dv) before the gates, and the selected blocks (B, T, G, num_blocks);
+    """Results of the branches: outputs (B, T, H, Dv) before the gates, the selected blocks (B, T, G, num_blocks), and
     ``lse`` (B, H, T) fp32 of the compressed scores."""
 
     compressed: Tensor
@@ -55,15 +55,15 @@ def native_sparse_attention(
         q: (B, T, H, D).
         kv_cmp: (k_cmp, v_cmp), the compressed blocks, as for `compressed_attention`.
         kv_slc, kv_win: (k (B, S, G, D), v (B, S, G, Dv)) of the selected and the window branch. The queries are the
-            last T positions of each (all of them, unless decoding on a cache or given a chunk of a sequence); kv_win
-            may hold just the last window + T - 1. kv_slc may be a function that returns them: it is called when the
-            blocks are chosen, for keys and values that are still on their way from other devices.
+            last T positions of each: S > T when decoding with a cache or for a chunk of a sequence. kv_win may have
+            the last window + T - 1 positions only. kv_slc may be a function that returns the pair and is called after
+            the selection, for keys and values that are still being gathered from other devices.
         gates: (B, T, H, 3) in [0, 1]: compressed, selected, window.
         length, stride, block_size, num_blocks, num_initial, num_local: as for `select_blocks`.
-        window: keys that the window branch sees.
+        window: number of keys that a query sees in the window branch.
         scale: factor of the scores in every branch; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents up to the last query, with B = 1; no branch looks across
-            one.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents up to the last query, with B = 1; no branch attends
+            across one.
         offset: position of the first query.
         choose: (q, k_cmp, lse) -> block indices (B, T, G, num_blocks) int32, called without gradient; None:
             `select_blocks` with the sizes above.
@@ -73,15 +73,15 @@ def native_sparse_attention(
         (B, T, H, Dv) in q's dtype.
 
     Raises:
-        ValueError: shapes or sizes that do not belong together, unknown backend.
+        ValueError: inconsistent shapes or sizes, unknown backend.
     """
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {(*q.shape[:3], 3)}, got {tuple(gates.shape)}")
     sizes = {"length": length, "stride": stride, "block_size": block_size, "num_blocks": num_blocks}
     sizes |= {"num_initial": num_initial, "num_local": num_local}
     if choose is None:
-        told = {"scale": scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": backend}
-        choose = partial(select_blocks, **sizes, **told)  # type: ignore[arg-type]
+        options = {"scale": scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": backend}
+        choose = partial(select_blocks, **sizes, **options)  # type: ignore[arg-type]
     there = () if callable(kv_slc) else kv_slc
     if resolve_backend(backend, q, *kv_cmp, *there, *kv_win) == "triton":
         scale = softmax_scale(scale, q.shape[3])
@@ -89,12 +89,12 @@ def native_sparse_attention(
         return _fused(
             q, kv_cmp, kv_slc, kv_win, gates, choose, length, stride, block_size, window, cu_seqlens, offset, scale
         )
-    found = branches(
+    results = branches(
         q, kv_cmp, kv_slc, kv_win, choose, length=length, stride=stride, block_size=block_size, window=window,
         scale=scale, cu_seqlens=cu_seqlens, offset=offset, backend=backend,
     )  # fmt: skip
     g = gates.to(q.dtype).unsqueeze(-1)
-    return g[..., 0, :] * found.compressed + g[..., 1, :] * found.selected + g[..., 2, :] * found.window
+    return g[..., 0, :] * results.compressed + g[..., 1, :] * results.selected + g[..., 2, :] * results.window
 
 
 def branches(
@@ -113,7 +113,7 @@ def branches(
     offset: int = 0,
     backend: str = "auto",
 ) -> Branches:
-    """The parts of `native_sparse_attention`, by one operator each; arguments as there."""
+    """The branches of `native_sparse_attention`, computed by one operator each; arguments as there."""
     common = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
     out_cmp, lse = compressed_attention(q, *kv_cmp, length=length, stride=stride, offset=offset, **common)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -130,7 +130,7 @@ def arrived(kv: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]]) -> 
 
 
 def key_borders(cu_seqlens: Tensor | None, tokens: int, k: Tensor) -> Tensor | None:
-    """Borders among the positions of k (B, S, G, D), the last S of ``tokens``."""
+    """Document boundaries among the positions of k (B, S, G, D), which are the last S of ``tokens``."""
     kept = k.shape[1]
     return cu_seqlens if cu_seqlens is None or kept >= tokens else clip_borders(cu_seqlens, tokens - kept, tokens)
 
@@ -150,7 +150,7 @@ def _fused(
     offset: int,
     scale: float,
 ) -> Tensor:
-    """The kernels' way: one backward pass for the three branches, and no gated copies of the gradient."""
+    """By kernels, with one backward pass for the three branches and without gated copies of the gradient."""
     from nsa.ops.kernels import operators
 
     near_borders = key_borders(cu_seqlens, offset + q.shape[1], kv_win[0])

@@ -1,4 +1,4 @@
-"""The residual sum and the norm that follows it, together."""
+"""The residual sum, fused with the norm that follows it."""
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from nsa.ops.dispatch import resolve_backend
 def add_rms_norm(
     x: Tensor, weight: Tensor, eps: float, delta: Tensor | None = None, *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """h = x + delta, and h / rms(h) * weight over the last axis (RMSNorm, arXiv 1910.07467).
+    """h = x + delta, and h / rms(h) * weight over the last dimension (RMSNorm, arXiv 1910.07467).
 
-    A pre-norm layer goes on with both: h is its residual stream. So one kernel adds the gradients that reach h through
-    the norm and past it.
+    A pre-norm layer uses both: h is its residual stream. So one kernel sums the gradients of h, direct and through the
+    norm.
 
     Args:
         x: (.., C). weight: (C,). eps: added to the mean of squares. delta: of x's shape and dtype; None: h is x.
@@ -23,7 +23,7 @@ def add_rms_norm(
         h and the normed h, (.., C) both, in x's dtype; the norm is computed in fp32 and rounded once.
 
     Raises:
-        ValueError: shapes that do not belong together, unknown backend.
+        ValueError: inconsistent shapes, unknown backend.
     """
     if weight.shape != x.shape[-1:] or (delta is not None and delta.shape != x.shape):
         shapes = [tuple(x.shape), tuple(weight.shape), None if delta is None else tuple(delta.shape)]

@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864), and heads cut from a joint projection and rotated on the way."""
+"""Rotary position embedding (arXiv 2104.09864), and splitting a joint projection into heads with rotation."""
 
 from collections.abc import Sequence
 
@@ -23,9 +23,9 @@ def apply_rotary(
     A pair (a, b) -> (a cos - b sin, b cos + a sin): RoPE (arXiv 2104.09864, Eq. 34).
 
     Args:
-        x: (B, T, H, D). cos, sin: (T, R/2) fp32, R of the D dims turn. rows: (T,) int64, the tables' row for each
-            token; None: its own, 0 .. T - 1. layout: which dims turn and are pairs; by default all, (i, i + D/2).
-            backend: auto, triton, torch or naive.
+        x: (B, T, H, D). cos, sin: (T, R/2) fp32, for R rotated dims. rows: (T,) int64, the row of the tables for each
+            token; None: 0 .. T - 1. layout: which dims are rotated and which are pairs; by default all, (i, i + D/2).
+        backend: auto, triton, torch or naive.
 
     Returns:
         (B, T, H, D) in x's dtype.
@@ -48,12 +48,12 @@ def split_heads(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """The parts of a joint projection, each contiguous, rotated or squashed where asked for: one pass over x.
+    """The parts of a joint projection, each contiguous, and rotated or mapped by a sigmoid: in one pass over x.
 
     Args:
-        x: (B, T, W), W the columns of all parts, which lie one after the other. parts: eight at most.
+        x: (B, T, W), the columns of all parts in order. parts: eight at most.
         cos, sin, rows: as for `apply_rotary`.
-        bias: (columns,) of the part with "sigmoid" (one at most), added before; None: no such part.
+        bias: (columns,) of the part with "sigmoid" (one at most), added before the sigmoid; None: no such part.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -70,7 +70,7 @@ def split_heads(
         return rotary.split_heads(x, list(parts), cos, sin, rows, bias)
     if rows is not None:
         cos, sin = cos[rows], sin[rows]
-    # No path between the two: this is the definition, and a fair way to run it.
+    # Naive and torch are the same here: the reference is fast enough as the fallback.
     outs = []
     for part, columns in zip(parts, x.split([part.columns for part in parts], -1), strict=True):
         if part.how == "sigmoid":

@@ -30,14 +30,14 @@ def selected_attention(
             -1 is none. Block j covers tokens block_size*j .. block_size*(j+1) - 1 of the document.
         block_size: tokens of a block (l').
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 borders of packed documents among the S positions, with B = 1.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1.
         backend: auto, triton, torch or naive.
 
     Returns:
         (B, T, H, Dv) in q's dtype; a query without blocks gives 0.
 
     Raises:
-        ValueError: shapes that do not belong together, unknown backend.
+        ValueError: inconsistent shapes, unknown backend.
     """
     check_attention(q, k, v, cu_seqlens)
     expected = (q.shape[0], q.shape[1], k.shape[2])
@@ -59,9 +59,9 @@ def selected_attention(
 
 
 def block_pattern(documents: Documents, block_indices: Tensor, num_keys: int, block_size: int) -> Blocks:
-    """Block numbers within documents -> blocks of the whole packed sequence."""
+    """The pattern in blocks of the whole packed sequence, from block numbers within documents."""
     bounds = documents.selection_bounds(block_size)
-    # Every document but the last may end in a partial block: this many blocks hold any packing.
+    # Every document may end in a partial block, so this is the maximum for any packing.
     count = num_keys // block_size + len(documents.bounds) - 1
     start, _ = block_starts(documents.bounds, bounds, block_size, count)
     first = bounds[documents.query_document][:, None, None]

@@ -1,4 +1,4 @@
-"""Which blocks a query attends to: NSA's selection from the compressed probabilities (arXiv 2502.11089, Eq. 9-11)."""
+"""NSA's selection of the blocks of a query, from the compressed probabilities (arXiv 2502.11089, Eq. 9-11)."""
 
 from collections.abc import Iterator
 
@@ -39,25 +39,25 @@ def select_blocks(
 ) -> Tensor:
     """The ``num_blocks`` most important selection blocks of each query and KV head.
 
-    The importance of selection block j is the sum, over the group's heads and over compressed blocks, of the
-    compressed probability times the number of stride units of that compressed block that lie in j: Eq. 9 in its
-    0-based form (for 32/16/64 the weights are 1, 2, 2, 2, 1 on compressed blocks 4j-1 .. 4j+3), summed as in Eq. 10.
+    The importance of selection block j is a sum over the group's heads and the compressed blocks: the compressed
+    probability times the number of stride units that the compressed block shares with j. This is Eq. 9 in its 0-based
+    form (for 32/16/64 the weights are 1, 2, 2, 2, 1 on compressed blocks 4j-1 .. 4j+3), summed as in Eq. 10.
 
     Args:
         q: (B, T, H, D). k_cmp: (B, S, G, D), as for `compressed_attention`. lse: (B, H, T), its second result.
         length, stride: of the compressed blocks. block_size: tokens of a selection block, a multiple of ``stride``,
             at least ``length``.
-        num_blocks: blocks per query; the ``num_initial`` first of the document and the ``num_local`` most recent (the
-            query's own included) are always in and count.
+        num_blocks: blocks per query. Among them are always the ``num_initial`` first of the document and the
+            ``num_local`` most recent ones (the query's own included).
         scale, cu_seqlens, offset: as for `compressed_attention`.
         backend: auto, triton, torch or naive.
 
     Returns:
-        (B, T, G, num_blocks) int32 block numbers within the query's document, ascending, -1 filling the rest. Ties go
-        to the lower number; only blocks that start at or before the query. Not differentiable.
+        (B, T, G, num_blocks) int32 block numbers within the query's document, ascending, padded with -1. Ties go to the
+        lower number. Only blocks that start at or before the query are selected. Not differentiable.
 
     Raises:
-        ValueError: more forced blocks than ``num_blocks``, shapes that do not belong together, unknown backend.
+        ValueError: more forced blocks than ``num_blocks``, inconsistent shapes, unknown backend.
     """
     check_attention(q, k_cmp, k_cmp, cu_seqlens, offset)
     check_selection(length, stride, block_size, num_blocks, num_initial, num_local)
@@ -82,7 +82,7 @@ def select_blocks(
 def check_selection(
     length: int, stride: int, block_size: int, num_blocks: int, num_initial: int, num_local: int
 ) -> None:
-    """Raise ValueError unless the blocks fit the compression, and the forced ones their number."""
+    """Raise ValueError unless the block sizes fit the compression, and there are enough blocks for the forced ones."""
     check_compression(length, stride, block_size)
     if num_blocks < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > num_blocks:
         raise ValueError(
@@ -93,7 +93,7 @@ def check_selection(
 def naive_importance(
     q: Tensor, k_cmp: Tensor, lse: Tensor, documents: Documents, length: int, stride: int, block_size: int, scale: float
 ) -> Tensor:
-    """(B, G, T, M) importance of block m of each query's own document, straight from the definition."""
+    """(B, G, T, M) importance of block m of each query's own document, directly by its definition."""
     groups, dtype = k_cmp.shape[2], accumulation_dtype(q)
     mask = compressed_mask(documents, k_cmp.shape[1], length, stride)
     keys = k_cmp.to(dtype).repeat_interleave(q.shape[2] // groups, dim=2)
@@ -140,7 +140,7 @@ def _importance_tiles(
     block_size: int,
     scale: float,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(queries, their importance (B, G, t, M)) tile by tile, M enough for the tile's last query."""
+    """Yield (queries, their importance (B, G, t, M)) by tiles, with M large enough for the tile's last query."""
     groups, dtype = k_cmp.shape[2], accumulation_dtype(q)
     queries = q.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4) * (scale * LOG2_E)  # (B, G, h, T, D)
     keys = k_cmp.to(dtype).transpose(1, 2)
@@ -153,13 +153,13 @@ def _importance_tiles(
         rows = slice(tile.start, tile.stop)
         scores = queries[:, :, :, rows] @ keys[:, :, None, tile.keys].mT
         p = scores.sub_(lse[:, :, :, rows, None]).exp2_().sum(2).masked_fill_(~tile.mask, 0)  # (B, G, t, U)
-        # Selection block j weighs the compressed blocks j*per_block - lead .. of its document.
+        # Selection block j sums over the compressed blocks from j*per_block - lead on, of its document.
         most = int(documents.query_local[rows].max()) // block_size + 1
         lead = length // stride - 1
         source = torch.arange(most, device=q.device)[:, None] * (block_size // stride) - lead
         source = source + torch.arange(len(weights), device=q.device)  # (M, W)
         column = (first_block[rows] - tile.keys.start)[:, None] + source.flatten()  # (t, M * W)
-        # One zero column stands for the blocks that are not there.
+        # An additional zero column stands for blocks that do not exist.
         p = torch.nn.functional.pad(p, (0, 1))
         missing = (source.flatten() < 0) | (column < 0) | (column >= p.shape[3])
         column = column.masked_fill(missing, p.shape[3] - 1)
@@ -168,9 +168,9 @@ def _importance_tiles(
 
 
 def overlap_weights(length: int, stride: int, block_size: int) -> Tensor:
-    """Stride units that compressed block 4j - lead + m shares with selection block j, lead = length/stride - 1.
+    """Stride units that compressed block p j - lead + m shares with selection block j, p = block_size/stride.
 
-    (block_size/stride + lead,) float; 1, 2, 2, 2, 1 for 32/16/64.
+    (p + lead,) float, lead = length/stride - 1; 1, 2, 2, 2, 1 for 32/16/64.
     """
     units, per_block = length // stride, block_size // stride
     shared = [min(m, per_block - 1) - max(m - units + 1, 0) + 1 for m in range(per_block + units - 1)]

@@ -11,10 +11,10 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     """gate * sigmoid(gate) * up, elementwise.
 
     Args:
-        gate, up: of one shape and dtype. backend: auto, triton, torch or naive.
+        gate, up: of the same shape and dtype. backend: auto, triton, torch or naive.
 
     Returns:
-        Their shape and dtype; the kernel computes in fp32 and rounds once.
+        A tensor of their shape and dtype. The kernel computes in fp32 and rounds once.
 
     Raises:
         ValueError: different shapes, unknown backend.

@@ -1,12 +1,12 @@
-"""The operators for Hopper in Gluon, which places asynchronous products (wgmma) and TMA transfers by hand.
+"""The operators for Hopper in Gluon, in which we schedule asynchronous products (wgmma) and TMA transfers ourselves.
 
-With Triton's own pipelining, the softmax of one program hides only behind the products of another. Here the products of
-a program run on during its own softmax. The kernels get the same ranges and lists as the portable ones
+With Triton's pipelining, the softmax of one program overlaps only with the products of another. Here it also overlaps
+with the products of its own program. The kernels get the same ranges and lists as the Triton kernels
 (nsa/ops/kernels), and compute the same.
 
-They serve 16-bit types and heads of 64 or 128. A group has a power of two of heads, or its heads fill at least five
-eighths of a power of two up to 16 (`nsa.ops.kernels.hardware.warpgroups`). The forward pass and selection also serve
-keys of 192 columns (values of 128). Such keys are loaded in two parts: 128 columns, and 64.
+They support 16-bit types and head dimensions 64 and 128. The number of heads of a group is a power of two, or fills at
+least five eighths of a power of two up to 16 (`nsa.ops.kernels.hardware.warpgroups`). The forward pass and selection
+also support keys of 192 columns (with values of 128). Such keys are loaded in two parts: 128 columns, and 64.
 
 Words used in this folder: a kernel has computing warpgroups of 64 rows each, and mostly a producer warp that only loads
 tiles by TMA. Tiles pass through shared memory in pipeline stages. Every stage has two mbarriers: `ready` completes when

@@ -1,8 +1,8 @@
-"""dQ on Hopper, of one branch or of all three: a tile of queries meets compressed keys, chosen blocks and the window.
+"""dQ on Hopper, of one branch or of all three, for tiles of queries: compressed keys, selected blocks and the window.
 
-A persistent kernel of two computing warpgroups and a producer warp. All branches pass through the same pipeline stages
-of 64 keys and values. Three kernels, one for each branch, would each load Q and dO, and read and write dQ. Here Q and
-dO are loaded once, and dQ stays in registers, in fp32, until all branches are done.
+A persistent kernel of two computing warpgroups and a producer warp. All branches use the same pipeline stages of 64
+keys and values. Three kernels, one for each branch, would each load Q and dO, and read and write dQ. Here Q and dO are
+loaded once, and dQ stays in registers, in fp32, until all branches are done.
 """
 
 import triton
@@ -299,16 +299,15 @@ def query_gradient(
     q: Tensor, kv: list[Tensor], d_out: Tensor, lse: Tensor, delta: Tensor, runs: list[Tensor], lists: Lists | None,
     position: Tensor | None, scale: float, dq: Tensor, add: bool = False,
 ) -> None:  # fmt: skip
-    """Into dq (B, T, H, D): the gradient of all three branches, or of one. If ``add``, added to what is there.
+    """Write the gradient of all three branches, or of one, to dq (B, T, H, D). If ``add``, add it to dq.
 
     Args:
         q, d_out: (B, T, H, D).
-        kv: k and v (B, S, G, D) of each branch, one after the other.
+        kv: k and v (B, S, G, D) of each branch, in order.
         lse, delta: fp32, (3, B, T, H) for three branches, (B, T, H) for one.
         runs: first and last (T,) int32 of each branch that sees ranges of keys: the compressed and the window branch,
             one, or none.
-        lists, position: the chosen blocks of the selected branch and the queries' positions (T,) int32; None without
-            that branch.
+        lists, position: the selected blocks and the queries' positions (T,) int32; None without the selected branch.
     """
     (batch, tokens, heads, width), groups = q.shape, kv[0].shape[2]
     tile, options = tile_sizes("hopper_query", q, kv[0], kv[1])

@@ -1,14 +1,14 @@
-"""dK and dV on Hopper: a program holds a tile of keys and goes through the queries that see it.
+"""dK and dV on Hopper: a program holds a tile of keys and loops over the queries that see it.
 
 The queries come in boxes of BM rows, (tokens, heads of the group). The tile's keys and values stay in shared memory.
 TMA loads Q and dO of a box into a pipeline stage; the threads load LSE and delta one box ahead. Two kernels share this
-code. They differ in which tokens come: a range of them (dense, window, compressed), or the list of those that chose a
-block (selected). Ranges are gone through in such an order that programs which run side by side read the same tokens at
-the same time, because the L2 cache does not hold all of them.
+code. They differ in the tokens that they loop over: a range (dense, window, compressed), or the list of those that
+selected a block (selected). Ranges are read in such an order that programs which run at the same time read the same
+tokens, because the L2 cache does not hold all of them.
 
 S = K Q^T and dP = V dO^T have keys as rows and queries as columns. P and dS are left-hand operands in registers, of
-dV += P dO and dK += dS Q. These products of one box run on while the scores of the next begin. Two programs share a
-multiprocessor, so the softmax of one also hides behind the products of the other. A program has 128 threads of 255
+dV += P dO and dK += dS Q. These products of one box overlap with the scores of the next. Two programs share a
+multiprocessor, so the softmax of one also overlaps with the products of the other. A program has 128 threads of 255
 registers, 192 of which are accumulators. There is no room for a producer warp: the program starts its own loads.
 """
 

@@ -1,7 +1,7 @@
-"""Tiles of 128 query rows on Hopper: what the forward kernel over ranges and the dQ kernel share.
+"""Tiles of 128 query rows on Hopper: code that the forward kernel over ranges and the dQ kernel share.
 
 Two computing warpgroups take 64 rows each. A row is one (token, head of the group), or idle. A producer warp loads the
-queries, and the keys and values that both warpgroups read. Of a ``slot`` there is one for each (batch, KV head).
+queries, and the keys and values that both warpgroups read. A ``slot`` is one (batch, KV head).
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
 """Attention to ranges of keys on Hopper, forward: a persistent kernel of two computing warpgroups and a producer warp.
 
-A warpgroup starts the scores of the next tile of keys before the softmax and the second product of this one, which hide
-behind them (FlashAttention-3, arXiv 2407.08608, section 3.2). Where shared memory holds the queries of two tiles
-(QUEUE), the warpgroup also starts the first scores of its next tile before the epilogue of this one. The epilogue
-writes the output into the memory of the tile's queries, from where TMA stores it.
+A warpgroup starts the scores of the next tile of keys before the softmax and the second product of this one, so they
+overlap (FlashAttention-3, arXiv 2407.08608, section 3.2). If shared memory holds the queries of two tiles (QUEUE), the
+warpgroup also starts the first scores of its next tile before the epilogue of this one. The epilogue writes the output
+into the memory of the tile's queries, from where TMA stores it.
 """
 
 import triton

@@ -1,9 +1,9 @@
 """Attention to selected blocks on Hopper, forward: computing warpgroups share the blocks of their tokens.
 
-Neighbouring tokens choose much the same blocks, but not all the same. A producer warp loads the union of a tile's
-blocks, each once. A warpgroup computes a block if one of its own tokens (64 rows) chose it, and skips it otherwise. So
-two or three times (PARTS) as many tokens share a load as share a product. Rows that did not choose a block get +inf as
-their maximum, as in nsa/ops/kernels/selected.py. The kernel is persistent.
+Neighbouring tokens select mostly the same blocks. A producer warp loads the union of a tile's blocks, each once. A
+warpgroup computes a block if one of its own tokens (64 rows) selected it, and skips it otherwise. So two or three times
+(PARTS) as many tokens share a load as share a product. Rows that did not select a block get +inf as their maximum, as
+in nsa/ops/kernels/selected.py. The kernel is persistent.
 """
 
 from typing import Any, NamedTuple

@@ -1,11 +1,11 @@
 """Block importance and the best blocks on Hopper, as nsa/ops/kernels/selection.py, which explains the method.
 
-A persistent kernel. Two computing warpgroups take turns with the chunks of compressed keys, and hand the importances of
+A persistent kernel. Two computing warpgroups alternate over the chunks of compressed keys, and pass the importances of
 a chunk's blocks to a third warpgroup, which keeps the best. A producer warp loads each head's queries once for both
-computing warpgroups: they share the queries, because every chunk needs all of them. With one chunk to a program, the
-queries came from device memory for every chunk, which was the bottleneck.
+computing warpgroups, because every chunk needs all queries. With one chunk per program, the queries came from device
+memory for every chunk, which was the bottleneck.
 
-A computing warpgroup cuts its chunk in halves, so that the products of one half run during the exponentials of the
+A computing warpgroup divides its chunk in halves, so that the products of one half overlap with the exponentials of the
 other. In the third warpgroup two threads hold a row, so that its reductions need no exchange between warps.
 """
 
