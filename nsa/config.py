@@ -8,6 +8,7 @@ Commands:
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.schema or options.reference:
         print(json_schema() if options.schema else reference(), end="")
         return 0
@@ -308,4 +309,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the printing
     sys.exit(main())

@@ -7,6 +7,7 @@ docs/reliability.md.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def main() -> int:
     parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the run, print its size and memory, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers insert it; LOCAL_RANK says it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from nsa.config import dump_config, load_config
 
@@ -34,6 +35,8 @@ def main() -> int:
         if is_main:  # every rank reads the same
             print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
+    if arguments.print_config or arguments.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the printing
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
@@ -43,7 +46,8 @@ def main() -> int:
         try:
             print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
         except ValueError as e:
-            print(f"error: {e}", file=sys.stderr)
+            more = f"For another number of ranks: python -m nsa.plan {arguments.config} --gpus N"
+            print(f"error: {e}\n{more}", file=sys.stderr)
             return 2
         return 0
 
