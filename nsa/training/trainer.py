@@ -55,6 +55,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         self.began = time.monotonic()
+        self._stop: StopRequest | None = None  # heard until `close`: a signal while it ends changes nothing
         self.config = config
         self.ranks = ranks or initialize()
         world_size = self.ranks.world_size
@@ -114,7 +115,9 @@ class Trainer:
         self.console.greet(self.grid.describe(), self.step_metrics, self.dense_attention, self.progress.step)
         if self.ranks.is_main:
             self._run_folder.label(config, deepspeed_config(config, self.ranks.world_size))
-        stop = StopRequest(self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began)
+        stop = self._stop = StopRequest(
+            self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began
+        )
         saved, code = self.progress.step, DONE
         since, seconds, data_seconds = self.progress.step, 0.0, 0.0
         self.watchdog.start()
@@ -158,7 +161,6 @@ class Trainer:
                     break
         finally:
             reason = stop.asked()[1]
-            stop.restore()
             self.loader.close()
             if self.monitor:
                 self.monitor.close()
@@ -174,6 +176,13 @@ class Trainer:
         torch.distributed.destroy_process_group()
         if self.ranks.is_main:
             self._run_folder.close()
+        if self._stop is not None:
+            self._stop.restore()
+
+    def end_threads(self) -> None:
+        """End what runs beside the training, also after an error: a thread in C++ code while Python exits aborts it."""
+        self.watchdog.close()
+        self.writer.give_up()
 
     def train_step(self, stop: StopRequest) -> StepResult:
         """One step: forward and backward of every micro batch, then the update, unless something is not finite.

@@ -2,22 +2,35 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from tiny import free_port, start, tiny_config, write_yaml
 
 from nsa.config import ConfigError, dump_config, load_config, load_saved
-from nsa.training.run_folder import RunFolder, check_same
+from nsa.training import run_folder
+from nsa.training.run_folder import FolderBusyError, RunFolder, check_same
 
 
-def test_a_second_run_in_the_folder_is_refused(tmp_path):
+def test_a_second_run_in_the_folder_waits_and_says_again(tmp_path, monkeypatch, capsys):
+    """Ranks whose launcher was killed still save; a restart meanwhile is no mistake."""
     config = tiny_config(tmp_path)
-    first = RunFolder(config)
-    with pytest.raises(ValueError, match=r"another process \(process \d+ on .*\) trains in"):
+    first, now = RunFolder(config), [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] > 1000:
+            first.close()
+
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(FolderBusyError, match=r"another process \(process \d+ on .*\) trains in .*again.*code 75"):
         RunFolder(config)
-    first.close()
+    assert run_folder.LOCK_SECONDS <= now[0] < run_folder.LOCK_SECONDS + 1
+    assert capsys.readouterr().out.count("waiting for its end") == 1
+    now[0] = 990
     RunFolder(config).close()
+    assert 1000 < now[0] < 1001, "it goes on when the other has ended"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
