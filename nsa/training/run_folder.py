@@ -18,6 +18,7 @@ CHANGEABLE = (
     "output_dir",
     "evaluation",
     "checkpoint",
+    "resume",
     "recovery",
     "engine",
     "parallel",
@@ -94,28 +95,47 @@ class RunFolder:
         self._lock.close()
 
 
-def check_same(saved: Path, config: Config, where: Path) -> None:
+def check_same(saved: Path, config: Config, where: Path) -> list[str]:
     """Refuse to resume from a checkpoint of another configuration.
 
     Args:
         saved: config.yaml of the checkpoint. where: the checkpoint, for the message.
 
+    Returns:
+        The differences that ``resume.allow`` names, in words.
+
     Raises:
-        ValueError: naming every key that differs; or it is no configuration.
+        ValueError: naming every other key that differs; or it is no configuration.
     """
     before, now = (_flatten(parse(dump_config(c), "configuration")) for c in (load_saved(saved), config))
-    different = [
-        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
+    different = {
+        key: f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key, "absent") != now.get(key, "absent")
         and not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
-    ]
-    if different:
+    }
+    allowed = [told for key, told in different.items() if key in config.resume.allow]
+    refused = [told for key, told in different.items() if key not in config.resume.allow]
+    if refused:
+        advice = "\nSet these keys back to resume it, or start a new run under another name (name=...)"
+        if all(key.startswith("optimizer.") and key != "optimizer.kind" for key in different):
+            advice += f". To change them on purpose: resume.allow=[{', '.join(different)}]"
         raise ValueError(
-            f"{where} was written under another configuration:\n"
-            + "\n".join(different)
-            + "\nSet these keys back to resume it, or start a new run under another name (name=...)"
+            f"{where} was written under another configuration:\n" + "\n".join(f"  {told}" for told in refused) + advice
         )
+    return allowed
+
+
+def record_changes(run: Path, checkpoint: Path, changes: list[str]) -> None:
+    """Append what ``resume.allow`` let differ to ``<run>/changes.txt``, once, and print it."""
+    path = run / "changes.txt"
+    known = path.read_text().splitlines() if path.exists() else []
+    for change in changes:
+        line = f"from {checkpoint.name} on: {change}"
+        print(line, flush=True)
+        if line not in known:
+            with path.open("a") as file:
+                file.write(line + "\n")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -88,11 +88,17 @@ class Trainer:
 
         self.step_metrics = StepMetrics(config, self.ranks)
         self.console = Console(config, self.ranks, self.folder)
-        self.monitor = Monitor(self.folder, self.progress.step) if self.ranks.is_main else None
+        self.monitor = self._monitor() if self.ranks.is_main else None
 
     def _open_folder(self, deepspeed_json: dict[str, Any]) -> Path:
         self._run_folder = RunFolder(self.config)  # kept: it holds the lock
         return self._run_folder.path
+
+    def _monitor(self) -> Monitor:
+        monitor = Monitor(self.folder, self.progress.step, self.config.training.log_every)
+        if monitor.lost:
+            self.console.say(monitor.lost)
+        return monitor
 
     def _prepare(self) -> Path:
         prepared = prepare(self.config.data, self.config.seed)
@@ -350,7 +356,7 @@ class Trainer:
         self.loader.forget()
         if self.monitor:
             self.monitor.close()
-            self.monitor = Monitor(self.folder, self.progress.step)
+            self.monitor = self._monitor()
         self.console.say(f"{told}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
 
     # -------------------------------------------------------------------------------------------------- parts

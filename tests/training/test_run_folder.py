@@ -62,6 +62,47 @@ def test_what_may_not(tmp_path, override):
         check_same(saved, tiny_config(tmp_path, override), tmp_path)
 
 
+def test_what_resume_allow_names_may_change_on_purpose(tmp_path, capsys):
+    """And nothing else; it is said, and kept in the run folder, once."""
+    saved = write_config(tmp_path)
+    changed = ["optimizer.learning_rate=1e-3", "optimizer.schedule=constant"]
+    with pytest.raises(ValueError, match=r"resume\.allow=\[optimizer.learning_rate, optimizer.schedule\]"):
+        check_same(saved, tiny_config(tmp_path, *changed), tmp_path)
+    with pytest.raises(ValueError, match="optimizer.schedule: cosine there") as refused:
+        check_same(saved, tiny_config(tmp_path, *changed, "resume.allow=[optimizer.learning_rate]"), tmp_path)
+    assert "learning_rate: 0.003" not in str(refused.value)
+    both = "resume.allow=[optimizer.learning_rate, optimizer.schedule]"
+    changes = check_same(saved, tiny_config(tmp_path, *changed, both), tmp_path)
+    assert changes == [
+        "optimizer.learning_rate: 0.003 there, 0.001 now",
+        "optimizer.schedule: cosine there, constant now",
+    ]
+    assert check_same(saved, tiny_config(tmp_path, both), tmp_path) == []
+    for _ in range(2):
+        run_folder.record_changes(tmp_path, tmp_path / "step_00000004", changes)
+        assert capsys.readouterr().out.count("optimizer.learning_rate: 0.003 there, 0.001 now") == 1
+    lines = [f"from step_00000004 on: {change}" for change in changes]
+    assert (tmp_path / "changes.txt").read_text().splitlines() == lines
+    for key in ("optimizer.kind", "seed", "optimizer"):
+        with pytest.raises(ConfigError, match=r"resume\.allow"):
+            tiny_config(tmp_path, f"resume.allow=[{key}]")
+
+
+def test_the_run_folder_is_found_as_by_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    for given, meant in (("~/runs", "home/runs"), ("$SCRATCH/a", "scratch/a"), ("${SCRATCH}/a", "scratch/a")):
+        assert tiny_config(tmp_path, f"output_dir={given}").output_dir == str(tmp_path / meant)
+    data = tiny_config(
+        tmp_path, "data.cache_dir=~/cache", "data.sources.0.path=$SCRATCH/*.py", "data.tokenizer.path=~/a.model"
+    ).data
+    assert data.cache_dir == str(tmp_path / "home/cache") and data.tokenizer.path == str(tmp_path / "home/a.model")
+    assert data.sources[0].path == str(tmp_path / "scratch/*.py")
+    for wrong, words in (("$ABSENT/runs", r"environment has no \$ABSENT"), ("~nobody-here/runs", "no such user")):
+        with pytest.raises(ConfigError, match=words):
+            tiny_config(tmp_path, f"output_dir={wrong}")
+
+
 def as_before_2026_11_29(saved: Path) -> None:
     """Rewrite a saved configuration as it was when NSA's sizes stood beside attention.kind."""
     tree = yaml.safe_load(saved.read_text())
