@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The one entrance. `bash launch.sh --help` says what it does.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+HERE=$PWD
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$ROOT"
 
 usage() {
     cat <<'HELP'
@@ -16,6 +18,9 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
   export RUN                        write a run's last checkpoint as a Hugging Face folder
   evaluate EXPORT                   bits per byte by position and recall tasks of an export
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
+
+Files are those of the folder that the command is given in; a CONFIG that is not there may be one of the repository's.
+`train CONFIG --dry-run` prints the size of a run and stops.
 
 exit codes of train (docs/reliability.md)
   0 complete, 2 mend something, 75 stopped and saved, 85 a rank was lost: on 75 and 85 run the same command again
@@ -33,7 +38,7 @@ examples
 HELP
 }
 
-say() { printf '\033[1m== %s\033[0m\n' "$*" >&2; }
+say() { printf '\033[1m== %s\033[0m\n' "$*" >&2 || true; }
 fail() { printf 'launch.sh: %s\n' "$*" >&2; exit 1; }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; }
@@ -70,7 +75,7 @@ installation page of pytorch.org shows for 'Compute Platform: CPU', or PIP_FIND_
 setup() {
     local stamp wanted
     stamp=.venv/setup-stamp
-    wanted="$PWD $(has_gpu && echo gpu || echo cpu) $(cksum <pyproject.toml)"
+    wanted="$ROOT $(has_gpu && echo gpu || echo cpu) $(cksum <pyproject.toml)"
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         activate
         return
@@ -100,10 +105,10 @@ setup() {
 }
 
 activate() {
-    export VIRTUAL_ENV=$PWD/.venv PATH="$PWD/.venv/bin:$PATH"
+    export VIRTUAL_ENV=$ROOT/.venv PATH="$ROOT/.venv/bin:$PATH"
     # What is compiled belongs to this environment; nothing is left in the home folder.
-    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PWD/.venv/cache/torch_extensions}
-    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.venv/cache/triton}
+    export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$ROOT/.venv/cache/torch_extensions}
+    export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$ROOT/.venv/cache/triton}
     if ! has_gpu; then
         export DS_ACCELERATOR=cpu
     fi
@@ -111,8 +116,8 @@ activate() {
 
 # For the demo and the tests, which need no network: nothing is read from or left in the home folder or /tmp.
 stay_inside() {
-    export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HOME=$PWD/.venv/cache/huggingface
-    export XDG_CACHE_HOME=$PWD/.venv/cache MPLCONFIGDIR=$PWD/.venv/cache/matplotlib TRITON_HOME=$PWD/.venv/cache
+    export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HOME=$ROOT/.venv/cache/huggingface
+    export XDG_CACHE_HOME=$ROOT/.venv/cache MPLCONFIGDIR=$ROOT/.venv/cache/matplotlib TRITON_HOME=$ROOT/.venv/cache
     TMPDIR=$(mktemp -d)
     export TMPDIR
     trap 'rm -rf "$TMPDIR"' EXIT
@@ -122,9 +127,68 @@ stay_inside() {
 
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
 
+# Run a command that a signal to this script ends as well. It has a process group of its own: a terminal's Ctrl-C comes
+# here alone, and is passed on to the ranks, who save. Their launcher would give them 30 s.
+attend() {
+    local status=0
+    asked=
+    set -m
+    "$@" </dev/null &
+    attended=$!
+    set +m
+    trap 'pass_on TERM' TERM
+    trap 'pass_on HUP' HUP
+    trap 'pass_on USR1' USR1
+    trap 'pass_on USR2' USR2
+    trap 'pass_on INT' INT
+    trap 'pass_on QUIT' QUIT
+    trap '' PIPE
+    while true; do
+        status=0
+        wait "$attended" || status=$?
+        kill -0 "$attended" 2>/dev/null || break # else a signal ended the wait
+    done
+    while [[ -n $(ranks) ]]; do sleep 0.2 || true; done # of a launcher that was killed: they notice, and save
+    trap - TERM HUP USR1 USR2 INT QUIT PIPE
+    return "$status"
+}
+
+# The ranks on this machine that live, by the process ids that they have written.
+ranks() {
+    local pid
+    [[ -n ${NSA_EXIT_FILE:-} && -f $NSA_EXIT_FILE.ranks ]] || return 0
+    while read -r pid; do
+        if kill -0 "$pid" 2>/dev/null; then echo "$pid"; fi
+    done <"$NSA_EXIT_FILE.ranks"
+}
+
+pass_on() {
+    local found
+    asked=$1
+    found=$(ranks)
+    if [[ -n $found ]]; then
+        kill -s "$1" $found 2>/dev/null || true
+    elif [[ -n ${HOSTFILE:-} && -n ${run_folder:-} && -d ${run_folder:-} ]]; then # the ranks are elsewhere
+        touch "$run_folder/STOP"
+    else # nothing to save yet
+        kill -s TERM -- "-$attended" 2>/dev/null || true
+    fi
+}
+
+# The run folder of a configuration. A mistake in it is told once and at once, not by every rank of a launcher.
+run_folder_of() {
+    local told
+    told=$(python -m nsa.config "$@") || return
+    python -c 'import sys, yaml; c = yaml.safe_load(sys.stdin); print(c["output_dir"] + "/" + c["name"])' <<<"$told"
+}
+
 train() {
     [[ $# -ge 1 ]] || fail "train needs a configuration, e.g. bash launch.sh train configs/demo.yaml"
-    python -m nsa.config "$@" >/dev/null # a mistake is told once and at once, not by every rank of a launcher
+    local argument
+    for argument in "$@"; do # an option prints something and stops
+        if [[ $argument == -* ]]; then exec python -m nsa.train "$@"; fi
+    done
+    run_folder=$(run_folder_of "$@") || return
     if [[ -n ${SLURM_STEP_ID:-} && ${SLURM_NTASKS:-1} -gt 1 ]]; then # inside srun: this process is one rank
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID
         export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
@@ -140,16 +204,21 @@ train() {
         launcher+=(--master_port "${MASTER_PORT:-$(free_port)}")
     fi
     say "${launcher[*]} nsa/train.py $*"
-    # The launcher has exit codes of its own when a rank fails: rank 0 writes the run's into a file.
+    # The launcher has exit codes of its own when a rank fails or it is killed: rank 0 writes the run's into a file.
     local status=0 said
     NSA_EXIT_FILE=$(mktemp)
     export NSA_EXIT_FILE
-    "${launcher[@]}" nsa/train.py "$@" || status=$?
+    attend "${launcher[@]}" "$ROOT/nsa/train.py" "$@" || status=$?
     said=$(<"$NSA_EXIT_FILE")
-    rm -f "$NSA_EXIT_FILE"
-    if [[ $status -ne 0 && -n $said ]]; then
+    rm -f "$NSA_EXIT_FILE" "$NSA_EXIT_FILE.ranks"
+    unset NSA_EXIT_FILE
+    if [[ -n $said ]]; then
         status=$said
-    elif [[ $status -gt 128 && $status -ne 130 ]]; then
+    elif [[ $asked == INT || $asked == QUIT ]]; then
+        status=130
+    elif [[ -n $asked ]]; then
+        status=75
+    elif [[ $status -gt 128 || ($status -eq 0 && -z ${HOSTFILE:-}) ]]; then
         say "a process was killed: run the same command again"
         status=85
     fi
@@ -158,19 +227,18 @@ train() {
 
 demo() {
     local config=configs/demo.yaml run trigram
-    run=$(python -m nsa.config "$config" "$@" | python -c \
-        'import sys, yaml; c = yaml.safe_load(sys.stdin); print(c["output_dir"] + "/" + c["name"])')
+    run=$(run_folder_of "$config" "$@")
     say "1/5 data: the sources and docs of Python's standard library, a tokenizer trained on them"
-    python -m nsa.data.prepare "$config" "$@"
+    attend python -m nsa.data.prepare "$config" "$@"
     say "2/5 a byte-level trigram model on the same split, to compare with"
     trigram=$(python -m nsa.data.trigram "$config" "$@")
     echo "$trigram"
     say "3/5 training"
     train "$config" "$@"
     say "4/5 export to a Hugging Face folder"
-    python -m nsa.export "$run"
+    attend python -m nsa.export "$run"
     say "5/5 evaluation of the export"
-    python -m nsa.evaluate "$run/export"
+    attend python -m nsa.evaluate "$run/export"
     say "done: the recall scores are above; here is the rest"
     python -m nsa.summary "$run"
     echo "to compare with: $trigram"
@@ -189,6 +257,19 @@ run_tests() {
     "${pytest[@]}" "$@"
 }
 
+show_board() { exec tensorboard --logdir "${1:-checkpoints}" --host 127.0.0.1 --load_fast=false "${@:2}"; }
+
+prepare() { exec python -m nsa.data.prepare "$@"; }
+
+# Run "$1" where the command was given: its files are there. A configuration that is not may be the repository's.
+from_here() {
+    local command=$1
+    shift
+    cd "$HERE"
+    if [[ $# -gt 0 && ! -e $1 && -f $ROOT/$1 ]]; then set -- "$ROOT/$1" "${@:2}"; fi
+    "$command" "$@"
+}
+
 main() {
     local command=${1:-demo}
     [[ $# -eq 0 ]] || shift
@@ -197,11 +278,11 @@ main() {
         setup) setup ;;
         demo) setup; stay_inside; demo "$@" ;;
         test) setup; stay_inside; run_tests "$@" ;;
-        train) setup; train "$@" ;;
-        prepare) setup; python -m nsa.data.prepare "$@" ;;
-        export) setup; python -m nsa.export "$@" ;;
-        evaluate) setup; python -m nsa.evaluate "$@" ;;
-        tensorboard) setup; tensorboard --logdir "${1:-checkpoints}" --host 127.0.0.1 --load_fast=false "${@:2}" ;;
+        train) setup; from_here train "$@" ;;
+        prepare) setup; from_here prepare "$@" ;;
+        export) setup; cd "$HERE"; exec python -m nsa.export "$@" ;;
+        evaluate) setup; cd "$HERE"; exec python -m nsa.evaluate "$@" ;;
+        tensorboard) setup; cd "$HERE"; show_board "$@" ;;
         *=* | *.yaml) fail "unknown command $command; did you mean: bash launch.sh train $command ?" ;;
         *) fail "unknown command $command; bash launch.sh --help shows the commands" ;;
     esac

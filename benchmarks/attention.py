@@ -31,7 +31,17 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import dense, measure, peers
 from benchmarks.attention_inputs import REGIMES, SHAPES, Inputs, Shape, block_indices, distinct_blocks, normal
-from benchmarks.measure import Call, Times, agreement, called_ms, forward_backward, memory_mb, time_ms
+from benchmarks.measure import (
+    Call,
+    Times,
+    agreement,
+    called_ms,
+    die_with_parent,
+    forward_backward,
+    memory_mb,
+    need_gpu,
+    time_ms,
+)
 from nsa import ops
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import selection
@@ -242,7 +252,7 @@ def compile_side_by_side(names: list[str], options: argparse.Namespace) -> None:
     def compile_one(name: str) -> None:
         command = [sys.executable, __file__, "--shapes", f"{name}=2048", "--regimes", *options.regimes, "--dense"]
         command += ["--no-stages"] if options.no_stages else []
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=die_with_parent)
         if done.returncode:
             print(f"{name}: not compiled ahead: {done.stderr.strip().splitlines()[-1:]}", flush=True)
 
@@ -374,8 +384,7 @@ def main() -> None:
             parser.error(f"unknown {name}: {kind} of {', '.join(known)}")
     paths = {name: Path(path).resolve() for name, _, path in (value.partition("=") for value in options.peer_path)}
 
-    if not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU, and a torch that is built for it")
+    need_gpu(parser)
     if options.single_pass:
         for name, lengths in options.shapes.items():
             for tokens in lengths or options.tokens:

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import dense
-from benchmarks.measure import Call, agreement, ceilings, environment, forward_backward
+from benchmarks.measure import Call, agreement, ceilings, environment, forward_backward, need_gpu
 from nsa import ops
 from nsa.ops.dense import libraries
 from nsa.ops.geometry import KnownLengths, tell_lengths
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[8192, 32768])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    need_gpu(parser)
     report: dict = {**environment(), **ceilings(), "implementations": dense.versions()}
     report["command"] = "python benchmarks/dense_attention.py " + " ".join(sys.argv[1:])
     rows = report["dense_attention"] = []

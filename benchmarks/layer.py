@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.launches import layer_and_input
-from benchmarks.measure import environment
+from benchmarks.measure import environment, need_gpu
 
 REPEATS = 20
 
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
+    need_gpu(parser)
     report: dict = environment()
     if options.out and options.out.exists():
         report = json.loads(options.out.read_text())

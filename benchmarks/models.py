@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.measure import environment
+from benchmarks.measure import environment, need_gpu
 from benchmarks.training import SOURCE, TOKENIZER
 from nsa.config import Config, load_config
 from nsa.data.loader import SampleStream, batch
@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
+    need_gpu(parser)
     report: dict = environment()
     if options.out and options.out.exists():
         report = json.loads(options.out.read_text())

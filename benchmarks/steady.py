@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measure import environment
+from benchmarks.measure import environment, need_gpu
 from benchmarks.training import ROOT, SOURCE
 from nsa.config import Config, load_config
 from nsa.data.progress import Progress
@@ -56,7 +56,8 @@ def borders(trainer: Trainer, steps: int) -> Iterator[tuple[int, float]]:
     yield 0, now()
     with Progress("train", steps, unit=" steps") as progress:
         for step in range(1, steps + 1):
-            trainer.train_step(stop)
+            if code := trainer.train_step(stop).stop:
+                raise SystemExit(code)
             progress.update(1)
             if step % size == 0 or step == steps:
                 yield step, now()
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
+    need_gpu(parser)
     if options.steps < LEAST:
         parser.error(f"--steps must be at least {LEAST}: the first blocks are compared with the last")
     with tempfile.TemporaryDirectory() as folder:

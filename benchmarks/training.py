@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measure import environment
+from benchmarks.measure import die_with_parent, environment, need_gpu
 from nsa.config import Config, load_config
 from nsa.models import training_flops_per_token
 from nsa.planning.measured import ALONE, compare, error_lines, table
@@ -48,11 +48,14 @@ def train(config: Config, to_parent: Connection) -> None:
     from nsa.training.signals import StopRequest
     from nsa.training.trainer import Trainer
 
+    die_with_parent()
     try:
         trainer, stop = Trainer(config), StopRequest()
         for _ in range(config.training.steps):
             started = time.perf_counter()
             result = trainer.train_step(stop)
+            if result.stop:
+                break
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
+    need_gpu(parser)
     options.overrides += [case for case in options.cases if "=" in case]
     options.cases = [case for case in options.cases if "=" not in case]
     path = ROOT / f"configs/{options.config}.yaml"

@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, distinct_blocks, normal
-from benchmarks.measure import called_ms
+from benchmarks.measure import called_ms, die_with_parent, need_gpu
 from nsa.ops.compressed import compressed_ranges
 from nsa.ops.geometry import Documents, window_ranges
 from nsa.ops.kernels import hardware, ranges, selected, selection
@@ -191,8 +191,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs an NVIDIA GPU, and a torch that is built for it")
+    need_gpu(parser)
     shape = SHAPES[options.shape]
     small = operations(shape, 2048)
     rows_by_call = {name: rows_of(call) for name, call in small.items()}
@@ -202,7 +201,7 @@ def main() -> None:
         parser.error(f"shape {shape.name} does not use {', '.join(unused)} on this GPU, but {', '.join(used)}")
     if not options.compile_only:
         same = [sys.executable, __file__, "--shape", shape.name, "--compile-only", "--kernels"]
-        for row, worker in [(row, subprocess.Popen([*same, row])) for row in rows]:
+        for row, worker in [(row, subprocess.Popen([*same, row], preexec_fn=die_with_parent)) for row in rows]:
             if worker.wait():
                 print(f"{row}: not compiled ahead", flush=True)
         for regime in REGIMES:

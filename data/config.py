@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from nsa.schema import Section
+from nsa.schema import Section, shell_path
 
 
 class SourceConfig(Section):
@@ -22,6 +22,11 @@ class SourceConfig(Section):
     text_field: str = Field("text", description="files (JSONL, Parquet) and hub: the column that holds the text")
     task: Literal["mqar", "passkey", "copy"] | None = Field(None, description="synthetic: the task to generate")
 
+    @field_validator("path")
+    @classmethod
+    def _as_a_shell_reads_it(cls, value: str | None) -> str | None:
+        return value and shell_path(value)
+
     @model_validator(mode="after")
     def _consistent(self) -> "SourceConfig":
         if self.kind in ("files", "hub") and not self.path:
@@ -38,6 +43,11 @@ class TokenizerConfig(Section):
     vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 bytes included")
     train_bytes: int = Field(20_000_000, ge=10_000, description="bytes of text that a trained tokenizer sees at most")
 
+    @field_validator("path")
+    @classmethod
+    def _as_a_shell_reads_it(cls, value: str | None) -> str | None:
+        return value and shell_path(value)
+
 
 class DataConfig(Section):
     """Where tokens come from and how they are cut into samples."""
@@ -48,6 +58,11 @@ class DataConfig(Section):
     sequence_length: int = Field(ge=8, description="tokens in one sample (sequence)")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")
     workers: int = Field(2, ge=1, description="processes that prepare shards")
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _as_a_shell_reads_it(cls, value: str) -> str:
+        return shell_path(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":

@@ -8,6 +8,7 @@ Commands:
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from nsa.config_history import upgraded
 from nsa.data.config import DataConfig
 from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.parallel.config import ParallelConfig, check_layout
-from nsa.schema import Section
+from nsa.schema import Section, shell_path
 from nsa.strict_yaml import ConfigError
 
 __all__ = ["Config", "ConfigError", "dump_config", "json_schema", "load_config", "load_saved"]
@@ -95,7 +96,32 @@ class CheckpointConfig(Section):
     """When checkpoints are written and how many are kept."""
 
     every: int = Field(200, ge=1, description="steps between two checkpoints; the last step always saves")
-    keep_last: int = Field(2, ge=1, description="complete checkpoints that are kept")
+    keep_last: int = Field(
+        2,
+        ge=1,
+        description="complete checkpoints that are kept; the disk needs room for one more, which is written first",
+    )
+
+
+class ResumeConfig(Section):
+    """What a resumed run may do differently on purpose."""
+
+    allow: list[
+        Literal[
+            "optimizer.learning_rate",
+            "optimizer.min_learning_rate",
+            "optimizer.warmup_steps",
+            "optimizer.schedule",
+            "optimizer.decay_steps",
+            "optimizer.beta1",
+            "optimizer.beta2",
+            "optimizer.eps",
+            "optimizer.weight_decay",
+            "optimizer.gradient_clipping",
+        ]
+    ] = Field(
+        [], description="keys of the optimizer that may differ from the checkpoint's; any other difference is refused"
+    )
 
 
 class RecoveryConfig(Section):
@@ -189,10 +215,16 @@ class Config(Section):
     optimizer: OptimizerConfig = Field(description="optimizer and learning-rate schedule")
     training: TrainingConfig = Field(description="how long and in what pieces")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written, how many stay")
+    resume: ResumeConfig = Field(ResumeConfig(), description="what may differ from the checkpoint on purpose")
     recovery: RecoveryConfig = Field(RecoveryConfig(), description="loss spikes, hangs, lost ranks")
     engine: EngineConfig = Field(EngineConfig(), description="DeepSpeed and memory")
     parallel: ParallelConfig = Field(ParallelConfig(), description="ranks that share one replica of the model")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what nsa.evaluate measures on an export")
+
+    @field_validator("output_dir")
+    @classmethod
+    def _as_a_shell_reads_it(cls, value: str) -> str:
+        return shell_path(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -293,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     if options.schema or options.reference:
         print(json_schema() if options.schema else reference(), end="")
         return 0
@@ -308,4 +340,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the printing
     sys.exit(main())

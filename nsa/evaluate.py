@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.recall_samples=16")
     parser.add_argument("--config", help="YAML whose data and evaluation sections to use (default: the training's)")
     parser.add_argument("--out", help="folder for the results (default: evaluation, beside the export)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         path = Path(options.config or Path(options.export) / CONFIG)
         config = load_config(path, options.overrides) if options.config or options.overrides else None

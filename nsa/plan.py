@@ -4,7 +4,7 @@ Commands:
     python -m nsa.plan configs/1b.yaml --gpus 8 [key=value ...]              # parameters, FLOPs, memory, traffic
     python -m nsa.plan configs/1b.yaml --gpus 64 --gpu H200 parallel.tensor=4    # and speed, and the best choices
     python -m nsa.plan configs/1b.yaml --gpus 8 --memory 80                  # the same on H100s of 80 GB
-    python -m nsa.plan configs/7b.yaml --gpus 64 --dry-run parallel.tensor=4     # and the passes of a rank, for real
+    python -m nsa.plan configs/7b.yaml --gpus 64 --passes parallel.tensor=4      # and the passes of a rank, for real
     python -m nsa.plan --check [FILE ...]                                    # the prediction against measurements
     python -m nsa.plan --fit FILE ...                                        # fit its constants to measurements
 
@@ -15,6 +15,7 @@ Nothing is allocated: any size fits on a laptop.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8, help="all of them (default: 8)")
     parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the best choices")
     parser.add_argument("--memory", type=float, help="GB of a GPU, if not those of --gpu (without it: H100)")
-    parser.add_argument("--dry-run", action="store_true", help="also run the passes of a rank on the meta device")
+    parser.add_argument("--passes", action="store_true", help="also run the passes of a rank on the meta device")
     parser.add_argument("--check", action="store_true", help="compare with measurements in FILEs, or of the last fit")
     parser.add_argument("--fit", action="store_true", help="fit the constants to the measurements in FILEs, and say so")
     options = parser.parse_intermixed_args(arguments)
@@ -70,7 +71,7 @@ def _plan(options: argparse.Namespace) -> None:
         speed = predict_speed(config, gpus, gpu)
         print("\n" + describe_speed(speed, memory_of(config, gpus), gpus, gpu), flush=True)
         print("\n" + describe_search(search(config, gpus, gpu), gpus, gpu))
-    if options.dry_run:
+    if options.passes:
         stages = config.parallel.pipeline
         for rank in (0, stages * config.parallel.context * config.parallel.tensor - 1) if stages > 1 else (0,):
             print("\n" + describe_dry_run(dry_run(config, gpus, rank)), flush=True)
@@ -102,4 +103,5 @@ def _check(files: list[Path]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the printing
     sys.exit(main())

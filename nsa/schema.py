@@ -1,5 +1,8 @@
 """The strict base class of every configuration section: rejects unknown keys and does not convert types."""
 
+import os
+import re
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -14,3 +17,13 @@ class Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+
+def shell_path(value: str) -> str:
+    """A path with ``~`` and ``$NAME`` as a shell reads them. Raises ``ValueError`` if there is no such variable."""
+    path = os.path.expanduser(os.path.expandvars(value))  # noqa: PTH111 - a pattern is no Path
+    if unknown := re.search(r"\$(\w+|\{\w*\})", path):
+        raise ValueError(f"{value}: the environment has no {unknown[0]}")
+    if path.startswith("~"):
+        raise ValueError(f"{value}: there is no such user")
+    return path

@@ -7,6 +7,7 @@ docs/reliability.md.
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,15 +18,33 @@ if __name__ == "__main__" and not __package__:
 
 
 def main() -> int:
+    from nsa.training.exit_codes import write_exit_file, write_process_id
+    from nsa.training.signals import Stopped, ignore, stop_at_once
+
+    try:
+        stop_at_once()
+        write_process_id()
+        return _main()
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped before the first step ({stop.name}); run the same command to go on", file=sys.stderr)
+        write_exit_file(stop.code)
+        return stop.code
+    finally:
+        ignore()
+
+
+def _main() -> int:
     parser = argparse.ArgumentParser(prog="nsa.train", description="Pretrain a decoder, or resume: same command.")
     parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--dry-run", action="store_true", help="print parameters, memory and FLOPs and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check the run, print its size and memory, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers insert it; LOCAL_RANK says it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
 
     from nsa.config import dump_config, load_config
+    from nsa.training.exit_codes import USER, write_exit_file
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
@@ -33,7 +52,10 @@ def main() -> int:
     except ValueError as e:
         if is_main:  # every rank reads the same
             print(f"error: {e}", file=sys.stderr, flush=True)
-        return 2
+        write_exit_file(USER)
+        return USER
+    if arguments.print_config or arguments.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the printing
     if arguments.print_config:
         print(dump_config(config), end="")
         return 0
@@ -43,7 +65,8 @@ def main() -> int:
         try:
             print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
         except ValueError as e:
-            print(f"error: {e}", file=sys.stderr)
+            more = f"For another number of ranks: python -m nsa.plan {arguments.config} --gpus N"
+            print(f"error: {e}\n{more}", file=sys.stderr)
             return 2
         return 0
 

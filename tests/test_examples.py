@@ -1,6 +1,7 @@
 """The cluster examples, run: two local ranks under stand-ins for Slurm's commands, and DeepSpeed's hostfile here."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.training.tiny import free_port, write_yaml
 
 # What srun does, on this machine: every task gets the variables that launch.sh reads; the highest exit code counts.
 SRUN = """#!/bin/bash
-shift # --kill-on-bad-exit=0
+while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_STEP_NODELIST=localhost
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & pids+=($!); done
 if [[ -n ${SIGNAL_AFTER:-} && ! -e $SIGNAL_AFTER.sent ]]; then
@@ -91,6 +92,33 @@ def test_a_slurm_job_that_is_signalled_saves_and_is_requeued_until_it_is_complet
     assert "resumed" in log.read_text() and "2 x cpu" in log.read_text()
     assert checkpoint.step_of(checkpoint.checkpoints(tmp_path / "runs/run")[0]) == 60
     assert Path(cluster["REQUEUED"]).read_text().count("requeue") == 1
+
+
+def test_a_run_is_started_from_elsewhere_and_its_launcher_is_stopped(tmp_path, clone):
+    """What systemd or a container signals is launch.sh. It writes beside the configuration that it was given."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    here = tmp_path / "exp"
+    here.mkdir()
+    write_yaml(tmp_path).rename(here / "mine.yaml")
+    process = subprocess.Popen(
+        ["bash", str(clone / "launch.sh"), "train", "mine.yaml", "output_dir=runs", *SMALL, "training.steps=4000"],
+        cwd=here,
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if line.startswith("step"):
+            break
+    process.send_signal(signal.SIGTERM)
+    told.append(process.communicate(timeout=120)[0])
+    assert process.returncode == 75, "".join(told)
+    assert "(SIGTERM); run the same command to go on" in "".join(told)
+    assert len(checkpoint.checkpoints(here / "runs/run")) == 1
 
 
 def test_a_hostfile(tmp_path, cluster):

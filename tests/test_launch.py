@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -120,6 +121,105 @@ def test_no_usable_python_is_said(clone):
     result = launch("setup", root=root, PATH=str(tools), PYTHON="")
     assert result.returncode == 1
     assert "needs Python >= 3.11" in result.stderr
+
+
+# A launcher and a rank of it, who tells what it hears; what "python -m nsa.config" prints; and no GPU.
+DEEPSPEED = """
+rank() {
+    trap 'echo "rank heard TERM"; echo 75 >"$NSA_EXIT_FILE"; sleep 0.5; echo saved; exit 75' TERM
+    trap 'echo "rank heard INT"; echo 130 >"$NSA_EXIT_FILE"; exit 130' INT
+    trap 'echo "rank heard USR1"; echo 75 >"$NSA_EXIT_FILE"; exit 75' USR1
+    trap 'echo "rank heard HUP"; echo 75 >"$NSA_EXIT_FILE"; exit 75' HUP
+    echo "$BASHPID" >>"$NSA_EXIT_FILE.ranks"
+    echo "launcher $1"
+    for ((i = 0; i < 100; i++)); do sleep 0.1; kill -0 "$1" || { echo 75 >"$NSA_EXIT_FILE"; echo saved; exit 75; }; done
+}
+if [[ -n ${NO_RANKS:-} ]]; then echo "launcher $$"; exec sleep 20; fi
+rank $$ &
+wait
+exit 1
+"""
+
+
+def start_train(clone, **environment):
+    """`launch.sh train` of a clone that is set up, with `DEEPSPEED`, in a folder of its own; once it runs."""
+    root, tools = clone
+    (root / ".venv/bin").mkdir(parents=True)
+    stand_in(tools, "nvidia-smi", "exit 1")
+    for name in ("cat", "grep", "mktemp", "rm", "sleep"):
+        (tools / name).symlink_to(shutil.which(name))
+    told = subprocess.run(["cksum"], stdin=(ROOT / "pyproject.toml").open(), capture_output=True, text=True).stdout
+    (root / ".venv/setup-stamp").write_text(f"{root} cpu {told}")
+    stand_in(root / ".venv/bin", "python", 'if [[ $* == *-m* ]]; then echo "python in $PWD: $*" >&2; else echo 1; fi')
+    stand_in(root / ".venv/bin", "deepspeed", DEEPSPEED)
+    (root.parent / "exp").mkdir()
+    process = subprocess.Popen(
+        ["bash", str(root / "launch.sh"), "train", "mine.yaml"],
+        cwd=root.parent / "exp",
+        env={**os.environ, "PATH": str(tools), "TMPDIR": str(root.parent), **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("launcher "):
+            return process, int(line.split()[1])
+    raise AssertionError(f"it did not start: {process.wait()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [("TERM", 75), ("USR1", 75), ("HUP", 75), ("INT", 130)])
+def test_a_signal_to_launch_sh_is_passed_on_to_the_ranks_and_waited_for(clone, number, code):
+    process, _ = start_train(clone)
+    process.send_signal(getattr(signal, f"SIG{number}"))
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == code, output
+    assert f"rank heard {number}" in output and ("saved" in output or number != "TERM")
+    assert not [path for path in clone[0].parent.iterdir() if path.name.startswith("tmp.")]
+
+
+def test_a_signal_before_there_are_ranks_ends_their_launcher(clone):
+    process, launcher = start_train(clone, NO_RANKS="1")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=15)
+    assert process.returncode == 75
+    with pytest.raises(ProcessLookupError):
+        os.kill(launcher, 0)
+
+
+def test_a_launcher_that_is_killed_is_no_end_of_its_ranks(clone):
+    """DeepSpeed's own tells 0 where its child was killed."""
+    process, launcher = start_train(clone)
+    os.kill(launcher, signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 75 and "saved" in output
+    root, tools = clone
+    shutil.rmtree(root.parent / "exp")
+    shutil.rmtree(root / ".venv")
+    for name in ("cat", "grep", "mktemp", "rm", "sleep"):
+        (tools / name).unlink()
+    process, launcher = start_train(clone, NO_RANKS="1")
+    os.kill(launcher, signal.SIGKILL)
+    assert "a process was killed: run the same command again" in process.communicate(timeout=15)[0]
+    assert process.returncode == 85
+
+
+def test_a_command_runs_where_it_is_given_and_options_are_the_trainers(clone):
+    process, _ = start_train(clone)
+    process.kill()
+    process.communicate()
+    root, tools = clone
+    (root / "configs").mkdir()
+    (root / "configs/demo.yaml").touch()
+    here = root.parent / "exp"
+    (here / "mine.yaml").touch()
+    for given, found in (("mine.yaml", "mine.yaml"), ("configs/demo.yaml", f"{root}/configs/demo.yaml")):
+        done = subprocess.run(
+            ["bash", str(root / "launch.sh"), "train", given, "--dry-run", "training.steps=3"],
+            cwd=here, env={**os.environ, "PATH": str(tools)}, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert f"python in {here}: -m nsa.train {found} --dry-run training.steps=3" in done.stderr
+        assert done.returncode == 0
 
 
 def test_torch_is_pinned_and_no_part_of_the_build():

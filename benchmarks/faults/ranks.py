@@ -47,18 +47,23 @@ def hung_rank(stage: Stage) -> Row:
         return _row("a hung rank", codes == [85, 85] and named and found and again, lives)
 
 
-def frozen_rank(stage: Stage) -> Row:
-    """Rank 1 is stopped (SIGSTOP): no thread of it runs. Rank 0 names it and leaves with 85."""
+def frozen_rank(stage: Stage, rank: int) -> Row:
+    """A rank is stopped (SIGSTOP): no thread of it runs. The other names it and leaves with 85 soon after."""
     with stage.fresh() as output:
         lives = stage.start_ranks(
-            output, "recovery.lost_seconds=4", "training.steps=400", "optimizer.schedule=constant"
+            output,
+            "recovery.lost_seconds=4",
+            "recovery.hang_seconds=20",
+            "training.steps=400",
+            "optimizer.schedule=constant",
         )
         lives[0].until(lambda: "step   4/" in lives[0].output)
-        lives[1].kill(signal.SIGSTOP)
-        code = lives[0].end(60)
-        lives[1].kill()
-        lives[1].end()
-        return _row("a frozen rank", code == 85 and "rank 1 was lost" in lives[0].output, lives)
+        lives[rank].kill(signal.SIGSTOP)
+        code = lives[1 - rank].end(45)
+        lives[rank].kill()
+        lives[rank].end()
+        named = f"error: rank {rank} was lost" in lives[1 - rank].output
+        return _row(f"rank {rank} frozen", code == 85 and named, lives)
 
 
 def killed_rank(stage: Stage, rank: int) -> Row:

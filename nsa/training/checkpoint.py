@@ -32,10 +32,16 @@ COUNTERS = ("step", "updates", "skipped_in_a_row", "samples", "tokens", "world_s
 PART_BYTES = 2**30  # a file's tensors are held in memory twice while it is written
 _NAME = re.compile(r"step_(\d{8,18})")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+# Names that are read as parts of a checkpoint. Other files that lie in its folder are nobody's business.
+_PART = re.compile(r"(model|optimizer)-.*\.safetensors|rng-.*\.json|state\.json|config\.yaml|tokenizer\.model")
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, or is not what its manifest says."""
+
+
+class FormatError(CheckpointError):
+    """A checkpoint is of another version of this program: it is not damaged, and cannot be read."""
 
 
 def folder_name(step: int) -> str:
@@ -116,11 +122,13 @@ def commit(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> 
 
 
 def verify(folder: Path) -> None:
-    """Check a checkpoint against its manifest: every file, and that there are no others.
+    """Check a checkpoint against its manifest: every file, and that no other would be read as a part of it.
 
     A folder that somebody made on purpose is refused, too: names that lead out of it, links, pipes, duplicate keys.
+    Files that are no part of a checkpoint (such as .DS_Store) are left alone.
 
     Raises:
+        FormatError: another version of this program wrote it.
         CheckpointError: saying what is wrong.
     """
     try:
@@ -129,8 +137,11 @@ def verify(folder: Path) -> None:
         manifest = read_json(folder / MANIFEST)
         files = manifest["files"]
         if manifest["format"] != FORMAT:
-            raise CheckpointError(f"{folder}: format {manifest['format']}, this version reads {FORMAT}")
-        present = {path.name for path in folder.iterdir()} - {MANIFEST}
+            raise FormatError(
+                f"{folder}: format {str(manifest['format'])[:80]}, this version reads {FORMAT}; "
+                "use the version that wrote it"
+            )
+        present = {path.name for path in folder.iterdir() if _PART.fullmatch(path.name)}
         if not isinstance(files, dict):
             raise TypeError("its files are no mapping")
     except FileNotFoundError:
@@ -176,30 +187,48 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 def latest_complete(run_folder: Path | str, before: int | None = None) -> Path | None:
     """The newest checkpoint (of fewer than ``before`` steps) that is what its manifest says; broken ones are reported
-    and passed over."""
+    and passed over.
+
+    Returns:
+        None if there is no checkpoint.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none can be used; or a newer one is of another version.
+    """
+    reasons = []
     for path in checkpoints(Path(run_folder)):
         if before is not None and step_of(path) >= before:
             continue
         try:
             verify(path)
+        except FormatError:
+            raise
         except CheckpointError as e:
-            print(f"checkpoint passed over: {e}", flush=True)
+            reasons.append(str(e))
         else:
+            for reason in reasons:
+                print(f"checkpoint passed over: {reason}", flush=True)
             return path
+    if reasons:
+        told = "\n".join(f"  {reason}" for reason in reasons)
+        raise CheckpointError(
+            f"{run_folder}: none of its checkpoints can be used:\n{told}\nMend one of them. To start over from step 0 "
+            "instead, move the step_* folders away or set another name (name=...)"
+        )
     return None
 
 
 def set_aside(run_folder: Path, newest: Path | None, why: str = "broken") -> None:
-    """Rename the checkpoints that are newer than ``newest`` to ``*.<why>``, so that their steps can be saved anew, and
-    remove what a killed save left."""
+    """Rename the checkpoints that are newer than ``newest`` to ``*.<why>`` (``*.<why>-2`` if that exists), so that
+    their steps can be saved anew, and remove what a killed save left."""
     for path in run_folder.glob("step_*.tmp"):
         shutil.rmtree(path)
     for path in checkpoints(run_folder):
         if path == newest:
             break
-        target = path.with_name(f"{path.name}.{why}")
-        if target.exists():
-            shutil.rmtree(target)
+        target, number = path.with_name(f"{path.name}.{why}"), 2
+        while os.path.lexists(target):
+            target, number = path.with_name(f"{path.name}.{why}-{number}"), number + 1
         path.rename(target)
         print(f"  {path.name} is kept as {target.name}; remove it when you have looked at it", flush=True)
 
@@ -224,11 +253,18 @@ def prune(run_folder: Path, keep_last: int, protect: int | None = None) -> None:
 def check_space(run_folder: Path, needed: int) -> None:
     """Raises:
     CheckpointError: ``needed`` bytes (and some room) are not free."""
-    free = shutil.disk_usage(run_folder).free
-    if free < needed * 1.02 + 2**20:
+    free, wanted = shutil.disk_usage(run_folder).free, int(needed * 1.02) + 2**20
+    if free < wanted:
         raise CheckpointError(
-            f"{run_folder}: a checkpoint takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+            f"{run_folder}: a checkpoint takes {_size(wanted)}, {_size(free)} are free, {_size(wanted - free)} are "
+            "missing"
         )
+
+
+def _size(num_bytes: int) -> str:
+    """As "1.5 GiB": in the largest unit that it has one of."""
+    power = min(4, max(0, num_bytes.bit_length() - 1) // 10)
+    return f"{num_bytes / 2 ** (10 * power):.{1 if power else 0}f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 class TensorReader:

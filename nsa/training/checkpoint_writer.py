@@ -22,6 +22,7 @@ from nsa.training.checkpoint import CheckpointError
 from nsa.training.distributed import Ranks, ReportedError
 
 TIMEOUT = timedelta(hours=1)  # for the slowest rank's files
+GIVE_UP_SECONDS = 10.0  # that a failed run waits for its thread
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,11 @@ class CheckpointWriter:
         if self._error:
             self._fail(self._error)
         return self._final
+
+    def give_up(self) -> None:
+        """The run has failed: let a thread that writes come to its end, if it does soon."""
+        if self._thread is not None:
+            self._thread.join(GIVE_UP_SECONDS)
 
     @property
     def seconds(self) -> float:

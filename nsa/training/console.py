@@ -7,6 +7,7 @@ from nsa.models import count_parameters
 from nsa.training.deepspeed_config import micro_batches_per_step
 from nsa.training.distributed import Ranks
 from nsa.training.metrics import StepMetrics, StepResult
+from nsa.training.signals import reader_gone
 
 
 class Console:
@@ -17,7 +18,10 @@ class Console:
 
     def say(self, text: str) -> None:
         if self.ranks.is_main:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except BrokenPipeError:
+                reader_gone()
 
     def greet(self, layout: str, figures: StepMetrics, dense_attention: str | None, step: int) -> None:
         """At the start.
@@ -77,6 +81,11 @@ class Console:
         if step < steps:
             why = f" ({reason})" if reason else ""  # a signal to another rank
             self.say(f"stopped after step {step} of {steps}{why}; run the same command to go on")
+        elif step > steps:
+            self.say(
+                f"nothing to do: {self.folder} has done {step} steps, training.steps is {steps}. It was not changed; "
+                "set training.steps higher to go on"
+            )
         else:
             self.say(f"done: {steps} steps in {self.folder}")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nsa.training import messages
+from nsa.training.exit_codes import DONE, USER
 
 T = TypeVar("T")
 
@@ -22,7 +23,11 @@ CONTROL_TIMEOUT = timedelta(hours=24)  # others wait while rank 0 prepares the d
 
 
 class ReportedError(ValueError):
-    """Raised on the other ranks when rank 0 raised an error. Only rank 0 prints it."""
+    """Raised on the other ranks when rank 0 raised an error, with exit code ``code``. Only rank 0 prints it."""
+
+    def __init__(self, message: str, code: int = USER) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -51,18 +56,18 @@ class Ranks:
         Raises:
             ValueError, OSError: what ``action`` raised, on rank 0; `ReportedError` on the others.
         """
-        message: tuple[bool, T | str] = (False, "rank 0 stopped")
+        message: tuple[int, T | str] = (USER, "rank 0 stopped")
         error: Exception | None = None
         if self.is_main:
             try:
-                message = (True, action())
+                message = (DONE, action())
             except (ValueError, OSError) as e:
-                error, message = e, (False, str(e))
-        ok, result = messages.broadcast(message, self.control)
+                error, message = e, (getattr(e, "exit_code", USER), str(e))
+        code, result = messages.broadcast(message, self.control)
         if error is not None:
             raise error
-        if not ok:
-            raise ReportedError(result)
+        if code != DONE:
+            raise ReportedError(result, code)
         return result
 
     def gather(self, value: T) -> list[T]:

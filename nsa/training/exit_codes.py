@@ -3,14 +3,15 @@
     0    the run is complete
     1    a fault of this program (a traceback is printed); the last checkpoint stands, running again may help or not
     2    something that the user must mend, said in one message; running again without mending it fails again
-    75   asked to stop (SIGTERM, SIGUSR1, a STOP file, training.max_hours): everything is saved, run the command again
+    75   asked to stop (SIGTERM, SIGHUP, SIGUSR1, a STOP file, training.max_hours, a launcher that is gone): everything
+         is saved; or another process still trains in the run folder: run the command again
     85   a rank was lost or hung: the last checkpoint stands, run the command again
-    130  Ctrl-C (SIGINT): everything is saved; nobody should start it again by himself
+    130  Ctrl-C (SIGINT) or SIGQUIT: everything is saved; nobody should start it again by himself
 
 75 is EX_TEMPFAIL of sysexits.h. A process that was killed outright has 128 + the signal's number, as everywhere.
 
 Launchers answer with codes of their own when a rank fails: launch.sh names a file in NSA_EXIT_FILE, which rank 0 writes
-its code into.
+its code into. Every rank writes its process id into a file beside it, so that launch.sh can pass signals on.
 """
 
 import os
@@ -31,3 +32,10 @@ def write_exit_file(code: int) -> None:
     if path and os.environ.get("RANK", "0") == "0":
         with suppress(OSError):  # a full disk may be what the code is about
             Path(path).write_text(f"{code}\n")
+
+
+def write_process_id() -> None:
+    """Tell launch.sh that this process is a rank."""
+    if path := os.environ.get("NSA_EXIT_FILE"):
+        with suppress(OSError), Path(f"{path}.ranks").open("a") as file:
+            file.write(f"{os.getpid()}\n")

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,9 @@ import torch.distributed as dist
 from nsa.config import Config
 from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.distributed import ReportedError
-from nsa.training.exit_codes import FAULT, INTERRUPTED, LOST, USER, write_exit_file
+from nsa.training.exit_codes import FAULT, INTERRUPTED, LOST, REQUEUE, USER, write_exit_file
+from nsa.training.run_folder import FolderBusyError
+from nsa.training.signals import Stopped
 from nsa.training.trainer import Trainer
 from nsa.training.watchdog import Watchdog
 
@@ -25,6 +28,7 @@ def train(config: Config) -> int:
     exit code. Does not return where this process must end while a thread of it still waits for a lost rank.
     """
     rank = int(os.environ.get("RANK", "0"))
+    trainer: Trainer | None = None
     watchdog: Watchdog | None = None
     try:
         trainer = Trainer(config)
@@ -32,17 +36,23 @@ def train(config: Config) -> int:
         code = trainer.run()
         trainer.close()
         return _end(code, "")
-    except ReportedError:
-        return _end(USER, "")  # rank 0 says it
+    except ReportedError as e:
+        return _end(e.code, "")  # rank 0 says it
+    except FolderBusyError as e:
+        return _end(REQUEUE, f"error: {e}")
     except ValueError as e:
         return _end(USER, f"error: {e}" if rank == 0 else f"error (rank {rank}): {e}", watchdog)
+    except BrokenPipeError:  # nobody reads what is printed; there is nobody to tell
+        return _end(REQUEUE, "")
     except OSError as e:
-        what = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror or e)
+        what = f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e.strerror or e)
         return _end(USER, f"error (rank {rank}): {what}. Make room or mend it. {AGAIN}", watchdog)
     except torch.OutOfMemoryError as e:
         advice = "lower training.micro_batch_size, set engine.activation_checkpointing=full or engine.cuda_graphs=false"
         advice += ", or see docs/parallelism.md"
         return _end(USER, f"error (rank {rank}): out of memory on the device, {advice}: {e}", watchdog)
+    except Stopped:
+        raise
     except KeyboardInterrupt:
         return _end(INTERRUPTED, f"interrupted while it stopped. {AGAIN}", watchdog)
     except Exception as e:
@@ -60,11 +70,14 @@ def train(config: Config) -> int:
         return _end(FAULT, f"error (rank {rank}): a fault of this program, please report it: {kind}. {AGAIN}", watchdog)
     finally:
         forget_recordings()
+        if trainer is not None:
+            trainer.end_threads()
 
 
 def _end(code: int, message: str, watchdog: Watchdog | None = None) -> int:
     if message:
-        print(message, file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):
+            print(message, file=sys.stderr, flush=True)
         if watchdog is not None:
             watchdog.leave_word(code, message.partition(": ")[2] or message)
     write_exit_file(code)

@@ -1,7 +1,10 @@
 """Where figures go: metrics.jsonl and TensorBoard, with one curve however often the run was resumed."""
 
 import json
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -11,17 +14,25 @@ class Monitor:
 
     Args:
         folder: the run folder. resumed: steps that the run has behind it; what an earlier process logged after them
-            is dropped, since it will be logged again.
+            is dropped, since it will be logged again. log_every: steps between two lines.
+
+    Attributes:
+        lost: which lines of the steps before are not there (a file that was cut or changed), in words; or "".
     """
 
-    def __init__(self, folder: Path, resumed: int) -> None:
+    def __init__(self, folder: Path, resumed: int, log_every: int = 1) -> None:
         path = folder / "metrics.jsonl"
-        kept = _lines_until(path, resumed)
+        kept, unreadable = _lines_until(path, resumed)
+        self.lost = _lost(kept, unreadable, resumed, log_every)
         part = path.with_suffix(".tmp")
         part.write_text("".join(kept))
         part.replace(path)
         self._jsonl = path.open("a")
-        self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed + 1, max_queue=1000)
+        board = folder / "tensorboard"
+        _date_back(board)
+        self._tensorboard = SummaryWriter(str(board), purge_step=resumed + 1, max_queue=1000)
+        self._hook = threading.excepthook
+        threading.excepthook = _say_nothing_of_the_disk(self._hook)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One line of JSON, and a point of each curve."""
@@ -32,18 +43,56 @@ class Monitor:
         self._tensorboard.flush()
 
     def close(self) -> None:
-        self._jsonl.close()
-        self._tensorboard.close()
+        try:
+            self._jsonl.close()
+        finally:
+            self._tensorboard.close()
+            threading.excepthook = self._hook
 
 
-def _lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of steps up to ``step``; a killed process may have left half a line at the end."""
-    kept = []
+def _lines_until(path: Path, step: int) -> tuple[list[str], int]:
+    """The whole lines of steps up to ``step``, and how many cannot be read. A killed process may have left half a line
+    at the end."""
+    kept, unreadable = [], 0
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     for line in text.splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step and line.endswith("\n"):
+            if not line.endswith("\n"):
+                continue
+            if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
+            unreadable += 1
+    return kept, unreadable
+
+
+def _lost(kept: list[str], unreadable: int, resumed: int, log_every: int) -> str:
+    last = json.loads(kept[-1])["step"] if kept else 0
+    told = [f"{unreadable} of its lines cannot be read"] if unreadable else []
+    if last + log_every <= resumed:
+        told.append(f"figures after step {last} up to step {resumed} are lost")
+    return f"metrics.jsonl was cut or changed: {' and '.join(told)}" if told else ""
+
+
+def _date_back(board: Path) -> None:
+    """Give event files that are not older than now an earlier time in their names: TensorBoard reads them by name, and
+    the file of a resumed run must come last, also where the clock went back."""
+    latest = int(time.time())
+    for path in sorted(board.glob("events.out.tfevents.*"), reverse=True):
+        stamp, dot, rest = path.name.removeprefix("events.out.tfevents.").partition(".")
+        if not stamp.isdecimal():
             continue
-    return kept
+        if int(stamp) >= latest:
+            stamp = f"{latest - 1:010d}"
+            path.rename(path.with_name(f"events.out.tfevents.{stamp}{dot}{rest}"))
+        latest = int(stamp)
+
+
+def _say_nothing_of_the_disk(before: Any) -> Any:
+    """TensorBoard's thread hands an error of the disk to the training thread, which says it: no traceback besides."""
+
+    def hook(told: threading.ExceptHookArgs) -> None:
+        if not (isinstance(told.exc_value, OSError) and type(told.thread).__name__ == "_AsyncWriterThread"):
+            before(told)
+
+    return hook

@@ -3,11 +3,13 @@
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from nsa.config import Config, dump_config, load_saved
 from nsa.strict_yaml import parse
+from nsa.training.exit_codes import REQUEUE
 
 # What may differ between a checkpoint and the configuration that resumes it: it changes neither what is learned up to
 # the checkpoint nor the order of the data. `training.steps` extends or shortens a run (and so the decay ahead).
@@ -16,6 +18,7 @@ CHANGEABLE = (
     "output_dir",
     "evaluation",
     "checkpoint",
+    "resume",
     "recovery",
     "engine",
     "parallel",
@@ -32,11 +35,21 @@ CHANGEABLE = (
 )
 
 
+LOCK_SECONDS = 60.0  # that a run waits for the one before: ranks whose launcher was killed finish a step and save
+
+
+class FolderBusyError(ValueError):
+    """Another process trains in the run folder: the same command may work later."""
+
+    exit_code = REQUEUE
+
+
 class RunFolder:
     """``<output_dir>/<name>``, locked for this process until it ends (however it ends).
 
     Raises:
-        ValueError: another process trains there, or it cannot be written.
+        FolderBusyError: another process trains there, still after `LOCK_SECONDS`.
+        ValueError: it cannot be written.
     """
 
     def __init__(self, config: Config) -> None:
@@ -48,17 +61,28 @@ class RunFolder:
             raise ValueError(
                 f"the run folder {self.path} cannot be written ({e.strerror}): set output_dir to a folder that can"
             ) from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            raise ValueError(
-                f"another process ({self._lock.read().strip() or 'unknown'}) trains in {self.path}: "
-                "wait for it, stop it, or start this run under another name (name=...)"
-            ) from None
+        self._wait_for_lock()
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         self._lock.flush()
+
+    def _wait_for_lock(self) -> None:
+        told, end = False, time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.seek(0)
+                other = f"another process ({self._lock.read().strip() or 'unknown'}) trains in {self.path}"
+            if time.monotonic() >= end:
+                raise FolderBusyError(
+                    f"{other}: run the same command again when it has ended (exit code {REQUEUE}), stop it, or start "
+                    "this run under another name (name=...)"
+                )
+            if not told:
+                print(f"{other}: waiting for its end, at most {LOCK_SECONDS:g} s", flush=True)
+                told = True
+            time.sleep(0.2)
 
     def label(self, config: Config, deepspeed: dict[str, Any]) -> None:
         """Save what the run is: config.yaml and deepspeed.json."""
@@ -71,28 +95,47 @@ class RunFolder:
         self._lock.close()
 
 
-def check_same(saved: Path, config: Config, where: Path) -> None:
+def check_same(saved: Path, config: Config, where: Path) -> list[str]:
     """Refuse to resume from a checkpoint of another configuration.
 
     Args:
         saved: config.yaml of the checkpoint. where: the checkpoint, for the message.
 
+    Returns:
+        The differences that ``resume.allow`` names, in words.
+
     Raises:
-        ValueError: naming every key that differs; or it is no configuration.
+        ValueError: naming every other key that differs; or it is no configuration.
     """
     before, now = (_flatten(parse(dump_config(c), "configuration")) for c in (load_saved(saved), config))
-    different = [
-        f"  {key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
+    different = {
+        key: f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key, "absent") != now.get(key, "absent")
         and not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
-    ]
-    if different:
+    }
+    allowed = [told for key, told in different.items() if key in config.resume.allow]
+    refused = [told for key, told in different.items() if key not in config.resume.allow]
+    if refused:
+        advice = "\nSet these keys back to resume it, or start a new run under another name (name=...)"
+        if all(key.startswith("optimizer.") and key != "optimizer.kind" for key in different):
+            advice += f". To change them on purpose: resume.allow=[{', '.join(different)}]"
         raise ValueError(
-            f"{where} was written under another configuration:\n"
-            + "\n".join(different)
-            + "\nSet these keys back to resume it, or start a new run under another name (name=...)"
+            f"{where} was written under another configuration:\n" + "\n".join(f"  {told}" for told in refused) + advice
         )
+    return allowed
+
+
+def record_changes(run: Path, checkpoint: Path, changes: list[str]) -> None:
+    """Append what ``resume.allow`` let differ to ``<run>/changes.txt``, once, and print it."""
+    path = run / "changes.txt"
+    known = path.read_text().splitlines() if path.exists() else []
+    for change in changes:
+        line = f"from {checkpoint.name} on: {change}"
+        print(line, flush=True)
+        if line not in known:
+            with path.open("a") as file:
+                file.write(line + "\n")
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

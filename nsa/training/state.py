@@ -14,7 +14,7 @@ from nsa.training.checkpoint_writer import Snapshot
 from nsa.training.distributed import Ranks
 from nsa.training.optimizer import STATE_KEYS
 from nsa.training.rng import rng_state, seed_all, set_rng_state
-from nsa.training.run_folder import check_same
+from nsa.training.run_folder import check_same, record_changes
 from nsa.training.sharded_state import WEIGHT, create_optimizer_state, gather, local_shards, scatter
 from nsa.training.spikes import SpikeState
 
@@ -110,12 +110,13 @@ def load_newest(
         if newest is not None or before is None:
             checkpoint.set_aside(run, newest, "broken" if before is None else "rolled-back")
         if newest is not None:
-            check_same(newest / "config.yaml", config, newest)
+            changes = check_same(newest / "config.yaml", config, newest)
             if checkpoint.load_state(newest).get("data") != identity.data:
                 raise ValueError(
                     f"{newest} was trained on other data: the prepared data or its tokenizer changed since "
                     "(same configuration, other files). Restore them, or start a new run under another name (name=...)"
                 )
+            record_changes(run, newest, changes)
         return newest
 
     folder = ranks.on_main(find)

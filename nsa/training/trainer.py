@@ -55,6 +55,7 @@ class Trainer:
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
         self.began = time.monotonic()
+        self._stop: StopRequest | None = None  # heard until `close`: a signal while it ends changes nothing
         self.config = config
         self.ranks = ranks or initialize()
         world_size = self.ranks.world_size
@@ -87,11 +88,17 @@ class Trainer:
 
         self.step_metrics = StepMetrics(config, self.ranks)
         self.console = Console(config, self.ranks, self.folder)
-        self.monitor = Monitor(self.folder, self.progress.step) if self.ranks.is_main else None
+        self.monitor = self._monitor() if self.ranks.is_main else None
 
     def _open_folder(self, deepspeed_json: dict[str, Any]) -> Path:
         self._run_folder = RunFolder(self.config)  # kept: it holds the lock
         return self._run_folder.path
+
+    def _monitor(self) -> Monitor:
+        monitor = Monitor(self.folder, self.progress.step, self.config.training.log_every)
+        if monitor.lost:
+            self.console.say(monitor.lost)
+        return monitor
 
     def _prepare(self) -> Path:
         prepared = prepare(self.config.data, self.config.seed)
@@ -114,7 +121,9 @@ class Trainer:
         self.console.greet(self.grid.describe(), self.step_metrics, self.dense_attention, self.progress.step)
         if self.ranks.is_main:
             self._run_folder.label(config, deepspeed_config(config, self.ranks.world_size))
-        stop = StopRequest(self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began)
+        stop = self._stop = StopRequest(
+            self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began
+        )
         saved, code = self.progress.step, DONE
         since, seconds, data_seconds = self.progress.step, 0.0, 0.0
         self.watchdog.start()
@@ -158,7 +167,6 @@ class Trainer:
                     break
         finally:
             reason = stop.asked()[1]
-            stop.restore()
             self.loader.close()
             if self.monitor:
                 self.monitor.close()
@@ -174,6 +182,13 @@ class Trainer:
         torch.distributed.destroy_process_group()
         if self.ranks.is_main:
             self._run_folder.close()
+        if self._stop is not None:
+            self._stop.restore()
+
+    def end_threads(self) -> None:
+        """End what runs beside the training, also after an error: a thread in C++ code while Python exits aborts it."""
+        self.watchdog.close()
+        self.writer.give_up()
 
     def train_step(self, stop: StopRequest) -> StepResult:
         """One step: forward and backward of every micro batch, then the update, unless something is not finite.
@@ -341,7 +356,7 @@ class Trainer:
         self.loader.forget()
         if self.monitor:
             self.monitor.close()
-            self.monitor = Monitor(self.folder, self.progress.step)
+            self.monitor = self._monitor()
         self.console.say(f"{told}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
 
     # -------------------------------------------------------------------------------------------------- parts

@@ -8,6 +8,8 @@ ranks, the others' at rank 0.
   to ``<run>/stacks/rank-RRRRR.txt`` and reports where it is, rank 0 names the rank that the others wait for, and all
   leave with exit code 85 (`nsa.training.exit_codes`).
 * A process that publishes nothing for ``lost_seconds`` is lost (killed, frozen, its machine gone): the same inquest.
+* Rank 0 keeps the store. Where it does not answer for ``lost_seconds`` the others say that it is lost, and leave.
+* A process that was itself stopped meanwhile (Ctrl-Z) does not count that time.
 * A rank that stopped by itself (out of memory, a full disk) has left word. Where the training thread does not notice by
   an error of its collective operation, as with NCCL, it is ended with the exit code of that rank.
 * Should even the watchdog not run (code that keeps Python's lock), a timer of `faulthandler` writes the stacks and
@@ -28,9 +30,12 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from nsa.training.exit_codes import LOST, write_exit_file
+from nsa.training.timed_store import TimedStore
 
 INTERVAL = 1.0  # seconds between two looks
+CALL_SECONDS = 10.0  # that a call of the store may take, at most
 ANSWER_SECONDS = 10.0  # that an inquest waits for reports
+STARVED_SECONDS = 5.0  # that a wait may take too long on a busy machine
 WORD_SECONDS = 10.0  # for the training thread to notice that a rank has stopped; more than `last_words` takes
 DEADMAN_SECONDS = 60.0  # beyond hang_seconds: when faulthandler ends a process whose watchdog does not run
 
@@ -51,7 +56,7 @@ class Watchdog:
         self._beat: tuple[int, str, float] = (0, "start", time.monotonic())
         self._main = threading.main_thread().ident
         self._closed = threading.Event()
-        self._store: dist.Store | None = None
+        self._store: dist.Store | TimedStore | None = None
         self._thread: threading.Thread | None = None
         self._file: IO[str] | None = None
         self._seen: dict[int, tuple[int, float]] = {}  # rank -> last tick, and when it changed
@@ -64,7 +69,7 @@ class Watchdog:
         self.stacks.mkdir(exist_ok=True)
         self._file = (self.stacks / f"rank-{self.rank:05d}.txt").open("a")
         if self.world_size > 1:
-            self._store = _connect()
+            self._store = TimedStore(_connect(), min(CALL_SECONDS, self.lost_seconds / 2))
             self._publish()
         self.beat("start")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -76,10 +81,12 @@ class Watchdog:
 
     def close(self) -> None:
         """Watch no more; a file that no stacks were written to goes."""
-        if self._thread is None:
+        if self._thread is None or self._closed.is_set():
             return
         self._closed.set()
         self._thread.join()
+        if isinstance(self._store, TimedStore):
+            self._store.close()
         faulthandler.cancel_dump_traceback_later()
         assert self._file is not None
         self._file.close()
@@ -132,36 +139,48 @@ class Watchdog:
     # ----------------------------------------------------------------------------------------------- the thread
 
     def _watch(self) -> None:
-        unreachable: float | None = None
-        while not self._closed.wait(self._interval):
+        reached = time.monotonic()  # when the store last answered
+        while True:
+            before = time.monotonic()
+            if self._closed.wait(self._interval):
+                return
+            if (stopped := time.monotonic() - before - self._interval) > self._interval + STARVED_SECONDS:
+                reached += stopped
+                self._forgive(stopped)
             if self.hang_seconds and self._file is not None:
                 faulthandler.dump_traceback_later(self.hang_seconds + DEADMAN_SECONDS, exit=True, file=self._file)
             _, where, since = self._beat
-            if self.hang_seconds and time.monotonic() - since > self.hang_seconds:
-                self._open_inquest(f"rank {self.rank} made no progress for {self.hang_seconds:g} s ({where})")
-                if self._store is None:
+            hangs = self.hang_seconds > 0 and time.monotonic() - since > self.hang_seconds
+            if self._store is None:
+                if hangs:
                     self._dump_stacks()
                     self._end(f"hung at {where} for {self.hang_seconds:g} s; its stacks are in {self.stacks}")
-            if self._store is None:
                 continue
             try:
                 self._publish()
+                if hangs:
+                    self._open_inquest(f"rank {self.rank} made no progress for {self.hang_seconds:g} s ({where})")
                 if self._word() is None:
                     lost = self._silent(range(self.world_size) if self.rank == 0 else range(1))
                     if lost:
                         self._open_inquest(f"{_names(lost)} lost: no sign of life for {self.lost_seconds:g} s")
                     if self._store.check(["inquest"]):
                         self._inquest()
-                unreachable = None
-            except RuntimeError:  # rank 0, or the launcher that keeps the store, is gone
-                unreachable = unreachable or time.monotonic()
-                gone = self._heard is None and time.monotonic() - unreachable > self.lost_seconds
+                reached = time.monotonic()
+            except RuntimeError:  # rank 0, or the launcher that keeps the store, is gone or frozen
+                gone = self._heard is None and time.monotonic() - reached > self.lost_seconds
                 if gone and not self._closed.is_set():
                     self._dump_stacks()
-                    self._end(f"rank 0 was lost, last seen before {where}")
+                    self._end(f"rank 0 was lost or frozen: no answer for {self.lost_seconds:g} s (here: {where})")
             if self._heard and time.monotonic() - self._heard_at > WORD_SECONDS and not self._closed.is_set():
                 code, message = self._heard
                 self._leave(code, f"error: {message}" if self.rank == 0 else "")
+
+    def _forgive(self, seconds: float) -> None:
+        """This process was stopped for ``seconds``: nobody else could be seen, and the training did not run."""
+        count, where, since = self._beat
+        self._beat = (count, where, since + seconds)
+        self._seen = {rank: (tick, when + seconds) for rank, (tick, when) in self._seen.items()}
 
     def _publish(self) -> None:
         assert self._store is not None

@@ -63,5 +63,5 @@ def test_errors_are_reported(exported: Path, tmp_path: Path, capsys: pytest.Capt
     assert command.main([str(exported), "evaluation.recall_sample=3"]) == 2
     assert "recall_samples" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert command.main([str(exported), "--out", str(tmp_path / "file")]) == 2
+    assert command.main([str(exported), "--out", str(tmp_path / "file"), "evaluation.recall_samples=4"]) == 2
     assert "--out" in capsys.readouterr().err

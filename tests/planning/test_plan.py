@@ -107,10 +107,18 @@ def test_invalid_arguments_are_reported(capsys, arguments, words):
 
 
 def test_the_trainers_dry_run_prints_the_plan(run_python):
-    result = run_python("-m", "nsa.train", str(CONFIG), "--dry-run")
+    """Overrides may stand after an option."""
+    result = run_python("-m", "nsa.train", str(CONFIG), "--dry-run", "training.steps=20000")
     assert result.returncode == 0, result.stderr
     for words in ("1,039,404,544 parameters", "dense-equivalent", "weights", "gradients", "optimizer", "activations"):
         assert words in result.stdout
+
+
+def test_a_dry_run_of_a_layout_for_many_ranks_points_to_the_plan(run_python):
+    path = str(CONFIG.with_name("27b-a5b.yaml"))
+    result = run_python("-m", "nsa.train", path, "--dry-run")
+    assert result.returncode == 2
+    assert f"python -m nsa.plan {path} --gpus N" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_memory_with_expert_parallelism():

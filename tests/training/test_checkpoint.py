@@ -94,6 +94,59 @@ def test_broken_checkpoints_are_set_aside_and_leftovers_removed(tmp_path):
     assert not bad.exists()
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "._state.json", "notes.txt", "Thumbs.db", "copies", "model.png"])
+def test_a_foreign_file_is_no_damage(tmp_path, name):
+    folder = write(tmp_path, 5)
+    (folder / name).mkdir() if name == "copies" else (folder / name).write_bytes(b"not ours")
+    assert checkpoint.latest_complete(tmp_path) == folder
+    assert list(checkpoint.load_weights(folder)) == ["a.weight"]
+
+
+@pytest.mark.parametrize("name", ["model-00001-000.safetensors", "optimizer-9.safetensors", "rng-00001.json"])
+def test_a_foreign_file_that_would_be_read_as_a_part_is_refused(tmp_path, name):
+    folder = write(tmp_path, 5)
+    shutil.copy(folder / "model-00000-000.safetensors", folder / name)
+    with pytest.raises(CheckpointError, match=f"{name}.*not in the manifest"):
+        checkpoint.verify(folder)
+
+
+def of_another_version(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoints_of_which_none_can_be_used_stop_the_run(tmp_path, damage):
+    """Nothing is renamed or removed: a person decides whether to start over."""
+    for step in (9, 10):
+        DAMAGES[damage][0](write(tmp_path, step))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match=r"(?s)none .* can be used.*step_00000010.*step_00000009.*start over"):
+        checkpoint.latest_complete(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path):
+    """Steps that it holds would be trained again."""
+    write(tmp_path, 9)
+    of_another_version(write(tmp_path, 10))
+    with pytest.raises(checkpoint.FormatError, match="step_00000010: format 2, this version reads 1"):
+        checkpoint.latest_complete(tmp_path)
+
+
+def test_a_broken_checkpoint_that_was_kept_is_never_overwritten(tmp_path):
+    good = write(tmp_path, 1)
+    for content in ("first", "second", "third"):
+        (write(tmp_path, 2) / "state.json").write_text(content)
+        checkpoint.set_aside(tmp_path, good)
+    kept = {path.name: (path / "state.json").read_text() for path in tmp_path.glob("*.broken*")}
+    assert kept == {
+        "step_00000002.broken": "first",
+        "step_00000002.broken-2": "second",
+        "step_00000002.broken-3": "third",
+    }
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.latest_complete(tmp_path / "absent") is None
 
@@ -108,8 +161,10 @@ def test_the_last_k_are_kept(tmp_path):
 
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40 - 2**20, 2**20))
-    with pytest.raises(CheckpointError, match="GiB are free"):
+    with pytest.raises(CheckpointError, match=r"takes 1.0 GiB, 1.0 MiB are free, 1.0 GiB are missing"):
         checkpoint.check_space(tmp_path, 2**30)
+    with pytest.raises(CheckpointError, match=r"takes 1.1 MiB, 1.0 MiB are free, 97.7 KiB are missing"):
+        checkpoint.check_space(tmp_path, 98_039)
 
 
 def test_tensors_are_exhausted_when_a_write_fails(tmp_path, monkeypatch):
@@ -166,6 +221,16 @@ def test_faults_of_a_run_and_its_checkpoints(tmp_path):
         checkpoint.verify(path)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6], "the steps that were lost are logged once"
+
+    kept = (run / "metrics.jsonl").read_bytes()
+    for path in checkpoint.checkpoints(run):
+        of_another_version(path)
+    lost = train(tmp_path)
+    assert lost.returncode == 2 and "format 2, this version reads 1" in lost.stdout and "Traceback" not in lost.stdout
+    assert (run / "metrics.jsonl").read_bytes() == kept and len(checkpoint.checkpoints(run)) == 3
+    for path in checkpoint.checkpoints(run):
+        manifest = path / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 1'))
 
     refused = train(tmp_path, "model.intermediate_size=64", "optimizer.beta2=0.9")
     assert refused.returncode == 2 and "Traceback" not in refused.stdout

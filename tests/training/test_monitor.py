@@ -1,11 +1,12 @@
 """Figures: what is measured, and that each step has one point however often a run was resumed."""
 
 import json
+import time
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_config, train
+from tiny import start, tiny_config, train, write_yaml
 
 from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
 from nsa.models import Decoder
@@ -41,6 +42,71 @@ def test_a_resumed_run_has_one_point_a_step(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(point.step, point.value) for point in board.Scalars("train/loss")] == expected
+
+
+def test_nothing_is_hidden_where_the_clock_went_back(tmp_path, monkeypatch):
+    """Three lives, each begun a day before the one before it, and a fourth in the same second."""
+    expected, today = [], 1_800_000_000
+    for life, now in enumerate((today, today - 86_400, today - 2 * 86_400, today - 2 * 86_400)):
+        monkeypatch.setattr(time, "time", lambda now=now: float(now))
+        monitor = Monitor(tmp_path, 3 * life)
+        expected = expected[: 3 * life]
+        for step in range(3 * life + 1, 3 * life + 6):  # two of them are lost
+            monitor.write(step, {"train/loss": float(10 * life + step)})
+            expected.append((step, 10 * life + step))
+        monitor.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(point.step, point.value) for point in board.Scalars("train/loss")] == expected
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda lines: lines, ""),
+        (lambda lines: [*lines, b'{"step": 11, "tr'], ""),
+        (lambda lines: lines[:7], "figures after step 7 up to step 10 are lost"),
+        (lambda lines: [], "figures after step 0 up to step 10 are lost"),
+        (lambda lines: [*lines[:3], b"\0\0\n", *lines[4:]], "1 of its lines cannot be read"),
+    ],
+)
+def test_lost_lines_are_mentioned(tmp_path, harm, told):
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 11)]
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(harm(lines)))
+    monitor = Monitor(tmp_path, 10)
+    monitor.close()
+    assert monitor.lost == (f"metrics.jsonl was cut or changed: {told}" if told else "")
+
+
+def test_lines_of_every_tenth_step_are_all(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n')
+    for resumed, lost in ((19, False), (20, True)):
+        monitor = Monitor(tmp_path, resumed, log_every=10)
+        monitor.close()
+        assert bool(monitor.lost) == lost
+
+
+READ_ONLY = """
+import errno, os, sys
+from tensorboard.compat.tensorflow_stub.io import gfile
+from nsa.training.monitor import Monitor
+def refuse(self, filename, *arguments):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fsencode(filename))
+write = Monitor.write
+def then_read_only(self, step, metrics):
+    if step == 3:
+        gfile.LocalFileSystem._write = refuse
+    write(self, step, metrics)
+Monitor.write = then_read_only
+from nsa.train import main
+sys.exit(main())
+"""
+
+
+def test_a_disk_that_becomes_read_only_is_said_without_a_traceback(tmp_path):
+    process = start(["-c", READ_ONLY, str(write_yaml(tmp_path))])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "Read-only file system" in output and "b'" not in output
 
 
 def test_every_panel_of_a_run_is_there(one_rank):

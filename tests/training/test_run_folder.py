@@ -2,22 +2,35 @@
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from tiny import free_port, start, tiny_config, write_yaml
 
 from nsa.config import ConfigError, dump_config, load_config, load_saved
-from nsa.training.run_folder import RunFolder, check_same
+from nsa.training import run_folder
+from nsa.training.run_folder import FolderBusyError, RunFolder, check_same
 
 
-def test_a_second_run_in_the_folder_is_refused(tmp_path):
+def test_a_second_run_in_the_folder_waits_and_says_again(tmp_path, monkeypatch, capsys):
+    """Ranks whose launcher was killed still save; a restart meanwhile is no mistake."""
     config = tiny_config(tmp_path)
-    first = RunFolder(config)
-    with pytest.raises(ValueError, match=r"another process \(process \d+ on .*\) trains in"):
+    first, now = RunFolder(config), [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        if now[0] > 1000:
+            first.close()
+
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(FolderBusyError, match=r"another process \(process \d+ on .*\) trains in .*again.*code 75"):
         RunFolder(config)
-    first.close()
+    assert run_folder.LOCK_SECONDS <= now[0] < run_folder.LOCK_SECONDS + 1
+    assert capsys.readouterr().out.count("waiting for its end") == 1
+    now[0] = 990
     RunFolder(config).close()
+    assert 1000 < now[0] < 1001, "it goes on when the other has ended"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -47,6 +60,47 @@ def test_what_may_not(tmp_path, override):
     saved = write_config(tmp_path)
     with pytest.raises(ValueError, match=override.split("=")[0]):
         check_same(saved, tiny_config(tmp_path, override), tmp_path)
+
+
+def test_what_resume_allow_names_may_change_on_purpose(tmp_path, capsys):
+    """And nothing else; it is said, and kept in the run folder, once."""
+    saved = write_config(tmp_path)
+    changed = ["optimizer.learning_rate=1e-3", "optimizer.schedule=constant"]
+    with pytest.raises(ValueError, match=r"resume\.allow=\[optimizer.learning_rate, optimizer.schedule\]"):
+        check_same(saved, tiny_config(tmp_path, *changed), tmp_path)
+    with pytest.raises(ValueError, match=r"optimizer\.schedule: cosine there") as refused:
+        check_same(saved, tiny_config(tmp_path, *changed, "resume.allow=[optimizer.learning_rate]"), tmp_path)
+    assert "learning_rate: 0.003" not in str(refused.value)
+    both = "resume.allow=[optimizer.learning_rate, optimizer.schedule]"
+    changes = check_same(saved, tiny_config(tmp_path, *changed, both), tmp_path)
+    assert changes == [
+        "optimizer.learning_rate: 0.003 there, 0.001 now",
+        "optimizer.schedule: cosine there, constant now",
+    ]
+    assert check_same(saved, tiny_config(tmp_path, both), tmp_path) == []
+    for _ in range(2):
+        run_folder.record_changes(tmp_path, tmp_path / "step_00000004", changes)
+        assert capsys.readouterr().out.count("optimizer.learning_rate: 0.003 there, 0.001 now") == 1
+    lines = [f"from step_00000004 on: {change}" for change in changes]
+    assert (tmp_path / "changes.txt").read_text().splitlines() == lines
+    for key in ("optimizer.kind", "seed", "optimizer"):
+        with pytest.raises(ConfigError, match=r"resume\.allow"):
+            tiny_config(tmp_path, f"resume.allow=[{key}]")
+
+
+def test_the_run_folder_is_found_as_by_a_shell(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    for given, meant in (("~/runs", "home/runs"), ("$SCRATCH/a", "scratch/a"), ("${SCRATCH}/a", "scratch/a")):
+        assert tiny_config(tmp_path, f"output_dir={given}").output_dir == str(tmp_path / meant)
+    data = tiny_config(
+        tmp_path, "data.cache_dir=~/cache", "data.sources.0.path=$SCRATCH/*.py", "data.tokenizer.path=~/a.model"
+    ).data
+    assert data.cache_dir == str(tmp_path / "home/cache") and data.tokenizer.path == str(tmp_path / "home/a.model")
+    assert data.sources[0].path == str(tmp_path / "scratch/*.py")
+    for wrong, words in (("$ABSENT/runs", r"environment has no \$ABSENT"), ("~nobody-here/runs", "no such user")):
+        with pytest.raises(ConfigError, match=words):
+            tiny_config(tmp_path, f"output_dir={wrong}")
 
 
 def as_before_2026_11_29(saved: Path) -> None:

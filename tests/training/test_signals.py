@@ -1,15 +1,20 @@
 """Who may ask a run to stop, and what is made of it; the clock is the test's."""
 
+import os
 import signal
+import sys
+import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from tiny import start, write_yaml
 
 from nsa.training import signals
 from nsa.training.exit_codes import INTERRUPTED, REQUEUE, write_exit_file
 from nsa.training.signals import StopRequest
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = tuple(signals.CODES)
 
 
 @pytest.fixture
@@ -40,13 +45,97 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE), (signal.SIGINT, INTERRUPTED)]
+    ("number", "code"),
+    [
+        *((number, REQUEUE) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)),
+        *((number, REQUEUE) for number in (signal.SIGXCPU, signal.SIGALRM)),
+        *((number, INTERRUPTED) for number in (signal.SIGINT, signal.SIGQUIT)),
+    ],
 )
 def test_a_signal_asks_for_a_stop(request_stop, number, code):
     stop = request_stop()
     assert stop.asked() == (0, "")
     send(number)
     assert stop.asked() == (code, number.name) == stop.asked()
+
+
+def test_nohup_holds(request_stop):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = request_stop()
+    send(signal.SIGHUP)
+    assert stop.asked() == (0, "")
+
+
+LAUNCHER = """
+import subprocess, sys, time
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(rank.pid, flush=True)
+time.sleep(100)
+"""
+RANK = """
+import time
+from nsa.training.signals import StopRequest
+stop = StopRequest()
+print("asked", stop.asked(), flush=True)
+while stop.asked()[0] == 0:
+    time.sleep(0.05)
+print("asked", stop.asked(), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where /proc tells of processes")
+@pytest.mark.parametrize("name", ["deepspeed", "a_shell"])
+def test_a_rank_notices_that_its_launcher_is_gone(tmp_path, name):
+    """A launcher that is killed cannot pass anything on. A shell in the background may end before its children."""
+    (tmp_path / name).write_text(LAUNCHER)
+    process = start([str(tmp_path / name), RANK])
+    pid = int(process.stdout.readline())
+    try:
+        assert process.stdout.readline() == "asked (0, '')\n"
+        process.kill()
+        if name == "deepspeed":
+            told = f"asked (75, 'the launcher deepspeed, process {process.pid}, is gone')\n"
+            assert process.stdout.readline() == told
+        else:
+            time.sleep(0.5)
+            os.kill(pid, 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+BEFORE_THE_FIRST_STEP = """
+import signal, sys
+from nsa import train
+def told(*arguments):
+    signal.raise_signal(getattr(signal, sys.argv.pop()))
+train._main = told
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 75), ("SIGHUP", 75), ("SIGINT", 130)])
+def test_a_signal_before_the_first_step_has_the_codes_of_others(tmp_path, name, code):
+    process = start(["-c", BEFORE_THE_FIRST_STEP, name], NSA_EXIT_FILE=str(tmp_path / "code"))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in output
+    assert f"stopped before the first step ({name})" in output
+    assert (tmp_path / "code").read_text() == f"{code}\n"
+    assert (tmp_path / "code.ranks").read_text() == f"{process.pid}\n"
+
+
+def test_a_reader_of_the_output_that_goes_away_ends_a_run_saved(tmp_path):
+    """As `| head` does: like a terminal that is closed, and without an error of the interpreter at its exit."""
+    process = start(["-m", "nsa.train", str(write_yaml(tmp_path)), "training.steps=400", "checkpoint.every=400"])
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    process.stdout.close()
+    assert process.wait(timeout=60) == REQUEUE
+    (saved,) = (tmp_path / "runs/run").glob("step_*/manifest.json")
+    assert 1 <= int(saved.parent.name.removeprefix("step_")) < 400
 
 
 def test_the_first_signal_counts(request_stop):

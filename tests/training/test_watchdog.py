@@ -2,6 +2,7 @@
 
 import faulthandler
 import json
+import threading
 
 import pytest
 import torch.distributed as dist
@@ -9,6 +10,7 @@ from tiny import start
 
 from nsa.training import watchdog
 from nsa.training.exit_codes import LOST, USER
+from nsa.training.timed_store import TimedStore
 from nsa.training.watchdog import Watchdog, judge
 
 
@@ -200,7 +202,7 @@ def test_a_store_that_nobody_keeps_means_that_rank_0_was_lost(dog, clock, capfd)
     clock.events = [(1003.0, lambda: becomes(Unreachable())), (1018.0, lambda: becomes(store))]
     clock.events += [(1050.0, lambda: becomes(Unreachable()))]
     code, after = watch(other, clock, 1000)
-    assert code == LOST and 70 < after < 73
+    assert code == LOST and 69 <= after < 73
     assert "rank 0 was lost" in capfd.readouterr().err
 
 
@@ -271,6 +273,69 @@ def test_a_run_that_ends_leaves_no_thread_timer_or_empty_file(tmp_path, monkeypa
     told._file.write("stacks")
     told.close()
     assert (told.stacks / "rank-00000.txt").read_text() == "stacks"
+
+
+class Frozen:
+    """A store whose keeper is stopped: no call returns before ``until`` is set."""
+
+    def __init__(self, store, until):
+        self.store, self.until, self.frozen = store, until, False
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if self.frozen:
+                self.until.wait()
+            return getattr(self.store, name)(*arguments)
+
+        return call
+
+
+def test_a_frozen_rank_0_is_lost(dog, clock, capfd):
+    """Its store accepts what is asked and never answers."""
+    until = threading.Event()
+    frozen = Frozen(dist.HashStore(), until)
+    timed = TimedStore(frozen, 0.05)
+    other = dog(rank=1, world_size=2, hang_seconds=1000, lost_seconds=20, store=timed)
+    clock.events = [(1030.0, lambda: setattr(frozen, "frozen", True))]
+    code, after = watch(other, clock, 1000)
+    until.set()
+    assert code == LOST and 49 <= after < 53
+    assert "error: rank 0 was lost or frozen: no answer for 20 s" in capfd.readouterr().err
+    timed.close()
+    assert not timed._thread.is_alive()
+
+
+def test_what_a_timed_store_is_asked(dog):
+    timed = TimedStore(dist.HashStore(), 30)
+    timed.set("a", "1")
+    assert timed.get("a") == b"1" and timed.check(["a"]) and not timed.check(["a", "b"])
+    timed.compare_set("word", "", "first")
+    timed.compare_set("word", "", "second")
+    assert timed.get("word") == b"first"
+    timed._store = Unreachable()
+    with pytest.raises(RuntimeError, match="Connection reset"):
+        timed.get("a")
+    timed.close()
+
+
+def test_a_process_that_was_stopped_blames_nobody(dog, clock):
+    """Ctrl-Z and fg: all ranks of a job stand still, and go on."""
+    store = dist.HashStore()
+    first = dog(world_size=2, hang_seconds=30, lost_seconds=20, store=store)
+    publish(store, 1, 0)
+
+    def stopped():
+        clock.now += 5000
+
+    def lives(second):
+        publish(store, 1, second)
+        first.beat("step")
+
+    clock.events = [(1010.0, stopped), *((6000.0 + 15 + s, lambda s=s: lives(s)) for s in range(0, 200, 5))]
+    assert watch(first, clock, 5150) is None
+    clock.events = []
+    code, _ = watch(first, clock, 200)
+    assert code == LOST, "afterwards it looks again"
 
 
 HANGS = """
