@@ -74,7 +74,7 @@ A decoder language model with {" and ".join(kind.title for kind in dict.fromkeys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(")]])
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0]))

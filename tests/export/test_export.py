@@ -38,6 +38,7 @@ def test_folder_is_complete(run: Path) -> None:
         "generation_config.json",
         "model.safetensors",
         "attention_nsa.py",
+        "cache_nsa.py",
         "configuration_nsa.py",
         "modeling_nsa.py",
         "tokenizer.json",
