@@ -91,7 +91,9 @@ def prepare(config: DataConfig, seed: int, progress: bool = True) -> PreparedDat
 def _describe_tokenizer(config: DataConfig) -> dict[str, Any]:
     if config.tokenizer.path is None:
         return config.tokenizer.model_dump(include={"vocab_size", "train_bytes"})
-    return {"sha256": Tokenizer(config.tokenizer.path).sha256}
+    tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer.check_exportable()  # now, and not once the model is trained
+    return {"sha256": tokenizer.sha256}
 
 
 def _build(

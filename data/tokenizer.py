@@ -13,11 +13,13 @@ import hashlib
 import io
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
 SPACE = "\u2581"
 # Characters that sentencepiece would not give back: its space mark, and the bytes that are not UTF-8 (PEP 383).
@@ -108,6 +110,25 @@ class Tokenizer:
             return text.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return text.decode("utf-8", "replace")
+
+    def control_pieces(self) -> dict[str, int]:
+        """Name and id of the begin, the end and the padding of a document: "</s>" and the like."""
+        return {self._processor.id_to_piece(i): i for i in (self.bos_id, self.eos_id, self.pad_id)}
+
+    def check_exportable(self) -> None:
+        """Raise ValueError if tokenizer.json, and so an export, cannot say exactly what this tokenizer does."""
+        model = ModelProto.FromString(self.model)
+        kinds = ModelProto.SentencePiece
+        if model.trainer_spec.model_type != TrainerSpec.BPE:
+            name = TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
+            raise ValueError(
+                f"{self.path}: only a BPE tokenizer can be exported exactly, this one is of kind {name}; train it with "
+                "model_type=bpe, or leave data.tokenizer.path null to train one"
+            )
+        text = [entry.type in (kinds.NORMAL, kinds.USER_DEFINED) for entry in model.pieces]
+        pieces = [e.piece.replace(SPACE, " ") if t else e.piece for e, t in zip(model.pieces, text, strict=True)]
+        if twice := [piece for piece, count in Counter(pieces).items() if count > 1]:
+            raise ValueError(f"{self.path}: two pieces stand for {twice[0]!r}; it cannot be exported")
 
     def ordinary_ids(self) -> np.ndarray:
         """(n,) int64, ascending: ids that stand for text other than a newline. What synthetic tasks draw from."""

@@ -1,4 +1,4 @@
-"""Attention of an exported decoder: Native Sparse Attention (NSA, arXiv 2502.11089) and dense, with their cache.
+"""Attention of an exported decoder: Native Sparse Attention (NSA, arXiv 2502.11089) and dense.
 
 It is written to be read beside the paper. Every branch is a masked softmax over its keys, computed a chunk of queries
 at a time: memory is linear in the prompt, time is that of dense attention. Parameter names are the trainer's own.
@@ -6,99 +6,22 @@ at a time: memory is linear in the prompt, time is that of dense attention. Para
 Sizes in the comments: B rows, T new tokens, S keys, C hidden, H query heads, G KV heads, h = H / G, D and V the widths
 of key and value heads, M selection blocks. Softmax is fp32 (or more) whatever the dtype of the weights.
 
-Padding may be anywhere: the tokens of a row are first moved together, so that slot j of a row is its j-th real token.
-Positions and blocks count slots; padded tokens take part in nothing, and their logits mean nothing.
+Slot j of a row is its j-th real token: the model moves the tokens of a row together first. Positions and blocks count
+slots; padded tokens take part in nothing.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot, pad, silu
+from torch.nn.functional import one_hot, silu
 
+from .cache_nsa import NSACache, Span, Step, extend
 from .configuration_nsa import NSAConfig
 
 CHUNK_SCORES = 2**25  # attention scores that exist at a time: 128 MiB in fp32
-
-
-# ---- Cache ----
-
-
-@dataclass
-class Step:
-    """Where the T tokens of one forward pass go.
-
-    slots: (B, T) int64, the slot of each token in its row. stop: slots of the longest row, these tokens included.
-    shortest_before, shortest: real tokens of the shortest row without and with these.
-    """
-
-    slots: Tensor
-    stop: int
-    shortest_before: int
-    shortest: int
-
-
-@dataclass
-class Span:
-    """Keys (B, n, G, D) and values (B, n, G, V) of the slots ``start`` .. ``start + n - 1`` of every row."""
-
-    start: int
-    keys: Tensor
-    values: Tensor
-
-    def write(self, keys: Tensor, values: Tensor, step: Step) -> "Span":
-        """With those of a step's tokens at their slots."""
-
-        def put(old: Tensor, new: Tensor) -> Tensor:
-            room = pad(old, (0, 0, 0, 0, 0, max(0, step.stop - self.start - old.shape[1])))
-            return room.scatter(1, (step.slots - self.start)[..., None, None].expand_as(new), new)
-
-        return Span(self.start, put(self.keys, keys), put(self.values, values))
-
-    def between(self, first: int, stop: int) -> "Span":
-        """The part in the slots ``first`` .. ``stop - 1``."""
-        first = max(first, self.start)
-        part = slice(first - self.start, max(stop, first) - self.start)
-        return Span(first, self.keys[:, part], self.values[:, part])
-
-
-class NSACache:
-    """What decoding keeps: of a dense layer all keys and values; of an NSA layer its compressed blocks, the tail of
-    tokens whose blocks are not complete, all tokens for selection, and the last window (section 3.3.3: each branch has
-    keys and values of its own). Rows may hold different numbers of tokens.
-
-    lengths: (B,) real tokens of each row. columns: input columns seen, padding included.
-    """
-
-    is_compileable = is_croppable = False  # asked for by `generate`
-    is_linear = (False,)  # that is: no layer's state has a fixed size
-
-    def __init__(self, num_layers: int):
-        self.lengths: Tensor | None = None
-        self.columns = 0
-        self.layers: list[dict[str, Span]] = [{} for _ in range(num_layers)]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep the rows ``beam_idx``: beam search."""
-        self.lengths = self.lengths[beam_idx]
-        for spans in self.layers:
-            for name, span in spans.items():
-                spans[name] = Span(span.start, span.keys[beam_idx], span.values[beam_idx])
-
-
-def extend(spans: dict[str, Span] | None, name: str, keys: Tensor, values: Tensor, step: Step) -> Span:
-    """The span ``name`` of a layer's cache with the new tokens; the new tokens alone if there is none."""
-    if spans is None or name not in spans:
-        return Span(0, keys, values)  # without a past, token t of a row is in slot t
-    return spans[name].write(keys, values, step)
-
-
-# ---- Attention ----
 
 
 def attend(q: Tensor, span: Span, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,10 +30,11 @@ def attend(q: Tensor, span: Span, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns (B, c, G, h, V) and the probabilities (B, G, h, c, S). A query that sees nothing gets 0.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("bcghd,bsgd->bghcs", q.to(dtype), span.keys.to(dtype)) * q.shape[-1] ** -0.5
-    mask = mask[:, :, None]
-    p = scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
-    return torch.einsum("bghcs,bsge->bcghe", p, span.values.to(dtype)).to(q.dtype), p
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bcghd,bsgd->bghcs", q.to(dtype), span.keys.to(dtype)) * q.shape[-1] ** -0.5
+        mask = mask[:, :, None]
+        p = scores.masked_fill(~mask, torch.finfo(dtype).min).softmax(-1) * mask
+        return torch.einsum("bghcs,bsge->bcghe", p, span.values.to(dtype)).to(q.dtype), p
 
 
 def query_chunks(heads: int, step: Step) -> Iterator[tuple[slice, int, int]]:
@@ -128,44 +52,50 @@ def causal(slots: Tensor, span: Span) -> Tensor:
     return keys <= slots[:, None, :, None]
 
 
-class RotaryTables:
-    """cos and sin (B, T, D/2) of the rotary angles at integer ``positions`` (B, T), with YaRN (arXiv 2309.00071)."""
+class RotaryTables(NamedTuple):
+    """cos and sin (B, T, D/2) of the rotary angles; a tuple, so that accelerate moves it to the device of a layer."""
 
-    def __init__(self, config: NSAConfig, positions: Tensor):
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-        frequencies = config.rotary_base**-exponents
-        if config.yarn_factor != 1:
-            turns = config.original_max_position * frequencies / (2 * math.pi)
-            keep = (turns - config.yarn_beta_slow) / (config.yarn_beta_fast - config.yarn_beta_slow)
-            keep = keep.clamp(0, 1)
-            frequencies = frequencies * (keep + (1 - keep) / config.yarn_factor)
-        angles = positions[..., None].float() * frequencies
-        temperature = 0.1 * math.log(config.yarn_factor) + 1.0
-        self.cos, self.sin = angles.cos() * temperature, angles.sin() * temperature
+    cos: Tensor
+    sin: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor) -> Tensor:
         """Rotate x (B, T, heads, D): pairs are (i, i + D/2)."""
         first, second = x.float().chunk(2, dim=-1)
         cos, sin = self.cos[:, :, None], self.sin[:, :, None]
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def rotary_tables(config: NSAConfig, positions: Tensor) -> RotaryTables:
+    """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    frequencies = config.rotary_base**-exponents
+    if config.yarn_factor != 1:
+        turns = config.original_max_position * frequencies / (2 * math.pi)
+        keep = (turns - config.yarn_beta_slow) / (config.yarn_beta_fast - config.yarn_beta_slow)
+        keep = keep.clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / config.yarn_factor)
+    angles = positions[..., None].float() * frequencies
+    temperature = 0.1 * math.log(config.yarn_factor) + 1.0
+    return RotaryTables(angles.cos() * temperature, angles.sin() * temperature)
+
+
 class DenseAttention(nn.Module):
     """Causal grouped-query attention."""
 
-    def __init__(self, config: NSAConfig):
+    def __init__(self, config: NSAConfig, number: int):
         super().__init__()
-        self.config = config
+        self.config, self.number = config, number
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         self.query = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
         self.key = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
         self.value = nn.Linear(config.hidden_size, groups * config.v_head_dim, bias=False)
         self.output = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, step: Step, spans: dict[str, Span] | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, step: Step, cache: NSACache | None) -> Tensor:
+        spans = None if cache is None else cache.layers[self.number]
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        q = rotary(self.query(x).unflatten(-1, (heads, -1))).unflatten(2, (groups, -1))
-        k = rotary(self.key(x).unflatten(-1, (groups, -1)))
+        q = rotary.rotate(self.query(x).unflatten(-1, (heads, -1))).unflatten(2, (groups, -1))
+        k = rotary.rotate(self.key(x).unflatten(-1, (groups, -1)))
         full = extend(spans, "full", k, self.value(x).unflatten(-1, (groups, -1)), step)
         if spans is not None:
             spans["full"] = full
@@ -213,9 +143,9 @@ class BlockCompression(nn.Module):
 class NativeSparseAttention(nn.Module):
     """Eq. 5: the sum of the compressed, selected and window branches, each times its gate."""
 
-    def __init__(self, config: NSAConfig):
+    def __init__(self, config: NSAConfig, number: int):
         super().__init__()
-        self.config = config
+        self.config, self.number = config, number
         heads = config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
         self.key_value = nn.ModuleDict({branch: KeyValue(config) for branch in ("compressed", "selected", "window")})
@@ -225,15 +155,16 @@ class NativeSparseAttention(nn.Module):
         self.gate = nn.Linear(config.hidden_size, 3 * heads)
         self.output = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, step: Step, spans: dict[str, Span] | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTables, step: Step, cache: NSACache | None) -> Tensor:
+        spans = None if cache is None else cache.layers[self.number]
         c = self.config
         heads, groups = c.num_attention_heads, c.num_key_value_heads
-        q = rotary(self.query(x).unflatten(-1, (heads, -1))).unflatten(2, (groups, -1))
+        q = rotary.rotate(self.query(x).unflatten(-1, (heads, -1))).unflatten(2, (groups, -1))
         gates = self.gate(x).sigmoid().unflatten(-1, (groups, -1, 3))
-        compressed = self.compressed_blocks(*self.key_value["compressed"](x), step, spans)
+        compressed = self.compressed_blocks(*self.key_value["compressed"](x), step, cache)
         (k_slc, v_slc), (k_win, v_win) = self.key_value["selected"](x), self.key_value["window"](x)
-        selected = extend(spans, "selected", rotary(k_slc), v_slc, step)
-        window = extend(spans, "window", rotary(k_win), v_win, step)
+        selected = extend(spans, "selected", rotary.rotate(k_slc), v_slc, step)
+        window = extend(spans, "window", rotary.rotate(k_win), v_win, step)
 
         out = []
         for rows, first, stop in query_chunks(heads, step):
@@ -255,10 +186,10 @@ class NativeSparseAttention(nn.Module):
 
         if spans is not None:  # keep what a later query can see
             spans["selected"] = selected
-            spans["window"] = window.between(step.shortest - c.window + 1, step.stop)
+            spans["window"] = window.between(cache.first_kept(step.shortest - c.window + 1), step.stop)
         return self.output(torch.cat(out, 1).flatten(2))
 
-    def compressed_blocks(self, k: Tensor, v: Tensor, step: Step, spans: dict[str, Span] | None) -> Span:
+    def compressed_blocks(self, k: Tensor, v: Tensor, step: Step, cache: NSACache | None) -> Span:
         """The compressed blocks of all tokens, from the keys (before rotation) and values (B, T, G, ...) of the new.
 
         Blocks that were complete in every row stay; the others are made from the tail, which holds their tokens.
@@ -268,18 +199,21 @@ class NativeSparseAttention(nn.Module):
         def complete(tokens: int) -> int:
             return (tokens - c.compress_length) // c.compress_stride + 1 if tokens >= c.compress_length else 0
 
-        tail = extend(spans, "tail", k, v, step)
-        keys, values = self.compress["key"](tail.keys), self.compress["value"](tail.values)
+        spans = None if cache is None else cache.layers[self.number]
         done = complete(step.shortest_before)
+        tail = extend(spans, "tail", k, v, step)
+        new = tail.between(done * c.compress_stride, step.stop)
+        keys, values = self.compress["key"](new.keys), self.compress["value"](new.values)
         ends = torch.arange(done, done + keys.shape[1], device=k.device) * c.compress_stride + c.compress_length - 1
-        keys = RotaryTables(c, ends[None])(keys)
+        keys = rotary_tables(c, ends[None]).rotate(keys)
         if spans is not None and "compressed" in spans:
             old = spans["compressed"].between(0, done)
             keys, values = torch.cat((old.keys, keys), 1), torch.cat((old.values, values), 1)
         compressed = Span(0, keys, values)
         if spans is not None:
             spans["compressed"] = compressed
-            spans["tail"] = tail.between(complete(step.shortest) * c.compress_stride, step.stop)
+            first = complete(step.shortest) * c.compress_stride
+            spans["tail"] = tail.between(cache.first_kept(first), step.stop)
         return compressed
 
     def select_blocks(self, p_cmp: Tensor, slots: Tensor, stop: int) -> Tensor:
@@ -293,7 +227,8 @@ class NativeSparseAttention(nn.Module):
         units = torch.arange(p_cmp.shape[-1], device=slots.device)[:, None]
         units = units + torch.arange(c.compress_length // c.compress_stride, device=slots.device)
         overlap = one_hot(units * c.compress_stride // c.block_size, count).sum(1)  # (S, M)
-        importance = p_cmp @ overlap.to(p_cmp.dtype)
+        with torch.autocast(p_cmp.device.type, enabled=False):  # rounded, other blocks would be chosen
+            importance = p_cmp @ overlap.to(p_cmp.dtype)
         block, own = torch.arange(count, device=slots.device), (slots // c.block_size)[:, None, :, None]
         forced = (block < c.num_initial) | (block > own - c.num_local)
         importance = importance.masked_fill(forced, torch.inf).masked_fill(block > own, -torch.inf)

@@ -1,17 +1,32 @@
-"""A decoder with sparse or dense attention, for `transformers`: with the two files beside it, it travels with the
-weights, and needs torch and transformers only.
+"""A decoder with sparse or dense attention, for `transformers`: with the files beside it, it travels with the weights,
+and needs torch and transformers only.
 
 Sizes in the comments: B rows, T new tokens, C hidden, D the width of a key head. Parameter names are the trainer's own.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, silu
+from torch.nn.functional import silu
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_nsa import BlockCompression, DenseAttention, NativeSparseAttention, NSACache, RotaryTables, Span, Step
+from .attention_nsa import BlockCompression, DenseAttention, NativeSparseAttention, RotaryTables, rotary_tables
+from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
+
+try:  # parts that LoRA adapts if it is not told which, as for other models: queries and values
+    from peft.utils import constants
+except ImportError:
+    pass
+else:
+    values = ["attention.value", "compressed.value", "selected.value", "window.value"]
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["query", *values])
+
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before
 
 # ---- Decoder ----
 
@@ -54,7 +69,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        affinities = (x.to(dtype) @ self.weight.to(dtype).T).sigmoid()
+        with torch.autocast(x.device.type, enabled=False):
+            affinities = (x.to(dtype) @ self.weight.to(dtype).T).sigmoid()
         chosen = (affinities + self.bias).sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
         gates = affinities.gather(-1, chosen)
         return chosen, gates / (gates.sum(-1, keepdim=True) + 1e-20)
@@ -69,6 +85,16 @@ class Experts(nn.Module):
         self.up = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
         self.down = nn.Parameter(torch.empty(config.num_experts, config.expert_size, config.hidden_size))
 
+    def forward(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """The sum of what the experts ``chosen`` (N, K) make of the tokens x (N, C), times ``gates`` (N, K)."""
+        out = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            token, rank = (chosen == number).nonzero(as_tuple=True)
+            hidden = silu(x[token] @ self.gate[number]) * (x[token] @ self.up[number])
+            routed = hidden @ self.down[number] * gates[token, rank, None].to(x.dtype)
+            out = out.index_add(0, token, routed.to(x.dtype))  # under autocast it is narrower
+        return out
+
 
 class MixtureOfExperts(nn.Module):
     """The shared experts, and the routed ones that each token chose, times their gates (arXiv 2401.06066)."""
@@ -81,60 +107,59 @@ class MixtureOfExperts(nn.Module):
         self.shared = MLP(config.hidden_size, width) if width else None
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, experts = x.flatten(0, 1), self.experts
-        chosen, gates = self.router(rows)
-        out = torch.zeros_like(rows) if self.shared is None else self.shared(rows)
-        for number in chosen.unique().tolist():
-            token, rank = (chosen == number).nonzero(as_tuple=True)
-            hidden = silu(rows[token] @ experts.gate[number]) * (rows[token] @ experts.up[number])
-            out = out.index_add(0, token, hidden @ experts.down[number] * gates[token, rank, None].to(x.dtype))
+        rows = x.flatten(0, 1)
+        out = self.experts(rows, *self.router(rows))
+        if self.shared is not None:
+            out = out + self.shared(rows)
         return out.view_as(x)
 
 
-class NSADecoderLayer(nn.Module):
+class NSADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NSAConfig, kind: str, number: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = {"dense": DenseAttention, "nsa": NativeSparseAttention}[kind](config)
+        self.attention = {"dense": DenseAttention, "nsa": NativeSparseAttention}[kind](config, number)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         routed = config.num_experts and number >= config.first_dense
         self.mlp = MixtureOfExperts(config) if routed else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotary: RotaryTables, step: Step, spans: dict[str, Span] | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, step, spans)
+    def forward(self, x: Tensor, rotary: RotaryTables, step: Step, cache: NSACache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary, step, cache=cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
-class NSAForCausalLM(PreTrainedModel, GenerationMixin):
+# ---- Models ----
+
+
+def rows_of_documents(positions: Tensor, slots: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and slot (N,) of each real token, where every document of a row gets a row of its own.
+
+    Args:
+        positions: (B, T), of each token in its document: they go up by one, and back where the next one begins.
+        slots, real: (B, T), the number of each token in its row, and False where it is padded.
+
+    Raises:
+        ValueError: positions leave some out.
+    """
+    row, column = real.nonzero(as_tuple=True)
+    position, slot = positions[row, column], slots[row, column]
+    first = slot == 0
+    gap = position.diff(prepend=position[:1])
+    if (~first & (gap > 1)).any():
+        raise ValueError("position_ids must go up by one from token to token, or back where a document begins")
+    begins = first | (gap < 1)
+    starts = begins.nonzero()[:, 0]
+    document = begins.cumsum(0) - 1
+    return document, torch.arange(len(row), device=row.device) - starts[document]
+
+
+class NSAPreTrainedModel(PreTrainedModel):
     config_class = NSAConfig
-    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012 - as transformers declares it
-    _no_split_modules = ["NSADecoderLayer"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NSADecoderLayer"]  # noqa: RUF012 - as transformers declares it
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 - rounded, it would choose other experts
-    _is_stateful = True  # the cache cannot forget tokens, so `generate` refuses assisted decoding
-
-    def __init__(self, config: NSAConfig):
-        super().__init__(config)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(NSADecoderLayer(config, kind, i) for i, kind in enumerate(config.attention_kinds))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embedding = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.head
-
-    def set_output_embeddings(self, value: nn.Linear) -> None:
-        self.head = value
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # `generate` then leaves the cache to `forward`
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012 - of an untied head, which NSAModel lacks
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -144,57 +169,193 @@ class NSAForCausalLM(PreTrainedModel, GenerationMixin):
             for weight in module.parameters(recurse=False):
                 nn.init.normal_(weight, std=self.config.initializer_range)
 
+
+class NSAModel(NSAPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: NSAConfig):
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(NSADecoderLayer(config, kind, i) for i, kind in enumerate(config.attention_kinds))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if type(self) is NSAModel:
+            self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embedding = value
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: NSACache | None = None,
-        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         cache: NSACache | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
-        """Logits (B, T, V), or of the last ``logits_to_keep`` columns; loss if ``labels`` (B, T; -100: not counted).
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Hidden states (B, T, C) after the last norm; zeros where padded.
 
         Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, columns so far) or (B, T), 0 where padded; None: no padding. Positions follow from it.
+            input_ids: (B, T) int64; or inputs_embeds: (B, T, C).
+            attention_mask: (B, columns so far) or (B, T), 0 where padded; None: no padding.
+            position_ids: (B or 1, T). Where they go back, another document begins, which sees nothing before it; None:
+                a row is one document.
             past_key_values: the cache that an earlier call returned; the T tokens are added to it.
-            cache: the same, by the name that `transformers` gives it from 5.24 on.
+            output_hidden_states: also those before every layer, with the result as the last.
+            cache: the same as past_key_values, by the name that `transformers` gives it from 5.24 on.
+
+        Raises:
+            ValueError: attention weights are asked for, or an argument is not as above.
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("cache and past_key_values are two names of one argument: give one of them")
         cache = past_key_values if cache is None else cache
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions: a sparse layer has no matrix of attention weights to return")
+        keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        x, cache, step, restore = self._arrange(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache
+        )
+        rotary, states = rotary_tables(self.config, step.slots), []
+        for layer in self.layers:
+            states += [restore(x)] if keep_all else []
+            x = layer(x, rotary, step, cache=cache)
+        x = restore(self.norm(x))
+        output = BaseModelOutputWithPast(
+            x, cache, (*states, x) if keep_all else None
+        )  # its name depends on the release
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _arrange(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: NSACache | None,
+        inputs_embeds: Tensor | None,
+        use_cache: bool | None,
+    ) -> tuple[Tensor, NSACache | None, Step, Callable[[Tensor], Tensor]]:
+        """Embeddings with the tokens of a row moved together, the cache, their slots, and the way back."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
         if cache is not None and not isinstance(cache, NSACache):
             raise ValueError(f"the cache must be an NSACache, or None, not {type(cache).__name__}")
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(f"attention_mask must be (rows, columns), not {tuple(attention_mask.shape)}")
-        rows, tokens = input_ids.shape
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, tokens = x.shape[:2]
+        if self.layers[0].gradient_checkpointing and self.training and torch.is_grad_enabled():
+            cache, use_cache = None, False  # a layer that runs twice would write twice
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if cache is None and use_cache:
             cache = NSACache(self.config.num_hidden_layers)
 
-        order = None
-        counts = torch.full((rows,), tokens, device=input_ids.device)
-        if attention_mask is not None and not (real := attention_mask[:, -tokens:].bool()).all():
-            counts = real.sum(1)
-            order = (~real).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first, as they come
-            input_ids = input_ids.gather(1, order)
-        before = torch.zeros_like(counts) if cache is None or cache.lengths is None else cache.lengths
-        slots = before[:, None] + torch.arange(tokens, device=input_ids.device)
-        step = Step(slots, int(slots.max()) + 1, int(before.min()), int((before + counts).min()))
-
-        x, rotary = self.embedding(input_ids), RotaryTables(self.config, slots)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rotary, step, None if cache is None else cache.layers[i])
+        real = torch.ones(rows, tokens, dtype=torch.bool, device=x.device)
+        if attention_mask is not None:
+            real = attention_mask[:, -tokens:].to(x.device).bool()
+        seen = None if cache is None else cache.seen
+        before = torch.zeros(rows, dtype=torch.long, device=x.device) if seen is None else seen.sum(1)
+        after = before + real.sum(1)
+        row, column = real.nonzero(as_tuple=True)
+        slots = real.cumsum(1) - 1
+        to_row, to_slot, shape = row, slots[row, column], (rows, tokens)
+        if position_ids is not None:
+            positions = position_ids.to(x.device).expand(rows, tokens)
+            if seen is not None and (positions != slots + before[:, None])[row, column].any():
+                raise ValueError("position_ids must go on where the cache ends")
+            document, place = rows_of_documents(positions, slots, real)
+            if seen is None and (counts := document.bincount()).numel() > int((after > 0).sum()):
+                cache = None  # a row of several documents is nothing to go on from
+                to_row, to_slot, shape = document, place, (counts.numel(), int(counts.max()))
+                before, after = torch.zeros_like(counts), counts
         if cache is not None:
-            cache.lengths, cache.columns = before + counts, cache.columns + tokens
-        if order is not None:  # back to the columns they came from
-            x = torch.zeros_like(x).scatter(1, order[..., None].expand_as(x), x)
-        logits = self.head(self.norm(x if labels is not None else x[:, -logits_to_keep:]))
-        loss = None
+            cache.seen = real if seen is None else torch.cat((seen, real), 1)
+        slots = before[:, None] + torch.arange(shape[1], device=x.device)
+        step = Step(slots, int(slots.max()) + 1, int(before.min()), int(after.min()))
+        if shape == (rows, tokens) and bool(real.all()):
+            return x, cache, step, lambda y: y
+
+        def restore(y: Tensor) -> Tensor:
+            return y.new_zeros(rows, tokens, y.shape[2]).index_put((row, column), y[to_row, to_slot])
+
+        return x.new_zeros(*shape, x.shape[2]).index_put((to_row, to_slot), x[row, column]), cache, step, restore
+
+
+class NSAForCausalLM(NSAModel, GenerationMixin):
+    _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012 - as transformers declares it
+
+    def __init__(self, config: NSAConfig):
+        super().__init__(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.head = value
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the cache is our own
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+    ) -> None:
+        """Assisted generation asks for a cache before the first call of `forward`."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = NSACache(self.config.num_hidden_layers)
+            if getattr(generation_config, "is_assistant", False):
+                model_kwargs[CACHE].activate_past_recording()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: NSACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        cache: NSACache | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits (B, T, V), or of the columns ``logits_to_keep`` (their number from the end, or their indices).
+
+        The loss is that of `transformers` if ``labels`` (B, T; -100: not counted) are given, then of all columns:
+        `num_items_in_batch`, in place of the number of labels, comes from the Trainer. The other arguments are those of
+        `NSAModel.forward`.
+        """
+        decoded = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cache=cache,
+        )
+        x, cache, loss = decoded.last_hidden_state, decoded.get(CACHE), None
+        if labels is None:
+            x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
+        logits = self.head(x)
         if labels is not None:
-            loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = CausalLMOutputWithPast(loss, logits, cache)  # by position: its name depends on the release
-        return output if return_dict else output.to_tuple()
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        output = CausalLMOutputWithPast(loss, logits, cache, decoded.hidden_states)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -100,7 +100,11 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         }
     return NSAConfig(
         architectures=["NSAForCausalLM"],
-        auto_map={"AutoConfig": "configuration_nsa.NSAConfig", "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM"},
+        auto_map={
+            "AutoConfig": "configuration_nsa.NSAConfig",
+            "AutoModel": "modeling_nsa.NSAModel",
+            "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM",
+        },
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,

@@ -3,12 +3,13 @@
     python -I load_alone.py EXPORT QUESTION ANSWER
 
 QUESTION is a JSON file: "dtype"; "inputs", token ids of each sequence; "prompts", token ids, of unequal lengths;
-"new_tokens"; "texts". ANSWER is a folder that receives
+"new_tokens"; "texts"; "marked", texts with special tokens in them. ANSWER is a folder that receives
 
     answer.safetensors   logits.<i> (T, V) of each input; generated.<i> and steps.<i>: tokens and logits of each prompt
                          continued greedily in one left-padded batch with the cache; again.<i>: the logits of the whole
                          continued sequence, without cache, alone
-    answer.json          ids of each text and what they decode to
+    answer.json          ids of each text, where special tokens are text, and what they decode to; ids of each text
+                         without a special token and of each marked one, where special tokens are special
 """
 
 import json
@@ -23,9 +24,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 @torch.no_grad()
 def answer(folder: str, question: dict, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    encoded = [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in question["texts"]]
-    decoded = [tokenizer.decode(ids) for ids in encoded]
-    (target / "answer.json").write_text(json.dumps({"ids": encoded, "decoded": decoded}))
+
+    def encode(text: str, **mode: bool) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False, **mode).input_ids
+
+    texts = question["texts"]
+    told = {"ids": [encode(text, split_special_tokens=True) for text in texts]}
+    told["decoded"] = [tokenizer.decode(ids) for ids in told["ids"]]
+    told["default"] = [None if any(t in text for t in tokenizer.all_special_tokens) else encode(text) for text in texts]
+    told["marked"] = [encode(text) for text in question["marked"]]
+    (target / "answer.json").write_text(json.dumps(told))
 
     dtype = getattr(torch, question["dtype"])
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()

@@ -74,14 +74,15 @@ A decoder language model with {" and ".join(kind.title for kind in dict.fromkeys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
 prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(")]])
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0]))
 ```
 
 It needs `torch` and `transformers` 5.4 to 5.24. In training every document began with the token `bos_token_id` and
-ended with `eos_token_id`; the tokenizer adds neither, and takes their names in a text for text.
+ended with `eos_token_id`; the tokenizer adds neither. It takes their names in a text for the special tokens; in text of
+others, where that must not be, call it with `split_special_tokens=True`, as training did.
 
     lm_eval run --model hf --model_args pretrained={folder},trust_remote_code=True --tasks ...
 

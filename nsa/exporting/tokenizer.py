@@ -4,13 +4,14 @@
 
 * sentencepiece merges the pair whose result has the best score, leftmost first; `tokenizers` ranks pairs. A piece that
   several pairs make is given all of them, the longest left part first, which keeps its leftmost merge first.
-* "</s>" in a text is text. `split_special_tokens` says so; without it `transformers` would end the document there.
+* "</s>" in a text is the special token, as everywhere in `transformers`: chat templates and fine-tuning need it. Called
+  with `split_special_tokens=True` it is text, as it is in training.
 """
 
 import json
 from pathlib import Path
 
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
@@ -28,8 +29,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         ValueError: the tokenizer is of a kind that tokenizer.json cannot say exactly.
     """
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    tokenizer.check_exportable()
     model = ModelProto.FromString(tokenizer.model)
-    fast = _fast_tokenizer(model, str(tokenizer.path))
+    fast = _fast_tokenizer(model)
     control = {
         "bos_token": model.pieces[tokenizer.bos_id].piece,
         "eos_token": model.pieces[tokenizer.eos_id].piece,
@@ -43,7 +45,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
         **control,
         "add_bos_token": False,
         "add_eos_token": False,
-        "split_special_tokens": True,
+        "split_special_tokens": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_max_length": max_length,
@@ -51,17 +53,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _fast_tokenizer(model: ModelProto, name: str) -> FastTokenizer:
-    if model.trainer_spec.model_type != TrainerSpec.BPE:
-        raise ValueError(f"{name}: only a BPE tokenizer can be exported exactly, this one is of another kind")
+def _fast_tokenizer(model: ModelProto) -> FastTokenizer:
     kinds = ModelProto.SentencePiece
     vocabulary: dict[str, int] = {}
     cost: dict[str, float] = {}  # of the pieces that merges make
     for i, entry in enumerate(model.pieces):
         text = entry.type in (kinds.NORMAL, kinds.USER_DEFINED)
         piece = entry.piece.replace(SPACE, " ") if text else entry.piece
-        if piece in vocabulary:
-            raise ValueError(f"{name}: two pieces stand for {piece!r}; it cannot be exported")
         vocabulary[piece] = i
         if entry.type == kinds.NORMAL:
             cost[piece] = -entry.score

@@ -8,11 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
-from small_run import small_run
+from small_run import TEXT, small_config, small_run
 
 from nsa import export as command
+from nsa.data.config import DataConfig
+from nsa.data.prepare import prepare
 from nsa.data.tokenizer import Tokenizer
 from nsa.exporting import ExportError, export, folder, load_decoder, proof
 from nsa.exporting.tokenizer import write_tokenizer
@@ -38,6 +41,7 @@ def test_folder_is_complete(run: Path) -> None:
         "generation_config.json",
         "model.safetensors",
         "attention_nsa.py",
+        "cache_nsa.py",
         "configuration_nsa.py",
         "modeling_nsa.py",
         "tokenizer.json",
@@ -123,14 +127,22 @@ def perturb_weights(path: Path) -> None:
     save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
-def parse_special_tokens(path: Path) -> None:
+def split_special_tokens(path: Path) -> None:
     settings = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": False}))
+    (path / "tokenizer_config.json").write_text(json.dumps({**settings, "split_special_tokens": True}))
+
+
+def another_special_token(path: Path) -> None:
+    """Ordinary text that would become special."""
+    settings = json.loads((path / "tokenizer.json").read_text())
+    settings["added_tokens"].append({**settings["added_tokens"][-1], "id": 300, "content": "\n\n"})
+    (path / "tokenizer.json").write_text(json.dumps(settings))
 
 
 TAMPERED = [
     (perturb_weights, r"logits of sequence \d differ.*float64"),
-    (parse_special_tokens, "tokenizer differs on"),
+    (split_special_tokens, "does not take <s> for a special token"),
+    (another_special_token, "takes a part of"),
 ]
 
 
@@ -159,6 +171,14 @@ def another_token(told: dict, tensors: dict) -> None:
     told["ids"][0][0] += 1
 
 
+def a_special_token_more(told: dict, tensors: dict) -> None:
+    told["default"][1] = [2]
+
+
+def a_special_token_less(told: dict, tensors: dict) -> None:
+    told["marked"][1] = [7]
+
+
 def another_text(told: dict, tensors: dict) -> None:
     told["decoded"][0] += " "
 
@@ -181,6 +201,8 @@ def one_row_less(told: dict, tensors: dict) -> None:
 
 CHANGES = [
     (another_token, "tokenizer differs"),
+    (a_special_token_more, "takes a part of .* for a special token"),
+    (a_special_token_less, "does not take </s> for a special token"),
     (another_text, "tokenizer decodes"),
     (another_logit, "logits of sequence 1 differ: 0.0002 of the largest at token 1"),
     (no_number, "logits of sequence 0 differ"),
@@ -201,7 +223,8 @@ def test_every_difference_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch, ch
         for i in range(len(question["prompts"])):
             tensors[f"again.{i}"] = torch.randn(5, 420)
             tensors[f"steps.{i}"] = tensors[f"again.{i}"].clone()
-        told = {"ids": ids, "decoded": list(question["texts"])}
+        marked = [[*tokenizer.encode("a "), i, *tokenizer.encode(" b")] for i in tokenizer.control_pieces().values()]
+        told = {"ids": ids, "decoded": list(question["texts"]), "default": list(ids), "marked": marked}
         change(told, tensors)
         return told, tensors
 
@@ -257,7 +280,7 @@ def test_tokens_of_hostile_texts_are_the_trainings(tokenizers) -> None:
     texts = proof.hostile_texts()
     assert sum(map(len, texts)) > 100_000
     for text in texts:
-        ids = fast(text).input_ids
+        ids = fast(text, split_special_tokens=True).input_ids
         assert ids == native.encode(text), text[:80]
         assert fast.decode(ids) == text
 
@@ -269,6 +292,60 @@ def test_pieces_in_every_order_are_merged_as_in_training(tokenizers) -> None:
     texts = [a + b + a for a in pieces[::3] for b in pieces[::5]]
     for text, ids in zip(texts, fast(texts).input_ids, strict=True):
         assert ids == native.encode(text), text
+
+
+def test_special_tokens_in_text_are_special_unless_they_are_split(tokenizers) -> None:
+    native, fast = tokenizers
+    assert fast("yes" + fast.eos_token).input_ids == [*native.encode("yes"), native.eos_id]
+    assert fast.tokenize("a</s>b")[1] == "</s>"
+    assert fast(["x</s>", "y"], padding=True).input_ids[0][-1] == native.eos_id
+    split = fast("yes</s>", split_special_tokens=True).input_ids
+    assert split == native.encode("yes</s>") and native.eos_id not in split
+
+
+def test_chat_templates_and_added_tokens_work(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    native = Tokenizer(run / "export" / "tokenizer.model")
+    write_tokenizer(native, tmp_path, 512)
+    fast = AutoTokenizer.from_pretrained(tmp_path)
+    assert fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}) == 2
+    fast.add_tokens("<tool>")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ eos_token }}{% endfor %}"
+    )
+    fast.save_pretrained(tmp_path / "tuned")
+    fast = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    start, end, tool = fast.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>", "<tool>"])
+    messages = [{"role": "user", "content": "a <tool> b"}]
+    ids = fast.apply_chat_template(messages, return_dict=True)["input_ids"]
+    text = [*native.encode("user\na "), tool, *native.encode(" b")]
+    assert ids == [start, *text, end, native.eos_id]
+    assert fast.decode(ids, skip_special_tokens=True) == "user\na <tool> b"
+
+
+@pytest.mark.parametrize("kind", ["unigram", "char"])
+def test_a_tokenizer_that_no_export_can_carry_is_refused_before_training(tmp_path: Path, kind: str) -> None:
+    config = small_config(tmp_path)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter("\n".join(TEXT).splitlines()),
+        model_prefix=str(tmp_path / "own"),
+        model_type=kind,
+        vocab_size=400,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"],
+        minloglevel=2,
+    )
+    data = config.data.model_dump()
+    data["tokenizer"]["path"] = str(tmp_path / "own.model")
+    with pytest.raises(ValueError, match=f"only a BPE tokenizer can be exported exactly, this one is of kind {kind}"):
+        prepare(DataConfig.model_validate(data), 0)
+    with pytest.raises(ValueError, match="only a BPE tokenizer"):
+        write_tokenizer(Tokenizer(tmp_path / "own.model"), tmp_path, 512)
 
 
 def test_special_tokens_are_known(tokenizers) -> None:

@@ -248,4 +248,4 @@ def test_the_files_stand_alone() -> None:
     for path in hf.FILES:
         starts = (line.split()[1] for line in path.read_text().splitlines() if line.startswith(("import ", "from ")))
         imports = {start[1:] if start.startswith(".") else start.split(".")[0] for start in starts}
-        assert imports <= own | {"math", "collections", "dataclasses", "torch", "transformers"}
+        assert imports <= own | {"math", "collections", "dataclasses", "typing", "torch", "transformers"}
