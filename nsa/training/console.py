@@ -83,7 +83,7 @@ class Console:
             self.say(f"stopped after step {step} of {steps}{why}; run the same command to go on")
         elif step > steps:
             self.say(
-                f"nothing to do: {self.folder} has done {step} steps, training.steps is {steps}. It was not changed; "
+                f"nothing to do: {self.folder} has done {step} steps, training.steps is {steps}; "
                 "set training.steps higher to go on"
             )
         else:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny import start, tiny_config, train, write_yaml
 from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
 from nsa.models import Decoder
 from nsa.training.attention_probe import probe
+from nsa.training.console import Console
 from nsa.training.monitor import Monitor
 from nsa.training.performance import memory_gib, peak_flops
 
@@ -88,6 +90,7 @@ def test_lines_of_every_tenth_step_are_all(tmp_path):
 READ_ONLY = """
 import errno, os, sys
 from tensorboard.compat.tensorflow_stub.io import gfile
+from nsa.training.console import Console
 from nsa.training.monitor import Monitor
 def refuse(self, filename, *arguments):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fsencode(filename))
@@ -166,3 +169,11 @@ def test_deepspeed_tells_nothing_of_its_own(tmp_path):
     told = train(tmp_path, "engine.precision=bf16", "engine.zero_stage=1", "training.steps=2")
     assert told.returncode == 0 and "step 2/2" in told.stdout
     assert "bf16_optimizer" not in told.stdout and "CPU Virtual Memory" not in told.stdout
+
+
+def test_the_farewell_says_what_was_done(tmp_path, capsys):
+    console = Console(tiny_config(tmp_path), SimpleNamespace(is_main=True), tmp_path)
+    console.farewell(21, "")
+    assert f"nothing to do: {tmp_path} has done 21 steps, training.steps is 6" in capsys.readouterr().out
+    console.farewell(6, "")
+    assert capsys.readouterr().out == f"done: 6 steps in {tmp_path}\n"
