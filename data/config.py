@@ -20,6 +20,14 @@ class SourceConfig(Section):
     subset: str | None = Field(None, description="hub: the data set's configuration name")
     split: str = Field("train", description="hub: the split to read")
     text_field: str = Field("text", description="files (JSONL, Parquet) and hub: the column that holds the text")
+    include: list[str] = Field([], description="files in a folder: patterns of names to read, like *.txt; []: all")
+    exclude: list[str] = Field(
+        ["_*", "package.json", "package-lock.json"],
+        description="files in a folder: patterns of files and folders to leave out; hidden ones always are",
+    )
+    bad_rows: float = Field(
+        0.001, ge=0, lt=1, description="files and hub: share of rows that may be no text; they are left out"
+    )
     task: Literal["mqar", "passkey", "copy"] | None = Field(None, description="synthetic: the task to generate")
 
     @field_validator("path")

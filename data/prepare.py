@@ -34,6 +34,7 @@ Encode = Callable[[list[bytes]], Future]
 BATCH_BYTES = 1 << 20  # text that one task of a worker holds
 MAX_WAITING = 32  # batches read ahead of the workers
 MAX_DOCUMENT = 1 << 30  # bytes; a longer one would not fit a worker's memory
+TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Prepared data: see https://bford.info/cachedir/\n"
 
 
 class Scan(NamedTuple):
@@ -55,6 +56,14 @@ def prepare(config: DataConfig, seed: int, progress: bool = True) -> PreparedDat
     texts = [source for source in config.sources if source.kind != "synthetic"]
     if not texts:
         raise ValueError("data.sources: at least one source must be text (builtin, files or hub), not synthetic")
+    cache = Path(config.cache_dir)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir: cannot make {cache} ({error.strerror}); set it to another folder") from error
+    if not os.access(cache, os.W_OK):
+        raise ValueError(f"data.cache_dir: {cache} is not writable; set it to a folder that is")
+    (cache / sources.CACHE_TAG).write_text(TAG)  # a source's folder may hold the cache, which is none of its text
     made_from = {
         "format": FORMAT,
         "seed": seed,
@@ -63,13 +72,6 @@ def prepare(config: DataConfig, seed: int, progress: bool = True) -> PreparedDat
         "sources": {source.name: sources.describe(source) for source in texts},
     }
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(config.cache_dir)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"data.cache_dir: cannot make {cache} ({error.strerror}); set it to another folder") from error
-    if not os.access(cache, os.W_OK):
-        raise ValueError(f"data.cache_dir: {cache} is not writable; set it to a folder that is")
     folder = cache / key
     with FileLock(cache / f"{key}.lock"):
         if folder.exists():
@@ -125,7 +127,7 @@ def _scan(source: SourceConfig, seed: int, fraction: float, seen: set[bytes], pr
     fate, key, size = bytearray(), array("Q"), array("Q")
     salt = seed.to_bytes(16, "little")
     with Progress(f"read {source.name}", enabled=progress) as bar:
-        for document in sources.documents(source):
+        for document in sources.documents(source, report=True):
             if len(document.text) > MAX_DOCUMENT:
                 raise ValueError(
                     f"data source {source.name!r}: {document.id} has {len(document.text)} bytes, a document may have "
@@ -200,6 +202,7 @@ def _write(
 
         waiting: deque = deque()
         batch: list[tuple[sources.Document, int]] = []
+        batch_bytes = 0
         for document in sources.documents(source):
             fate = scan.fate[count] if count < len(scan.fate) else EMPTY
             count += 1
@@ -208,9 +211,10 @@ def _write(
                 bar.update(len(document.text))
                 continue
             batch.append((document, fate))
-            if sum(len(d.text) for d, _ in batch) >= BATCH_BYTES:
+            batch_bytes += len(document.text)
+            if batch_bytes >= BATCH_BYTES:
                 waiting.append((batch, encode([d.text for d, _ in batch])))
-                batch = []
+                batch, batch_bytes = [], 0
                 flush(waiting, leave=MAX_WAITING)
         waiting.append((batch, encode([d.text for d, _ in batch])))
         flush(waiting, leave=0)
@@ -283,4 +287,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)  # as everywhere: something to mend (docs/reliability.md)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -4,24 +4,20 @@ import hashlib
 import json
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nsa.data import files
 from nsa.data.config import SourceConfig
+from nsa.data.files import BadRow, Document
 
 BUILTIN_SUFFIXES = {".py", ".rst", ".txt"}
-JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
+CACHE_TAG = "CACHEDIR.TAG"  # bford.info/cachedir: a folder with this file holds nothing of its own
 CHUNK = 1 << 24
-NAMED = 10  # bad files named in one error
-
-
-class Document(NamedTuple):
-    """id: says where the text is from (a path, with #row in a table). text: UTF-8, byte for byte as in the source."""
-
-    id: str
-    text: bytes
+NAMED = 10  # bad files or rows named in one error
+HOPELESS = 1000  # rows that are all bad, after which no more are read
 
 
 class BadByte(NamedTuple):
@@ -47,13 +43,20 @@ def describe(source: SourceConfig) -> dict[str, Any]:
 
 
 def check(source: SourceConfig) -> None:
-    """Raise ValueError that names every local file of the source that is not UTF-8, and where. Reads them all."""
+    """Raise ValueError that names every local file of the source that is no text or not UTF-8. Reads them all."""
     if source.kind != "files":
         return
+    found = _files(source)
+    if no_text := [f"  {path} {why}" for _, path in found if (why := files.obstacle(path))]:
+        more = [f"  ... and {len(no_text) - NAMED} more"] if len(no_text) > NAMED else []
+        raise ValueError(
+            f"data source {source.name!r}: {len(no_text)} file(s) cannot be read; nothing was written\n"
+            + "\n".join(no_text[:NAMED] + more)
+        )
     bad = []
-    for _, path in _files(source):
-        if path.suffix not in (".parquet", ".gz", ".zst", ".xz", ".bz2") and (found := find_bad_byte(path)):
-            bad.append(f"  {path}: byte {found.position} is the first of {found.total} that are not UTF-8")
+    for _, path in found:
+        if files.has_plain_bytes(path) and (byte := find_bad_byte(path)):
+            bad.append(f"  {path}: byte {byte.position} is the first of {byte.total} that are not UTF-8")
     if bad:
         more = [f"  ... and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
         raise ValueError(
@@ -63,8 +66,15 @@ def check(source: SourceConfig) -> None:
         )
 
 
-def documents(source: SourceConfig) -> Iterator[Document]:
-    """Every document, empty ones too. Raises ValueError where the source cannot be read, saying what to do."""
+def documents(source: SourceConfig, report: bool = False) -> Iterator[Document]:
+    """Every document, empty ones too.
+
+    Args:
+        report: print which rows were left out.
+
+    Raises:
+        ValueError: the source cannot be read, or more rows than ``bad_rows`` allows; says what to do.
+    """
     if source.kind == "builtin":
         root = _stdlib()
         for path in _builtin_files():
@@ -72,25 +82,51 @@ def documents(source: SourceConfig) -> Iterator[Document]:
             if _is_utf8(text):  # the standard library tests other encodings with a few files
                 yield Document(path.relative_to(root).as_posix(), text)
     elif source.kind == "files":
-        for id, path in _files(source):
-            table = _table_format(path)
-            if table is None:
-                yield Document(id, path.read_bytes())
-            elif path.stat().st_size:
-                with tempfile.TemporaryDirectory() as scratch:  # `datasets` leaves lock files in its cache folder
-                    where = {"path": table, "data_files": str(path), "cache_dir": scratch}
-                    yield from _rows(source, _load(source, **where, split="train", streaming=True), id)
+        yield from _good(source, _of_files(source), report)
     elif source.kind == "hub":
         assert source.path is not None
-        yield from _rows(source, _load(source, path=source.path, name=source.subset, split=source.split), source.path)
+        rows = _load(source, path=source.path, name=source.subset, split=source.split)
+        yield from _good(source, _rows(source, rows, source.path), report)
     else:
         raise AssertionError(f"a {source.kind} source has no documents")
 
 
+def _of_files(source: SourceConfig) -> Iterator[Document | BadRow]:
+    for id, path in _files(source):
+        try:
+            yield from files.read(path, id, source.text_field)
+        except ValueError as error:
+            raise ValueError(f"data source {source.name!r}: {error}") from error
+
+
+def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool) -> Iterator[Document]:
+    """The documents among ``rows``, if nearly all are; of the others the first few are named."""
+    count, bad = 0, 0
+    named: list[str] = []
+    for row in rows:
+        count += 1
+        if isinstance(row, Document):
+            yield row
+            continue
+        bad += 1
+        if len(named) < NAMED:
+            named.append(f"  {row.id} {row.reason}")
+        if bad == count == HOPELESS:
+            break
+    if not bad:
+        return
+    named += [f"  ... and {bad - NAMED} more"] if bad > NAMED else []
+    text = f"data source {source.name!r}: {bad} of {count} rows cannot be used\n" + "\n".join(named)
+    if bad > source.bad_rows * count:
+        raise ValueError(f"{text}\nmend them, or allow a larger share of them: bad_rows is {source.bad_rows:g}")
+    if report:
+        print(f"{text}\nthey are left out", file=sys.stderr)
+
+
 def find_bad_byte(path: Path) -> BadByte | None:
-    """Where a file stops being UTF-8, or None; in constant memory."""
+    """Where a file's text, unpacked, stops being UTF-8, or None; in constant memory."""
     first, count, offset, rest = -1, 0, 0, b""
-    with path.open("rb") as file:
+    with files.opened(path) as file:
         while True:
             chunk = file.read(CHUNK)
             data = rest + chunk
@@ -148,12 +184,13 @@ def _builtin_files() -> list[Path]:
 
 
 def _files(source: SourceConfig) -> list[tuple[str, Path]]:
-    """(id, path) of every file of a `files` source, by id. In a folder: all that are not hidden."""
+    """(id, path) of every file of a `files` source, by id. In a folder: all that are not hidden, excluded or cached."""
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_dir():
-        hidden = [p for p in path.rglob("*") if any(part.startswith(".") for part in p.relative_to(path).parts)]
-        found = {p.relative_to(path).as_posix(): p for p in set(path.rglob("*")) - set(hidden) if p.is_file()}
+        caches = {tag.parent for tag in path.rglob(CACHE_TAG)}
+        inside = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+        found = {id: p for id, p in inside.items() if _wanted(source, id) and caches.isdisjoint(p.parents)}
     elif path.is_file():
         found = {path.name: path}
     else:
@@ -165,12 +202,16 @@ def _files(source: SourceConfig) -> list[tuple[str, Path]]:
     return sorted(found.items())
 
 
-def _table_format(path: Path) -> str | None:
-    """The `datasets` builder that reads this file; None: the file is one document of plain text."""
-    suffixes = set(path.suffixes[-2:])
-    if ".parquet" in suffixes:
-        return "parquet"
-    return "json" if suffixes & JSON_SUFFIXES else None
+def _wanted(source: SourceConfig, id: str) -> bool:
+    """Whether a file of a folder belongs to the source. ``id``: its path within the folder."""
+    parts = id.split("/")
+    if any(part.startswith(".") for part in parts):
+        return False
+
+    def named_by(patterns: list[str]) -> bool:
+        return any(fnmatch(text, pattern) for pattern in patterns for text in (id, *parts))
+
+    return (not source.include or named_by(source.include)) and not named_by(source.exclude)
 
 
 def _load(source: SourceConfig, **arguments: Any) -> Any:
@@ -179,12 +220,12 @@ def _load(source: SourceConfig, **arguments: Any) -> Any:
     try:
         return datasets.load_dataset(**arguments)
     except Exception as error:  # of many kinds: connection, HTTP, unknown data set, subset or split
-        advice = "check its path" if source.kind == "files" else "check path, subset, split and the network"
+        advice = "check path, subset, split and the network"
         raise ValueError(f"data source {source.name!r}: cannot load {source.path!r}: {error}\n{advice}") from error
 
 
-def _rows(source: SourceConfig, rows: Any, id: str) -> Iterator[Document]:
-    """One document per row. A row without text is an empty document."""
+def _rows(source: SourceConfig, rows: Any, id: str) -> Iterator[Document | BadRow]:
+    """One document per row of a data set. A row without text is an empty document."""
     iterator = iter(rows)
     row_number = 0
     while True:
@@ -200,10 +241,9 @@ def _rows(source: SourceConfig, rows: Any, id: str) -> Iterator[Document]:
                 f"set text_field to one of: {', '.join(sorted(row))}"
             )
         text = row[source.text_field]
-        if not isinstance(text, str | None):
-            raise ValueError(
-                f"data source {source.name!r}: row {row_number} of {id}: column {source.text_field!r} holds "
-                f"{type(text).__name__}, not text; set text_field"
-            )
-        yield Document(f"{id}#{row_number}", (text or "").encode("utf-8", "surrogatepass"))
+        if isinstance(text, str | None):
+            yield Document(f"{id}#{row_number}", (text or "").encode("utf-8", "surrogatepass"))
+        else:
+            kind = type(text).__name__
+            yield BadRow(f"{id}#{row_number}", f"column {source.text_field!r} holds {kind}, not text; set text_field")
         row_number += 1

@@ -142,9 +142,18 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
     Raises ValueError if the texts are too few for the vocabulary.
     """
     model = io.BytesIO()
+    stopped: list[BaseException] = []  # by what, while texts were read: the trainer makes an error of its own of it
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(texts)
+        except BaseException as error:
+            stopped.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=sentences(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -165,10 +174,18 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(
-            f"cannot train a tokenizer of {vocab_size} pieces on this text: {error}\n"
-            "lower data.tokenizer.vocab_size (and model.vocab_size), or add text"
-        ) from error
+        if stopped:
+            raise stopped[0] from None
+        # Characters that a vocabulary must have can be more than its pieces.
+        small = "smaller than required" in str(error)
+        advice = (
+            "raise data.tokenizer.vocab_size (and model.vocab_size)"
+            if small
+            else ("lower data.tokenizer.vocab_size (and model.vocab_size), or add text")
+        )
+        raise ValueError(f"cannot train a tokenizer of {vocab_size} pieces on this text: {error}\n{advice}") from error
+    if stopped:
+        raise stopped[0]
     path = Path(path)
     path.write_bytes(model.getvalue())
     return Tokenizer(path)

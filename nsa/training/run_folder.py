@@ -35,6 +35,7 @@ CHANGEABLE = (
 )
 
 
+WHERE = ("path", "subset", "split", "text_field", "include", "exclude", "bad_rows")  # of a source: which rows are read
 LOCK_SECONDS = 60.0  # that a run waits for the one before: ranks whose launcher was killed finish a step and save
 
 
@@ -107,7 +108,7 @@ def check_same(saved: Path, config: Config, where: Path) -> list[str]:
     Raises:
         ValueError: naming every other key that differs; or it is no configuration.
     """
-    before, now = (_flatten(parse(dump_config(c), "configuration")) for c in (load_saved(saved), config))
+    before, now = (_compared(c) for c in (load_saved(saved), config))
     different = {
         key: f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
         for key in sorted(before.keys() | now.keys())
@@ -136,6 +137,16 @@ def record_changes(run: Path, checkpoint: Path, changes: list[str]) -> None:
         if line not in known:
             with path.open("a") as file:
                 file.write(line + "\n")
+
+
+def _compared(config: Config) -> dict[str, Any]:
+    """The configuration by full key, without where the data come from: the checkpoint knows their fingerprint."""
+    tree: Any = parse(dump_config(config), "configuration")
+    for source in tree["data"]["sources"]:
+        for key in WHERE:
+            source.pop(key, None)
+    tree["data"]["tokenizer"].pop("path", None)
+    return _flatten(tree)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,17 @@
 """Text comes out of every kind of source as it was put in; what is no text is named, with its place."""
 
+import bz2
+import gzip
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from nsa.data import sources
 from nsa.data.config import DataConfig, SourceConfig
@@ -16,7 +22,7 @@ from tests.data.corpus import write_corpus
 TEXTS = ["plain\n", "  é 漢 ▁ \x00 </s>", "", "line\r\nline\u2028", "x" * 100_000]
 
 
-def source(path: Path | str, **settings: str) -> SourceConfig:
+def source(path: Path | str, **settings: Any) -> SourceConfig:
     return SourceConfig(**{"name": "s", "kind": "files", "path": str(path), **settings})
 
 
@@ -45,7 +51,7 @@ def test_jsonl_with_rows_that_differ(tmp_path: Path) -> None:
 def test_parquet(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": TEXTS, "n": [1] * len(TEXTS)}).to_parquet(tmp_path / "a.parquet")
     assert [d.text for d in documents(source(tmp_path))] == [t.encode() for t in TEXTS]
-    with pytest.raises(ValueError, match="holds int, not text; set text_field"):
+    with pytest.raises(ValueError, match="holds int64, not text; set text_field"):
         list(documents(source(tmp_path, text_field="n")))
 
 
@@ -100,6 +106,95 @@ def test_files_that_are_not_utf8_stop_everything_and_are_all_named(
 def test_broken_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": broken\n')
     with pytest.raises(ValueError, match=r"a\.jsonl"):
+        list(documents(source(tmp_path)))
+
+
+def test_only_the_text_of_a_row_matters(tmp_path: Path) -> None:
+    """Other fields may be of any type, and of another one 10 MB later; texts that look like dates are texts."""
+    others = [None, "x", 1, 1.5, [], ["x"], {}, {"deep": [1, "2"]}, 2**70]
+    texts = ["2024-01-01", "12", "1e5", "null", "true", "\ud800"] * 20_000
+    rows = [{"n": others[i * len(others) // len(texts)], "text": text} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    assert [d.text for d in documents(source(tmp_path))] == [t.encode("utf-8", "surrogatepass") for t in texts]
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)])
+def test_compressed_text_is_read_as_text(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    (tmp_path / f"a.txt.{suffix}").write_bytes(compress("é one\n".encode()))
+    (tmp_path / f"b.jsonl.{suffix}").write_bytes(compress(b'\n{"text": "two"}\n\n{"text": "three"}'))
+    (tmp_path / f"c.jsonl.{suffix}").write_bytes(b"")
+    assert [(d.id, d.text.decode()) for d in documents(source(tmp_path))] == [
+        (f"a.txt.{suffix}", "é one\n"),
+        (f"b.jsonl.{suffix}#0", "two"),
+        (f"b.jsonl.{suffix}#1", "three"),
+    ]
+    (tmp_path / f"d.txt.{suffix}").write_bytes(compress(b"\xff"))
+    with pytest.raises(ValueError, match=rf"d\.txt\.{suffix}: byte 0 is the first of 1"):
+        sources.check(source(tmp_path))
+    (tmp_path / f"d.txt.{suffix}").write_bytes(compress(bytes(range(128)) * 99)[:-9])
+    with pytest.raises(ValueError, match=rf"d\.txt\.{suffix}: cannot be read to its end"):
+        list(documents(source(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.txt.zst", "weights.safetensors", "a.npy.xz", "IMAGE.PNG"])
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / name).write_bytes(b"valid UTF-8, by chance")
+    with pytest.raises(ValueError, match=f"(?s)1 file.*{name} is (no text|compressed with zstd)"):
+        sources.check(source(tmp_path))
+    sources.check(source(tmp_path, exclude=[name]))
+
+
+def test_bad_rows_are_left_out_up_to_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.dumps({"text": f"t{i}"}) for i in range(1000)]
+    rows[3], rows[500] = '{"text": broken', '{"text": 7}'
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found = list(documents(source(tmp_path, bad_rows=0.002), report=True))
+    assert [d.id for d in found] == [f"a.jsonl#{i}" for i in range(1000) if i not in (3, 500)]
+    told = capsys.readouterr().err
+    assert "2 of 1000 rows cannot be used" in told and "left out" in told
+    assert "a.jsonl#3 is not JSON" in told and "a.jsonl#500 column 'text' holds int" in told
+    for share in (0.0, 0.001):
+        with pytest.raises(ValueError, match=r"(?s)2 of 1000 rows.*a\.jsonl#3 .*bad_rows is 0"):
+            list(documents(source(tmp_path, bad_rows=share)))
+
+
+def test_what_a_folder_holds_beside_its_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.md", "package.json", "_SUCCESS", "_temporary/c.txt", "deep/d.txt", "deep/skip/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tokens.bin").write_bytes(b"\xff")
+    (tmp_path / "cache" / sources.CACHE_TAG).write_text("")
+
+    def ids(**settings) -> list[str]:
+        return [d.id for d in documents(source(tmp_path, **settings))]
+
+    assert ids() == ["a.txt", "b.md", "deep/d.txt", "deep/skip/e.txt"]
+    assert ids(include=["*.txt"], exclude=["skip"]) == ["_temporary/c.txt", "a.txt", "deep/d.txt"]
+    assert ids(include=["deep/*"], exclude=[]) == ["deep/d.txt", "deep/skip/e.txt"]
+
+
+def test_a_corpus_that_holds_the_cache_is_prepared(tmp_path: Path, make_config: Callable[..., DataConfig]) -> None:
+    corpus = write_corpus(tmp_path / "text", 8)
+    config = make_config(corpus, cache_dir=str(corpus / "data" / "cache"))
+    first = prepare(config, 1, progress=False)
+    assert prepare(config, 1, progress=False).folder == first.folder, "prepared once"
+
+
+@pytest.mark.parametrize(
+    ("column", "reason"), [([b"x"], "holds binary"), ([["x"]], "holds list"), ([None], None), ([], None)]
+)
+def test_parquet_without_texts(tmp_path: Path, column: list, reason: str | None) -> None:
+    table = pyarrow.table({"text": column, "other": [1] * len(column)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    if reason is None:
+        assert [d.text for d in documents(source(tmp_path))] == [b""] * len(column)
+    else:
+        with pytest.raises(ValueError, match=rf"a\.parquet: column 'text' {reason}"):
+            list(documents(source(tmp_path)))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read as Parquet"):
         list(documents(source(tmp_path)))
 
 

@@ -74,6 +74,24 @@ def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
         train(["abc"], 4096, tmp_path / "model")
 
 
+def test_more_characters_than_pieces(tmp_path: Path) -> None:
+    """Chinese text and a small vocabulary: more text would not help, more pieces do."""
+    texts = ["".join(chr(0x4E00 + (17 * i + j) % 3000) for j in range(60)) for i in range(400)]
+    with pytest.raises(ValueError, match=r"raise data\.tokenizer\.vocab_size"):
+        train(texts, 400, tmp_path / "model")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the corpus is gone")])
+def test_what_ends_the_reading_of_texts_ends_the_training(tmp_path: Path, error: BaseException) -> None:
+    def texts():
+        yield "some text " * 50
+        raise error
+
+    with pytest.raises(type(error)) as found:
+        train(texts(), 300, tmp_path / "model")
+    assert found.value is error and not (tmp_path / "model").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -51,6 +51,14 @@ def test_what_may_change_on_resume(tmp_path):
     check_same(saved, tiny_config(tmp_path, *free), tmp_path)
 
 
+def test_a_corpus_may_move(tmp_path):
+    """Its content is compared by the fingerprint of the prepared data, wherever it lies; its share is no content."""
+    saved = write_config(tmp_path)
+    check_same(saved, tiny_config(tmp_path, "data.sources.0.path=/elsewhere/", "data.sources.0.bad_rows=0"), tmp_path)
+    with pytest.raises(ValueError, match=r"data\.sources"):
+        check_same(saved, tiny_config(tmp_path, "data.sources.0.weight=2"), tmp_path)
+
+
 @pytest.mark.parametrize(
     "override",
     ["seed=7", "model.num_layers=4", "attention.nsa.window=8", "data.sequence_length=32",
