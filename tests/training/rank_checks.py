@@ -249,7 +249,7 @@ def run_check(function: Callable[..., Any], arguments: dict[str, Any], folder: P
     finally:
         forget_recordings()
     if ranks.is_main:
-        folder.with_suffix(".json").write_text(json.dumps(answer))
+        (folder.parent / f"{folder.name}.json").write_text(json.dumps(answer))
     torch.distributed.destroy_process_group()
 
 
