@@ -55,7 +55,8 @@ for packing in (False, True):
     model = AutoModelForCausalLM.from_pretrained("export", trust_remote_code=True)
     rows = Dataset.from_dict({"text": ["def f(x):\\n    return x\\n", "x = 1\\n"] * 8})
     options = SFTConfig(
-        "sft", max_steps=2, per_device_train_batch_size=2, max_length=64, packing=packing, report_to=[], bf16=False, use_cpu=True
+        "sft", max_steps=2, per_device_train_batch_size=2, max_length=64, packing=packing,
+        report_to=[], bf16=False, use_cpu=True
     )
     trainer = SFTTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
