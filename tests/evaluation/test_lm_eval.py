@@ -13,6 +13,8 @@ from small_run import TEXT, small_export
 
 from nsa.exporting import load_decoder
 
+# The harness lets the tokenizer parse special tokens; the trainer's does not.
+PLAIN = TEXT[0].replace("<", "(")
 NEEDLE = """
 task: needle
 dataset_path: json
@@ -57,10 +59,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_harness_gives_the_decoders_own_scores(exported: Path, tmp_path: Path) -> None:
     needles = [
-        {"context": f"{TEXT[0][i : i + 200]}\nThe key is", "choices": [" red", " blue", " green"], "gold": i % 3}
+        {"context": f"{PLAIN[i : i + 200]}\nThe key is", "choices": [" red", " blue", " green"], "gold": i % 3}
         for i in range(0, 1200, 100)
     ]
-    texts = [{"text": TEXT[0][i : i + 300 + i]} for i in (0, 40, 100)]
+    texts = [{"text": PLAIN[i : i + 300 + i]} for i in (0, 40, 100)]
     for name, task, rows in (("needle", NEEDLE, needles), ("texts", TEXTS, texts)):
         data = tmp_path / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))

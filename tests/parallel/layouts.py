@@ -32,10 +32,10 @@ def learned(case: Case) -> Case:
     return [override for override in case if not override.startswith(LAYOUT)]
 
 
-def references(folder: Path, cases: Sequence[Case], gpus: int = RANKS) -> dict[str, Curve]:
+def references(folder: Path, cases: Sequence[Case], gpus: int = RANKS, steps: int = STEPS) -> dict[str, Curve]:
     """Curves in one process, by the case without its layout. ``gpus``: as for `on_ranks`."""
     distinct = list({str(learned(case)): learned(case) for case in cases}.values())
-    checks = {"reference": ("curves", {"cases": distinct, "steps": STEPS})}
+    checks = {"reference": ("curves", {"cases": distinct, "steps": steps})}
     curves = on_ranks(1, folder, checks, SCRIPT, gpus=gpus)["reference"]
     return {str(case): curve for case, curve in zip(distinct, curves, strict=True)}
 

@@ -21,7 +21,7 @@ def test_sharded_decoders_equal_the_whole_one(four_ranks):
 
 
 def test_curves_equal_one_process(four_ranks, reference):
-    """Loss and unclipped gradient norm over ten steps, to 1e-5."""
+    """Loss and unclipped gradient norm over a few steps, to 1e-5."""
     for case, curve in zip(CASES, four_ranks[1]["curves"], strict=True):
         assert difference(curve, reference[str(learned(case))]) < 1e-5, case
 

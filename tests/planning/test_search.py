@@ -23,7 +23,10 @@ def config(*overrides: str, name: str = "1b") -> Config:
     return load_config(ROOT / f"configs/{name}.yaml", overrides)
 
 
-@pytest.mark.parametrize(("name", "gpus"), SHIPPED.items())
+@pytest.mark.parametrize(
+    ("name", "gpus"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case[0] == "27b-a5b")) for case in SHIPPED.items()],
+)
 def test_shipped_configurations_are_near_the_best_layout(name, gpus):
     shipped = config(name=name)
     best = search(shipped, gpus, H100, most=1)[0]
