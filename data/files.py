@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ NO_TEXT = {
     *(".h5", ".hdf5", ".db", ".sqlite", ".sqlite3", ".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx"),
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav", ".ogg", ".so", ".exe", ".pyc", ".o", ".a"),
 }
+MOST_COLUMNS = 1000  # different names of columns in a file that are remembered, for a message
 ROWS_AT_ONCE = 256  # of Parquet
 
 
@@ -68,7 +70,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             return
         with OPENERS.get(path.suffix.lower(), Path.open)(path, "rb") as file:
             yield file
-    except (EOFError, lzma.LZMAError, OSError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"{path}: cannot be read to its end ({why}); is it cut off?") from error
 
@@ -98,21 +100,24 @@ def _plain_suffix(path: Path) -> str:
 
 
 def _json(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow]:
-    """JSON lines, or one array of rows. A row with null for its text is an empty document."""
+    """JSON lines, or one array of rows. A row with null for its text, or without any, is an empty document."""
+    columns: set[str] = set()
     for number, row in enumerate(_json_rows(path)):
         where = f"{id}#{number}"
         if isinstance(row, ValueError):
             yield BadRow(where, f"is not JSON ({row})")
         elif not isinstance(row, dict):
             yield BadRow(where, f"is a JSON {type(row).__name__}, not an object with a text")
-        elif text_field not in row:
-            columns = ", ".join(sorted(row)[:20])
-            yield BadRow(where, f"has no column {text_field!r}; set text_field to one of: {columns}")
-        elif not isinstance(row[text_field], str | None):
+        elif not isinstance(row.get(text_field), str | None):
             kind = type(row[text_field]).__name__
             yield BadRow(where, f"column {text_field!r} holds {kind}, not text; set text_field")
         else:
-            yield Document(where, (row[text_field] or "").encode("utf-8", "surrogatepass"))
+            if len(columns) < MOST_COLUMNS:
+                columns |= row.keys()
+            yield Document(where, (row.get(text_field) or "").encode("utf-8", "surrogatepass"))
+    if columns and text_field not in columns and len(columns) < MOST_COLUMNS:
+        known = ", ".join(sorted(columns))
+        raise ValueError(f"{path} has no column {text_field!r}; set text_field to one of: {known}")
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
@@ -120,7 +125,10 @@ def _json_rows(path: Path) -> Iterator[Any]:
         start = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
         if start.startswith(b"["):
-            yield from json.loads(file.read())
+            try:
+                yield from json.loads(file.read())
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: is not JSON ({error})") from error
             return
         for number, line in enumerate(file):
             line = line.removeprefix(b"\xef\xbb\xbf") if not number else line
@@ -131,8 +139,8 @@ def _json_rows(path: Path) -> Iterator[Any]:
 def _parsed(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
-        return error
+    except (ValueError, RecursionError) as error:
+        return ValueError(str(error))
 
 
 def _parquet(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow]:

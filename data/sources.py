@@ -38,7 +38,12 @@ def describe(source: SourceConfig) -> dict[str, Any]:
         stats = [(id, path.stat()) for id, path in _files(source)]
         listing_files = [(id, s.st_size, s.st_mtime_ns) for id, s in stats]
         digest = hashlib.sha256(json.dumps(listing_files).encode()).hexdigest()
-        return {"kind": "files", "path": source.path, "text_field": source.text_field, "listing": digest}
+        return {
+            "kind": "files",
+            "path": str(Path(source.path or "")),
+            "text_field": source.text_field,
+            "listing": digest,
+        }
     return source.model_dump(include={"kind", "path", "subset", "split", "text_field"})
 
 

@@ -118,6 +118,18 @@ def test_only_the_text_of_a_row_matters(tmp_path: Path) -> None:
     assert [d.text for d in documents(source(tmp_path))] == [t.encode("utf-8", "surrogatepass") for t in texts]
 
 
+def test_rows_without_text_are_empty_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"other": 1}\n{"text": null}\n')
+    assert [d.text for d in documents(source(tmp_path))] == [b"one", b"", b""]
+
+
+def test_json_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for text in ('[{"text": "one"}, ', "[" * 100_000, '{"other": ' + "[" * 100_000 + "}"):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json"):
+            list(documents(source(tmp_path)))
+
+
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)])
 def test_compressed_text_is_read_as_text(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
     (tmp_path / f"a.txt.{suffix}").write_bytes(compress("é one\n".encode()))
