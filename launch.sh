@@ -23,7 +23,7 @@ Files are those of the folder that the command is given in; a CONFIG that is not
 `train CONFIG --dry-run` prints the size of a run and stops.
 
 exit codes of train (docs/reliability.md)
-  0 complete, 2 mend something, 75 stopped and saved, 85 a rank was lost: on 75 and 85 run the same command again
+  0 complete, 2 fix something, 75 stopped and saved, 85 a rank was lost: on 75 and 85 run the same command again
 
 environment
   PYTHON       the interpreter that .venv is made with: 3.11 or newer (default: the first found)

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-# A byte of these can be anything: some of them are valid UTF-8, and none of them is text.
+# Archives, arrays, documents and media. Some happen to be valid UTF-8; none is text.
 NO_TEXT = {
     *(".zip", ".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".zst", ".lz4", ".br", ".z"),
     *(".npy", ".npz", ".pt", ".pth", ".bin", ".safetensors", ".pkl", ".pickle", ".arrow", ".feather", ".orc", ".avro"),
@@ -162,7 +162,7 @@ def _parquet(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow
                 for text in batch.column(0).to_pylist():
                     yield Document(f"{id}#{number}", (text or "").encode())
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error})") from error
 
 

@@ -288,6 +288,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)  # as everywhere: something to mend (docs/reliability.md)
+        sys.exit(2)  # as everywhere: something that the user can fix (docs/reliability.md)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -123,7 +123,7 @@ def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool)
     named += [f"  ... and {bad - NAMED} more"] if bad > NAMED else []
     text = f"data source {source.name!r}: {bad} of {count} rows cannot be used\n" + "\n".join(named)
     if bad > source.bad_rows * count:
-        raise ValueError(f"{text}\nmend them, or allow a larger share of them: bad_rows is {source.bad_rows:g}")
+        raise ValueError(f"{text}\nfix them, or allow a larger share of them: bad_rows is {source.bad_rows:g}")
     if report:
         print(f"{text}\nthey are left out", file=sys.stderr)
 
@@ -193,7 +193,7 @@ def _files(source: SourceConfig) -> list[tuple[str, Path]]:
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_dir():
-        caches = {tag.parent for tag in path.rglob(CACHE_TAG)}
+        caches = {tag.parent for tag in path.rglob(CACHE_TAG)} - {path}
         inside = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
         found = {id: p for id, p in inside.items() if _wanted(source, id) and caches.isdisjoint(p.parents)}
     elif path.is_file():

@@ -1,6 +1,6 @@
 """Pretrain a decoder: `python -m nsa.train CONFIG [key=value ...]`, or under a launcher `deepspeed nsa/train.py ...`.
 
-Exit codes: 0 the run is complete; 2 something that the user can mend, said in one message; 75 it was asked to stop and
+Exit codes: 0 the run is complete; 2 something that the user can fix, said in one message; 75 it was asked to stop and
 is saved, 85 a rank was lost or hung: run the same command again; 130 Ctrl-C, saved; anything else is a fault. See
 docs/reliability.md.
 """

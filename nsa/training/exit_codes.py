@@ -2,7 +2,7 @@
 
     0    the run is complete
     1    a fault of this program (a traceback is printed); the last checkpoint stands, running again may help or not
-    2    something that the user must mend, said in one message; running again without mending it fails again
+    2    something that the user must fix, said in one message; running again without fixing it fails again
     75   asked to stop (SIGTERM, SIGHUP, SIGUSR1, a STOP file, training.max_hours, a launcher that is gone): everything
          is saved; or another process still trains in the run folder: run the command again
     85   a rank was lost or hung: the last checkpoint stands, run the command again

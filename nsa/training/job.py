@@ -46,7 +46,7 @@ def train(config: Config) -> int:
         return _end(REQUEUE, "")
     except OSError as e:
         what = f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e.strerror or e)
-        return _end(USER, f"error (rank {rank}): {what}. Make room or mend it. {AGAIN}", watchdog)
+        return _end(USER, f"error (rank {rank}): {what}. Make room or fix it. {AGAIN}", watchdog)
     except torch.OutOfMemoryError as e:
         advice = "lower training.micro_batch_size, set engine.activation_checkpointing=full or engine.cuda_graphs=false"
         advice += ", or see docs/parallelism.md"

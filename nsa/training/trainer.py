@@ -50,7 +50,7 @@ class Trainer:
         ranks: the processes that train together; None: those that the environment describes.
 
     Raises:
-        ValueError: what the user can mend, with what to do.
+        ValueError: what the user can fix, with what to do.
     """
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:

@@ -185,6 +185,8 @@ def test_what_a_folder_holds_beside_its_text(tmp_path: Path) -> None:
     assert ids() == ["a.txt", "b.md", "deep/d.txt", "deep/skip/e.txt"]
     assert ids(include=["*.txt"], exclude=["skip"]) == ["_temporary/c.txt", "a.txt", "deep/d.txt"]
     assert ids(include=["deep/*"], exclude=[]) == ["deep/d.txt", "deep/skip/e.txt"]
+    (tmp_path / sources.CACHE_TAG).write_text("")  # the folder that was asked for is read all the same
+    assert "deep/d.txt" in ids()
 
 
 def test_a_corpus_that_holds_the_cache_is_prepared(tmp_path: Path, make_config: Callable[..., DataConfig]) -> None:
@@ -205,6 +207,10 @@ def test_parquet_without_texts(tmp_path: Path, column: list, reason: str | None)
     else:
         with pytest.raises(ValueError, match=rf"a\.parquet: column 'text' {reason}"):
             list(documents(source(tmp_path)))
+    bad = pyarrow.array([b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": bad}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: cannot be read as Parquet"):
+        list(documents(source(tmp_path)))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 cut")
     with pytest.raises(ValueError, match=r"a\.parquet: cannot be read as Parquet"):
         list(documents(source(tmp_path)))

@@ -278,7 +278,8 @@ def test_the_trainer_trains_in_bf16_and_evaluates(kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora_adapts_the_usual_parts_and_can_be_merged(kind: str) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     m, ids = model(kind), tokens(2, 30)
     plain = m(ids).logits
     tuned = peft.get_peft_model(m, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2))

@@ -37,7 +37,6 @@ for name in ("merged", "full"):
 
 
 def test_the_page_runs(folder: Path) -> None:
-    pytest.importorskip("peft")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/fine-tuning.md").read_text(), re.DOTALL)
     assert len(blocks) == 6
     code = "\n".join(blocks).replace("report_to=[]", "report_to=[], use_cpu=True")  # the tests have no GPU to rely on
