@@ -303,6 +303,14 @@ class NSAForCausalLM(NSAModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.head = value
 
+    @property
+    def base_model(self) -> NSAModel:
+        """This decoder without its head: a view that shares its parts, as trl asks for the states before the head."""
+        view = NSAModel.__new__(NSAModel)
+        view.__dict__ = {key: value for key, value in self.__dict__.items() if key not in ("forward", "_old_forward")}
+        view._modules = {name: module for name, module in self._modules.items() if name != "head"}
+        return view
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the cache is our own

@@ -277,6 +277,18 @@ def test_the_trainer_trains_in_bf16_and_evaluates(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_base_of_a_causal_model_gives_the_states_before_the_head(kind: str) -> None:
+    """trl computes the loss from them, with a patched ``forward`` on the causal model."""
+    m, ids = model(kind), tokens(2, 30)
+    expected = m(ids, output_hidden_states=True).hidden_states[-1]
+    m.forward = None
+    states = m.base_model(ids).last_hidden_state
+    close(states, expected)
+    states.sum().backward()
+    assert m.get_input_embeddings().weight.grad is not None, "the parts are shared"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lora_adapts_the_usual_parts_and_can_be_merged(kind: str) -> None:
     import peft
 
