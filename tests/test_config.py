@@ -216,15 +216,16 @@ def test_a_name_that_looks_like_a_number_stays_text(tmp_path, small, name):
 @given(st.data())
 def test_dump_reads_back_to_an_equal_configuration(tmp_path_factory, data):
     text = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=12)
+    path = text.filter(lambda drawn: "$" not in drawn and not drawn.startswith("~"))  # are expanded, or refused
     folder = tmp_path_factory.getbasetemp()
     (folder / "small.yaml").write_text(SMALL)
     number = st.floats(1e-12, 1e6)
     config = load_config(folder / "small.yaml")
-    source = config.data.sources[0].model_copy(update={"path": data.draw(text), "weight": data.draw(number)})
+    source = config.data.sources[0].model_copy(update={"path": data.draw(path), "weight": data.draw(number)})
     config = config.model_copy(
         update={
             "name": data.draw(st.from_regex(r"[A-Za-z0-9_-]{1,9}", fullmatch=True)),  # also 1e5, 007, yes, -
-            "data": config.data.model_copy(update={"sources": [source], "cache_dir": data.draw(text)}),
+            "data": config.data.model_copy(update={"sources": [source], "cache_dir": data.draw(path)}),
             "optimizer": config.optimizer.model_copy(update={"learning_rate": data.draw(number)}),
         }
     )
