@@ -5,12 +5,15 @@ from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
 from nsa.ops.dense import dense_attention
 from nsa.ops.geometry import Heads
+from nsa.ops.index_topk import index_topk
+from nsa.ops.indexer_kl import indexer_kl
 from nsa.ops.native_sparse import native_sparse_attention
 from nsa.ops.norm import add_rms_norm
 from nsa.ops.rotary import apply_rotary, split_heads
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.swiglu import swiglu
+from nsa.ops.token_sparse import token_sparse_attention
 
 __all__ = [
     "Heads",
@@ -19,10 +22,13 @@ __all__ = [
     "compress_blocks",
     "compressed_attention",
     "dense_attention",
+    "index_topk",
+    "indexer_kl",
     "linear_cross_entropy",
     "native_sparse_attention",
     "select_blocks",
     "selected_attention",
     "split_heads",
     "swiglu",
+    "token_sparse_attention",
 ]

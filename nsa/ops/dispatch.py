@@ -14,17 +14,22 @@ _Function = TypeVar("_Function", bound=Callable)
 BACKENDS = ("auto", "triton", "torch", "naive")
 
 
-def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True) -> str:
+def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True, kernels: bool = True) -> str:
     """The implementation to run: ``naive`` (reference), ``torch`` (fallback with linear memory) or ``triton``.
 
     ``auto`` takes the kernels if ``tensors`` are on a GPU (or the meta device, for plans) and the kernels support them.
-    ``heads``: whether their last dimension is a head dimension, which attention kernels load as a whole.
+    ``heads``: whether their last dimension is a head dimension, which attention kernels load as a whole. ``kernels``:
+    whether the operator has kernels.
 
     Raises:
         ValueError: unknown name, or ``triton`` for tensors that the kernels cannot handle.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if not kernels:
+        if backend == "triton":
+            raise ValueError("backend='triton': this operator has no kernels yet; use 'auto' or 'torch'")
+        return "torch" if backend == "auto" else backend
     if backend == "triton" and (obstacle := _kernel_obstacle(*tensors, heads=heads)):
         raise ValueError(f"backend='triton': {obstacle}; or use 'auto' or 'torch'")
     if backend == "auto":

@@ -2,8 +2,8 @@
 
 A pattern divides the queries into tiles. For each tile it says which keys to load and which of them each query sees.
 Scores exist for one tile at a time, forward and backward (FlashAttention's recomputation, arXiv 2205.14135, section
-3.1, with torch operators). There are two patterns: `Runs` if each query sees a contiguous range of keys (causal,
-window, compressed), `Blocks` if it sees a list of blocks (selected).
+3.1, with torch operators). There are three patterns: `Runs` if each query sees a contiguous range of keys (causal,
+window, compressed), `Blocks` if it sees a list of blocks (selected), `Lists` if it sees a list of keys.
 """
 
 import math
@@ -28,7 +28,7 @@ class Tile:
     """Queries ``start .. stop-1`` and the keys they need.
 
     Attributes:
-        keys: a slice of the keys' dimension, or (B, G, U) int64 positions to gather.
+        keys: a slice of the keys' dimension, or (B, G or 1, U) int64 positions to gather.
         mask: bool, broadcastable to (B, G, 1, stop - start, U).
     """
 
@@ -84,26 +84,42 @@ class Blocks:
     query_position: Tensor
 
     def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]:
-        batch, _, groups, _ = self.blocks.shape
         within = torch.arange(self.block_size, device=self.blocks.device)
         for start, stop in tile_bounds(num_queries, num_keys, num_heads):
-            blocks = self.blocks[:, start:stop].transpose(1, 2)  # (B, G, t, n)
-            # An additional column takes the -1s.
-            chosen = torch.zeros(
-                batch, groups, stop - start, len(self.block_start) + 1, dtype=torch.bool, device=blocks.device
-            )
-            chosen.scatter_(3, torch.where(blocks < 0, len(self.block_start), blocks), True)
-            chosen = chosen[..., :-1]
-            used = chosen.any(2)
-            width = int(used.sum(-1).max())
-            # Used blocks come first, in order; the rest is padding for groups that use fewer.
-            union = used.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
-            member = chosen.gather(3, union[:, :, None].expand(-1, -1, stop - start, -1))
+            union, member = _union(self.blocks[:, start:stop].transpose(1, 2), len(self.block_start))
             keys = (self.block_start[union][..., None] + within).flatten(2)
             mask = member.repeat_interleave(self.block_size, dim=3)
             mask &= keys[:, :, None] <= self.query_position[start:stop, None]
             # A block may extend past the end of the sequence; the causal mask excludes that part.
             yield Tile(start, stop, keys.clamp(max=num_keys - 1), mask[:, :, None])
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Query t sees the keys ``keys[:, t]``, in all groups: (B, T, n) int64, each at most once; -1 is none."""
+
+    keys: Tensor
+
+    def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]:
+        for start, stop in tile_bounds(num_queries, num_keys, num_heads):
+            union, member = _union(self.keys[:, None, start:stop], num_keys)
+            yield Tile(start, stop, union, member[:, :, None])
+
+
+def _union(lists: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The numbers below ``count`` in the lists (B, G, t, n) of any query of a tile; -1 is none.
+
+    Returns:
+        (B, G, U) int64, those used first, in ascending order; (B, G, t, U) bool, whether the query lists it.
+    """
+    # An additional column takes the -1s.
+    chosen = torch.zeros(*lists.shape[:3], count + 1, dtype=torch.bool, device=lists.device)
+    chosen = chosen.scatter_(3, torch.where(lists < 0, count, lists), True)[..., :-1]
+    used = chosen.any(2)
+    width = int(used.sum(-1).max())
+    # The rest is padding for groups that use fewer.
+    union = used.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
+    return union, chosen.gather(3, union[:, :, None].expand(-1, -1, lists.shape[2], -1))
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
@@ -118,19 +134,19 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: fl
     return _TiledAttention.apply(q, k, v, pattern, scale)
 
 
-def _take(x: Tensor, keys: slice | Tensor) -> Tensor:
+def take(x: Tensor, keys: slice | Tensor) -> Tensor:
     """(B, G, S, D) at ``keys`` -> (B, G, U, D)."""
     if isinstance(keys, slice):
         return x[:, :, keys]
-    return x.gather(2, keys[..., None].expand(-1, -1, -1, x.shape[3]))
+    return x.gather(2, keys[..., None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
+def add(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
     """Add (B, G, U, D) into (B, G, S, D) at ``keys``."""
     if isinstance(keys, slice):
         total[:, :, keys] += part
     else:
-        total.scatter_add_(2, keys[..., None].expand(-1, -1, -1, part.shape[3]), part)
+        total.scatter_add_(2, keys[..., None].expand(-1, part.shape[1], -1, part.shape[3]), part)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -144,14 +160,14 @@ class _TiledAttention(torch.autograd.Function):
             if not tile.mask.shape[-1]:
                 continue
             rows = slice(tile.start, tile.stop)
-            scores = _scores(q_[:, :, :, rows], _take(k_, tile.keys), tile.mask)
+            scores = _scores(q_[:, :, :, rows], take(k_, tile.keys), tile.mask)
             # For a query that sees no key: exp(-inf - 0) = 0, but -inf - -inf would be NaN.
             largest = scores.amax(-1, keepdim=True)
             largest.masked_fill_(largest == -torch.inf, 0)
             p = scores.sub_(largest).exp2_()
             total = p.sum(-1, keepdim=True)
             lse[:, :, :, rows] = (largest + total.log2()).squeeze(-1) / LOG2_E
-            out[:, :, :, rows] = _rows_by_keys(p, _take(v_, tile.keys)) / total.masked_fill(total == 0, 1)
+            out[:, :, :, rows] = _rows_by_keys(p, take(v_, tile.keys)) / total.masked_fill(total == 0, 1)
         lse = lse.flatten(1, 2)
         result = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -179,12 +195,12 @@ class _TiledAttention(torch.autograd.Function):
                 continue
             rows = slice(tile.start, tile.stop)
             q_tile, d_tile = q_[:, :, :, rows], d_out[:, :, :, rows]
-            k_tile, v_tile = _take(k_, tile.keys), _take(v_, tile.keys)
+            k_tile, v_tile = take(k_, tile.keys), take(v_, tile.keys)
             p = _scores(q_tile, k_tile, tile.mask).sub_(lse[:, :, :, rows]).exp2_()
             d_scores = _rows_by_keys(d_tile, v_tile.mT).sub_(delta[:, :, :, rows]).mul_(p)
             dq[:, :, :, rows] = _rows_by_keys(d_scores, k_tile)
-            _add(dk, tile.keys, d_scores.flatten(2, 3).mT @ q_tile.flatten(2, 3))
-            _add(dv, tile.keys, p.flatten(2, 3).mT @ d_tile.flatten(2, 3))
+            add(dk, tile.keys, d_scores.flatten(2, 3).mT @ q_tile.flatten(2, 3))
+            add(dv, tile.keys, p.flatten(2, 3).mT @ d_tile.flatten(2, 3))
         dq = (dq * ctx.scale).permute(0, 3, 1, 2, 4).flatten(2, 3)
         return dq.to(q.dtype), (dk / LOG2_E).transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None
 

@@ -1,0 +1,121 @@
+"""The tokens that DSA's lightning indexer selects for each query (DeepSeek-V3.2, arXiv 2512.02556, Eq. 1-2)."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nsa.ops.dispatch import accumulation_dtype, autocasts, check_packing, check_positions, resolve_backend
+from nsa.ops.geometry import Documents, window_ranges
+from nsa.ops.tiles import Runs
+
+ORDERS = ("index", "score")
+
+
+@torch.no_grad()
+@autocasts("q_idx", "k_idx")
+def index_topk(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    weights: Tensor,
+    *,
+    topk: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+    cu_seqlens: Tensor | None = None,
+    order: Literal["index", "score"] = "index",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The ``topk`` visible tokens of each query with the highest index scores.
+
+    I[t, s] = sum_j weights[t, j] relu(q_idx[t, j] . k_idx[s]). It is exact and deterministic. Ties go to the lower
+    index: the ReLU makes plateaus of equal zeros (+0 equals -0).
+
+    Args:
+        q_idx: (B, T, Hi, Di). k_idx: (B, S, Di). weights: (B, T, Hi), with all scales in it. With S > T (decoding on a
+            cache, a chunk of a sequence) the queries are the last T of the S positions.
+        topk: tokens per query. Among them are always the ``num_initial`` first of the query's document and the
+            ``num_local`` most recent ones (the query's own included), as far as there are so many.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1.
+        order: of the result: ascending "index", or descending "score".
+        backend: auto, triton, torch or naive.
+
+    Returns:
+        token_indices (B, T, topk) int32, positions among the S keys, padded with -1; their scores (B, T, topk) fp32
+        (float64 for float64), -inf for the padding. Not differentiable (`indexer_kl` trains the indexer).
+
+    Raises:
+        ValueError: inconsistent shapes, ``topk`` < 1, more forced tokens than ``topk``, unknown order or backend.
+    """
+    check_indexer(q_idx, k_idx, weights, cu_seqlens)
+    if topk < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > topk:
+        raise ValueError(
+            f"topk ({topk}) must be at least 1 and hold the forced tokens: num_initial ({num_initial}) + num_local "
+            f"({num_local})"
+        )
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    documents = Documents.of(q_idx.shape[1], check_positions(q_idx, k_idx), cu_seqlens, q_idx.device)
+    implementation = resolve_backend(backend, q_idx, k_idx, kernels=False)
+    if implementation == "naive":
+        tiles = iter([(slice(0, q_idx.shape[1]), 0, naive_scores(q_idx, k_idx, weights))])
+    else:
+        tiles = _score_tiles(q_idx, k_idx, weights, documents)
+    first, own, forced = documents.bounds[documents.query_document], documents.query_position, (num_initial, num_local)
+    picked = [_pick(scores, start, first[rows], own[rows], topk, *forced, order) for rows, start, scores in tiles]
+    return torch.cat([indices for indices, _ in picked], 1), torch.cat([scores for _, scores in picked], 1)
+
+
+def check_indexer(q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are consistent."""
+    if q_idx.dim() != 4 or k_idx.dim() != 3:
+        raise ValueError(
+            "q_idx must be (batch, tokens, heads, width) and k_idx (batch, tokens, width); got "
+            f"{tuple(q_idx.shape)}, {tuple(k_idx.shape)}"
+        )
+    if q_idx.shape[0] != k_idx.shape[0] or q_idx.shape[3] != k_idx.shape[2]:
+        raise ValueError(f"q_idx {tuple(q_idx.shape)} and k_idx {tuple(k_idx.shape)} must share batch and width")
+    if weights.shape != q_idx.shape[:3]:
+        raise ValueError(f"weights must be {tuple(q_idx.shape[:3])}, one per index head, got {tuple(weights.shape)}")
+    check_packing(q_idx, cu_seqlens, k_idx.shape[1])
+
+
+def naive_scores(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> Tensor:
+    """(B, T, S) index score of each pair, by its definition."""
+    dtype = accumulation_dtype(q_idx)
+    products = torch.einsum("bthd,bsd->bths", q_idx.to(dtype), k_idx.to(dtype))
+    return torch.einsum("bth,bths->bts", weights.to(dtype), products.relu())
+
+
+def _score_tiles(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, documents: Documents
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """Yield (queries, first key, scores (B, t, U) of the keys from there on) by tiles."""
+    visible = Runs(window_ranges(documents, k_idx.shape[1]))
+    for tile in visible.tiles(q_idx.shape[1], k_idx.shape[1], q_idx.shape[0] * q_idx.shape[2]):
+        assert isinstance(tile.keys, slice)
+        rows = slice(tile.start, tile.stop)
+        yield rows, tile.keys.start, naive_scores(q_idx[:, rows], k_idx[:, tile.keys], weights[:, rows])
+
+
+def _pick(
+    scores: Tensor, start: int, first: Tensor, own: Tensor, topk: int, num_initial: int, num_local: int, order: str
+) -> tuple[Tensor, Tensor]:
+    """The top ``topk`` of each query's scores (B, t, U), of the keys from ``start`` on: their positions and scores.
+
+    ``first``, ``own``: (t,) the first and the last position that each query sees.
+    """
+    key, first, own = torch.arange(start, start + scores.shape[2], device=scores.device), first[:, None], own[:, None]
+    visible = (key >= first) & (key <= own)
+    forced = visible & ((key < first + num_initial) | (key > own - num_local))
+    rank = scores.masked_fill(~visible, -torch.inf).masked_fill(forced, torch.inf)
+    rank, column = rank.sort(dim=-1, descending=True, stable=True)
+    none = scores.shape[2]
+    column = column.masked_fill(rank == -torch.inf, none)[..., :topk].sort(dim=-1).values
+    column = torch.nn.functional.pad(column, (0, topk - column.shape[2]), value=none)
+    chosen = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf).gather(2, column)
+    if order == "score":
+        chosen, by_score = chosen.sort(dim=-1, descending=True, stable=True)
+        column = column.gather(2, by_score)
+    return (column + start).masked_fill(column == none, -1).to(torch.int32), chosen
