@@ -120,10 +120,10 @@ class MixtureOfExperts(nn.Module):
         y = (gates.to(x.dtype).unsqueeze(-2) @ out).squeeze(-2)
         if self.shared is not None:
             y = y + self.shared(x)
-        losses = None
+        loss = None
         if y.requires_grad and self.balance.weight:
-            losses = balance_losses(affinities, self.row_counts(counts.clone()))
-        return self.balance(y, losses, counts.sum(0))
+            loss = balance_losses(affinities, self.row_counts(counts.clone())).sum()
+        return self.balance(y, loss, affinities.shape[0] * affinities.shape[1], counts.sum(0))
 
 
 def expert_counts(chosen: Tensor, num_experts: int) -> Tensor:

@@ -58,13 +58,15 @@ def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str
 
 
 def attention_flops(kind: Kind, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:
-    """Forward FLOPs per token of scores and weighted values of one layer, mean over a causal sequence.
+    """Forward FLOPs per token of scores and weighted values of one layer, and of an indexer's scores; means.
 
-    A multiply-add is 2 FLOPs; only keys that a query sees are counted. NSA's selection recomputes the compressed
+    Means are over a causal sequence. A multiply-add is 2 FLOPs; only keys that a query sees are counted. NSA's selection recomputes the compressed
     scores: they are not counted, as recomputation is not in a model-FLOPs utilisation (PaLM, arXiv 2204.02311).
     """
-    keys = sum(kind.keys(attention.of(kind), sequence_length).values())
-    return 2 * model.num_heads * (model.head_dim + (model.v_head_dim or model.head_dim)) * keys
+    config = attention.of(kind)
+    keys = sum(kind.keys(config, sequence_length).values())
+    per_key = 2 * model.num_heads * (model.head_dim + (model.v_head_dim or model.head_dim))
+    return per_key * keys + kind.other_flops(config, sequence_length)
 
 
 def training_flops_per_token(model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> dict[str, float]:

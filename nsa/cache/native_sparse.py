@@ -18,7 +18,10 @@ class NativeSparseCache:
 
     def __init__(self, stride: int, window: int) -> None:
         self.stride, self.window_size = stride, window
-        self.compressed, self.tail, self.selected, self.window = Rows(), Rows(), Rows(), Rows()
+        self.compressed: Rows[Pair] = Rows()
+        self.tail: Rows[Pair] = Rows()
+        self.selected: Rows[Pair] = Rows()
+        self.window: Rows[Pair] = Rows()
 
     @property
     def length(self) -> int:

@@ -1,4 +1,6 @@
-"""Keys and values of the tokens so far, in memory that is asked for in advance."""
+"""What is kept of the tokens so far, such as keys and values, in memory that is asked for in advance."""
+
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -7,8 +9,11 @@ Pair = tuple[Tensor, Tensor]
 LEAST = 64  # tokens that memory is first asked for
 
 
-class Rows:
-    """Keys (B, S, G, D) and values (B, S, G, Dv), to which tokens are appended; the first ones may be dropped.
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+
+
+class Rows(Generic[Tensors]):
+    """A tuple of tensors (B, S, ...), such as keys and values. Tokens are appended; the first ones may be dropped.
 
     A token is written once. When the memory is full, twice as much as is kept is asked for, and what is kept is copied:
     so a token costs the same at any length. Gradients stop here: a cache is for decoding.
@@ -16,7 +21,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.start = self.stop = 0
-        self._memory: Pair | None = None
+        self._memory: Tensors | None = None
 
     @property
     def length(self) -> int:
@@ -24,28 +29,27 @@ class Rows:
         return self.stop - self.start
 
     @property
-    def pair(self) -> Pair:
+    def kept(self) -> Tensors:
         """What is kept: views, which the next `append` leaves as they are."""
         assert self._memory is not None, "nothing was appended yet"
-        k, v = self._memory
-        return k[:, self.start : self.stop], v[:, self.start : self.stop]
+        return cast(Tensors, tuple(x[:, self.start : self.stop] for x in self._memory))
 
-    def append(self, new: Pair) -> Pair:
+    def append(self, new: Tensors) -> Tensors:
         """Add T tokens; returns what is kept, the new ones included."""
         tokens = new[0].shape[1]
         if self._memory is None or self.stop + tokens > self._memory[0].shape[1]:
-            kept = self.pair if self._memory is not None else tuple(x[:, :0] for x in new)
+            kept = self.kept if self._memory is not None else tuple(x[:, :0] for x in new)
             size = max(LEAST, 2 * (self.length + tokens))
             self.start, self.stop = 0, self.length
             with torch.inference_mode(False):  # else only inference mode could write to it later
-                k, v = (x.new_empty(len(x), size, *x.shape[2:]) for x in new)
-            for memory, old in zip((k, v), kept, strict=True):
+                larger = cast(Tensors, tuple(x.new_empty(len(x), size, *x.shape[2:]) for x in new))
+            for memory, old in zip(larger, kept, strict=True):
                 memory[:, : self.stop] = old.detach()
-            self._memory = k, v
+            self._memory = larger
         for memory, x in zip(self._memory, new, strict=True):
             memory[:, self.stop : self.stop + tokens] = x.detach()
         self.stop += tokens
-        return self.pair
+        return self.kept
 
     def drop(self, tokens: int) -> None:
         """Forget the first ``tokens``, which must be there."""
@@ -57,7 +61,7 @@ class FullCache:
     """The cache of attention to all tokens; ``length`` is their number."""
 
     def __init__(self) -> None:
-        self.rows = Rows()
+        self.rows: Rows[Pair] = Rows()
 
     @property
     def length(self) -> int:

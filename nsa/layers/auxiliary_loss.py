@@ -18,6 +18,7 @@ class AuxiliaryLoss(nn.Module):
 
     Attributes:
         weight: of the loss in the objective.
+        share: of this rank, if ranks compute parts of the loss, whose sum is the loss.
         scale: factor of each token's loss; None: 1 / tokens of the pass, for a mean over it. The trainer sets it such
             that the mean is over the global batch.
         tally: (1 + counts,) fp64, sums over the backward passes since the last `clear`: of the loss over tokens, and of
@@ -26,27 +27,27 @@ class AuxiliaryLoss(nn.Module):
 
     def __init__(self, weight: float) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.share = weight, 1.0
         self.scale: float | None = None
         self.tally: Tensor | None = None
 
-    def forward(self, x: Tensor, losses: Tensor | None, counts: Tensor) -> Tensor:
-        """Returns ``x`` unchanged. Its backward pass gives every loss the gradient weight x scale.
+    def forward(self, x: Tensor, loss: Tensor | None, tokens: int, counts: Tensor | None = None) -> Tensor:
+        """Returns ``x`` unchanged. Its backward pass gives the loss the gradient weight x scale.
 
         Args:
-            x: the layer's output, any shape. losses: (B, T), of each token; None: only the counts are summed.
-            counts: (n,) integers.
+            x: the layer's output, any shape. loss: a scalar, the sum over ``tokens`` tokens; None: only the counts are
+                summed. counts: (n,) integers; None: there are none.
         """
         if not x.requires_grad:
             return x
-        loss = x.new_zeros((), dtype=torch.float32) if losses is None else losses.sum()
-        number = 1 if losses is None else losses.numel()
-        scale = 1 / number if self.scale is None else self.scale
-        return _Attach.apply(x, loss, counts, self.weight * scale, self)
+        loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
+        scale = 1 / tokens if self.scale is None else self.scale
+        return _Attach.apply(x, loss, counts, self.weight * self.share * scale, self)
 
-    def add(self, loss: Tensor, counts: Tensor) -> None:
+    def add(self, loss: Tensor, counts: Tensor | None) -> None:
         """loss: a scalar. counts: (n,)."""
-        self.add_tally(torch.cat((loss.double().view(1), counts.double())))
+        seen = loss.double().view(1) * self.share
+        self.add_tally(seen if counts is None else torch.cat((seen, counts.double())))
 
     def add_tally(self, seen: Tensor) -> None:
         """seen: (1 + counts,) fp64."""
@@ -74,7 +75,9 @@ def untallied(model: nn.Module) -> Iterator[None]:
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor, counts: Tensor, scale: float, auxiliary: AuxiliaryLoss) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, loss: Tensor, counts: Tensor | None, scale: float, auxiliary: AuxiliaryLoss
+    ) -> Tensor:
         ctx.loss, ctx.counts, ctx.scale, ctx.auxiliary = loss.detach(), counts, scale, auxiliary
         return x.view_as(x)
 

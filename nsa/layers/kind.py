@@ -97,8 +97,10 @@ class Own:
 
 @dataclass(frozen=True)
 class Gather:
-    """It needs keys and values of all earlier tokens: a pair of tensors (B, T, G, ...). ``name``: of the bytes sent, in
-    the metrics."""
+    """It needs the rows of all earlier tokens: a tuple of tensors (B, T, ...), such as keys and values.
+
+    ``name``: of the bytes sent, in the metrics.
+    """
 
     name: str
 
@@ -141,15 +143,20 @@ class Kind:
         keeps_scale: submodules whose initial weights keep the scale of their input, since no norm follows.
         products: (shape, config) -> the layer's linear maps; the first is the joint projection of the hidden state.
         keys: (config, tokens) -> term -> number of keys that a query attends to, mean over a document of ``tokens``.
+        other_flops: (config, tokens) -> FLOPs per token of other scores than the attention's own (an indexer's), in the
+            forward pass, mean over a document of ``tokens``; each tensor-parallel rank computes them all.
         reach: config -> the length up to which a query sees every token in some branch; 0: at all lengths.
         prices: term -> the speed that the plan assumes for these keys.
         priced_as: the kind whose launch and start times of kernels the plan assumes.
         lists: whether queries select blocks; the plan then counts the time to build their lists.
+        recordable: whether CUDA graphs can record its passes: no operator waits for the device.
         dense_library: whether ``engine.dense_attention`` applies.
         parts: for tensor parallelism.
         exchanges: config -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in order.
         choices: submodules that select (as integers without gradient) what is attended to; recomputation keeps these.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
+        loss: the path of its auxiliary loss (`nsa.layers.auxiliary_loss`), and the loss's name in the metrics; None: it
+            has none. Each tensor-parallel rank computes it for its heads; it is the mean over the ranks.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
         export: config -> fields of config.json; None: the kind cannot be exported yet.
         card: config -> rows of the model card.
@@ -162,15 +169,18 @@ class Kind:
     keeps_scale: tuple[str, ...]
     products: Callable[[Shape, Any], list[Product]]
     keys: Callable[[Any, int], dict[str, float]]
+    other_flops: Callable[[Any, int], float]
     reach: Callable[[Any], int]
     prices: Mapping[str, Price]
     priced_as: str
     lists: bool
+    recordable: bool
     dense_library: bool
     parts: Parts
     exchanges: Callable[[Any], dict[str, Exchange]]
     choices: tuple[str, ...]
     expensive: tuple[str, ...]
+    loss: tuple[str, str] | None
     figures: Callable[..., dict[str, float]] | None
     export: Callable[[Any], dict[str, Any]] | None
     card: Callable[[Any], dict[str, str]]

@@ -3,8 +3,8 @@
 What works on each token alone (norms, projections, MLP, loss) needs no communication. Attention does. The record of
 its kind says for each input which (`nsa.layers.kind.Exchange`):
 
-* Gather: keys and values of all ranks (their gradients are reduce-scattered). The gather overlaps with the layer's
-  computation until the keys are read;
+* Gather: rows, such as keys and values, of all ranks (their gradients are reduce-scattered). The gather overlaps with
+  the layer's computation until the rows are read;
 * Halo: keys and values of the last tokens before each chunk (NSA's window);
 * Blocks: a rank computes the blocks that end in its chunks, which takes a halo of length - 1 tokens. Then the blocks
   of all ranks are gathered: 1 / stride of the tokens (NSA's compression).
@@ -60,22 +60,21 @@ class ComputeOwn(Around):
         return self.inside(chunks.mine(input_ids), cu_seqlens=cu_seqlens, **own)
 
 
-class PendingPair:
-    """Keys and values of the whole sequence, while they are being gathered. A call waits for the gather."""
+class PendingRows:
+    """Rows of the whole sequence (keys and values), while they are being gathered. A call waits for the gather."""
 
-    def __init__(self, kv: Pair, axis: Axis, what: str) -> None:
-        self.chunks, self.widths = Chunks.of_local(kv[0].shape[1], axis), [x.shape[-1] for x in kv]
+    def __init__(self, rows: tuple[Tensor, ...], axis: Axis, what: str) -> None:
+        self.chunks, self.widths = Chunks.of_local(rows[0].shape[1], axis), [x.shape[-1] for x in rows]
         self.recorded = torch.is_grad_enabled()
-        self.gather = collectives.Gather(torch.cat(kv, -1), axis, TOKENS, what)
-        self.pair: Pair | None = None
+        self.gather = collectives.Gather(torch.cat(rows, -1), axis, TOKENS, what)
+        self.rows: tuple[Tensor, ...] | None = None
 
-    def __call__(self, stop: int) -> Pair:
-        """Keys and values of the first ``stop`` tokens."""
-        if self.pair is None:
+    def __call__(self, stop: int) -> tuple[Tensor, ...]:
+        """Those of the first ``stop`` tokens."""
+        if self.rows is None:
             with torch.set_grad_enabled(self.recorded):  # the first caller may have disabled gradients
-                k, v = self.chunks.in_order(self.gather.end()).split(self.widths, -1)
-            self.pair = k, v
-        return self.pair[0][:, :stop], self.pair[1][:, :stop]
+                self.rows = self.chunks.in_order(self.gather.end()).split(self.widths, -1)
+        return tuple(x[:, :stop] for x in self.rows)
 
 
 class StartGathers(nn.Module):
@@ -87,7 +86,7 @@ class StartGathers(nn.Module):
 
     def forward(self, *inputs: Any) -> tuple[Any, ...]:
         return tuple(
-            PendingPair(x, self.axis, exchange.name) if isinstance(exchange, Gather) else x
+            PendingRows(x, self.axis, exchange.name) if isinstance(exchange, Gather) else x
             for x, exchange in zip(inputs, self.exchanges, strict=True)
         )
 

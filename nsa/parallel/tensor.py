@@ -42,6 +42,8 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
     for layer in model.layers:
         attention, mlp = layer.attention, layer.mlp
         _split_attention(attention, layer.kind.parts, columns, kv_heads, rows, axis, sharers)
+        if layer.kind.loss is not None:
+            attention.get_submodule(layer.kind.loss[0]).share = 1 / axis.size
         split = [attention]
         if isinstance(mlp, MixtureOfExperts):
             _replicate(mlp.router, axis)  # each rank routes its tokens; `nsa.parallel.experts` shards the experts

@@ -95,6 +95,8 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     for kind in kinds:
         for term, keys in kind.keys(config.attention.of(kind), seen).items():
             attention[kind.prices[term]] += each * passes * keys
+        other = kind.other_flops(config.attention.of(kind), seen)
+        attention["causal"] += 3 * tokens * passes * other
         layers[kind.priced_as] = layers.get(kind.priced_as, 0.0) + passes * (1.0 if mode == "none" else 4 / 3)
         tensors += len(parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))) + 5
     groups = max(1, model.num_kv_heads // tp)

@@ -42,6 +42,7 @@ class Sinks(Protocol):
 def graphs_serve(config: Config, device: torch.device) -> bool:
     """Whether a micro batch can be captured: on a GPU, if the host decides nothing during the passes.
 
+    It cannot with a kind of attention whose operators wait for the device (`nsa.layers.kind.Kind.recordable`).
     It cannot with ZeRO 3, which gathers weights, nor with a pipeline, which alternates micro batches. Nor with experts
     that are sharded or not computed by one kernel: then the host reads how many tokens each expert gets.
     """
@@ -51,6 +52,8 @@ def graphs_serve(config: Config, device: torch.device) -> bool:
     if moe is not None and (parallel.expert > 1 or parallel.tensor > 1 or config.engine.precision != "bf16"):
         return False
     if moe is not None and not Experts.one_kernel(config.model.hidden_size, moe.expert_size):
+        return False
+    if not all(kind.recordable for kind in config.attention.kinds(config.model.num_layers)):
         return False
     return parallel.pipeline == 1 and config.engine.zero_stage < 3
 

@@ -19,7 +19,7 @@ class StepResult:
         skipped: loss or gradient was not finite, or a spike; weights and moments are as before. spike: the latter.
         data_seconds: waited for the batch. stop: exit code that a rank was asked to stop with, or 0.
         sent: bytes that this rank sent to others of its replica, by what they are.
-        experts: figures of the load of experts.
+        figures: of the load of experts and the auxiliary losses of attention.
     """
 
     loss: float
@@ -29,7 +29,7 @@ class StepResult:
     data_seconds: float
     stop: int
     sent: dict[str, int]
-    experts: dict[str, float]
+    figures: dict[str, float]
     spike: bool = False
 
 
@@ -67,7 +67,7 @@ class StepMetrics:
         for what, num_bytes in result.sent.items():
             metrics[f"comm/{what.replace('/', '_')}_mib"] = num_bytes / 2**20
         if math.isfinite(result.loss) and math.isfinite(result.grad_norm):  # JSON knows no NaN
-            metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm} | result.experts
+            metrics |= {"train/loss": result.loss, "train/grad_norm": result.grad_norm} | result.figures
         for kind, flops in self.flops.items():
             metrics[f"perf/mfu_{kind}"] = flops * tokens_per_second / (self.peak * self.ranks.world_size)
         return metrics

@@ -19,6 +19,7 @@ from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm, mark_gradients
 from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
+from nsa.training.attention_losses import AttentionLosses
 from nsa.training.attention_probe import probe
 from nsa.training.balance import Balance
 from nsa.training.batches import ON_DEVICE, Batch, StepLoader, pinned, sample_indices
@@ -75,6 +76,7 @@ class Trainer:
 
         self.engine = build_engine(config, self.ranks, self.grid, deepspeed_json)
         self.balance = Balance(self.engine.module, config, self.ranks, self.grid)
+        self.attention_losses = AttentionLosses(self.engine.module, config, self.ranks, self.grid)
         self.pipeline = None
         if self.grid.pipeline.size > 1:
             self.pipeline = Pipeline(self.engine, self.grid.pipeline, lambda b: self._stage(b), self._stage_shape)
@@ -201,7 +203,7 @@ class Trainer:
         rate = self._set_learning_rate()
         targets, stopped = self._agree(batches, stop)
         loss, norm, broken, spike = self._update(batches, targets)
-        experts = self.balance.end_step(update=not (broken or spike))
+        figures = self.balance.end_step(update=not (broken or spike)) | self.attention_losses.end_step()
 
         self.progress.step += 1
         self.progress.updates += not (broken or spike)
@@ -209,7 +211,7 @@ class Trainer:
         if not broken:
             self.spikes.record(self.progress.step - 1, loss, norm, spike)
         sent = self.grid.traffic.take()
-        return StepResult(loss, norm, rate, broken or spike, data_seconds, stopped, sent, experts, spike)
+        return StepResult(loss, norm, rate, broken or spike, data_seconds, stopped, sent, figures, spike)
 
     def _next_batches(self) -> tuple[list[Batch], float]:
         """This rank's micro batches, and the seconds that it waited for them."""

@@ -55,7 +55,7 @@ def test_products_match_the_weights(kind: Kind) -> None:
 @each_kind
 def test_all_keys_have_a_price(kind: Kind) -> None:
     config = kind.config() if kind.config else None
-    assert set(kind.prices) == set(kind.keys(config, 100)) and set(kind.prices.values()) <= set(get_args(Price))
+    assert set(kind.prices) >= set(kind.keys(config, 100)) and set(kind.prices.values()) <= set(get_args(Price))
 
 
 def test_a_wrapper_changes_no_parameter_name() -> None:
@@ -71,7 +71,7 @@ def test_warm_up_passes_are_not_tallied() -> None:
     loss, x = AuxiliaryLoss(0.5), torch.ones(1, 3, 2, requires_grad=True)
 
     def backward() -> None:
-        loss(x, x.sum(-1), torch.tensor([1, 2])).sum().backward()
+        loss(x, x.sum(), 3, torch.tensor([1, 2])).sum().backward()
 
     with untallied(loss):
         backward()

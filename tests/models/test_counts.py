@@ -109,7 +109,7 @@ def test_mfu_is_flops_and_speed_over_all_devices() -> None:
         peak=200e12,
     )
     result = StepResult(
-        loss=2.0, grad_norm=1.0, learning_rate=0.1, skipped=False, data_seconds=0.0, stop=0, sent={}, experts={}
+        loss=2.0, grad_norm=1.0, learning_rate=0.1, skipped=False, data_seconds=0.0, stop=0, sent={}, figures={}
     )
     logged = StepMetrics.of(figures, result, 7, 5, seconds=0.5, data_seconds=0.125)
     assert logged["perf/tokens_per_second"] == 8192 and logged["perf/step_seconds"] == 0.5

@@ -14,6 +14,8 @@ from rank_checks import *  # noqa: F403 - its checks serve here, too
 from rank_checks import close, logged, main
 from tiny import tiny_config
 
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.nsa.config import NsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.models.moe import MixtureOfExperts
@@ -69,8 +71,9 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
             torch.nn.init.normal_(p)
     part = Decoder(config, attention).double()
     part.load_state_dict(whole.state_dict())
+    for loss in (m for decoder in (whole, part) for m in decoder.modules() if isinstance(m, AuxiliaryLoss)):
+        loss.scale = 0.1
     for moe in (m for decoder in (whole, part) for m in decoder.modules() if isinstance(m, MixtureOfExperts)):
-        moe.balance.scale = 0.1
         moe.router.bias.copy_(torch.linspace(-0.1, 0.1, len(moe.router.bias)))
     part = parallelize(part, grid)
 
@@ -170,7 +173,7 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
         moe=random_experts(dice),
     )
     return model, AttentionConfig(
-        kind=dice.choice(["nsa", "dense", ["nsa", "dense"]]),
+        kind=dice.choice(["nsa", "dense", ["nsa", "dense"], "dsa", ["dsa", "nsa"]]),
         nsa=NsaConfig(
             compress_length=length,
             compress_stride=stride,
@@ -179,6 +182,13 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
             num_initial=dice.randint(0, 1),
             num_local=dice.randint(0, 1),
             window=dice.choice([1, 3, 7, 16, tokens + 3]),
+        ),
+        dsa=DsaConfig(
+            topk=dice.choice([1, 3, 16]),
+            index_heads=dice.randint(1, 3),
+            index_head_dim=6,
+            index_rotary_dims=4,
+            phase=dice.choice(["sparse", "sparse", "warm-up"]),
         ),
     )
 

@@ -1,0 +1,42 @@
+"""The section ``attention.dsa`` of a configuration."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nsa.schema import Section
+
+
+class DsaConfig(Section):
+    """DeepSeek Sparse Attention. Lengths are in tokens. Defaults are those of DeepSeek-V3.2 (arXiv 2512.02556)."""
+
+    topk: int = Field(2048, ge=1, description="tokens that a query attends to, initial and local ones included (k)")
+    num_initial: int = Field(0, ge=0, description="tokens at the start of a document that are always selected")
+    num_local: int = Field(0, ge=0, description="most recent tokens that are always selected, the query's own included")
+    index_heads: int = Field(64, ge=1, description="heads of the indexer")
+    index_head_dim: int = Field(128, ge=2, description="width of an index head")
+    index_rotary_dims: int = Field(64, ge=2, description="dims of an index head that are rotated; even")
+    index_rotary_place: Literal["first", "last"] = Field("first", description="which dims of an index head these are")
+    index_rotary_pairs: Literal["half-split", "interleaved"] = Field(
+        "half-split", description="which of them are pairs: (i, i + half) or (2i, 2i + 1)"
+    )
+    phase: Literal["warm-up", "sparse"] = Field(
+        "sparse",
+        description="warm-up: queries attend to all tokens, and the indexer learns this attention; sparse: they attend "
+        "to the selected tokens, and the indexer learns the attention among these",
+    )
+    kl_weight: float = Field(1.0, ge=0, description="weight of the indexer's loss, a mean over tokens and layers' sum")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DsaConfig":
+        if self.num_initial + self.num_local > self.topk:
+            raise ValueError(
+                f"attention.dsa: num_initial ({self.num_initial}) + num_local ({self.num_local}) tokens are always "
+                f"selected, so topk ({self.topk}) must be at least their sum"
+            )
+        if self.index_rotary_dims % 2 or self.index_rotary_dims > self.index_head_dim:
+            raise ValueError(
+                f"attention.dsa.index_rotary_dims ({self.index_rotary_dims}) must be even and at most index_head_dim "
+                f"({self.index_head_dim})"
+            )
+        return self

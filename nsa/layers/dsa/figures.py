@@ -1,0 +1,63 @@
+"""Metrics of DeepSeek Sparse Attention for TensorBoard: what the indexer selects, and what it misses."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa import ops
+from nsa.layers.kind import Pair
+from nsa.ops.geometry import Documents
+
+
+@torch.no_grad()
+def measure(
+    attend: Any,
+    q: Tensor,
+    kv: Pair | Callable[[], Pair],
+    q_idx: Tensor,
+    k_idx: tuple[Tensor] | Callable[[], tuple[Tensor]],
+    weights: Tensor,
+    cu_seqlens: Tensor | None = None,
+    offset: int = 0,
+) -> dict[str, float]:
+    """The metrics of one layer, from the inputs of its ``attend``. Means are over queries that see more than k tokens.
+
+    recall: probability, in dense attention, of the selected tokens; mean over heads. Without such queries: 1.
+    first_token_mass: probability, in dense attention, of the document's first token.
+    token_overlap: share of a query's selected tokens that the previous query selected as well.
+    score_entropy: entropy of the index distribution over the selected tokens, from 0 (one token) to 1.
+    """
+    k, v = kv() if callable(kv) else kv
+    (index_keys,) = k_idx() if callable(k_idx) else k_idx
+    documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": attend.backend}
+    tokens, scores = ops.index_topk(q_idx, index_keys, weights, **attend.choose.sizes, **options)
+    _, dense = ops.dense_attention(q, k, v, **options, return_lse=True)
+    more = documents.query_local >= tokens.shape[2]
+
+    def mass(lists: Tensor) -> float:
+        _, lse = ops.token_sparse_attention(q, k, v, lists, return_lse=True, backend=attend.backend)
+        return (lse - dense).exp()[..., more].mean().item() if more.any() else 1.0
+
+    first = documents.bounds[documents.query_document].to(torch.int32)[None, :, None].expand(len(q), -1, -1)
+    p = scores.softmax(-1)
+    entropy = -torch.xlogy(p, p).sum(-1) / math.log(max(2, tokens.shape[2]))
+    return {
+        "recall": mass(tokens),
+        "first_token_mass": mass(first),
+        "token_overlap": token_overlap(tokens, documents, more),
+        "score_entropy": entropy[:, more].mean().item() if more.any() else 1.0,
+    }
+
+
+def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> float:
+    """Share of the tokens (B, T, K) of a query that its predecessor in the document selected as well; 1 without any."""
+    pairs = more[1:] & (documents.query_document[1:] == documents.query_document[:-1])
+    rows = pairs.nonzero().flatten()[:1024]  # as many as fit in memory
+    if not len(rows):
+        return 1.0
+    both = torch.cat((tokens[:, rows], tokens[:, rows + 1]), -1).sort(-1).values
+    return ((both[..., 1:] == both[..., :-1]).sum(-1) / tokens.shape[2]).mean().item()

@@ -1,0 +1,93 @@
+"""The record of DeepSeek Sparse Attention."""
+
+from torch import nn
+
+from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.dsa.figures import measure
+from nsa.layers.dsa.layer import DeepSeekSparseAttention
+from nsa.layers.kind import Backends, Gather, Kind, Own, Parts, Product, Shape
+from nsa.ops.geometry import RotaryLayout
+
+
+def build(shape: Shape, config: DsaConfig, backends: Backends) -> nn.Module:
+    rotary = RotaryLayout(config.index_rotary_dims, config.index_rotary_place, config.index_rotary_pairs)
+    sizes = config.model_dump(exclude={"index_rotary_dims", "index_rotary_place", "index_rotary_pairs"})
+    return DeepSeekSparseAttention(
+        shape.hidden_size,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        shape.v_head_dim,
+        index_rotary=rotary,
+        rope_theta=shape.rope_theta,
+        backend=backends.operators,
+        **sizes,
+    )
+
+
+def products(shape: Shape, config: DsaConfig) -> list[Product]:
+    joint = shape.num_heads * shape.head_dim + shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)
+    index = config.index_heads * config.index_head_dim + config.index_head_dim + config.index_heads
+    return [
+        Product(1, shape.hidden_size, joint),
+        Product(1, shape.num_heads * shape.v_head_dim, shape.hidden_size),
+        Product(1, shape.hidden_size, index),
+    ]
+
+
+def keys(config: DsaConfig, tokens: int) -> dict[str, float]:
+    if config.phase == "warm-up":
+        return {"all": (tokens + 1) / 2}
+    full = min(config.topk, tokens)  # the first queries see fewer tokens than they may select
+    return {"selected": (full * (full + 1) / 2 + (tokens - full) * full) / tokens}
+
+
+def index_flops(config: DsaConfig, tokens: int) -> float:
+    return 2 * config.index_heads * config.index_head_dim * (tokens + 1) / 2
+
+
+def card(config: DsaConfig) -> dict[str, str]:
+    return {
+        "selection": f"{config.topk} tokens, {config.num_initial} initial and {config.num_local} local ones among them",
+        "indexer": f"{config.index_heads} heads of width {config.index_head_dim}, "
+        f"{config.index_rotary_place} {config.index_rotary_dims} dims rotated ({config.index_rotary_pairs})",
+    }
+
+
+DSA = Kind(
+    name="dsa",
+    title="DeepSeek Sparse Attention (arXiv 2512.02556)",
+    config=DsaConfig,
+    build=build,
+    keeps_scale=(),
+    products=products,
+    keys=keys,
+    other_flops=index_flops,
+    reach=lambda config: config.topk,
+    prices={"all": "causal", "selected": "near"},
+    priced_as="nsa",
+    lists=False,
+    dense_library=False,
+    recordable=False,
+    parts=Parts(
+        columns=("query",),
+        kv_heads=("key", "value"),
+        rows=("output",),
+        whole=("indexer",),
+        gathered={},
+        gathered_bytes=lambda shape, width: 0,
+    ),
+    exchanges=lambda config: {
+        "q": Own(),
+        "kv": Gather("keys"),
+        "q_idx": Own(),
+        "k_idx": Gather("index keys"),
+        "weights": Own(),
+    },
+    choices=("attend.choose",),
+    expensive=("range_attention",),
+    loss=("attend.loss", "indexer_kl"),
+    figures=measure,
+    export=None,
+    card=card,
+)

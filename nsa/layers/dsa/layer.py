@@ -1,0 +1,195 @@
+"""DeepSeek Sparse Attention as a layer (DeepSeek-V3.2, arXiv 2512.02556)."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from nsa import ops
+from nsa.cache import IndexedCache
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.layers.kind import Local, Pair
+from nsa.layers.projection import joint_linear
+from nsa.layers.rotary import Rotary, RotaryTables
+from nsa.ops.dispatch import accumulation_dtype
+from nsa.ops.geometry import Documents, RotaryLayout
+
+Phase = Literal["warm-up", "sparse"]
+
+
+class LightningIndexer(nn.Module):
+    """Queries, keys and head weights of the index scores (arXiv 2512.02556, Eq. 1).
+
+    Its input is detached: only its own loss trains it, and it adds nothing to the gradient of the decoder.
+
+    Args:
+        hidden_size: C. num_heads: Hi. head_dim: Di. rotary: which dims of a head are rotated.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_heads: int, head_dim: int, rotary: RotaryLayout, *, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.rotary, self.backend = num_heads, head_dim, rotary, backend
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(hidden_size, head_dim, bias=False)
+        self.key_norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.head_weight = nn.Linear(hidden_size, num_heads, bias=False)
+
+    def forward(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q_idx (B, T, Hi, Di), k_idx (B, T, Di), weights (B, T, Hi) fp32: see `nsa.ops.index_topk`."""
+        x = x.detach()
+        tables = rotary.of(self.rotary.turning(self.head_dim)[0])
+        turned = ops.Heads(self.num_heads, self.head_dim, "rotate", self.rotary)
+        (q_idx,) = ops.split_heads(self.query(x), [turned], *tables, backend=self.backend)
+        (k_idx,) = ops.split_heads(
+            self.key_norm(self.key(x)), [turned._replace(number=1)], *tables, backend=self.backend
+        )
+        weights = self.head_weight(x).to(accumulation_dtype(x)) * (self.num_heads * self.head_dim) ** -0.5
+        return q_idx, k_idx.squeeze(2), weights
+
+
+class TokenChoice(nn.Module):
+    """The operator that selects the tokens of each query, without parameters and gradient."""
+
+    def __init__(self, *, topk: int, num_initial: int, num_local: int, backend: str) -> None:
+        super().__init__()
+        self.sizes: dict[str, Any] = {"topk": topk, "num_initial": num_initial, "num_local": num_local}
+        self.backend = backend
+
+    def forward(self, q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As `nsa.ops.index_topk`, the indices only."""
+        return ops.index_topk(q_idx, k_idx, weights, **self.sizes, cu_seqlens=cu_seqlens, backend=self.backend)[0]
+
+
+class IndexedAttention(nn.Module):
+    """The operators of the layer, as a module without parameters, so that hooks can see its inputs.
+
+    Attributes:
+        choose: the selection. loss: the indexer's, which is attached to the output.
+    """
+
+    def __init__(self, choose: TokenChoice, *, phase: Phase, kl_weight: float, backend: str) -> None:
+        super().__init__()
+        self.choose, self.loss = choose, AuxiliaryLoss(kl_weight)
+        self.phase, self.backend = phase, backend
+
+    def forward(
+        self,
+        q: Tensor,
+        kv: Pair | Callable[[], Pair],
+        q_idx: Tensor,
+        k_idx: tuple[Tensor] | Callable[[], tuple[Tensor]],
+        weights: Tensor,
+        cu_seqlens: Tensor | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """(B, T, H, Dv) for the queries at positions ``offset`` on.
+
+        Args:
+            kv: keys and values, k_idx: index keys; or functions that wait for them.
+        """
+        k, v = kv() if callable(kv) else kv
+        (index_keys,) = k_idx() if callable(k_idx) else k_idx
+        assert offset + q.shape[1] == k.shape[1], "the queries must be those of the last tokens"
+        options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
+        tokens = None
+        if self.phase == "warm-up":
+            out, lse = ops.dense_attention(q, k, v, **options, return_lse=True)
+        else:
+            tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens)
+            out, lse = ops.token_sparse_attention(q, k, v, tokens, return_lse=True, backend=self.backend)
+        if not out.requires_grad:
+            return out
+        divergence = ops.indexer_kl(q_idx, index_keys, weights, q, k, lse, token_indices=tokens, **options)
+        return self.loss(out, divergence, q.shape[0] * q.shape[1])
+
+
+class DeepSeekSparseAttention(nn.Module):
+    """Grouped-query attention of each query to the tokens that a lightning indexer selects; usable in any decoder.
+
+    The indexer learns to predict the attention, by `nsa.ops.indexer_kl`. This loss is attached to the output: the
+    backward pass of any loss includes it, with the weight ``kl_weight``, as a mean over the tokens of the pass
+    (`nsa.layers.auxiliary_loss.AuxiliaryLoss.scale` replaces the mean).
+
+    Args:
+        hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
+        head_dim: D of queries and keys, even. v_head_dim: Dv of values; None: D.
+        topk, num_initial, num_local: tokens per query (k); among them the document's first, the query's most recent.
+        index_heads, index_head_dim: Hi and Di of the indexer. index_rotary: which dims of an index head are rotated.
+        phase: "warm-up": queries attend to all tokens, and the indexer learns this attention. "sparse": they attend to
+            the selected tokens, and the indexer learns the attention among these.
+        kl_weight: weight of the indexer's loss.
+        rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
+        backend: implementation of the operators: auto, triton, torch or naive.
+
+    Raises:
+        ValueError: (in ``forward``) sizes that do not belong together.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        *,
+        topk: int = 2048,
+        num_initial: int = 0,
+        num_local: int = 0,
+        index_heads: int = 64,
+        index_head_dim: int = 128,
+        index_rotary: RotaryLayout = RotaryLayout(64),  # noqa: B008 - a constant
+        phase: Phase = "sparse",
+        kl_weight: float = 1.0,
+        rope_theta: float = 10000.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        v_head_dim = v_head_dim or head_dim
+        self.head_dim, self.v_head_dim, self.rope_theta, self.backend = head_dim, v_head_dim, rope_theta, backend
+        # Modules give names and initialisation to the weights; one joint product uses them.
+        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
+        self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
+        self.indexer = LightningIndexer(hidden_size, index_heads, index_head_dim, index_rotary, backend=backend)
+        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        choose = TokenChoice(topk=topk, num_initial=num_initial, num_local=num_local, backend=backend)
+        self.exchange = Local()
+        self.attend = IndexedAttention(choose, phase=phase, kl_weight=kl_weight, backend=backend)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: IndexedCache | None = None,
+    ) -> Tensor:
+        """x (B, T, C) -> (B, T, C).
+
+        Args:
+            rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`); None: computed from
+                ``rope_theta``.
+            cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1.
+            cache: of the tokens before, from `new_cache`; the T new tokens are appended.
+        """
+        offset = 0 if cache is None else cache.length
+        if rotary is None:
+            rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
+        joint = joint_linear(x, [linear.weight for linear in (self.query, self.key, self.value)])
+        parts = [
+            ops.Heads(self.query.out_features // self.head_dim, self.head_dim, "rotate"),
+            ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "rotate"),
+            ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
+        ]
+        q, k, v = ops.split_heads(joint, parts, *rotary.of(self.head_dim), backend=self.backend)
+        q_idx, index_keys, weights = self.indexer(x, rotary)
+        q, kv, q_idx, k_idx, weights = self.exchange(q, (k, v), q_idx, (index_keys,), weights)
+        if cache is not None:
+            kv, k_idx = cache.append(kv, k_idx)
+        out = self.attend(q, kv, q_idx, k_idx, weights, cu_seqlens=cu_seqlens, offset=offset)
+        return self.output(out.flatten(2))
+
+    def new_cache(self) -> IndexedCache:
+        return IndexedCache()

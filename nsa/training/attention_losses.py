@@ -1,0 +1,45 @@
+"""The auxiliary losses of attention layers, such as that of DSA's indexer: scales and metrics."""
+
+import torch
+from torch import nn
+
+from nsa.config import Config
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.parallel.grid import Grid
+from nsa.training.distributed import Ranks
+
+
+class AttentionLosses:
+    """The losses of this rank's layers of ``model`` (`nsa.layers.kind.Kind.loss`).
+
+    The objective includes, for each layer, the mean loss over all tokens of the global batch times its weight. The
+    reported loss of the model does not include it.
+    """
+
+    def __init__(self, model: nn.Module, config: Config, ranks: Ranks, grid: Grid) -> None:
+        self.ranks = ranks
+        self.tokens = config.training.global_batch_size * config.data.sequence_length
+        kinds = config.attention.kinds(config.model.num_layers)
+        self.names = {number: kind.loss[1] for number, kind in enumerate(kinds) if kind.loss is not None}
+        self.here: dict[int, AuxiliaryLoss] = {}
+        for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
+            if number not in self.names or not hasattr(layer, "attention"):  # the layer may be on another stage
+                continue
+            loss = layer.attention.get_submodule(layer.kind.loss[0])
+            assert isinstance(loss, AuxiliaryLoss)
+            loss.scale = grid.replicas.size / self.tokens  # DeepSpeed averages over the replicas
+            self.here[number] = loss
+
+    @torch.no_grad()
+    def end_step(self) -> dict[str, float]:
+        """The mean of each loss over the tokens of the global batch, as attention/<name>/layer_<number>. Collective."""
+        if not self.names:
+            return {}
+        seen = torch.zeros(max(self.names) + 1, dtype=torch.float64, device=self.ranks.device)
+        for number, loss in self.here.items():
+            if loss.tally is not None:  # None before the first backward pass
+                seen[number] += loss.tally[0]
+            loss.clear()
+        self.ranks.sum(seen)
+        means = (seen / self.tokens).tolist()
+        return {f"attention/{name}/layer_{number:02d}": means[number] for number, name in self.names.items()}
