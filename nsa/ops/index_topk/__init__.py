@@ -57,7 +57,12 @@ def index_topk(
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     documents = Documents.of(q_idx.shape[1], check_positions(q_idx, k_idx), cu_seqlens, q_idx.device)
-    implementation = resolve_backend(backend, q_idx, k_idx, kernels=False)
+    implementation = resolve_backend(backend, q_idx, k_idx)
+    if implementation == "triton":
+        from nsa.ops.kernels import operators
+
+        found = operators.index_topk(q_idx, k_idx, weights, documents, topk, num_initial, num_local)
+        return found if order == "index" else _by_score(*found)
     if implementation == "naive":
         tiles = iter([(slice(0, q_idx.shape[1]), 0, naive_scores(q_idx, k_idx, weights))])
     else:
@@ -115,7 +120,11 @@ def _pick(
     column = column.masked_fill(rank == -torch.inf, none)[..., :topk].sort(dim=-1).values
     column = torch.nn.functional.pad(column, (0, topk - column.shape[2]), value=none)
     chosen = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf).gather(2, column)
-    if order == "score":
-        chosen, by_score = chosen.sort(dim=-1, descending=True, stable=True)
-        column = column.gather(2, by_score)
-    return (column + start).masked_fill(column == none, -1).to(torch.int32), chosen
+    indices = (column + start).masked_fill(column == none, -1).to(torch.int32)
+    return (indices, chosen) if order == "index" else _by_score(indices, chosen)
+
+
+def _by_score(indices: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """From ascending indices to descending scores."""
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    return indices.gather(2, order), scores

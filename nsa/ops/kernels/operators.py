@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
-from nsa.ops.kernels import compression, ranges, selected, selection
+from nsa.ops.kernels import compression, ranges, selected, selection, tokens
 from nsa.ops.kernels import gates as gating
+from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels.selected import BlockLayout
 
 
@@ -98,6 +99,83 @@ def select_blocks(
     q, k, lse = q.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
     return _select_blocks(q, k, lse, cu_seqlens, offset, *sizes, scale)
+
+
+@torch.library.custom_op("nsa::index_topk", mutates_args=())
+def _index_topk(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, bounds: Tensor, position: Tensor, document: Tensor, topk: int,
+    num_initial: int, num_local: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return indexer.topk(q_idx, k_idx, weights, Documents(bounds, position, document), topk, num_initial, num_local)
+
+
+@_index_topk.register_fake
+def _index_topk_fake(q_idx, k_idx, weights, bounds, position, document, topk, num_initial, num_local):
+    shape = (*q_idx.shape[:2], topk)
+    return q_idx.new_empty(shape, dtype=torch.int32), q_idx.new_empty(shape, dtype=torch.float32)
+
+
+def index_topk(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, documents: Documents, topk: int, num_initial: int, num_local: int
+) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.index_topk` with ascending indices."""
+    tensors = q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous()
+    where = documents.bounds, documents.query_position, documents.query_document
+    return _index_topk(*tensors, *where, topk, num_initial, num_local)
+
+
+@torch.library.custom_op("nsa::token_attention", mutates_args=())
+def _token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return tokens.forward(q, k, v, lists, scale)
+
+
+@_token_attention.register_fake
+def _token_attention_fake(q, k, v, lists, scale):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("nsa::token_attention_backward", mutates_args=())
+def _token_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, lists: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    delta = ranges.delta(out, d_out)
+    if d_lse is not None:
+        delta -= d_lse
+    return tokens.backward(q, k, v, lists, d_out, lse, delta, scale)
+
+
+@_token_attention_backward.register_fake
+def _token_attention_backward_fake(q, k, v, out, d_out, lse, d_lse, lists, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save_tokens(ctx, inputs, output):
+    q, k, v, lists, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, lists)
+
+
+def _differentiate_tokens(ctx, d_out, d_lse):
+    if d_out is None and d_lse is None:
+        return (None,) * 5
+    q, k, v, out, lse, lists = ctx.saved_tensors
+    d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    return *_token_attention_backward(q, k, v, out, d_out, lse, d_lse, lists, ctx.scale), None, None
+
+
+_token_attention.register_autograd(_differentiate_tokens, setup_context=_save_tokens)
+
+
+def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of each query to the keys of its list (B, T, slots) int32, -1 for none.
+
+    Returns:
+        out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32.
+    """
+    out, lse = _token_attention(*(x.contiguous() for x in (q, k, v, lists)), scale)
+    return out, lse.transpose(1, 2)
 
 
 @torch.library.custom_op("nsa::selected_attention", mutates_args=())

@@ -85,8 +85,12 @@ def token_sparse_attention(
     if sink is not None and sink.shape != q.shape[2:3]:
         raise ValueError(f"sink must be ({q.shape[2]},), one logit per query head, got {tuple(sink.shape)}")
     scale = softmax_scale(scale, q.shape[3])
-    implementation = resolve_backend(backend, q, k, v, kernels=False)
-    if implementation == "naive":
+    implementation = resolve_backend(backend, q, k, v)
+    if implementation == "triton":
+        from nsa.ops.kernels import operators
+
+        out, lse = operators.token_attention(q, k, v, token_indices, scale)
+    elif implementation == "naive":
         out, lse = masked_attention(q, k, v, naive_mask(token_indices, k.shape[1]), scale)
     else:
         out, lse = tiled_attention(q, k, v, Lists(token_indices.long()), scale)

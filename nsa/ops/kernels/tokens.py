@@ -1,0 +1,236 @@
+"""Attention of each query to a list of tokens (DSA), forward and backward.
+
+A program takes one token and some heads of a KV head: the rows of its tile. All of them see the listed keys, which it
+gathers, BN at a time. Slots with -1 get the score -inf.
+
+dK and dV of a key are sums over the queries that list it. Atomic adds would make their order, and so their bits, depend
+on chance. Instead each query writes its part for each slot (the sum over its heads). For each key, the slots that list
+it are found in the order of the queries, and one program adds their parts up. This goes in chunks of queries, so that
+the parts take PART_BYTES at most.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.device_functions import (
+    SMALLEST_DOT,
+    load_base2_lse,
+    load_row_parts,
+    load_rows,
+    scores,
+    store_output,
+    store_query_gradient,
+    store_rows,
+)
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.ranges import shape_constants
+
+PART_BYTES = 2**30  # of the parts of a chunk of queries
+MOST_QUERIES = 1024  # of a chunk
+MOST_ROWS = 64  # heads of a program
+GATHERED = 16  # parts that a program of `sum_kernel` loads at once
+
+
+@triton.jit
+def _place(num_tokens, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
+    """(token of the launch, batch, KV head, head [BM] of the group, whether it exists [BM]) of this program."""
+    tiles: tl.constexpr = (HEADS + BM - 1) // BM
+    group = tl.program_id(1) // tiles
+    head = tl.program_id(1) % tiles * BM + tl.arange(0, BM)  # [BM]
+    return tl.program_id(0), tl.program_id(2).to(tl.int64), group, head, head < HEADS
+
+
+@triton.jit
+def _listed(Lists, start, num_slots, key_row, GROUPS: tl.constexpr, group, BN: tl.constexpr):
+    """(int64 rows of K and V [BN], whether the slot lists a key [BN]) of slots ``start`` on."""
+    slot = start + tl.arange(0, BN)  # [BN]
+    key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BN]
+    return (key_row + key) * GROUPS + group, key >= 0
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def forward_kernel(Q, K, V, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale_log2, GROUPS: tl.constexpr,
+                   HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+                   DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Output and LSE of some heads of a token.
+
+    Q, Out (B, T, H, D or Dv); K, V (B, S, G, D or Dv); Lists (B, T, slots) int32; Lse (B, T, H) fp32.
+    """
+    token, batch, group, head, ok = _place(num_tokens, GROUPS, HEADS, BM)
+    q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + head  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    Lists += (batch * num_tokens + token) * num_slots
+    acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
+    row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
+    row_sum = tl.zeros([BM], tl.float32)  # [BM]
+    for start in tl.range(0, num_slots, BN):
+        row, listed = _listed(Lists, start, num_slots, batch * num_keys, GROUPS, group, BN)  # [BN]
+        k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
+        s = scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2  # [BM, BN]
+        s = tl.where(listed[None, :], s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
+        # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # [BM]
+        p = tl.exp2(s - base[:, None])  # [BM, BN]
+        rescale = tl.exp2(row_max - base)  # [BM]
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
+    store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, DV1)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0"])
+def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, PartK, PartV, token0, num_tokens, num_keys, num_slots,
+                    scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """DQ of all heads of a KV head of token ``token0`` + program, and its parts of dK and dV.
+
+    PartK, PartV (B, tokens of the launch, G, slots, D or Dv). Other arguments as in `forward_kernel`.
+    """
+    local, batch, group, head, ok = _place(num_tokens, GROUPS, HEADS, BM)
+    token = token0 + local
+    q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + head  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
+    lse = load_base2_lse(Lse, q_row, ok)  # [BM]
+    delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
+    Lists += (batch * num_tokens + token) * num_slots
+    part_row = ((batch * tl.num_programs(0) + local) * GROUPS + group) * num_slots
+    dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
+    dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
+    for start in tl.range(0, num_slots, BN):
+        row, listed = _listed(Lists, start, num_slots, batch * num_keys, GROUPS, group, BN)  # [BN]
+        k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
+        v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
+        p = tl.exp2(scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])  # [BM, BN]
+        p = tl.where(listed[None, :], p, 0.0)
+        ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)  # [BM, BN]
+        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        part = part_row + start + tl.arange(0, BN)  # [BN]
+        dv = tl.dot(tl.trans(p.to(d_out.dtype)), d_out, input_precision=PRECISION)  # [BN, DV1]
+        store_rows(PartV, part, listed, tl.arange(0, DV1), DV, dv)
+        dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION) * scale  # [BN, D1]
+        store_rows(PartK, part, listed, tl.arange(0, D1), D, dk1)
+        if D2 > 0:
+            dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+            dk2 = tl.dot(tl.trans(ds), q2, input_precision=PRECISION) * scale  # [BN, D2]
+            store_rows(PartK, part, listed, D1 + tl.arange(0, D2), D, dk2)
+    store_query_gradient(DQ, q_row, ok, dq1, dq2, scale, D, D1, D2, False)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0"])
+def invert_kernel(Lists, Slots, token0, num_tokens, num_keys, num_slots, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
+    """Slots (B, S, QUERIES) int16: the slot in which query ``token0`` + i of the chunk lists key s. Filled with -1."""
+    query, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    Lists += (batch * num_tokens + token0 + query) * num_slots
+    for start in tl.range(0, num_slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)  # [BLOCK]
+        key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BLOCK]
+        tl.store(Slots + (batch * num_keys + key) * QUERIES + query, slot.to(tl.int16), mask=key >= 0)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def users_kernel(Slots, Users, Count, num_slots, QUERIES: tl.constexpr):
+    """Users (B, S, QUERIES) int32: the numbers query * slots + slot that list a key, ascending; Count (B, S) of them."""
+    key = tl.program_id(0).to(tl.int64)
+    query = tl.arange(0, QUERIES)  # [QUERIES]
+    slot = tl.load(Slots + key * QUERIES + query).to(tl.int32)  # [QUERIES]
+    lists = slot >= 0
+    rank = tl.cumsum(lists.to(tl.int32), 0) - 1  # [QUERIES]
+    tl.store(Users + key * QUERIES + rank, query * num_slots + slot, mask=lists)
+    tl.store(Count + key, tl.sum(lists.to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
+def sum_kernel(Part, Users, Count, Total, num_keys, num_slots, num_queries, GROUPS: tl.constexpr, D: tl.constexpr,
+               D1: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
+    """Total (B, S, G, D) fp32 += the parts (B, queries of the chunk, G, slots, D) of the users of a key."""
+    key, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    at = batch * num_keys + key
+    count = tl.load(Count + at)
+    if count > 0:
+        column = tl.arange(0, D1)  # [D1]
+        total = tl.zeros([D1], tl.float32)  # [D1]
+        for start in tl.range(0, count, GATHERED):
+            number = start + tl.arange(0, GATHERED)  # [GATHERED]
+            ok = number < count  # [GATHERED]
+            user = tl.load(Users + at * QUERIES + number, mask=ok, other=0)  # [GATHERED]
+            query, slot = user // num_slots, user % num_slots  # [GATHERED]
+            row = ((batch * num_queries + query) * GROUPS + group) * num_slots + slot  # [GATHERED]
+            total += tl.sum(load_rows(Part, row, ok, column, D).to(tl.float32), 0)
+        place = (at * GROUPS + group) * D + column  # [D1]
+        tl.store(Total + place, tl.load(Total + place, mask=column < D, other=0.0) + total, mask=column < D)
+
+
+def _tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
+    """(tile constants, launch options): rows for the heads of a KV head, and as many keys as fit beside them."""
+    rows = min(MOST_ROWS, tile_width(int(constants["HEADS"])))
+    if INTERPRETED:
+        return {"BM": rows, "BN": 16}, {}
+    wide = int(constants["D1"]) * itemsize > 256
+    return {"BM": rows, "BN": 32 if wide else 64}, {"num_warps": 4, "num_stages": 1 if wide else 2}
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out (B, T, H, Dv) in q's dtype and lse (B, T, H) fp32.
+
+    Args:
+        q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), lists (B, T, slots) int32: contiguous.
+    """
+    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    out = q.new_empty(batch, tokens, heads, v.shape[3])
+    lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
+    if not q.numel() or not lists.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    constants = shape_constants(q, k, v)
+    tile, options = _tile(constants, q.element_size())
+    grid = (tokens, groups * triton.cdiv(heads // groups, tile["BM"]), batch)
+    forward_kernel[grid](
+        q, k, v, lists, out, lse, tokens, keys, lists.shape[2], scale * LOG2_E, **constants, **tile, **options
+    )
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k, v.
+
+    Args:
+        q, k, v, lists: as for `forward`. d_out: (B, T, H, Dv), contiguous. lse, delta: (B, T, H) fp32.
+    """
+    (batch, tokens, heads, width), (keys, groups), slots = q.shape, k.shape[1:3], lists.shape[2]
+    totals = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
+    if not q.numel() or not lists.numel():
+        return torch.zeros_like(q), *(total.to(k.dtype) for total in totals)
+    dq, constants = torch.empty_like(q), shape_constants(q, k, v)
+    tile, options = _tile(constants, q.element_size())
+    tile["BM"] = tile_width(heads // groups)
+    widths = width, v.shape[3]
+    fits = PART_BYTES // (batch * groups * slots * sum(widths) * k.element_size())
+    chunk = max(16, min(MOST_QUERIES, tokens, fits))
+    queries = triton.next_power_of_2(chunk)
+    parts = [k.new_empty(batch, chunk, groups, slots, columns) for columns in widths]
+    inverse = torch.empty(batch, keys, queries, dtype=torch.int16, device=q.device)
+    users = torch.empty(batch, keys, queries, dtype=torch.int32, device=q.device)
+    count = torch.empty(batch, keys, dtype=torch.int32, device=q.device)
+    for token in range(0, tokens, chunk):
+        here = min(chunk, tokens - token)
+        invert_kernel[here, batch](
+            lists, inverse.fill_(-1), token, tokens, keys, slots, queries, 64 if INTERPRETED else 512, num_warps=4
+        )
+        users_kernel[(batch * keys,)](inverse, users, count, slots, queries, num_warps=4)
+        backward_kernel[here, groups, batch](
+            q, k, v, lists, d_out, lse, delta, dq, *parts, token, tokens, keys, slots, scale * LOG2_E, scale,
+            **constants, **tile, **options,
+        )  # fmt: skip
+        for part, total, columns in zip(parts, totals, widths, strict=True):
+            sum_kernel[keys, groups, batch](
+                part, users, count, total, keys, slots, here, groups, columns, tile_width(columns), queries, GATHERED,
+                num_warps=4,
+            )  # fmt: skip
+    return dq, totals[0].to(k.dtype), totals[1].to(v.dtype)
