@@ -149,8 +149,8 @@ def start_train(clone, **environment):
     stand_in(tools, "nvidia-smi", "exit 1")
     for name in ("cat", "grep", "mktemp", "rm", "sleep"):
         (tools / name).symlink_to(shutil.which(name))
-    told = subprocess.run(["cksum"], stdin=(ROOT / "pyproject.toml").open(), capture_output=True, text=True).stdout
-    (root / ".venv/setup-stamp").write_text(f"{root} cpu {told}")
+    checksum = subprocess.run(["cksum"], stdin=(ROOT / "pyproject.toml").open(), capture_output=True, text=True).stdout
+    (root / ".venv/setup-stamp").write_text(f"{root} cpu {checksum}")
     stand_in(root / ".venv/bin", "python", 'if [[ $* == *-m* ]]; then echo "python in $PWD: $*" >&2; else echo 1; fi')
     stand_in(root / ".venv/bin", "deepspeed", DEEPSPEED)
     (root.parent / "exp").mkdir()

@@ -18,7 +18,7 @@ from .attention_nsa import BlockCompression, DenseAttention, NativeSparseAttenti
 from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
 
-try:  # parts that LoRA adapts if it is not told which, as for other models: queries and values
+try:  # parts that LoRA adapts if none are named, as for other models: queries and values
     from peft.utils import constants
 except ImportError:
     pass

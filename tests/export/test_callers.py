@@ -161,7 +161,7 @@ def test_attention_weights_and_positions_with_holes_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_documents_do_not_see_each_other(kind: str) -> None:
-    """As trl packs them: several documents in a row, told apart by their positions."""
+    """As trl packs them: several documents in a row, distinguished by their positions."""
     m, lengths = model(kind), [[17, 1, 22], [40]]
     ids = tokens(2, 40)
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
@@ -190,10 +190,10 @@ def test_embeddings_can_be_resized_and_the_base_model_loads(kind: str, tmp_path:
         assert (m.get_output_embeddings().weight is m.get_input_embeddings().weight) == tied
         assert m(ids, labels=ids).loss.isfinite() and m(ids).logits.shape[-1] == VOCABULARY + 2
         m.save_pretrained(tmp_path / str(tied))
-        base, told = {"llama": LlamaModel}.get(kind, NSAModel).from_pretrained(
+        base, loading = {"llama": LlamaModel}.get(kind, NSAModel).from_pretrained(
             tmp_path / str(tied), output_loading_info=True
         )
-        assert not told["missing_keys"] and (kind == "llama" or not told["unexpected_keys"])
+        assert not loading["missing_keys"] and (kind == "llama" or not loading["unexpected_keys"])
         close(m.get_output_embeddings()(base(ids).last_hidden_state), m(ids).logits)
 
 

@@ -94,8 +94,8 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path, name):
         assert process.stdout.readline() == "asked (0, '')\n"
         process.kill()
         if name == "deepspeed":
-            told = f"asked (75, 'the launcher deepspeed, process {process.pid}, is gone')\n"
-            assert process.stdout.readline() == told
+            expected = f"asked (75, 'the launcher deepspeed, process {process.pid}, is gone')\n"
+            assert process.stdout.readline() == expected
         else:
             time.sleep(0.5)
             os.kill(pid, 0)
@@ -109,9 +109,9 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path, name):
 BEFORE_THE_FIRST_STEP = """
 import signal, sys
 from nsa import train
-def told(*arguments):
+def report(*arguments):
     signal.raise_signal(getattr(signal, sys.argv.pop()))
-train._main = told
+train._main = report
 sys.exit(train.main())
 """
 

@@ -1,4 +1,4 @@
-"""The watchdog by a clock that the test turns: who is told to hang or to be lost, when, and who is not; a real hang."""
+"""The watchdog by a clock that the test turns: who is said to hang or to be lost, when, and who is not; a real hang."""
 
 import faulthandler
 import json
@@ -87,8 +87,8 @@ def test_a_rank_that_makes_no_progress_ends_when_its_time_is_over(dog, clock, ca
         clock.events.append((1000.0 + second, lambda: alone.beat("step 7: backward of micro batch 1")))
     code, after = watch(alone, clock, 1000)
     assert code == LOST and 110 < after <= 110 + watchdog.INTERVAL, "ten seconds after the last beat, not before"
-    told = capfd.readouterr().err
-    assert "hung at step 7: backward of micro batch 1 for 10 s" in told and "run the same command again" in told
+    printed = capfd.readouterr().err
+    assert "hung at step 7: backward of micro batch 1 for 10 s" in printed and "run the same command again" in printed
     stacks = (alone.stacks / "rank-00000.txt").read_text()
     assert "rank 0" in stacks and "s at step 7: backward of micro batch 1" in stacks and "test_watchdog.py" in stacks
 
@@ -114,8 +114,8 @@ def test_python_that_keeps_its_lock_is_ended_by_a_timer(dog, clock, monkeypatch)
 
 
 def publish(store, rank, tick, **more):
-    told = {"tick": tick, "count": 5, "where": "step 3: update", "waits": True} | more
-    store.set(f"beat/{rank}", json.dumps(told))
+    report = {"tick": tick, "count": 5, "where": "step 3: update", "waits": True} | more
+    store.set(f"beat/{rank}", json.dumps(report))
 
 
 def test_a_rank_without_a_sign_of_life_is_lost(dog, clock, capfd):
@@ -156,10 +156,10 @@ def test_an_inquest_names_the_rank_that_the_others_wait_for(dog, clock, capfd):
     clock.events = [(1013.0, answer)]
     code, after = watch(first, clock, 100)
     assert code == LOST and after < 10 + 2 * watchdog.INTERVAL + 5, "it did not wait longer than for the answer"
-    told = capfd.readouterr().err
-    assert "rank 0 made no progress for 10 s (step 2: update); slow: rank 1, at step 1: data" in told
-    assert "others: step 2: update" in told
-    assert store.get("verdict").decode() in told
+    printed = capfd.readouterr().err
+    assert "rank 0 made no progress for 10 s (step 2: update); slow: rank 1, at step 1: data" in printed
+    assert "others: step 2: update" in printed
+    assert store.get("verdict").decode() in printed
 
 
 def test_a_rank_hears_the_verdict_and_says_nothing_of_its_own(dog, clock, capfd):
@@ -268,11 +268,11 @@ def test_a_run_that_ends_leaves_no_thread_timer_or_empty_file(tmp_path, monkeypa
     assert quiet._thread.is_alive()
     quiet.close()
     assert not quiet._thread.is_alive() and cancelled and not quiet.stacks.exists()
-    told = Watchdog(0, 1, tmp_path, hang_seconds=100, lost_seconds=60)
-    told.start()
-    told._file.write("stacks")
-    told.close()
-    assert (told.stacks / "rank-00000.txt").read_text() == "stacks"
+    dog = Watchdog(0, 1, tmp_path, hang_seconds=100, lost_seconds=60)
+    dog.start()
+    dog._file.write("stacks")
+    dog.close()
+    assert (dog.stacks / "rank-00000.txt").read_text() == "stacks"
 
 
 class Frozen:
