@@ -1,5 +1,6 @@
 """Steps that are not finite, ranks that stop, and signals."""
 
+import errno
 import json
 import signal
 import time
@@ -10,8 +11,10 @@ import torch
 import torch.distributed as dist
 from tiny import start, write_yaml
 
+from nsa.training import job
 from nsa.training.distributed import initialize
-from nsa.training.exit_codes import FAULT, USER
+from nsa.training.exit_codes import FAULT, INTERRUPTED, REQUEUE, USER
+from nsa.training.run_folder import FolderBusyError
 from nsa.training.watchdog import Watchdog
 from tests.training.conftest import engines
 
@@ -97,6 +100,37 @@ def test_a_process_without_a_gpu_gets_advice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="LOCAL_RANK is 3, and the process sees 2 GPUs"):
         initialize()
+
+
+ENDS = {
+    "a busy run folder": (FolderBusyError("another process trains"), REQUEUE, "error: another process trains\n"),
+    "a mistake": (ValueError("unknown key"), USER, "error: unknown key\n"),
+    "no reader": (BrokenPipeError(errno.EPIPE, "Broken pipe"), REQUEUE, ""),
+    "a full disk": (
+        OSError(errno.ENOSPC, "No space left", b"/runs/a"),
+        USER,
+        "error (rank 0): /runs/a: No space left.",
+    ),
+    "no memory": (torch.OutOfMemoryError("tried 3 GiB"), USER, "error (rank 0): out of memory on the device, lower "),
+    "Ctrl-C twice": (KeyboardInterrupt(), INTERRUPTED, "interrupted while it stopped. The last checkpoint stands"),
+    "a fault": (KeyError("a"), FAULT, "Traceback (most recent call last)"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_exit_code_of_what_ends_a_run(tmp_path, monkeypatch, capsys, end):
+    error, code, words = ENDS[end]
+
+    def trainer(config):
+        raise error
+
+    monkeypatch.setattr(job, "Trainer", trainer)
+    monkeypatch.setenv("NSA_EXIT_FILE", str(tmp_path / "code"))
+    assert job.train(None) == code
+    assert (tmp_path / "code").read_text() == f"{code}\n"
+    printed = capsys.readouterr().err
+    assert printed.startswith(words) and bool(printed) == bool(words)
+    assert ("Traceback" in printed) == (code == FAULT)
 
 
 def test_the_run_stops_after_too_many_skipped_steps(tmp_path):
