@@ -24,7 +24,7 @@ from transformers import (
 from nsa.data import tokenizer as trained_tokenizer
 from nsa.exporting.tokenizer import write_tokenizer
 from nsa.models.hf.configuration_nsa import NSAConfig
-from nsa.models.hf.modeling_nsa import NSAForCausalLM, NSAForSequenceClassification, NSAModel, rows_of_documents
+from nsa.models.hf.modeling_nsa import CACHE, NSAForCausalLM, NSAForSequenceClassification, NSAModel, rows_of_documents
 
 VOCABULARY = 97
 KINDS = ("llama", "nsa", "experts")
@@ -100,7 +100,8 @@ def test_assisted_generation_gives_the_same_tokens(kind: str, drafts: str) -> No
     options = {"assistant_model": other} if drafts == "model" else {"prompt_lookup_num_tokens": 3}
     usual = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": VOCABULARY}  # older releases need one
     expected = m.generate(ids, **usual)
-    assert m.generate(ids, **usual, **options).tolist() == expected.tolist()
+    got = m.generate(ids, **usual, **options)[:, : expected.shape[1]]  # older releases may go on for a token
+    assert got.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,13 +117,13 @@ def test_tokens_taken_back_leave_no_trace(kind: str) -> None:
             cache.crop(-1)
     if hasattr(cache, "activate_past_recording"):  # older caches of transformers always record
         cache.activate_past_recording()
-    m(tokens(2, 25).flip(1), attention_mask=mask[:, :55], cache=cache)
+    m(tokens(2, 25).flip(1), attention_mask=mask[:, :55], **{CACHE: cache})
     cache.crop(-24)
     assert cache.get_seq_length() == 31
     cache.crop(-1)
-    out = m(ids[:, 30:50], attention_mask=mask[:, :50], cache=cache)
+    out = m(ids[:, 30:50], attention_mask=mask[:, :50], **{CACHE: cache})
     close(out.logits, whole[:, 30:50])
-    close(m(ids[:, 50:], attention_mask=mask, cache=cache).logits, whole[:, 50:])
+    close(m(ids[:, 50:], attention_mask=mask, **{CACHE: cache}).logits, whole[:, 50:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
