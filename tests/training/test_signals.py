@@ -77,7 +77,8 @@ import time
 from nsa.training.signals import StopRequest
 stop = StopRequest()
 print("asked", stop.asked(), flush=True)
-while stop.asked()[0] == 0:
+end = time.monotonic() + 20
+while stop.asked()[0] == 0 and time.monotonic() < end:
     time.sleep(0.05)
 print("asked", stop.asked(), flush=True)
 """
