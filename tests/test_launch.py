@@ -134,6 +134,7 @@ rank() {
     echo "launcher $1"
     for ((i = 0; i < 100; i++)); do sleep 0.1; kill -0 "$1" || { echo 75 >"$NSA_EXIT_FILE"; echo saved; exit 75; }; done
 }
+if [[ -n ${NO_CODE:-} ]]; then echo "launcher $$"; exit 0; fi
 if [[ -n ${NO_RANKS:-} ]]; then echo "launcher $$"; exec sleep 20; fi
 rank $$ &
 wait
@@ -192,7 +193,6 @@ def test_a_signal_before_there_are_ranks_ends_their_launcher(clone, number, code
 
 
 def test_a_launcher_that_is_killed_is_no_end_of_its_ranks(clone):
-    """DeepSpeed's own tells 0 where its child was killed."""
     process, launcher = start_train(clone)
     os.kill(launcher, signal.SIGKILL)
     output, _ = process.communicate(timeout=30)
@@ -206,6 +206,12 @@ def test_a_launcher_that_is_killed_is_no_end_of_its_ranks(clone):
     os.kill(launcher, signal.SIGKILL)
     assert "a process was killed: run the same command again" in process.communicate(timeout=15)[0]
     assert process.returncode == 85
+
+
+def test_a_launcher_that_is_content_without_a_code_of_the_run_lost_its_ranks(clone):
+    """DeepSpeed's own ends with 0 where its child was killed."""
+    process, _ = start_train(clone, NO_CODE="1")
+    assert "a process was killed" in process.communicate(timeout=15)[0] and process.returncode == 85
 
 
 def test_a_command_runs_where_it_is_given_and_options_are_the_trainers(clone):

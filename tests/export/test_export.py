@@ -58,6 +58,7 @@ def test_folder_is_complete(run: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "2.5000 bits per byte" in card
+    assert card.count("from_pretrained(") == card.count(", trust_remote_code=True)") == 2, "nothing is asked for"
     assert not (run / "export.tmp").exists()
     assert not (run / "export.old").exists()
 

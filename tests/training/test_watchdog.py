@@ -305,6 +305,14 @@ def test_a_frozen_rank_0_is_lost(dog, clock, capfd):
     assert not timed._thread.is_alive()
 
 
+def test_the_watchdog_of_several_ranks_has_a_timed_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_connect", dist.HashStore)
+    one_of_two = Watchdog(1, 2, tmp_path, hang_seconds=0, lost_seconds=0.5)
+    one_of_two.start()
+    one_of_two.close()
+    assert isinstance(one_of_two._store, TimedStore) and one_of_two._store._seconds == 0.25
+
+
 def test_what_a_timed_store_is_asked(dog):
     timed = TimedStore(dist.HashStore(), 30)
     timed.set("a", "1")
@@ -336,6 +344,19 @@ def test_a_process_that_was_stopped_blames_nobody(dog, clock):
     clock.events = []
     code, _ = watch(first, clock, 200)
     assert code == LOST, "afterwards it looks again"
+
+
+def test_a_process_that_was_stopped_gives_the_store_its_time(dog, clock):
+    """Rank 0 goes on a moment after this one: that its store did not answer meanwhile is no loss."""
+    store = dist.HashStore()
+    other = dog(rank=1, world_size=2, hang_seconds=0, lost_seconds=20, store=store)
+
+    def stopped():
+        clock.now += 5000
+        other._store = Unreachable()
+
+    clock.events = [(1010.0, stopped), (6013.0, lambda: setattr(other, "_store", store))]
+    assert watch(other, clock, 5100) is None
 
 
 HANGS = """
