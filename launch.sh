@@ -175,11 +175,11 @@ pass_on() {
     fi
 }
 
-# The run folder of a configuration. A mistake in it is told once and at once, not by every rank of a launcher.
+# The run folder of a configuration. A mistake in it is reported once and at once, not by every rank of a launcher.
 run_folder_of() {
-    local told
-    told=$(python -m nsa.config "$@") || return
-    python -c 'import sys, yaml; c = yaml.safe_load(sys.stdin); print(c["output_dir"] + "/" + c["name"])' <<<"$told"
+    local printed
+    printed=$(python -m nsa.config "$@") || return
+    python -c 'import sys, yaml; c = yaml.safe_load(sys.stdin); print(c["output_dir"] + "/" + c["name"])' <<<"$printed"
 }
 
 train() {

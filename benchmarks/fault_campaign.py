@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -78,6 +79,7 @@ def main() -> int:
 
     figures = {
         "ok": all(row["ok"] for row in rows),
+        "command": shlex.join(["python", "benchmarks/fault_campaign.py", *sys.argv[1:]]),
         "commit": _commit(),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}",
         "overrides": options.overrides,
@@ -98,8 +100,8 @@ def table(figures: Row) -> str:
     """Markdown: one row for each fault and outcome; files that it was injected into ("fault: file") share the row."""
     lines = [
         "",
-        f"Commit {figures['commit']}, {figures['machine']}, {figures['seconds']} s; written by "
-        "`python benchmarks/fault_campaign.py --write`.",
+        f"Commit {figures['commit']}, {figures['machine']}, {figures['seconds']} s; written by",
+        f"`{figures['command']}`.",
         "",
         "| fault | injected | behaved as documented | what happens |",
         "|---|--:|--:|---|",

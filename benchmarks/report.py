@@ -43,8 +43,8 @@ def section(result: dict, figure: Path) -> Iterator[str]:
             f"matrices, {measured['copy_tb_per_s']} TB/s copying."
         )
     yield ""
-    if told := list(commands(result)):
-        yield "\n".join(["```bash", *told, "```\n"])
+    if shown := list(commands(result)):
+        yield "\n".join(["```bash", *shown, "```\n"])
     if note := result.get("note"):
         yield f"Note: {note}.\n"
     if figure.exists():
@@ -66,12 +66,12 @@ def commands(result: dict) -> Iterator[str]:
     steady = result.get("steady", {}).get("command")
     one = result.get("command", steady)
     for command in result.get("commands", [one] if one else []):
-        told = shlex.split(command)
-        if told[0].startswith("--"):
-            told = ["python", "benchmarks/attention.py", *told]
-        if "--out" in told:
-            del told[(at := told.index("--out")) : at + 2]
-        yield shlex.join(told)
+        words = shlex.split(command)
+        if words[0].startswith("--"):
+            words = ["python", "benchmarks/attention.py", *words]
+        if "--out" in words:
+            del words[(at := words.index("--out")) : at + 2]
+        yield shlex.join(words)
 
 
 def of_today(result: dict) -> dict:
@@ -435,7 +435,7 @@ def page(name: str, result: dict) -> str:
             "bf16, batch 1, causal; l 32, d 16, blocks of 64, 16 of them, window 512. Milliseconds are medians, the L2",
             "cache flushed between repeats. Query / KV heads, head dimension:",
             "",
-            *(f"- {shape} = {told}" for shape, told in SHAPES.items()),
+            *(f"- {shape} = {description}" for shape, description in SHAPES.items()),
             "",
         ]
     if any("dense_attention" in row for row in result.get("models", [])):

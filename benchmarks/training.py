@@ -36,10 +36,10 @@ TOKENIZER = "data.tokenizer={vocab_size: 4096, train_bytes: 5_000_000}"
 def configuration(path: str, case: str, folder: str, overrides: list[str]) -> Config:
     """Of a case: everything in ``folder``."""
     attention, tokens, steps = case.split(":")
-    told = [*ALONE, f"attention.kind={attention}", f"data.sequence_length={tokens}", f"model.max_position={tokens}"]
-    told += [f"name={attention}-{tokens}", f"output_dir={folder}/runs", f"data.cache_dir={folder}/cache"]
-    told += [SOURCE, TOKENIZER, "data.validation_fraction=0.02", "optimizer.warmup_steps=1", f"training.steps={steps}"]
-    return load_config(path, [*told, *overrides])
+    mine = [*ALONE, f"attention.kind={attention}", f"data.sequence_length={tokens}", f"model.max_position={tokens}"]
+    mine += [f"name={attention}-{tokens}", f"output_dir={folder}/runs", f"data.cache_dir={folder}/cache"]
+    mine += [SOURCE, TOKENIZER, "data.validation_fraction=0.02", "optimizer.warmup_steps=1", f"training.steps={steps}"]
+    return load_config(path, [*mine, *overrides])
 
 
 def train(config: Config, to_parent: Connection) -> None:

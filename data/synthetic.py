@@ -42,7 +42,7 @@ PASSKEY_TOKENS = 4
 class Episode:
     """tokens, targets: (length,) int64; targets[t] is the token that should follow tokens[t], or -100: not asked.
 
-    chance: accuracy on the answers without recall. mqar: of naming one of the values told, whatever the key; passkey
+    chance: accuracy on the answers without recall. mqar: of naming one of the values given, whatever the key; passkey
     and copy: of naming any value.
     """
 
@@ -110,9 +110,9 @@ class Task:
         values = rng.choice(self.values, n)
         asked = rng.permutation(n)
         filler = rng.choice(self.others, length - 1 - 4 * n)
-        told = np.stack([keys, values], 1).reshape(-1)
+        pairs = np.stack([keys, values], 1).reshape(-1)
         recalled = np.stack([keys[asked], values[asked]], 1).reshape(-1)
-        tokens = np.concatenate([[self._bos], told, filler, recalled]).astype(np.int64)
+        tokens = np.concatenate([[self._bos], pairs, filler, recalled]).astype(np.int64)
         targets = np.full(length, IGNORED, np.int64)
         targets[length - 2 * n :: 2] = values[asked]
         return tokens, targets

@@ -161,7 +161,7 @@ def test_contradictions_are_refused(small, overrides, words):
     assert words in refusal(small, *overrides)
 
 
-def test_every_problem_is_told_at_once(small):
+def test_every_problem_is_reported_at_once(small):
     text = refusal(small, "attention.nsa.widnow=64", "model.num_heads=5", "training.steps=0")
     assert text.startswith(f"{small}: 3 problems\n")
     assert all(words in text for words in ("attention.nsa.window", "model.num_kv_heads (2)", "training.steps"))

@@ -109,15 +109,15 @@ def test_a_run_is_started_from_elsewhere_and_its_launcher_is_stopped(tmp_path, c
         stderr=subprocess.STDOUT,
         text=True,
     )
-    told = []
+    printed = []
     for line in process.stdout:
-        told.append(line)
+        printed.append(line)
         if line.startswith("step"):
             break
     process.send_signal(signal.SIGTERM)
-    told.append(process.communicate(timeout=120)[0])
-    assert process.returncode == 75, "".join(told)
-    assert "(SIGTERM); run the same command to go on" in "".join(told)
+    printed.append(process.communicate(timeout=120)[0])
+    assert process.returncode == 75, "".join(printed)
+    assert "(SIGTERM); run the same command to go on" in "".join(printed)
     assert len(checkpoint.checkpoints(here / "runs/run")) == 1
 
 

@@ -127,14 +127,14 @@ def test_no_usable_python_is_said(clone):
 # A launcher and a rank of it, who tells what it hears; what "python -m nsa.config" prints; and no GPU.
 DEEPSPEED = """
 rank() {
-    trap 'echo "rank heard TERM"; echo 75 >"$NSA_EXIT_FILE"; sleep 0.5; echo saved; exit 75' TERM
-    trap 'echo "rank heard INT"; echo 130 >"$NSA_EXIT_FILE"; exit 130' INT
-    trap 'echo "rank heard USR1"; echo 75 >"$NSA_EXIT_FILE"; exit 75' USR1
-    trap 'echo "rank heard HUP"; echo 75 >"$NSA_EXIT_FILE"; exit 75' HUP
+    hears() { echo "rank heard $1"; echo "$2" >"$NSA_EXIT_FILE"; sleep 0.5; echo saved; exit "$2"; }
+    for signal in TERM HUP USR1 USR2; do trap "hears $signal 75" $signal; done
+    for signal in INT QUIT; do trap "hears $signal 130" $signal; done
     echo "$BASHPID" >>"$NSA_EXIT_FILE.ranks"
     echo "launcher $1"
     for ((i = 0; i < 100; i++)); do sleep 0.1; kill -0 "$1" || { echo 75 >"$NSA_EXIT_FILE"; echo saved; exit 75; }; done
 }
+if [[ -n ${NO_CODE:-} ]]; then echo "launcher $$"; exit 0; fi
 if [[ -n ${NO_RANKS:-} ]]; then echo "launcher $$"; exec sleep 20; fi
 rank $$ &
 wait
@@ -149,8 +149,8 @@ def start_train(clone, **environment):
     stand_in(tools, "nvidia-smi", "exit 1")
     for name in ("cat", "grep", "mktemp", "rm", "sleep"):
         (tools / name).symlink_to(shutil.which(name))
-    told = subprocess.run(["cksum"], stdin=(ROOT / "pyproject.toml").open(), capture_output=True, text=True).stdout
-    (root / ".venv/setup-stamp").write_text(f"{root} cpu {told}")
+    checksum = subprocess.run(["cksum"], stdin=(ROOT / "pyproject.toml").open(), capture_output=True, text=True).stdout
+    (root / ".venv/setup-stamp").write_text(f"{root} cpu {checksum}")
     stand_in(root / ".venv/bin", "python", 'if [[ $* == *-m* ]]; then echo "python in $PWD: $*" >&2; else echo 1; fi')
     stand_in(root / ".venv/bin", "deepspeed", DEEPSPEED)
     (root.parent / "exp").mkdir()
@@ -169,27 +169,30 @@ def start_train(clone, **environment):
     raise AssertionError(f"it did not start: {process.wait()}")
 
 
-@pytest.mark.parametrize(("number", "code"), [("TERM", 75), ("USR1", 75), ("HUP", 75), ("INT", 130)])
+SIGNALS = [("TERM", 75), ("HUP", 75), ("USR1", 75), ("USR2", 75), ("INT", 130), ("QUIT", 130)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_to_launch_sh_is_passed_on_to_the_ranks_and_waited_for(clone, number, code):
     process, _ = start_train(clone)
     process.send_signal(getattr(signal, f"SIG{number}"))
     output, _ = process.communicate(timeout=30)
     assert process.returncode == code, output
-    assert f"rank heard {number}" in output and ("saved" in output or number != "TERM")
+    assert f"rank heard {number}" in output and "saved" in output
     assert not [path for path in clone[0].parent.iterdir() if path.name.startswith("tmp.")]
 
 
-def test_a_signal_before_there_are_ranks_ends_their_launcher(clone):
+@pytest.mark.parametrize(("number", "code"), [("TERM", 75), ("INT", 130)])
+def test_a_signal_before_there_are_ranks_ends_their_launcher(clone, number, code):
     process, launcher = start_train(clone, NO_RANKS="1")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, f"SIG{number}"))
     process.communicate(timeout=15)
-    assert process.returncode == 75
+    assert process.returncode == code
     with pytest.raises(ProcessLookupError):
         os.kill(launcher, 0)
 
 
 def test_a_launcher_that_is_killed_is_no_end_of_its_ranks(clone):
-    """DeepSpeed's own tells 0 where its child was killed."""
     process, launcher = start_train(clone)
     os.kill(launcher, signal.SIGKILL)
     output, _ = process.communicate(timeout=30)
@@ -205,6 +208,12 @@ def test_a_launcher_that_is_killed_is_no_end_of_its_ranks(clone):
     assert process.returncode == 85
 
 
+def test_a_launcher_that_is_content_without_a_code_of_the_run_lost_its_ranks(clone):
+    """DeepSpeed's own ends with 0 where its child was killed."""
+    process, _ = start_train(clone, NO_CODE="1")
+    assert "a process was killed" in process.communicate(timeout=15)[0] and process.returncode == 85
+
+
 def test_a_command_runs_where_it_is_given_and_options_are_the_trainers(clone):
     process, _ = start_train(clone)
     process.kill()
@@ -214,13 +223,22 @@ def test_a_command_runs_where_it_is_given_and_options_are_the_trainers(clone):
     (root / "configs/demo.yaml").touch()
     here = root.parent / "exp"
     (here / "mine.yaml").touch()
+
+    def run(*arguments):
+        command = ["bash", str(root / "launch.sh"), *arguments]
+        environment = {**os.environ, "PATH": str(tools), "TMPDIR": str(root.parent)}
+        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=30)
+
     for given, found in (("mine.yaml", "mine.yaml"), ("configs/demo.yaml", f"{root}/configs/demo.yaml")):
-        done = subprocess.run(
-            ["bash", str(root / "launch.sh"), "train", given, "--dry-run", "training.steps=3"],
-            cwd=here, env={**os.environ, "PATH": str(tools)}, capture_output=True, text=True, timeout=30,
-        )  # fmt: skip
+        done = run("train", given, "--dry-run", "training.steps=3")
         assert f"python in {here}: -m nsa.train {found} --dry-run training.steps=3" in done.stderr
         assert done.returncode == 0
+    for command, module in (("prepare", "nsa.data.prepare"), ("export", "nsa.export"), ("evaluate", "nsa.evaluate")):
+        assert f"python in {here}: -m {module} mine.yaml" in run(command, "mine.yaml").stderr
+
+    stand_in(root / ".venv/bin", "python", 'echo "unknown key" >&2; exit 2')
+    mistaken = run("train", "mine.yaml")
+    assert (mistaken.returncode, mistaken.stdout, mistaken.stderr) == (2, "", "unknown key\n"), "no launcher is started"
 
 
 def test_torch_is_pinned_and_no_part_of_the_build():

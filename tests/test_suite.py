@@ -44,10 +44,10 @@ def pytest_in(folder: Path, run_python, *arguments: str) -> str:
 
 def test_a_test_that_hangs_fails_and_the_next_one_runs(tmp_path: Path, run_python) -> None:
     (tmp_path / "test_hangs.py").write_text(HANGS)
-    told = pytest_in(tmp_path, run_python, "test_hangs.py")
-    assert "1 failed, 1 passed, 1 error" in told, told
-    assert told.count("not done after its time limit of 0.3 s") >= 2
-    assert "FAILED" in told and "test_that_hangs" in told and "ERROR" in told
+    output = pytest_in(tmp_path, run_python, "test_hangs.py")
+    assert "1 failed, 1 passed, 1 error" in output, output
+    assert output.count("not done after its time limit of 0.3 s") >= 2
+    assert "FAILED" in output and "test_that_hangs" in output and "ERROR" in output
 
 
 def test_a_hang_outside_of_python_ends_beyond_every_limit(pytestconfig: pytest.Config) -> None:
@@ -62,8 +62,8 @@ def test_files_may_be_named_in_any_order(tmp_path: Path, run_python) -> None:
     for name in ("inner/test_a.py", "inner/test_c.py"):
         (tmp_path / name).write_text("def test_it(seven):\n    assert seven == 7\n")
     (tmp_path / "test_b.py").write_text("def test_it():\n    pass\n")
-    told = pytest_in(tmp_path, run_python, "inner/test_a.py", "test_b.py", "inner/test_c.py")
-    assert "3 passed" in told, told
+    output = pytest_in(tmp_path, run_python, "inner/test_a.py", "test_b.py", "inner/test_c.py")
+    assert "3 passed" in output, output
 
 
 @pytest.mark.parametrize("turn", range(2))

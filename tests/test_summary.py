@@ -31,7 +31,7 @@ def test_tells_the_last_validation_and_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, '{"step": 1, "train/loss": 7.0}\n'])
-def test_a_folder_that_is_no_finished_run_is_told(tmp_path, capsys, content):
+def test_a_folder_that_is_no_finished_run_is_reported(tmp_path, capsys, content):
     if content:
         (tmp_path / "metrics.jsonl").write_text(content)
     assert main([str(tmp_path)]) == 2

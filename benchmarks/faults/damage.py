@@ -76,9 +76,9 @@ def damaged_checkpoints(stage: Stage, repeats: int, seed: int) -> list[dict[str,
                         harm(output / "run" / newest.name / name, chance)
                         life = stage.start(output)
                         ended = life.end() == 0 and final_state(output / "run") == stage.reference()
-                        told = "passed over" in life.output and "resumed" in life.output
+                        reported = "passed over" in life.output and "resumed" in life.output
                         kept = (output / "run" / f"{newest.name}.broken").is_dir()
-                        good += ended and told and kept and "Traceback" not in life.output
+                        good += ended and reported and kept and "Traceback" not in life.output
                 rows.append(_row(f"{harm_name}, checkpoint: {kind}", repeats, good, "it is skipped; identical end"))
     return rows
 
@@ -100,7 +100,7 @@ def damaged_figures(stage: Stage, repeats: int, seed: int) -> dict[str, object]:
 
 def damaged_shards(stage: Stage, repeats: int, seed: int) -> list[dict[str, object]]:
     """Each kind of file of the prepared data, between two lives: made anew, the same, and the run goes on. A flip in
-    what the manifest tells for people alone (``made_from``) changes nothing and goes unnoticed."""
+    what the manifest records for people alone (``made_from``) changes nothing and goes unnoticed."""
     chance, rows = random.Random(seed), []
     with stage.fresh() as begun:
         stage.start(begun, harm=stop_at(20)).end()

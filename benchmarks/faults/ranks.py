@@ -97,7 +97,7 @@ def nothing_unpickles(stage: Stage) -> Row:
 
 
 def user_error_on_one_rank(stage: Stage) -> Row:
-    """Rank 1 finds something that the user must mend: both stop with 2, and its words are told."""
+    """Rank 1 finds something that the user must mend: both stop with 2, and its message is shown."""
 
     def harm() -> None:
         def broken(losses: torch.Tensor) -> torch.Tensor:
@@ -108,8 +108,8 @@ def user_error_on_one_rank(stage: Stage) -> Row:
     with stage.fresh() as output:
         lives = stage.start_ranks(output, harm={1: harm})
         codes = [life.end() for life in lives]
-        told = "holds token 7000" in lives[0].output
-        return _row("a user's error on one rank", codes == [2, 2] and told, lives)
+        shown = "holds token 7000" in lives[0].output
+        return _row("a user's error on one rank", codes == [2, 2] and shown, lives)
 
 
 def stop_requests(stage: Stage) -> list[Row]:

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 from .attention_nsa import BlockCompression, DenseAttention, NativeSparseAttention, RotaryTables, rotary_tables
 from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
 
-try:  # parts that LoRA adapts if it is not told which, as for other models: queries and values
+try:  # parts that LoRA adapts if none are named, as for other models: queries and values
     from peft.utils import constants
 except ImportError:
     pass
@@ -91,8 +96,8 @@ class Experts(nn.Module):
         for number in chosen.unique().tolist():
             token, rank = (chosen == number).nonzero(as_tuple=True)
             hidden = silu(x[token] @ self.gate[number]) * (x[token] @ self.up[number])
-            routed = hidden @ self.down[number] * gates[token, rank, None].to(x.dtype)
-            out = out.index_add(0, token, routed.to(x.dtype))  # under autocast it is narrower
+            routed = hidden @ self.down[number] * gates[token, rank, None]
+            out = out.index_add(0, token, routed.to(x.dtype))  # the gates are fp32, and autocast has a dtype of its own
         return out
 
 
@@ -186,6 +191,16 @@ class NSAModel(NSAPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embedding = value
+
+    @property
+    def base_model(self) -> "NSAModel":
+        """This decoder without its head: a view that shares its parts, as trl asks for the states before the head."""
+        if type(self) is NSAModel:
+            return self
+        view = NSAModel.__new__(NSAModel)
+        view.__dict__ = {key: value for key, value in self.__dict__.items() if key not in ("forward", "_old_forward")}
+        view._modules = {name: module for name, module in self._modules.items() if name not in ("head", "score")}
+        return view
 
     def forward(
         self,
@@ -303,26 +318,19 @@ class NSAForCausalLM(NSAModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Linear) -> None:
         self.head = value
 
-    @property
-    def base_model(self) -> NSAModel:
-        """This decoder without its head: a view that shares its parts, as trl asks for the states before the head."""
-        view = NSAModel.__new__(NSAModel)
-        view.__dict__ = {key: value for key, value in self.__dict__.items() if key not in ("forward", "_old_forward")}
-        view._modules = {name: module for name, module in self._modules.items() if name != "head"}
-        return view
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # the cache is our own
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Assisted generation asks for a cache before the first call of `forward`."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        """Assisted generation asks for a cache before the first call of `forward`, and takes tokens back."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
         if generation_config.use_cache is not False and model_kwargs.get(CACHE) is None:
             model_kwargs[CACHE] = NSACache(self.config.num_hidden_layers)
-            if getattr(generation_config, "is_assistant", False):
+            drafts = getattr(generation_config, "is_assistant", False)
+            if drafts or generation_mode == GenerationMode.ASSISTED_GENERATION:
                 model_kwargs[CACHE].activate_past_recording()
 
     def forward(
@@ -366,4 +374,60 @@ class NSAForCausalLM(NSAModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         output = CausalLMOutputWithPast(loss, logits, cache, decoded.hidden_states)
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+class NSAForSequenceClassification(NSAModel):
+    """The decoder with a linear head on the last token of each row; ``config.num_labels`` is its width."""
+
+    def __init__(self, config: NSAConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: NSACache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache: NSACache | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast | tuple:
+        """Logits (B, num_labels) of the last token of each row that is not ``pad_token_id`` (with ``inputs_embeds``: of
+        the last one), and the loss that `transformers` has for ``labels`` (B,): classes, or numbers for one label.
+
+        Raises:
+            ValueError: several rows, and the configuration has no ``pad_token_id``.
+        """
+        decoded = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            cache=cache,
+        )
+        x, pad = decoded.last_hidden_state, self.config.pad_token_id
+        if pad is None and len(x) > 1:
+            raise ValueError(
+                "rows of several lengths end in padding: set config.pad_token_id, or give one row at a time"
+            )
+        last = torch.full((len(x),), x.shape[1] - 1, device=x.device)
+        if pad is not None and input_ids is not None:
+            last = (torch.arange(x.shape[1], device=x.device) * input_ids.to(x.device).ne(pad)).argmax(-1)
+        logits, loss = self.score(x[torch.arange(len(x), device=x.device), last]), None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        output = SequenceClassifierOutputWithPast(loss, logits, decoded.get(CACHE), decoded.hidden_states)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

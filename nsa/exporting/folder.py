@@ -104,6 +104,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
             "AutoConfig": "configuration_nsa.NSAConfig",
             "AutoModel": "modeling_nsa.NSAModel",
             "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_nsa.NSAForSequenceClassification",
         },
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,

@@ -29,11 +29,13 @@ def answer(folder: str, question: dict, target: Path) -> None:
         return tokenizer(text, add_special_tokens=False, verbose=False, **mode).input_ids
 
     texts = question["texts"]
-    told: dict[str, list] = {"ids": [encode(text, split_special_tokens=True) for text in texts]}
-    told["decoded"] = [tokenizer.decode(ids) for ids in told["ids"]]
-    told["default"] = [None if any(t in text for t in tokenizer.all_special_tokens) else encode(text) for text in texts]
-    told["marked"] = [encode(text) for text in question["marked"]]
-    (target / "answer.json").write_text(json.dumps(told))
+    answers: dict[str, list] = {"ids": [encode(text, split_special_tokens=True) for text in texts]}
+    answers["decoded"] = [tokenizer.decode(ids) for ids in answers["ids"]]
+    answers["default"] = [
+        None if any(t in text for t in tokenizer.all_special_tokens) else encode(text) for text in texts
+    ]
+    answers["marked"] = [encode(text) for text in question["marked"]]
+    (target / "answer.json").write_text(json.dumps(answers))
 
     dtype = getattr(torch, question["dtype"])
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()

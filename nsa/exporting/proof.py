@@ -66,12 +66,12 @@ class LogitsDiffer(ExportError):
 def _compare(folder: Path, decoder: Decoder, tokenizer: Tokenizer, question: dict) -> float:
     marks = tokenizer.control_pieces()
     question = {**question, "marked": [f"a {mark} b" for mark in marks]}
-    told, tensors = _ask(folder, question)
-    for (mark, number), ids in zip(marks.items(), told["marked"], strict=True):
+    answer, tensors = _ask(folder, question)
+    for (mark, number), ids in zip(marks.items(), answer["marked"], strict=True):
         if ids != (expected := [*tokenizer.encode("a "), number, *tokenizer.encode(" b")]):
             raise ExportError(f"the tokenizer does not take {mark} for a special token: {ids}, not {expected}")
-    answers = zip(question["texts"], told["ids"], told["decoded"], told["default"], strict=True)
-    for text, ids, decoded, default in answers:
+    rows = zip(question["texts"], answer["ids"], answer["decoded"], answer["default"], strict=True)
+    for text, ids, decoded, default in rows:
         if default is not None and default != ids:
             raise ExportError(f"the tokenizer takes a part of {_short(text)} for a special token: {_short(default)}")
         if ids != (expected := tokenizer.encode(text)):

@@ -210,10 +210,10 @@ def latest_complete(run_folder: Path | str, before: int | None = None) -> Path |
                 print(f"checkpoint passed over: {reason}", flush=True)
             return path
     if reasons:
-        told = "\n".join(f"  {reason}" for reason in reasons)
+        causes = "\n".join(f"  {reason}" for reason in reasons)
         raise CheckpointError(
-            f"{run_folder}: none of its checkpoints can be used:\n{told}\nMend one of them. To start over from step 0 "
-            "instead, move the step_* folders away or set another name (name=...)"
+            f"{run_folder}: none of its checkpoints can be used:\n{causes}\nMend one of them. To start over from step "
+            "0 instead, move the step_* folders away or set another name (name=...)"
         )
     return None
 

@@ -67,7 +67,7 @@ class CheckpointWriter:
 
     @property
     def finished(self) -> bool:
-        """Whether a checkpoint was written that `wait` has not told of yet."""
+        """Whether a checkpoint was written that `wait` has not returned yet."""
         return self._thread is not None and self._error is not None
 
     def start(self, snapshot: Snapshot, protect: int | None = None) -> None:

@@ -42,7 +42,7 @@ def train(config: Config) -> int:
         return _end(REQUEUE, f"error: {e}")
     except ValueError as e:
         return _end(USER, f"error: {e}" if rank == 0 else f"error (rank {rank}): {e}", watchdog)
-    except BrokenPipeError:  # nobody reads what is printed; there is nobody to tell
+    except BrokenPipeError:  # nobody reads what is printed
         return _end(REQUEUE, "")
     except OSError as e:
         what = f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e.strerror or e)
@@ -62,9 +62,9 @@ def train(config: Config) -> int:
             if isinstance(e, dist.DistBackendError):  # NCCL's: of a lost rank, but also of memory or of devices
                 print(f"rank {rank}: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
             code, reason = watchdog.last_words() if watchdog else (LOST, "a rank was lost at the start")
-            told = f"error: {reason}. {AGAIN} (exit code {code})" if code == LOST else f"error: {reason}"
-            _end(code, told if rank == 0 or "rank 0" in reason else "")
-            os._exit(code)  # what waits for the lost rank cannot be told to stop
+            message = f"error: {reason}. {AGAIN} (exit code {code})" if code == LOST else f"error: {reason}"
+            _end(code, message if rank == 0 or "rank 0" in reason else "")
+            os._exit(code)  # what waits for the lost rank cannot be stopped
         traceback.print_exc()
         kind = f"{type(e).__name__}: {e}".splitlines()[0]
         return _end(FAULT, f"error (rank {rank}): a fault of this program, please report it: {kind}. {AGAIN}", watchdog)

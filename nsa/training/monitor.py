@@ -68,10 +68,10 @@ def _lines_until(path: Path, step: int) -> tuple[list[str], int]:
 
 def _lost(kept: list[str], unreadable: int, resumed: int, log_every: int) -> str:
     last = json.loads(kept[-1])["step"] if kept else 0
-    told = [f"{unreadable} of its lines cannot be read"] if unreadable else []
+    losses = [f"{unreadable} of its lines cannot be read"] if unreadable else []
     if last + log_every <= resumed:
-        told.append(f"figures after step {last} up to step {resumed} are lost")
-    return f"metrics.jsonl was cut or changed: {' and '.join(told)}" if told else ""
+        losses.append(f"figures after step {last} up to step {resumed} are lost")
+    return f"metrics.jsonl was cut or changed: {' and '.join(losses)}" if losses else ""
 
 
 def _date_back(board: Path) -> None:
@@ -91,8 +91,8 @@ def _date_back(board: Path) -> None:
 def _say_nothing_of_the_disk(before: Any) -> Any:
     """TensorBoard's thread hands an error of the disk to the training thread, which says it: no traceback besides."""
 
-    def hook(told: threading.ExceptHookArgs) -> None:
-        if not (isinstance(told.exc_value, OSError) and type(told.thread).__name__ == "_AsyncWriterThread"):
-            before(told)
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__name__ == "_AsyncWriterThread"):
+            before(raised)
 
     return hook

@@ -68,7 +68,7 @@ class RunFolder:
         self._lock.flush()
 
     def _wait_for_lock(self) -> None:
-        told, end = False, time.monotonic() + LOCK_SECONDS
+        announced, end = False, time.monotonic() + LOCK_SECONDS
         while True:
             try:
                 return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,9 +80,9 @@ class RunFolder:
                     f"{other}: run the same command again when it has ended (exit code {REQUEUE}), stop it, or start "
                     "this run under another name (name=...)"
                 )
-            if not told:
+            if not announced:
                 print(f"{other}: waiting for its end, at most {LOCK_SECONDS:g} s", flush=True)
-                told = True
+                announced = True
             time.sleep(0.2)
 
     def label(self, config: Config, deepspeed: dict[str, Any]) -> None:
@@ -115,14 +115,16 @@ def check_same(saved: Path, config: Config, where: Path) -> list[str]:
         if before.get(key, "absent") != now.get(key, "absent")
         and not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
     }
-    allowed = [told for key, told in different.items() if key in config.resume.allow]
-    refused = [told for key, told in different.items() if key not in config.resume.allow]
+    allowed = [change for key, change in different.items() if key in config.resume.allow]
+    refused = [change for key, change in different.items() if key not in config.resume.allow]
     if refused:
         advice = "\nSet these keys back to resume it, or start a new run under another name (name=...)"
         if all(key.startswith("optimizer.") and key != "optimizer.kind" for key in different):
             advice += f". To change them on purpose: resume.allow=[{', '.join(different)}]"
         raise ValueError(
-            f"{where} was written under another configuration:\n" + "\n".join(f"  {told}" for told in refused) + advice
+            f"{where} was written under another configuration:\n"
+            + "\n".join(f"  {change}" for change in refused)
+            + advice
         )
     return allowed
 

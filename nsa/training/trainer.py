@@ -351,7 +351,7 @@ class Trainer:
         self._saved(self.writer.wait())
         after, spikes = self.progress.step, self.progress.spikes
         going_back = partial(load_newest, self.engine, self.config, self.ranks, self.folder, self.identity)
-        self.progress, told = roll_back(
+        self.progress, cause = roll_back(
             spikes, self.config, self.ranks, self.folder, self.train_stream, lambda step: going_back(before=step)
         )
         self.spikes.state = self.progress.spikes
@@ -359,7 +359,7 @@ class Trainer:
         if self.monitor:
             self.monitor.close()
             self.monitor = self._monitor()
-        self.console.say(f"{told}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
+        self.console.say(f"{cause}: rolled back from step {after} to the checkpoint of step {self.progress.step}")
 
     # -------------------------------------------------------------------------------------------------- parts
 

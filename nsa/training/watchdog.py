@@ -186,15 +186,15 @@ class Watchdog:
         assert self._store is not None
         self._ticks += 1
         count, where, _ = self._beat
-        told = {"tick": self._ticks, "count": count, "where": where, "waits": self._waits()}
-        self._store.set(f"beat/{self.rank}", json.dumps(told))
+        report = {"tick": self._ticks, "count": count, "where": where, "waits": self._waits()}
+        self._store.set(f"beat/{self.rank}", json.dumps(report))
 
     def _silent(self, ranks: range) -> list[int]:
         """Those of ``ranks`` that have published nothing for too long. One that has not started is not silent."""
         now, silent = time.monotonic(), []
-        for rank, told in self._reports(ranks, "beat").items():
-            if self._seen.get(rank, (-1, 0.0))[0] != told["tick"]:
-                self._seen[rank] = (told["tick"], now)
+        for rank, report in self._reports(ranks, "beat").items():
+            if self._seen.get(rank, (-1, 0.0))[0] != report["tick"]:
+                self._seen[rank] = (report["tick"], now)
             elif now - self._seen[rank][1] > self.lost_seconds:
                 silent.append(rank)
         return silent
@@ -244,10 +244,10 @@ class Watchdog:
         try:
             while not self._store.check(["verdict"]) and time.monotonic() < end + 1:
                 time.sleep(0.1)
-            told = self._store.check(["verdict"])
+            reported = self._store.check(["verdict"])
         except RuntimeError:
-            told = True  # rank 0 has said it and is gone
-        self._end("" if told else f"{reason}; rank 0 does not answer; stacks are in {self.stacks}")
+            reported = True  # rank 0 has reported it and is gone
+        self._end("" if reported else f"{reason}; rank 0 does not answer; stacks are in {self.stacks}")
 
     def _dump_stacks(self) -> None:
         assert self._file is not None

@@ -1,7 +1,9 @@
 """Prepared data: the same for everyone, split by document, checked when opened, and never half written."""
 
 import json
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -225,3 +227,19 @@ def test_the_manifest_says_what_it_was_made_from(prepared: PreparedData) -> None
     assert manifest["made_from"]["seed"] == 7
     assert manifest["made_from"]["tokenizer"] == {"vocab_size": 400, "train_bytes": 100_000}
     assert manifest["tokenizer"]["sha256"] == manifest["files"]["tokenizer.model"]["sha256"]
+
+
+@pytest.mark.parametrize(("raised", "code"), [(ValueError("no text"), 2), (KeyboardInterrupt(), 130)])
+def test_the_command_has_the_exit_codes_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised, code: int
+) -> None:
+    def load_config(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("nsa.config.load_config", load_config)
+    monkeypatch.setattr("sys.argv", ["prepare", "mine.yaml"])
+    monkeypatch.delitem(sys.modules, "nsa.data.prepare")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("nsa.data.prepare", run_name="__main__")
+    assert ended.value.code == code
+    assert capsys.readouterr().err == ("error: no text\n" if code == 2 else "")

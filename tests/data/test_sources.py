@@ -163,9 +163,9 @@ def test_bad_rows_are_left_out_up_to_a_share(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     found = list(documents(source(tmp_path, bad_rows=0.002), report=True))
     assert [d.id for d in found] == [f"a.jsonl#{i}" for i in range(1000) if i not in (3, 500)]
-    told = capsys.readouterr().err
-    assert "2 of 1000 rows cannot be used" in told and "left out" in told
-    assert "a.jsonl#3 is not JSON" in told and "a.jsonl#500 column 'text' holds int" in told
+    printed = capsys.readouterr().err
+    assert "2 of 1000 rows cannot be used" in printed and "left out" in printed
+    assert "a.jsonl#3 is not JSON" in printed and "a.jsonl#500 column 'text' holds int" in printed
     for share in (0.0, 0.001):
         with pytest.raises(ValueError, match=r"(?s)2 of 1000 rows.*a\.jsonl#3 .*bad_rows is 0"):
             list(documents(source(tmp_path, bad_rows=share)))

@@ -33,21 +33,21 @@ def test_an_episode_is_a_pure_function_of_its_name(prepared: PreparedData, name:
 
 @settings(max_examples=40, deadline=None)
 @given(length=lengths, index=st.integers(0, 10**9), crowded=st.booleans())
-def test_mqar_answers_are_the_values_told(prepared: PreparedData, length: int, index: int, crowded: bool) -> None:
+def test_mqar_answers_are_the_values_given(prepared: PreparedData, length: int, index: int, crowded: bool) -> None:
     task = Task("mqar", prepared.tokenizer)
     episode = task.generate(length, 5, index, crowded=crowded)
     n = int((episode.targets != IGNORED).sum())
     assert n >= task.pairs(length) if crowded else n == task.pairs(length)
-    told = {}
+    stored = {}
     asked = set()
     for at in range(1, 2 * n, 2):
-        told[int(episode.tokens[at])] = int(episode.tokens[at + 1])
-    assert len(told) == n
+        stored[int(episode.tokens[at])] = int(episode.tokens[at + 1])
+    assert len(stored) == n
     for at in np.flatnonzero(episode.targets != IGNORED):
         key = int(episode.tokens[at])
-        assert at > 2 * n and told[key] == episode.targets[at]
+        assert at > 2 * n and stored[key] == episode.targets[at]
         asked.add(key)
-    assert asked == set(told)
+    assert asked == set(stored)
     assert episode.chance == pytest.approx(1 / n + (1 - 1 / n) / len(task.values))
 
 

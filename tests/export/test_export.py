@@ -58,6 +58,7 @@ def test_folder_is_complete(run: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "2.5000 bits per byte" in card
+    assert card.count("from_pretrained(") == card.count(", trust_remote_code=True)") == 2, "nothing is asked for"
     assert not (run / "export.tmp").exists()
     assert not (run / "export.old").exists()
 
@@ -163,39 +164,39 @@ def test_an_export_that_differs_is_refused(run: Path, monkeypatch: pytest.Monkey
     assert not (run / "export.tmp").exists()
 
 
-def keep(told: dict, tensors: dict) -> None:
+def keep(answer: dict, tensors: dict) -> None:
     pass
 
 
-def another_token(told: dict, tensors: dict) -> None:
-    told["ids"][0][0] += 1
+def another_token(answer: dict, tensors: dict) -> None:
+    answer["ids"][0][0] += 1
 
 
-def a_special_token_more(told: dict, tensors: dict) -> None:
-    told["default"][1] = [2]
+def a_special_token_more(answer: dict, tensors: dict) -> None:
+    answer["default"][1] = [2]
 
 
-def a_special_token_less(told: dict, tensors: dict) -> None:
-    told["marked"][1] = [7]
+def a_special_token_less(answer: dict, tensors: dict) -> None:
+    answer["marked"][1] = [7]
 
 
-def another_text(told: dict, tensors: dict) -> None:
-    told["decoded"][0] += " "
+def another_text(answer: dict, tensors: dict) -> None:
+    answer["decoded"][0] += " "
 
 
-def another_logit(told: dict, tensors: dict) -> None:
+def another_logit(answer: dict, tensors: dict) -> None:
     tensors["logits.1"][1, 5] += 2e-4 * tensors["logits.1"].abs().max()
 
 
-def no_number(told: dict, tensors: dict) -> None:
+def no_number(answer: dict, tensors: dict) -> None:
     tensors["logits.0"][0, 0] = torch.nan
 
 
-def another_step(told: dict, tensors: dict) -> None:
+def another_step(answer: dict, tensors: dict) -> None:
     tensors["steps.2"][-1] *= 1.001
 
 
-def one_row_less(told: dict, tensors: dict) -> None:
+def one_row_less(answer: dict, tensors: dict) -> None:
     tensors["logits.1"] = tensors["logits.1"][1:]
 
 
@@ -216,7 +217,7 @@ def test_every_difference_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch, ch
     decoder, _, tokenizer = load_decoder(run / "export")
     monkeypatch.setattr(proof, "hostile_texts", lambda: ["a </s> b", "\n\n x"])
 
-    def told_by_the_decoder_itself(path: Path, question: dict) -> tuple[dict, dict]:
+    def answer_of_the_decoder(path: Path, question: dict) -> tuple[dict, dict]:
         ids = [tokenizer.encode(text) for text in question["texts"]]
         with torch.no_grad():
             tensors = {f"logits.{i}": decoder(torch.tensor([x]))[0] for i, x in enumerate(question["inputs"])}
@@ -224,11 +225,11 @@ def test_every_difference_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch, ch
             tensors[f"again.{i}"] = torch.randn(5, 420)
             tensors[f"steps.{i}"] = tensors[f"again.{i}"].clone()
         marked = [[*tokenizer.encode("a "), i, *tokenizer.encode(" b")] for i in tokenizer.control_pieces().values()]
-        told = {"ids": ids, "decoded": list(question["texts"]), "default": list(ids), "marked": marked}
-        change(told, tensors)
-        return told, tensors
+        answer = {"ids": ids, "decoded": list(question["texts"]), "default": list(ids), "marked": marked}
+        change(answer, tensors)
+        return answer, tensors
 
-    monkeypatch.setattr(proof, "_ask", told_by_the_decoder_itself)
+    monkeypatch.setattr(proof, "_ask", answer_of_the_decoder)
     if message is None:
         assert proof.prove(run / "export", decoder, tokenizer).difference == 0
     else:

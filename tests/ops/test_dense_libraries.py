@@ -31,7 +31,7 @@ def test_known_lengths() -> None:
     assert known_lengths(borders(4, 4)) == KnownLengths(4, True), "the host can look"
 
 
-def test_told_lengths_are_valid_until_the_boundaries_change(monkeypatch) -> None:
+def test_given_lengths_are_valid_until_the_boundaries_change(monkeypatch) -> None:
     """On a device the values are not read; the meta device stands for one."""
     there = borders(4, 4).to("meta")
     assert known_lengths(there) is None

@@ -127,9 +127,9 @@ def rolled_back(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict
         other = Spiky(never, ranks)
         other.progress.spikes.quarantine, other.progress.spikes.rollbacks = [6, 7], 1
         assert other.run() == 0
-        told = {"different": ranks.on_main(lambda a=spiky, b=never: differences(a, b))}
-        told |= {"quarantine": trainer.progress.spikes.quarantine, "rollbacks": trainer.progress.spikes.rollbacks}
-        answer.append(told)
+        found = {"different": ranks.on_main(lambda a=spiky, b=never: differences(a, b))}
+        found |= {"quarantine": trainer.progress.spikes.quarantine, "rollbacks": trainer.progress.spikes.rollbacks}
+        answer.append(found)
     return answer
 
 

@@ -116,9 +116,9 @@ def train_plainly(config: Any, skipped: tuple[int, ...]) -> list[dict[str, Any]]
     return steps
 
 
-def assert_alike(told: list[dict[str, Any]], weights: Path, expected: list[dict[str, Any]]) -> None:
-    assert len(told) == len(expected) == STEPS
-    for step, (found, plainly) in enumerate(zip(told, expected, strict=True)):
+def assert_alike(logged: list[dict[str, Any]], weights: Path, expected: list[dict[str, Any]]) -> None:
+    assert len(logged) == len(expected) == STEPS
+    for step, (found, plainly) in enumerate(zip(logged, expected, strict=True)):
         assert found["rate"] == pytest.approx(plainly["rate"], rel=1e-12), f"step {step}"
         if found["broken"] != "loss":
             assert found["loss"] == pytest.approx(plainly["loss"], rel=1e-5), f"step {step}"
@@ -140,10 +140,10 @@ def test_steps_are_those_of_plain_torch(folder, trained, plain, stage) -> None:
     norms, biases, embeddings or positions, no clipping, a loss averaged within micro batches or ranks instead of over
     all counted targets, samples out of order, attention or a target across the border of packed documents.
     """
-    told = trained[f"straight-{stage}"]
-    assert_alike(told, folder / f"straight-{stage}", plain["straight"])
-    assert min(step["norm"] for step in told) > 0.6, "clipping bites in every step"
-    assert [step["updates"] for step in told] == [1, 2, 3, 4, 5, 6]
+    logged = trained[f"straight-{stage}"]
+    assert_alike(logged, folder / f"straight-{stage}", plain["straight"])
+    assert min(step["norm"] for step in logged) > 0.6, "clipping bites in every step"
+    assert [step["updates"] for step in logged] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -154,10 +154,10 @@ def test_skipped_steps_are_no_updates(folder, trained, plain, stage) -> None:
     number, a resumed run that restores Adam's count from the steps instead of the updates, or forgets its moments or
     the position in the data.
     """
-    told = trained[f"interrupted-{stage}"]
-    assert_alike(told, folder / f"interrupted-{stage}", plain["interrupted"])
-    assert [step["updates"] for step in told] == [1, 1, 2, 2, 3, 4]
-    assert [step["skipped"] for step in told] == [False, True, False, True, False, False]
+    logged = trained[f"interrupted-{stage}"]
+    assert_alike(logged, folder / f"interrupted-{stage}", plain["interrupted"])
+    assert [step["updates"] for step in logged] == [1, 1, 2, 2, 3, 4]
+    assert [step["skipped"] for step in logged] == [False, True, False, True, False, False]
 
 
 # ------------------------------------------------------------------------------------- in a process of the test's own
@@ -168,7 +168,7 @@ def take_steps(
 ) -> list[dict[str, Any]]:
     """The trainer's steps; the weights after each land in ``folder``."""
     config = tiny_config(folder, *overrides)
-    trainer, stop, told = Trainer(config, ranks), StopRequest(), []
+    trainer, stop, logged = Trainer(config, ranks), StopRequest(), []
     for step in range(STEPS):
         if step == resumed:
             trainer.save(wait=True)
@@ -181,10 +181,10 @@ def take_steps(
             result = trainer.train_step(stop)
         weights = {name: p.detach() for name, p in trainer.engine.module.named_parameters()}
         save_file(weights, folder / f"step-{step}.safetensors")
-        told.append({"loss": result.loss, "norm": result.grad_norm, "rate": result.learning_rate})
-        told[-1] |= {"broken": broken.get(str(step)), "skipped": result.skipped, "updates": trainer.progress.updates}
+        logged.append({"loss": result.loss, "norm": result.grad_norm, "rate": result.learning_rate})
+        logged[-1] |= {"broken": broken.get(str(step)), "skipped": result.skipped, "updates": trainer.progress.updates}
     rank_checks.close(trainer)
-    return told
+    return logged
 
 
 if __name__ == "__main__":

@@ -204,7 +204,8 @@ sys.exit(main())
 
 def test_faults_of_a_run_and_its_checkpoints(tmp_path):
     """One run, several misfortunes. The disk is full while step 6 is saved; the checkpoint of step 4 is broken, so that
-    of step 2 resumes the run; then another configuration is refused, naming its keys."""
+    of step 2 resumes the run, with another learning rate on purpose and a line of metrics.jsonl lost; then another
+    configuration is refused, naming its keys."""
     run = tmp_path / "runs/run"
     process = start(["-c", FULL_DISK, str(write_yaml(tmp_path))])
     output, _ = process.communicate(timeout=180)
@@ -214,13 +215,18 @@ def test_faults_of_a_run_and_its_checkpoints(tmp_path):
     assert names == ["step_00000004", "step_00000002"] and not list(run.glob("*.tmp"))
 
     flip(run / "step_00000004/model-00000-000.safetensors")
-    resumed = train(tmp_path)
+    first, _, *later = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([first, *later]))
+    resumed = train(tmp_path, "optimizer.learning_rate=2e-3", "resume.allow=[optimizer.learning_rate]")
     assert resumed.returncode == 0 and "passed over" in resumed.stdout and "after step 2" in resumed.stdout
+    change = "from step_00000002 on: optimizer.learning_rate: 0.003 there, 0.002 now\n"
+    assert change in resumed.stdout and (run / "changes.txt").read_text() == change
+    assert "metrics.jsonl was cut or changed: figures after step 1 up to step 2 are lost" in resumed.stdout
     assert (run / "step_00000004.broken").is_dir()
     for path in checkpoint.checkpoints(run):
         checkpoint.verify(path)
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3, 4, 5, 6], "the steps that were lost are logged once"
+    assert steps == [1, 3, 4, 5, 6], "the steps that are done again are logged once"
 
     kept = (run / "metrics.jsonl").read_bytes()
     for path in checkpoint.checkpoints(run):

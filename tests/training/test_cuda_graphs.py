@@ -38,8 +38,8 @@ def test_where_graphs_serve(tmp_path):
 
     assert serve() and serve("engine.zero_stage=2") and not serve(device=torch.device("cpu"))
     assert serve("parallel.context=2", "parallel.tensor=2")
-    for told in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
-        assert not serve(told), told
+    for override in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
+        assert not serve(override), override
     assert serve(*EXPERTS, "engine.precision=bf16") and serve(*EXPERTS, "engine.precision=bf16", "parallel.context=2")
     assert not serve(*EXPERTS, "engine.precision=fp32"), "a kernel for each expert"
     assert not serve(*EXPERTS, "engine.precision=bf16", "model.moe.expert_size=12")
@@ -145,13 +145,13 @@ def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, z
     curves = []
     for graphs in ("true", "false"):
         (tmp_path / graphs).mkdir()
-        told = ["engine.precision=bf16", f"engine.activation_checkpointing={recomputed}", "attention.kind=nsa"]
-        told += [f"engine.cuda_graphs={graphs}", f"engine.zero_stage={zero}", "training.global_batch_size=4"]
-        told += [*EXPERTS, "model.moe.bias_rate=0.01"] if experts else []
-        result = train(tmp_path / graphs, *told)
+        overrides = ["engine.precision=bf16", f"engine.activation_checkpointing={recomputed}", "attention.kind=nsa"]
+        overrides += [f"engine.cuda_graphs={graphs}", f"engine.zero_stage={zero}", "training.global_batch_size=4"]
+        overrides += [*EXPERTS, "model.moe.bias_rate=0.01"] if experts else []
+        result = train(tmp_path / graphs, *overrides)
         assert result.returncode == 0, result.stdout
         lines = (tmp_path / graphs / "runs/run/metrics.jsonl").read_text().splitlines()
         names = ("train/loss", "train/grad_norm", "validation/loss")
-        told_of = [json.loads(line).items() for line in lines]
-        curves.append([{k: v for k, v in line if k in names or k.startswith("moe/")} for line in told_of])
+        steps = [json.loads(line).items() for line in lines]
+        curves.append([{k: v for k, v in line if k in names or k.startswith("moe/")} for line in steps])
     assert curves[0] == curves[1] and len(curves[0]) >= 6

@@ -1,5 +1,6 @@
 """Steps that are not finite, ranks that stop, and signals."""
 
+import errno
 import json
 import signal
 import time
@@ -10,8 +11,10 @@ import torch
 import torch.distributed as dist
 from tiny import start, write_yaml
 
+from nsa.training import job
 from nsa.training.distributed import initialize
-from nsa.training.exit_codes import FAULT, USER
+from nsa.training.exit_codes import FAULT, INTERRUPTED, REQUEUE, USER
+from nsa.training.run_folder import FolderBusyError
 from nsa.training.watchdog import Watchdog
 from tests.training.conftest import engines
 
@@ -22,10 +25,10 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(two_ranks):
     for case, steps in zip(engines("fp32") + engines("bf16"), two_ranks[1]["not_finite"], strict=True):
         for fault, step in zip(("loss", "none", "gradient", "none"), steps, strict=True):
             for rank, seen in enumerate(step):
-                told = f"{case}, {fault}, rank {rank}: {seen}"
-                assert seen["finite"], told
-                assert seen["skipped"] == (fault != "none"), told
-                assert seen["changed"] == (fault == "none"), told
+                which = f"{case}, {fault}, rank {rank}: {seen}"
+                assert seen["finite"], which
+                assert seen["skipped"] == (fault != "none"), which
+                assert seen["changed"] == (fault == "none"), which
         assert [step[0]["updates"] for step in steps] == [0, 1, 1, 2], "skipped steps are no updates of AdamW"
         assert [step[0]["rate"] for step in steps[:2]] == [1.5e-3, 3e-3], "but steps of the schedule"
         losses.append([step[0]["loss"] for step in steps[1:]])
@@ -54,11 +57,11 @@ sys.exit(main())
 """
 
 
-def test_what_nccl_says_is_told(tmp_path):
+def test_what_nccl_says_is_shown(tmp_path):
     """Not only that a rank may be lost."""
     process = start(["-c", NCCL_FAILS, str(write_yaml(tmp_path))])
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "rank 0: DistBackendError: NCCL error: Cuda failure 2" in told
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "rank 0: DistBackendError: NCCL error: Cuda failure 2" in output
 
 
 WAITS = """
@@ -90,13 +93,44 @@ def test_who_waits_for_a_rank_that_stopped_ends_with_its_exit_code(tmp_path, sto
     assert ("error: rank 1 stopped: out of memory on the device\n" in output) == (stops == 1), output
 
 
-def test_a_process_without_a_gpu_is_told_what_to_do(monkeypatch):
+def test_a_process_without_a_gpu_gets_advice(monkeypatch):
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3"), ("LOCAL_WORLD_SIZE", "4")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="LOCAL_RANK is 3, and the process sees 2 GPUs"):
         initialize()
+
+
+ENDS = {
+    "a busy run folder": (FolderBusyError("another process trains"), REQUEUE, "error: another process trains\n"),
+    "a mistake": (ValueError("unknown key"), USER, "error: unknown key\n"),
+    "no reader": (BrokenPipeError(errno.EPIPE, "Broken pipe"), REQUEUE, ""),
+    "a full disk": (
+        OSError(errno.ENOSPC, "No space left", b"/runs/a"),
+        USER,
+        "error (rank 0): /runs/a: No space left.",
+    ),
+    "no memory": (torch.OutOfMemoryError("tried 3 GiB"), USER, "error (rank 0): out of memory on the device, lower "),
+    "Ctrl-C twice": (KeyboardInterrupt(), INTERRUPTED, "interrupted while it stopped. The last checkpoint stands"),
+    "a fault": (KeyError("a"), FAULT, "Traceback (most recent call last)"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_exit_code_of_what_ends_a_run(tmp_path, monkeypatch, capsys, end):
+    error, code, words = ENDS[end]
+
+    def trainer(config):
+        raise error
+
+    monkeypatch.setattr(job, "Trainer", trainer)
+    monkeypatch.setenv("NSA_EXIT_FILE", str(tmp_path / "code"))
+    assert job.train(None) == code
+    assert (tmp_path / "code").read_text() == f"{code}\n"
+    printed = capsys.readouterr().err
+    assert printed.startswith(words) and bool(printed) == bool(words)
+    assert ("Traceback" in printed) == (code == FAULT)
 
 
 def test_the_run_stops_after_too_many_skipped_steps(tmp_path):

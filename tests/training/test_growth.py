@@ -173,17 +173,17 @@ def test_nothing_grows_in_any_engine_or_layout(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_deepspeed_is_not_told(tmp_path, stage):
+def test_what_is_left_to_the_defaults_of_deepspeed(tmp_path, stage):
     """Defaults of this release that its configuration leaves out: nothing is measured, nothing printed, and gradients
     are averaged as the trainer expects."""
-    told = DeepSpeedConfig(deepspeed_config(tiny_config(tmp_path, f"engine.zero_stage={stage}"), 1))
-    assert not told.comms_config.comms_logger_enabled and not told.timers_config.enabled
-    assert not (told.wall_clock_breakdown or told.memory_breakdown or told.dump_state or told.steps_per_print)
-    assert not (told.monitor_config.enabled or told.flops_profiler_config.enabled or told.autotuning_config.enabled)
-    assert not (told.float16_config.enabled or told.torch_autocast_enabled or told.zero_config.round_robin_gradients)
-    assert told.gradient_allreduce_op == "mean" and told.managed_gradient_accumulation
-    assert not told.prescale_gradients and told.gradient_predivide_factor == 1
-    assert told.zero_config.ignore_unused_parameters and told.zero_config.compute_grad_norm
+    read = DeepSpeedConfig(deepspeed_config(tiny_config(tmp_path, f"engine.zero_stage={stage}"), 1))
+    assert not read.comms_config.comms_logger_enabled and not read.timers_config.enabled
+    assert not (read.wall_clock_breakdown or read.memory_breakdown or read.dump_state or read.steps_per_print)
+    assert not (read.monitor_config.enabled or read.flops_profiler_config.enabled or read.autotuning_config.enabled)
+    assert not (read.float16_config.enabled or read.torch_autocast_enabled or read.zero_config.round_robin_gradients)
+    assert read.gradient_allreduce_op == "mean" and read.managed_gradient_accumulation
+    assert not read.prescale_gradients and read.gradient_predivide_factor == 1
+    assert read.zero_config.ignore_unused_parameters and read.zero_config.compute_grad_norm
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_nothing_is_hidden_where_the_clock_went_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "message"),
     [
         (lambda lines: lines, ""),
         (lambda lines: [*lines, b'{"step": 11, "tr'], ""),
@@ -71,12 +71,12 @@ def test_nothing_is_hidden_where_the_clock_went_back(tmp_path, monkeypatch):
         (lambda lines: [*lines[:3], b"\0\0\n", *lines[4:]], "1 of its lines cannot be read"),
     ],
 )
-def test_lost_lines_are_mentioned(tmp_path, harm, told):
+def test_lost_lines_are_mentioned(tmp_path, harm, message):
     lines = [json.dumps({"step": step}).encode() + b"\n" for step in range(1, 11)]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(harm(lines)))
     monitor = Monitor(tmp_path, 10)
     monitor.close()
-    assert monitor.lost == (f"metrics.jsonl was cut or changed: {told}" if told else "")
+    assert monitor.lost == (f"metrics.jsonl was cut or changed: {message}" if message else "")
 
 
 def test_lines_of_every_tenth_step_are_all(tmp_path):
@@ -166,9 +166,9 @@ def test_peak_and_memory_are_figures_on_a_cpu():
 
 
 def test_deepspeed_tells_nothing_of_its_own(tmp_path):
-    told = train(tmp_path, "engine.precision=bf16", "engine.zero_stage=1", "training.steps=2")
-    assert told.returncode == 0 and "step 2/2" in told.stdout
-    assert "bf16_optimizer" not in told.stdout and "CPU Virtual Memory" not in told.stdout
+    done = train(tmp_path, "engine.precision=bf16", "engine.zero_stage=1", "training.steps=2")
+    assert done.returncode == 0 and "step 2/2" in done.stdout
+    assert "bf16_optimizer" not in done.stdout and "CPU Virtual Memory" not in done.stdout
 
 
 def test_the_farewell_says_what_was_done(tmp_path, capsys):

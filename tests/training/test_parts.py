@@ -97,22 +97,22 @@ def test_a_batch_that_cannot_be_divided_over_the_ranks(tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_deepspeed_is_told(tmp_path, stage, precision):
+def test_the_deepspeed_configuration(tmp_path, stage, precision):
     config = tiny_config(tmp_path, f"engine.zero_stage={stage}", f"engine.precision={precision}")
-    told = deepspeed_config(config, 2)
-    assert told["train_batch_size"] == 4 == 2 * told["gradient_accumulation_steps"]
-    assert told["zero_optimization"]["stage"] == stage and told["bf16"]["enabled"] == (precision == "bf16")
-    assert told["gradient_clipping"] == config.optimizer.gradient_clipping
-    assert told["data_types"]["grad_accum_dtype"] == ("bf16" if (stage, precision) == (0, "bf16") else "fp32")
-    assert json.loads(json.dumps(told)) == told
+    written = deepspeed_config(config, 2)
+    assert written["train_batch_size"] == 4 == 2 * written["gradient_accumulation_steps"]
+    assert written["zero_optimization"]["stage"] == stage and written["bf16"]["enabled"] == (precision == "bf16")
+    assert written["gradient_clipping"] == config.optimizer.gradient_clipping
+    assert written["data_types"]["grad_accum_dtype"] == ("bf16" if (stage, precision) == (0, "bf16") else "fp32")
+    assert json.loads(json.dumps(written)) == written
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_deepspeed_is_told_of_an_optimizer_on_the_host(tmp_path, stage):
+def test_the_deepspeed_configuration_of_an_optimizer_on_the_host(tmp_path, stage):
     config = tiny_config(tmp_path, f"engine.zero_stage={stage}", "engine.offload_optimizer=true")
-    told = deepspeed_config(config, 2)
-    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
-    assert told["zero_force_ds_cpu_optimizer"] is False, "the optimizer is ours"
+    written = deepspeed_config(config, 2)
+    assert written["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    assert written["zero_force_ds_cpu_optimizer"] is False, "the optimizer is ours"
     model = Decoder(config.model, config.attention)
     assert build_optimizer(model, config.optimizer, offload=True).defaults["fused"]
     assert "offload_optimizer" not in deepspeed_config(tiny_config(tmp_path), 2)["zero_optimization"]

@@ -68,8 +68,8 @@ def test_nohup_holds(request_stop):
 
 LAUNCHER = """
 import subprocess, sys, time
-rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
-print(rank.pid, flush=True)
+child = subprocess.Popen([sys.executable, *sys.argv[1:]])
+print(child.pid, flush=True)
 time.sleep(100)
 """
 RANK = """
@@ -77,42 +77,61 @@ import time
 from nsa.training.signals import StopRequest
 stop = StopRequest()
 print("asked", stop.asked(), flush=True)
-while stop.asked()[0] == 0:
+end = time.monotonic() + 20
+while stop.asked()[0] == 0 and time.monotonic() < end:
     time.sleep(0.05)
 print("asked", stop.asked(), flush=True)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where /proc tells of processes")
-@pytest.mark.parametrize("name", ["deepspeed", "a_shell"])
-def test_a_rank_notices_that_its_launcher_is_gone(tmp_path, name):
-    """A launcher that is killed cannot pass anything on. A shell in the background may end before its children."""
-    (tmp_path / name).write_text(LAUNCHER)
-    process = start([str(tmp_path / name), RANK])
-    pid = int(process.stdout.readline())
+@pytest.mark.parametrize("names", [["deepspeed"], ["a_shell"], ["launch.sh", "deepspeed"]], ids="/".join)
+def test_a_rank_notices_that_its_launcher_is_gone(tmp_path, names):
+    """A launcher that is killed cannot pass anything on. A shell in the background may end before its children. Of
+    launch.sh and the launcher that it starts, the first one is killed."""
+    for name in names:
+        (tmp_path / name).write_text(LAUNCHER)
+    process = start([*(str(tmp_path / name) for name in names), "-c", RANK])
+    pids = [int(process.stdout.readline()) for _ in names]
     try:
         assert process.stdout.readline() == "asked (0, '')\n"
         process.kill()
-        if name == "deepspeed":
-            told = f"asked (75, 'the launcher deepspeed, process {process.pid}, is gone')\n"
-            assert process.stdout.readline() == told
+        if names != ["a_shell"]:
+            expected = f"asked (75, 'the launcher {names[0]}, process {process.pid}, is gone')\n"
+            assert process.stdout.readline() == expected
         else:
             time.sleep(0.5)
-            os.kill(pid, 0)
+            os.kill(pids[-1], 0)
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
+
+
+def test_a_process_id_that_was_given_anew_is_no_launcher(request_stop, monkeypatch):
+    monkeypatch.setattr(signals, "launchers", lambda: {77: ("deepspeed", "began at 1000")})
+    stop = request_stop()
+    for seen, code in ((("1", "began at 1000"), 0), (("1", "began at 2000"), REQUEUE), (None, REQUEUE)):
+        monkeypatch.setattr(signals, "_process", lambda pid, seen=seen: seen)
+        assert stop.asked()[0] == code
 
 
 BEFORE_THE_FIRST_STEP = """
 import signal, sys
 from nsa import train
-def told(*arguments):
-    signal.raise_signal(getattr(signal, sys.argv.pop()))
-train._main = told
-sys.exit(train.main())
+def stopped(*arguments):
+    first, *second = sys.argv.pop().split(",")
+    try:
+        signal.raise_signal(getattr(signal, first))
+    finally:  # as a library that cleans up
+        for name in second:
+            signal.raise_signal(getattr(signal, name))
+train._main = stopped
+code = train.main()
+signal.raise_signal(signal.SIGTERM)  # the process is about to exit
+sys.exit(code)
 """
 
 
@@ -124,6 +143,11 @@ def test_a_signal_before_the_first_step_has_the_codes_of_others(tmp_path, name, 
     assert f"stopped before the first step ({name})" in output
     assert (tmp_path / "code").read_text() == f"{code}\n"
     assert (tmp_path / "code.ranks").read_text() == f"{process.pid}\n"
+
+
+def test_a_second_signal_before_the_first_step_ends_at_once():
+    process = start(["-c", BEFORE_THE_FIRST_STEP, "SIGTERM,SIGINT"])
+    assert process.communicate(timeout=60) == ("", None) and process.returncode == 130
 
 
 def test_a_reader_of_the_output_that_goes_away_ends_a_run_saved(tmp_path):

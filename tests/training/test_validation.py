@@ -26,7 +26,7 @@ SAMPLES, MICRO = 5, 2
 RUN = [
     "data.sources.0.path={folder}/documents/*.txt",
     "data.workers=1",
-    "model.init_std=0.3",  # so that targets differ in what they cost: samples and targets are told apart
+    "model.init_std=0.3",  # so that targets differ in what they cost: samples and targets are distinguished
     f"training.validation_samples={SAMPLES}",
     f"training.micro_batch_size={MICRO}",
 ]
@@ -79,19 +79,19 @@ def assert_exact(found: dict[str, float], sums: dict[int, tuple[float, int, int]
     assert found["validation/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
 
 
-def assert_held_out(told: list[dict[str, Any]], stream: SampleStream, samples: int, surplus: int = 0) -> None:
+def assert_held_out(reports: list[dict[str, Any]], stream: SampleStream, samples: int, surplus: int = 0) -> None:
     """Every rank read held-out documents alone, and all ranks together each sample once, and the surplus."""
     source = stream.prepared.sources["text"]
     training = set(source.members("train").tolist())
     assert training and training.isdisjoint(source.members("validation").tolist())
-    for rank in told:
+    for rank in reports:
         for row in rank["rows"]:
             assert row[0] == "text", "no synthetic task"
             assert source.documents["validation"][row[1]] and row[1] not in training, f"document {row} is trained on"
-    read = sorted(index for rank in told for index in rank["read"])
+    read = sorted(index for rank in reports for index in rank["read"])
     assert sorted(set(read)) == list(range(samples))
     assert len(read) == samples + surplus
-    assert all(rank["training"] for rank in told), "the engine goes back to training"
+    assert all(rank["training"] for rank in reports), "the engine goes back to training"
 
 
 def test_validation_of_one_process(folder: Path, held_out: Any) -> None:

@@ -1,4 +1,4 @@
-"""The watchdog by a clock that the test turns: who is told to hang or to be lost, when, and who is not; a real hang."""
+"""The watchdog by a clock that the test turns: who is said to hang or to be lost, when, and who is not; a real hang."""
 
 import faulthandler
 import json
@@ -87,8 +87,8 @@ def test_a_rank_that_makes_no_progress_ends_when_its_time_is_over(dog, clock, ca
         clock.events.append((1000.0 + second, lambda: alone.beat("step 7: backward of micro batch 1")))
     code, after = watch(alone, clock, 1000)
     assert code == LOST and 110 < after <= 110 + watchdog.INTERVAL, "ten seconds after the last beat, not before"
-    told = capfd.readouterr().err
-    assert "hung at step 7: backward of micro batch 1 for 10 s" in told and "run the same command again" in told
+    printed = capfd.readouterr().err
+    assert "hung at step 7: backward of micro batch 1 for 10 s" in printed and "run the same command again" in printed
     stacks = (alone.stacks / "rank-00000.txt").read_text()
     assert "rank 0" in stacks and "s at step 7: backward of micro batch 1" in stacks and "test_watchdog.py" in stacks
 
@@ -114,8 +114,8 @@ def test_python_that_keeps_its_lock_is_ended_by_a_timer(dog, clock, monkeypatch)
 
 
 def publish(store, rank, tick, **more):
-    told = {"tick": tick, "count": 5, "where": "step 3: update", "waits": True} | more
-    store.set(f"beat/{rank}", json.dumps(told))
+    report = {"tick": tick, "count": 5, "where": "step 3: update", "waits": True} | more
+    store.set(f"beat/{rank}", json.dumps(report))
 
 
 def test_a_rank_without_a_sign_of_life_is_lost(dog, clock, capfd):
@@ -156,10 +156,10 @@ def test_an_inquest_names_the_rank_that_the_others_wait_for(dog, clock, capfd):
     clock.events = [(1013.0, answer)]
     code, after = watch(first, clock, 100)
     assert code == LOST and after < 10 + 2 * watchdog.INTERVAL + 5, "it did not wait longer than for the answer"
-    told = capfd.readouterr().err
-    assert "rank 0 made no progress for 10 s (step 2: update); slow: rank 1, at step 1: data" in told
-    assert "others: step 2: update" in told
-    assert store.get("verdict").decode() in told
+    printed = capfd.readouterr().err
+    assert "rank 0 made no progress for 10 s (step 2: update); slow: rank 1, at step 1: data" in printed
+    assert "others: step 2: update" in printed
+    assert store.get("verdict").decode() in printed
 
 
 def test_a_rank_hears_the_verdict_and_says_nothing_of_its_own(dog, clock, capfd):
@@ -268,11 +268,11 @@ def test_a_run_that_ends_leaves_no_thread_timer_or_empty_file(tmp_path, monkeypa
     assert quiet._thread.is_alive()
     quiet.close()
     assert not quiet._thread.is_alive() and cancelled and not quiet.stacks.exists()
-    told = Watchdog(0, 1, tmp_path, hang_seconds=100, lost_seconds=60)
-    told.start()
-    told._file.write("stacks")
-    told.close()
-    assert (told.stacks / "rank-00000.txt").read_text() == "stacks"
+    dog = Watchdog(0, 1, tmp_path, hang_seconds=100, lost_seconds=60)
+    dog.start()
+    dog._file.write("stacks")
+    dog.close()
+    assert (dog.stacks / "rank-00000.txt").read_text() == "stacks"
 
 
 class Frozen:
@@ -303,6 +303,14 @@ def test_a_frozen_rank_0_is_lost(dog, clock, capfd):
     assert "error: rank 0 was lost or frozen: no answer for 20 s" in capfd.readouterr().err
     timed.close()
     assert not timed._thread.is_alive()
+
+
+def test_the_watchdog_of_several_ranks_has_a_timed_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "_connect", dist.HashStore)
+    one_of_two = Watchdog(1, 2, tmp_path, hang_seconds=0, lost_seconds=0.5)
+    one_of_two.start()
+    one_of_two.close()
+    assert isinstance(one_of_two._store, TimedStore) and one_of_two._store._seconds == 0.25
 
 
 def test_what_a_timed_store_is_asked(dog):
@@ -336,6 +344,19 @@ def test_a_process_that_was_stopped_blames_nobody(dog, clock):
     clock.events = []
     code, _ = watch(first, clock, 200)
     assert code == LOST, "afterwards it looks again"
+
+
+def test_a_process_that_was_stopped_gives_the_store_its_time(dog, clock):
+    """Rank 0 goes on a moment after this one: that its store did not answer meanwhile is no loss."""
+    store = dist.HashStore()
+    other = dog(rank=1, world_size=2, hang_seconds=0, lost_seconds=20, store=store)
+
+    def stopped():
+        clock.now += 5000
+        other._store = Unreachable()
+
+    clock.events = [(1010.0, stopped), (6013.0, lambda: setattr(other, "_store", store))]
+    assert watch(other, clock, 5100) is None
 
 
 HANGS = """
