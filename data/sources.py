@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ CACHE_TAG = "CACHEDIR.TAG"  # bford.info/cachedir: a folder with this file holds
 CHUNK = 1 << 24
 NAMED = 10  # bad files or rows named in one error
 HOPELESS = 1000  # rows that are all bad, after which no more are read
+Tell = Callable[[int, str], None]
 
 
 class BadByte(NamedTuple):
@@ -71,11 +72,11 @@ def check(source: SourceConfig) -> None:
         )
 
 
-def documents(source: SourceConfig, report: bool = False) -> Iterator[Document]:
+def documents(source: SourceConfig, tell: Tell | None = None) -> Iterator[Document]:
     """Every document, empty ones too.
 
     Args:
-        report: print which rows were left out.
+        tell: called with the number of rows that were left out and a text that names some, if there are any.
 
     Raises:
         ValueError: the source cannot be read, or more rows than ``bad_rows`` allows; says what to do.
@@ -87,11 +88,11 @@ def documents(source: SourceConfig, report: bool = False) -> Iterator[Document]:
             if _is_utf8(text):  # the standard library tests other encodings with a few files
                 yield Document(path.relative_to(root).as_posix(), text)
     elif source.kind == "files":
-        yield from _good(source, _of_files(source), report)
+        yield from _good(source, _of_files(source), tell)
     elif source.kind == "hub":
         assert source.path is not None
         rows = _load(source, path=source.path, name=source.subset, split=source.split)
-        yield from _good(source, _rows(source, rows, source.path), report)
+        yield from _good(source, _rows(source, rows, source.path), tell)
     else:
         raise AssertionError(f"a {source.kind} source has no documents")
 
@@ -104,7 +105,7 @@ def _of_files(source: SourceConfig) -> Iterator[Document | BadRow]:
             raise ValueError(f"data source {source.name!r}: {error}") from error
 
 
-def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool) -> Iterator[Document]:
+def _good(source: SourceConfig, rows: Iterator[Document | BadRow], tell: Tell | None) -> Iterator[Document]:
     """The documents among ``rows``, if nearly all are; of the others the first few are named."""
     count, bad = 0, 0
     named: list[str] = []
@@ -124,8 +125,8 @@ def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool)
     text = f"data source {source.name!r}: {bad} of {count} rows cannot be used\n" + "\n".join(named)
     if bad > source.bad_rows * count:
         raise ValueError(f"{text}\nfix them, or allow a larger share of them: bad_rows is {source.bad_rows:g}")
-    if report:
-        print(f"{text}\nthey are left out", file=sys.stderr)
+    if tell:
+        tell(bad, f"{text}\nthey are left out")
 
 
 def find_bad_byte(path: Path) -> BadByte | None:
