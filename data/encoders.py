@@ -51,8 +51,8 @@ def encode_batch(texts: list[bytes]) -> Tokens:
     parts, ends, total = [], [], 0
     for text in texts:
         ids = tokenizer.encode_array(text)
-        pieces = np.array_split(ids, len(ids) // PIECE + 1)
-        assert b"".join([tokenizer.decode_bytes(p.tolist()) for p in pieces]) == text, "the tokenizer lost text"
+        pieces = [tokenizer.decode_bytes(ids[at : at + PIECE].tolist()) for at in range(0, len(ids), PIECE)]
+        assert b"".join(pieces) == text, "the tokenizer lost text"
         parts += [begin, ids, end]
         total += len(ids) + 2
         ends.append(total)

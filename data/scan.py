@@ -157,7 +157,7 @@ def _read_source(
     salt = seed.to_bytes(16, "little")
 
     def tell(bad_rows: int, text: str) -> None:
-        found.bad_rows = bad_rows
+        found.bad_rows += bad_rows
         print(text, file=sys.stderr)
 
     with path.open("wb") as records, Progress(f"read {source.name}", enabled=progress) as bar:
