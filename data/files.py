@@ -85,6 +85,12 @@ def is_parquet(path: Path) -> bool:
     return path.suffix.lower() == ".parquet"
 
 
+def format_of(path: Path) -> str:
+    """How the file is read, by its name: "text", ".jsonl" and the like, with ".gz" and the like behind it."""
+    packed = path.suffix.lower() if path.suffix.lower() in OPENERS else ""
+    return (_plain_suffix(path) if is_table(path) else "text") + packed
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked.

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from nsa.data import sources
+from nsa.data import reuse, sources
 from nsa.data.config import DataConfig, SourceConfig
 from nsa.data.encoders import Encode, encoders
 from nsa.data.progress import Progress
@@ -35,15 +35,69 @@ WAITING_BYTES = 1 << 24  # text that was read ahead of the workers, about
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Prepared data: see https://bford.info/cachedir/\n"
 
 
-def prepare(config: DataConfig, seed: int, progress: bool = True) -> PreparedData:
+def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: str | None = None) -> PreparedData:
     """The prepared data of `config`, built if they are not there or not intact. Safe from several processes at once.
 
-    Data that are there are verified by their sha256. Raises ValueError on bad input, and then writes nothing.
+    Data that are there are verified by their sha256. They are found wherever their corpus lies; where it is gone, too.
+
+    Args:
+        fingerprint: of the data that are wanted, if the corpus is gone; None: those made from a corpus of this path.
+
+    Raises:
+        ValueError: bad input; nothing is written then.
     """
     texts = [source for source in config.sources if source.kind != "synthetic"]
     if not texts:
         raise ValueError("data.sources: at least one source must be text (builtin, files or hub), not synthetic")
     cache = Path(config.cache_dir)
+    settings = {"format": FORMAT, "seed": seed, "validation_fraction": config.validation_fraction}
+    tokenizer = None
+    try:
+        tokenizer = _describe_tokenizer(config)
+        described = {source.name: sources.describe(source) for source in texts}
+    except ValueError as gone:
+        found = reuse.of_a_lost_corpus(config, settings, tokenizer, fingerprint)
+        if found is None:
+            raise
+        print(f"{gone}\nthe data that were prepared from it are used: {found}", file=sys.stderr)
+        return PreparedData(found, verify=True)
+    made_from = {**settings, "tokenizer": tokenizer, "sources": described}
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    if cache.is_dir() and not os.access(cache, os.W_OK) and reuse.folder_of(cache, key).is_dir():
+        return PreparedData(reuse.folder_of(cache, key), verify=True)
+    _make_cache(cache)
+    with FileLock(cache / f"{key}.lock"):
+        found = reuse.folder_of(cache, key)
+        if found.exists():
+            try:
+                return PreparedData(found, verify=True)
+            except ValueError as error:
+                print(f"prepared data are not intact and are built again: {error}", file=sys.stderr)
+        reuse.forget(cache, key)
+        contents = {s.name: digest for s in texts if (digest := sources.content(s, progress)) is not None}
+        if (same := reuse.same_content(cache, made_from, contents)) not in (None, found):
+            assert same is not None
+            try:
+                data = PreparedData(same, verify=True)
+            except ValueError as error:
+                print(f"prepared data of the same content are not intact: {error}", file=sys.stderr)
+            else:
+                print(f"data that were prepared from the same content are used: {same}", file=sys.stderr)
+                reuse.remember(cache, key, same)
+                return data
+        folder, partial = cache / key, cache / f"{key}.partial"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        made_from |= {"contents": contents, "tokenizer_path": config.tokenizer.path}
+        try:
+            _build(partial, config, texts, seed, made_from, progress)
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return PreparedData(folder)
+
+
+def _make_cache(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,30 +105,6 @@ def prepare(config: DataConfig, seed: int, progress: bool = True) -> PreparedDat
     if not os.access(cache, os.W_OK):
         raise ValueError(f"data.cache_dir: {cache} is not writable; set it to a folder that is")
     (cache / sources.CACHE_TAG).write_text(TAG)  # a source's folder may hold the cache, which is none of its text
-    made_from = {
-        "format": FORMAT,
-        "seed": seed,
-        "validation_fraction": config.validation_fraction,
-        "tokenizer": _describe_tokenizer(config),
-        "sources": {source.name: sources.describe(source) for source in texts},
-    }
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache / key
-    with FileLock(cache / f"{key}.lock"):
-        if folder.exists():
-            try:
-                return PreparedData(folder, verify=True)
-            except ValueError as error:
-                print(f"prepared data are not intact and are built again: {error}", file=sys.stderr)
-                shutil.rmtree(folder)
-        partial = cache / f"{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        try:
-            _build(partial, config, texts, seed, made_from, progress)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        return PreparedData(folder)
 
 
 def _describe_tokenizer(config: DataConfig) -> dict[str, Any]:
@@ -106,6 +136,9 @@ def _build(
             for source, found in zip(texts, scans, strict=True):
                 writer = SourceWriter(folder / source.name, tokenizer.vocab_size)
                 entries[source.name] = _write(source, found, writer, encode, progress)
+    for source in texts:
+        if sources.describe(source) != made_from["sources"][source.name]:
+            raise _changed(source)
     about = {"vocab_size": tokenizer.vocab_size, "sha256": tokenizer.sha256}
     write_manifest(folder, {"made_from": made_from, "tokenizer": about, "sources": entries})
 
@@ -119,6 +152,10 @@ def _tokenizer_texts(texts: list[SourceConfig], scans: list[Scan], limit: int) -
             if i == number:
                 yield document.text[:size].decode("utf-8", "replace")
                 number, size = next(wanted, (-1, 0))
+
+
+def _changed(source: SourceConfig) -> ValueError:
+    return ValueError(f"data source {source.name!r} changed while it was read: run prepare again")
 
 
 def _counted(texts: Iterator[str], bar: Progress) -> Iterator[str]:
@@ -149,7 +186,6 @@ class _Batch:
 
 def _write(source: SourceConfig, found: Scan, writer: SourceWriter, encode: Encode, progress: bool) -> dict[str, Any]:
     """Pass 3 of one source."""
-    changed = ValueError(f"data source {source.name!r} changed while it was read: run prepare again")
     waiting: deque[tuple[_Batch, Future]] = deque()
     with Progress(f"tokenize {source.name}", total=found.num_bytes, enabled=progress) as bar:
 
@@ -166,7 +202,7 @@ def _write(source: SourceConfig, found: Scan, writer: SourceWriter, encode: Enco
         for document in sources.documents(source):
             fate, size = next(fates, (EMPTY, -1))
             if size != len(document.text):
-                raise changed
+                raise _changed(source)
             if fate in (DUPLICATE, EMPTY):
                 bar.update(size)
                 continue
@@ -176,7 +212,7 @@ def _write(source: SourceConfig, found: Scan, writer: SourceWriter, encode: Enco
                 batch = _Batch()
                 flush(leave=WAITING_BYTES)
         if next(fates, None) is not None:
-            raise changed
+            raise _changed(source)
         waiting.append((batch, encode(batch.texts)))
         flush(leave=0)
     left_out = {"duplicates": found.duplicates, "empty": found.empty, "bad_rows": found.bad_rows}

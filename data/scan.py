@@ -21,8 +21,7 @@ from nsa.data.progress import Progress
 TRAIN, VALIDATION, DUPLICATE, EMPTY = range(4)
 MAX_DOCUMENT = 1 << 30  # bytes; a longer one would not fit a worker's memory
 AT_ONCE = 1 << 18  # records that are read at once
-SORTED = 1 << 20  # records that are sorted at once; more are parted by their digest
-FAN_OUT = 256  # files that they are parted into: one for each value of a byte of the digest
+SORTED = 1 << 20  # records that are sorted at once; more are parted into files, one for each value of a byte
 # key: a hash of the document's text and the seed, uniform in 0 .. 2^64-1. size: bytes of its text.
 RECORD = np.dtype([("key", "<u8"), ("size", "<u8")])
 DIGEST = np.dtype([("digest", "u1", 16), ("index", "<u8")])  # index: of the document among those of all sources
@@ -196,17 +195,20 @@ def _duplicates(path: Path, level: int = 0) -> Iterator[np.ndarray]:
         halves = halves[order]
         yield records["index"][order[1:][(halves[1:] == halves[:-1]).all(1)]]
     else:
-        parts = [path.with_name(f"{path.name}-{byte:02x}") for byte in range(FAN_OUT)]
+        parts: dict[int, Path] = {}
         with ExitStack() as stack:
-            files = [stack.enter_context(part.open("wb")) for part in parts]
+            files: dict[int, IO[bytes]] = {}
             for records in _read(path, DIGEST):
                 byte = records["digest"][:, level]
-                records = records[np.argsort(byte, kind="stable")]
-                ends = np.cumsum(np.bincount(byte, minlength=FAN_OUT))
-                for file, some in zip(files, np.split(records, ends[:-1]), strict=True):
-                    file.write(some.tobytes())
+                records, counts = records[np.argsort(byte, kind="stable")], np.bincount(byte)
+                ends = np.cumsum(counts)
+                for value in np.flatnonzero(counts).tolist():
+                    if value not in files:
+                        parts[value] = path.with_name(f"{path.name}-{value:02x}")
+                        files[value] = stack.enter_context(parts[value].open("wb"))
+                    files[value].write(records[ends[value] - counts[value] : ends[value]].tobytes())
         path.unlink()
-        for part in parts:
+        for part in parts.values():
             yield from _duplicates(part, level + 1)
 
 

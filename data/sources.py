@@ -13,9 +13,12 @@ from typing import Any, NamedTuple
 from nsa.data import files
 from nsa.data.config import SourceConfig
 from nsa.data.files import BadRow, Document
+from nsa.data.progress import Progress
 
 BUILTIN_SUFFIXES = {".py", ".rst", ".txt"}
 CACHE_TAG = "CACHEDIR.TAG"  # bford.info/cachedir: a folder with this file holds nothing of its own
+# By kind, what beside its path determines the documents of a source.
+DETERMINED_BY = {"builtin": (), "files": ("text_field",), "hub": ("subset", "split", "text_field")}
 # Folders that hold nothing of a corpus, by what is in them: caches, prepared data, runs, exports and evaluations.
 OWN = (
     (CACHE_TAG,),
@@ -67,6 +70,23 @@ def _listing(found: Iterable[tuple[str, Path]]) -> str:
         digest.update(f"{before}{json.dumps([name, status.st_size, status.st_mtime_ns])}".encode())
         before = ", "
     digest.update(b"]")
+    return digest.hexdigest()
+
+
+def content(source: SourceConfig, progress: bool = False) -> str | None:
+    """sha256 of what the files of a `files` source hold, in turn, wherever they lie; None for another. Reads them all.
+
+    How a file is read counts (its suffix), its name does not.
+    """
+    if source.kind != "files":
+        return None
+    digest = hashlib.sha256()
+    with Progress(f"hash {source.name}", enabled=progress) as bar:
+        for _, path in _files(source):
+            with path.open("rb") as file:
+                of_file = hashlib.file_digest(file, "sha256").hexdigest()
+                bar.update(file.tell())
+            digest.update(f"{files.format_of(path)} {of_file}\n".encode())
     return digest.hexdigest()
 
 
