@@ -50,15 +50,29 @@ def kind(start: bytes) -> str | None:
 
 
 def _is_pickle(start: bytes) -> bool:
-    """Protocol 0 is ASCII (and 1 nearly). Of a longer file that it goes on as it began."""
-    listing, file = io.StringIO(), io.BytesIO(start)
+    """Protocol 0 is ASCII (and 1 nearly). A longer file is one if it goes on as it began, to half of ``start``."""
+    file, position = io.BytesIO(start), 0
     try:
-        while file.tell() < len(start):
-            pickletools.dis(file, listing)
+        while file.tell() < len(start):  # one may follow another
+            depth = 0
+            marks: list[int] = []
+            for code, _, at in pickletools.genops(file):
+                position = at or 0
+                needs = code.stack_before
+                if pickletools.markobject in needs:
+                    depth = marks.pop() - needs.index(pickletools.markobject)
+                else:
+                    depth -= len(needs)
+                least = (marks[-1] if marks else 0) + ("PUT" in code.name)  # what is put into the memo stays
+                if depth < least:
+                    return False
+                for made in code.stack_after:
+                    if made is pickletools.markobject:
+                        marks.append(depth)
+                    else:
+                        depth += 1
+            if depth or marks:
+                return False
         return len(start) > 3  # a few letters are a program that makes nothing
-    except Exception:  # of many kinds: what is no pickle was parsed as one
-        if len(start) < START or b"p0\n" not in start:
-            return False
-        last = listing.getvalue().rstrip("\n").rpartition("\n")[2]
-        position = last.partition(":")[0].strip()
-        return position.isdigit() and int(position) > START // 2
+    except Exception:  # of many kinds: what is no pickle was read as one
+        return len(start) == START and position > START // 2 and b"p0\n" in start

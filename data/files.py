@@ -231,7 +231,12 @@ def _array(path: Path, file: IO[bytes]) -> Iterator[Any]:
     count = 0
     try:
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        rest = text.read(CHARACTERS_AT_ONCE).lstrip()[1:].lstrip()
+        rest = ""
+        while not rest:
+            rest = text.read(CHARACTERS_AT_ONCE).lstrip()
+        rest = rest[1:].lstrip()
+        while not rest and (more := text.read(CHARACTERS_AT_ONCE)):
+            rest = more.lstrip()
         ended = rest.startswith("]")
         at = int(ended)
         while not ended:
