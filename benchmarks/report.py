@@ -77,8 +77,8 @@ def preparing(result: dict) -> Iterator[str]:
         points = stopped["points"]
         told = ", ".join(f"{p['documents_written']:,}: {p['tree_mib']}" for p in points[:: max(1, len(points) // 6)])
         yield (
-            f"\n{stopped['megabytes']} MB in documents of {stopped['bytes']} bytes, all {stopped['documents']:,} of them"
-            f" read, sorted and the tokenizer trained; MiB by documents written: {told}."
+            f"\n{stopped['megabytes']} MB in documents of {stopped['bytes']} bytes, all {stopped['documents']:,} "
+            f"of them read, sorted and the tokenizer trained; MiB by documents written: {told}."
         )
 
 
