@@ -59,6 +59,29 @@ def section(result: dict, figure: Path) -> Iterator[str]:
     yield from dense(result.get("dense_attention", []))
     yield from steady(result.get("steady"))
     yield from training(result.get("training", []))
+    yield from preparing(result)
+
+
+def preparing(result: dict) -> Iterator[str]:
+    """Text to shards, by the length of documents."""
+    if not (rows := result.get("prepare")):
+        return
+    yield "### Preparing text, by bytes of a document\n"
+    yield "Memory of the process and its workers, summed: its peak in each tenth of the time.\n"
+    keys = ("megabytes", "bytes", "documents", "seconds", "cpu_seconds", "mb_per_s", "peak_mib")
+    yield "| " + " | ".join(key.replace("_", " ") for key in keys) + " | MiB by tenths |"
+    yield "|--:" * len(keys) + "|---|"
+    for row in rows:
+        yield "| " + " | ".join(str(row[key]) for key in keys) + f" | {' '.join(map(str, row['memory_mib']))} |"
+    if stopped := result.get("stopped"):
+        points = stopped["points"]
+        points_text = ", ".join(
+            f"{p['documents_written']:,}: {p['tree_mib']}" for p in points[:: max(1, len(points) // 6)]
+        )
+        yield (
+            f"\n{stopped['megabytes']} MB in documents of {stopped['bytes']} bytes, all {stopped['documents']:,} "
+            f"of them read, sorted and the tokenizer trained; MiB by documents written: {points_text}."
+        )
 
 
 def commands(result: dict) -> Iterator[str]:

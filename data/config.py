@@ -20,10 +20,10 @@ class SourceConfig(Section):
     subset: str | None = Field(None, description="hub: the data set's configuration name")
     split: str = Field("train", description="hub: the split to read")
     text_field: str = Field("text", description="files (JSONL, Parquet) and hub: the column that holds the text")
-    include: list[str] = Field([], description="files in a folder: patterns of names to read, like *.txt; []: all")
+    include: list[str] = Field([], description="files of a folder or glob: patterns of names to read; []: all")
     exclude: list[str] = Field(
         ["_*", "package.json", "package-lock.json"],
-        description="files in a folder: patterns of files and folders to leave out; hidden ones always are",
+        description="files of a folder or glob: patterns of files and folders to leave out; hidden ones always are",
     )
     bad_rows: float = Field(
         0.001, ge=0, lt=1, description="files and hub: share of rows that may be no text; they are left out"

@@ -133,7 +133,7 @@ class Windows:
         self._source, self._length, self._byte_lengths = source, length, byte_lengths
         self._seed = f"{seed}/{split}"
         self._documents = source.members(split)
-        self._lengths = source.token_ends[self._documents] - source.token_starts[self._documents]
+        self._lengths = source.lengths(self._documents)
         self._epoch_tokens = int(self._lengths.sum())
         self.samples_per_epoch = -(-self._epoch_tokens // length)
         # An epoch's order is made once and kept: a window's tail may lie in the next epoch, so two are in use.

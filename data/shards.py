@@ -10,6 +10,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +23,14 @@ from nsa.untrusted import inside, read_json
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
+CHECKED_AT_ONCE = 1 << 18  # documents
 # token_end and name_end count from the source's beginning; num_bytes is the length of the document's text.
 DOCUMENT = np.dtype([("token_end", "<i8"), ("name_end", "<i8"), ("num_bytes", "<i8"), ("validation", "?")])
 REPAIR = "run `python -m nsa.data.prepare CONFIG` to build it again"
 
 
 class SourceWriter:
-    """Writes one source's shards. A document's tokens never straddle two shards."""
+    """Writes one source's shards, in constant memory. A document's tokens never straddle two shards."""
 
     def __init__(self, folder: Path, vocab_size: int, shard_tokens: int = SHARD_TOKENS):
         folder.mkdir(parents=True)
@@ -36,47 +38,75 @@ class SourceWriter:
         self._vocab_size = vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.shards: list[dict[str, Any]] = []
-        self._records: list[tuple[int, int, int, bool]] = []
+        self._counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in ("train", "validation")}
         self._tokens = self._name_end = 0
         self._file: Any = None
         self._names = (folder / "names.txt").open("wb")
+        self._records = (folder / "records").open("w+b")  # of documents.npy, whose header says how many they are
 
     def add(self, name: str, tokens: np.ndarray, num_bytes: int, validation: bool) -> None:
         """tokens: the whole document, bos and eos included."""
-        largest = int(tokens.max())
-        assert int(tokens.min()) >= 0 and largest < self._vocab_size, "the tokenizer wrote an id beyond its vocabulary"
-        if self._file is None or self.shards[-1]["tokens"] >= self._limit:
-            self._close_shard()
-            self.shards.append({"file": f"tokens-{len(self.shards):05d}.bin", "tokens": 0, "max_token": 0})
-            self._file = (self._folder / self.shards[-1]["file"]).open("wb")
-        self._file.write(tokens.astype(self.dtype).tobytes())
-        shard = self.shards[-1]
-        shard["tokens"] += len(tokens)
-        shard["max_token"] = max(shard["max_token"], largest)
-        encoded = name.encode("utf-8", "surrogatepass")
-        self._names.write(encoded)
-        self._tokens += len(tokens)
-        self._name_end += len(encoded)
-        self._records.append((self._tokens, self._name_end, num_bytes, validation))
+        self.add_all([name], tokens, np.array([len(tokens)]), np.array([num_bytes]), np.array([validation]))
+
+    def add_all(
+        self, names: list[str], tokens: np.ndarray, ends: np.ndarray, num_bytes: np.ndarray, validation: np.ndarray
+    ) -> None:
+        """Several documents. tokens: one after another. ends, num_bytes, validation: (documents,) of each."""
+        if not names:
+            return
+        assert int(tokens.min()) >= 0 and int(tokens.max()) < self._vocab_size, (
+            "an id beyond the tokenizer's vocabulary"
+        )
+        encoded = [name.encode("utf-8", "surrogatepass") for name in names]
+        records = np.empty(len(names), DOCUMENT)
+        records["token_end"] = self._tokens + ends
+        records["name_end"] = self._name_end + np.cumsum([len(name) for name in encoded])
+        records["num_bytes"], records["validation"] = num_bytes, validation
+        self._names.write(b"".join(encoded))
+        self._records.write(records.tobytes())
+        self._tokens, self._name_end = int(records["token_end"][-1]), int(records["name_end"][-1])
+        lengths = np.diff(ends, prepend=0)
+        for split, mask in (("train", ~records["validation"]), ("validation", records["validation"])):
+            counts = self._counts[split]
+            counts["documents"] += int(mask.sum())
+            counts["tokens"] += int(lengths[mask].sum())
+            counts["bytes"] += int(records["num_bytes"][mask].sum())
+        self._write_tokens(tokens, ends)
+
+    def _write_tokens(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        begin = 0
+        while begin < len(tokens):
+            if self._file is None or self.shards[-1]["tokens"] >= self._limit:
+                self._close_shard()
+                self.shards.append({"file": f"tokens-{len(self.shards):05d}.bin", "tokens": 0, "max_token": 0})
+                self._file = (self._folder / self.shards[-1]["file"]).open("wb")
+            shard = self.shards[-1]
+            # The document that reaches the limit is the shard's last.
+            last = min(int(np.searchsorted(ends, begin + self._limit - shard["tokens"])), len(ends) - 1)
+            part = tokens[begin : ends[last]]
+            self._file.write(part.astype(self.dtype).tobytes())
+            shard["tokens"] += len(part)
+            shard["max_token"] = max(shard["max_token"], int(part.max()))
+            begin = int(ends[last])
 
     def close(self) -> dict[str, Any]:
         """The source's entry in the manifest."""
         self._close_shard()
         _sync_close(self._names)
-        records = np.array(self._records, DOCUMENT)
+        header = {
+            "descr": np.lib.format.dtype_to_descr(DOCUMENT),
+            "fortran_order": False,
+            "shape": (sum(counts["documents"] for counts in self._counts.values()),),
+        }
         with (self._folder / "documents.npy").open("wb") as file:
-            np.save(file, records, allow_pickle=False)
+            np.lib.format.write_array_header_1_0(file, header)
+            self._records.seek(0)
+            shutil.copyfileobj(self._records, file)
             file.flush()
             os.fsync(file.fileno())
-        lengths = np.diff(records["token_end"], prepend=0)
-        entry: dict[str, Any] = {"dtype": self.dtype.str, "shards": self.shards}
-        for split, mask in (("train", ~records["validation"]), ("validation", records["validation"])):
-            entry[split] = {
-                "documents": int(mask.sum()),
-                "tokens": int(lengths[mask].sum()),
-                "bytes": int(records["num_bytes"][mask].sum()),
-            }
-        return entry
+        self._records.close()
+        (self._folder / "records").unlink()
+        return {"dtype": self.dtype.str, "shards": self.shards, **self._counts}
 
     def _close_shard(self) -> None:
         if self._file is not None:
@@ -105,12 +135,24 @@ class TokenSource:
             self.documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy parses the header as Python literals, and lets that parser's errors through
             raise ValueError(f"{folder / 'documents.npy'}: cannot be read ({error}); {REPAIR}") from error
-        ends = self.documents["token_end"] if self.documents.dtype == DOCUMENT else np.empty(0, np.int64)
         counted = entry["train"]["documents"] + entry["validation"]["documents"]
-        if len(ends) != counted or ends[-1] != self._shard_ends[-1] or (np.diff(ends, prepend=0) < 2).any():
+        if not (self.documents.dtype == DOCUMENT and self.documents.shape == (counted,) and self._offsets_fit()):
             raise ValueError(f"{folder / 'documents.npy'}: offsets do not fit the shards; {REPAIR}")
-        self.token_ends = np.asarray(ends)
-        self.token_starts = np.concatenate([[0], self.token_ends[:-1]])
+
+    def _offsets_fit(self) -> bool:
+        """Read piece by piece: pages of a mapped file would stay in memory."""
+        last = 0
+        with (self.folder / "documents.npy").open("rb") as file:
+            file.seek(self.documents.offset)
+            while len(records := np.fromfile(file, DOCUMENT, CHECKED_AT_ONCE)):
+                if (np.diff(records["token_end"], prepend=last) < 2).any():
+                    return False
+                last = int(records["token_end"][-1])
+        return last == self._shard_ends[-1]
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of each of the documents, which are ascending: int64 of their shape."""
+        return np.diff(self.documents["token_end"], prepend=0)[documents]
 
     def members(self, split: str) -> np.ndarray:
         """(n,) int64 indices of the documents of "train" or "validation"."""
@@ -118,7 +160,8 @@ class TokenSource:
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Tokens start..stop of a document, a view of the shard. Raises ValueError on an id beyond the vocabulary."""
-        begin, end = int(self.token_starts[document]), int(self.token_ends[document])
+        begin = int(self.documents["token_end"][document - 1]) if document else 0
+        end = int(self.documents["token_end"][document])
         shard = int(np.searchsorted(self._shard_ends, begin, side="right"))
         offset = begin - (int(self._shard_ends[shard - 1]) if shard else 0)
         length = end - begin
@@ -203,6 +246,10 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def fingerprint(manifest: dict[str, Any]) -> str:
     """sha256 of what the data are (not of where they come from)."""
     content = {key: manifest[key] for key in ("format", "tokenizer", "sources", "files")}
+    content["sources"] = {
+        name: {key: value for key, value in entry.items() if key != "bad_rows"}  # it says nothing about the data
+        for name, entry in content["sources"].items()
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,25 @@ from typing import Any, NamedTuple
 from nsa.data import files
 from nsa.data.config import SourceConfig
 from nsa.data.files import BadRow, Document
+from nsa.data.progress import Progress
 
 BUILTIN_SUFFIXES = {".py", ".rst", ".txt"}
 CACHE_TAG = "CACHEDIR.TAG"  # bford.info/cachedir: a folder with this file holds nothing of its own
+# By kind, what beside its path determines the documents of a source.
+DETERMINED_BY = {"builtin": (), "files": ("text_field",), "hub": ("subset", "split", "text_field")}
+# Folders that hold nothing of a corpus, by what is in them: caches, prepared data, runs, exports and evaluations.
+OWN = (
+    (CACHE_TAG,),
+    ("manifest.json", "tokenizer.model"),
+    ("metrics.jsonl", "config.yaml"),
+    ("run.lock",),
+    ("config.json", "tokenizer.json"),
+    ("evaluation.json", "recall.png"),
+)
 CHUNK = 1 << 24
 NAMED = 10  # bad files or rows named in one error
 HOPELESS = 1000  # rows that are all bad, after which no more are read
+Tell = Callable[[int, str], None]
 
 
 class BadByte(NamedTuple):
@@ -35,47 +49,91 @@ def describe(source: SourceConfig) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         return {"kind": "builtin", "python": sys.version.split()[0], "listing": digest}
     if source.kind == "files":
-        stats = [(id, path.stat()) for id, path in _files(source)]
-        listing_files = [(id, s.st_size, s.st_mtime_ns) for id, s in stats]
-        digest = hashlib.sha256(json.dumps(listing_files).encode()).hexdigest()
+        path = str(Path(source.path or ""))
+        # Ids once were paths, of a glob's files.
+        whole = not Path(path).exists()
+        digest = _listing((file.as_posix() if whole else id, file) for id, file in _files(source))
         return {
             "kind": "files",
-            "path": str(Path(source.path or "")),
+            "path": path,
             "text_field": source.text_field,
             "listing": digest,
         }
     return source.model_dump(include={"kind", "path", "subset", "split", "text_field"})
 
 
+def _listing(found: Iterable[tuple[str, Path]]) -> str:
+    """sha256 of the JSON of [[name, size, time of the last change], ...]."""
+    digest, before = hashlib.sha256(b"["), ""
+    for name, path in found:
+        status = path.stat()
+        digest.update(f"{before}{json.dumps([name, status.st_size, status.st_mtime_ns])}".encode())
+        before = ", "
+    digest.update(b"]")
+    return digest.hexdigest()
+
+
+def content(source: SourceConfig, progress: bool = False) -> str | None:
+    """sha256 of what the files of a `files` source hold, in turn, wherever they lie; None for another. Reads them all.
+
+    How a file is read counts (its suffix), its name does not.
+    """
+    if source.kind != "files":
+        return None
+    digest = hashlib.sha256()
+    with Progress(f"hash {source.name}", enabled=progress) as bar:
+        for _, path in _files(source):
+            with path.open("rb") as file:
+                of_file = hashlib.file_digest(file, "sha256").hexdigest()
+                bar.update(file.tell())
+            digest.update(f"{files.format_of(path)} {of_file}\n".encode())
+    return digest.hexdigest()
+
+
 def check(source: SourceConfig) -> None:
-    """Raise ValueError that names every local file of the source that is no text or not UTF-8. Reads them all."""
+    """Raise ValueError that names every local file of the source that is no text or not UTF-8.
+
+    Plain text is read whole. Of tables the beginning is read: a row that is not UTF-8 is a bad row.
+    """
     if source.kind != "files":
         return
-    found = _files(source)
-    if no_text := [f"  {path} {why}" for _, path in found if (why := files.obstacle(path))]:
-        more = [f"  ... and {len(no_text) - NAMED} more"] if len(no_text) > NAMED else []
-        raise ValueError(
-            f"data source {source.name!r}: {len(no_text)} file(s) cannot be read; nothing was written\n"
-            + "\n".join(no_text[:NAMED] + more)
-        )
-    bad = []
-    for _, path in found:
-        if files.has_plain_bytes(path) and (byte := find_bad_byte(path)):
-            bad.append(f"  {path}: byte {byte.position} is the first of {byte.total} that are not UTF-8")
+    bad: list[str] = []
+    count = 0
+    for _, path in _files(source):
+        if why := _trouble(path):
+            count += 1
+            if len(bad) < NAMED:
+                bad.append(f"  {why}")
     if bad:
-        more = [f"  ... and {len(bad) - NAMED} more"] if len(bad) > NAMED else []
+        more = [f"  ... and {count - NAMED} more"] if count > NAMED else []
         raise ValueError(
-            f"data source {source.name!r}: {len(bad)} file(s) are not UTF-8; nothing was written\n"
-            + "\n".join(bad[:NAMED] + more)
-            + "\nconvert them (for instance: iconv -f latin1 -t utf-8 OLD > NEW) or take them out of data.sources"
+            f"data source {source.name!r}: {count} file(s) cannot be read as text; nothing was written\n"
+            + "\n".join(bad + more)
+            + "\nconvert them to UTF-8 (for instance: iconv -f latin1 -t utf-8 OLD > NEW), "
+            "take them out of the folder, or name them in the source's exclude"
         )
 
 
-def documents(source: SourceConfig, report: bool = False) -> Iterator[Document]:
+def _trouble(path: Path) -> str | None:
+    if why := files.obstacle(path):
+        return f"{path} {why}"
+    if files.is_parquet(path):
+        return None
+    try:
+        if files.is_table(path):
+            with files.opened(path):
+                return None
+        byte = find_bad_byte(path)
+    except ValueError as error:
+        return str(error)
+    return byte and f"{path}: byte {byte.position} is the first of {byte.total} that are not UTF-8"
+
+
+def documents(source: SourceConfig, tell: Tell | None = None) -> Iterator[Document]:
     """Every document, empty ones too.
 
     Args:
-        report: print which rows were left out.
+        tell: called with the number of rows that were left out and a text that names some, if there are any.
 
     Raises:
         ValueError: the source cannot be read, or more rows than ``bad_rows`` allows; says what to do.
@@ -84,27 +142,41 @@ def documents(source: SourceConfig, report: bool = False) -> Iterator[Document]:
         root = _stdlib()
         for path in _builtin_files():
             text = path.read_bytes()
-            if _is_utf8(text):  # the standard library tests other encodings with a few files
+            if files.is_utf8(text):  # the standard library tests other encodings with a few files
                 yield Document(path.relative_to(root).as_posix(), text)
     elif source.kind == "files":
-        yield from _good(source, _of_files(source), report)
+        yield from _good(source, _of_files(source, tell), tell)
     elif source.kind == "hub":
         assert source.path is not None
         rows = _load(source, path=source.path, name=source.subset, split=source.split)
-        yield from _good(source, _rows(source, rows, source.path), report)
+        yield from _good(source, _rows(source, rows, source.path), tell)
     else:
         raise AssertionError(f"a {source.kind} source has no documents")
 
 
-def _of_files(source: SourceConfig) -> Iterator[Document | BadRow]:
-    for id, path in _files(source):
-        try:
-            yield from files.read(path, id, source.text_field)
-        except ValueError as error:
-            raise ValueError(f"data source {source.name!r}: {error}") from error
+def _of_files(source: SourceConfig, tell: Tell | None) -> Iterator[Document | BadRow]:
+    """The rows of all files. In a folder a .json that is no table is left out, if another file has documents."""
+    is_one_file = Path(source.path or "").is_file()
+    read, left_out = 0, []
+    try:
+        for id, path in _files(source):
+            try:
+                yield from files.read(path, id, source.text_field)
+                read += 1
+            except files.NoColumnError as error:
+                if is_one_file:
+                    raise
+                left_out.append((id, error))
+        if left_out and not read:
+            raise left_out[0][1]
+    except ValueError as error:
+        raise ValueError(f"data source {source.name!r}: {error}") from error
+    if left_out and tell:
+        names = ", ".join(id for id, _ in left_out[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
+        tell(0, f"data source {source.name!r}: left out for want of a column {source.text_field!r}: {names}")
 
 
-def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool) -> Iterator[Document]:
+def _good(source: SourceConfig, rows: Iterator[Document | BadRow], tell: Tell | None) -> Iterator[Document]:
     """The documents among ``rows``, if nearly all are; of the others the first few are named."""
     count, bad = 0, 0
     named: list[str] = []
@@ -115,7 +187,7 @@ def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool)
             continue
         bad += 1
         if len(named) < NAMED:
-            named.append(f"  {row.id} {row.reason}")
+            named.append(f"  {row.place} {row.reason}")
         if bad == count == HOPELESS:
             break
     if not bad:
@@ -124,8 +196,8 @@ def _good(source: SourceConfig, rows: Iterator[Document | BadRow], report: bool)
     text = f"data source {source.name!r}: {bad} of {count} rows cannot be used\n" + "\n".join(named)
     if bad > source.bad_rows * count:
         raise ValueError(f"{text}\nfix them, or allow a larger share of them: bad_rows is {source.bad_rows:g}")
-    if report:
-        print(f"{text}\nthey are left out", file=sys.stderr)
+    if tell:
+        tell(bad, f"{text}\nthey are left out")
 
 
 def find_bad_byte(path: Path) -> BadByte | None:
@@ -163,14 +235,6 @@ def _unfinished(data: bytes) -> int:
     return 0
 
 
-def _is_utf8(text: bytes) -> bool:
-    try:
-        text.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def _stdlib() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
@@ -188,23 +252,65 @@ def _builtin_files() -> list[Path]:
     return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
-def _files(source: SourceConfig) -> list[tuple[str, Path]]:
-    """(id, path) of every file of a `files` source, by id. In a folder: all that are not hidden, excluded or cached."""
+def _files(source: SourceConfig) -> Iterator[tuple[str, Path]]:
+    """(id, path) of every file of a `files` source, by id: its path below the folder, or below a glob's fixed part.
+
+    Of a folder and of a glob all that are not hidden, excluded, or in a folder that this project wrote (`OWN`).
+
+    Raises ValueError if there is none, or a folder cannot be read.
+    """
     assert source.path is not None
     path = Path(source.path).expanduser()
-    if path.is_dir():
-        caches = {tag.parent for tag in path.rglob(CACHE_TAG)} - {path}
-        inside = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-        found = {id: p for id, p in inside.items() if _wanted(source, id) and caches.isdisjoint(p.parents)}
-    elif path.is_file():
-        found = {path.name: path}
-    else:
-        anchor = Path(path.anchor or ".")
-        matches = anchor.glob(str(path.relative_to(path.anchor) if path.anchor else path))
-        found = {p.as_posix(): p for p in matches if p.is_file()}
-    if not found:
-        raise ValueError(f"data source {source.name!r}: no file matches {source.path!r}; set its path")
-    return sorted(found.items())
+    count = left_out = 0
+    if path.is_file():
+        yield path.name, path
+        return
+    for id, file in _below(path) if path.is_dir() else _matches(path):
+        if _wanted(source, id):
+            count += 1
+            yield id, file
+        else:
+            left_out += 1
+    if not count:
+        beside = f" but {left_out} that are hidden or that include and exclude leave out" if left_out else ""
+        raise ValueError(f"data source {source.name!r}: no file matches {source.path!r}{beside}; set its path")
+
+
+def _below(root: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    try:
+        with os.scandir(root) as found:
+            entries = {f"{e.name}/" if e.is_dir(follow_symlinks=False) else e.name: e for e in found}
+    except OSError as error:
+        raise ValueError(f"{root} cannot be read ({error.strerror}): make it readable, or exclude it") from error
+    if prefix and _is_own(entries.keys()):
+        return
+    for name in sorted(entries):  # a/b comes after a.txt, as in a list of all ids
+        if name.endswith("/"):
+            if not name.startswith("."):
+                yield from _below(root / name, prefix + name)
+        elif entries[name].is_file():
+            yield prefix + name, root / name
+
+
+def _matches(pattern: Path) -> Iterator[tuple[str, Path]]:
+    parts = pattern.parts
+    fixed = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts))
+    if fixed == len(parts):
+        return
+    root, own = Path(*parts[:fixed]), {}
+    matches = {p.relative_to(root).as_posix(): p for p in root.glob("/".join(parts[fixed:])) if p.is_file()}
+    for id, path in sorted(matches.items()):
+        folders = [folder for folder in path.parents if folder.is_relative_to(root) and folder != root]
+        for folder in folders:
+            if folder not in own:
+                own[folder] = _is_own([file.name for file in folder.iterdir()])
+        if not any(own[folder] for folder in folders):
+            yield id, path
+
+
+def _is_own(names: Collection[str]) -> bool:
+    """Whether a folder with these files is one that the project (or another that tags its caches) wrote."""
+    return any(all(name in names for name in own) for own in OWN)
 
 
 def _wanted(source: SourceConfig, id: str) -> bool:
@@ -250,5 +356,7 @@ def _rows(source: SourceConfig, rows: Any, id: str) -> Iterator[Document | BadRo
             yield Document(f"{id}#{row_number}", (text or "").encode("utf-8", "surrogatepass"))
         else:
             kind = type(text).__name__
-            yield BadRow(f"{id}#{row_number}", f"column {source.text_field!r} holds {kind}, not text; set text_field")
+            yield BadRow(
+                f"{id}, row {row_number + 1}:", f"column {source.text_field!r} holds {kind}, not text; set text_field"
+            )
         row_number += 1

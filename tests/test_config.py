@@ -115,7 +115,10 @@ def test_unknown_key_like_nothing_lists_what_is_valid(small):
         ("engine.offload_optimizer=yes", "expected true or false, got 'yes'"),
         ("engine.activation_checkpointing=yes", "expected one of none, selective, full, got 'yes'"),
         ("attention.kind=sparse", "expected one of dense, nsa, dsa or a list of: one of dense, nsa, dsa, got 'sparse'"),
-        ("attention.kind=[nsa, x]", "expected one of dense, nsa, dsa or a list of: one of dense, nsa, dsa, got ['nsa', 'x']"),
+        (
+            "attention.kind=[nsa, x]",
+            "expected one of dense, nsa, dsa or a list of: one of dense, nsa, dsa, got ['nsa', 'x']",
+        ),
         ("data.sources=[]", "data.sources: needs at least 1 item(s), got 0"),
         ("data.sources.1.weight=-1", "data.sources.1.weight: must be greater than 0, got -1"),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate: must be a finite number, got inf"),

@@ -22,6 +22,8 @@ from nsa.exporting.folder import STATE
 from nsa.models import Decoder
 from nsa.untrusted import read_json
 
+PLOTS = ("bits_per_byte.png", "recall.png")
+
 
 def evaluate(
     export: Path | str,
@@ -29,7 +31,7 @@ def evaluate(
     config: Config | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure an export; write evaluation.json, bits_per_byte.png and recall.png.
+    """Measure an export; write evaluation.json, bits_per_byte.png and recall.png (what there is to show of them).
 
     Args:
         export: folder written by `nsa.export`.
@@ -41,7 +43,7 @@ def evaluate(
         The content of evaluation.json.
 
     Raises:
-        ValueError: the folder is no export, or the data are not available.
+        ValueError: the folder is no export. Where the text is not available bits per byte are left out, and it is said.
     """
     began = time.monotonic()
     export = Path(export)
@@ -51,7 +53,11 @@ def evaluate(
     config = config or trained
     factors = config.evaluation.length_factors
     length = trained.data.sequence_length
-    prepared = _prepare(config, decoders.tokenizer, export / "tokenizer.model")
+    prepared, left_out = None, None
+    try:
+        prepared = _prepare(config, decoders.tokenizer, export / "tokenizer.model")
+    except ValueError as e:  # recall needs no text
+        left_out = f"bits per byte are left out, since the held-out text cannot be prepared: {e}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -59,12 +65,14 @@ def evaluate(
 
     curves = []
     for factor in dict.fromkeys((1, max(factors))):
+        if prepared is None:
+            break
         decoder, _ = decoders.reaching(factor * length)
         data = config.data.model_copy(update={"sequence_length": factor * length})
         stream = SampleStream(prepared, data, "validation", config.seed)
         samples = min(len(stream), max(1, config.evaluation.bpb_samples // factor))
         curves.append(bits_per_byte.measure(decoder, stream, samples))
-    say(report.curve_table(curves) + "\n")
+    say((left_out or report.curve_table(curves)) + "\n")
 
     say(f"recall (trained on samples of {length} tokens)\n" + report.recall_header())
     results, rows = [], []
@@ -85,14 +93,19 @@ def evaluate(
         "training": read_json(export / STATE),
         "training_length": length,
         "bits_per_byte": [asdict(curve) for curve in curves],
+        "left_out": left_out,
         "recall": rows,
         "seconds": round(time.monotonic() - began, 1),
     }
     (out / "evaluation.json").write_text(json.dumps(_without_nan(document), indent=1) + "\n")
-    report.plot_curves(curves, length, out / "bits_per_byte.png")
+    for name in PLOTS:
+        (out / name).unlink(missing_ok=True)  # of an evaluation before
+    if curves:
+        report.plot_curves(curves, length, out / PLOTS[0])
     if results:
-        report.plot_recall(results, length, out / "recall.png")
-    say(f"\nwritten to {out}: evaluation.json, bits_per_byte.png, recall.png ({document['seconds']} s)")
+        report.plot_recall(results, length, out / PLOTS[1])
+    written = ["evaluation.json", *(name for name in PLOTS if (out / name).exists())]
+    say(f"\nwritten to {out}: {', '.join(written)} ({document['seconds']} s)")
     return document
 
 

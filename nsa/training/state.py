@@ -80,6 +80,16 @@ def snapshot(engine: DeepSpeedEngine, config: Config, ranks: Ranks, progress: Pr
     )
 
 
+def trained_on(run: Path) -> str | None:
+    """Fingerprint of the data of the newest checkpoint of ``run``, unverified; None if there is none."""
+    for folder in checkpoint.checkpoints(run):
+        try:
+            return str(checkpoint.load_state(folder)["data"])
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
 def restore(engine: DeepSpeedEngine, config: Config, ranks: Ranks, run: Path, identity: Identity) -> Progress:
     """Load the newest complete checkpoint of ``run``, or else begin. Collective. Raises as `load_newest`."""
     progress = load_newest(engine, config, ranks, run, identity)

@@ -37,7 +37,7 @@ from nsa.training.run_folder import RunFolder
 from nsa.training.schedule import learning_rate
 from nsa.training.signals import StopRequest
 from nsa.training.spikes import SpikeDetector, batch_number
-from nsa.training.state import Identity, load_newest, restore, snapshot, state_bytes
+from nsa.training.state import Identity, load_newest, restore, snapshot, state_bytes, trained_on
 from nsa.training.watchdog import Watchdog
 
 IGNORED = -100  # targets that are not counted
@@ -103,7 +103,7 @@ class Trainer:
         return monitor
 
     def _prepare(self) -> Path:
-        prepared = prepare(self.config.data, self.config.seed)
+        prepared = prepare(self.config.data, self.config.seed, fingerprint=trained_on(self.folder))
         if prepared.vocab_size > self.config.model.vocab_size:
             raise ValueError(
                 f"the tokenizer has {prepared.vocab_size} pieces, model.vocab_size is {self.config.model.vocab_size}: "

@@ -57,6 +57,24 @@ def test_held_out_text_is_read_in_the_tokens_of_the_model(exported: Path) -> Non
     assert [name for name, _ in again.texts("validation")] == [name for name, _ in own.texts("validation")]
 
 
+def test_recall_needs_no_corpus(exported: Path, tmp_path: Path) -> None:
+    """Neither the training's text nor its prepared data: bits per byte are left out, and it is said why."""
+    config = runner.Decoders(exported).config
+    source = config.data.sources[0].model_copy(update={"path": str(tmp_path / "gone")})
+    data = config.data.model_copy(update={"sources": [source], "cache_dir": str(tmp_path / "cache")})
+    few = config.evaluation.model_copy(update={"recall_samples": 2, "length_factors": [1]})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/bits_per_byte.png").write_bytes(b"of an evaluation before")
+    reported: list[str] = []
+    document = runner.evaluate(
+        exported, tmp_path / "out", config.model_copy(update={"data": data, "evaluation": few}), reported.append
+    )
+    assert {row["task"] for row in document["recall"]} == {"mqar", "copy"} and document["bits_per_byte"] == []
+    assert any("bits per byte are left out" in text and "no file matches" in text for text in reported)
+    assert "no file matches" in document["left_out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "recall.png"]
+
+
 def test_errors_are_reported(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(tmp_path)]) == 2
     assert "is no export" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from tiny import free_port, start, tiny_config, write_yaml
 from nsa.config import ConfigError, dump_config, load_config, load_saved
 from nsa.training import run_folder
 from nsa.training.run_folder import FolderBusyError, RunFolder, check_same
+from nsa.training.state import trained_on
 
 
 def test_a_second_run_in_the_folder_waits_and_says_again(tmp_path, monkeypatch, capsys):
@@ -139,3 +140,12 @@ def test_a_port_in_use_is_said(tmp_path):
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in output
     assert "free port" in output and str(taken) not in output
+
+
+def test_the_data_of_the_newest_checkpoint_are_known(tmp_path):
+    """By what `prepare` finds them where the corpus is gone. A checkpoint that is not sound is passed over."""
+    assert trained_on(tmp_path) is None
+    for step, text in ((1, '{"data": "one"}'), (2, '{"data": "two"}'), (3, "damaged")):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}/state.json").write_text(text)
+    assert trained_on(tmp_path) == "two"

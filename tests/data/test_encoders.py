@@ -1,0 +1,70 @@
+"""The workers that tokenize: what they return, and how they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nsa.data.encoders import encode_batch, encoders
+from nsa.data.shards import PreparedData
+
+WORK = """
+import multiprocessing, sys
+from pathlib import Path
+from nsa.data.encoders import encoders
+if __name__ == "__main__":
+    with encoders(Path(sys.argv[1]), 2) as encode:
+        encode([b"text"])
+        for line in sys.stdin:
+            print(*encode([line.encode()]).result()[0], flush=True)
+            print(*(p.pid for p in multiprocessing.active_children()), flush=True)
+"""
+
+
+def test_a_batch_is_its_texts(prepared: PreparedData) -> None:
+    tokenizer = prepared.tokenizer
+    texts = [b"one two", b"", b"\xff\n three " * 50]
+    with encoders(tokenizer.path, 1) as encode:
+        tokens, ends = encode(texts).result()
+        none, no_ends = encode_batch([])
+    for text, part in zip(texts, np.split(tokens, ends[:-1]), strict=True):
+        assert part.tolist() == [tokenizer.bos_id, *tokenizer.encode_bytes(text), tokenizer.eos_id]
+    assert ends[-1] == len(tokens) and tokens.dtype == np.int32
+    assert len(none) == len(no_ends) == 0
+
+
+def test_workers_take_no_interrupt_and_end_with_their_parent(prepared: PreparedData, tmp_path: Path) -> None:
+    """A Ctrl-C reaches all processes of a job; a killed parent tells nobody. Planted: each of the two left out."""
+    script = tmp_path / "work.py"
+    script.write_text(WORK)
+    command = [sys.executable, str(script), str(prepared.tokenizer.path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as parent:
+        assert parent.stdin and parent.stdout and parent.stderr
+
+        def ask() -> tuple[str, set[int]]:
+            assert parent.stdin and parent.stdout
+            parent.stdin.write("some text\n")
+            parent.stdin.flush()
+            return parent.stdout.readline(), {int(pid) for pid in parent.stdout.readline().split()}
+
+        tokens, workers = ask()
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+        assert ask() == (tokens, workers) and workers
+        parent.kill()
+        while any(_lives(worker) for worker in workers):
+            time.sleep(0.01)
+        assert "Traceback" not in parent.stderr.read()
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
