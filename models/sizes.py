@@ -60,8 +60,8 @@ def count_parameters(model: ModelConfig, attention: AttentionConfig) -> dict[str
 def attention_flops(kind: Kind, model: ModelConfig, attention: AttentionConfig, sequence_length: int) -> float:
     """Forward FLOPs per token of scores and weighted values of one layer, and of an indexer's scores; means.
 
-    Means are over a causal sequence. A multiply-add is 2 FLOPs; only keys that a query sees are counted. NSA's selection recomputes the compressed
-    scores: they are not counted, as recomputation is not in a model-FLOPs utilisation (PaLM, arXiv 2204.02311).
+    Means are over a causal sequence. A multiply-add is 2 FLOPs; only keys that a query sees are counted. What NSA's
+    selection computes again is not, as recomputation is not in a model-FLOPs utilisation (PaLM, arXiv 2204.02311).
     """
     config = attention.of(kind)
     keys = sum(kind.keys(config, sequence_length).values())

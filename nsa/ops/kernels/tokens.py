@@ -135,7 +135,7 @@ def invert_kernel(Lists, Slots, token0, num_tokens, num_keys, num_slots, QUERIES
 
 @triton.jit(do_not_specialize=INTEGERS)
 def users_kernel(Slots, Users, Count, num_slots, QUERIES: tl.constexpr):
-    """Users (B, S, QUERIES) int32: of each key, the numbers query * slots + slot that list it. Count (B, S): of them."""
+    """Users (B, S, QUERIES) int32: the numbers query * slots + slot that list each key. Count (B, S): of them."""
     key = tl.program_id(0).to(tl.int64)
     query = tl.arange(0, QUERIES)  # [QUERIES]
     slot = tl.load(Slots + key * QUERIES + query).to(tl.int32)  # [QUERIES]
