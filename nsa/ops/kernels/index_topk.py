@@ -1,9 +1,12 @@
 """DSA's lightning indexer: index scores, and the exact top-k of each query.
 
 Scores of SLAB_BYTES at most exist at a time: those of a chunk of queries with all keys. A program then selects the
-top-k of one query by radix (MSD radix select): a score becomes an integer of the same order, and four passes over the
-row find the k-th largest, a byte in each. The last pass takes, in the order of the keys, what lies above it and as many
-equal ones as are missing. So ties go to the lower key, and the result is ascending. Nothing depends on a sort.
+top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over the row
+collects these candidates. If they are fewer than k, or too many, all scores are candidates.
+
+Among the candidates the k-th largest is found by radix (MSD radix select): a score becomes an integer of the same
+order, and four counts find its bytes. What lies above is taken, in the order of the keys, and as many equal ones as are
+missing. So the result is exact, ties go to the lower key, and it is ascending. Nothing depends on a sort.
 """
 
 import torch
@@ -15,9 +18,11 @@ from nsa.ops.geometry import Documents
 from nsa.ops.kernels.device_functions import load_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, tile_width
 
-SLAB_BYTES = 2**26  # of fp32 scores at a time: about as much as the L2 cache holds
-SELECT_BLOCK = 2048  # scores that a program of `topk_kernel` loads at once
-BINS = tl.constexpr(256)  # of a byte
+SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
+SCORE_TILE = 64, 128  # queries and keys of a program of `score_kernel`
+SELECT_BLOCK = 4096  # scores that a program of `topk_kernel` loads at once
+SAMPLE = 1024  # scores of the sample
+SMALLEST = 64  # room for candidates at least
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
 
@@ -60,47 +65,107 @@ def _ordered(score, key, first, own, num_initial, num_local):
     return tl.where(forced, FORCED, bits)
 
 
+@triton.jit
+def _next_byte(counts, threshold, missing):
+    """The byte of the k-th largest, appended to ``threshold``, from the number of values by byte (256,).
+
+    At least ``missing`` values have it or a larger one, and fewer a larger one. These are no longer missing.
+    """
+    at_least = tl.sum(counts) - tl.cumsum(counts, 0) + counts  # [256]
+    byte = tl.sum((at_least >= missing).to(tl.int32)) - 1
+    missing -= tl.sum(tl.where(tl.arange(0, 256) > byte, counts, 0))
+    return (threshold << 8) | byte.to(tl.uint32), missing
+
+
+@triton.jit
+def _counts(ordered, ok, threshold, step: tl.constexpr):
+    """How many of the values have each next byte (256,), among those that begin with ``threshold``."""
+    if step > 0:
+        ok = ok & ((ordered >> (32 - 8 * step)) == threshold)
+    return tl.histogram(((ordered >> (24 - 8 * step)) & 0xFF).to(tl.int32), 256, mask=ok)
+
+
+@triton.jit
+def _kth_of_block(ordered, ok, k):
+    """(the k-th largest of the values, how many equal to it are among the k largest)."""
+    threshold, missing = tl.full([], 0, tl.uint32), k
+    for step in tl.static_range(4):
+        threshold, missing = _next_byte(_counts(ordered, ok, threshold, step), threshold, missing)
+    return threshold, missing
+
+
+@triton.jit
+def _load_ordered(Scores, key, ok, first, own, num_initial, num_local):
+    """(scores, their uint32) of keys, where ``ok``."""
+    score = tl.load(Scores + key, mask=ok, other=0.0)
+    return score, _ordered(score, key, first, own, num_initial, num_local)
+
+
+@triton.jit
+def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
+    """Store those of the keys that are selected; (taken, ties) with them counted."""
+    tie = ok & (ordered == threshold)
+    take = ok & ((ordered > threshold) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= missing)))
+    slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(Indices + slot, key, mask=take)
+    tl.store(Chosen + slot, score, mask=take)
+    return taken + tl.sum(take.to(tl.int32)), ties + tl.sum(tie.to(tl.int32))
+
+
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_stride", "topk"])
-def topk_kernel(Scores, First, Own, Indices, Chosen, token0, num_rows, num_tokens, row_stride, topk, num_initial,
-                num_local, BLOCK: tl.constexpr):  # fmt: skip
-    """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding."""
+def topk_kernel(Scores, First, Own, Candidates, Indices, Chosen, token0, num_rows, num_tokens, row_stride, topk,
+                num_initial, num_local, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+    """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
+
+    Candidates (B, rows, MOST) int32: room for the keys that may be selected.
+    """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Scores += (batch * num_rows + row) * row_stride
+    Candidates += (batch * num_rows + row) * MOST
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
-    place = (batch * num_tokens + token0 + row) * topk
+    Indices += (batch * num_tokens + token0 + row) * topk
+    Chosen += (batch * num_tokens + token0 + row) * topk
+    seen = own - first + 1
     # Of a query that sees at most k tokens all are taken: the threshold is below every score.
     threshold, missing = tl.full([], 0, tl.uint32), topk
-    if own - first + 1 > topk:
-        for step in tl.static_range(4):
-            counts = tl.zeros([256], tl.int32)  # [BINS] tokens by the next byte
-            for start in tl.range(first, own + 1, BLOCK):
-                key = start + tl.arange(0, BLOCK)  # [BLOCK]
-                ordered = _ordered(tl.load(Scores + key, mask=key <= own, other=0.0), key, first, own, num_initial,
-                                   num_local)  # fmt: skip
-                digit = ((ordered >> (24 - 8 * step)) & 0xFF).to(tl.int32)  # [BLOCK]
-                here = key <= own
-                if step > 0:
-                    here = here & ((ordered >> (32 - 8 * step)) == threshold)
-                counts += tl.histogram(digit, 256, mask=here)
-            # The byte of the k-th largest: at least `missing` tokens have it or a larger one, fewer a larger one.
-            at_least = tl.sum(counts) - tl.cumsum(counts, 0) + counts  # [BINS]
-            byte = tl.sum((at_least >= missing).to(tl.int32)) - 1
-            bins = tl.arange(0, 256)
-            missing -= tl.sum(tl.where(bins > byte, counts, 0))
-            threshold = (threshold << 8) | byte.to(tl.uint32)
-    taken, ties = 0, 0
-    for start in tl.range(first, own + 1, BLOCK):
-        key = start + tl.arange(0, BLOCK)  # [BLOCK]
-        score = tl.load(Scores + key, mask=key <= own, other=0.0)  # [BLOCK]
-        ordered = _ordered(score, key, first, own, num_initial, num_local)
-        tie = (key <= own) & (ordered == threshold)
-        rank = ties + tl.cumsum(tie.to(tl.int32), 0)  # [BLOCK], from 1
-        take = (key <= own) & ((ordered > threshold) | (tie & (rank <= missing)))
-        slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1  # [BLOCK]
-        tl.store(Indices + place + slot, key, mask=take)
-        tl.store(Chosen + place + slot, score, mask=take)
-        taken += tl.sum(take.to(tl.int32))
-        ties += tl.sum(tie.to(tl.int32))
+    found = 0
+    if seen > topk:
+        # A bound that, most likely, somewhat more than k scores reach: from a sample of the row.
+        place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
+        key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
+        _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        share = topk * 1.0 / seen * SAMPLE
+        bound, _ties = _kth_of_block(
+            ordered, key <= own, tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
+        )
+        for start in tl.range(first, own + 1, BLOCK):
+            key = start + tl.arange(0, BLOCK)  # [BLOCK]
+            _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+            reaches = (key <= own) & (ordered >= bound)
+            slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
+            tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
+            found += tl.sum(reaches.to(tl.int32))
+        if (found < topk) | (found > MOST):  # the sample misled: search the whole row
+            for step in tl.static_range(4):
+                counts = tl.zeros([256], tl.int32)  # [256]
+                for start in tl.range(first, own + 1, BLOCK):
+                    key = start + tl.arange(0, BLOCK)  # [BLOCK]
+                    _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+                    counts += _counts(ordered, key <= own, threshold, step)
+                threshold, missing = _next_byte(counts, threshold, missing)
+    if (found >= topk) & (found <= MOST):
+        tl.debug_barrier()  # what other threads of the program stored is there
+        place = tl.arange(0, MOST)  # [MOST]
+        key = tl.load(Candidates + place, mask=place < found, other=0)  # [MOST]
+        score, ordered = _load_ordered(Scores, key, place < found, first, own, num_initial, num_local)
+        threshold, missing = _kth_of_block(ordered, place < found, topk)
+        _emit(Indices, Chosen, key, score, ordered, place < found, threshold, missing, 0, 0)
+    else:
+        taken, ties = 0, 0
+        for start in tl.range(first, own + 1, BLOCK):
+            key = start + tl.arange(0, BLOCK)  # [BLOCK]
+            score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+            taken, ties = _emit(Indices, Chosen, key, score, ordered, key <= own, threshold, missing, taken, ties)
 
 
 def topk(
@@ -118,19 +183,21 @@ def topk(
     if not indices.numel():
         return indices, chosen
     first, own = documents.bounds[documents.query_document].int(), documents.query_position.int()
-    block = 16 if INTERPRETED else 128
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
     slab = q_idx.new_empty(batch, rows, keys, dtype=torch.float32)
+    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
+    candidates = q_idx.new_empty(batch, rows, most, dtype=torch.int32)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
+    queries, block = (16, 16) if INTERPRETED else SCORE_TILE
+    select = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
-        grid = (triton.cdiv(keys, block), triton.cdiv(here, block), batch)
-        score_kernel[grid](
+        score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries), batch](
             q_idx, k_idx, weights, first, own, slab, token, here, tokens, keys, keys, heads, width, tile_width(width),
-            block, block, precision, num_warps=8, num_stages=3,
+            queries, block, precision, num_warps=4, num_stages=3,
         )  # fmt: skip
         topk_kernel[here, batch](
-            slab, first, own, indices, chosen, token, here, tokens, keys, topk, num_initial, num_local,
-            64 if INTERPRETED else SELECT_BLOCK, num_warps=8,
+            slab, first, own, candidates, indices, chosen, token, here, tokens, keys, topk, num_initial, num_local,
+            *select, most, num_warps=8,
         )  # fmt: skip
     return indices, chosen

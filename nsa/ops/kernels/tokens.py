@@ -22,15 +22,15 @@ from nsa.ops.kernels.device_functions import (
     scores,
     store_output,
     store_query_gradient,
-    store_rows,
 )
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
-PART_BYTES = 2**30  # of the parts of a chunk of queries
+PART_BYTES = 2**31  # of the parts of a chunk of queries
 MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
-GATHERED = 16  # parts that a program of `sum_kernel` loads at once
+GATHERED = 8  # parts that a program of `sum_kernel` loads at once
+MOST_COLUMNS = 512  # of a program of `sum_kernel`
 
 
 @triton.jit
@@ -82,14 +82,21 @@ def forward_kernel(Q, K, V, Lists, Out, Lse, num_tokens, num_keys, num_slots, sc
     store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, DV1)
 
 
+@triton.jit
+def _store_part(Parts, at, ok, column, D, value):
+    """Rows (rows, columns) of which the first column lies at ``at``."""
+    value = value.to(Parts.dtype.element_ty)
+    tl.store(Parts + at[:, None] + column[None, :], value, mask=ok[:, None] & (column[None, :] < D))
+
+
 @triton.jit(do_not_specialize=[*INTEGERS, "token0"])
-def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, PartK, PartV, token0, num_tokens, num_keys, num_slots,
+def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, Parts, token0, num_tokens, num_keys, num_slots,
                     scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                     D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """DQ of all heads of a KV head of token ``token0`` + program, and its parts of dK and dV.
 
-    PartK, PartV (B, tokens of the launch, G, slots, D or Dv). Other arguments as in `forward_kernel`.
+    Parts (B, tokens of the launch, slots, G, D + Dv): dK, then dV. Other arguments as in `forward_kernel`.
     """
     local, batch, group, head, ok = _place(num_tokens, GROUPS, HEADS, BM)
     token = token0 + local
@@ -99,7 +106,7 @@ def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, PartK, PartV, token0, 
     lse = load_base2_lse(Lse, q_row, ok)  # [BM]
     delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
     Lists += (batch * num_tokens + token) * num_slots
-    part_row = ((batch * tl.num_programs(0) + local) * GROUPS + group) * num_slots
+    part_row = (batch * tl.num_programs(0) + local) * num_slots
     dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
     for start in tl.range(0, num_slots, BN):
@@ -110,15 +117,15 @@ def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, PartK, PartV, token0, 
         p = tl.where(listed[None, :], p, 0.0)
         ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)  # [BM, BN]
         dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        part = part_row + start + tl.arange(0, BN)  # [BN]
-        dv = tl.dot(tl.trans(p.to(d_out.dtype)), d_out, input_precision=PRECISION)  # [BN, DV1]
-        store_rows(PartV, part, listed, tl.arange(0, DV1), DV, dv)
+        part = ((part_row + start + tl.arange(0, BN)) * GROUPS + group) * (D + DV)  # [BN]
         dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION) * scale  # [BN, D1]
-        store_rows(PartK, part, listed, tl.arange(0, D1), D, dk1)
+        _store_part(Parts, part, listed, tl.arange(0, D1), D, dk1)
         if D2 > 0:
             dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
             dk2 = tl.dot(tl.trans(ds), q2, input_precision=PRECISION) * scale  # [BN, D2]
-            store_rows(PartK, part, listed, D1 + tl.arange(0, D2), D, dk2)
+            _store_part(Parts, part, listed, D1 + tl.arange(0, D2), D, dk2)
+        dv = tl.dot(tl.trans(p.to(d_out.dtype)), d_out, input_precision=PRECISION)  # [BN, DV1]
+        _store_part(Parts, part + D, listed, tl.arange(0, DV1), DV, dv)
     store_query_gradient(DQ, q_row, ok, dq1, dq2, scale, D, D1, D2, False)
 
 
@@ -146,24 +153,23 @@ def users_kernel(Slots, Users, Count, num_slots, QUERIES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
-def sum_kernel(Part, Users, Count, Total, num_keys, num_slots, num_queries, GROUPS: tl.constexpr, D: tl.constexpr,
-               D1: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
-    """Total (B, S, G, D) fp32 += the parts (B, queries of the chunk, G, slots, D) of the users of a key."""
-    key, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    at = batch * num_keys + key
+def sum_kernel(Parts, Users, Count, Total, num_keys, num_slots, num_queries, WIDTH: tl.constexpr,
+               COLUMNS: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
+    """Adds Parts (B, queries of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
+    at, batch = tl.program_id(2).to(tl.int64) * num_keys + tl.program_id(0), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
     count = tl.load(Count + at)
     if count > 0:
-        column = tl.arange(0, D1)  # [D1]
-        total = tl.zeros([D1], tl.float32)  # [D1]
+        total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
         for start in tl.range(0, count, GATHERED):
             number = start + tl.arange(0, GATHERED)  # [GATHERED]
             ok = number < count  # [GATHERED]
             user = tl.load(Users + at * QUERIES + number, mask=ok, other=0)  # [GATHERED]
-            query, slot = user // num_slots, user % num_slots  # [GATHERED]
-            row = ((batch * num_queries + query) * GROUPS + group) * num_slots + slot  # [GATHERED]
-            total += tl.sum(load_rows(Part, row, ok, column, D).to(tl.float32), 0)
-        place = (at * GROUPS + group) * D + column  # [D1]
-        tl.store(Total + place, tl.load(Total + place, mask=column < D, other=0.0) + total, mask=column < D)
+            row = batch * num_queries * num_slots + user  # [GATHERED]
+            total += tl.sum(load_rows(Parts, row, ok, column, WIDTH).to(tl.float32), 0)
+        place = at * WIDTH + column  # [COLUMNS]
+        here = column < WIDTH
+        tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
 
 
 def _tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -204,17 +210,16 @@ def backward(
         q, k, v, lists: as for `forward`. d_out: (B, T, H, Dv), contiguous. lse, delta: (B, T, H) fp32.
     """
     (batch, tokens, heads, width), (keys, groups), slots = q.shape, k.shape[1:3], lists.shape[2]
-    totals = [torch.zeros_like(x, dtype=torch.float32) for x in (k, v)]
+    total = k.new_zeros(batch, keys, groups, width + v.shape[3], dtype=torch.float32)
     if not q.numel() or not lists.numel():
-        return torch.zeros_like(q), *(total.to(k.dtype) for total in totals)
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
     tile, options = _tile(constants, q.element_size())
     tile["BM"] = tile_width(heads // groups)
-    widths = width, v.shape[3]
-    fits = PART_BYTES // (batch * groups * slots * sum(widths) * k.element_size())
-    chunk = max(16, min(MOST_QUERIES, tokens, fits))
+    columns = groups * total.shape[3]  # of a key
+    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * k.element_size())))
     queries = triton.next_power_of_2(chunk)
-    parts = [k.new_empty(batch, chunk, groups, slots, columns) for columns in widths]
+    parts = k.new_empty(batch, chunk, slots, columns)
     inverse = torch.empty(batch, keys, queries, dtype=torch.int16, device=q.device)
     users = torch.empty(batch, keys, queries, dtype=torch.int32, device=q.device)
     count = torch.empty(batch, keys, dtype=torch.int32, device=q.device)
@@ -225,12 +230,12 @@ def backward(
         )
         users_kernel[(batch * keys,)](inverse, users, count, slots, queries, num_warps=4)
         backward_kernel[here, groups, batch](
-            q, k, v, lists, d_out, lse, delta, dq, *parts, token, tokens, keys, slots, scale * LOG2_E, scale,
+            q, k, v, lists, d_out, lse, delta, dq, parts, token, tokens, keys, slots, scale * LOG2_E, scale,
             **constants, **tile, **options,
         )  # fmt: skip
-        for part, total, columns in zip(parts, totals, widths, strict=True):
-            sum_kernel[keys, groups, batch](
-                part, users, count, total, keys, slots, here, groups, columns, tile_width(columns), queries, GATHERED,
-                num_warps=4,
-            )  # fmt: skip
-    return dq, totals[0].to(k.dtype), totals[1].to(v.dtype)
+        at_once = min(MOST_COLUMNS, tile_width(columns))
+        sum_kernel[keys, triton.cdiv(columns, at_once), batch](
+            parts, users, count, total, keys, slots, here, columns, at_once, queries, GATHERED, num_warps=4
+        )
+    dk, dv = total.split([width, v.shape[3]], -1)
+    return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
