@@ -33,12 +33,16 @@ from nsa.ops.kernels import (
     cross_entropy,
     gates,
     hardware,
+    index_topk,
     norm,
     ranges,
     rotary,
     selected,
     selection,
     swiglu,
+)
+from nsa.ops.kernels import (
+    tokens as listed,
 )
 from nsa.ops.kernels.hopper import gradient
 
@@ -148,6 +152,9 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         inner, position, outer = (k.new_zeros(size) for size in ((width, 32 * width), (32, width), (v_width, width)))
         out_cmp, pre = compression.forward(k, inner, position, outer, blocks.start, 32)
         compression.backward(out_cmp, k, inner, position, outer, pre, blocks, 32, 16)
+        lists = torch.zeros(1, tokens, 64, dtype=torch.int32)
+        listed.forward(q, k, v, lists, 1.0)
+        listed.backward(q, k, v, lists, out, lse, delta, 1.0)
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)
@@ -185,6 +192,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         logits, targets, row = torch.zeros(64, 32768, dtype=dtype), torch.zeros(64, dtype=torch.int64), torch.zeros(64)
         cross_entropy.statistics(logits, targets, 0)
         cross_entropy.logit_gradients(logits, targets, row, row, 0)
+        q_idx, k_idx = torch.zeros(1, 256, 4, 128, dtype=dtype), torch.zeros(1, 256, 128, dtype=dtype)
+        index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), Documents.of(256, 0, None, q.device), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"

@@ -102,6 +102,19 @@ def _load_ordered(Scores, key, ok, first, own, num_initial, num_local):
 
 
 @triton.jit
+def _likely_bound(Scores, first, own, topk, num_initial, num_local, SAMPLE: tl.constexpr):
+    """What most likely somewhat more than topk scores reach, from a sample of the row."""
+    seen = own - first + 1
+    place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
+    key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
+    _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+    share = topk * 1.0 / seen * SAMPLE
+    wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
+    bound, _ties = _kth_of_block(ordered, key <= own, wanted)
+    return bound
+
+
+@triton.jit
 def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
     """Store those of the keys that are selected; (taken, ties) with them counted."""
     tie = ok & (ordered == threshold)
@@ -110,6 +123,17 @@ def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, t
     tl.store(Indices + slot, key, mask=take)
     tl.store(Chosen + slot, score, mask=take)
     return taken + tl.sum(take.to(tl.int32)), ties + tl.sum(tie.to(tl.int32))
+
+
+@triton.jit
+def _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local,
+                     MOST: tl.constexpr):  # fmt: skip
+    """Store the top-k of the first ``found`` candidates, which are ascending."""
+    place = tl.arange(0, MOST)  # [MOST]
+    key = tl.load(Candidates + place, mask=place < found, other=0)  # [MOST]
+    score, ordered = _load_ordered(Scores, key, place < found, first, own, num_initial, num_local)
+    threshold, missing = _kth_of_block(ordered, place < found, topk)
+    _emit(Indices, Chosen, key, score, ordered, place < found, threshold, missing, 0, 0)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_stride", "topk"])
@@ -125,19 +149,11 @@ def topk_kernel(Scores, First, Own, Candidates, Indices, Chosen, token0, num_row
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     Indices += (batch * num_tokens + token0 + row) * topk
     Chosen += (batch * num_tokens + token0 + row) * topk
-    seen = own - first + 1
     # Of a query that sees at most k tokens all are taken: the threshold is below every score.
     threshold, missing = tl.full([], 0, tl.uint32), topk
     found = 0
-    if seen > topk:
-        # A bound that, most likely, somewhat more than k scores reach: from a sample of the row.
-        place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
-        key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
-        _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
-        share = topk * 1.0 / seen * SAMPLE
-        bound, _ties = _kth_of_block(
-            ordered, key <= own, tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
-        )
+    if own - first + 1 > topk:
+        bound = _likely_bound(Scores, first, own, topk, num_initial, num_local, SAMPLE)
         for start in tl.range(first, own + 1, BLOCK):
             key = start + tl.arange(0, BLOCK)  # [BLOCK]
             _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
@@ -155,11 +171,7 @@ def topk_kernel(Scores, First, Own, Candidates, Indices, Chosen, token0, num_row
                 threshold, missing = _next_byte(counts, threshold, missing)
     if (found >= topk) & (found <= MOST):
         tl.debug_barrier()  # what other threads of the program stored is there
-        place = tl.arange(0, MOST)  # [MOST]
-        key = tl.load(Candidates + place, mask=place < found, other=0)  # [MOST]
-        score, ordered = _load_ordered(Scores, key, place < found, first, own, num_initial, num_local)
-        threshold, missing = _kth_of_block(ordered, place < found, topk)
-        _emit(Indices, Chosen, key, score, ordered, place < found, threshold, missing, 0, 0)
+        _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local, MOST)
     else:
         taken, ties = 0, 0
         for start in tl.range(first, own + 1, BLOCK):
