@@ -3,6 +3,7 @@
 import itertools
 import os
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ needs_kernels = pytest.mark.skipif(not (HAS_GPU or INTERPRETED), reason="runs wi
 @pytest.mark.time_limit(1000)
 def test_in_the_interpreter(run_python) -> None:
     """Runs in another process, since Triton reads TRITON_INTERPRET when a kernel is defined."""
-    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=900, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    files = [__file__, str(Path(__file__).with_name("test_dsa_kernels.py"))]
+    done = run_python("-m", "pytest", "-q", "-x", *files, timeout=900, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 

@@ -20,8 +20,8 @@ from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, tile_width
 
 SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
 SCORE_TILE = 64, 128  # queries and keys of a program of `score_kernel`
-SELECT_BLOCK = 4096  # scores that a program of `topk_kernel` loads at once
-SAMPLE = 1024  # scores of the sample
+SELECT_BLOCK = 2048  # scores that a program of `topk_kernel` loads at once
+SAMPLE = 2048  # scores of the sample
 SMALLEST = 64  # room for candidates at least
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 

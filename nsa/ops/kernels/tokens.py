@@ -30,7 +30,7 @@ PART_BYTES = 2**31  # of the parts of a chunk of queries
 MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
 GATHERED = 8  # parts that a program of `sum_kernel` loads at once
-MOST_COLUMNS = 512  # of a program of `sum_kernel`
+MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 
 
 @triton.jit
@@ -215,6 +215,8 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
     tile, options = _tile(constants, q.element_size())
+    if not INTERPRETED:
+        tile["BN"], options["num_warps"] = 32, 2 if tile["BM"] == 16 else 4
     tile["BM"] = tile_width(heads // groups)
     columns = groups * total.shape[3]  # of a key
     chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * k.element_size())))

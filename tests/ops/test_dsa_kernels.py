@@ -1,0 +1,103 @@
+"""DSA's kernels against the reference: on a GPU if there is one, else in Triton's interpreter (fp32).
+
+Without a GPU they run within tests/ops/test_kernels.py::test_in_the_interpreter.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import ops
+from nsa.ops.kernels import index_topk, tokens
+from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
+
+LISTS = [  # batch, documents, heads, groups, D, Dv, tokens of a list
+    (1, [1], 2, 1, 16, 16, 3),
+    (2, [33], 6, 2, 24, 16, 5),
+    (1, [17, 1, 0, 20], 3, 3, 16, 48, 40),
+    (1, [20], 20, 1, 48, 16, 16),
+]
+
+
+def indexer(batch: int, count: int, heads: int = 3, width: int = 8, whole: bool = True) -> list[Tensor]:
+    """Inputs of the indexer; whole numbers make scores exact, and many of them equal."""
+    found = [normal(batch, count, heads, width).detach(), normal(batch, count, 1, width, seed=1).detach().squeeze(2)]
+    found.append(normal(batch, count, heads, seed=2).detach())
+    return [x.round() for x in found] if whole else found
+
+
+@needs_kernels
+@pytest.mark.parametrize("order", ["index", "score"])
+@pytest.mark.parametrize(
+    ("documents", "topk", "forced"), [([40], 5, (0, 0)), ([9, 0, 40, 1], 8, (1, 3)), ([20], 30, (2, 0))]
+)
+def test_topk(documents: list[int], topk: int, forced: tuple[int, int], order: str) -> None:
+    batch = 2 if len(documents) == 1 else 1
+    inputs, (num_initial, num_local) = indexer(batch, sum(documents)), forced
+    options = {"topk": topk, "num_initial": num_initial, "num_local": num_local, "order": order}
+    options |= {"cu_seqlens": packing(documents)}
+    for ours, theirs in zip(*(ops.index_topk(*inputs, **options, backend=b) for b in ("triton", "naive")), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@needs_kernels
+def test_topk_in_chunks_and_where_the_sample_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of few queries; scores of which the sampled ones are the largest, and all scores equal."""
+    count = 64
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 24)
+    q = torch.ones(1, count, 1, 8, device=DEVICE)
+    rising = torch.arange(count, device=DEVICE).float()[None, :, None].expand(-1, -1, 8)
+    sampled = torch.where(torch.arange(count, device=DEVICE) % 2 == 0, 100.0, 1.0)[None, :, None].expand(-1, -1, 8)
+    for k in (rising, sampled, torch.zeros_like(rising)):
+        inputs = q, k.contiguous(), torch.ones(1, count, 1, device=DEVICE)
+        found, expected = (ops.index_topk(*inputs, topk=5, backend=backend) for backend in ("triton", "naive"))
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
+def test_attention(batch, documents, heads, groups, width, v_width, slots, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output, LSE and all gradients; chunks of 16 queries; lists with holes, and empty ones."""
+    monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
+    count = sum(documents)
+    lists, _ = ops.index_topk(*indexer(batch, count), topk=slots, cu_seqlens=packing(documents), backend="naive")
+    holes = torch.rand(lists.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.2
+    lists = lists.masked_fill(holes, -1)
+    inputs = [normal(batch, count, heads, width), normal(batch, count, groups, width, seed=1)]
+    inputs.append(normal(batch, count, groups, v_width, seed=2))
+    results = []
+    for backend in ("triton", "naive"):
+        out, lse = ops.token_sparse_attention(*inputs, lists, return_lse=True, backend=backend)
+        weights = (torch.arange(x.numel(), device=DEVICE).view_as(x).sin() for x in (out, lse))
+        total = sum((x * w).sum() for x, w in zip((out, lse.masked_fill(lse == -torch.inf, 0)), weights, strict=True))
+        results.append([out, lse, *torch.autograd.grad(total, inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
+def test_gradients_have_the_same_bits_twice() -> None:
+    lists, _ = ops.index_topk(*indexer(1, 40, whole=False), topk=8)
+    q, k, v = normal(1, 40, 4, 16), normal(1, 40, 2, 16, seed=1), normal(1, 40, 2, 16, seed=2)
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = ops.token_sparse_attention(q, k, v, lists, backend="triton")
+        return torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+def test_in_bf16() -> None:
+    """Against the reference in fp32 on the same rounded inputs."""
+    lists, _ = ops.index_topk(*indexer(2, 300, whole=False), topk=64)
+    inputs = [normal(2, 300, h, 128, seed=i).detach().bfloat16().requires_grad_() for i, h in enumerate((32, 2, 2))]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    out = ops.token_sparse_attention(*inputs, lists, backend="triton")
+    expected = ops.token_sparse_attention(*exact, lists, backend="naive")
+    weights = normal(*out.shape, seed=9).detach()
+    found = [out, *torch.autograd.grad((out.float() * weights).sum(), inputs)]
+    wanted = [expected, *torch.autograd.grad((expected * weights).sum(), exact)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
