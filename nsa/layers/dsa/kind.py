@@ -85,7 +85,7 @@ DSA = Kind(
         "weights": Own(),
     },
     choices=("attend.choose",),
-    expensive=("range_attention",),
+    expensive=("range_attention", "token_attention"),
     loss=("attend.loss", "indexer_kl"),
     figures=measure,
     export=None,

@@ -19,7 +19,8 @@ from nsa.ops.kernels.device_functions import load_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, tile_width
 
 SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
-SCORE_TILE = 64, 128  # queries and keys of a program of `score_kernel`
+# Queries and keys of a program of `score_kernel`, by the bytes of an element.
+SCORE_TILES = {2: (64, 128), 4: (32, 64)}
 SELECT_BLOCK = 2048  # scores that a program of `topk_kernel` loads at once
 SAMPLE = 2048  # scores of the sample
 SMALLEST = 64  # room for candidates at least
@@ -200,7 +201,7 @@ def topk(
     most = max(SMALLEST, triton.next_power_of_2(2 * topk))
     candidates = q_idx.new_empty(batch, rows, most, dtype=torch.int32)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
-    queries, block = (16, 16) if INTERPRETED else SCORE_TILE
+    queries, block = (16, 16) if INTERPRETED else SCORE_TILES[q_idx.element_size()]
     select = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
