@@ -28,7 +28,7 @@ def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True, kernels:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if not kernels:
         if backend == "triton":
-            raise ValueError("backend='triton': this operator has no kernels yet; use 'auto' or 'torch'")
+            raise ValueError("backend='triton': there is no kernel for this yet; use 'auto' or 'torch'")
         return "torch" if backend == "auto" else backend
     if backend == "triton" and (obstacle := _kernel_obstacle(*tensors, heads=heads)):
         raise ValueError(f"backend='triton': {obstacle}; or use 'auto' or 'torch'")

@@ -15,6 +15,7 @@ from small_run import small_config, small_export
 from nsa.config import Config, load_config
 from nsa.exporting import ExportError, load_alone, load_decoder, proof
 from nsa.exporting.folder import CONFIG
+from nsa.layers.kinds import KINDS
 from nsa.models.hf.modeling_nsa import NSAConfig
 from nsa.strict_yaml import walk
 
@@ -36,7 +37,12 @@ TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight"}
 # What logits do not depend on: how fresh weights are drawn; the number of layers, which attention_kinds has, too; and
 # a tie where the weights of both are there and differ, which `transformers` then leaves apart.
 NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
-FIELDS = [(key, field) for key, field in walk(Config) if key.startswith(("model.", "attention."))]
+NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
+FIELDS = [
+    (key, field)
+    for key, field in walk(Config)
+    if key.startswith(("model.", "attention.")) and not key.startswith(NOT_EXPORTED)
+]
 EXPORTED = {key: NAMES.get(key, key.rpartition(".")[2]) for key, _ in FIELDS if key not in TRAINING_ONLY}
 
 # Unlike every default, and large enough an effect on logits; what is not named here gets a value by itself.

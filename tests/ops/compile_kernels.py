@@ -34,6 +34,7 @@ from nsa.ops.kernels import (
     gates,
     hardware,
     index_topk,
+    indexer_kl,
     norm,
     ranges,
     rotary,
@@ -155,6 +156,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         lists = torch.zeros(1, tokens, 64, dtype=torch.int32)
         listed.forward(q, k, v, lists, 1.0)
         listed.backward(q, k, v, lists, out, lse, delta, 1.0)
+        index = torch.zeros(1, tokens, 4, 128, dtype=dtype), torch.zeros(1, tokens, 128, dtype=dtype)
+        indexer_kl.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, lists, 1.0)
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)

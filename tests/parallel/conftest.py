@@ -10,12 +10,14 @@ from tests.training.tiny import on_ranks
 FEW_STEPS = 6  # of a curve; the table in docs/parallelism.md has more
 DEEP = ["model.num_layers=5"]
 DENSE, SPARSE = ["attention.kind=dense"], ["attention.kind=nsa"]
+DSA = ["attention.kind=[dsa, nsa]", "attention.dsa={topk: 8, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}"]
 CASES = [
     [*BASE, *SGD, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *SPARSE, *layout(context=4, zero=2)],
     [*BASE, *SGD, *DENSE, *layout(context=2, zero=3), "training.micro_batch_size=2"],
     [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
+    [*BASE, *SGD, *DSA, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],

@@ -83,7 +83,7 @@ def test_expert_metrics_are_logged_in_every_layout(four_ranks):
         for layer in ("layer_00", "layer_01"):
             assert 0 < line[f"moe/mean_violation/{layer}"] <= line[f"moe/max_violation/{layer}"] < 8
             assert 0 <= line[f"moe/dead_share/{layer}"] < 1
-            assert 1 < line[f"moe/balance_loss/{layer}"] < 1.1, "of a router that has hardly learned"
+            assert 0.9 < line[f"moe/balance_loss/{layer}"] < 1.1, "of a router that has hardly learned"
     assert lines[0]["comm/experts_tokens_mib"] > 0
 
 

@@ -9,6 +9,8 @@ it are found in the order of the queries, and one program adds their parts up. T
 the parts take PART_BYTES at most.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -201,6 +203,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tup
     return out, lse
 
 
+def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """Adds to ``total`` (B, S, columns) fp32 what the caller writes for each slot of ``lists`` (B, T, slots) int32.
+
+    Yields:
+        the first query of a chunk, the number of its queries, and room for their parts (B, queries, slots, columns) in
+        ``dtype``. They are summed before the next chunk.
+    """
+    (batch, tokens, slots), (_, keys, columns) = lists.shape, total.shape
+    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
+    queries = triton.next_power_of_2(chunk)
+    inverse = lists.new_empty(batch, keys, queries, dtype=torch.int16)
+    users, count = lists.new_empty(batch, keys, queries), lists.new_empty(batch, keys)
+    parts = total.new_empty(batch * chunk * slots * columns, dtype=dtype)
+    at_once = min(MOST_COLUMNS, tile_width(columns))
+    for token in range(0, tokens, chunk):
+        here = min(chunk, tokens - token)
+        invert_kernel[here, batch](
+            lists, inverse.fill_(-1), token, tokens, keys, slots, queries, 64 if INTERPRETED else 512, num_warps=4
+        )
+        users_kernel[(batch * keys,)](inverse, users, count, slots, queries, num_warps=4)
+        yield token, here, parts
+        sum_kernel[keys, triton.cdiv(columns, at_once), batch](
+            parts, users, count, total, keys, slots, here, columns, at_once, queries, GATHERED, num_warps=4
+        )
+
+
 def backward(
     q: Tensor, k: Tensor, v: Tensor, lists: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,26 +246,10 @@ def backward(
     if not INTERPRETED:
         tile["BN"], options["num_warps"] = 32, 2 if tile["BM"] == 16 else 4
     tile["BM"] = tile_width(heads // groups)
-    columns = groups * total.shape[3]  # of a key
-    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * k.element_size())))
-    queries = triton.next_power_of_2(chunk)
-    parts = k.new_empty(batch, chunk, slots, columns)
-    inverse = torch.empty(batch, keys, queries, dtype=torch.int16, device=q.device)
-    users = torch.empty(batch, keys, queries, dtype=torch.int32, device=q.device)
-    count = torch.empty(batch, keys, dtype=torch.int32, device=q.device)
-    for token in range(0, tokens, chunk):
-        here = min(chunk, tokens - token)
-        invert_kernel[here, batch](
-            lists, inverse.fill_(-1), token, tokens, keys, slots, queries, 64 if INTERPRETED else 512, num_warps=4
-        )
-        users_kernel[(batch * keys,)](inverse, users, count, slots, queries, num_warps=4)
+    for token, here, parts in summed_parts(lists, total.flatten(2), k.dtype):
         backward_kernel[here, groups, batch](
             q, k, v, lists, d_out, lse, delta, dq, parts, token, tokens, keys, slots, scale * LOG2_E, scale,
             **constants, **tile, **options,
         )  # fmt: skip
-        at_once = min(MOST_COLUMNS, tile_width(columns))
-        sum_kernel[keys, triton.cdiv(columns, at_once), batch](
-            parts, users, count, total, keys, slots, here, columns, at_once, queries, GATHERED, num_warps=4
-        )
     dk, dv = total.split([width, v.shape[3]], -1)
     return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
