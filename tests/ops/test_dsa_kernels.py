@@ -41,17 +41,21 @@ def test_topk(documents: list[int], topk: int, forced: tuple[int, int], order: s
 
 
 @needs_kernels
-def test_topk_in_chunks_and_where_the_sample_misleads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk of few queries; scores of which the sampled ones are the largest, and all scores equal."""
-    count = 50
-    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 24)
-    q = torch.ones(1, count, 1, 8, device=DEVICE)
-    rising = torch.arange(count, device=DEVICE).float()[None, :, None].expand(-1, -1, 8)
-    sampled = torch.where(torch.arange(count, device=DEVICE) % 2 == 0, 100.0, 1.0)[None, :, None].expand(-1, -1, 8)
-    for k in (rising, sampled, torch.zeros_like(rising)):
-        inputs = q, k.contiguous(), torch.ones(1, count, 1, device=DEVICE)
-        found, expected = (ops.index_topk(*inputs, topk=5, backend=backend) for backend in ("triton", "naive"))
-        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+@pytest.mark.parametrize("scores", ["rising", "sampled", "equal"])
+def test_topk_in_chunks_and_where_the_sample_misleads(scores: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of three queries. "sampled": only the sampled tokens have high scores, so fewer than k reach the bound.
+    "equal": all tokens do, more than there is room for."""
+    count, topk, sample = 200, 16, 32
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 3)
+    monkeypatch.setattr(index_topk, "SMALLEST", 8)
+    monkeypatch.setattr(index_topk, "SAMPLE", sample)
+    value = torch.zeros(count) if scores == "equal" else torch.arange(count).float()
+    if scores == "sampled":
+        value[torch.arange(sample) * count // sample] += 1000
+    q, weights = torch.ones(1, 5, 1, 8, device=DEVICE), torch.ones(1, 5, 1, device=DEVICE)
+    k = value.to(DEVICE)[None, :, None].expand(-1, -1, 8).contiguous()
+    found, expected = (ops.index_topk(q, k, weights, topk=topk, backend=backend) for backend in ("triton", "naive"))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
 @needs_kernels
