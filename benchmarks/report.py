@@ -73,15 +73,6 @@ def preparing(result: dict) -> Iterator[str]:
     yield "|--:" * len(keys) + "|---|"
     for row in rows:
         yield "| " + " | ".join(str(row[key]) for key in keys) + f" | {' '.join(map(str, row['memory_mib']))} |"
-    if stopped := result.get("stopped"):
-        points = stopped["points"]
-        points_text = ", ".join(
-            f"{p['documents_written']:,}: {p['tree_mib']}" for p in points[:: max(1, len(points) // 6)]
-        )
-        yield (
-            f"\n{stopped['megabytes']} MB in documents of {stopped['bytes']} bytes, all {stopped['documents']:,} "
-            f"of them read, sorted and the tokenizer trained; MiB by documents written: {points_text}."
-        )
 
 
 def commands(result: dict) -> Iterator[str]:
