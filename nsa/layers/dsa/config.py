@@ -25,7 +25,9 @@ class DsaConfig(Section):
         description="warm-up: queries attend to all tokens, and the indexer learns this attention; sparse: they attend "
         "to the selected tokens, and the indexer learns the attention among these",
     )
-    kl_weight: float = Field(1.0, ge=0, description="weight of the indexer's loss: the mean over tokens, summed over layers")
+    kl_weight: float = Field(
+        1.0, ge=0, description="weight of the indexer's loss, a mean over tokens summed over layers"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "DsaConfig":
