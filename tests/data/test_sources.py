@@ -71,6 +71,7 @@ def test_jsonl_with_rows_that_differ(tmp_path: Path) -> None:
         b"nul",
         b"[" * 9999,
     ],
+    ids=range(10),
 )
 def test_a_line_is_read_as_json_reads_it(line: bytes) -> None:
     """The short cut for ordinary lines takes no other. Planted: what follows the value is not looked at."""
