@@ -47,16 +47,22 @@ def encode_batch(texts: list[bytes]) -> Tokens:
     """
     tokenizer = _tokenizer
     assert tokenizer is not None
-    begin, end = (np.array([i], np.int32) for i in (tokenizer.bos_id, tokenizer.eos_id))
-    parts, ends, total = [], [], 0
-    for text in texts:
-        ids = tokenizer.encode_array(text)
-        pieces = [tokenizer.decode_bytes(ids[at : at + PIECE].tolist()) for at in range(0, len(ids), PIECE)]
-        assert b"".join(pieces) == text, "the tokenizer lost text"
-        parts += [begin, ids, end]
-        total += len(ids) + 2
-        ends.append(total)
-    return np.concatenate([np.empty(0, np.int32), *parts]), np.array(ends, np.int64)
+    ids, ends = tokenizer.encode_all(texts)
+    decoded, done = [], 0
+    byte_ends = np.zeros(len(texts), np.int64)  # of what each text decodes to
+    for at in range(0, len(ids), PIECE):
+        some = ids[at : at + PIECE]
+        decoded.append(tokenizer.decode_bytes(some.tolist()))
+        here = (ends > at) & (ends <= at + PIECE)
+        byte_ends[here] = done + np.cumsum(tokenizer.byte_lengths[some])[ends[here] - at - 1]
+        done += len(decoded[-1])
+    np.maximum.accumulate(byte_ends, out=byte_ends)  # of an empty text: those before end where it does
+    sizes = np.cumsum([len(text) for text in texts])
+    assert (byte_ends == sizes).all() and b"".join(decoded) == b"".join(texts), "the tokenizer lost text"
+    starts = np.concatenate([[0], ends])[:-1]
+    control = np.tile(np.array([tokenizer.bos_id, tokenizer.eos_id], np.int32), len(texts))
+    tokens = np.insert(ids, np.stack([starts, ends], 1).ravel(), control)
+    return tokens, ends + 2 * np.arange(1, len(texts) + 1)
 
 
 @contextmanager

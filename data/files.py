@@ -47,7 +47,7 @@ FEW_ROWS = 1000  # a .json of fewer rows, none with a text, is no table: a setti
 SPACE = re.compile(r"[ \t\r\n]+")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # bytes of a file that are not (PEP 383)
 BOM = b"\xef\xbb\xbf"
-_parse = json.JSONDecoder().decode
+_decoder = json.JSONDecoder()
 
 
 class Document(NamedTuple):
@@ -137,23 +137,29 @@ def _plain_suffix(path: Path) -> str:
 
 def _json(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow]:
     """JSON lines, an array of rows, or one row. A row with null for its text, or without any, is an empty document."""
-    columns: set[str] = set()
+    columns: set[str] = set()  # until there is a text
+    has_text = False
     rows = _json_rows(path, text_field)
     if _plain_suffix(path) == ".json":
         rows = _of_table(rows, path, text_field)
-    for number, (place, row) in enumerate(rows):
-        if isinstance(row, ValueError):
-            yield BadRow(f"{id}, {place}:", f"is not JSON ({row})")
-        elif not isinstance(row, dict):
-            yield BadRow(f"{id}, {place}:", f"is a JSON {type(row).__name__}, not an object with a text")
-        elif not isinstance(text := row.get(text_field), str | None):
-            reason = f"column {text_field!r} holds {type(text).__name__}, not text; set text_field"
-            yield BadRow(f"{id}, {place}:", reason)
+    for number, (word, place, row) in enumerate(rows):
+        if isinstance(row, dict):
+            text = row.get(text_field)
+            if isinstance(text, str):  # first: a table has many rows
+                has_text = True
+                yield Document(f"{id}#{number}", text.encode("utf-8", "surrogatepass"))
+            elif text is None:
+                if len(columns) < MOST_COLUMNS:
+                    columns |= row.keys()
+                yield Document(f"{id}#{number}", b"")
+            else:
+                reason = f"column {text_field!r} holds {type(text).__name__}, not text; set text_field"
+                yield BadRow(f"{id}, {word} {place}:", reason)
+        elif isinstance(row, ValueError):
+            yield BadRow(f"{id}, {word} {place}:", f"is not JSON ({row})")
         else:
-            if len(columns) < MOST_COLUMNS:
-                columns |= row.keys()
-            yield Document(f"{id}#{number}", (text or "").encode("utf-8", "surrogatepass"))
-    if columns and text_field not in columns and len(columns) < MOST_COLUMNS:
+            yield BadRow(f"{id}, {word} {place}:", f"is a JSON {type(row).__name__}, not an object with a text")
+    if not has_text and columns and text_field not in columns and len(columns) < MOST_COLUMNS:
         raise ValueError(_no_column(path, text_field, columns))
 
 
@@ -161,7 +167,7 @@ def _no_column(path: Path, text_field: str, columns: set[str] | list[str]) -> st
     return f"{path} has no column {text_field!r}; set text_field to one of: {', '.join(sorted(columns)) or '(none)'}"
 
 
-Row = tuple[str, Any]  # its place, and what it holds: a ValueError if it is not JSON
+Row = tuple[str, int, Any]  # "line" or "row", its number, and what it holds: a ValueError if it is not JSON
 
 
 def _of_table(rows: Iterator[Row], path: Path, text_field: str) -> Iterator[Row]:
@@ -170,7 +176,7 @@ def _of_table(rows: Iterator[Row], path: Path, text_field: str) -> Iterator[Row]
     columns: set[str] = set()
     for row in rows:
         first.append(row)
-        columns |= row[1].keys() if isinstance(row[1], dict) else set()
+        columns |= row[2].keys() if isinstance(row[2], dict) else set()
         if text_field in columns or len(first) == FEW_ROWS:
             yield from chain(first, rows)
             return
@@ -186,14 +192,14 @@ def _json_rows(path: Path, text_field: str) -> Iterator[Row]:
             for number, row in enumerate(_array(path, file), 1):
                 text = row.get(text_field) if isinstance(row, dict) else None
                 escaped = isinstance(text, str) and NOT_UTF8.search(text)
-                yield f"row {number}", ValueError("its text is not UTF-8") if escaped else row
+                yield "row", number, ValueError("its text is not UTF-8") if escaped else row
     elif _plain_suffix(path) == ".json" and _first_line_is_part(path):
         yield from _one_object(path, text_field)
     else:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"line {number}", _parsed(line.removeprefix(BOM) if number == 1 else line)
+                if not line.isspace():
+                    yield "line", number, _parsed(line.removeprefix(BOM) if number == 1 else line)
 
 
 def _first_line_is_part(path: Path) -> bool:
@@ -205,7 +211,14 @@ def _first_line_is_part(path: Path) -> bool:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return _parse(line.decode())
+        text = line.decode()
+        try:
+            value, end = _decoder.raw_decode(text)  # `decode` without its looks for white space
+            if text[end:] in ("\n", ""):
+                return value
+        except json.JSONDecodeError:  # white space comes first, or nothing that is JSON
+            pass
+        return _decoder.decode(text)
     except UnicodeDecodeError as error:
         return ValueError(f"byte {error.start} is not UTF-8")
     except (ValueError, RecursionError) as error:
@@ -218,7 +231,7 @@ def _one_object(path: Path, text_field: str) -> Iterator[Row]:
         text = file.read()
     row = _parsed(text.removeprefix(BOM))
     if not isinstance(row, ValueError):
-        yield "row 1", row
+        yield "row", 1, row
     elif json.dumps(text_field).encode() in text:
         raise ValueError(f"{path}: is not JSON ({row})")
     else:  # a setting with comments, say

@@ -31,6 +31,7 @@ from nsa.data.tokenizer import Tokenizer, train
 
 BATCH_BYTES = 1 << 20  # text that one task of a worker holds, about
 BATCH_DOCUMENTS = 1 << 13
+TOLD_BYTES = 1 << 16  # text after which progress is told
 WAITING_BYTES = 1 << 24  # text that was read ahead of the workers, about
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Prepared data: see https://bford.info/cachedir/\n"
 
@@ -146,7 +147,7 @@ def _build(
 def _tokenizer_texts(texts: list[SourceConfig], scans: list[Scan], limit: int) -> Iterator[str]:
     """Training documents, `limit` bytes of them, a random choice if there are more."""
     for source, (chosen, sizes) in zip(texts, choose(scans, limit), strict=True):
-        wanted = zip(chosen, sizes, strict=True)
+        wanted = _rows(chosen, sizes)
         number, size = next(wanted, (-1, 0))
         for i, document in enumerate(sources.documents(source)):
             if i == number:
@@ -154,14 +155,25 @@ def _tokenizer_texts(texts: list[SourceConfig], scans: list[Scan], limit: int) -
                 number, size = next(wanted, (-1, 0))
 
 
+def _rows(*columns: np.ndarray) -> Iterator[tuple[int, ...]]:
+    """The rows of columns as Python's numbers, of which there are never many at once."""
+    for start in range(0, len(columns[0]), BATCH_DOCUMENTS):
+        yield from zip(*(column[start : start + BATCH_DOCUMENTS].tolist() for column in columns), strict=True)
+
+
 def _changed(source: SourceConfig) -> ValueError:
     return ValueError(f"data source {source.name!r} changed while it was read: run prepare again")
 
 
 def _counted(texts: Iterator[str], bar: Progress) -> Iterator[str]:
+    count = 0
     for text in texts:
         yield text
-        bar.update(len(text))
+        count += len(text)
+        if count > TOLD_BYTES:
+            bar.update(count)
+            count = 0
+    bar.update(count)
 
 
 class _Batch:

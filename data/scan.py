@@ -21,6 +21,8 @@ from nsa.data.progress import Progress
 TRAIN, VALIDATION, DUPLICATE, EMPTY = range(4)
 MAX_DOCUMENT = 1 << 30  # bytes; a longer one would not fit a worker's memory
 AT_ONCE = 1 << 18  # records that are read at once
+DOCUMENTS = 512  # that are hashed before what is known of them is written
+LONG = 1 << 20  # bytes of a document after which progress is told at once
 SORTED = 1 << 20  # records that are sorted at once; more are parted into files, one for each value of a byte
 # key: a hash of the document's text and the seed, uniform in 0 .. 2^64-1. size: bytes of its text.
 RECORD = np.dtype([("key", "<u8"), ("size", "<u8")])
@@ -154,10 +156,28 @@ def _read_source(
 ) -> int:
     """Write what is known of each document of a source; ``count`` come before. Returns how many then are."""
     salt = seed.to_bytes(16, "little")
+    hashes: list[bytes] = []
+    sizes: list[int] = []
 
     def tell(bad_rows: int, text: str) -> None:
         found.bad_rows += bad_rows
         print(text, file=sys.stderr)
+
+    def flush() -> None:
+        """What is known of the documents in ``hashes`` and ``sizes`` goes to the files."""
+        nonlocal count
+        of_records, of_digests = np.empty(len(sizes), RECORD), np.empty(len(sizes), DIGEST)
+        digest = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, DIGEST["digest"].shape[0])
+        of_records["key"], of_records["size"] = digest[:, :8].copy().view("<u8")[:, 0], sizes
+        of_digests["digest"], of_digests["index"] = digest, np.arange(count, count + len(sizes))
+        records.write(of_records.tobytes())
+        digests.write(of_digests[of_records["size"] > 0].tobytes())
+        count += len(sizes)
+        found.documents += len(sizes)
+        found.num_bytes += sum(sizes)
+        bar.update(sum(sizes))
+        hashes.clear()
+        sizes.clear()
 
     with path.open("wb") as records, Progress(f"read {source.name}", enabled=progress) as bar:
         for document in sources.documents(source, tell):
@@ -167,14 +187,11 @@ def _read_source(
                     f"data source {source.name!r}: {document.id} has {size} bytes, a document may have "
                     f"{MAX_DOCUMENT}; cut it, for instance into a JSONL file with one document per line"
                 )
-            digest = hashlib.blake2b(document.text, digest_size=16, salt=salt).digest()
-            records.write(digest[:8] + size.to_bytes(8, "little"))
-            if size:
-                digests.write(digest + count.to_bytes(8, "little"))
-            count += 1
-            found.documents += 1
-            found.num_bytes += size
-            bar.update(size)
+            hashes.append(hashlib.blake2b(document.text, digest_size=16, salt=salt).digest())
+            sizes.append(size)
+            if len(sizes) == DOCUMENTS or size > LONG:
+                flush()
+        flush()
     return count
 
 

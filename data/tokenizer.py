@@ -14,6 +14,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ FOREIGN = re.compile("([\udc80-\udcff\u2581]+)")
 # are cut at this many characters, where a cut can part one piece in two.
 MAX_LINE = 1 << 16
 LINES = re.compile(rf"[^\n]{{0,{MAX_LINE - 1}}}\n|[^\n]{{1,{MAX_LINE}}}")
+AT_ONCE = 1 << 20  # characters of short texts that sentencepiece gets in one call
 MAX_SENTENCE = 4096  # bytes of a training sentence: sentencepiece leaves out what is longer
 # Every way of losing text that we know of: spaces, normalisation, control tokens, unknown characters.
 PROBE = (
@@ -87,6 +89,47 @@ class Tokenizer:
     def encode_array(self, text: bytes) -> np.ndarray:
         """(n,) int32, the same ids in a tenth of the memory: for long documents."""
         return np.concatenate([np.empty(0, np.int32), *(np.array(ids, np.int32) for ids in self._encode_parts(text))])
+
+    def encode_all(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """`encode_array` of texts, one after another: in few calls, for texts that are many and short.
+
+        Returns:
+            (n,) int32 ids, and (texts,) int64, where each text ends.
+        """
+        parts, counts = [np.empty(0, np.int32)], np.zeros(len(texts), np.int64)
+        lines: list[str] = []
+        owners: list[int] = []  # of each line, the text that it is of
+        characters = 0
+
+        def flush() -> None:
+            nonlocal characters
+            encoded = self._processor.encode(lines, num_threads=1)
+            lengths = list(map(len, encoded))
+            np.add.at(counts, owners, lengths)
+            parts.append(np.fromiter(chain.from_iterable(encoded), np.int32, sum(lengths)))
+            lines.clear()
+            owners.clear()
+            characters = 0
+
+        for number, text in enumerate(texts):
+            string = text.decode("utf-8", "surrogateescape")
+            if len(string) > AT_ONCE or (not string.isascii() and FOREIGN.search(string)):
+                flush()
+                parts.append(self.encode_array(text))
+                counts[number] = len(parts[-1])
+                continue
+            if len(string) > MAX_LINE or "\n" in string:
+                found = LINES.findall(string)
+                lines += found
+                owners += [number] * len(found)
+            else:
+                lines.append(string)
+                owners.append(number)
+            characters += len(string)
+            if characters > AT_ONCE:
+                flush()
+        flush()
+        return np.concatenate(parts), np.cumsum(counts)
 
     def _encode_parts(self, text: bytes) -> Iterator[list[int]]:
         for i, part in enumerate(FOREIGN.split(text.decode("utf-8", "surrogateescape"))):
@@ -192,10 +235,15 @@ def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     """Lines, cut to what the trainer takes; without U+2581, which it would learn as a space, and NUL."""
+    most = MAX_SENTENCE // 4
     for text in texts:
-        for line in text.translate({0: None, ord(SPACE): None}).split("\n"):
-            for start in range(0, len(line), MAX_SENTENCE // 4):
-                yield line[start : start + MAX_SENTENCE // 4].encode("utf-8", "replace").decode()
+        if not text.isascii():
+            text = text.replace(SPACE, "").encode("utf-8", "replace").decode()
+        for line in text.replace("\0", "").split("\n"):
+            if len(line) > most:
+                yield from (line[start : start + most] for start in range(0, len(line), most))
+            elif line:
+                yield line
 
 
 def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int) -> bytes:

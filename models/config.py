@@ -33,6 +33,10 @@ class _AttentionConfig(Section):
         pattern = self.kind if isinstance(self.kind, list) else [self.kind]
         return [kind_of(pattern[i % len(pattern)]) for i in range(num_layers)]
 
+    def not_exportable(self, num_layers: int) -> list[str]:
+        """Names of the kinds among ``num_layers`` layers that an export cannot carry, sorted."""
+        return sorted({kind.name for kind in self.kinds(num_layers) if kind.export is None})
+
     def of(self, kind: Kind) -> Any:
         """The section of ``kind``; None if it has no keys."""
         return None if kind.config is None else getattr(self, kind.name)

@@ -138,8 +138,7 @@ def _attention_fields(config: Config) -> dict[str, Any]:
     Raises:
         ExportError: a layer has a kind that it cannot carry.
     """
-    used = config.attention.kinds(config.model.num_layers)
-    if lacking := sorted({kind.name for kind in used if kind.export is None}):
+    if lacking := config.attention.not_exportable(config.model.num_layers):
         raise ExportError(f"an export cannot carry attention of kind {', '.join(lacking)} yet")
     fields: dict[str, Any] = {}
     for kind in KINDS:

@@ -9,6 +9,7 @@ from nsa.planning.memory import Memory, memory_of
 from nsa.planning.search import Candidate
 from nsa.planning.speed import Gpu, Speed, fits, known
 from nsa.planning.traffic import bytes_sent, data_bytes, parameters_of_rank
+from nsa.training.console import limits_of
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 GIB = 2**30
@@ -49,6 +50,8 @@ def describe(config: Config, gpus: int) -> str:
     sent = {name: num_bytes for name, num_bytes in sent.items() if num_bytes}
     if sent:
         lines += ["", "Sent by the first GPU in a step:", *_gib_lines(sent)]
+    if limits := limits_of(config):
+        lines += ["", limits]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nsa.config import Config
+from nsa.layers.kinds import KINDS
 from nsa.models import count_parameters
 from nsa.training.deepspeed_config import micro_batches_per_step
 from nsa.training.distributed import Ranks
@@ -42,6 +43,8 @@ class Console:
         )
         if dense_attention:
             self.say(f"dense attention: {dense_attention}")
+        if limits := limits_of(config):
+            self.say(limits)
         if step:
             self.say(f"resumed {self.folder} after step {step}")
 
@@ -88,6 +91,18 @@ class Console:
             )
         else:
             self.say(f"done: {steps} steps in {self.folder}")
+
+
+def limits_of(config: Config) -> str | None:
+    """What will not be possible with what a run trains, and what to do; None: all will."""
+    if not (kinds := config.attention.not_exportable(config.model.num_layers)):
+        return None
+    able = [kind.name for kind in KINDS if kind.export is not None]
+    return (
+        f"note: no export can carry attention of kind {', '.join(kinds)} yet: nsa.export and nsa.evaluate will refuse "
+        "this model. It trains, validates and resumes all the same. If you need an export, take attention.kind "
+        + " or ".join(able)
+    )
 
 
 def duration(seconds: float) -> str:

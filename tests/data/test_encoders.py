@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from nsa.data import encoders as module
+from nsa.data import tokenizer as tokenizers
 from nsa.data.encoders import encode_batch, encoders
 from nsa.data.shards import PreparedData
 
@@ -35,6 +38,50 @@ def test_a_batch_is_its_texts(prepared: PreparedData) -> None:
         assert part.tolist() == [tokenizer.bos_id, *tokenizer.encode_bytes(text), tokenizer.eos_id]
     assert ends[-1] == len(tokens) and tokens.dtype == np.int32
     assert len(none) == len(no_ends) == 0
+
+
+@pytest.mark.parametrize("few", [3, 50, 1 << 20])
+def test_many_texts_at_once_are_encoded_as_each_alone(
+    prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    """However much sentencepiece or the proof takes at once. Planted: lines counted for the next text."""
+    monkeypatch.setattr(tokenizers, "AT_ONCE", few)
+    monkeypatch.setattr(module, "PIECE", few)
+    tokenizer = prepared.tokenizer
+    texts = [
+        b"",
+        b"one\n\ntwo",
+        b"\n",
+        b"\xff a \xfe",
+        "\u2581 x \u2581".encode(),
+        b"",
+        b"a" * 70_000,
+        "é漢".encode(),
+        b"",
+    ]
+    with encoders(tokenizer.path, 1) as encode:
+        tokens, ends = encode(texts).result()
+    parts = [part.tolist() for part in np.split(tokens, ends[:-1])]
+    assert parts == [[tokenizer.bos_id, *tokenizer.encode_bytes(text), tokenizer.eos_id] for text in texts]
+    assert ends[-1] == len(tokens) and tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize("loss", ["a byte", "a border"])
+def test_lost_text_is_noticed(prepared: PreparedData, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    """Planted: each half of the proof left out."""
+    encode_all = tokenizers.Tokenizer.encode_all
+
+    def lose(self: tokenizers.Tokenizer, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        ids, ends = encode_all(self, texts)
+        if loss == "a byte":  # another of as many
+            ids[0] = self.encode("q")[0]
+        else:
+            ends[0] -= 1
+        return ids, ends
+
+    monkeypatch.setattr(tokenizers.Tokenizer, "encode_all", lose)
+    with encoders(prepared.tokenizer.path, 1) as encode, pytest.raises(AssertionError, match="lost text"):
+        encode([b"12", b"34"])
 
 
 def test_workers_take_no_interrupt_and_end_with_their_parent(prepared: PreparedData, tmp_path: Path) -> None:

@@ -57,6 +57,31 @@ def test_jsonl_with_rows_that_differ(tmp_path: Path) -> None:
         list(documents(source(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b' {"a": 1}\n',
+        b'{"a": 1} \r\n',
+        b'{"a": [1, NaN]}',
+        b"1\x0b\n",
+        b"{} {}\n",
+        b'"a\n',
+        b"\n",
+        b"\t",
+        b"nul",
+        b"[" * 9999,
+    ],
+    ids=range(10),
+)
+def test_a_line_is_read_as_json_reads_it(line: bytes) -> None:
+    """The short cut for ordinary lines takes no other. Planted: what follows the value is not looked at."""
+    try:
+        want = repr(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        want = repr(ValueError(str(error)))
+    assert repr(files._parsed(line)) == want
+
+
 def test_parquet(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": TEXTS, "n": [1] * len(TEXTS)}).to_parquet(tmp_path / "a.parquet")
     assert [d.text for d in documents(source(tmp_path))] == [t.encode() for t in TEXTS]

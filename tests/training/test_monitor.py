@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import start, tiny_config, train, write_yaml
 
 from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
+from nsa.layers.nsa.kind import NSA
 from nsa.models import Decoder
+from nsa.models import config as model_config
+from nsa.planning.describe import describe
 from nsa.training.attention_probe import probe
 from nsa.training.console import Console
 from nsa.training.monitor import Monitor
@@ -177,3 +181,19 @@ def test_the_farewell_says_what_was_done(tmp_path, capsys):
     assert f"nothing to do: {tmp_path} has done 21 steps, training.steps is 6" in capsys.readouterr().out
     console.farewell(6, "")
     assert capsys.readouterr().out == f"done: 6 steps in {tmp_path}\n"
+
+
+def test_a_kind_that_no_export_carries_is_told_at_the_start(tmp_path, capsys, monkeypatch):
+    """Planted: the greeting, and the plan, without the note."""
+    config, ranks = tiny_config(tmp_path), SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
+    figures = SimpleNamespace(peak=1e12, peak_source="measured")
+
+    def said() -> list[str]:
+        Console(config, ranks, tmp_path).greet("1 data", figures, None, 0)
+        return [capsys.readouterr().out, describe(config, 1)]
+
+    assert all("note:" not in text for text in said())
+    monkeypatch.setattr(model_config, "kind_of", lambda name: replace(NSA, export=None))
+    for text in said():
+        assert "no export can carry attention of kind nsa yet" in text
+        assert "take attention.kind dense or nsa" in text
