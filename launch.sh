@@ -256,7 +256,8 @@ demo() {
 }
 
 run_tests() {
-    local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')" --dist loadgroup)
+    local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')")
+    pytest+=(--dist loadgroup --no-loadscope-reorder) # in the order of tests/conftest.py: what takes longest comes first
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     say "ruff"
     ruff check .

@@ -45,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 # Fixtures of a session that start ranks and take minutes: one worker makes them, for all, and one after the other.
 SHARED = {"one_rank", "two_ranks", "four_ranks"}
+# Files that take longest, longest first: begun last, one of them would leave the other workers without work.
+LONG = ["test_kernels.py", "test_kernels_compile.py", "test_examples.py", "test_growth.py", "test_launch.py"]
 
 
 # Seconds that a test may take with its fixtures; @pytest.mark.time_limit(seconds) sets another limit.
@@ -67,7 +69,8 @@ def shares_ranks(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what cannot or should not run; the tests that share ranks come first."""
+    """Skip what cannot or should not run; the tests that share ranks come first, then the files that take long."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     items.sort(key=shares_ranks, reverse=True)
     for item in items:
         if "slow" in item.keywords and not config.getoption("--slow"):

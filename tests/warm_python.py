@@ -22,7 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-IMPORTS = ("torch._inductor", "deepspeed", "nsa.training.job", "nsa.training.trainer", "tensorboard")
+IMPORTS = ("torch._inductor", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "tensorboard")
+IMPORTS += ("nsa.training.job", "nsa.training.trainer")
 MESSAGE = 1 << 20  # bytes, for a request
 
 _server: socket.socket | None = None  # of this process

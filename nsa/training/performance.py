@@ -4,6 +4,7 @@ import re
 import resource
 import sys
 import time
+from functools import cache
 
 import torch
 
@@ -45,6 +46,7 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     return _measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32), "measured"
 
 
+@cache
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)

@@ -127,7 +127,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " backward"
             key = f"{module}.{self.__name__}{of} {shape_name}"
             compiled = self.warmup(*args, grid=grid, **kwargs)
-            report.setdefault(key, resources(compiled))
+            if key not in report:
+                report[key] = resources(compiled)
 
         return call
 

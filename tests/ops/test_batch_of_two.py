@@ -14,14 +14,7 @@ from nsa import ops
 from tests.ops import test_compression
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the tests below run by themselves")
-def test_in_the_interpreter(run_python) -> None:
-    """Runs in another process, since Triton reads TRITON_INTERPRET when a kernel is defined."""
-    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs within test_kernels.py::test_in_the_interpreter")
 
 
 @pytest.fixture(autouse=True)

@@ -20,12 +20,6 @@ DEVICE = "cuda" if HAS_GPU and not INTERPRETED else "cpu"
 BACKENDS = ["torch", "triton"] if KERNELS else ["torch"]
 
 
-@pytest.mark.skipif(KERNELS, reason="the tests below run by themselves")
-def test_in_the_interpreter(run_python) -> None:
-    done = run_python("-m", "pytest", "-q", "-x", __file__, timeout=300, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype).requires_grad_()
@@ -183,7 +177,7 @@ def test_in_16_bits() -> None:
             assert (a.double() - b).norm() < 1e-2 * b.norm(), width
 
 
-@pytest.mark.skipif(not KERNELS, reason="runs within test_in_the_interpreter")
+@pytest.mark.skipif(not KERNELS, reason="runs within test_kernels.py::test_in_the_interpreter")
 @pytest.mark.parametrize("sizes", [[8, 64, 8], [3, 40000, 1, 0, 8], [16384 * 2, 16]])
 def test_many_tensors_are_added_in_one_launch(sizes: list[int]) -> None:
     from nsa.ops.kernels.accumulate import Accumulator

@@ -7,7 +7,7 @@ import pytest
 from tests.parallel.layouts import BASE, CLIPPED, MOE, RANKS, SCRIPT, SGD, layout, references
 from tests.training.tiny import on_ranks
 
-FEW_STEPS = 6  # of a curve; the table in docs/parallelism.md has more
+FEW_STEPS = 4  # of a curve; the table in docs/parallelism.md has more
 DEEP = ["model.num_layers=5"]
 DENSE, SPARSE = ["attention.kind=dense"], ["attention.kind=nsa"]
 DSA = ["attention.kind=[dsa, nsa]", "attention.dsa={topk: 8, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}"]

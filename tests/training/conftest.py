@@ -11,7 +11,7 @@ SGD = ["optimizer.kind=sgd", "optimizer.learning_rate=0.3"]
 ADAMW = ["optimizer.kind=adamw", "seed=3"]
 OFFLOAD = "engine.offload_optimizer=true"
 CONSTANT = "optimizer.schedule=constant"
-STEPS = 20
+STEPS = 10
 BY_LOSS = "recovery.loss_sigma=6"
 BY_NORM = ["recovery.loss_sigma=0", "recovery.grad_norm_sigma=6"]
 

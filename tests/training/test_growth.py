@@ -1,4 +1,4 @@
-"""No step of the trainer costs more than the one before: between step 50 and step 250 nothing grows.
+"""No step of the trainer costs more than the one before: between step 50 and step 150 nothing grows.
 
 Counted are the objects of each type; the lengths of all containers within reach of the trainer (and so of its engine,
 loader, watchdog, monitor and checkpoint_writer) or of a module of ours or DeepSpeed's; hooks, threads and open files.
@@ -29,9 +29,9 @@ from nsa.training.trainer import Trainer
 from tests.parallel.layouts import MOE, layout
 from tests.training.conftest import OFFLOAD, engines
 
-LOOKS = [50, 250]
+LOOKS = [50, 150]
 # All periods divide the distance of two looks: both are at the same phase, and what leaks by period leaks ten times.
-PERIODS = ["training.log_every=4", "training.validation_every=20", "training.probe_every=20", "checkpoint.every=20"]
+PERIODS = ["training.log_every=4", "training.validation_every=10", "training.probe_every=10", "checkpoint.every=10"]
 # The window of losses is full long before a look, and no loss of so small a model is a spike.
 TINY = ["model.num_layers=1", "attention.kind=nsa", "data.sequence_length=32", "data.workers=1"]
 TINY += ["training.global_batch_size=2", "checkpoint.keep_last=2", "recovery.window=8", "recovery.loss_sigma=100"]

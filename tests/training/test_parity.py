@@ -1,4 +1,4 @@
-"""Two ranks in every ZeRO stage train as one process does: loss and unclipped gradient norm, 20 steps, fp32, 1e-5.
+"""Two ranks in every ZeRO stage train as one process does: loss and unclipped gradient norm, ten steps, fp32, 1e-5.
 
 SGD, whose updates show the scale of gradients, and AdamW, which hides it.
 """
