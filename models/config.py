@@ -132,6 +132,8 @@ class ModelConfig(Section):
     moe: MoEConfig | None = Field(None, description="mixture of experts; null: every MLP is dense")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding's weight")
+    qkv_bias: bool = Field(False, description="query, key and value projections have a bias (Qwen2)")
+    qk_norm: bool = Field(False, description="RMSNorm of each query and key head before rotation (Qwen3)")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
 
     @model_validator(mode="after")
@@ -163,8 +165,23 @@ class ModelConfig(Section):
             head_dim=self.head_dim,
             v_head_dim=self.v_head_dim or self.head_dim,
             rope_theta=self.rope.theta,
+            qkv_bias=self.qkv_bias,
+            qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps,
         )
 
     def has_experts(self, layer: int) -> bool:
         """Whether the MLP of ``layer`` (from 0) is a mixture of experts."""
         return self.moe is not None and layer >= self.moe.first_dense
+
+
+def check_projection(model: ModelConfig, attention: AttentionConfig) -> None:
+    """Raise ValueError if a layer's kind of attention does not have an option of the projection that is on."""
+    for option in model.attention_shape.options:
+        lacking = sorted({kind.name for kind in attention.kinds(model.num_layers) if option not in kind.options})
+        if lacking:
+            having = ", ".join(kind.name for kind in KINDS if option in kind.options)
+            raise ValueError(
+                f"model.{option} does not go with attention.kind {', '.join(lacking)}: only {having} has it; turn it "
+                "off or choose another kind"
+            )

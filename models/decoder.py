@@ -6,26 +6,14 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.cache import Cache
 from nsa.layers.kind import Backends, Kind
-from nsa.layers.projection import parallel_linear
+from nsa.layers.linear import parallel_linear
+from nsa.layers.norm import RMSNorm
 from nsa.layers.rotary import Rotary, RotaryTables
-from nsa.models.config import AttentionConfig, ModelConfig
+from nsa.models.config import AttentionConfig, ModelConfig, check_projection
 from nsa.models.head import LanguageModelHead
 from nsa.models.initialisation import first_value
 from nsa.models.moe import MixtureOfExperts
 from nsa.ops.geometry import Documents
-
-
-class RMSNorm(nn.Module):
-    """The residual stream x + delta and its norm over the last dimension, in fp32, rounded once (arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `nsa.ops.add_rms_norm`. Without ``delta`` the residual stream is x."""
-        return ops.add_rms_norm(x, self.weight, self.eps, delta)
 
 
 class MLP(nn.Module):
@@ -70,12 +58,16 @@ class Decoder(nn.Module):
         backend: implementation of the attention operators: auto, triton, torch or naive.
         dense_attention: implementation of dense attention if ``backend`` is auto: auto, triton or a library
             (`nsa.ops.dense_attention`).
+
+    Raises:
+        ValueError: a kind of attention does not have an option of the projection.
     """
 
     def __init__(
         self, config: ModelConfig, attention: AttentionConfig, *, backend: str = "auto", dense_attention: str = "auto"
     ) -> None:
         super().__init__()
+        check_projection(config, attention)
         self.config, self.attention = config, attention
         rope = config.rope
         self.rotary = Rotary(

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 from nsa import strict_yaml
 from nsa.config_history import upgraded
 from nsa.data.config import DataConfig
-from nsa.models.config import AttentionConfig, ModelConfig
+from nsa.models.config import AttentionConfig, ModelConfig, check_projection
 from nsa.parallel.config import ParallelConfig, check_layout
 from nsa.schema import Section, shell_path
 from nsa.strict_yaml import ConfigError
@@ -240,6 +240,7 @@ class Config(Section):
                 f"data.tokenizer.vocab_size ({self.data.tokenizer.vocab_size}) exceeds model.vocab_size "
                 f"({self.model.vocab_size}): every piece of the tokenizer needs a row of the embedding"
             )
+        check_projection(self.model, self.attention)
         check_layout(self.parallel, self.model, self.data.sequence_length, self.engine.zero_stage)
         decay = self.optimizer.decay_steps or 0
         if self.optimizer.warmup_steps + decay > self.training.steps:

@@ -157,6 +157,7 @@ def test_wrong_values_in_plain_words(small, override, words):
         (["optimizer.warmup_steps=11"], "exceed training.steps (10)"),
         (["optimizer.schedule=wsd", "optimizer.decay_steps=8", "optimizer.warmup_steps=3"], "exceed training.steps"),
         (["model.rope.yarn_beta_slow=40"], "must be below model.rope.yarn_beta_fast (32.0)"),
+        (["model.qk_norm=true"], "model.qk_norm does not go with attention.kind nsa: only dense, dsa has it"),
         (["name=.."], "is no name for a folder"),
     ],
 )

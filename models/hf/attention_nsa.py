@@ -104,23 +104,36 @@ def scaled_frequencies(scaling: dict, plain: Tensor, base: float) -> tuple[Tenso
     return plain * (keep + (1 - keep) / factor), temperature
 
 
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
+
+
 class DenseAttention(nn.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention; with ``qk_norm`` queries and keys are normed before they are rotated."""
 
     def __init__(self, config: NSAConfig, number: int):
         super().__init__()
         self.config, self.number = config, number
         heads, groups = config.num_attention_heads, config.num_key_value_heads
-        self.query = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
-        self.key = nn.Linear(config.hidden_size, groups * config.head_dim, bias=False)
-        self.value = nn.Linear(config.hidden_size, groups * config.v_head_dim, bias=False)
+        self.query = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden_size, groups * config.head_dim, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden_size, groups * config.v_head_dim, bias=config.qkv_bias)
+        self.query_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.output = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, rotary: RotaryTables, step: Step, cache: NSACache | None) -> Tensor:
         spans = None if cache is None else cache.layers[self.number]
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        q = rotary.rotate(self.query(x).unflatten(-1, (heads, -1))).unflatten(2, (groups, -1))
-        k = rotary.rotate(self.key(x).unflatten(-1, (groups, -1)))
+        q = rotary.rotate(self.query_norm(self.query(x).unflatten(-1, (heads, -1)))).unflatten(2, (groups, -1))
+        k = rotary.rotate(self.key_norm(self.key(x).unflatten(-1, (groups, -1))))
         full = extend(spans, "full", k, self.value(x).unflatten(-1, (groups, -1)), step)
         if spans is not None:
             spans["full"] = full

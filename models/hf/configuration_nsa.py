@@ -10,6 +10,7 @@ class NSAConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size: widths of the embedding, the residual stream and the SwiGLU.
         num_hidden_layers, num_attention_heads, num_key_value_heads: the last divides the one before it.
         head_dim: of queries and keys. v_head_dim: of values; None: head_dim.
+        qkv_bias, qk_norm: of dense layers: biases of the three projections; an RMSNorm of query and key heads.
         attention_kinds: "dense" or "nsa" for each layer.
         compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
         compress_hidden: hidden width of the compression MLP; None: the head's.
@@ -37,6 +38,8 @@ class NSAConfig(PreTrainedConfig):
         num_key_value_heads: int = 1,
         head_dim: int = 64,
         v_head_dim: int | None = None,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
         attention_kinds: list[str] | None = None,
         compress_length: int = 32,
         compress_stride: int = 16,
@@ -72,6 +75,8 @@ class NSAConfig(PreTrainedConfig):
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
         self.v_head_dim = v_head_dim or head_dim
+        self.qkv_bias = qkv_bias
+        self.qk_norm = qk_norm
         self.attention_kinds = attention_kinds or ["nsa"] * num_hidden_layers
         self.compress_length = compress_length
         self.compress_stride = compress_stride

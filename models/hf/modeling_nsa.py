@@ -19,7 +19,14 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention_nsa import BlockCompression, DenseAttention, NativeSparseAttention, RotaryTables, rotary_tables
+from .attention_nsa import (
+    BlockCompression,
+    DenseAttention,
+    NativeSparseAttention,
+    RMSNorm,
+    RotaryTables,
+    rotary_tables,
+)
 from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
 
@@ -34,17 +41,6 @@ else:
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before
 
 # ---- Decoder ----
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
 
 
 class MLP(nn.Module):

@@ -117,6 +117,8 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         num_key_value_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         v_head_dim=model.v_head_dim,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
         attention_kinds=[kind.name for kind in attention.kinds(model.num_layers)],
         max_position_embeddings=int(model.max_position * rope.yarn_factor),
         original_max_position=model.max_position,

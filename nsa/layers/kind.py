@@ -27,6 +27,7 @@ class Shape:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys. v_head_dim: Dv of values.
         rope_theta: base of the rotary frequencies.
+        qkv_bias, qk_norm: options of the projection (`nsa.layers.projections.gqa`). norm_eps: epsilon of its norms.
     """
 
     hidden_size: int
@@ -35,6 +36,14 @@ class Shape:
     head_dim: int
     v_head_dim: int
     rope_theta: float
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The options that it asks for, which not every kind has."""
+        return tuple(name for name in ("qkv_bias", "qk_norm") if getattr(self, name))
 
     def on_rank(self, ranks: int) -> "Shape":
         """The shape of the part that each of ``ranks`` tensor-parallel ranks holds."""
@@ -99,10 +108,11 @@ class Own:
 class Gather:
     """It needs the rows of all earlier tokens: a tuple of tensors (B, T, ...), such as keys and values.
 
-    ``name``: of the bytes sent, in the metrics.
+    ``name``: of the bytes sent, in the metrics. ``width``: elements per token, in all of the tensors.
     """
 
     name: str
+    width: int
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,10 @@ class Kind:
         lists: whether queries select blocks; the plan then counts the time to build their lists.
         recordable: whether CUDA graphs can record its passes: no operator waits for the device.
         dense_library: whether ``engine.dense_attention`` applies.
-        parts: for tensor parallelism.
-        exchanges: config -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in order.
+        options: those of `Shape.options` that it has.
+        parts: shape -> for tensor parallelism.
+        exchanges: (shape, config) -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in
+            order.
         choices: submodules that select (as integers without gradient) what is attended to; recomputation keeps these.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
         loss: the path of its auxiliary loss (`nsa.layers.auxiliary_loss`), and the loss's name in the metrics; None: it
@@ -176,8 +188,9 @@ class Kind:
     lists: bool
     recordable: bool
     dense_library: bool
-    parts: Parts
-    exchanges: Callable[[Any], dict[str, Exchange]]
+    options: tuple[str, ...]
+    parts: Callable[[Shape], Parts]
+    exchanges: Callable[[Shape, Any], dict[str, Exchange]]
     choices: tuple[str, ...]
     expensive: tuple[str, ...]
     loss: tuple[str, str] | None

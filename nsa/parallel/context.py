@@ -34,9 +34,10 @@ def split_over_context_ranks(model: Decoder, axis: Axis) -> None:
     if axis.size == 1:
         return
     layer: Any
+    shape = model.config.attention_shape
     for layer in model.layers:
         attention = layer.attention
-        exchanges = tuple(layer.kind.exchanges(model.attention.of(layer.kind)).values())
+        exchanges = tuple(layer.kind.exchanges(shape, model.attention.of(layer.kind)).values())
         attention.exchange = StartGathers(axis, exchanges)
         attention.attend = AttendOwn(attention.attend, axis, exchanges)
         for exchange in exchanges:

@@ -39,9 +39,10 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
     kv_heads = Partition(0, axis.rank // copies, axis.size // copies, owner=sharers.rank == 0)
 
     layer: Any
+    shape = model.config.attention_shape
     for layer in model.layers:
         attention, mlp = layer.attention, layer.mlp
-        _split_attention(attention, layer.kind.parts, columns, kv_heads, rows, axis, sharers)
+        _split_attention(attention, layer.kind.parts(shape), columns, kv_heads, rows, axis, sharers)
         if layer.kind.loss is not None:
             attention.get_submodule(layer.kind.loss[0]).share = 1 / axis.size
         split = [attention]
@@ -76,7 +77,8 @@ def _split_attention(
             linear: Any = attention.get_submodule(name)
             _shard_linear(linear, part)
             if part is kv_heads:
-                sum_over(linear.weight, sharers)
+                for parameter in linear.parameters():
+                    sum_over(parameter, sharers)
     for name in parts.whole:
         _replicate(attention.get_submodule(name), axis)
     if sharers.size > 1:

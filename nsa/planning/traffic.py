@@ -52,8 +52,9 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     copies = max(1, p // model.num_kv_heads)
     if copies > 1:
         for kind in kinds:
-            head = kind.parts.gathered_bytes(model.attention_shape, width)
-            twice = again and not set(kind.parts.gathered) <= set(kind.choices)  # a selection is not recomputed
+            parts = kind.parts(model.attention_shape)
+            head = parts.gathered_bytes(model.attention_shape, width)
+            twice = again and not set(parts.gathered) <= set(kind.choices)  # a selection is not recomputed
             sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + twice)
     if p > 1:
         # A pipeline sums gradients once per step; without one they are summed after each micro batch.
@@ -123,12 +124,13 @@ def replicated_parameters(config: Config, kinds: Sequence[Kind], last: bool) -> 
         return []
     replicated = [(model.hidden_size, p)] * (2 * len(kinds) + last)
     for kind in kinds:
+        parts = kind.parts(model.attention_shape)
         parameters = parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))
         for name, elements in parameters.items():
             module = name.rpartition(".")[0]
-            if module in kind.parts.kv_heads and copies > 1:
+            if module in parts.kv_heads and copies > 1:
                 replicated.append((elements // model.num_kv_heads, copies))
-            if f"{module}.".startswith(tuple(f"{whole}." for whole in kind.parts.whole)):
+            if f"{module}.".startswith(tuple(f"{whole}." for whole in parts.whole)):
                 replicated.append((elements, p))
     return replicated
 
@@ -142,22 +144,22 @@ def _losses(config: Config, tokens: int, p: int) -> int:
 
 def _context(config: Config, kinds: Sequence[Kind], chunks: Chunks, again: bool) -> dict[str, int]:
     """Bytes of one micro batch, forward and backward. Gradients are sent back the way that the keys came."""
-    model, n = config.model, chunks.axis.size
-    heads = max(1, model.num_kv_heads // config.parallel.tensor)
-    row = heads * (model.head_dim + (model.v_head_dim or model.head_dim)) * element_bytes(config)
-    gathered = row * (n - 1) * (2 + again)  # gathered, scattered, and gathered again
+    shape = config.model.attention_shape.on_rank(config.parallel.tensor)
+    n, width = chunks.axis.size, element_bytes(config)
+    row = shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * width
+    rounds = (n - 1) * (2 + again)  # gathered, scattered, and gathered again
     sent: Counter[str] = Counter()
     for kind in kinds:
-        for exchange in kind.exchanges(config.attention.of(kind)).values():
+        for exchange in kind.exchanges(shape, config.attention.of(kind)).values():
             if isinstance(exchange, Gather):
-                sent[exchange.name] += 2 * chunks.size * gathered
+                sent[exchange.name] += 2 * chunks.size * exchange.width * width * rounds
             elif isinstance(exchange, Halo):
                 sent[exchange.name] += row * _halo(chunks, min(exchange.tokens, chunks.tokens - 1), again)
             elif isinstance(exchange, Blocks):
                 behind = exchange.length - 1
                 sent[exchange.halo] += row * _halo(chunks, behind, again)
                 blocks = num_compressed(2 * (behind + chunks.size), exchange.length, exchange.stride)
-                sent[exchange.name] += blocks * gathered
+                sent[exchange.name] += blocks * row * rounds
     return sent
 
 

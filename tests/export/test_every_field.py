@@ -41,10 +41,13 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 # Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
+DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
     for key, field in walk(Config)
-    if key.startswith(("model.", "attention.")) and not key.startswith((*NOT_EXPORTED, *WHOLE))
+    if key.startswith(("model.", "attention."))
+    and not key.startswith((*NOT_EXPORTED, *WHOLE))
+    and key not in {f"model.{name}" for name in DENSE_ONLY}
 ]
 EXPORTED = {key: NAMES.get(key, key.rpartition(".")[2]) for key, _ in FIELDS if key not in TRAINING_ONLY} | WHOLE
 
@@ -178,3 +181,20 @@ def test_an_export_with_one_weight_changed_is_refused(exported: Path, tmp_path: 
         save_file({**weights, name: tensor}, broken / "model.safetensors", {"format": "pt"})
         with pytest.raises(ExportError, match="differ"):
             prove(broken, exported)
+
+
+def test_options_of_dense_layers_reach_an_export(tmp_path: Path, asked_here: None) -> None:
+    """Biases and norms whose values matter. Without the field in config.json the weights have no place."""
+    folder = small_export(tmp_path, "dense", tie_embeddings=False, **dict.fromkeys(DENSE_ONLY, True))
+    decoder, config, tokenizer = load_decoder(folder)
+    assert all(getattr(config.model, name) for name in DENSE_ONLY)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith(("bias", "query_norm.weight", "key_norm.weight")):
+            parameter.normal_()
+    save_file(decoder.state_dict(), folder / "model.safetensors", {"format": "pt"})
+    assert proof.prove(folder, decoder, tokenizer).difference < proof.TOLERANCE
+    written = json.loads((folder / "config.json").read_text())
+    for name in DENSE_ONLY:
+        (folder / "config.json").write_text(json.dumps({**written, name: False}))
+        with pytest.raises(ExportError, match=r"transformers cannot use the export|logits of .* differ"):
+            proof.prove(folder, decoder, tokenizer)

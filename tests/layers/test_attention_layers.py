@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import silu
 
 from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.linear import joint_linear, parallel_linear
 from nsa.layers.nsa.compression import BlockCompression
-from nsa.layers.projection import joint_linear, parallel_linear
 from nsa.layers.rotary import Rotary
 from nsa.ops import apply_rotary
 from nsa.ops.geometry import Documents, RotaryLayout, block_ends

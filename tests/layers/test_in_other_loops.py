@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers import NativeSparseAttention
-from nsa.layers.projection import joint_linear, parallel_linear
+from nsa.layers.linear import joint_linear, parallel_linear
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.models.moe import Router, take
 

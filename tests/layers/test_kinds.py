@@ -1,6 +1,7 @@
 """The records of the kinds of attention agree with the layers that they describe."""
 
 import inspect
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -16,24 +17,26 @@ SHAPE = Shape(hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, v_head_di
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
-def built(kind: Kind) -> tuple[torch.nn.Module, object]:
-    config = kind.config() if kind.config else None
+def built(kind: Kind) -> tuple[torch.nn.Module, Shape, object]:
+    """The layer with all of its options."""
+    config, shape = kind.config() if kind.config else None, replace(SHAPE, **dict.fromkeys(kind.options, True))
     with torch.device("meta"):
-        return kind.build(SHAPE, config, Backends()), config
+        return kind.build(shape, config, Backends()), shape, config
 
 
 @each_kind
 def test_parts_and_exchanges_match_the_layer(kind: Kind) -> None:
-    layer, config = built(kind)
-    linears = [layer.get_submodule(n) for n in (*kind.parts.columns, *kind.parts.kv_heads, *kind.parts.rows)]
-    whole = [layer.get_submodule(name) for name in kind.parts.whole]
+    layer, shape, config = built(kind)
+    parts = kind.parts(shape)
+    linears = [layer.get_submodule(n) for n in (*parts.columns, *parts.kv_heads, *parts.rows)]
+    whole = [layer.get_submodule(name) for name in parts.whole]
     listed = {id(p) for module in [*linears, *whole] for p in module.parameters()}
     assert listed == {id(p) for p in layer.parameters()}, (
         "tensor-parallel ranks would hold a parameter unsplit, unsummed"
     )
-    for name in (*kind.parts.gathered, *kind.keeps_scale):
+    for name in (*parts.gathered, *kind.keeps_scale):
         layer.get_submodule(name)
-    exchanges = kind.exchanges(config)
+    exchanges = kind.exchanges(shape, config)
     inputs = list(inspect.signature(layer.attend.forward).parameters)
     assert inputs == [*exchanges, "cu_seqlens", "offset"]
     for exchange in exchanges.values():
@@ -44,12 +47,13 @@ def test_parts_and_exchanges_match_the_layer(kind: Kind) -> None:
 @each_kind
 def test_products_match_the_weights(kind: Kind) -> None:
     """Each is used once per token, or once per block and KV head. The first is the joint projection."""
-    layer, config = built(kind)
+    layer, shape, config = built(kind)
     matrices = {name: p.shape for name, p in layer.named_parameters() if p.ndim == 2 and not name.endswith("position")}
-    products = kind.products(SHAPE, config)
+    products = kind.products(shape, config)
     assert sum(p.inner * p.outer for p in products) == sum(rows * columns for rows, columns in matrices.values())
-    joint = [layer.get_submodule(n).weight.shape[0] for n in (*kind.parts.columns, *kind.parts.kv_heads)]
-    assert products[0].inner == SHAPE.hidden_size and products[0].outer == sum(joint)
+    parts = kind.parts(shape)
+    joint = [layer.get_submodule(n).weight.shape[0] for n in (*parts.columns, *parts.kv_heads)]
+    assert products[0].inner == shape.hidden_size and products[0].outer == sum(joint)
 
 
 @each_kind

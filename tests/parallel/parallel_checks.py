@@ -67,7 +67,7 @@ def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
     torch.manual_seed(seed)
     whole = Decoder(config, attention).double()
     for name, p in whole.named_parameters():
-        if name.endswith(("position", "router.weight")):  # and affinities far from ties
+        if name.endswith(("position", "router.weight", "bias")):  # and affinities far from ties
             torch.nn.init.normal_(p)
     part = Decoder(config, attention).double()
     part.load_state_dict(whole.state_dict())
@@ -158,6 +158,7 @@ def check_state(trainer: Trainer) -> None:
 def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[ModelConfig, AttentionConfig]:
     stride = dice.choice([1, 2, 4])
     length = stride * dice.randint(1, 3)
+    kind = dice.choice(["nsa", "dense", ["nsa", "dense"], "dsa", ["dsa", "nsa"]])
     model = ModelConfig(
         vocab_size=24,
         hidden_size=12,
@@ -171,9 +172,11 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
         tie_embeddings=dice.random() < 0.5,
         init_std=0.3,
         moe=random_experts(dice),
+        qkv_bias=kind in ("dense", "dsa") and dice.random() < 0.5,
+        qk_norm=kind in ("dense", "dsa") and dice.random() < 0.5,
     )
     return model, AttentionConfig(
-        kind=dice.choice(["nsa", "dense", ["nsa", "dense"], "dsa", ["dsa", "nsa"]]),
+        kind=kind,
         nsa=NsaConfig(
             compress_length=length,
             compress_stride=stride,

@@ -1,6 +1,5 @@
 """What the tests run on several ranks: `rank_checks.py FOLDER WORLD_SIZE`, started by tiny.on_ranks."""
 
-import importlib
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from nsa.training.sharded_state import local_shards
 from nsa.training.signals import StopRequest
 from nsa.training.spikes import batch_number
 from nsa.training.trainer import Trainer
+from tests.warm_python import import_all
 
 
 def every_weight_sharded(config: Config, world_size: int) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class broken:
 def main(checks: dict[str, Any]) -> None:
     """Run each check in processes of its own. They are forked: the imports take longer than most checks."""
     folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
-    importlib.import_module("torch._inductor")  # the first step would import it
+    import_all()
     for name, (check, arguments) in json.loads((folder / "checks.json").read_text()).items():
         port = free_port()
         ranks = [fork(partial(run_check, checks[check], arguments, folder / name), rank, world_size, port)

@@ -91,7 +91,7 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path, names):
     launch.sh and the launcher that it starts, the first one is killed."""
     for name in names:
         (tmp_path / name).write_text(LAUNCHER)
-    process = start([*(str(tmp_path / name) for name in names), "-c", RANK])
+    process = start([*(str(tmp_path / name) for name in names), "-c", RANK], anew=True)
     pids = [int(process.stdout.readline()) for _ in names]
     try:
         assert process.stdout.readline() == "asked (0, '')\n"

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from nsa.config import Config, load_config
+from tests import warm_python
+from tests.conftest import HAS_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = f"{sysconfig.get_path('stdlib')}/json/*.py"
@@ -29,6 +31,7 @@ data:
   cache_dir: {folder}/../cache
   sequence_length: 64
   validation_fraction: 0.2
+  workers: 1
   tokenizer: {{vocab_size: 400}}
   sources:
     - {{name: text, kind: files, path: "{text}"}}
@@ -71,17 +74,30 @@ def free_port() -> int:
 
 
 def start(
-    arguments: list[str], rank: int = 0, world_size: int = 1, port: int = 0, own_session: bool = False, **more: str
-) -> subprocess.Popen[str]:
+    arguments: list[str],
+    rank: int = 0,
+    world_size: int = 1,
+    port: int = 0,
+    own_session: bool = False,
+    anew: bool = HAS_GPU,
+    **more: str,
+) -> Any:
     """Start ``python *arguments`` as one rank, as a launcher would (or without a launcher: ``world_size`` 1).
 
-    ``more``: environment variables.
+    Args:
+        anew: in a new interpreter, and not in one that has its imports done.
+        more: environment variables.
+
+    Returns:
+        A `subprocess.Popen`, or what behaves as one.
     """
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **more}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     environment |= as_rank(rank, world_size, port)
+    if not anew:
+        return warm_python.start(arguments, environment, ROOT, own_session)
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,

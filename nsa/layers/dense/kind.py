@@ -5,7 +5,8 @@ from typing import Any
 from torch import nn
 
 from nsa.layers.dense.layer import DenseAttention
-from nsa.layers.kind import Backends, Gather, Kind, Own, Parts, Product, Shape
+from nsa.layers.kind import Backends, Gather, Kind, Own, Product, Shape
+from nsa.layers.projections.records import parts_of, projection_of
 
 
 def build(shape: Shape, config: Any, backends: Backends) -> nn.Module:
@@ -15,17 +16,14 @@ def build(shape: Shape, config: Any, backends: Backends) -> nn.Module:
         shape.num_kv_heads,
         shape.head_dim,
         shape.v_head_dim,
+        projection=projection_of(shape).build(shape, backends.operators),
         backend=backends.operators,
         implementation=backends.dense,
     )
 
 
 def products(shape: Shape, config: Any) -> list[Product]:
-    joint = shape.num_heads * shape.head_dim + shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)
-    return [
-        Product(1, shape.hidden_size, joint),
-        Product(1, shape.num_heads * shape.v_head_dim, shape.hidden_size),
-    ]
+    return projection_of(shape).products(shape)
 
 
 DENSE = Kind(
@@ -43,15 +41,9 @@ DENSE = Kind(
     lists=False,
     recordable=True,
     dense_library=True,
-    parts=Parts(
-        columns=("query",),
-        kv_heads=("key", "value"),
-        rows=("output",),
-        whole=(),
-        gathered={},
-        gathered_bytes=lambda shape, width: 0,
-    ),
-    exchanges=lambda config: {"q": Own(), "kv": Gather("keys")},
+    options=("qkv_bias", "qk_norm"),
+    parts=parts_of,
+    exchanges=lambda shape, config: {"q": Own(), "kv": Gather("keys", projection_of(shape).row_width(shape))},
     choices=(),
     expensive=("range_attention",),
     loss=None,

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.cache import FullCache
 from nsa.layers.kind import Local, Pair
-from nsa.layers.projection import joint_linear
+from nsa.layers.projections.base import ProjectedLayer, Projection
+from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import RotaryTables
 from nsa.ops.dense.libraries import NAMES
 
@@ -38,12 +39,13 @@ class CausalAttention(nn.Module):
         return ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
-class DenseAttention(nn.Module):
+class DenseAttention(ProjectedLayer):
     """Causal grouped-query attention (arXiv 2305.13245) with rotary embedding.
 
     Args:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys. v_head_dim: Dv of values; None: D.
+        projection: how queries, keys and values are made, in place of grouped ones of these sizes.
         backend: implementation of the operators: auto, triton, torch or naive.
         implementation: of the attention if ``backend`` is auto: auto, triton, or the name of a library
             (`nsa.ops.dense_attention`).
@@ -57,17 +59,14 @@ class DenseAttention(nn.Module):
         head_dim: int,
         v_head_dim: int | None = None,
         *,
+        projection: Projection | None = None,
         backend: str = "auto",
         implementation: str = "auto",
     ) -> None:
-        super().__init__()
-        v_head_dim = v_head_dim or head_dim
-        self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
-        # Modules give names and initialisation to the weights; one joint product uses them.
-        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
-        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        super().__init__(
+            projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
+        )
+        self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
         self.attend = CausalAttention(backend, implementation)
 
@@ -85,15 +84,8 @@ class DenseAttention(nn.Module):
             cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1.
             cache: keys and values of the tokens before, to which T new ones are appended.
         """
-        joint = joint_linear(x, [linear.weight for linear in (self.query, self.key, self.value)])
-        parts = [
-            ops.Heads(self.query.out_features // self.head_dim, self.head_dim, "rotate"),
-            ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "rotate"),
-            ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
-        ]
-        q, k, v = ops.split_heads(joint, parts, *rotary.of(self.head_dim), backend=self.backend)
         offset = 0 if cache is None else cache.length
-        q, kv = self.exchange(q, (k, v))
+        q, kv = self.exchange(*self.projection(x, rotary))
         if cache is not None:
             kv = cache.append(*kv)
         out = self.attend(q, kv, cu_seqlens=cu_seqlens, offset=offset)

@@ -5,7 +5,8 @@ from torch import nn
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
 from nsa.layers.dsa.layer import DeepSeekSparseAttention
-from nsa.layers.kind import Backends, Gather, Kind, Own, Parts, Product, Shape
+from nsa.layers.kind import Backends, Exchange, Gather, Kind, Own, Product, Shape
+from nsa.layers.projections.records import parts_of, projection_of
 from nsa.ops.geometry import RotaryLayout
 
 
@@ -20,19 +21,15 @@ def build(shape: Shape, config: DsaConfig, backends: Backends) -> nn.Module:
         shape.v_head_dim,
         index_rotary=rotary,
         rope_theta=shape.rope_theta,
+        projection=projection_of(shape).build(shape, backends.operators),
         backend=backends.operators,
         **sizes,
     )
 
 
 def products(shape: Shape, config: DsaConfig) -> list[Product]:
-    joint = shape.num_heads * shape.head_dim + shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)
     index = config.index_heads * config.index_head_dim + config.index_head_dim + config.index_heads
-    return [
-        Product(1, shape.hidden_size, joint),
-        Product(1, shape.num_heads * shape.v_head_dim, shape.hidden_size),
-        Product(1, shape.hidden_size, index),
-    ]
+    return [*projection_of(shape).products(shape), Product(1, shape.hidden_size, index)]
 
 
 def keys(config: DsaConfig, tokens: int) -> dict[str, float]:
@@ -44,6 +41,16 @@ def keys(config: DsaConfig, tokens: int) -> dict[str, float]:
 
 def index_flops(config: DsaConfig, tokens: int) -> float:
     return 2 * config.index_heads * config.index_head_dim * (tokens + 1) / 2
+
+
+def exchanges(shape: Shape, config: DsaConfig) -> dict[str, Exchange]:
+    return {
+        "q": Own(),
+        "kv": Gather("keys", projection_of(shape).row_width(shape)),
+        "q_idx": Own(),
+        "k_idx": Gather("index keys", config.index_head_dim),
+        "weights": Own(),
+    }
 
 
 def card(config: DsaConfig) -> dict[str, str]:
@@ -69,21 +76,9 @@ DSA = Kind(
     lists=False,
     dense_library=False,
     recordable=False,
-    parts=Parts(
-        columns=("query",),
-        kv_heads=("key", "value"),
-        rows=("output",),
-        whole=("indexer",),
-        gathered={},
-        gathered_bytes=lambda shape, width: 0,
-    ),
-    exchanges=lambda config: {
-        "q": Own(),
-        "kv": Gather("keys"),
-        "q_idx": Own(),
-        "k_idx": Gather("index keys"),
-        "weights": Own(),
-    },
+    options=("qkv_bias", "qk_norm"),
+    parts=lambda shape: parts_of(shape, whole=("indexer",)),
+    exchanges=exchanges,
     choices=("attend.choose",),
     expensive=("range_attention", "token_attention"),
     loss=("attend.loss", "indexer_kl"),

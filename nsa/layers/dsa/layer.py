@@ -9,7 +9,8 @@ from nsa import ops
 from nsa.cache import IndexedCache
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.kind import Local, Pair
-from nsa.layers.projection import joint_linear
+from nsa.layers.projections.base import ProjectedLayer, Projection
+from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.dispatch import accumulation_dtype
 from nsa.ops.geometry import Documents, RotaryLayout
@@ -105,7 +106,7 @@ class IndexedAttention(nn.Module):
         return self.loss(out, divergence, q.shape[0] * q.shape[1])
 
 
-class DeepSeekSparseAttention(nn.Module):
+class DeepSeekSparseAttention(ProjectedLayer):
     """Grouped-query attention of each query to the tokens that a lightning indexer selects; usable in any decoder.
 
     The indexer learns to predict the attention, by `nsa.ops.indexer_kl`. This loss is attached to the output: the
@@ -121,6 +122,7 @@ class DeepSeekSparseAttention(nn.Module):
             the selected tokens, and the indexer learns the attention among these.
         kl_weight: weight of the indexer's loss.
         rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
+        projection: how queries, keys and values are made, in place of grouped ones of these sizes.
         backend: implementation of the operators: auto, triton, torch or naive.
 
     Raises:
@@ -144,17 +146,15 @@ class DeepSeekSparseAttention(nn.Module):
         phase: Phase = "sparse",
         kl_weight: float = 1.0,
         rope_theta: float = 10000.0,
+        projection: Projection | None = None,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        v_head_dim = v_head_dim or head_dim
-        self.head_dim, self.v_head_dim, self.rope_theta, self.backend = head_dim, v_head_dim, rope_theta, backend
-        # Modules give names and initialisation to the weights; one joint product uses them.
-        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=False)
-        self.value = nn.Linear(hidden_size, num_kv_heads * v_head_dim, bias=False)
+        super().__init__(
+            projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
+        )
+        self.rope_theta = rope_theta
         self.indexer = LightningIndexer(hidden_size, index_heads, index_head_dim, index_rotary, backend=backend)
-        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         choose = TokenChoice(topk=topk, num_initial=num_initial, num_local=num_local, backend=backend)
         self.exchange = Local()
         self.attend = IndexedAttention(choose, phase=phase, kl_weight=kl_weight, backend=backend)
@@ -177,15 +177,9 @@ class DeepSeekSparseAttention(nn.Module):
         offset = 0 if cache is None else cache.length
         if rotary is None:
             rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
-        joint = joint_linear(x, [linear.weight for linear in (self.query, self.key, self.value)])
-        parts = [
-            ops.Heads(self.query.out_features // self.head_dim, self.head_dim, "rotate"),
-            ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "rotate"),
-            ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
-        ]
-        q, k, v = ops.split_heads(joint, parts, *rotary.of(self.head_dim), backend=self.backend)
+        q, rows = self.projection(x, rotary)
         q_idx, index_keys, weights = self.indexer(x, rotary)
-        q, kv, q_idx, k_idx, weights = self.exchange(q, (k, v), q_idx, (index_keys,), weights)
+        q, kv, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, (index_keys,), weights)
         if cache is not None:
             kv, k_idx = cache.append(kv, k_idx)
         out = self.attend(q, kv, q_idx, k_idx, weights, cu_seqlens=cu_seqlens, offset=offset)

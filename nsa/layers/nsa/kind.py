@@ -46,12 +46,12 @@ def keys(config: NsaConfig, tokens: int) -> dict[str, float]:
     return {branch: float(number.mean()) for branch, number in zip(BRANCHES, seen, strict=True)}
 
 
-def exchanges(config: NsaConfig) -> dict[str, Exchange]:
+def exchanges(shape: Shape, config: NsaConfig) -> dict[str, Exchange]:
     """Any query may select any block, so all keys and values of the selected branch are gathered."""
     return {
         "q": Own(),
         "kv_cmp": Blocks("compressed", "compression", "compress", config.compress_length, config.compress_stride),
-        "kv_slc": Gather("selected"),
+        "kv_slc": Gather("selected", shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)),
         "kv_win": Halo("window", config.window - 1),
         "gates": Own(),
     }
@@ -81,7 +81,8 @@ NSA = Kind(
     lists=True,
     recordable=True,
     dense_library=False,
-    parts=Parts(
+    options=(),
+    parts=lambda shape: Parts(
         columns=("query", "gate"),
         kv_heads=tuple(f"key_value.{branch}.{part}" for branch in BRANCHES for part in ("key", "value")),
         rows=("output",),

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.cache import NativeSparseCache
 from nsa.layers.kind import Local, Pair
+from nsa.layers.linear import joint_linear
 from nsa.layers.nsa.compression import BlockCompression
-from nsa.layers.projection import joint_linear
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.geometry import Documents, block_ends
 

@@ -72,9 +72,7 @@ def indexer_kl(
         raise ValueError(f"token_indices must be {(*q.shape[:2], 'K')}, got {tuple(token_indices.shape)}")
     scale = softmax_scale(scale, q.shape[3])
     q, k, lse = q.detach(), k.detach(), lse.detach()
-    # "auto" does not take the kernel yet: it ran in the interpreter only.
-    kernels = backend == "triton" and token_indices is not None
-    implementation = resolve_backend(backend, q_idx, k_idx, q, k, kernels=kernels)
+    implementation = resolve_backend(backend, q_idx, k_idx, q, k, kernels=token_indices is not None)
     documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     if implementation == "naive":
         mask = naive_mask(documents, k.shape[1], token_indices)

@@ -116,12 +116,13 @@ def divergence(
         constants = {name: value for name, value in constants.items() if name not in ("DV", "DV1")}
         rows = min(MOST_ROWS, tile_width(q.shape[2] // k.shape[2]))
         tile = {"BM": rows, "BH": tile_width(heads), "BN": 16 if INTERPRETED else 32}
+        options = {} if INTERPRETED else {"num_warps": 4, "num_stages": 2}
         room: Tensor | None = None
         for token, here, parts in summed_parts(lists, total, k_idx.dtype):
             if room is None:
                 room = loss.new_empty(2, batch * here * slots)
             list_kl_kernel[here, batch](
                 q, k, lse, q_idx, k_idx, weights, lists, *room, loss, d_query, d_weights, parts, token, tokens, keys,
-                slots, scale * LOG2_E, **constants, INDEX_HEADS=heads, DI=width, DI1=tile_width(width), **tile,
+                slots, scale * LOG2_E, **constants, INDEX_HEADS=heads, DI=width, DI1=tile_width(width), **tile, **options,
             )  # fmt: skip
     return loss.sum(), d_query, total.to(k_idx.dtype), d_weights

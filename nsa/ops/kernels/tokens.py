@@ -31,8 +31,8 @@ from nsa.ops.kernels.ranges import shape_constants
 PART_BYTES = 2**31  # of the parts of a chunk of queries
 MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
-GATHERED = 8  # parts that a program of `sum_kernel` loads at once
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
+GATHERED = 8192  # elements that such a program loads at once
 
 
 @triton.jit
@@ -225,7 +225,18 @@ def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[t
         users_kernel[(batch * keys,)](inverse, users, count, slots, queries, num_warps=4)
         yield token, here, parts
         sum_kernel[keys, triton.cdiv(columns, at_once), batch](
-            parts, users, count, total, keys, slots, here, columns, at_once, queries, GATHERED, num_warps=4
+            parts,
+            users,
+            count,
+            total,
+            keys,
+            slots,
+            here,
+            columns,
+            at_once,
+            queries,
+            min(64, GATHERED // at_once),
+            num_warps=4,
         )
 
 

@@ -9,8 +9,8 @@ from torch.nn.functional import linear
 from nsa.ops.dispatch import autocasts
 
 
-@autocasts("x", "weights")
-def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
+@autocasts("x", "weights", "bias")
+def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> Tensor:
     """The projections of x by each weight, concatenated along the last dimension.
 
     Takes one matrix product forward and two backward for any number of weights: fewer launches, and no sum over the
@@ -18,12 +18,12 @@ def joint_linear(x: Tensor, weights: list[Tensor]) -> Tensor:
     them is kept between the passes.
 
     Args:
-        x: (.., C). weights: (W_i, C) each, in x's dtype.
+        x: (.., C). weights: (W_i, C) each, in x's dtype. bias: (sum of W_i,), added to the result.
 
     Returns:
         (.., sum of W_i).
     """
-    return _JointLinear.apply(x, *weights)
+    return _JointLinear.apply(x, bias, *weights)
 
 
 @autocasts("x", "first", "second")
@@ -59,13 +59,15 @@ class _ParallelLinear(torch.autograd.Function):
 
 class _JointLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
         ctx.save_for_backward(x, *weights)
-        return linear(x, torch.cat(weights))
+        return linear(x, torch.cat(weights), bias)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
         d_x = d_out @ torch.cat(weights) if ctx.needs_input_grad[0] else None
-        d_weights = d_out.flatten(0, -2).T @ x.flatten(0, -2)
-        return d_x, *d_weights.split([len(weight) for weight in weights])
+        d_rows = d_out.flatten(0, -2)
+        d_weights = d_rows.T @ x.flatten(0, -2)
+        d_bias = d_rows.sum(0) if ctx.needs_input_grad[1] else None
+        return d_x, d_bias, *d_weights.split([len(weight) for weight in weights])

@@ -1,0 +1,1 @@
+"""Projections: how a layer of attention makes queries, keys and values from the hidden state."""
