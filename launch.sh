@@ -14,7 +14,8 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
   setup                             only make the environment in .venv (every command does, when needed)
   test [--slow] [PYTEST ARGUMENTS]  ruff, mypy and the tests
   prepare CONFIG [KEY=VALUE ...]    train the tokenizer and write the token shards (train does it too)
-  train CONFIG [KEY=VALUE ...]      train on all local GPUs, or on one CPU process; the same command resumes
+  train CONFIG [KEY=VALUE ...]      train on all local GPUs, or on one CPU process; the same command resumes.
+                                    A CONFIG with stages: one after the other, or one with stage=NAME
   export RUN                        write a run's last checkpoint as a Hugging Face folder
   evaluate EXPORT                   bits per byte by position and recall tasks of an export
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
@@ -188,6 +189,15 @@ train() {
     for argument in "$@"; do # an option prints something and stops
         if [[ $argument == -* ]]; then exec python -m nsa.train "$@"; fi
     done
+    local stages stage
+    stages=$(python -m nsa.config --stages "$1") || return
+    if [[ -n $stages && " $*" != *" stage="* ]]; then # one run after the other; those that are complete end at once
+        for stage in $stages; do
+            say "stage $stage"
+            if [[ -n ${SLURM_STEP_ID:-} ]]; then (train "$@" "stage=$stage"); else train "$@" "stage=$stage"; fi || return
+        done
+        return
+    fi
     run_folder=$(run_folder_of "$@") || return
     if [[ -n ${SLURM_STEP_ID:-} && ${SLURM_NTASKS:-1} -gt 1 ]]; then # inside srun: this process is one rank
         export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID

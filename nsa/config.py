@@ -19,9 +19,11 @@ from pydantic import Field, field_validator, model_validator
 from nsa import strict_yaml
 from nsa.config_history import upgraded
 from nsa.data.config import DataConfig
+from nsa.layers.kinds import KINDS
 from nsa.models.config import AttentionConfig, ModelConfig, check_projection
 from nsa.parallel.config import ParallelConfig, check_layout
 from nsa.schema import Section, shell_path
+from nsa.stages import STAGE, Stages, stages_of
 from nsa.strict_yaml import ConfigError
 
 __all__ = ["Config", "ConfigError", "dump_config", "json_schema", "load_config", "load_saved"]
@@ -209,6 +211,17 @@ class Config(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="names the run's folder")
     seed: int = Field(1234, ge=0, lt=2**31, description="random seed for initialisation and data order")
     output_dir: str = Field("checkpoints", min_length=1, description="folder that holds the run folders")
+    start_from: str | None = Field(
+        None,
+        min_length=1,
+        description="folder whose weights a new run begins with: a run, or one of its checkpoints (of any layout). A "
+        "run with dense attention can become one of any kind; null: random weights",
+    )
+    train: Literal["all", "indexer"] = Field(
+        "all",
+        description="indexer: everything else is frozen; no loss of the model is computed. The logged loss is the sum "
+        "of the indexers'",
+    )
     model: ModelConfig = Field(description="shape of the decoder")
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of every layer")
     data: DataConfig = Field(description="where tokens come from and how they are cut into samples")
@@ -221,10 +234,10 @@ class Config(Section):
     parallel: ParallelConfig = Field(ParallelConfig(), description="ranks that share one replica of the model")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="what nsa.evaluate measures on an export")
 
-    @field_validator("output_dir")
+    @field_validator("output_dir", "start_from")
     @classmethod
-    def _as_a_shell_reads_it(cls, value: str) -> str:
-        return shell_path(value)
+    def _as_a_shell_reads_it(cls, value: str | None) -> str | None:
+        return None if value is None else shell_path(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -241,6 +254,7 @@ class Config(Section):
                 f"({self.model.vocab_size}): every piece of the tokenizer needs a row of the embedding"
             )
         check_projection(self.model, self.attention)
+        self._check_kinds()
         check_layout(self.parallel, self.model, self.data.sequence_length, self.engine.zero_stage)
         decay = self.optimizer.decay_steps or 0
         if self.optimizer.warmup_steps + decay > self.training.steps:
@@ -250,14 +264,32 @@ class Config(Section):
             )
         return self
 
+    def _check_kinds(self) -> None:
+        kinds = {kind.name: kind for kind in self.attention.kinds(self.model.num_layers)}
+        for kind in kinds.values():
+            if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
+                raise ValueError(problem)
+        if self.train == "all":
+            return
+        if not any(kind.apart for kind in kinds.values()):
+            having = ", ".join(kind.name for kind in KINDS if kind.apart)
+            raise ValueError(f"train: {self.train} needs layers that have one: set attention.kind to {having}")
+        if self.start_from is None:
+            raise ValueError(f"train: {self.train} needs start_from: there is nothing to learn from random weights")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and write ``key=value`` overrides (dotted keys, YAML values) over it, in order.
 
+    Of a file with stages (`nsa.stages`), the override ``stage=NAME`` says which one is wanted.
+
     Raises ``ConfigError`` that names the file, the line and the full key of every problem: unknown keys (with the
     nearest valid one), duplicate keys, wrong types, values out of range, contradictions.
     """
-    return strict_yaml.load(Config, path, overrides)
+    stage = next((o.partition("=")[2] for o in reversed(overrides) if o.startswith(STAGE)), None)
+    others = [o for o in overrides if not o.startswith(STAGE)]
+    stages = Stages(path, stage)
+    return strict_yaml.load(Config, path, others, stages.choose, stages.finish)
 
 
 def load_saved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -272,7 +304,13 @@ def dump_config(config: Config) -> str:
 
 def json_schema() -> str:
     """JSON schema of the YAML files, as committed in ``configs/schema.json``."""
-    return json.dumps(Config.model_json_schema(), indent=2) + "\n"
+    schema = Config.model_json_schema()
+    schema["properties"]["stages"] = {
+        "description": "runs that follow one another, each with its name and the keys that it replaces (nsa/stages.py)",
+        "type": "array",
+        "items": {"type": "object", "required": ["name"]},
+    }
+    return json.dumps(schema, indent=2) + "\n"
 
 
 MINIMAL = """
@@ -326,6 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
+    parser.add_argument("--stages", action="store_true", help="print the names of its stages instead, one a line")
     options = parser.parse_intermixed_args(arguments)
     if options.schema or options.reference:
         print(json_schema() if options.schema else reference(), end="")
@@ -333,6 +372,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.config is None:
         parser.error("name a YAML file, or --schema, or --reference")
     try:
+        if options.stages:
+            print("".join(f"{name}\n" for name in stages_of(options.config)), end="")
+            return 0
         print(dump_config(load_config(options.config, options.overrides)), end="")
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -154,10 +154,12 @@ def load(
     path: str | Path,
     overrides: Sequence[str] = (),
     upgrade: Callable[[Any], Any] = lambda tree: tree,
+    finish: Callable[[Any], None] = lambda tree: None,
 ) -> SectionT:
     """Read ``path``, apply the ``key=value`` overrides in order, and validate the result as a ``section``.
 
-    ``upgrade``: converts the values of an older file to the current keys, before the overrides.
+    ``upgrade``: converts the values of the file before the overrides, such as those of an older one to the current
+    keys. ``finish``: changes them in place after the overrides.
 
     Raises ``ConfigError`` that lists all problems.
     """
@@ -166,6 +168,7 @@ def load(
         raise ConfigError(f"{path}: expected a mapping of keys such as {', '.join(list(section.model_fields)[:4])}")
     tree = upgrade(tree)
     overridden = {_override(tree, override): override for override in overrides}
+    finish(tree)
     try:
         return section.model_validate(tree)
     except ValidationError as error:

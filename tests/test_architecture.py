@@ -25,7 +25,7 @@ LAYERS = (
     ("train", "export", "evaluate", "plan", "summary"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FREE = {"schema", "strict_yaml", "config_history", "untrusted"}  # they import each other at most
+FREE = {"schema", "strict_yaml", "config_history", "stages", "untrusted"}  # they import each other at most
 DATA = {"data"}  # knows no model; two of its files are commands, too, which read a configuration
 COMMANDS_OF_DATA = ("nsa.data.prepare", "nsa.data.trigram")
 

@@ -7,9 +7,12 @@ import torch
 
 from nsa.config import load_config
 from nsa.models import Decoder, count_parameters
+from nsa.stages import stages_of
 from tests.conftest import ROOT
 
-FILES = sorted((ROOT / "configs").glob("*.yaml"))
+ALL = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = [path for path in ALL if not stages_of(path)]
+STAGES = [(path, stage) for path in ALL for stage in stages_of(path)]
 SIZES = {"m": 10**6, "b": 10**9}
 
 
@@ -43,6 +46,17 @@ def test_is_a_plain_file_for_people_and_editors(path):
     assert config.data.sequence_length * max(config.evaluation.length_factors) > config.attention.nsa.window
     rows = config.training.micro_batch_size * config.data.sequence_length
     assert rows < 2**31
+
+
+@pytest.mark.parametrize("path, stage", STAGES, ids=lambda x: getattr(x, "stem", x))
+def test_a_stage_builds_and_starts_from_the_one_before(path, stage):
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+    config, before = load_config(path, [f"stage={stage}"]), stages_of(path)
+    first = stage == before[0]
+    assert config.name == f"{path.stem}-{stage}"
+    assert config.start_from == (None if first else f"checkpoints/{path.stem}-{before[before.index(stage) - 1]}")
+    with torch.device("meta"):
+        Decoder(config.model, config.attention)
 
 
 def test_demo_needs_no_network_and_runs_on_one_or_two_ranks():

@@ -21,6 +21,8 @@ class AuxiliaryLoss(nn.Module):
         share: of this rank, if ranks compute parts of the loss, whose sum is the loss.
         scale: factor of each token's loss; None: 1 / tokens of the pass, for a mean over it. The trainer sets it such
             that the mean is over the global batch.
+        kept: a loss that could not be attached, since nothing before the layer is trained, times weight, share and
+            scale; `take` hands it out.
         tally: (1 + counts,) fp64, sums over the backward passes since the last `clear`: of the loss over tokens, and of
             the counts. None before the first backward pass.
     """
@@ -30,6 +32,7 @@ class AuxiliaryLoss(nn.Module):
         self.weight, self.share = weight, 1.0
         self.scale: float | None = None
         self.tally: Tensor | None = None
+        self.kept: Tensor | None = None
 
     def forward(self, x: Tensor, loss: Tensor | None, tokens: int, counts: Tensor | None = None) -> Tensor:
         """Returns ``x`` unchanged. Its backward pass gives the loss the gradient weight x scale.
@@ -38,11 +41,19 @@ class AuxiliaryLoss(nn.Module):
             x: the layer's output, any shape. loss: a scalar, the sum over ``tokens`` tokens; None: only the counts are
                 summed. counts: (n,) integers; None: there are none.
         """
-        if not x.requires_grad:
-            return x
-        loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
-        scale = 1 / tokens if self.scale is None else self.scale
-        return _Attach.apply(x, loss, counts, self.weight * self.share * scale, self)
+        scale = self.weight * self.share * (1 / tokens if self.scale is None else self.scale)
+        if x.requires_grad:
+            loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
+            return _Attach.apply(x, loss, counts, scale, self)
+        if loss is not None and loss.requires_grad:
+            self.kept = loss * scale
+            self.add(loss.detach(), counts)
+        return x
+
+    def take(self) -> Tensor | None:
+        """The loss that was kept in the last pass, a scalar; None: it was attached, or there was none."""
+        kept, self.kept = self.kept, None
+        return kept
 
     def add(self, loss: Tensor, counts: Tensor | None) -> None:
         """loss: a scalar. counts: (n,)."""

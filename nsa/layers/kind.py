@@ -169,6 +169,13 @@ class Kind:
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
         loss: the path of its auxiliary loss (`nsa.layers.auxiliary_loss`), and the loss's name in the metrics; None: it
             has none. Each tensor-parallel rank computes it for its heads; it is the mean over the ranks.
+        apart: submodules that this loss alone trains, such as an indexer. Their gradient is clipped by its own norm.
+            ``train: indexer`` trains nothing else.
+        from_dense: (name, read) -> the first value of parameter ``name`` of a layer that begins with the weights of a
+            dense layer, which ``read(name)`` returns; None: the value of a new run. It raises KeyError for a name that
+            is not there.
+        free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
+        problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
         export: config -> fields of config.json; None: the kind cannot be exported yet.
         card: config -> rows of the model card.
@@ -194,6 +201,10 @@ class Kind:
     choices: tuple[str, ...]
     expensive: tuple[str, ...]
     loss: tuple[str, str] | None
+    apart: tuple[str, ...]
+    from_dense: Callable[[str, Callable[[str], Tensor]], Tensor | None]
+    free: tuple[str, ...]
+    problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None
     export: Callable[[Any], dict[str, Any]] | None
     card: Callable[[Any], dict[str, str]]

@@ -1,7 +1,7 @@
 """The auxiliary losses of attention layers, such as that of DSA's indexer: scales and metrics."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nsa.config import Config
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
@@ -30,8 +30,22 @@ class AttentionLosses:
             loss.scale = grid.replicas.size / self.tokens  # DeepSpeed averages over the replicas
             self.here[number] = loss
 
+    def take(self) -> Tensor:
+        """The sum of the losses of the last pass over this rank's layers, as the objective has it: a scalar. For a
+        model of which nothing else is trained."""
+        kept = [loss.take() for loss in self.here.values()]
+        return torch.stack([loss for loss in kept if loss is not None]).sum()
+
     @torch.no_grad()
     def end_step(self) -> dict[str, float]:
+        """As `means`; the next step begins."""
+        means = self.means()
+        for loss in self.here.values():
+            loss.clear()
+        return means
+
+    @torch.no_grad()
+    def means(self) -> dict[str, float]:
         """The mean of each loss over the tokens of the global batch, as attention/<name>/layer_<number>. Collective."""
         if not self.names:
             return {}
@@ -39,7 +53,6 @@ class AttentionLosses:
         for number, loss in self.here.items():
             if loss.tally is not None:  # None before the first backward pass
                 seen[number] += loss.tally[0]
-            loss.clear()
         self.ranks.sum(seen)
         means = (seen / self.tokens).tolist()
         return {f"attention/{name}/layer_{number:02d}": means[number] for number, name in self.names.items()}

@@ -48,6 +48,8 @@ def graphs_serve(config: Config, device: torch.device) -> bool:
     """
     if not config.engine.cuda_graphs or device.type != "cuda":
         return False
+    if config.train != "all":
+        return False
     parallel, moe = config.parallel, config.model.moe
     if moe is not None and (parallel.expert > 1 or parallel.tensor > 1 or config.engine.precision != "bf16"):
         return False

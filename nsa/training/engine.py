@@ -19,9 +19,12 @@ from nsa.ops.dense import libraries
 from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, ModelParallelUnit
 from nsa.parallel.partition import materialise
+from nsa.parallel.pipeline import stage_layers
 from nsa.training.activation_checkpointing import checkpoint_layers
+from nsa.training.clipping import clip_by_section
 from nsa.training.cuda_graphs import GraphedDecoder, graphs_serve
 from nsa.training.distributed import Ranks
+from nsa.training.freezing import freeze_others
 from nsa.training.gradient_sinks import GradientSinks
 from nsa.training.optimizer import SGD, STATE_KEYS, AdamW, build_optimizer
 from nsa.training.sharded_state import create_optimizer_state
@@ -43,7 +46,10 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
             dense_attention=config.engine.dense_attention,
         )
     model = parallelize(model, grid, fill=lambda model: materialise(model, draw, dtype))
-    if config.engine.activation_checkpointing != "none":
+    check_stages(config)
+    if config.train != "all":
+        freeze_others(model, config)
+    elif config.engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
     optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)
 
@@ -60,8 +66,22 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
         )
     if graphed and isinstance(engine.optimizer, BF16_Optimizer) and config.engine.zero_stage == 1:
         graphed.sinks = GradientSinks(engine.optimizer)
+    clip_by_section(engine)
     create_optimizer_state(engine, STATE_KEYS[config.optimizer.kind])
     return engine
+
+
+def check_stages(config: Config) -> None:
+    """Raise ValueError if a pipeline stage has nothing that is trained apart, while another has: DeepSpeed's ranks must
+    have the same groups of parameters."""
+    kinds, stages = config.attention.kinds(config.model.num_layers), config.parallel.pipeline
+    apart = [any(kinds[i].apart for i in stage_layers(len(kinds), stages, stage)) for stage in range(stages)]
+    if any(apart) and not all(apart):
+        names = ", ".join(sorted({kind.name for kind in kinds if kind.apart}))
+        raise ValueError(
+            f"parallel.pipeline ({stages}): stage {apart.index(False)} has no layer of kind {names}, others have; "
+            "change attention.kind or use fewer stages"
+        )
 
 
 def client_optimizer(engine: DeepSpeedEngine) -> AdamW | SGD:

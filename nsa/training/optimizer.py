@@ -76,17 +76,30 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.startswith("embedding.") and not name.endswith(".position")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> AdamW | SGD:
-    """The optimizer over all parameters of ``model``, in two groups: with and without weight decay.
+def trained_apart(model: nn.Module) -> set[str]:
+    """Names of the parameters that only their layer's auxiliary loss trains (`nsa.layers.kind.Kind.apart`)."""
+    layers = [(number, layer) for number, layer in enumerate(model.layers) if hasattr(layer, "kind")]  # type: ignore[arg-type]
+    prefixes = tuple(f"layers.{number}.attention.{path}." for number, layer in layers for path in layer.kind.apart)
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)} if prefixes else set()
 
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> AdamW | SGD:
+    """The optimizer over all parameters of ``model`` that are trained, in groups: with and without weight decay.
+
+    Parameters that are trained apart have groups of their own. A group's ``section`` says which: "model" or "apart".
     ``offload``: DeepSpeed will move its state to the host. torch's fused AdamW is vectorised there, as DeepSpeed's is,
     but does not need to be compiled on every machine.
     """
-    named = list(model.named_parameters())
-    groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-    ]
+    named, apart = [(n, p) for n, p in model.named_parameters() if p.requires_grad], trained_apart(model)
+    groups = []
+    for section, members in (
+        ("model", [(n, p) for n, p in named if n not in apart]),
+        ("apart", [(n, p) for n, p in named if n in apart]),
+    ):
+        decayed = [p for n, p in members if decays(n, p)]
+        others = [p for n, p in members if not decays(n, p)]
+        groups.append({"params": decayed, "weight_decay": config.weight_decay, "section": section})
+        groups.append({"params": others, "weight_decay": 0.0, "section": section})
     groups = [group for group in groups if group["params"]]
     if config.kind == "sgd":
         return SGD(groups, lr=config.learning_rate)

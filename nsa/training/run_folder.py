@@ -16,6 +16,7 @@ from nsa.training.exit_codes import REQUEUE
 CHANGEABLE = (
     "name",
     "output_dir",
+    "start_from",
     "evaluation",
     "checkpoint",
     "resume",

@@ -4,7 +4,8 @@ A checkpoint holds logical tensors: whole, fp32, under the parameter's name. A r
 elements of the flattened tensor: all of them (ZeRO 0), a part or none (ZeRO 1 and 2), a part (ZeRO 3). `local_shards`
 returns these ranges as views of DeepSpeed's buffers, `gather` assembles whole tensors, `scatter` writes them back.
 Both copy bits only, without arithmetic. This relies on internals of DeepSpeed 0.19.8, which
-tests/training/test_resume.py tests. The model's buffers are saved like weights, without optimizer state.
+tests/training/test_resume.py tests. The model's buffers are saved like weights, without optimizer state. So is a frozen
+parameter, of which DeepSpeed has no fp32 value: that lies on the CPU, as the parameter's attribute ``whole``.
 """
 
 from collections.abc import Callable, Iterator
@@ -75,7 +76,9 @@ def create_optimizer_state(engine: DeepSpeedEngine, keys: tuple[str, ...], updat
 def local_shards(engine: DeepSpeedEngine, keys: tuple[str, ...]) -> dict[str, Shard]:
     """name -> shard of every parameter, then of every buffer, of the whole model. ``keys``: of the optimizer state."""
     named = dict(engine.module.named_parameters())
-    shards = _local_shards(engine, named, keys)
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    shards = _local_shards(engine, trained, keys)
+    shards = {name: shards.get(name) or _frozen_shard(engine, p) for name, p in named.items()}
     first_replica = engine.mpu.get_data_parallel_rank() == 0
     stages = getattr(engine.module, "everywhere", None)  # with a pipeline: the tensors of all stages
     for name, shard in shards.items():
@@ -131,6 +134,19 @@ def _stage_3_shard(p: Any, keys: tuple[str, ...], rank: int) -> Shard:
     return Shard(p.ds_shape, start, {key: t.data[:held] for key, t in tensors.items()} if held else {})
 
 
+def _frozen_shard(engine: DeepSpeedEngine, p: Any) -> Shard:
+    shape, start, held = p.shape, 0, p.data
+    stage_3 = isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+    if stage_3:
+        shape, size = p.ds_shape, p.ds_tensor.numel()
+        start = min(engine.mpu.get_data_parallel_rank() * size, p.ds_numel)
+        held = p.ds_tensor.data[: p.ds_numel - start]
+    if not hasattr(p, "whole"):
+        p.whole = held.detach().float().cpu().view(-1).clone()
+    tensors = {WEIGHT: p.whole} if p.whole.numel() else {}
+    return Shard(shape, start, tensors, replicated=not stage_3, trained=False)
+
+
 def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[str, str, Tensor]]:
     """Yield whole tensors as (key, name, fp32 CPU tensor): each on one rank, with about equal total size per rank.
 
@@ -161,11 +177,14 @@ def gather(shards: dict[str, Shard], keys: tuple[str, ...]) -> Iterator[tuple[st
 
 
 @torch.no_grad()
-def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[str, str], Tensor]) -> None:
-    """Write the whole tensors ``read(key, name)`` into the shards, and update the model's weights."""
+def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[str, str], Tensor | None]) -> None:
+    """Write the whole tensors ``read(key, name)`` into the shards, and update the model's weights. Where it returns
+    None, the values stay."""
     for name, shard in shards.items():
         for key, part in shard.tensors.items():
             whole = read(key, name)
+            if whole is None:
+                continue
             # `read` has checked this.
             assert whole.shape == shard.logical_shape and whole.dtype == torch.float32, (key, name)
             part.copy_(shard.partition.cut(whole).flatten()[shard.start : shard.start + part.numel()])
@@ -175,6 +194,10 @@ def scatter(engine: DeepSpeedEngine, shards: dict[str, Shard], read: Callable[[s
 def _refresh_model(engine: DeepSpeedEngine) -> None:
     """Copy the fp32 weights into the model's weights, as DeepSpeed does after an optimizer step in each stage."""
     optimizer = engine.optimizer
+    for p in engine.module.parameters():
+        if hasattr(p, "whole"):
+            held = p.ds_tensor.data[: p.whole.numel()] if hasattr(p, "ds_tensor") else p.data.view(-1)
+            held.copy_(p.whole)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):

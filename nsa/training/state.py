@@ -17,6 +17,7 @@ from nsa.training.rng import rng_state, seed_all, set_rng_state
 from nsa.training.run_folder import check_same, record_changes
 from nsa.training.sharded_state import WEIGHT, create_optimizer_state, gather, local_shards, scatter
 from nsa.training.spikes import SpikeState
+from nsa.training.start import start_from
 
 
 @dataclass
@@ -95,6 +96,8 @@ def restore(engine: DeepSpeedEngine, config: Config, ranks: Ranks, run: Path, id
     progress = load_newest(engine, config, ranks, run, identity)
     if progress is None:
         seed_all(config.seed + 1 + ranks.rank)
+        if config.start_from is not None:
+            start_from(engine, config, ranks, identity.tokenizer)
         return Progress()
     return progress
 

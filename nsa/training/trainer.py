@@ -30,6 +30,7 @@ from nsa.training.deepspeed_config import deepspeed_config
 from nsa.training.distributed import COLLECTIVE_TIMEOUT, Ranks, ReportedError, initialize, make_deterministic
 from nsa.training.engine import build_engine, client_optimizer, dense_attention_of, sum_gradients_held_alike
 from nsa.training.exit_codes import DONE, INTERRUPTED, REQUEUE
+from nsa.training.freezing import attached
 from nsa.training.metrics import StepMetrics, StepResult
 from nsa.training.monitor import Monitor
 from nsa.training.quarantine import TrainingError, roll_back
@@ -257,6 +258,8 @@ class Trainer:
             if i + 1 < len(passes):
                 engine.step()  # which only counts
         loss = ranks.sum(nll).item() / max(targets, 1.0)
+        if self.config.train != "all":
+            loss = sum(self.attention_losses.means().values())
         norm = self._own_norm()
         if not math.isfinite(loss) or (norm is not None and not math.isfinite(norm)):
             gate.close()
@@ -382,6 +385,9 @@ class Trainer:
         (micro_batch,) = batches
         losses = self._losses(micro_batch)
         self.watchdog.beat(f"step {self.progress.step + 1}: backward")
+        if self.config.train != "all" and not attached(self.config):
+            self.engine.backward(self.attention_losses.take(), scale_wrt_gas=False)
+            return losses.sum(dtype=torch.float64)
         self.engine.backward(losses.sum() * scale, scale_wrt_gas=False)  # nor divided by the micro batches
         return losses.detach().sum(dtype=torch.float64)
 

@@ -133,6 +133,87 @@ def rolled_back(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict
     return answer
 
 
+def stages(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """For each case, a dense run, one that trains its indexer, and a sparse one, each from the one before."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        runs = folder / "runs"
+
+        def config(name: str, *more: str, overrides: Any = overrides, number: int = number) -> Config:
+            return tiny_config(folder, f"name={name}{number}", *overrides, *more)
+
+        dense = config("dense", "attention.kind=dense", "training.steps=4")
+        indexer = [*INDEXER, "attention.dsa.phase=warm-up", "train=indexer", f"start_from={runs}/dense{number}"]
+        indexer += ["optimizer.learning_rate=0.02", "training.steps=8"]
+        sparse = [*INDEXER, f"start_from={runs}/indexer{number}", "training.steps=4"]
+        taught, again = config("indexer", *indexer), config("again", *indexer)
+        last, killed = config("sparse", *sparse), config("killed", *sparse)
+        for one in (dense, taught, last):
+            run(ranks, one)
+        ranks.on_main(lambda a=taught, b=again, c=last, d=killed: copy(a, b, 4) or copy(c, d, 2))
+        run(ranks, again)
+        run(ranks, killed)
+        runs_twice = config("twice", *sparse)  # killed before its first checkpoint
+        run(ranks, runs_twice)
+
+        def facts(runs: Any = (dense, taught, last, again, killed, runs_twice)) -> dict[str, Any]:
+            _, taught, last, again, killed, twice = runs
+            folders = [Path(c.output_dir) / c.name for c in runs]
+            before, after, sparse = (checkpoint.load_weights(checkpoint.latest_complete(f)) for f in folders[:3])
+            moments = checkpoint.TensorReader(checkpoint.latest_complete(folders[1]), "optimizer").names()
+            return {
+                "frozen changed": [n for n in before if not torch.equal(before[n], after[n])],
+                "trained": sorted({n.split("attention.")[-1].split(".")[0] for n in after.keys() - before.keys()}),
+                "indexers in moments": all(".indexer." in n for n in moments) and bool(moments),
+                "sparse changed": sum(not torch.equal(after[n], sparse[n]) for n in sparse) / len(sparse),
+                "losses": [logged(f, "train/loss") for f in folders[:3]],
+                "validation": [logged_some(f, "validation/loss")[-1] for f in folders[:3]],
+                "different": differences(taught, again) + differences(last, killed) + differences(last, twice),
+            }
+
+        answer.append(ranks.on_main(facts))
+    return answer
+
+
+INDEXER = [
+    "attention.kind=dsa",
+    "attention.dsa={topk: 16, index_heads: 4, index_head_dim: 16, index_rotary_dims: 8}",
+]
+
+
+def sections(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """For each case, one clipped step with the indexer's loss times 1 and times 1000: the length of the step, over the
+    learning rate, in the model and in the indexer; and whether the model's weights are the same."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        seen: list[dict[str, torch.Tensor]] = []
+        lengths = []
+        for weight in (1, 1000):
+            more = ["optimizer.kind=sgd", "optimizer.learning_rate=1", "optimizer.weight_decay=0"]
+            more += [
+                "optimizer.gradient_clipping=0.01",
+                "optimizer.warmup_steps=0",
+                *INDEXER,
+                f"name=s{number}-{weight}",
+            ]
+            config = tiny_config(folder, *more, *overrides, f"attention.dsa.kl_weight={weight}")
+            trainer = Trainer(config, ranks)
+            before = weights(trainer)
+            trainer.train_step(StopRequest())
+            after = {n: t for n, t in weights(trainer).items() if n.startswith("weight.")}
+            squares = torch.zeros(2, dtype=torch.float64)
+            shards = local_shards(trainer.engine, ())
+            for name, value in after.items():
+                if shards[name.removeprefix("weight.")].speaks:
+                    squares[int(".indexer." in name)] += (value - before[name]).double().square().sum()
+            lengths.append(ranks.sum(squares).sqrt().tolist())
+            seen.append({n: t for n, t in after.items() if ".indexer." not in n})
+            close(trainer)
+        same = all(torch.equal(seen[0][n], seen[1][n]) for n in seen[0])
+        answer.append({"lengths": lengths, "same": all(ranks.gather(same))})
+    return answer
+
+
 class Spiky(Trainer):
     """Batches 6 and 7 have ten times the loss."""
 
@@ -174,6 +255,12 @@ def differences(a: Config, b: Config) -> list[str]:
         manifest = (Path(config.output_dir) / config.name / name / checkpoint.MANIFEST).read_text()
         entries.append({k: v["sha256"] for k, v in json.loads(manifest)["files"].items() if k != "config.yaml"})
     return [key for key in sorted(entries[0].keys() | entries[1].keys()) if entries[0].get(key) != entries[1].get(key)]
+
+
+def logged_some(folder: Path, key: str) -> list[float]:
+    """As `logged`, of the steps that have it."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
 def logged(folder: Path, key: str) -> list[float]:

@@ -61,6 +61,12 @@ def card(config: DsaConfig) -> dict[str, str]:
     }
 
 
+def problem(config: DsaConfig, tokens: int) -> str | None:
+    if config.phase == "sparse" and config.topk > tokens:
+        return f"attention.dsa.topk ({config.topk}) exceeds the sample ({tokens} tokens): nothing would be left out"
+    return None
+
+
 DSA = Kind(
     name="dsa",
     title="DeepSeek Sparse Attention (arXiv 2512.02556)",
@@ -82,6 +88,10 @@ DSA = Kind(
     choices=("attend.choose",),
     expensive=("range_attention", "token_attention"),
     loss=("attend.loss", "indexer_kl"),
+    apart=("indexer",),
+    from_dense=lambda name, read: None if name.startswith("indexer.") else read(name),
+    free=("topk", "num_initial", "num_local", "phase", "kl_weight"),
+    problem=problem,
     figures=measure,
     export=None,
     card=card,

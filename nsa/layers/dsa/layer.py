@@ -100,7 +100,7 @@ class IndexedAttention(nn.Module):
         else:
             tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens)
             out, lse = ops.token_sparse_attention(q, k, v, tokens, return_lse=True, backend=self.backend)
-        if not out.requires_grad:
+        if not (out.requires_grad or q_idx.requires_grad):
             return out
         divergence = ops.indexer_kl(q_idx, index_keys, weights, q, k, lse, token_indices=tokens, **options)
         return self.loss(out, divergence, q.shape[0] * q.shape[1])

@@ -1,9 +1,10 @@
 """The record of Native Sparse Attention."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Shape
 from nsa.layers.nsa.config import NsaConfig
@@ -66,6 +67,14 @@ def card(config: NsaConfig) -> dict[str, str]:
     }
 
 
+def from_dense(name: str, read: Callable[[str], Tensor]) -> Tensor | None:
+    """Each branch begins with the dense keys and values; compression and gates as in a new run."""
+    _, branch, part = name.partition("key_value.")
+    if branch:
+        return read(part.partition(".")[2])
+    return None if name.startswith(("compress.", "gate.")) else read(name)
+
+
 NSA = Kind(
     name="nsa",
     title="Native Sparse Attention (arXiv 2502.11089)",
@@ -94,6 +103,10 @@ NSA = Kind(
     choices=("attend.choose",),
     expensive=("range_attention", "selected_attention", "compress_blocks"),
     loss=None,
+    apart=(),
+    from_dense=from_dense,
+    free=("num_blocks", "num_initial", "num_local", "window"),
+    problem=lambda config, tokens: None,
     figures=measure,
     export=lambda config: config.model_dump(),
     card=card,

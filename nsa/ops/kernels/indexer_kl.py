@@ -123,6 +123,7 @@ def divergence(
                 room = loss.new_empty(2, batch * here * slots)
             list_kl_kernel[here, batch](
                 q, k, lse, q_idx, k_idx, weights, lists, *room, loss, d_query, d_weights, parts, token, tokens, keys,
-                slots, scale * LOG2_E, **constants, INDEX_HEADS=heads, DI=width, DI1=tile_width(width), **tile, **options,
+                slots, scale * LOG2_E, **constants, INDEX_HEADS=heads, DI=width, DI1=tile_width(width), **tile,
+                **options,
             )  # fmt: skip
     return loss.sum(), d_query, total.to(k_idx.dtype), d_weights

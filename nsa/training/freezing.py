@@ -1,0 +1,50 @@
+"""Training of the indexer alone: everything else is frozen."""
+
+import torch
+from torch import Tensor, nn
+
+from nsa.config import Config
+from nsa.layers.around import Around
+from nsa.training.optimizer import trained_apart
+
+
+def attached(config: Config) -> bool:
+    """Whether the indexers' losses are attached to the activations, though nothing before them is trained.
+
+    That costs a backward pass through the whole model. ZeRO 3 needs it, which gathers weights as that pass reaches
+    them, and so does a pipeline, which passes gradients from stage to stage. Elsewhere the losses are taken from the
+    layers (`nsa.training.attention_losses.AttentionLosses.take`).
+    """
+    return config.engine.zero_stage == 3 or config.parallel.pipeline > 1
+
+
+class NoHead(Around):
+    """An output head that computes no losses in training; 0 for each token. Validation has them."""
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None or not self.training:
+            return self.inside(hidden, targets)
+        if hidden.requires_grad:
+            return hidden.sum(-1, dtype=torch.float32) * 0
+        return torch.zeros(targets.shape, device=hidden.device)
+
+
+class WithGradient(Around):
+    """A frozen embedding whose output has a gradient."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.inside(input_ids)
+        return x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+
+def freeze_others(model: nn.Module, config: Config) -> None:
+    """Freeze all but what is trained apart (`nsa.layers.kind.Kind.apart`).
+
+    A frozen parameter keeps its fp32 value for checkpoints (`nsa.training.sharded_state`).
+    """
+    trained = trained_apart(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    model.head = NoHead(model.head)  # type: ignore[arg-type]
+    if attached(config):
+        model.embedding = WithGradient(model.embedding)  # type: ignore[arg-type]
