@@ -90,47 +90,81 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return {"model": model, "attention": {"kind": BASELINE.name}}
 
 
-def read_weights(folder: Path | str, model: ModelConfig) -> dict[str, Tensor]:
-    """The state dict of a dense `Decoder` of ``model``: the folder's weights, on the CPU, in the dtype they have there.
+class WeightReader:
+    """Reads single weights of a folder by their names in a dense `Decoder` of ``model``, in the dtype they have there.
 
-    ``model`` is what `read_config` says, or that with another range, rotary embedding or tie of the embeddings. Tied
-    weights are one tensor under two names.
+    ``model`` is what `read_config` says, or that with another range, rotary embedding or tie of the embeddings.
 
     Raises:
         FolderError: weights are missing, unknown, of another shape, or not in safetensors. They are named.
     """
-    folder = Path(folder)
-    config = _config_of(folder)
-    family = _family_of(folder, config)
-    with torch.device("meta"):
-        decoder = Decoder(model, AttentionConfig(kind=BASELINE.name))
-    wanted = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
-    theirs = {name: _their_name(family, name) for name in wanted}
-    found = _headers(folder)
-    head = theirs["head.weight"]
-    if head not in found and config.get("tie_word_embeddings", False):
-        del theirs["head.weight"]
-    _check_names(folder, family, set(theirs.values()), found.keys())
-    wrong = [
-        f"{name} is {found[name][1]['shape']}, the configuration says {wanted[ours]}"
-        for ours, name in theirs.items()
-        if found[name][1]["shape"] != wanted[ours]
-    ]
-    if wrong:
-        raise FolderError(f"{folder}: weights of another shape: {_some(wrong, '; ')}; is config.json of this model?")
-    if others := sorted({entry["dtype"] for _, entry in found.values()} - set(DTYPES)):
-        raise FolderError(f"{folder}: weights of type {', '.join(others)} cannot be trained: take the original ones")
-    weights = _load(folder, theirs, {name: path for name, (path, _) in found.items()})
-    if "head.weight" not in weights:
-        embedding = weights["embedding.weight"]
-        weights["head.weight"] = embedding if model.tie_embeddings else embedding.clone()
-    elif model.tie_embeddings:
-        if not torch.equal(weights["head.weight"], weights["embedding.weight"]):
+
+    def __init__(self, folder: Path | str, model: ModelConfig) -> None:
+        self._folder, self._model = Path(folder), model
+        config = _config_of(self._folder)
+        family = _family_of(self._folder, config)
+        with torch.device("meta"):
+            decoder = Decoder(model, AttentionConfig(kind=BASELINE.name))
+        wanted = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
+        self._theirs = {name: _their_name(family, name) for name in wanted}
+        found = _headers(self._folder)
+        if self._theirs["head.weight"] not in found and config.get("tie_word_embeddings", False):
+            self._theirs["head.weight"] = self._theirs["embedding.weight"]
+        _check_names(self._folder, family, set(self._theirs.values()), found.keys())
+        wrong = [
+            f"{name} is {found[name][1]['shape']}, the configuration says {wanted[ours]}"
+            for ours, name in self._theirs.items()
+            if found[name][1]["shape"] != wanted[ours]
+        ]
+        if wrong:
+            words = f"weights of another shape: {_some(wrong, '; ')}"
+            raise FolderError(f"{self._folder}: {words}; is config.json of this model?")
+        if others := sorted({entry["dtype"] for _, entry in found.values()} - set(DTYPES)):
             raise FolderError(
-                f"{folder}: {head} differs from {theirs['embedding.weight']}, so they cannot be one tensor: set "
+                f"{self._folder}: weights of type {', '.join(others)} cannot be trained: take the original ones"
+            )
+        self._paths = {name: path for name, (path, _) in found.items()}
+        self._files: dict[Path, Any] = {}
+
+    def names(self) -> list[str]:
+        return list(self._theirs)
+
+    def __call__(self, name: str) -> Tensor:
+        """The weight, on the CPU. Raises KeyError if there is none of this name."""
+        theirs = self._theirs[name]
+        path = self._paths[theirs]
+        try:
+            if path not in self._files:
+                self._files[path] = safe_open(path, framework="pt")
+            return self._files[path].get_tensor(theirs)
+        except (SafetensorError, OSError) as error:
+            raise FolderError(f"{path}: {error}") from None
+
+    def check_tie(self) -> None:
+        """Raise FolderError if the model ties two weights that differ in the folder."""
+        head, embedding = self._theirs["head.weight"], self._theirs["embedding.weight"]
+        if not self._model.tie_embeddings or head == embedding:
+            return
+        if not torch.equal(self("head.weight"), self("embedding.weight")):
+            raise FolderError(
+                f"{self._folder}: {head} differs from {embedding}, so they cannot be one tensor: set "
                 "model.tie_embeddings to false"
             )
-        weights["head.weight"] = weights["embedding.weight"]
+
+
+def read_weights(folder: Path | str, model: ModelConfig) -> dict[str, Tensor]:
+    """The state dict of a dense `Decoder` of ``model``: all weights of a folder at once. As `WeightReader`.
+
+    Tied weights are one tensor under two names.
+    """
+    reader = WeightReader(folder, model)
+    reader.check_tie()
+    weights = {name: reader(name) for name in reader.names()}
+    head, embedding = weights["head.weight"], weights["embedding.weight"]
+    if model.tie_embeddings:
+        weights["head.weight"] = embedding
+    elif head.data_ptr() == embedding.data_ptr():  # both are the mapped file
+        weights["head.weight"] = embedding.clone()
     return weights
 
 
@@ -215,14 +249,3 @@ def _check_names(folder: Path, family: Family, wanted: set[str], found: Iterable
 def _some(names: list[str], separator: str = ", ") -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return separator.join(names[:NAMED]) + more
-
-
-def _load(folder: Path, theirs: dict[str, str], paths: dict[str, Path]) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = {}
-    try:
-        for path in sorted({paths[name] for name in theirs.values()}):
-            with safe_open(path, framework="pt") as file:
-                weights |= {ours: file.get_tensor(name) for ours, name in theirs.items() if paths[name] == path}
-    except (SafetensorError, OSError) as error:
-        raise FolderError(f"{folder}: {error}") from None
-    return weights
