@@ -6,6 +6,7 @@ from pydantic import Field, create_model, model_validator
 
 from nsa.layers.kind import Kind, Shape
 from nsa.layers.kinds import BASELINE, DEFAULT, KINDS, kind_of
+from nsa.layers.rotary_scaling import RopeScaling
 from nsa.schema import Section
 
 NAMES = tuple(kind.name for kind in KINDS)
@@ -123,6 +124,11 @@ class ModelConfig(Section):
     intermediate_size: int = Field(ge=1, description="hidden width of the SwiGLU MLP")
     max_position: int = Field(ge=1, description="range of the rotary embedding in tokens; the longest sequence")
     rope: RopeConfig = Field(RopeConfig(), description="rotary position embedding")
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="rotary frequencies of a model that another trainer extended; null: those of rope. "
+        "model.rope.yarn_factor extends the range of either",
+    )
     moe: MoEConfig | None = Field(None, description="mixture of experts; null: every MLP is dense")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding's weight")
@@ -138,6 +144,10 @@ class ModelConfig(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary embedding turns pairs")
+        if self.rope_scaling is not None and self.rope_scaling.rope_type == "yarn" and self.rope.theta <= 1:
+            raise ValueError(
+                f"model.rope.theta ({self.rope.theta}) must be above 1 with model.rope_scaling of type yarn"
+            )
         if self.moe is not None and self.moe.first_dense >= self.num_layers:
             raise ValueError(
                 f"model.moe.first_dense ({self.moe.first_dense}) leaves none of model.num_layers ({self.num_layers}) "

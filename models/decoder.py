@@ -71,7 +71,12 @@ class Decoder(nn.Module):
         self.config, self.attention = config, attention
         rope = config.rope
         self.rotary = Rotary(
-            rope.theta, config.max_position, rope.yarn_factor, rope.yarn_beta_fast, rope.yarn_beta_slow
+            rope.theta,
+            config.max_position,
+            rope.yarn_factor,
+            rope.yarn_beta_fast,
+            rope.yarn_beta_slow,
+            config.rope_scaling,
         )
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(

@@ -18,6 +18,7 @@ LAYERS = (
     ("models",),
     ("parallel",),
     ("config",),
+    ("importing",),
     ("training",),
     ("exporting", "planning"),
     ("evaluation",),

@@ -69,14 +69,39 @@ def rotary_tables(config: NSAConfig, positions: Tensor) -> RotaryTables:
     """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071)."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     frequencies = config.rotary_base**-exponents
+    temperature = 1.0
+    if config.rotary_scaling is not None:
+        frequencies, temperature = scaled_frequencies(config.rotary_scaling, frequencies, config.rotary_base)
     if config.yarn_factor != 1:
         turns = config.original_max_position * frequencies / (2 * math.pi)
         keep = (turns - config.yarn_beta_slow) / (config.yarn_beta_fast - config.yarn_beta_slow)
         keep = keep.clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / config.yarn_factor)
     angles = positions[..., None].float() * frequencies
-    temperature = 0.1 * math.log(config.yarn_factor) + 1.0
+    temperature *= 0.1 * math.log(config.yarn_factor) + 1.0
     return RotaryTables(angles.cos() * temperature, angles.sin() * temperature)
+
+
+def scaled_frequencies(scaling: dict, plain: Tensor, base: float) -> tuple[Tensor, float]:
+    """Frequencies (D/2,) and the factor of cos and sin, as `transformers` has them for types llama3 and yarn."""
+    factor, length = scaling["factor"], scaling["original_max_position_embeddings"]
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = (length * plain / (2 * math.pi) - low) / (high - low)
+        temperature = 1.0
+    else:
+        pair, growth = len(plain) / math.log(base), 0.1 * math.log(factor)
+        first = max(math.floor(pair * math.log(length / (2 * math.pi * (scaling["beta_fast"] or 32)))), 0)
+        last = math.ceil(pair * math.log(length / (2 * math.pi * (scaling["beta_slow"] or 1))))
+        last = min(last, 2 * len(plain) - 1)
+        pairs = torch.arange(len(plain), dtype=torch.float32, device=plain.device)
+        keep = 1 - (pairs - first) / (last - first or 0.001)
+        one, other = scaling["mscale"], scaling["mscale_all_dim"]
+        temperature = (one * growth + 1) / (other * growth + 1) if one and other else growth + 1
+        if scaling["attention_factor"] is not None:
+            temperature = scaling["attention_factor"]
+    keep = keep.clamp(0, 1)
+    return plain * (keep + (1 - keep) / factor), temperature
 
 
 class RMSNorm(nn.Module):

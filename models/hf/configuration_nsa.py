@@ -22,6 +22,7 @@ class NSAConfig(PreTrainedConfig):
         first_dense: layers at the start that have a SwiGLU of intermediate_size instead.
         max_position_embeddings: rotary range, extension included. original_max_position: range of the training.
         rotary_base, yarn_factor, yarn_beta_fast, yarn_beta_slow: rotary embedding and its YaRN length extension.
+        rotary_scaling: frequencies of the training, if they are scaled: `rope_parameters` of type llama3 or yarn.
     """
 
     model_type = "nsa"
@@ -59,6 +60,7 @@ class NSAConfig(PreTrainedConfig):
         yarn_factor: float = 1.0,
         yarn_beta_fast: float = 32.0,
         yarn_beta_slow: float = 1.0,
+        rotary_scaling: dict | None = None,
         rms_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
@@ -95,6 +97,7 @@ class NSAConfig(PreTrainedConfig):
         self.yarn_factor = yarn_factor
         self.yarn_beta_fast = yarn_beta_fast
         self.yarn_beta_slow = yarn_beta_slow
+        self.rotary_scaling = rotary_scaling
         self.rms_norm_eps = rms_norm_eps
         self.initializer_range = initializer_range
         self.tie_word_embeddings = tie_word_embeddings

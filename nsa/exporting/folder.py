@@ -126,6 +126,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         yarn_factor=rope.yarn_factor,
         yarn_beta_fast=rope.yarn_beta_fast,
         yarn_beta_slow=rope.yarn_beta_slow,
+        rotary_scaling=model.rope_scaling.model_dump() if model.rope_scaling else None,
         rms_norm_eps=model.norm_eps,
         initializer_range=model.init_std,
         tie_word_embeddings=model.tie_embeddings,

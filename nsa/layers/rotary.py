@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nsa.layers.rotary_scaling import RopeScaling
+
 
 @dataclass(frozen=True)
 class Rotary:
@@ -19,6 +21,7 @@ class Rotary:
         yarn_factor: length extension, new range / trained range; 1: none.
         beta_fast, beta_slow: frequencies with at least beta_fast rotations over the trained range are kept, those with
             at most beta_slow are divided by the factor.
+        scaling: how the frequencies that the model is trained with differ from RoPE's; None: they do not.
     """
 
     theta: float = 10000.0
@@ -26,15 +29,19 @@ class Rotary:
     yarn_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    scaling: RopeScaling | None = None
 
     def frequencies(self, width: int, device: torch.device | None = None) -> Tensor:
         """Angular frequencies, (width / 2,) fp32, in radians per token, for ``width`` rotated dims.
 
-        RoPE (arXiv 2104.09864, Eq. 15). With YaRN, frequencies between the two betas are interpolated (arXiv
-        2309.00071, section 3.2).
+        RoPE (arXiv 2104.09864, Eq. 15), or those of ``scaling``. With YaRN, frequencies between the two betas are
+        interpolated (arXiv 2309.00071, section 3.2).
         """
-        exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-        frequencies = self.theta**-exponents
+        if self.scaling is None:
+            exponents = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
+            frequencies = self.theta**-exponents
+        else:
+            frequencies = self.scaling.frequencies(self.theta, width, device)
         if self.yarn_factor == 1.0:
             return frequencies
         turns = self.trained_range * frequencies / (2 * math.pi)
@@ -45,10 +52,12 @@ class Rotary:
         """cos and sin, each (T, width / 2) fp32, of the angles at ``positions`` (T,) integer.
 
         With YaRN by a factor s both are multiplied by its attention temperature 0.1 ln(s) + 1 (arXiv 2309.00071,
-        Eq. 22).
+        Eq. 22), and by that of ``scaling``.
         """
         angles = positions[:, None].float() * self.frequencies(width, positions.device)
         temperature = 0.1 * math.log(self.yarn_factor) + 1.0
+        if self.scaling is not None:
+            temperature *= self.scaling.temperature
         return angles.cos() * temperature, angles.sin() * temperature
 
     def at(self, positions: Tensor) -> "RotaryTables":

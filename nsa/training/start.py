@@ -1,19 +1,23 @@
-"""Beginning a run with the weights of another (``start_from``)."""
+"""Beginning a run with the weights of another, or of a Hugging Face folder (``start_from``)."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from nsa.config import Config, load_saved
+from nsa.importing import WeightReader, read_config
 from nsa.layers.kinds import BASELINE
+from nsa.models import AttentionConfig, ModelConfig
 from nsa.training import checkpoint
 from nsa.training.checkpoint import CheckpointError
 from nsa.training.distributed import Ranks
 from nsa.training.sharded_state import WEIGHT, local_shards, scatter
 
 # Of the model: these have no weights, so they may change from run to run (a longer context, for example).
-WEIGHTLESS = {"max_position", "rope", "init_std", "norm_eps"}
+WEIGHTLESS = {"max_position", "rope", "rope_scaling", "init_std", "norm_eps"}
+COMPUTED = ("rope", "rope_scaling", "norm_eps")  # of these: they change what the weights compute
 
 
 def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer: Path) -> None:
@@ -26,10 +30,10 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         ValueError: there is no such checkpoint, it is of another shape, kind or tokenizer, or lacks a tensor.
     """
     folder = ranks.on_main(lambda: source_of(config, tokenizer))
-    before = load_saved(folder / "config.yaml")
-    read = checkpoint.TensorReader(folder, "model")
+    _, attention = _sections(folder)
+    read = _reader(folder, config.model)
     layers = config.model.num_layers
-    kinds = list(zip(before.attention.kinds(layers), config.attention.kinds(layers), strict=True))
+    kinds = list(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True))
     shards = local_shards(engine, ())
 
     def value(key: str, name: str) -> Tensor | None:
@@ -51,7 +55,9 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
 
 
 def source_of(config: Config, tokenizer: Path) -> Path:
-    """The checkpoint folder that ``config.start_from`` means. Raises ValueError if the run cannot begin with it.
+    """The checkpoint or Hugging Face folder that ``config.start_from`` means.
+
+    Raises ValueError if the run cannot begin with it.
 
     Args:
         tokenizer: the file of the run's tokenizer.
@@ -61,34 +67,77 @@ def source_of(config: Config, tokenizer: Path) -> Path:
     if (given / checkpoint.MANIFEST).exists():
         checkpoint.verify(given)
         folder = given
+    elif _is_foreign(given):
+        folder = given
     else:
         newest = checkpoint.latest_complete(given) if given.is_dir() else None
         if newest is None:
-            raise ValueError(f"start_from: {given} holds no checkpoint; name a run folder or one of its step_* folders")
+            raise ValueError(
+                f"start_from: {given} holds no checkpoint; name a run folder, one of its step_* folders, or a Hugging "
+                "Face folder with config.json"
+            )
         folder = newest
-    before = load_saved(folder / "config.yaml")
-    old, new = before.model.model_dump(), config.model.model_dump()
+    before, attention = _sections(folder)
+    old, new = before.model_dump(), config.model.model_dump()
     differing = [key for key in new if key not in WEIGHTLESS and old.get(key) != new[key]]
     if differing:
         changes = "\n".join(f"  model.{key}: {old.get(key)} there, {new[key]} here" for key in differing)
         raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
     layers = config.model.num_layers
-    for number, (there, here) in enumerate(
-        zip(before.attention.kinds(layers), config.attention.kinds(layers), strict=True)
-    ):
+    for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
         if there is not here and there is not BASELINE:
             raise ValueError(
                 f"start_from: layer {number} of {folder} has attention of kind {there.name}, which cannot become "
                 f"{here.name}: only {BASELINE.name} attention can become another kind"
             )
         if there is here and there.config is not None:
-            old, new = (c.attention.of(here).model_dump(exclude=set(here.free)) for c in (before, config))
+            old, new = (
+                sections.of(here).model_dump(exclude=set(here.free)) for sections in (attention, config.attention)
+            )
             if differing := [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]:
                 raise ValueError(f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}")
-    if (folder / "tokenizer.model").read_bytes() != tokenizer.read_bytes():
+    if _is_foreign(folder):
+        _check_foreign(folder, config, before)
+    elif (folder / "tokenizer.model").read_bytes() != tokenizer.read_bytes():
         raise ValueError(
             f"start_from: {folder} was trained with another tokenizer than {tokenizer}: set "
             f"data.tokenizer.path={folder}/tokenizer.model"
         )
     print(f"begins with the weights of {folder}", flush=True)
     return folder
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder."""
+    return (folder / "config.json").exists()
+
+
+def _sections(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
+    """What the weights of a folder are of."""
+    if not _is_foreign(folder):
+        config = load_saved(folder / "config.yaml")
+        return config.model, config.attention
+    sections = read_config(folder)
+    return ModelConfig.model_validate(sections["model"]), AttentionConfig.model_validate(sections["attention"])
+
+
+def _reader(folder: Path, model: ModelConfig) -> Callable[..., Tensor]:
+    """(name, its shape or None) -> the tensor, fp32."""
+    if not _is_foreign(folder):
+        return checkpoint.TensorReader(folder, "model")
+    weights = WeightReader(folder, model)  # checks the shapes
+    return lambda name, shape=None: weights(name).float()
+
+
+def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
+    """What a Hugging Face folder needs beside the shape. Says what is computed in another way than there."""
+    if config.data.tokenizer.path is None:
+        raise ValueError(
+            f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
+            "to that tokenizer (docs/importing.md)"
+        )
+    WeightReader(folder, config.model).check_tie()
+    old, new = before.model_dump(), config.model.model_dump()
+    for key in COMPUTED:
+        if old[key] != new[key]:
+            print(f"note: model.{key} is {new[key]}, {folder} has {old[key]}", flush=True)

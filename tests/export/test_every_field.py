@@ -16,6 +16,7 @@ from nsa.config import Config, load_config
 from nsa.exporting import ExportError, load_alone, load_decoder, proof
 from nsa.exporting.folder import CONFIG
 from nsa.layers.kinds import KINDS
+from nsa.models import hf
 from nsa.models.hf.modeling_nsa import NSAConfig
 from nsa.strict_yaml import walk
 
@@ -37,20 +38,23 @@ TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight"}
 # What logits do not depend on: how fresh weights are drawn; the number of layers, which attention_kinds has, too; and
 # a tie where the weights of both are there and differ, which `transformers` then leaves apart.
 NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
+# Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
+WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
     for key, field in walk(Config)
     if key.startswith(("model.", "attention."))
-    and not key.startswith(NOT_EXPORTED)
+    and not key.startswith((*NOT_EXPORTED, *WHOLE))
     and key not in {f"model.{name}" for name in DENSE_ONLY}
 ]
-EXPORTED = {key: NAMES.get(key, key.rpartition(".")[2]) for key, _ in FIELDS if key not in TRAINING_ONLY}
+EXPORTED = {key: NAMES.get(key, key.rpartition(".")[2]) for key, _ in FIELDS if key not in TRAINING_ONLY} | WHOLE
 
 # Unlike every default, and large enough an effect on logits; what is not named here gets a value by itself.
 MODEL = {
     "rope": {"theta": 50.0, "yarn_factor": 2.0, "yarn_beta_fast": 5.0, "yarn_beta_slow": 0.5},
+    "rope_scaling": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 60, "beta_fast": 4.0},
     "moe": {"num_experts": 5, "top_k": 3, "num_shared": 2, "expert_size": 9, "first_dense": 2},
     "num_layers": 3,
     "num_heads": 6,
@@ -163,7 +167,8 @@ def test_an_export_that_lost_a_field_is_refused(exported: Path, tmp_path: Path, 
 
 
 def test_an_export_with_one_weight_changed_is_refused(exported: Path, tmp_path: Path, asked_here: None) -> None:
-    """The largest element of some tensors, of every part of the model."""
+    """The largest element of some tensors, of every part of the model; of the embedding, of a token that is asked."""
+    asked = load_decoder(exported)[2].encode(hf.FILES[0].read_text())[0]
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     names = ["embedding.weight", "norm.weight", "head.weight"]
@@ -171,7 +176,8 @@ def test_an_export_with_one_weight_changed_is_refused(exported: Path, tmp_path: 
     names += [name for name in weights if name.startswith("layers.2.attention.compress.key.")][:1]
     for name in names:
         tensor = weights[name].clone()
-        tensor.view(-1)[tensor.abs().argmax()] += 0.5
+        part = tensor[asked] if name == "embedding.weight" else tensor.view(-1)
+        part[part.abs().argmax()] += 0.5
         save_file({**weights, name: tensor}, broken / "model.safetensors", {"format": "pt"})
         with pytest.raises(ExportError, match="differ"):
             prove(broken, exported)

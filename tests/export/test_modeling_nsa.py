@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa.layers.nsa.config import NsaConfig
+from nsa.layers.rotary_scaling import RopeScaling
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, RopeConfig, hf
 from nsa.models.hf import attention_nsa
 from nsa.models.hf.configuration_nsa import NSAConfig
@@ -63,6 +64,7 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
         rotary_base=rope.theta,
         yarn_factor=rope.yarn_factor,
         yarn_beta_fast=rope.yarn_beta_fast,
+        rotary_scaling=model.rope_scaling.model_dump() if model.rope_scaling else None,
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=1,
@@ -98,6 +100,27 @@ def test_logits_are_the_decoders(kind, shape) -> None:
             ids = tokens(2, length)
             with torch.no_grad():
                 close(exported(ids).logits, decoder(ids))
+
+
+LLAMA3 = RopeScaling(
+    rope_type="llama3", factor=3, original_max_position_embeddings=20, low_freq_factor=0.5, high_freq_factor=3
+)
+YARN = RopeScaling(rope_type="yarn", factor=5, original_max_position_embeddings=40, beta_fast=3, beta_slow=0.5)
+SCALED = [
+    LLAMA3,
+    YARN,
+    YARN.model_copy(update={"attention_factor": 0.7}),
+    YARN.model_copy(update={"mscale": 2.0, "mscale_all_dim": 0.5}),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALED, ids=range(len(SCALED)))
+@pytest.mark.parametrize("yarn_factor", [1.0, 4.0])
+def test_scaled_frequencies_are_the_decoders(scaling, yarn_factor) -> None:
+    decoder, exported = pair("dense", rope_scaling=scaling, yarn_factor=yarn_factor)
+    ids = tokens(2, 70)
+    with torch.no_grad():
+        close(exported(ids).logits, decoder(ids))
 
 
 @pytest.mark.parametrize("changes", [{"yarn_factor": 4.0}, {"tie_embeddings": False}, {"norm_eps": 0.1}, {"moe": MOE}])

@@ -1,11 +1,18 @@
 """`nsa.training.start`: what a run can begin with, and what is refused."""
 
+import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from nsa.config import Config
+from nsa.importing import read_weights
 from nsa.layers.kinds import kind_of
+from nsa.models import Decoder
+from nsa.training import start
 from nsa.training.start import source_of
 from tests.small_run import small_config, small_run
 
@@ -18,9 +25,9 @@ def dense(tmp_path_factory):
 
 
 def config_from(folder, start_from, kind="dsa", **model):
-    config = small_config(folder, kind, **model)
+    config = small_config(folder, "dense", **model)
     tree = config.model_dump() | {"start_from": str(start_from), "name": "next"}
-    tree["attention"] |= {"dsa": tree["attention"]["dsa"] | INDEX}
+    tree["attention"] |= {"kind": kind, "dsa": tree["attention"]["dsa"] | INDEX}
     return type(config).model_validate(tree)
 
 
@@ -80,3 +87,62 @@ def test_sparse_layers_take_the_dense_weights():
         assert take("output.weight", there.__getitem__) is there["output.weight"]
     assert dsa("indexer.key.weight", there.__getitem__) is None
     assert nsa("gate.bias", there.__getitem__) is nsa("compress.key.inner.weight", there.__getitem__) is None
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A Hugging Face folder of the shape of `small_config`, of a rotary base of its own."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "vocab_size": 420, "intermediate_size": 40, "max_position_embeddings": 512}
+    config = {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True, "rope_theta": 500.0, **sizes}
+    shapes = {"self_attn.q_proj": (32, 24), "self_attn.k_proj": (16, 24), "self_attn.v_proj": (16, 24)}
+    shapes |= {"self_attn.o_proj": (24, 32), "mlp.gate_proj": (40, 24), "mlp.up_proj": (40, 24)}
+    shapes |= {"mlp.down_proj": (24, 40), "input_layernorm": (24,), "post_attention_layernorm": (24,)}
+    weights = {"model.embed_tokens.weight": torch.randn(420, 24), "model.norm.weight": torch.randn(24)}
+    weights |= {f"model.layers.{i}.{n}.weight": torch.randn(shape) for i in (0, 1) for n, shape in shapes.items()}
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_hugging_face_folder_is_a_start(tmp_path, foreign, monkeypatch, capsys):
+    """Of a dense layer, which takes all, and one with DSA, which keeps its indexer's values; in fp32."""
+    config = config_from(tmp_path, foreign, ["dense", "dsa"], v_head_dim=None)
+    with pytest.raises(ValueError, match=r"data.tokenizer.path is null: set it to that tokenizer"):
+        source_of(config, tmp_path / "tokenizer.model")
+    tree = config.model_dump()
+    tree["data"]["tokenizer"]["path"] = "tokenizer.model"
+    config = type(config).model_validate(tree)
+    given: dict[str, torch.Tensor | None] = {}
+    model = Decoder(config.model, config.attention)
+    shards = {name: SimpleNamespace(logical_shape=parameter.shape) for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(start, "local_shards", lambda engine, keys: shards)
+    monkeypatch.setattr(
+        start, "scatter", lambda engine, shards, read: given.update({n: read(start.WEIGHT, n) for n in shards})
+    )
+    start.start_from(None, config, SimpleNamespace(on_main=lambda f: f()), tmp_path / "tokenizer.model")
+    printed = capsys.readouterr().out
+    assert "note: model.rope is {'theta': 10000.0" in printed and f"begins with the weights of {foreign}" in printed
+    dense = config.model_copy(update={"attention": small_config(tmp_path, "dense").attention})
+    weights = read_weights(foreign, dense.model)
+    kept = {name for name, tensor in given.items() if tensor is None}
+    assert kept and all(".indexer." in name for name in kept)
+    for name, tensor in given.items():
+        if tensor is not None:
+            assert torch.equal(tensor, weights[name].float()) and tensor.dtype == torch.float32
+
+
+def test_a_hugging_face_folder_of_another_shape_is_refused(tmp_path, foreign):
+    with pytest.raises(ValueError, match=r"model.qkv_bias: False there, True here"):
+        source_of(config_from(tmp_path, foreign, "dense", v_head_dim=None, qkv_bias=True), tmp_path / "any")
+
+
+def test_a_head_that_is_tied_in_name_only_is_refused(tmp_path, foreign):
+    weights = load_file(foreign / "model.safetensors")
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, foreign / "model.safetensors")
+    tree = config_from(tmp_path, foreign, "dense", v_head_dim=None).model_dump()
+    tree["data"]["tokenizer"]["path"] = "tokenizer.model"
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        source_of(Config.model_validate(tree), tmp_path / "any")

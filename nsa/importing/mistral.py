@@ -1,0 +1,12 @@
+"""Mistral (arXiv 2310.06825), whose first version has a sliding window."""
+
+from nsa.importing.family import LLAMA_TENSORS, Family
+
+MISTRAL = Family(
+    architecture="MistralForCausalLM",
+    defaults={"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
+    only={},
+    window=lambda fields: fields["sliding_window"],
+    model={},
+    tensors=LLAMA_TENSORS,
+)
