@@ -35,6 +35,7 @@ from nsa.ops.kernels import (
     hardware,
     index_topk,
     indexer_kl,
+    indexer_kl_dense,
     norm,
     ranges,
     rotary,
@@ -159,6 +160,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         listed.backward(q, k, v, lists, out, lse, delta, 1.0)
         index = torch.zeros(1, tokens, 4, 128, dtype=dtype), torch.zeros(1, tokens, 128, dtype=dtype)
         indexer_kl.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, lists, 1.0)
+        seen = documents.bounds[documents.query_document].int(), documents.query_position.int()
+        indexer_kl_dense.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, *seen, 1.0)
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.ops.kernels import index_topk, tokens
+from nsa.ops.kernels import index_topk, indexer_kl_dense, tokens
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
 
 LISTS = [  # batch, documents, heads, groups, D, Dv, tokens of a list
@@ -94,6 +94,26 @@ def test_indexer_kl(batch, documents, heads, groups, width, v_width, slots, monk
     results = []
     for backend in ("triton", "naive"):
         loss = ops.indexer_kl(*index, q, k, lse + 2.5, token_indices=lists, backend=backend)
+        results.append([loss, *torch.autograd.grad(3 * loss, index)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
+def test_dense_indexer_kl(
+    batch, documents, heads, groups, width, v_width, slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients over all that is visible, in chunks of queries; no query has a target in one document."""
+    count = sum(documents)
+    monkeypatch.setattr(indexer_kl_dense, "SLAB_BYTES", 4 * count * batch * (7 if INTERPRETED else 40))
+    index = [x.requires_grad_() for x in indexer(batch, count, whole=False)]
+    q, k = normal(batch, count, heads, width), normal(batch, count, groups, width, seed=1)
+    _, lse = ops.dense_attention(q, k, k, cu_seqlens=packing(documents), return_lse=True, backend="naive")
+    lse = lse.masked_fill(torch.arange(count, device=DEVICE) < documents[0] // 2, -torch.inf)
+    results = []
+    for backend in ("triton", "naive"):
+        loss = ops.indexer_kl(*index, q, k, lse + 2.5, cu_seqlens=packing(documents), backend=backend)
         results.append([loss, *torch.autograd.grad(3 * loss, index)])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)

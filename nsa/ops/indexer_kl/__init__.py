@@ -72,14 +72,13 @@ def indexer_kl(
         raise ValueError(f"token_indices must be {(*q.shape[:2], 'K')}, got {tuple(token_indices.shape)}")
     scale = softmax_scale(scale, q.shape[3])
     q, k, lse = q.detach(), k.detach(), lse.detach()
-    implementation = resolve_backend(backend, q_idx, k_idx, q, k, kernels=token_indices is not None)
+    implementation = resolve_backend(backend, q_idx, k_idx, q, k)
     documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     if implementation == "naive":
         mask = naive_mask(documents, k.shape[1], token_indices)
         return naive_kl(q_idx, k_idx, weights, head_sum(q, k, lse, scale), mask)
     if implementation == "triton":
-        assert token_indices is not None
-        return _ListKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, scale)
+        return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, documents, scale)
     pattern: Pattern = Runs(window_ranges(documents, k.shape[1]))
     if token_indices is not None:
         pattern = Lists(token_indices.long())
@@ -115,24 +114,24 @@ def normalised(attention: Tensor) -> Tensor:
     return attention / attention.sum(-1, keepdim=True).clamp(min=torch.finfo(attention.dtype).tiny)
 
 
-class _ListKL(torch.autograd.Function):
+class _FusedKL(torch.autograd.Function):
     """The kernels. As below, the gradients are computed along with the loss."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor,
-        scale: float,
+        ctx: Any, q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor,
+        lists: Tensor | None, documents: Documents, scale: float,
     ) -> Tensor:  # fmt: skip
         from nsa.ops.kernels import operators
 
-        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, scale)
+        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, documents, scale)
         ctx.save_for_backward(d_q, d_k, d_w.to(weights.dtype))
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        return *(x * d_total.to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None
+        return *(x * d_total.to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None, None
 
 
 class _IndexerKL(torch.autograd.Function):

@@ -9,7 +9,8 @@ from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_l
 from nsa.ops.kernels import compression, ranges, selected, selection, tokens
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
-from nsa.ops.kernels import indexer_kl as kl
+from nsa.ops.kernels import indexer_kl as list_kl
+from nsa.ops.kernels import indexer_kl_dense as dense_kl
 from nsa.ops.kernels.selected import BlockLayout
 
 
@@ -181,22 +182,32 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float
 
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())
 def _indexer_kl(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return kl.divergence(q_idx, k_idx, weights, q, k, lse, lists, scale)
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor | None,
+    first: Tensor, own: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if lists is None:
+        return dense_kl.divergence(q_idx, k_idx, weights, q, k, lse, first, own, scale)
+    return list_kl.divergence(q_idx, k_idx, weights, q, k, lse, lists, scale)
 
 
 @_indexer_kl.register_fake
-def _indexer_kl_fake(q_idx, k_idx, weights, q, k, lse, lists, scale):
+def _indexer_kl_fake(q_idx, k_idx, weights, q, k, lse, lists, first, own, scale):
     return weights.new_empty(()), torch.empty_like(q_idx), torch.empty_like(k_idx), torch.empty_like(weights)
 
 
 def indexer_kl(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss over lists and its gradients with respect to q_idx, k_idx and weights; lse (B, H, T) fp32."""
-    attention = q.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous(), lists.contiguous()
-    return _indexer_kl(q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous(), *attention, scale)
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor | None,
+    documents: Documents, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss over lists (None: over what is visible) and its gradients with respect to q_idx, k_idx and weights.
+
+    ``lse``: (B, H, T).
+    """
+    first, own = documents.bounds[documents.query_document].int(), documents.query_position.int()
+    return _indexer_kl(
+        q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous(), q.contiguous(), k.contiguous(),
+        lse.transpose(1, 2).float().contiguous(), None if lists is None else lists.contiguous(), first, own, scale,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("nsa::selected_attention", mutates_args=())
