@@ -20,10 +20,10 @@ SLAB_BYTES = 2**28  # of a slab: fp32 values of a chunk of queries with all keys
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # in place of a sum of 0
 ROW_BLOCK = 2048  # values of a row that a program of `row_kernel` loads at once
 # (queries, keys, warps) of a program, by the bytes of an element.
-TARGET_TILES = {2: (128, 128, 8), 4: (32, 64, 4)}
+TARGET_TILES = {2: (64, 128, 4), 4: (32, 64, 4)}
 WIDE_TARGET_TILES = {2: (64, 64, 4), 4: (32, 32, 4)}  # of heads wider than 128
-QUERY_TILES = {2: (64, 64, 4), 4: (32, 32, 4)}
-KEY_TILES = {2: (64, 64, 4), 4: (32, 32, 4)}
+QUERY_TILES = {2: (64, 128, 4), 4: (32, 32, 4)}
+KEY_TILES = {2: (64, 128, 8), 4: (32, 32, 4)}
 
 
 @triton.jit
