@@ -87,8 +87,14 @@ def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], token
 
 
 def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
-    """The configuration of the export."""
+    """The configuration of the export.
+
+    Raises:
+        ExportError: the model has what an export cannot carry.
+    """
     model, attention, rope, moe = config.model, config.attention, config.model.rope, config.model.moe
+    if model.mla is not None:
+        raise ExportError("an export cannot carry multi-head latent attention (model.projection mla) yet")
     experts: dict[str, Any] = {}
     if moe is not None:
         experts = {

@@ -38,6 +38,7 @@ TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight"}
 # a tie where the weights of both are there and differ, which `transformers` then leaves apart.
 NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
+NOT_EXPORTED += ("model.projection", "model.mla")
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
@@ -192,3 +193,10 @@ def test_options_of_dense_layers_reach_an_export(tmp_path: Path, asked_here: Non
         (folder / "config.json").write_text(json.dumps({**written, name: False}))
         with pytest.raises(ExportError, match=r"transformers cannot use the export|logits of .* differ"):
             proof.prove(folder, decoder, tokenizer)
+
+
+def test_latent_attention_is_refused(tmp_path: Path) -> None:
+    """An export of other layers than the trained ones would say that it is the model."""
+    widths = {"kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}
+    with pytest.raises(ExportError, match="cannot carry multi-head latent attention"):
+        small_export(tmp_path, "dense", projection="mla", mla=widths, num_kv_heads=4)
