@@ -1,22 +1,28 @@
 """Multi-head latent attention: its two forms, and dense and sparse layers against those of `transformers`."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
-from transformers import DeepseekV3Config, DeepseekV32Config
+from transformers import DeepseekV3Config, DeepseekV32Config, GlmMoeDsaConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
+from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention
 
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention, DenseAttention
+from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
 from nsa.layers.projections.config import MlaConfig
 from nsa.layers.projections.mla import Latent
 from nsa.layers.rotary import Rotary
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.ops.geometry import RotaryLayout
+from tests.conftest import ROOT
 from tests.layers.test_projections import TOKENS, causal_mask, randomised, tables_twice
 from tests.ops.cases import cumulative
 
@@ -93,24 +99,50 @@ def test_yarn_sharpens_the_scores_of_all_dims_as_in_deepseek_v3() -> None:
     torch.testing.assert_close(ours(x, rotary.at(torch.arange(TOKENS))), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_sparse_attention_is_that_of_deepseek_v32() -> None:
+@pytest.mark.parametrize(
+    ("attention", "config", "pairs"),
+    [
+        (DeepseekV32Attention, DeepseekV32Config, "half-split"),
+        (GlmMoeDsaAttention, GlmMoeDsaConfig, "interleaved"),
+    ],
+)
+def test_sparse_attention_is_that_of_deepseek_v32_and_glm(attention: type, config: type, pairs: str) -> None:
     """With many more tokens than a query selects: outputs, and which tokens these are.
 
     With so many index heads no two scores are 0, a tie that torch.topk would break in its own way.
     """
     tokens, heads = 30, 16
-    config = DeepseekV32Config(**their_shape(), index_n_heads=heads, index_head_dim=8, index_topk=TOPK)
-    theirs, ours = randomised(DeepseekV32Attention(config, 0)), sparse_layer(index_heads=heads)
+    shape = config(**their_shape(), index_n_heads=heads, index_head_dim=8, index_topk=TOPK)
+    theirs = randomised(attention(shape, 0))
+    ours = sparse_layer(index_heads=heads, index_rotary=RotaryLayout(4, "first", pairs))  # type: ignore[arg-type]
     load(ours, theirs)
     chosen: list[Tensor] = []
     ours.attend.choose.register_forward_hook(lambda module, inputs, lists: chosen.append(lists))
     theirs.indexer.register_forward_hook(lambda module, inputs, lists: chosen.append(lists))
     x, rotary = torch.randn(2, tokens, HIDDEN), Rotary(100.0)
     cos, sin = (torch.cat((table, table), -1)[None] for table in rotary.tables(torch.arange(tokens), 4))
-    expected, _ = theirs(x, (cos, sin), causal_mask(tokens).expand(2, -1, -1, -1))
+    expected = theirs(x, (cos, sin), causal_mask(tokens).expand(2, -1, -1, -1))[0]
     torch.testing.assert_close(ours(x, rotary.at(torch.arange(tokens))), expected, rtol=1e-5, atol=1e-5)
     wanted, found = chosen
     assert torch.equal(found[:, TOPK:], wanted[:, TOPK:].sort(-1).values)
+
+
+def test_the_guide_has_the_widths_and_indexers_of_the_released_models(tmp_path: Path) -> None:
+    """Its YAML is valid, and its table has the defaults of `transformers`."""
+    guide = (ROOT / "docs/dsa.md").read_text()
+    (block,) = (text for text in re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL) if "mla" in text)
+    rest = {"vocab_size": 99, "hidden_size": 8, "num_layers": 1, "intermediate_size": 8, "max_position": 8}
+    tree = yaml.safe_load(block)
+    model, index = ModelConfig(**tree["model"], **rest), AttentionConfig(**tree["attention"]).dsa
+    theirs = DeepseekV32Config()
+    assert (model.num_heads, model.mla) == (
+        theirs.num_attention_heads,
+        MlaConfig(**{n: getattr(theirs, n) for n in WIDTHS}),
+    )
+    assert index == DsaConfig()
+    for name, config in (("DeepSeek-V3.2", theirs), ("GLM-5", GlmMoeDsaConfig())):
+        row = [config.index_n_heads, config.index_head_dim, config.index_topk, config.qk_rope_head_dim]
+        assert f"| {name} | {' | '.join(map(str, row))} | first |" in guide
 
 
 @pytest.mark.parametrize("q_lora_rank", [10, None])
