@@ -87,14 +87,8 @@ def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], token
 
 
 def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
-    """The configuration of the export.
-
-    Raises:
-        ExportError: the model has what an export cannot carry.
-    """
+    """The configuration of the export."""
     model, attention, rope, moe = config.model, config.attention, config.model.rope, config.model.moe
-    if model.mla is not None:
-        raise ExportError("an export cannot carry multi-head latent attention (model.projection mla) yet")
     experts: dict[str, Any] = {}
     if moe is not None:
         experts = {
@@ -125,6 +119,8 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         v_head_dim=model.v_head_dim,
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        projection=model.projection,
+        **(model.mla.model_dump(exclude={"v_head_dim"}) if model.mla else {}),
         attention_kinds=[kind.name for kind in attention.kinds(model.num_layers)],
         max_position_embeddings=int(model.max_position * rope.yarn_factor),
         original_max_position=model.max_position,

@@ -38,7 +38,7 @@ TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight"}
 # a tie where the weights of both are there and differ, which `transformers` then leaves apart.
 NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
-NOT_EXPORTED += ("model.projection", "model.mla")
+NOT_EXPORTED += ("model.projection", "model.mla")  # these have a test of their own
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
@@ -195,8 +195,21 @@ def test_options_of_dense_layers_reach_an_export(tmp_path: Path, asked_here: Non
             proof.prove(folder, decoder, tokenizer)
 
 
-def test_latent_attention_is_refused(tmp_path: Path) -> None:
-    """An export of other layers than the trained ones would say that it is the model."""
-    widths = {"kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 6}
-    with pytest.raises(ExportError, match="cannot carry multi-head latent attention"):
-        small_export(tmp_path, "dense", projection="mla", mla=widths, num_kv_heads=4)
+LATENT = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 6}
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"rope_interleave": False}], ids=str)
+def test_latent_attention_reaches_an_export(tmp_path: Path, asked_here: None, changes: dict[str, Any]) -> None:
+    """With YaRN, whose factor is in the tables for a part of a head's dims only."""
+    sizes = {"projection": "mla", "mla": LATENT | changes, "num_kv_heads": 4, "head_dim": 10, "norm_eps": 0.05}
+    folder = small_export(tmp_path, "dense", rope={"theta": 50.0, "yarn_factor": 4.0}, **sizes)
+    decoder, _, tokenizer = load_decoder(folder)
+    assert proof.prove(folder, decoder, tokenizer).difference < proof.TOLERANCE
+    written = json.loads((folder / "config.json").read_text())
+    assert {name: written[name] for name in LATENT | changes} == LATENT | changes
+    wrong = {"projection": "gqa", "rope_interleave": not written["rope_interleave"], "q_lora_rank": 7}
+    wrong |= {"kv_lora_rank": 13, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+    for name, value in wrong.items():
+        (folder / "config.json").write_text(json.dumps({**written, name: value}))
+        with pytest.raises(ExportError, match=r"transformers cannot use the export|logits of .* differ"):
+            proof.prove(folder, decoder, tokenizer)
