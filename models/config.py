@@ -6,6 +6,7 @@ from pydantic import Field, create_model, model_validator
 
 from nsa.layers.kind import Kind, Shape
 from nsa.layers.kinds import BASELINE, DEFAULT, KINDS, kind_of
+from nsa.layers.projections.config import MlaConfig
 from nsa.layers.rotary_scaling import RopeScaling
 from nsa.schema import Section
 
@@ -132,6 +133,10 @@ class ModelConfig(Section):
     moe: MoEConfig | None = Field(None, description="mixture of experts; null: every MLP is dense")
     norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="the output head shares the embedding's weight")
+    projection: Literal["gqa", "mla"] = Field(
+        "gqa", description="gqa: grouped queries, num_kv_heads keys and values; mla: multi-head latent attention"
+    )
+    mla: MlaConfig | None = Field(None, description="widths of multi-head latent attention; null with projection gqa")
     qkv_bias: bool = Field(False, description="query, key and value projections have a bias (Qwen2)")
     qk_norm: bool = Field(False, description="RMSNorm of each query and key head before rotation (Qwen3)")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
@@ -148,12 +153,32 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.rope.theta ({self.rope.theta}) must be above 1 with model.rope_scaling of type yarn"
             )
+        self._check_mla()
         if self.moe is not None and self.moe.first_dense >= self.num_layers:
             raise ValueError(
                 f"model.moe.first_dense ({self.moe.first_dense}) leaves none of model.num_layers ({self.num_layers}) "
                 "with experts: lower it, or take model.moe out"
             )
         return self
+
+    def _check_mla(self) -> None:
+        if (self.mla is not None) != (self.projection == "mla"):
+            todo = "give the widths" if self.mla is None else "set model.projection to mla, or take model.mla out"
+            raise ValueError(f"model.projection mla and the section model.mla go together: {todo}")
+        if self.mla is None:
+            return
+        if self.rope_scaling is not None:
+            raise ValueError("model.rope_scaling goes with model.projection gqa: extend MLA by model.rope.yarn_factor")
+        for option in ("qkv_bias", "qk_norm"):
+            if getattr(self, option):
+                raise ValueError(f"model.{option} goes with model.projection gqa: MLA norms its latents; turn it off")
+        for key, value, why in (
+            ("num_kv_heads", self.num_heads, "model.num_heads: every head has keys and values of its own"),
+            ("head_dim", self.mla.qk_head_dim, "model.mla.qk_nope_head_dim + qk_rope_head_dim"),
+            ("v_head_dim", self.mla.v_head_dim, "model.mla.v_head_dim"),
+        ):
+            if getattr(self, key) != value:
+                raise ValueError(f"model.{key} ({getattr(self, key)}) must be {value} with model.projection mla: {why}")
 
     @property
     def attention_shape(self) -> Shape:
@@ -168,6 +193,7 @@ class ModelConfig(Section):
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             norm_eps=self.norm_eps,
+            mla=self.mla,
         )
 
     def has_experts(self, layer: int) -> bool:

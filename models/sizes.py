@@ -65,7 +65,7 @@ def attention_flops(kind: Kind, model: ModelConfig, attention: AttentionConfig, 
     """
     config = attention.of(kind)
     keys = sum(kind.keys(config, sequence_length).values())
-    per_key = 2 * model.num_heads * (model.head_dim + (model.v_head_dim or model.head_dim))
+    per_key = 2 * model.num_heads * sum(kind.widths(model.attention_shape, config))
     return per_key * keys + kind.other_flops(config, sequence_length)
 
 

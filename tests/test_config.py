@@ -35,6 +35,9 @@ optimizer: {learning_rate: 3e-4}
 training: {steps: 10, global_batch_size: 4, micro_batch_size: 2}
 """
 
+MLA = "model.mla={kv_lora_rank: 24, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 6}"
+OVER_MLA = ["model.projection=mla", "model.num_kv_heads=4", "model.head_dim=12", "model.v_head_dim=6"]
+
 
 @pytest.fixture
 def small(tmp_path):
@@ -158,6 +161,14 @@ def test_wrong_values_in_plain_words(small, override, words):
         (["optimizer.schedule=wsd", "optimizer.decay_steps=8", "optimizer.warmup_steps=3"], "exceed training.steps"),
         (["model.rope.yarn_beta_slow=40"], "must be below model.rope.yarn_beta_fast (32.0)"),
         (["model.qk_norm=true"], "model.qk_norm does not go with attention.kind nsa: only dense, dsa has it"),
+        (["model.projection=mla"], "model.mla go together: give the widths"),
+        ([MLA], "model.mla go together: set model.projection to mla"),
+        ([MLA, "model.projection=mla"], "model.num_kv_heads (2) must be 4 with model.projection mla"),
+        ([MLA, *OVER_MLA, "model.head_dim=16"], "model.head_dim (16) must be 12 with model.projection mla"),
+        ([MLA, *OVER_MLA, "model.v_head_dim=null"], "model.v_head_dim (None) must be 6 with model.projection mla"),
+        ([MLA, *OVER_MLA, "model.qkv_bias=true"], "model.qkv_bias goes with model.projection gqa"),
+        ([MLA, *OVER_MLA], "model.mla does not go with attention.kind nsa: only dense, dsa has it"),
+        ([MLA, *OVER_MLA, "model.mla.qk_rope_head_dim=3"], "model.mla.qk_rope_head_dim (3) must be even"),
         (["name=.."], "is no name for a folder"),
     ],
 )

@@ -67,7 +67,8 @@ class RotaryTables(NamedTuple):
 
 def rotary_tables(config: NSAConfig, positions: Tensor) -> RotaryTables:
     """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    width = config.head_dim if config.projection == "gqa" else config.qk_rope_head_dim
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     frequencies = config.rotary_base**-exponents
     temperature = 1.0
     if config.rotary_scaling is not None:
@@ -78,7 +79,7 @@ def rotary_tables(config: NSAConfig, positions: Tensor) -> RotaryTables:
         keep = keep.clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / config.yarn_factor)
     angles = positions[..., None].float() * frequencies
-    temperature *= 0.1 * math.log(config.yarn_factor) + 1.0
+    temperature *= yarn_temperature(config)
     return RotaryTables(angles.cos() * temperature, angles.sin() * temperature)
 
 
@@ -102,6 +103,10 @@ def scaled_frequencies(scaling: dict, plain: Tensor, base: float) -> tuple[Tenso
             temperature = scaling["attention_factor"]
     keep = keep.clamp(0, 1)
     return plain * (keep + (1 - keep) / factor), temperature
+
+
+def yarn_temperature(config: NSAConfig) -> float:
+    return 0.1 * math.log(config.yarn_factor) + 1.0
 
 
 class RMSNorm(nn.Module):

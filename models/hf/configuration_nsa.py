@@ -11,6 +11,10 @@ class NSAConfig(PreTrainedConfig):
         num_hidden_layers, num_attention_heads, num_key_value_heads: the last divides the one before it.
         head_dim: of queries and keys. v_head_dim: of values; None: head_dim.
         qkv_bias, qk_norm: of dense layers: biases of the three projections; an RMSNorm of query and key heads.
+        projection: of dense layers: "gqa", or "mla" for multi-head latent attention, of the widths that follow.
+        q_lora_rank, kv_lora_rank: of the latents of queries (None: there is none), and of keys and values.
+        qk_nope_head_dim, qk_rope_head_dim: of a query or key: dims that are not rotated, and those that are.
+        rope_interleave: whether their pairs are (2i, 2i + 1).
         attention_kinds: "dense" or "nsa" for each layer.
         compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
         compress_hidden: hidden width of the compression MLP; None: the head's.
@@ -40,6 +44,12 @@ class NSAConfig(PreTrainedConfig):
         v_head_dim: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        projection: str = "gqa",
+        q_lora_rank: int | None = None,
+        kv_lora_rank: int | None = None,
+        qk_nope_head_dim: int | None = None,
+        qk_rope_head_dim: int | None = None,
+        rope_interleave: bool = True,
         attention_kinds: list[str] | None = None,
         compress_length: int = 32,
         compress_stride: int = 16,
@@ -77,6 +87,12 @@ class NSAConfig(PreTrainedConfig):
         self.v_head_dim = v_head_dim or head_dim
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
+        self.projection = projection
+        self.q_lora_rank = q_lora_rank
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_nope_head_dim = qk_nope_head_dim
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self.rope_interleave = rope_interleave
         self.attention_kinds = attention_kinds or ["nsa"] * num_hidden_layers
         self.compress_length = compress_length
         self.compress_stride = compress_stride

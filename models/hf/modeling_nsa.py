@@ -29,13 +29,14 @@ from .attention_nsa import (
 )
 from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
+from .latent_nsa import LatentAttention
 
 try:  # parts that LoRA adapts if none are named, as for other models: queries and values
     from peft.utils import constants
 except ImportError:
     pass
 else:
-    values = ["attention.value", "compressed.value", "selected.value", "window.value"]
+    values = ["attention.value", "compressed.value", "selected.value", "window.value", "query_up", "key_value_up"]
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["query", *values])
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before
@@ -119,7 +120,8 @@ class NSADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NSAConfig, kind: str, number: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = {"dense": DenseAttention, "nsa": NativeSparseAttention}[kind](config, number)
+        dense = DenseAttention if config.projection == "gqa" else LatentAttention
+        self.attention = {"dense": dense, "nsa": NativeSparseAttention}[kind](config, number)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         routed = config.num_experts and number >= config.first_dense
         self.mlp = MixtureOfExperts(config) if routed else MLP(config.hidden_size, config.intermediate_size)

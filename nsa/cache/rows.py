@@ -58,15 +58,18 @@ class Rows(Generic[Tensors]):
 
 
 class FullCache:
-    """The cache of attention to all tokens; ``length`` is their number."""
+    """The cache of attention to all tokens; ``length`` is their number.
+
+    What is kept of a token is what its projection says: keys and values, or MLA's latent with the rotated key.
+    """
 
     def __init__(self) -> None:
-        self.rows: Rows[Pair] = Rows()
+        self.rows: Rows[tuple[Tensor, ...]] = Rows()
 
     @property
     def length(self) -> int:
         return self.rows.length
 
-    def append(self, k: Tensor, v: Tensor) -> Pair:
-        """Add the keys (B, T, G, D) and values (B, T, G, Dv) of T new tokens; returns those of all."""
-        return self.rows.append((k, v))
+    def append(self, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Add the rows (B, T, ...) of T new tokens, such as keys and values; returns those of all."""
+        return self.rows.append(rows)

@@ -119,6 +119,8 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
         v_head_dim=model.v_head_dim,
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        projection=model.projection,
+        **(model.mla.model_dump(exclude={"v_head_dim"}) if model.mla else {}),
         attention_kinds=[kind.name for kind in attention.kinds(model.num_layers)],
         max_position_embeddings=int(model.max_position * rope.yarn_factor),
         original_max_position=model.max_position,

@@ -40,7 +40,8 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
         "parameters": f"{parameters['total']:,}" + (f", {parameters['active']:,} active" if model.moe else ""),
         "layers": ", ".join(f"{kinds.count(kind)} {kind.name}" for kind in dict.fromkeys(kinds)),
         "width": f"{model.hidden_size}; {model.num_heads} query heads, {model.num_kv_heads} key/value heads of "
-        f"{model.head_dim} (values {model.v_head_dim or model.head_dim})",
+        f"{model.head_dim} (values {model.v_head_dim or model.head_dim})"
+        + (f", made of a latent of {model.mla.kv_lora_rank}" if model.mla else ""),
         "experts": experts_in_words(model.moe) if model.moe else "",
         **{row: text for kind in dict.fromkeys(kinds) for row, text in kind.card(attention.of(kind)).items()},
         "rotary range": f"{model.max_position} tokens"

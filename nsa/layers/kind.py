@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from nsa.layers.projections.config import MlaConfig
 from nsa.schema import Section
 
 Price = Literal["causal", "compressed", "near"]  # speeds that `nsa.planning` fits to measurements
@@ -27,7 +28,9 @@ class Shape:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys. v_head_dim: Dv of values.
         rope_theta: base of the rotary frequencies.
-        qkv_bias, qk_norm: options of the projection (`nsa.layers.projections.gqa`). norm_eps: epsilon of its norms.
+        qkv_bias, qk_norm: options of grouped queries (`nsa.layers.projections.gqa`). norm_eps: epsilon of the
+            projection's norms.
+        mla: the widths of a latent (`nsa.layers.projections.mla`); None: queries are grouped.
     """
 
     hidden_size: int
@@ -39,11 +42,12 @@ class Shape:
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_eps: float = 1e-6
+    mla: MlaConfig | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
         """The options that it asks for, which not every kind has."""
-        return tuple(name for name in ("qkv_bias", "qk_norm") if getattr(self, name))
+        return tuple(name for name in ("qkv_bias", "qk_norm", "mla") if getattr(self, name))
 
     def on_rank(self, ranks: int) -> "Shape":
         """The shape of the part that each of ``ranks`` tensor-parallel ranks holds."""
@@ -153,6 +157,7 @@ class Kind:
         keeps_scale: submodules whose initial weights keep the scale of their input, since no norm follows.
         products: (shape, config) -> the layer's linear maps; the first is the joint projection of the hidden state.
         keys: (config, tokens) -> term -> number of keys that a query attends to, mean over a document of ``tokens``.
+        widths: (shape, config) -> D and Dv of these keys and values.
         other_flops: (config, tokens) -> FLOPs per token of other scores than the attention's own (an indexer's), in the
             forward pass, mean over a document of ``tokens``; each tensor-parallel rank computes them all.
         reach: config -> the length up to which a query sees every token in some branch; 0: at all lengths.
@@ -188,6 +193,7 @@ class Kind:
     keeps_scale: tuple[str, ...]
     products: Callable[[Shape, Any], list[Product]]
     keys: Callable[[Any, int], dict[str, float]]
+    widths: Callable[[Shape, Any], tuple[int, int]]
     other_flops: Callable[[Any, int], float]
     reach: Callable[[Any], int]
     prices: Mapping[str, Price]

@@ -51,14 +51,16 @@ class Rotary:
     def tables(self, positions: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """cos and sin, each (T, width / 2) fp32, of the angles at ``positions`` (T,) integer.
 
-        With YaRN by a factor s both are multiplied by its attention temperature 0.1 ln(s) + 1 (arXiv 2309.00071,
-        Eq. 22), and by that of ``scaling``.
+        They are multiplied by YaRN's attention temperature, and by that of ``scaling``.
         """
         angles = positions[:, None].float() * self.frequencies(width, positions.device)
-        temperature = 0.1 * math.log(self.yarn_factor) + 1.0
-        if self.scaling is not None:
-            temperature *= self.scaling.temperature
+        temperature = self.temperature * (1.0 if self.scaling is None else self.scaling.temperature)
         return angles.cos() * temperature, angles.sin() * temperature
+
+    @property
+    def temperature(self) -> float:
+        """Of YaRN by a factor s: 0.1 ln(s) + 1 (arXiv 2309.00071, Eq. 22). Scores are multiplied by its square."""
+        return 0.1 * math.log(self.yarn_factor) + 1.0
 
     def at(self, positions: Tensor) -> "RotaryTables":
         """The tables of tokens at ``positions`` (T,) integer, for all layers of a decoder."""

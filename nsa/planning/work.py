@@ -86,15 +86,15 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
         thin += (6 if whole else 8) * tokens * (model.hidden_size + words)
 
     seen = round(min(document or config.data.sequence_length, config.data.sequence_length))
-    key, value = model.head_dim, model.v_head_dim or model.head_dim
+    widths = [sum(kind.widths(model.attention_shape, config.attention.of(kind))) for kind in kinds]
     # Forward and backward cost three times the forward pass; recomputation adds one more.
-    each = 2 * tokens * (model.num_heads / tp) * (key + value) * (4 if mode == "full" else 3)
+    each = 2 * tokens * (model.num_heads / tp) * (4 if mode == "full" else 3)
     attention: dict[str, float] = dict.fromkeys(get_args(Price), 0.0)
     layers: dict[str, float] = {}
     tensors = float(last)
-    for kind in kinds:
+    for kind, width in zip(kinds, widths, strict=True):
         for term, keys in kind.keys(config.attention.of(kind), seen).items():
-            attention[kind.prices[term]] += each * passes * keys
+            attention[kind.prices[term]] += each * width * passes * keys
         other = kind.other_flops(config.attention.of(kind), seen)
         attention["causal"] += 3 * tokens * passes * other
         layers[kind.priced_as] = layers.get(kind.priced_as, 0.0) + passes * (1.0 if mode == "none" else 4 / 3)
@@ -107,7 +107,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
         flops=flops * passes,
         thin=thin * passes,
         attention=attention,
-        head_width=(key + value) / 2,
+        head_width=sum(widths) / len(widths) / 2,
         lists=passes * tokens * groups * sum(kind.lists for kind in kinds) * (4 / 3 if mode == "full" else 1),
         logits=passes * tokens * words if last else 0.0,
         elementwise=elementwise * passes,

@@ -41,6 +41,7 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 # Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
+NOT_EXPORTED += ("model.projection", "model.mla")  # these have a test of their own
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
@@ -196,5 +197,25 @@ def test_options_of_dense_layers_reach_an_export(tmp_path: Path, asked_here: Non
     written = json.loads((folder / "config.json").read_text())
     for name in DENSE_ONLY:
         (folder / "config.json").write_text(json.dumps({**written, name: False}))
+        with pytest.raises(ExportError, match=r"transformers cannot use the export|logits of .* differ"):
+            proof.prove(folder, decoder, tokenizer)
+
+
+LATENT = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 6}
+
+
+@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"rope_interleave": False}], ids=str)
+def test_latent_attention_reaches_an_export(tmp_path: Path, asked_here: None, changes: dict[str, Any]) -> None:
+    """With YaRN, whose factor is in the tables for a part of a head's dims only."""
+    sizes = {"projection": "mla", "mla": LATENT | changes, "num_kv_heads": 4, "head_dim": 10, "norm_eps": 0.05}
+    folder = small_export(tmp_path, "dense", rope={"theta": 50.0, "yarn_factor": 4.0}, **sizes)
+    decoder, _, tokenizer = load_decoder(folder)
+    assert proof.prove(folder, decoder, tokenizer).difference < proof.TOLERANCE
+    written = json.loads((folder / "config.json").read_text())
+    assert {name: written[name] for name in LATENT | changes} == LATENT | changes
+    wrong = {"projection": "gqa", "rope_interleave": not written["rope_interleave"], "q_lora_rank": 7}
+    wrong |= {"kv_lora_rank": 13, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+    for name, value in wrong.items():
+        (folder / "config.json").write_text(json.dumps({**written, name: value}))
         with pytest.raises(ExportError, match=r"transformers cannot use the export|logits of .* differ"):
             proof.prove(folder, decoder, tokenizer)

@@ -95,6 +95,8 @@ def test_a_second_derivative_that_is_not_there_raises(name: str) -> None:
 def test_second_derivatives_of_projections_are_right() -> None:
     x, weights = normal(5, 4, dtype=torch.float64), [normal(n, 4, seed=n, dtype=torch.float64) for n in (3, 2)]
     assert torch.autograd.gradgradcheck(lambda x, *w: joint_linear(x, list(w)), (x, *weights))
+    bias = normal(5, seed=7, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x, bias, *w: joint_linear(x, list(w), bias), (x, bias, *weights))
     assert torch.autograd.gradgradcheck(parallel_linear, (x, weights[0], normal(3, 4, seed=9, dtype=torch.float64)))
     order = torch.tensor([3, 0, 4, 1, 2])
     assert torch.autograd.gradgradcheck(lambda x: take(x, order, order.argsort()), x)

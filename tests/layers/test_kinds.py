@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,22 +11,38 @@ from nsa.layers.around import Around, innermost
 from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
 from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
 from nsa.layers.kinds import KINDS
+from nsa.layers.projections.config import MlaConfig
 
 # All values differ, so that none can be mistaken for another.
 SHAPE = Shape(hidden_size=48, num_heads=6, num_kv_heads=2, head_dim=8, v_head_dim=4, rope_theta=100.0)
+LATENT = {"kv_lora_rank": 13, "qk_nope_head_dim": 6, "qk_rope_head_dim": 2, "v_head_dim": 4}
+OPTIONS = [
+    {},
+    {"qkv_bias": True, "qk_norm": True},
+    {"mla": MlaConfig(**LATENT)},
+    {"mla": MlaConfig(**LATENT, q_lora_rank=11)},
+]
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+each_layer = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        pytest.param(kind, options, id=f"{kind.name}-{'-'.join(options)}")
+        for kind in KINDS
+        for options in OPTIONS
+        if set(options) <= set(kind.options)
+    ],
+)
 
 
-def built(kind: Kind) -> tuple[torch.nn.Module, Shape, object]:
-    """The layer with all of its options."""
-    config, shape = kind.config() if kind.config else None, replace(SHAPE, **dict.fromkeys(kind.options, True))
+def built(kind: Kind, options: dict[str, Any]) -> tuple[torch.nn.Module, Shape, object]:
+    config, shape = kind.config() if kind.config else None, replace(SHAPE, **options)
     with torch.device("meta"):
         return kind.build(shape, config, Backends()), shape, config
 
 
-@each_kind
-def test_parts_and_exchanges_match_the_layer(kind: Kind) -> None:
-    layer, shape, config = built(kind)
+@each_layer
+def test_parts_and_exchanges_match_the_layer(kind: Kind, options: dict[str, Any]) -> None:
+    layer, shape, config = built(kind, options)
     parts = kind.parts(shape)
     linears = [layer.get_submodule(n) for n in (*parts.columns, *parts.kv_heads, *parts.rows)]
     whole = [layer.get_submodule(name) for name in parts.whole]
@@ -44,16 +60,17 @@ def test_parts_and_exchanges_match_the_layer(kind: Kind) -> None:
             layer.get_submodule(exchange.module)
 
 
-@each_kind
-def test_products_match_the_weights(kind: Kind) -> None:
+@each_layer
+def test_products_match_the_weights(kind: Kind, options: dict[str, Any]) -> None:
     """Each is used once per token, or once per block and KV head. The first is the joint projection."""
-    layer, shape, config = built(kind)
+    layer, shape, config = built(kind, options)
     matrices = {name: p.shape for name, p in layer.named_parameters() if p.ndim == 2 and not name.endswith("position")}
     products = kind.products(shape, config)
     assert sum(p.inner * p.outer for p in products) == sum(rows * columns for rows, columns in matrices.values())
     parts = kind.parts(shape)
-    joint = [layer.get_submodule(n).weight.shape[0] for n in (*parts.columns, *parts.kv_heads)]
-    assert products[0].inner == shape.hidden_size and products[0].outer == sum(joint)
+    modules = [layer.get_submodule(name) for name in (*parts.columns, *parts.kv_heads, *parts.whole)]
+    linears = [m for m in modules if isinstance(m, torch.nn.Linear) and m.in_features == shape.hidden_size]
+    assert products[0].inner == shape.hidden_size and products[0].outer == sum(m.out_features for m in linears)
 
 
 @each_kind

@@ -8,6 +8,7 @@ import torch
 from nsa import ops
 from nsa.layers.kinds import kind_of
 from nsa.layers.nsa.config import NsaConfig
+from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, training_flops_per_token
 from nsa.models.sizes import attention_flops
 from nsa.ops import compressed, dense, selected
@@ -86,6 +87,28 @@ def test_flops_per_token_are_three_forward_passes(kind: str | list[str], moe: Mo
         scores = sum(2 * 6 * (8 + 4) * pairs(kind) / TOKENS for kind in kinds)
         # Each forward product has two of its size in the backward pass.
         assert flops[name] == pytest.approx(3 * (2 * (products + 97 * 24) + scores), rel=1e-12)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 9])
+@pytest.mark.parametrize("phase", ["dense", "sparse", "warm-up"])
+def test_flops_of_latent_attention(phase: str, q_lora_rank: int | None) -> None:
+    """Scores of the absorbed form are as wide as the latent; its products are those of the expanded form."""
+    mla = MlaConfig(q_lora_rank=q_lora_rank, kv_lora_rank=13, qk_nope_head_dim=6, qk_rope_head_dim=2, v_head_dim=4)
+    model = ModelConfig(**SHAPE | {"num_kv_heads": 6}, projection="mla", mla=mla)
+    sizes = {"topk": 7, "index_heads": 3, "index_head_dim": 10, "index_rotary_dims": 2}
+    if phase != "dense":
+        sizes["phase"] = phase
+    attention = AttentionConfig(kind="dense" if phase == "dense" else "dsa", dsa=sizes)
+    with torch.device("meta"):
+        decoder = Decoder(model, attention)
+    products = sum(times(name) * p.numel() for name, p in decoder.named_parameters())
+    causal = TOKENS * (TOKENS + 1) / 2
+    pair, seen, index = 8 + 4, causal, 0.0 if phase == "dense" else 2 * 3 * 10 * causal
+    if phase == "sparse":
+        pair, seen = 13 + 2 + 13, sum(min(7, t + 1) for t in range(TOKENS))
+    scores = 5 * (2 * 6 * pair * seen + index) / TOKENS
+    flops = training_flops_per_token(model, attention, TOKENS)["sparse"]
+    assert flops == pytest.approx(3 * (2 * (products + 97 * 24) + scores), rel=1e-12)
 
 
 def times(name: str) -> float:

@@ -11,6 +11,9 @@ FEW_STEPS = 4  # of a curve; the table in docs/parallelism.md has more
 DEEP = ["model.num_layers=5"]
 DENSE, SPARSE = ["attention.kind=dense"], ["attention.kind=nsa"]
 DSA = ["attention.kind=[dsa, nsa]", "attention.dsa={topk: 8, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}"]
+LATENT = ["model.num_kv_heads=4", "model.head_dim=12", "model.v_head_dim=8", "model.projection=mla"]
+LATENT += ["model.mla={q_lora_rank: 12, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8}"]
+LATENT += [*DSA, "attention.kind=[dense, dsa]"]
 CASES = [
     [*BASE, *SGD, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *SPARSE, *layout(context=4, zero=2)],
@@ -18,6 +21,9 @@ CASES = [
     [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
     [*BASE, *SGD, *DSA, *layout(tensor=2, context=2, zero=1)],
+    [*BASE, *SGD, *LATENT, *layout(tensor=2, context=2, zero=1)],
+    [*BASE, *SGD, *LATENT, *layout(context=2, zero=3)],
+    [*BASE, *SGD, *LATENT, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
     [*BASE, *SGD, *DEEP, *layout(pipeline=4, zero=2)],
@@ -48,6 +54,7 @@ SENT = [
     [*BASE, *layout(tensor=2, context=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *layout(tensor=2, pipeline=2, zero=1)],
+    [*BASE, *LATENT, *layout(tensor=2, context=2, zero=1)],
 ]
 SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
 SPREADS += [{"expert": 4}, {"expert": 2, "tensor": 2}]
@@ -69,6 +76,7 @@ EXPERT_LINKS = [
 
 CHECKS: dict[str, Any] = {
     "decoders": ("decoders", {"layouts": SPREADS, "seeds": 4}),
+    "latent": ("decoders", {"layouts": SPREADS, "seeds": 3, "latent": True}),
     "curves": ("curves", {"cases": CASES, "steps": FEW_STEPS}),
     "rounded": ("curves", {"cases": ROUNDED, "steps": FEW_STEPS}),
     "not_finite": ("not_finite", {"cases": BROKEN}),

@@ -18,6 +18,7 @@ from tiny import tiny_config
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.nsa.config import NsaConfig
+from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.models.moe import MixtureOfExperts
 from nsa.parallel import Grid, ParallelConfig
@@ -33,10 +34,12 @@ from nsa.training.signals import StopRequest
 from nsa.training.trainer import Trainer
 
 
-def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int) -> list[list[float]]:
+def decoders(
+    ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int, latent: bool = False
+) -> list[list[float]]:
     """The largest difference of a sharded decoder from the whole one, for each layout and seed, over all ranks.
 
-    Compared are losses, and gradients relative to their largest element.
+    Compared are losses, and gradients relative to their largest element. ``latent``: with latent attention.
     """
     answer = []
     for layout in layouts:
@@ -47,24 +50,26 @@ def decoders(ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: i
         differences = []
         for seed in range(seeds):
             with ranks.device if ranks.device.type == "cuda" else nullcontext():  # which looks at each operation
-                difference = decoder_difference(grids, seed)
+                difference = decoder_difference(grids, seed, latent)
             differences.append(max(ranks.gather(difference)))
         answer.append(differences)
     return answer
 
 
-def decoder_difference(grids: dict[int, Grid], seed: int) -> float:
+def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False) -> float:
     """The difference for a random small decoder, packing and layout of blocks, identical on all ranks by ``seed``.
 
     ``grids``: by number of KV heads.
     """
     dice = random.Random(seed)
-    num_kv_heads = dice.choice(list(grids))
+    num_kv_heads = 8 if latent else dice.choice(list(grids))
     grid = grids[num_kv_heads]
     samples = grid.expert
     unit = 2 * grid.context.size * grid.tensor.size
     tokens = unit * dice.randint(1, 120 // unit)
     config, attention = random_shapes(dice, tokens, num_kv_heads)
+    if latent:
+        config, attention = with_latents(config, attention, dice, seed)
     torch.manual_seed(seed)
     whole = Decoder(config, attention).double()
     for name, p in whole.named_parameters():
@@ -195,6 +200,25 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
             phase=dice.choice(["sparse", "sparse", "warm-up"]),
         ),
     )
+
+
+def with_latents(
+    model: ModelConfig, attention: AttentionConfig, dice: random.Random, seed: int
+) -> tuple[ModelConfig, AttentionConfig]:
+    """The same shape with a dense and a DSA layer of latent attention. Two seeds in a row have both phases of DSA."""
+    mla = MlaConfig(
+        q_lora_rank=[5, None][seed // 2 % 2],
+        kv_lora_rank=7,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=dice.choice([2, 4]),
+        v_head_dim=6,
+        rope_interleave=dice.random() < 0.5,
+    )
+    changes = {"projection": "mla", "mla": mla, "head_dim": mla.qk_head_dim, "v_head_dim": 6}
+    changes |= {"qkv_bias": False, "qk_norm": False}
+    model = ModelConfig.model_validate(dict(model) | changes)
+    dsa = attention.dsa.model_copy(update={"phase": ["sparse", "warm-up"][seed % 2]})
+    return model, attention.model_copy(update={"kind": ["dense", "dsa"], "dsa": dsa})
 
 
 def random_experts(dice: random.Random) -> MoEConfig | None:

@@ -15,9 +15,10 @@ from tests.training.tiny import on_ranks, tiny_config
 def test_sharded_decoders_equal_the_whole_one(four_ranks):
     """Losses and all gradients of random shapes: packed or not, empty documents, windows wider than a chunk, blocks
     across chunk boundaries, more tensor-parallel ranks than KV heads."""
-    for spread, differences in zip(SPREADS, four_ranks[1]["decoders"], strict=True):
-        for seed, largest in enumerate(differences):
-            assert largest < 2e-6, f"{spread}, seed {seed}: {largest}"
+    for check in ("decoders", "latent"):
+        for spread, differences in zip(SPREADS, four_ranks[1][check], strict=True):
+            for seed, largest in enumerate(differences):
+                assert largest < 2e-6, f"{check}, {spread}, seed {seed}: {largest}"
 
 
 def test_curves_equal_one_process(four_ranks, reference):

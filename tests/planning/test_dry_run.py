@@ -10,6 +10,7 @@ from nsa.planning.dry_run import dry_run
 from nsa.planning.memory import memory_of
 from nsa.planning.traffic import bytes_sent
 from tests.conftest import ROOT
+from tests.parallel.conftest import DSA, LATENT
 from tests.parallel.layouts import MOE
 from tests.training.tiny import tiny_config
 
@@ -37,6 +38,18 @@ def test_planned_traffic_equals_a_dry_runs(tmp_path, tensor, context, pipeline, 
     ranks = 2 * tensor * context * pipeline
     assert bytes_sent(config, ranks, rank) == dry_run(config, ranks, rank).sent
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(("tensor", "context", "pipeline", "mode", "rank"), LAYOUTS[:6:2])
+@pytest.mark.parametrize("latent", [False, True])
+def test_planned_traffic_of_an_indexer_equals_a_dry_runs(tmp_path, tensor, context, pipeline, mode, rank, latent):
+    """Index keys have a width of their own, and so have latents."""
+    sizes = {"tensor": tensor, "context": context, "pipeline": pipeline}
+    overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
+    overrides += LATENT if latent else [*DSA, "attention.kind=[dsa, dense]"]
+    config = tiny_config(tmp_path, *BASE, *overrides, f"engine.activation_checkpointing={mode}")
+    ranks = 2 * tensor * context * pipeline
+    assert bytes_sent(config, ranks, rank) == dry_run(config, ranks, rank).sent
 
 
 @pytest.mark.parametrize(("sizes", "rank"), [({"expert": 2}, 1), ({"expert": 2, "tensor": 2}, 2), ({"tensor": 2}, 0)])

@@ -20,8 +20,9 @@ class CausalAttention(nn.Module):
     (`nsa.ops.geometry.tell_lengths`).
     """
 
-    def __init__(self, backend: str, implementation: str = "auto") -> None:
+    def __init__(self, backend: str, implementation: str = "auto", scale: float | None = None) -> None:
         super().__init__()
+        self.scale = scale
         self.backend = implementation if backend == "auto" else backend
         self.asks_for_lengths = self.backend in ("auto", *NAMES)
 
@@ -36,7 +37,7 @@ class CausalAttention(nn.Module):
         """
         k, v = kv() if callable(kv) else kv
         assert offset + q.shape[1] == k.shape[1], "the queries must be those of the last tokens"
-        return ops.dense_attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)
+        return ops.dense_attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, backend=self.backend)
 
 
 class DenseAttention(ProjectedLayer):
@@ -68,7 +69,7 @@ class DenseAttention(ProjectedLayer):
         )
         self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
-        self.attend = CausalAttention(backend, implementation)
+        self.attend = CausalAttention(backend, implementation, self.projection.scale)
 
     def forward(
         self,
@@ -82,14 +83,17 @@ class DenseAttention(ProjectedLayer):
         Args:
             rotary: tables at the tokens' positions (`nsa.layers.rotary.Rotary.at`).
             cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1.
-            cache: keys and values of the tokens before, to which T new ones are appended.
+            cache: of the tokens before, from `new_cache`; the T new tokens are appended.
         """
         offset = 0 if cache is None else cache.length
-        q, kv = self.exchange(*self.projection(x, rotary))
+        q, rows, _ = self.projection(x, rotary)
+        q, rows = self.exchange(q, rows)
         if cache is not None:
-            kv = cache.append(*kv)
+            rows = cache.append(*rows)
+        absorbed = offset > 0  # a few queries, many keys: these are not expanded again for each token
+        q, kv = self.projection.form(q, rows, absorbed)
         out = self.attend(q, kv, cu_seqlens=cu_seqlens, offset=offset)
-        return self.output(out.flatten(2))
+        return self.output(self.projection.values(out, absorbed).flatten(2))
 
     def new_cache(self) -> FullCache:
         return FullCache()

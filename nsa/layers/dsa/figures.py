@@ -35,11 +35,12 @@ def measure(
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": attend.backend}
     tokens, scores = ops.index_topk(q_idx, index_keys, weights, **attend.choose.sizes, **options)
-    _, dense = ops.dense_attention(q, k, v, **options, return_lse=True)
+    _, dense = ops.dense_attention(q, k, v, scale=attend.scale, **options, return_lse=True)
     more = documents.query_local >= tokens.shape[2]
 
     def mass(lists: Tensor) -> float:
-        _, lse = ops.token_sparse_attention(q, k, v, lists, return_lse=True, backend=attend.backend)
+        options = {"scale": attend.scale, "return_lse": True, "backend": attend.backend}
+        _, lse = ops.token_sparse_attention(q, k, v, lists, **options)
         return (lse - dense).exp()[..., more].mean().item() if more.any() else 1.0
 
     first = documents.bounds[documents.query_document].to(torch.int32)[None, :, None].expand(len(q), -1, -1)

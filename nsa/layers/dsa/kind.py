@@ -28,8 +28,12 @@ def build(shape: Shape, config: DsaConfig, backends: Backends) -> nn.Module:
 
 
 def products(shape: Shape, config: DsaConfig) -> list[Product]:
-    index = config.index_heads * config.index_head_dim + config.index_head_dim + config.index_heads
-    return [*projection_of(shape).products(shape), Product(1, shape.hidden_size, index)]
+    queries, latent = config.index_heads * config.index_head_dim, shape.mla.q_lora_rank if shape.mla else None
+    return [
+        *projection_of(shape).products(shape),
+        Product(1, latent or shape.hidden_size, queries),
+        Product(1, shape.hidden_size, config.index_head_dim + config.index_heads),
+    ]
 
 
 def keys(config: DsaConfig, tokens: int) -> dict[str, float]:
@@ -37,6 +41,10 @@ def keys(config: DsaConfig, tokens: int) -> dict[str, float]:
         return {"all": (tokens + 1) / 2}
     full = min(config.topk, tokens)  # the first queries see fewer tokens than they may select
     return {"selected": (full * (full + 1) / 2 + (tokens - full) * full) / tokens}
+
+
+def widths(shape: Shape, config: DsaConfig) -> tuple[int, int]:
+    return projection_of(shape).widths(shape, config.phase == "sparse")
 
 
 def index_flops(config: DsaConfig, tokens: int) -> float:
@@ -75,6 +83,7 @@ DSA = Kind(
     keeps_scale=(),
     products=products,
     keys=keys,
+    widths=widths,
     other_flops=index_flops,
     reach=lambda config: config.topk,
     prices={"all": "causal", "selected": "near"},
@@ -82,7 +91,7 @@ DSA = Kind(
     lists=False,
     dense_library=False,
     recordable=False,
-    options=("qkv_bias", "qk_norm"),
+    options=("qkv_bias", "qk_norm", "mla"),
     parts=lambda shape: parts_of(shape, whole=("indexer",)),
     exchanges=exchanges,
     choices=("attend.choose",),

@@ -25,24 +25,38 @@ class LightningIndexer(nn.Module):
 
     Args:
         hidden_size: C. num_heads: Hi. head_dim: Di. rotary: which dims of a head are rotated.
+        query_size: width of what the queries are made of, the latent of the attention's queries; None: C.
     """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int, rotary: RotaryLayout, *, backend: str = "auto"
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        rotary: RotaryLayout,
+        *,
+        query_size: int | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.rotary, self.backend = num_heads, head_dim, rotary, backend
-        self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
+        self.query = nn.Linear(query_size or hidden_size, num_heads * head_dim, bias=False)
         self.key = nn.Linear(hidden_size, head_dim, bias=False)
         self.key_norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.head_weight = nn.Linear(hidden_size, num_heads, bias=False)
 
-    def forward(self, x: Tensor, rotary: RotaryTables) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C) -> q_idx (B, T, Hi, Di), k_idx (B, T, Di), weights (B, T, Hi) fp32: see `nsa.ops.index_topk`."""
+    def forward(
+        self, x: Tensor, rotary: RotaryTables, query_latent: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C) -> q_idx (B, T, Hi, Di), k_idx (B, T, Di), weights (B, T, Hi) fp32: see `nsa.ops.index_topk`.
+
+        ``query_latent``: (B, T, query_size); None: x.
+        """
         x = x.detach()
+        asking = x if query_latent is None else query_latent.detach()
         tables = rotary.of(self.rotary.turning(self.head_dim)[0])
         turned = ops.Heads(self.num_heads, self.head_dim, "rotate", self.rotary)
-        (q_idx,) = ops.split_heads(self.query(x), [turned], *tables, backend=self.backend)
+        (q_idx,) = ops.split_heads(self.query(asking), [turned], *tables, backend=self.backend)
         (k_idx,) = ops.split_heads(
             self.key_norm(self.key(x)), [turned._replace(number=1)], *tables, backend=self.backend
         )
@@ -68,10 +82,14 @@ class IndexedAttention(nn.Module):
 
     Attributes:
         choose: the selection. loss: the indexer's, which is attached to the output.
+        scale: factor of the attention's scores; None: D ** -0.5.
     """
 
-    def __init__(self, choose: TokenChoice, *, phase: Phase, kl_weight: float, backend: str) -> None:
+    def __init__(
+        self, choose: TokenChoice, *, phase: Phase, kl_weight: float, scale: float | None = None, backend: str
+    ) -> None:
         super().__init__()
+        self.scale = scale
         self.choose, self.loss = choose, AuxiliaryLoss(kl_weight)
         self.phase, self.backend = phase, backend
 
@@ -96,13 +114,17 @@ class IndexedAttention(nn.Module):
         options: dict[str, Any] = {"cu_seqlens": cu_seqlens, "backend": self.backend}
         tokens = None
         if self.phase == "warm-up":
-            out, lse = ops.dense_attention(q, k, v, **options, return_lse=True)
+            out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options, return_lse=True)
         else:
             tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens)
-            out, lse = ops.token_sparse_attention(q, k, v, tokens, return_lse=True, backend=self.backend)
+            out, lse = ops.token_sparse_attention(
+                q, k, v, tokens, scale=self.scale, return_lse=True, backend=self.backend
+            )
         if not (out.requires_grad or q_idx.requires_grad):
             return out
-        divergence = ops.indexer_kl(q_idx, index_keys, weights, q, k, lse, token_indices=tokens, **options)
+        divergence = ops.indexer_kl(
+            q_idx, index_keys, weights, q, k, lse, token_indices=tokens, scale=self.scale, **options
+        )
         return self.loss(out, divergence, q.shape[0] * q.shape[1])
 
 
@@ -153,11 +175,20 @@ class DeepSeekSparseAttention(ProjectedLayer):
             projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
         )
         self.rope_theta = rope_theta
-        self.indexer = LightningIndexer(hidden_size, index_heads, index_head_dim, index_rotary, backend=backend)
+        self.indexer = LightningIndexer(
+            hidden_size,
+            index_heads,
+            index_head_dim,
+            index_rotary,
+            query_size=self.projection.latent_size,
+            backend=backend,
+        )
         self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         choose = TokenChoice(topk=topk, num_initial=num_initial, num_local=num_local, backend=backend)
         self.exchange = Local()
-        self.attend = IndexedAttention(choose, phase=phase, kl_weight=kl_weight, backend=backend)
+        self.attend = IndexedAttention(
+            choose, phase=phase, kl_weight=kl_weight, scale=self.projection.scale, backend=backend
+        )
 
     def forward(
         self,
@@ -177,13 +208,15 @@ class DeepSeekSparseAttention(ProjectedLayer):
         offset = 0 if cache is None else cache.length
         if rotary is None:
             rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
-        q, rows = self.projection(x, rotary)
-        q_idx, index_keys, weights = self.indexer(x, rotary)
-        q, kv, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, (index_keys,), weights)
+        q, rows, query_latent = self.projection(x, rotary)
+        q_idx, index_keys, weights = self.indexer(x, rotary, query_latent)
+        q, rows, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, (index_keys,), weights)
         if cache is not None:
-            kv, k_idx = cache.append(kv, k_idx)
+            rows, k_idx = cache.append(rows, k_idx)
+        absorbed = self.attend.phase == "sparse" or offset > 0  # a token's row is read by many heads, from few places
+        q, kv = self.projection.form(q, rows, absorbed)
         out = self.attend(q, kv, q_idx, k_idx, weights, cu_seqlens=cu_seqlens, offset=offset)
-        return self.output(out.flatten(2))
+        return self.output(self.projection.values(out, absorbed).flatten(2))
 
     def new_cache(self) -> IndexedCache:
         return IndexedCache()

@@ -83,6 +83,7 @@ NSA = Kind(
     keeps_scale=("compress",),
     products=products,
     keys=keys,
+    widths=lambda shape, config: (shape.head_dim, shape.v_head_dim),
     other_flops=lambda config, tokens: 0.0,
     reach=lambda config: max(config.num_blocks * config.block_size, config.window),
     prices={"compressed": "compressed", "selected": "near", "window": "near"},

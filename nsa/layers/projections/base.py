@@ -1,9 +1,11 @@
 """What a projection is to a layer of attention: queries, keys and values from the hidden state."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from nsa.layers.kind import Pair
 from nsa.layers.rotary import RotaryTables
 
 Rows = tuple[Tensor, ...]
@@ -14,25 +16,49 @@ class Projected(NamedTuple):
 
     Attributes:
         q: (B, T, H, D) rotated queries.
-        rows: what other tokens need of these: keys and values. Caches keep it, context-parallel ranks send it.
+        rows: what other tokens need of these, (B, T, ...) each: caches keep it, context-parallel ranks send it.
+        query_latent: (B, T, L) what the queries are made of; None: the hidden state.
     """
 
     q: Tensor
     rows: Rows
+    query_latent: Tensor | None = None
 
 
 class Projection(nn.Module):
     """The projections of a layer but the last, which is the layer's own. It has no parameters but its submodules'.
 
+    Keys and values have one or two forms. *Expanded*: each KV head has its own. *Absorbed* (MLA only): the latent
+    is key and value of all query heads. Results are the same.
+
     Attributes:
-        num_heads: H of the whole layer; a tensor-parallel rank has a part. v_head_dim: Dv.
+        scale: factor of the scores in both forms; None: D ** -0.5.
+        latent_size: L of `Projected.query_latent`; None: there is none.
     """
 
-    num_heads: int
-    v_head_dim: int
+    scale: float | None = None
+    latent_size: int | None = None
 
     def forward(self, x: Tensor, rotary: RotaryTables) -> Projected:
         """x (B, T, C); ``rotary``: tables at the tokens' positions."""
+        raise NotImplementedError
+
+    def form(
+        self, q: Tensor, rows: Rows | Callable[..., Rows], absorbed: bool
+    ) -> tuple[Tensor, Pair | Callable[..., Pair]]:
+        """Queries with keys and values, as an operator takes them.
+
+        Args:
+            rows: of all tokens that the queries may see, or a function that waits for them.
+            absorbed: the form.
+
+        Returns:
+            The second is a function if ``rows`` is one.
+        """
+        raise NotImplementedError
+
+    def values(self, out: Tensor, absorbed: bool) -> Tensor:
+        """The operator's output in this form -> (B, T, H, Dv)."""
         raise NotImplementedError
 
 

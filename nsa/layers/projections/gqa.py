@@ -1,13 +1,16 @@
 """The projections of grouped-query attention (arXiv 2305.13245)."""
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.layers.kind import Parts, Product, Shape
+from nsa.layers.kind import Pair, Parts, Product, Shape
 from nsa.layers.linear import joint_linear
 from nsa.layers.norm import RMSNorm
-from nsa.layers.projections.base import Projected, Projection
+from nsa.layers.projections.base import Projected, Projection, Rows
 from nsa.layers.projections.record import ProjectionRecord
 from nsa.layers.rotary import RotaryTables
 
@@ -38,7 +41,7 @@ class GroupedQuery(Projection):
     ) -> None:
         super().__init__()
         v_head_dim = v_head_dim or head_dim
-        self.num_heads, self.head_dim, self.v_head_dim, self.backend = num_heads, head_dim, v_head_dim, backend
+        self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
         # Modules give names and initialisation to the weights; one joint product uses them.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -64,6 +67,14 @@ class GroupedQuery(Projection):
                 for norm, heads in ((self.query_norm, q), (self.key_norm, k))
             )
         return Projected(q, (k, v))
+
+    def form(
+        self, q: Tensor, rows: Rows | Callable[..., Rows], absorbed: bool
+    ) -> tuple[Tensor, Pair | Callable[..., Pair]]:
+        return q, cast(Pair | Callable[..., Pair], rows)
+
+    def values(self, out: Tensor, absorbed: bool) -> Tensor:
+        return out
 
 
 def build(shape: Shape, backend: str) -> GroupedQuery:
@@ -101,4 +112,10 @@ def parts(shape: Shape) -> Parts:
     )
 
 
-GQA = ProjectionRecord(build=build, parts=parts, products=products, row_width=row_width)
+GQA = ProjectionRecord(
+    build=build,
+    parts=parts,
+    products=products,
+    row_width=row_width,
+    widths=lambda shape, absorbed: (shape.head_dim, shape.v_head_dim),
+)

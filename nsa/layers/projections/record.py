@@ -16,9 +16,11 @@ class ProjectionRecord:
         parts: shape -> how it is sharded over tensor-parallel ranks.
         products: shape -> its linear maps; the first is the joint projection of the hidden state.
         row_width: shape -> elements of `nsa.layers.projections.base.Projected.rows` per token.
+        widths: (shape, absorbed) -> D and Dv of the keys and values that queries attend to in this form.
     """
 
     build: Callable[[Shape, str], Projection]
     parts: Callable[[Shape], Parts]
     products: Callable[[Shape], list[Product]]
     row_width: Callable[[Shape], int]
+    widths: Callable[[Shape, bool], tuple[int, int]]

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 from nsa.layers.kind import Parts, Shape
 from nsa.layers.projections.gqa import GQA
+from nsa.layers.projections.mla import MLA
 from nsa.layers.projections.record import ProjectionRecord
 
 
 def projection_of(shape: Shape) -> ProjectionRecord:
     """The record of the projection."""
-    return GQA
+    return GQA if shape.mla is None else MLA
 
 
 def parts_of(shape: Shape, whole: tuple[str, ...] = ()) -> Parts:
