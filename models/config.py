@@ -167,8 +167,6 @@ class ModelConfig(Section):
             raise ValueError(f"model.projection mla and the section model.mla go together: {todo}")
         if self.mla is None:
             return
-        if self.rope_scaling is not None:
-            raise ValueError("model.rope_scaling goes with model.projection gqa: extend MLA by model.rope.yarn_factor")
         for option in ("qkv_bias", "qk_norm"):
             if getattr(self, option):
                 raise ValueError(f"model.{option} goes with model.projection gqa: MLA norms its latents; turn it off")

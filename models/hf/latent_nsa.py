@@ -4,6 +4,8 @@ Sizes in the comments are those of attention_nsa.py; L is the width of the laten
 P that of its other part: D = P + R.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,9 @@ class LatentAttention(nn.Module):
         nope, rope = q.unflatten(-1, (-1, c.head_dim)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         # The tables have YaRN's temperature for the rotated part of queries and keys.
         q = torch.cat((nope * yarn_temperature(c) ** 2, self.rotate(rope, rotary)), -1).unsqueeze(3)  # (B, T, H, 1, D)
+        scaling = c.rotary_scaling or {}
+        if scaling.get("mscale_all_dim"):  # as in DeepSeek-V3
+            q = q * (0.1 * scaling["mscale_all_dim"] * math.log(scaling["factor"]) + 1) ** 2
         latent, key = self.key_value_down(x).unsqueeze(2).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
         full = extend(spans, "full", self.rotate(key, rotary), self.key_value_norm(latent), step)
         if spans is not None:

@@ -85,6 +85,13 @@ class RopeScaling(Section):
             return (self.mscale * growth + 1.0) / (self.mscale_all_dim * growth + 1.0)
         return growth + 1.0
 
+    @property
+    def sharpness(self) -> float:
+        """Factor of MLA's scores beside that of the tables, as in DeepSeek-V3: 1 without ``mscale_all_dim``."""
+        if self.rope_type != "yarn" or not self.mscale_all_dim:
+            return 1.0
+        return (0.1 * self.mscale_all_dim * math.log(self.factor) + 1.0) ** 2
+
     def frequencies(self, theta: float, width: int, device: torch.device | None = None) -> Tensor:
         """(width / 2,) fp32 in radians per token, for ``width`` rotated dims of base ``theta`` (above 1 with yarn).
 

@@ -208,7 +208,10 @@ LATENT = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope
 def test_latent_attention_reaches_an_export(tmp_path: Path, asked_here: None, changes: dict[str, Any]) -> None:
     """With YaRN, whose factor is in the tables for a part of a head's dims only."""
     sizes = {"projection": "mla", "mla": LATENT | changes, "num_kv_heads": 4, "head_dim": 10, "norm_eps": 0.05}
-    folder = small_export(tmp_path, "dense", rope={"theta": 50.0, "yarn_factor": 4.0}, **sizes)
+    scaling = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64, "mscale": 1.0}
+    scaling["mscale_all_dim"] = 0.7
+    rope = {"theta": 50.0, "yarn_factor": 4.0}
+    folder = small_export(tmp_path, "dense", rope=rope, rope_scaling=scaling, **sizes)
     decoder, _, tokenizer = load_decoder(folder)
     assert proof.prove(folder, decoder, tokenizer).difference < proof.TOLERANCE
     written = json.loads((folder / "config.json").read_text())

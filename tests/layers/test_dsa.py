@@ -6,9 +6,9 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention, DenseAttention
-from nsa.layers.dsa.figures import measure
+from nsa.layers.dsa.figures import measure, recall_bound
 from nsa.layers.rotary import Rotary
-from nsa.ops.geometry import RotaryLayout
+from nsa.ops.geometry import Documents, RotaryLayout
 from tests.ops.cases import cumulative
 
 INDEX = {"index_heads": 3, "index_head_dim": 8, "index_rotary": RotaryLayout(4, "last", "interleaved")}
@@ -129,6 +129,20 @@ def test_figures_of_a_known_selection() -> None:
     layer(some_input(tokens))
     found = measure(layer.attend, *seen[0])
     beyond = torch.arange(k, tokens) + 1.0
-    assert found["recall"] == pytest.approx((k / beyond).mean().item())
+    assert [found["recall"], found["recall_bound"]] == pytest.approx([(k / beyond).mean().item()] * 2)
     assert found["first_token_mass"] == pytest.approx((1 / beyond).mean().item())
     assert found["token_overlap"] == pytest.approx((k - 1) / k) and found["score_entropy"] == pytest.approx(1)
+
+
+def test_the_bound_of_recall_is_that_of_the_best_tokens() -> None:
+    """Two documents; a loop over queries. Only queries that see more than k tokens count."""
+    q, k = torch.randn(1, 11, 4, 6).double() * 2, torch.randn(1, 11, 2, 6).double()
+    borders = torch.tensor([0, 4, 11], dtype=torch.int32)
+    documents = Documents.of(11, 0, borders, q.device)
+    _, lse = ops.dense_attention(q, k, k, cu_seqlens=borders, return_lse=True)
+    best = []
+    for start, token in [(0, 3), (4, 7), (4, 8), (4, 9), (4, 10)]:
+        heads = [(q[0, token, h] @ k[0, start : token + 1, h // 2].T * 6**-0.5).softmax(0) for h in range(4)]
+        best.append(torch.stack(heads).mean(0).topk(3).values.sum())
+    found = recall_bound(q, k, lse, documents, documents.query_local >= 3, None, 3)
+    assert found == pytest.approx(torch.stack(best).mean().item())

@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 from transformers import DeepseekV3Config, DeepseekV32Config, GlmMoeDsaConfig
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Attention
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaAttention
 
@@ -20,6 +20,7 @@ from nsa.layers.dsa.figures import measure
 from nsa.layers.projections.config import MlaConfig
 from nsa.layers.projections.mla import Latent
 from nsa.layers.rotary import Rotary
+from nsa.layers.rotary_scaling import RopeScaling
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.ops.geometry import RotaryLayout
 from tests.conftest import ROOT
@@ -96,6 +97,20 @@ def test_yarn_sharpens_the_scores_of_all_dims_as_in_deepseek_v3() -> None:
     assert theirs.scaling > 1.3 * 10**-0.5 and rotary.temperature > 1.1
     cos, sin = (table / rotary.temperature for table in tables_twice(rotary, 4))
     expected, _ = theirs(x, (cos, sin), causal_mask(TOKENS))
+    torch.testing.assert_close(ours(x, rotary.at(torch.arange(TOKENS))), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mscale", [None, 1.0, 0.5])
+def test_scaled_frequencies_sharpen_the_scores_as_in_deepseek_v3(mscale: float | None) -> None:
+    """Tables and softmax are those of `transformers`. With other values of mscale the tables have a factor, too."""
+    rope = {"rope_type": "yarn", "factor": 8.0, "mscale": mscale, "mscale_all_dim": mscale and 1.0}
+    rope["original_max_position_embeddings"] = 64
+    shape = DeepseekV3Config(**their_shape(), rope_parameters={**rope, "rope_theta": 100.0})
+    theirs, ours, x = randomised(DeepseekV3Attention(shape, 0)), dense_layer(), torch.randn(1, TOKENS, HIDDEN)
+    load(ours, theirs)
+    tables = DeepseekV3RotaryEmbedding(shape)(x, torch.arange(TOKENS)[None])
+    expected, _ = theirs(x, tables, causal_mask(TOKENS))
+    rotary = Rotary(100.0, scaling=RopeScaling(**rope))
     torch.testing.assert_close(ours(x, rotary.at(torch.arange(TOKENS))), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers.kind import Pair
+from nsa.ops.dispatch import softmax_scale
 from nsa.ops.geometry import Documents
+from nsa.ops.indexer_kl import head_sum
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def measure(
     """The metrics of one layer, from the inputs of its ``attend``. Means are over queries that see more than k tokens.
 
     recall: probability, in dense attention, of the selected tokens; mean over heads. Without such queries: 1.
+    recall_bound: the most that any k tokens can have of it, over at most 64 queries.
     first_token_mass: probability, in dense attention, of the document's first token.
     token_overlap: share of a query's selected tokens that the previous query selected as well.
     score_entropy: entropy of the index distribution over the selected tokens, from 0 (one token) to 1.
@@ -48,10 +51,30 @@ def measure(
     entropy = -torch.xlogy(p, p).sum(-1) / math.log(max(2, tokens.shape[2]))
     return {
         "recall": mass(tokens),
+        "recall_bound": recall_bound(q, k, dense, documents, more, attend.scale, tokens.shape[2]),
         "first_token_mass": mass(first),
         "token_overlap": token_overlap(tokens, documents, more),
         "score_entropy": entropy[:, more].mean().item() if more.any() else 1.0,
     }
+
+
+def recall_bound(
+    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, more: Tensor, scale: float | None, topk: int
+) -> float:
+    """The largest probability, mean over heads, of any ``topk`` tokens; 1 without queries of ``more`` (T,).
+
+    Args:
+        q (B, T, H, D), k (B, S, G, D). lse: (B, H, T), of dense attention.
+    """
+    rows = more.nonzero().flatten()
+    rows = rows[:: -(-len(rows) // 64) or 1]  # as many as fit in memory
+    if not len(rows):
+        return 1.0
+    attention = head_sum(q[:, rows], k, lse[:, :, rows], softmax_scale(scale, q.shape[3])) / q.shape[2]
+    key = torch.arange(k.shape[1], device=q.device)
+    first, last = documents.bounds[documents.query_document[rows]], documents.query_position[rows]
+    visible = (key >= first[:, None]) & (key <= last[:, None])
+    return attention.where(visible, 0).topk(topk, -1).values.sum(-1).mean().item()
 
 
 def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> float:

@@ -68,9 +68,11 @@ class Latent(Projection):
         (q,) = ops.split_heads(columns, [heads], *tables, backend=self.backend)
         shared = ops.Heads(1, sizes.qk_rope_head_dim, "rotate", self.key_rotary)
         (key,) = ops.split_heads(turning, [shared], *tables, backend=self.backend)
-        if (temperature := rotary.rotary.temperature) != 1.0:  # the tables have it, for the rotated dims alone
+        temperature, scaling = rotary.rotary.temperature, rotary.rotary.scaling
+        sharpness = 1.0 if scaling is None else scaling.sharpness
+        if (temperature, sharpness) != (1.0, 1.0):  # the tables have the temperature, for the rotated dims alone
             nope, rope = q.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], -1)
-            q = torch.cat((nope * temperature**2, rope), -1)
+            q = torch.cat((nope * (temperature**2 * sharpness), rope * sharpness), -1)
         row = torch.cat((self.key_value_norm(latent)[1].unsqueeze(2), key), -1)
         return Projected(q, (row,), query_latent)
 

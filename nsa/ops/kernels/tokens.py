@@ -33,6 +33,7 @@ MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 GATHERED = 8192  # elements that such a program loads at once
+KEYS = 8  # keys of such a program, one after the other
 
 
 @triton.jit
@@ -142,25 +143,36 @@ def invert_kernel(Lists, Slots, token0, num_tokens, num_keys, num_slots, QUERIES
         tl.store(Slots + (batch * num_keys + key) * QUERIES + query, slot.to(tl.int16), mask=key >= 0)
 
 
+@triton.jit
+def _keys_of_program(Listed, num_keys, KEYS: tl.constexpr):
+    """(first, end) of the program's KEYS keys that lie among those listed in the chunk: Listed (2,), least and most."""
+    first, end = tl.program_id(0) * KEYS, tl.minimum(tl.program_id(0) * KEYS + KEYS, num_keys)
+    return tl.maximum(first, tl.load(Listed)), tl.minimum(end, tl.load(Listed + 1) + 1)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
-def users_kernel(Slots, Users, Count, num_slots, QUERIES: tl.constexpr):
-    """Users (B, S, QUERIES) int32: the numbers query * slots + slot that list each key. Count (B, S): of them."""
-    key = tl.program_id(0).to(tl.int64)
+def users_kernel(Slots, Users, Count, Listed, num_keys, num_slots, QUERIES: tl.constexpr,
+                 KEYS: tl.constexpr):  # fmt: skip
+    """Users (B, S, QUERIES) int32: the numbers query * slots + slot that list each key. Count (B, S): of them.
+
+    Slots is -1 again afterwards, for the next chunk.
+    """
     query = tl.arange(0, QUERIES)  # [QUERIES]
-    slot = tl.load(Slots + key * QUERIES + query).to(tl.int32)  # [QUERIES]
-    lists = slot >= 0
-    rank = tl.cumsum(lists.to(tl.int32), 0) - 1  # [QUERIES]
-    tl.store(Users + key * QUERIES + rank, query * num_slots + slot, mask=lists)
-    tl.store(Count + key, tl.sum(lists.to(tl.int32)))
+    begin, end = _keys_of_program(Listed, num_keys, KEYS)
+    for number in tl.range(begin, end):
+        key = tl.program_id(1).to(tl.int64) * num_keys + number
+        slot = tl.load(Slots + key * QUERIES + query).to(tl.int32)  # [QUERIES]
+        lists = slot >= 0
+        rank = tl.cumsum(lists.to(tl.int32), 0) - 1  # [QUERIES]
+        tl.store(Users + key * QUERIES + rank, query * num_slots + slot, mask=lists)
+        tl.store(Slots + key * QUERIES + query, tl.full([QUERIES], -1, tl.int16), mask=lists)
+        tl.store(Count + key, tl.sum(lists.to(tl.int32)))
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
-def sum_kernel(Parts, Users, Count, Total, num_keys, num_slots, num_queries, WIDTH: tl.constexpr,
+@triton.jit
+def _add_parts(Parts, Users, Total, at, count, batch, column, num_slots, num_queries, WIDTH: tl.constexpr,
                COLUMNS: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
-    """Adds Parts (B, queries of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
-    at, batch = tl.program_id(2).to(tl.int64) * num_keys + tl.program_id(0), tl.program_id(2).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    count = tl.load(Count + at)
+    """Those of one key, row ``at`` of Total, which has ``count`` users."""
     if count > 0:
         total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
         for start in tl.range(0, count, GATHERED):
@@ -172,6 +184,19 @@ def sum_kernel(Parts, Users, Count, Total, num_keys, num_slots, num_queries, WID
         place = at * WIDTH + column  # [COLUMNS]
         here = column < WIDTH
         tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
+def sum_kernel(Parts, Users, Count, Listed, Total, num_keys, num_slots, num_queries, WIDTH: tl.constexpr,
+               COLUMNS: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """Adds Parts (B, queries of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    begin, end = _keys_of_program(Listed, num_keys, KEYS)
+    for number in tl.range(begin, end):
+        at = batch * num_keys + number
+        _add_parts(Parts, Users, Total, at, tl.load(Count + at), batch, column, num_slots, num_queries, WIDTH, COLUMNS,
+                   QUERIES, GATHERED)  # fmt: skip
 
 
 def _tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -213,21 +238,24 @@ def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[t
     (batch, tokens, slots), (_, keys, columns) = lists.shape, total.shape
     chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
     queries = triton.next_power_of_2(chunk)
-    inverse = lists.new_empty(batch, keys, queries, dtype=torch.int16)
+    inverse = lists.new_full((batch, keys, queries), -1, dtype=torch.int16)
+    listed = _least_and_most(lists, chunk, keys)
     users, count = lists.new_empty(batch, keys, queries), lists.new_empty(batch, keys)
     parts = total.new_empty(batch * chunk * slots * columns, dtype=dtype)
     at_once = min(MOST_COLUMNS, tile_width(columns))
-    for token in range(0, tokens, chunk):
+    for number, token in enumerate(range(0, tokens, chunk)):
         here = min(chunk, tokens - token)
         invert_kernel[here, batch](
-            lists, inverse.fill_(-1), token, tokens, keys, slots, queries, 64 if INTERPRETED else 512, num_warps=4
+            lists, inverse, token, tokens, keys, slots, queries, 64 if INTERPRETED else 512, num_warps=4
         )
-        users_kernel[(batch * keys,)](inverse, users, count, slots, queries, num_warps=4)
+        programs = triton.cdiv(keys, KEYS)
+        users_kernel[programs, batch](inverse, users, count, listed[number], keys, slots, queries, KEYS, num_warps=4)
         yield token, here, parts
-        sum_kernel[keys, triton.cdiv(columns, at_once), batch](
+        sum_kernel[programs, triton.cdiv(columns, at_once), batch](
             parts,
             users,
             count,
+            listed[number],
             total,
             keys,
             slots,
@@ -236,8 +264,17 @@ def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[t
             at_once,
             queries,
             min(64, GATHERED // at_once),
+            KEYS,
             num_warps=4,
         )
+
+
+def _least_and_most(lists: Tensor, chunk: int, keys: int) -> Tensor:
+    """(chunks, 2) int32: the least and the most key that the queries of each chunk list; (keys, -1) if none does."""
+    found = []
+    for part in lists.split(chunk, dim=1):
+        found.append(torch.stack((part.masked_fill(part < 0, keys).amin(), part.amax())))
+    return torch.stack(found)
 
 
 def backward(
