@@ -6,13 +6,15 @@ bf16, batch 1, top-k 2048, one document; the median of eager calls with the L2 c
 the result. `tflops`: of the scores that are computed. The index queries are running means, so neighbouring queries
 select much the same tokens, and the attention is that of `--heads` with four KV heads of width 128. `dense_over_ours`:
 time of causal attention by cuDNN over the attention's, for the forward pass, the backward pass and both; the indexer is
-not in it.
+not in it. `training` is the indexer's loss with all its gradients; `over_dense`: its time and, in the warm-up, that
+of the dense forward pass, over cuDNN's forward and backward pass. `layer`: top-k with 16 heads, attention and loss.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def row_of_topk(heads: int, tokens: int) -> dict[str, object]:
     return {"heads": heads, "tokens": tokens, "ms": ms, "tflops": flops / ms / 1e9, "extra_mib": extra / 2**20}
 
 
-def row_of_attention(heads: int, tokens: int) -> dict[str, object]:
+def row_of_attention(heads: int, tokens: int) -> dict[str, Any]:
     q, k, v = normal(1, tokens, heads, WIDTH), normal(1, tokens, KV_HEADS, WIDTH), normal(1, tokens, KV_HEADS, WIDTH)
     inputs = [x.requires_grad_() for x in (q, k, v)]
     queries = normal(1, tokens, 4, 64).float().cumsum(1)
@@ -52,7 +54,7 @@ def row_of_attention(heads: int, tokens: int) -> dict[str, object]:
         "ours": lambda: ops.token_sparse_attention(*inputs, lists),
         "cudnn": lambda: ops.dense_attention(*inputs, backend="cudnn"),
     }
-    row: dict[str, object] = {"heads": heads, "kv_heads": KV_HEADS, "tokens": tokens}
+    row: dict[str, Any] = {"heads": heads, "kv_heads": KV_HEADS, "tokens": tokens}
     times = {}
     for name, call in calls.items():
         out = call()
@@ -72,6 +74,43 @@ def row_of_attention(heads: int, tokens: int) -> dict[str, object]:
     return row
 
 
+def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) -> list[dict[str, object]]:
+    """What training the indexer costs: in the sparse phase, over the lists; in the warm-up, over all tokens.
+
+    Args:
+        dense: ms of dense attention by cuDNN, forward and backward.
+    """
+    q, k = normal(1, tokens, heads, WIDTH), normal(1, tokens, KV_HEADS, WIDTH)
+    queries = normal(1, tokens, index_heads, WIDTH).float().cumsum(1)
+    queries /= torch.arange(1, tokens + 1, device="cuda")[:, None, None] ** 0.5
+    weights = torch.rand(1, tokens, index_heads, device="cuda") * (index_heads * WIDTH) ** -0.5
+    index = queries.bfloat16().requires_grad_(), normal(1, tokens, WIDTH).requires_grad_(), weights.requires_grad_()
+    rows: list[dict[str, object]] = []
+    for phase in ("sparse", "warm-up"):
+        if phase == "sparse":
+            lists, _ = ops.index_topk(*(x.detach() for x in index), topk=TOPK)
+            _, lse = ops.token_sparse_attention(q, k, k, lists, return_lse=True)
+            forward_ms = 0.0
+        else:
+            lists = None
+            _, lse = ops.dense_attention(q, k, k, return_lse=True)
+            forward_ms = called_ms(lambda: ops.dense_attention(q, k, k, return_lse=True))
+
+        def loss(lists: Tensor | None = lists, lse: Tensor = lse) -> Tensor:
+            return ops.indexer_kl(*index, q, k, lse, token_indices=lists)
+
+        loss()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss()
+        extra = torch.cuda.max_memory_allocated() - before
+        ms = called_ms(loss)
+        row = {"phase": phase, "heads": heads, "index_heads": index_heads, "tokens": tokens, "kl_ms": ms}
+        row |= {"forward_ms": forward_ms, "over_dense": (forward_ms + ms) / dense, "extra_mib": extra / 2**20}
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536])
@@ -80,13 +119,25 @@ def main() -> None:
     options = parser.parse_args()
     need_gpu(parser)
     torch.manual_seed(0)
-    result: dict = {"environment": environment(), "topk": [], "attention": []}
+    result: dict = {"environment": environment(), "topk": [], "attention": [], "training": [], "layer": []}
     for tokens in options.tokens:
         for heads in (16, 64):
             result["topk"].append(row_of_topk(heads, tokens))
             print(result["topk"][-1], flush=True)
-        result["attention"].append(row_of_attention(options.heads, tokens))
-        print(result["attention"][-1], flush=True)
+        attention = row_of_attention(options.heads, tokens)
+        print(attention, flush=True)
+        result["attention"].append(attention)
+        dense = sum(attention["cudnn"].values())
+        for index_heads in (16, 64):
+            for row in rows_of_training(options.heads, index_heads, tokens, dense):
+                result["training"].append(row)
+                print(row, flush=True)
+        topk = next(row["ms"] for row in result["topk"] if (row["heads"], row["tokens"]) == (16, tokens))
+        kl = next(row for row in result["training"] if row["tokens"] == tokens and row["index_heads"] == 16)["kl_ms"]
+        parts = {"topk": topk, **attention["ours"], "kl": kl}
+        whole = {"tokens": tokens, "parts_ms": parts, "dense_over_ours": dense / sum(parts.values())}
+        result["layer"].append(whole | {"kl_share": kl / sum(parts.values())})
+        print(result["layer"][-1], flush=True)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 

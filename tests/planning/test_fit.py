@@ -151,7 +151,10 @@ def test_planned_keys_equal_the_mfus(tokens):
 @pytest.mark.parametrize(("name", "gpus"), [("25m", 1), ("1b", 8), ("27b-a5b", 64)])
 def test_planned_flops_equal_the_mfus_and_a_dry_runs(name, gpus):
     """Against `training_flops_per_token` without recomputation, and against dry runs with and without."""
-    config = load_config(ROOT / f"configs/{name}.yaml", ["engine.activation_checkpointing=none", "parallel={}"])
+    overrides = ["engine.activation_checkpointing=none", "parallel={}"]
+    if name == "27b-a5b":  # nine tenths of the products are those of layers still; the first layer is dense
+        overrides += ["model.num_layers=8"]
+    config = load_config(ROOT / f"configs/{name}.yaml", overrides)
     work, model = work_of(config, gpus), config.model
     tokens = config.training.global_batch_size / gpus * config.data.sequence_length
     whole = training_flops_per_token(model, config.attention, config.data.sequence_length)["sparse"]
