@@ -90,7 +90,7 @@ DSA = Kind(
     priced_as="nsa",
     lists=False,
     dense_library=False,
-    recordable=True,
+    recordable=False,
     options=("qkv_bias", "qk_norm", "mla"),
     parts=lambda shape: parts_of(shape, whole=("indexer",)),
     exchanges=exchanges,

@@ -33,7 +33,7 @@ MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 GATHERED = 8192  # elements that such a program loads at once
-KEYS = 8  # keys of such a program, one after the other
+KEYS = 8  # keys of a program of `users_kernel`, one after the other
 
 
 @triton.jit
@@ -143,23 +143,18 @@ def invert_kernel(Lists, Slots, token0, num_tokens, num_keys, num_slots, QUERIES
         tl.store(Slots + (batch * num_keys + key) * QUERIES + query, slot.to(tl.int16), mask=key >= 0)
 
 
-@triton.jit
-def _keys_of_program(Listed, num_keys, KEYS: tl.constexpr):
-    """(first, end) of the program's KEYS keys that lie among those listed in the chunk: Listed (2,), least and most."""
-    first, end = tl.program_id(0) * KEYS, tl.minimum(tl.program_id(0) * KEYS + KEYS, num_keys)
-    return tl.maximum(first, tl.load(Listed)), tl.minimum(end, tl.load(Listed + 1) + 1)
-
-
 @triton.jit(do_not_specialize=INTEGERS)
 def users_kernel(Slots, Users, Count, Listed, num_keys, num_slots, QUERIES: tl.constexpr,
                  KEYS: tl.constexpr):  # fmt: skip
     """Users (B, S, QUERIES) int32: the numbers query * slots + slot that list each key. Count (B, S): of them.
 
+    A program takes KEYS keys, as far as they lie among those that the chunk lists: Listed (2,), the least and the most.
     Slots is -1 again afterwards, for the next chunk.
     """
     query = tl.arange(0, QUERIES)  # [QUERIES]
-    begin, end = _keys_of_program(Listed, num_keys, KEYS)
-    for number in tl.range(begin, end):
+    first = tl.maximum(tl.program_id(0) * KEYS, tl.load(Listed))
+    end = tl.minimum(tl.program_id(0) * KEYS + KEYS, tl.load(Listed + 1) + 1)
+    for number in tl.range(first, end):
         key = tl.program_id(1).to(tl.int64) * num_keys + number
         slot = tl.load(Slots + key * QUERIES + query).to(tl.int32)  # [QUERIES]
         lists = slot >= 0
@@ -169,12 +164,16 @@ def users_kernel(Slots, Users, Count, Listed, num_keys, num_slots, QUERIES: tl.c
         tl.store(Count + key, tl.sum(lists.to(tl.int32)))
 
 
-@triton.jit
-def _add_parts(Parts, Users, Total, at, count, batch, column, num_slots, num_queries, WIDTH: tl.constexpr,
+@triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
+def sum_kernel(Parts, Users, Count, Listed, Total, num_keys, num_slots, num_queries, WIDTH: tl.constexpr,
                COLUMNS: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
-    """Those of one key, row ``at`` of Total, which has ``count`` users."""
-    if count > 0:
+    """Adds Parts (B, queries of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
+    key, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    at = batch * num_keys + key
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    if (key >= tl.load(Listed)) & (key <= tl.load(Listed + 1)):  # others have no count
         total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
+        count = tl.load(Count + at)
         for start in tl.range(0, count, GATHERED):
             number = start + tl.arange(0, GATHERED)  # [GATHERED]
             ok = number < count  # [GATHERED]
@@ -184,19 +183,6 @@ def _add_parts(Parts, Users, Total, at, count, batch, column, num_slots, num_que
         place = at * WIDTH + column  # [COLUMNS]
         here = column < WIDTH
         tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
-
-
-@triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
-def sum_kernel(Parts, Users, Count, Listed, Total, num_keys, num_slots, num_queries, WIDTH: tl.constexpr,
-               COLUMNS: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """Adds Parts (B, queries of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
-    batch = tl.program_id(2).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    begin, end = _keys_of_program(Listed, num_keys, KEYS)
-    for number in tl.range(begin, end):
-        at = batch * num_keys + number
-        _add_parts(Parts, Users, Total, at, tl.load(Count + at), batch, column, num_slots, num_queries, WIDTH, COLUMNS,
-                   QUERIES, GATHERED)  # fmt: skip
 
 
 def _tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -251,7 +237,7 @@ def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[t
         programs = triton.cdiv(keys, KEYS)
         users_kernel[programs, batch](inverse, users, count, listed[number], keys, slots, queries, KEYS, num_warps=4)
         yield token, here, parts
-        sum_kernel[programs, triton.cdiv(columns, at_once), batch](
+        sum_kernel[keys, triton.cdiv(columns, at_once), batch](
             parts,
             users,
             count,
@@ -264,7 +250,6 @@ def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[t
             at_once,
             queries,
             min(64, GATHERED // at_once),
-            KEYS,
             num_warps=4,
         )
 
