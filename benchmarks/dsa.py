@@ -12,6 +12,7 @@ of the dense forward pass, over cuDNN's forward and backward pass. `layer`: top-
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     need_gpu(parser)
     torch.manual_seed(0)
-    result: dict = {"environment": environment(), "topk": [], "attention": [], "training": [], "layer": []}
+    result: dict[str, list[Any]] = {"topk": [], "attention": [], "training": [], "layer": []}
     for tokens in options.tokens:
         for heads in (16, 64):
             result["topk"].append(row_of_topk(heads, tokens))
@@ -139,7 +140,8 @@ def main() -> None:
         result["layer"].append(whole | {"kl_share": kl / sum(parts.values())})
         print(result["layer"][-1], flush=True)
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        report = environment() | {"command": shlex.join(["python", *sys.argv]), "dsa": result}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
