@@ -241,6 +241,30 @@ def test_a_command_runs_where_it_is_given_and_options_are_the_trainers(clone):
     assert (mistaken.returncode, mistaken.stdout, mistaken.stderr) == (2, "", "unknown key\n"), "no launcher is started"
 
 
+def test_stages_follow_one_another_and_one_that_stops_ends_them(clone):
+    process, _ = start_train(clone)
+    process.kill()
+    process.communicate()
+    root, tools = clone
+    lists = "if [[ $* == *--stages* ]]; then printf 'one\\ntwo\\nthree\\n'; elif [[ $* != *-m* ]]; then echo 1; fi"
+    stand_in(root / ".venv/bin", "python", lists)
+    ends = (
+        'echo "trains ${*: -2}"; code=0; [[ $* == *stage=two* ]] && code=$CODE; echo $code >$NSA_EXIT_FILE; exit $code'
+    )
+    stand_in(root / ".venv/bin", "deepspeed", ends)
+
+    def trained(code, *arguments):
+        command = ["bash", str(root / "launch.sh"), "train", "mine.yaml", *arguments]
+        environment = {**os.environ, "PATH": str(tools), "TMPDIR": str(root.parent), "CODE": code}
+        done = subprocess.run(command, cwd=root.parent / "exp", env=environment, capture_output=True, text=True)
+        return done.returncode, [line.removeprefix("trains ") for line in done.stdout.splitlines()]
+
+    every = [f"mine.yaml stage={stage}" for stage in ("one", "two", "three")]
+    assert trained("0") == (0, every)
+    assert trained("75") == (75, every[:2])
+    assert trained("0", "stage=three") == (0, every[2:])
+
+
 def test_torch_is_pinned_and_no_part_of_the_build():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.search(r'^    "torch==[0-9.]+",', text, re.MULTILINE)  # read by launch.sh, too
