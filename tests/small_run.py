@@ -14,7 +14,7 @@ TEXT = [Path(module.__file__).read_text() for module in (tokenizer, checkpoint)]
 
 
 def small_config(folder: Path, kind="nsa", **model) -> Config:
-    """A configuration whose samples have more blocks than a query selects; its corpus lies in ``folder``."""
+    """A configuration whose samples have more blocks and tokens than a query selects; its corpus lies in ``folder``."""
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
     for i, text in enumerate(TEXT):
@@ -33,12 +33,13 @@ def small_config(folder: Path, kind="nsa", **model) -> Config:
         "init_std": 0.2,
     }
     sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 4, "window": 12}
+    indexer = {"topk": 20, "index_heads": 3, "index_head_dim": 8, "index_rotary_dims": 4}
     return Config.model_validate(
         {
             "name": "run",
             "output_dir": str(folder),
             "model": {**shape, **model},
-            "attention": {"kind": kind, "nsa": sizes},
+            "attention": {"kind": kind, "nsa": sizes, "dsa": indexer},
             "data": {
                 "sequence_length": 64,
                 "tokenizer": {"vocab_size": 400},

@@ -1,4 +1,4 @@
-"""Attention of an exported decoder: Native Sparse Attention (NSA, arXiv 2502.11089) and dense.
+"""Attention of an exported decoder: Native Sparse Attention (NSA, arXiv 2502.11089), dense, and of chosen tokens.
 
 It is written to be read beside the paper. Every branch is a masked softmax over its keys, computed a chunk of queries
 at a time: memory is linear in the prompt, time is that of dense attention. Parameter names are the trainer's own.
@@ -11,7 +11,7 @@ slots; padded tokens take part in nothing.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,14 @@ def causal(slots: Tensor, span: Span) -> Tensor:
     return keys <= slots[:, None, :, None]
 
 
+Masks = Callable[[slice, int], Tensor]  # a chunk of the T queries, and the last of their slots + 1 = S -> (B, 1, c, S)
+
+
+def all_before(step: Step) -> Masks:
+    """Each query sees all tokens before it."""
+    return lambda rows, stop: torch.arange(stop, device=step.slots.device) <= step.slots[:, None, rows, None]
+
+
 class RotaryTables(NamedTuple):
     """cos and sin (B, T, D/2) of the rotary angles; a tuple, so that accelerate moves it to the device of a layer."""
 
@@ -65,9 +73,9 @@ class RotaryTables(NamedTuple):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def rotary_tables(config: NSAConfig, positions: Tensor) -> RotaryTables:
-    """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071)."""
-    width = config.head_dim if config.projection == "gqa" else config.qk_rope_head_dim
+def rotary_tables(config: NSAConfig, positions: Tensor, width: int | None = None) -> RotaryTables:
+    """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071). ``width``: rotated dims; None: those of a head."""
+    width = width or (config.head_dim if config.projection == "gqa" else config.qk_rope_head_dim)
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     frequencies = config.rotary_base**-exponents
     temperature = 1.0
@@ -121,11 +129,14 @@ class RMSNorm(nn.Module):
 
 
 class DenseAttention(nn.Module):
-    """Causal grouped-query attention; with ``qk_norm`` queries and keys are normed before they are rotated."""
+    """Causal grouped-query attention; with ``qk_norm`` queries and keys are normed before they are rotated.
 
-    def __init__(self, config: NSAConfig, number: int):
+    ``indexer``: chooses the tokens that each query attends to (indexer_nsa.py); None: it attends to all.
+    """
+
+    def __init__(self, config: NSAConfig, number: int, indexer: nn.Module | None = None):
         super().__init__()
-        self.config, self.number = config, number
+        self.config, self.number, self.indexer = config, number, indexer
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         self.query = nn.Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias)
         self.key = nn.Linear(config.hidden_size, groups * config.head_dim, bias=config.qkv_bias)
@@ -142,10 +153,10 @@ class DenseAttention(nn.Module):
         full = extend(spans, "full", k, self.value(x).unflatten(-1, (groups, -1)), step)
         if spans is not None:
             spans["full"] = full
+        masks = all_before(step) if self.indexer is None else self.indexer(x, x, step, cache)
         out = []
-        for rows, _, stop in query_chunks(heads, step):
-            seen = full.between(0, stop)
-            out.append(attend(q[:, rows], seen, causal(step.slots[:, rows], seen))[0])
+        for rows, _, stop in query_chunks(max(heads, self.indexer.heads if self.indexer else 0), step):
+            out.append(attend(q[:, rows], full.between(0, stop), masks(rows, stop))[0])
         return self.output(torch.cat(out, 1).flatten(2))
 
 

@@ -47,9 +47,9 @@ class Span:
 
 
 class NSACache:
-    """What decoding keeps: of a dense layer all keys and values; of an NSA layer its compressed blocks, the tail of
-    tokens whose blocks are not complete, all tokens for selection, and the last window (section 3.3.3: each branch has
-    keys and values of its own). Rows may hold different numbers of tokens.
+    """What decoding keeps: of a dense layer all keys and values; of a DSA layer its index keys, too; of an NSA layer
+    its compressed blocks, the tail of tokens whose blocks are not complete, all tokens for selection, and the last
+    window (section 3.3.3: each branch has keys and values of its own). Rows may hold different numbers of tokens.
 
     Layers get the whole cache and their number: accelerate copies dictionaries and lists that a layer is called with.
 

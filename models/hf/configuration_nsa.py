@@ -10,17 +10,24 @@ class NSAConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size: widths of the embedding, the residual stream and the SwiGLU.
         num_hidden_layers, num_attention_heads, num_key_value_heads: the last divides the one before it.
         head_dim: of queries and keys. v_head_dim: of values; None: head_dim.
-        qkv_bias, qk_norm: of dense layers: biases of the three projections; an RMSNorm of query and key heads.
-        projection: of dense layers: "gqa", or "mla" for multi-head latent attention, of the widths that follow.
+        qkv_bias, qk_norm: of dense and DSA layers: biases of the three projections; an RMSNorm of query and key heads.
+        projection: of dense and DSA layers: "gqa", or "mla" for multi-head latent attention, of the widths that follow.
         q_lora_rank, kv_lora_rank: of the latents of queries (None: there is none), and of keys and values.
         qk_nope_head_dim, qk_rope_head_dim: of a query or key: dims that are not rotated, and those that are.
         rope_interleave: whether their pairs are (2i, 2i + 1).
-        attention_kinds: "dense" or "nsa" for each layer.
+        attention_kinds: "dense", "nsa" or "dsa" for each layer.
         compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
         compress_hidden: hidden width of the compression MLP; None: the head's.
         block_size, num_blocks: tokens in a selection block (l'), blocks that a query selects (n).
         num_initial, num_local: blocks that are always among them: the first, the most recent (the query's own too).
         window: tokens that the sliding window sees, the query's own included (w).
+        index_topk: tokens that a query of a DSA layer attends to (k); among them are always index_num_initial at the
+            start, and index_num_local of the most recent (the query's own too).
+        index_heads, index_head_dim: of the indexer that chooses them.
+        index_rotary_dims, index_rotary_place, index_rotary_pairs: how many dims of an index head are rotated; whether
+            these are its "first" or "last"; whether their pairs are "half-split", (i, i + half), or "interleaved",
+            (2i, 2i + 1).
+        index_phase: "sparse"; "warm-up": the indexer was being trained, and queries attend to all tokens.
         num_experts, num_experts_per_token: routed experts of a layer, and how many of them compute a token; 0: none.
         num_shared_experts, expert_size: experts that compute every token, and the width of an expert.
         first_dense: layers at the start that have a SwiGLU of intermediate_size instead.
@@ -59,6 +66,15 @@ class NSAConfig(PreTrainedConfig):
         num_initial: int = 1,
         num_local: int = 2,
         window: int = 512,
+        index_topk: int = 2048,
+        index_num_initial: int = 0,
+        index_num_local: int = 0,
+        index_heads: int = 64,
+        index_head_dim: int = 128,
+        index_rotary_dims: int = 64,
+        index_rotary_place: str = "first",
+        index_rotary_pairs: str = "half-split",
+        index_phase: str = "sparse",
         num_experts: int = 0,
         num_experts_per_token: int = 0,
         num_shared_experts: int = 0,
@@ -102,6 +118,15 @@ class NSAConfig(PreTrainedConfig):
         self.num_initial = num_initial
         self.num_local = num_local
         self.window = window
+        self.index_topk = index_topk
+        self.index_num_initial = index_num_initial
+        self.index_num_local = index_num_local
+        self.index_heads = index_heads
+        self.index_head_dim = index_head_dim
+        self.index_rotary_dims = index_rotary_dims
+        self.index_rotary_place = index_rotary_place
+        self.index_rotary_pairs = index_rotary_pairs
+        self.index_phase = index_phase
         self.num_experts = num_experts
         self.num_experts_per_token = num_experts_per_token
         self.num_shared_experts = num_shared_experts

@@ -9,17 +9,20 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .attention_nsa import RMSNorm, RotaryTables, attend, causal, query_chunks, yarn_temperature
+from .attention_nsa import RMSNorm, RotaryTables, all_before, attend, query_chunks, yarn_temperature
 from .cache_nsa import NSACache, Span, Step, extend
 from .configuration_nsa import NSAConfig
 
 
 class LatentAttention(nn.Module):
-    """Causal attention whose keys and values are made of one latent per token, and of a rotated key for all heads."""
+    """Causal attention whose keys and values are made of one latent per token, and of a rotated key for all heads.
 
-    def __init__(self, config: NSAConfig, number: int):
+    ``indexer``: as of `DenseAttention`.
+    """
+
+    def __init__(self, config: NSAConfig, number: int, indexer: nn.Module | None = None):
         super().__init__()
-        self.config, self.number = config, number
+        self.config, self.number, self.indexer = config, number, indexer
         c, heads = config, config.num_attention_heads
         if c.q_lora_rank is None:
             self.query = nn.Linear(c.hidden_size, heads * c.head_dim, bias=False)
@@ -34,7 +37,8 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: RotaryTables, step: Step, cache: NSACache | None) -> Tensor:
         spans, c = None if cache is None else cache.layers[self.number], self.config
-        q = self.query(x) if c.q_lora_rank is None else self.query_up(self.query_norm(self.query_down(x)))
+        asking = x if c.q_lora_rank is None else self.query_norm(self.query_down(x))
+        q = self.query(x) if c.q_lora_rank is None else self.query_up(asking)
         nope, rope = q.unflatten(-1, (-1, c.head_dim)).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         # The tables have YaRN's temperature for the rotated part of queries and keys.
         q = torch.cat((nope * yarn_temperature(c) ** 2, self.rotate(rope, rotary)), -1).unsqueeze(3)  # (B, T, H, 1, D)
@@ -45,10 +49,10 @@ class LatentAttention(nn.Module):
         full = extend(spans, "full", self.rotate(key, rotary), self.key_value_norm(latent), step)
         if spans is not None:
             spans["full"] = full  # keys (B, n, 1, R), values (B, n, 1, L)
+        masks = all_before(step) if self.indexer is None else self.indexer(x, asking, step, cache)
         full, out = self.expanded(full), []
-        for rows, _, stop in query_chunks(c.num_attention_heads, step):
-            seen = full.between(0, stop)
-            out.append(attend(q[:, rows], seen, causal(step.slots[:, rows], seen))[0])
+        for rows, _, stop in query_chunks(max(c.num_attention_heads, self.indexer.heads if self.indexer else 0), step):
+            out.append(attend(q[:, rows], full.between(0, stop), masks(rows, stop))[0])
         return self.output(torch.cat(out, 1).flatten(2))
 
     def expanded(self, span: Span) -> Span:

@@ -29,6 +29,7 @@ from .attention_nsa import (
 )
 from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
+from .indexer_nsa import LightningIndexer
 from .latent_nsa import LatentAttention
 
 try:  # parts that LoRA adapts if none are named, as for other models: queries and values
@@ -37,7 +38,7 @@ except ImportError:
     pass
 else:
     values = ["attention.value", "compressed.value", "selected.value", "window.value", "query_up", "key_value_up"]
-    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["query", *values])
+    constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["attention.query", *values])
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before
 
@@ -120,8 +121,12 @@ class NSADecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: NSAConfig, kind: str, number: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        dense = DenseAttention if config.projection == "gqa" else LatentAttention
-        self.attention = {"dense": dense, "nsa": NativeSparseAttention}[kind](config, number)
+        projected = DenseAttention if config.projection == "gqa" else LatentAttention
+        self.attention = {
+            "dense": lambda: projected(config, number),
+            "dsa": lambda: projected(config, number, LightningIndexer(config, number)),
+            "nsa": lambda: NativeSparseAttention(config, number),
+        }[kind]()
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         routed = config.num_experts and number >= config.first_dense
         self.mlp = MixtureOfExperts(config) if routed else MLP(config.hidden_size, config.intermediate_size)

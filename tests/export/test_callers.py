@@ -27,7 +27,7 @@ from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.models.hf.modeling_nsa import CACHE, NSAForCausalLM, NSAForSequenceClassification, NSAModel, rows_of_documents
 
 VOCABULARY = 97
-KINDS = ("llama", "nsa", "experts")
+KINDS = ("llama", "nsa", "dsa", "experts")
 EXPERTS = {"num_experts": 5, "num_experts_per_token": 2, "num_shared_experts": 1, "expert_size": 7, "first_dense": 1}
 
 
@@ -41,8 +41,9 @@ def model(kind: str, classes: int = 0, **changes: Any) -> PreTrainedModel:
     if kind == "llama":
         return (LlamaForSequenceClassification if classes else LlamaForCausalLM)(LlamaConfig(**shape)).eval()
     sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 3, "window": 6}
+    sizes |= {"index_topk": 10, "index_heads": 5, "index_head_dim": 8, "index_rotary_dims": 4}
     experts = EXPERTS if kind == "experts" else {}
-    config = NSAConfig(attention_kinds=["dense", "nsa"], **sizes, **experts, **shape)
+    config = NSAConfig(attention_kinds=["dense", "dsa" if kind == "dsa" else "nsa"], **sizes, **experts, **shape)
     return (NSAForSequenceClassification if classes else NSAForCausalLM)(config).eval()
 
 
@@ -52,6 +53,11 @@ def text_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokeni
     trained_tokenizer.train(TEXT, 400, folder / "trained.model")
     write_tokenizer(trained_tokenizer.Tokenizer(folder / "trained.model"), folder, 512)
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def trainable(m: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters that a loss reaches: no gradient passes through the choice of an indexer."""
+    return {name: parameter for name, parameter in m.named_parameters() if ".indexer." not in name}
 
 
 def tokens(rows: int, columns: int) -> torch.Tensor:
@@ -264,7 +270,7 @@ def test_a_classifier_looks_at_the_last_token_that_is_not_padded(kind: str, tmp_
     embedded = m(inputs_embeds=m.get_input_embeddings()(ids[2:]), return_dict=False)[0]
     close(embedded, alone[2:], 1e-3)
     out.loss.backward()
-    assert all(parameter.grad is not None for parameter in m.parameters())
+    assert all(parameter.grad is not None for parameter in trainable(m).values())
     number = model(kind, classes=1)
     close(number(ids, labels=labels.float()).loss, (number(ids).logits[:, 0] - labels).square().mean())
     m.config.pad_token_id = None
@@ -289,7 +295,7 @@ def test_a_classifier_looks_at_the_last_token_that_is_not_padded(kind: str, tmp_
 def test_gradient_checkpointing_changes_no_gradient(kind: str, reentrant: bool) -> None:
     m, ids = model(kind).train(), tokens(2, 40)
     m(ids, labels=ids).loss.backward()
-    expected = {name: parameter.grad.clone() for name, parameter in m.named_parameters()}
+    expected = {name: parameter.grad.clone() for name, parameter in trainable(m).items()}
     m.zero_grad()
     m.gradient_checkpointing_enable({"use_reentrant": reentrant})
     m.enable_input_require_grads()
@@ -298,7 +304,7 @@ def test_gradient_checkpointing_changes_no_gradient(kind: str, reentrant: bool) 
     (last.input_layernorm if kind == "llama" else last.attention_norm).register_forward_hook(lambda *_: calls.append(1))
     m(ids, labels=ids, use_cache=True).loss.backward()
     assert len(calls) == 2  # once more in the backward pass
-    for name, parameter in m.named_parameters():
+    for name, parameter in trainable(m).items():
         close(parameter.grad, expected[name])
 
 
@@ -311,7 +317,7 @@ def test_autocast_trains_and_generates(kind: str) -> None:
         assert m(ids).logits.dtype == torch.bfloat16
     loss.backward()
     assert abs(loss - exact) < 0.05 * exact
-    assert all(parameter.grad.isfinite().all() for parameter in m.parameters())
+    assert all(parameter.grad.isfinite().all() for parameter in trainable(m).values())
     m.eval()
     with torch.autocast("cpu", torch.bfloat16):
         assert m.generate(ids, max_new_tokens=12, min_new_tokens=12).shape == (2, 52)
@@ -412,7 +418,7 @@ def test_lora_adapts_the_usual_parts_and_can_be_merged(kind: str) -> None:
     plain = m(ids).logits
     tuned = peft.get_peft_model(m, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2))
     adapted = {name.split(".lora_A")[0] for name, _ in tuned.named_parameters() if "lora_A" in name}
-    assert len(adapted) == (4 if kind == "llama" else 2 + 1 + 3)  # queries and values, those of every branch
+    assert len(adapted) == (4 if kind in ("llama", "dsa") else 2 + 1 + 3)  # queries and values, those of every branch
     changed = tuned(ids, labels=ids)
     changed.loss.backward()
     assert (changed.logits - plain).abs().max() > 0.01

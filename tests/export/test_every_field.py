@@ -33,15 +33,18 @@ NAMES = {
     "model.moe.top_k": "num_experts_per_token",
     "model.moe.num_shared": "num_shared_experts",
     "attention.kind": "attention_kinds",
+    "attention.dsa.topk": "index_topk",
+    "attention.dsa.num_initial": "index_num_initial",
+    "attention.dsa.num_local": "index_num_local",
 }
-TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight"}
+TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight", "attention.dsa.kl_weight"}
 # What logits do not depend on: how fresh weights are drawn; the number of layers, which attention_kinds has, too; and
 # a tie where the weights of both are there and differ, which `transformers` then leaves apart.
 NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 # Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
-NOT_EXPORTED += ("model.projection", "model.mla")  # these have a test of their own
+NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
@@ -63,6 +66,7 @@ MODEL = {
     "tie_embeddings": False,
 }
 NSA = {"compress_hidden": 7, "num_blocks": 5, "num_initial": 2, "num_local": 1}
+DSA = {"num_initial": 5, "num_local": 6, "index_rotary_place": "last", "index_rotary_pairs": "interleaved"}
 
 
 def value_of(tree: Any, key: str) -> Any:
@@ -87,8 +91,9 @@ def others(value: Any) -> list[Any]:
 
 def unlike_defaults(folder: Path) -> Config:
     """A configuration of which no field of the two sections has its default."""
-    config = small_config(folder, ["dense", "nsa", "nsa"], **MODEL)
+    config = small_config(folder, ["dense", "nsa", "dsa"], **MODEL)
     tree = with_value(config.model_dump(), "attention.nsa", config.attention.nsa.model_dump() | NSA)
+    tree = with_value(tree, "attention.dsa", config.attention.dsa.model_dump() | DSA)
     for key, field in FIELDS:
         if not field.is_required() and value_of(tree, key) == field.default:
             for other in others(field.default):
@@ -173,8 +178,10 @@ def test_an_export_with_one_weight_changed_is_refused(exported: Path, tmp_path: 
     broken = Path(shutil.copytree(exported, tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     names = ["embedding.weight", "norm.weight", "head.weight"]
-    names += [f"layers.2.{name}" for name in ("attention_norm.weight", "attention.gate.bias", "mlp.router.bias")]
-    names += [name for name in weights if name.startswith("layers.2.attention.compress.key.")][:1]
+    names += [f"layers.1.attention{name}" for name in ("_norm.weight", ".gate.bias")]
+    names += [name for name in weights if name.startswith("layers.1.attention.compress.key.")][:1]
+    names += [f"layers.2.attention.indexer.{name}" for name in ("key_norm.bias", "head_weight.weight")]
+    names += ["layers.2.mlp.router.bias"]
     for name in names:
         tensor = weights[name].clone()
         part = tensor[asked] if name == "embedding.weight" else tensor.view(-1)
@@ -201,17 +208,35 @@ def test_options_of_dense_layers_reach_an_export(tmp_path: Path, asked_here: Non
             proof.prove(folder, decoder, tokenizer)
 
 
+def test_the_phase_of_an_indexer_reaches_an_export(tmp_path: Path, asked_here: None) -> None:
+    config = small_config(tmp_path, "dsa")
+    config = Config.model_validate(with_value(config.model_dump(), "attention.dsa.phase", "warm-up"))
+    folder = small_export(tmp_path, config=config)
+    assert prove(folder, folder).difference < proof.TOLERANCE
+    written = json.loads((folder / "config.json").read_text())
+    assert written.pop("index_phase") == "warm-up"
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ExportError, match="differ"):
+        prove(folder, folder)
+
+
 LATENT = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6, "v_head_dim": 6}
 
 
-@pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None}, {"rope_interleave": False}], ids=str)
-def test_latent_attention_reaches_an_export(tmp_path: Path, asked_here: None, changes: dict[str, Any]) -> None:
+LATENTS = [(kind, changes) for kind in ("dense", "dsa") for changes in ({}, {"q_lora_rank": None})]
+LATENTS += [("dense", {"rope_interleave": False})]
+
+
+@pytest.mark.parametrize(("kind", "changes"), LATENTS, ids=str)
+def test_latent_attention_reaches_an_export(
+    tmp_path: Path, asked_here: None, kind: str, changes: dict[str, Any]
+) -> None:
     """With YaRN, whose factor is in the tables for a part of a head's dims only."""
     sizes = {"projection": "mla", "mla": LATENT | changes, "num_kv_heads": 4, "head_dim": 10, "norm_eps": 0.05}
     scaling = {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 64, "mscale": 1.0}
     scaling["mscale_all_dim"] = 0.7
     rope = {"theta": 50.0, "yarn_factor": 4.0}
-    folder = small_export(tmp_path, "dense", rope=rope, rope_scaling=scaling, **sizes)
+    folder = small_export(tmp_path, kind, rope=rope, rope_scaling=scaling, **sizes)
     decoder, _, tokenizer = load_decoder(folder)
     assert proof.prove(folder, decoder, tokenizer).difference < proof.TOLERANCE
     written = json.loads((folder / "config.json").read_text())

@@ -25,7 +25,7 @@ from nsa.models.hf.modeling_nsa import NSAForCausalLM
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with an export in it."""
-    path = small_run(tmp_path_factory.mktemp("export"), ["dense", "nsa"])
+    path = small_run(tmp_path_factory.mktemp("export"), ["dense", "nsa", "dsa"], num_layers=3)
     metrics = [{"step": 1, "validation/bits_per_byte": 9.0}, {"step": 3, "validation/bits_per_byte": 2.5}, {"step": 3}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     export(path)
@@ -43,6 +43,7 @@ def test_folder_is_complete(run: Path) -> None:
         "attention_nsa.py",
         "cache_nsa.py",
         "configuration_nsa.py",
+        "indexer_nsa.py",
         "latent_nsa.py",
         "modeling_nsa.py",
         "tokenizer.json",
@@ -55,7 +56,7 @@ def test_folder_is_complete(run: Path) -> None:
     assert config["architectures"] == ["NSAForCausalLM"]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nsa.NSAForCausalLM"
     assert config["dtype"] == "float32"
-    assert config["attention_kinds"] == ["dense", "nsa"]
+    assert config["attention_kinds"] == ["dense", "nsa", "dsa"]
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "2.5000 bits per byte" in card

@@ -5,10 +5,13 @@ import random
 import pytest
 import torch
 
+from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.kinds import KINDS
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.rotary_scaling import RopeScaling
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, RopeConfig, hf
 from nsa.models.hf import attention_nsa
+from nsa.models.hf.cache_nsa import Step
 from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.models.hf.modeling_nsa import NSAForCausalLM
 
@@ -17,15 +20,28 @@ VOCABULARY = 97
 SHAPES = [(4, 1, 8, 8), (6, 3, 8, 6), (4, 4, 6, 10)]
 # compress length, stride, block size, blocks, initial, local, window
 SIZES = [(8, 4, 8, 4, 1, 2, 12), (8, 2, 16, 3, 0, 1, 5), (4, 4, 12, 5, 2, 0, 1), (16, 4, 16, 2, 1, 1, 200)]
+# tokens, initial, local, heads, head dim, rotated dims, which, pairs
+INDEXERS = [
+    (9, 0, 0, 3, 8, 4, "first", "half-split"),
+    (7, 2, 3, 2, 6, 6, "first", "interleaved"),
+    (20, 0, 1, 5, 10, 4, "last", "interleaved"),
+    (1, 0, 1, 1, 8, 4, "last", "half-split"),
+]
 MOE = MoEConfig(num_experts=5, top_k=2, num_shared=1, expert_size=7, first_dense=1)
 LENGTHS = [1, 2, 17, 63, 129]
 
 
-def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Decoder, NSAForCausalLM]:
+def pair(
+    kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, indexer=INDEXERS[0], phase="sparse", **changes
+) -> tuple[Decoder, NSAForCausalLM]:
     """A decoder and the exported model with its weights, both float64."""
     heads, groups, head_dim, v_head_dim = shape
     names = ("compress_length", "compress_stride", "block_size", "num_blocks", "num_initial", "num_local", "window")
-    attention = AttentionConfig(kind=kind, nsa=NsaConfig(compress_hidden=5, **dict(zip(names, sizes, strict=True))))
+    nsa = NsaConfig(compress_hidden=5, **dict(zip(names, sizes, strict=True)))
+    names = ("topk", "num_initial", "num_local", "index_heads", "index_head_dim")
+    names += ("index_rotary_dims", "index_rotary_place", "index_rotary_pairs")
+    dsa = DsaConfig(phase=phase, **dict(zip(names, indexer, strict=True)))
+    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa)
     moe = changes.get("moe")
     rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
     model = ModelConfig(
@@ -75,7 +91,7 @@ def pair(kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, **changes) -> tuple[Deco
         num_shared_experts=moe.num_shared if moe else 0,
         expert_size=moe.expert_size if moe else 0,
         first_dense=moe.first_dense if moe else 0,
-        **attention.nsa.model_dump(),
+        **{name: value for kind in KINDS for name, value in kind.export(attention.of(kind)).items()},
     )
     exported = NSAForCausalLM(config)
     exported.load_state_dict(decoder.state_dict())
@@ -92,10 +108,10 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", ["dense", "nsa", ["dense", "nsa"]])
+@pytest.mark.parametrize("kind", ["dense", "nsa", "dsa", ["dense", "nsa", "dsa"]])
 def test_logits_are_the_decoders(kind, shape) -> None:
-    for sizes in SIZES if kind == "nsa" else SIZES[:1]:
-        decoder, exported = pair(kind, shape, sizes)
+    for sizes, indexer in zip(SIZES, INDEXERS, strict=True) if kind in ("nsa", "dsa") else [(SIZES[0], INDEXERS[0])]:
+        decoder, exported = pair(kind, shape, sizes, indexer=indexer)
         for length in LENGTHS:
             ids = tokens(2, length)
             with torch.no_grad():
@@ -123,17 +139,44 @@ def test_scaled_frequencies_are_the_decoders(scaling, yarn_factor) -> None:
         close(exported(ids).logits, decoder(ids))
 
 
+@pytest.mark.parametrize("kind", ["nsa", "dsa"])
 @pytest.mark.parametrize("changes", [{"yarn_factor": 4.0}, {"tie_embeddings": False}, {"norm_eps": 0.1}, {"moe": MOE}])
-def test_options_are_the_decoders(changes) -> None:
-    decoder, exported = pair("nsa", **changes)
+def test_options_are_the_decoders(kind, changes) -> None:
+    decoder, exported = pair(kind, **changes)
     ids = tokens(2, 70)
     with torch.no_grad():
         close(exported(ids).logits, decoder(ids))
 
 
+@torch.no_grad()
+def test_an_indexer_in_warm_up_is_kept_and_chooses_nothing() -> None:
+    decoder, exported = pair(["dsa", "dense", "dsa"], phase="warm-up")
+    ids = tokens(2, 70)
+    close(exported(ids).logits, decoder(ids))
+    kept = exported.layers[2].attention.indexer.state_dict()
+    assert kept and all(torch.equal(kept[n], t) for n, t in decoder.layers[2].attention.indexer.state_dict().items())
+    norms = [model.layers[2].attention.indexer.key_norm for model in (decoder, exported)]
+    assert norms[0].eps == norms[1].eps == 1e-6  # too small for logits to show
+    exported.config.index_phase = "sparse"
+    assert (exported(ids).logits - decoder(ids)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_equal_index_scores_go_to_the_first_tokens() -> None:
+    """With all scores 0, the first tokens of the document and the forced ones."""
+    _, exported = pair("dsa", indexer=INDEXERS[2])  # 20 tokens, the query's own among them
+    indexer = exported.layers[0].attention.indexer
+    indexer.head_weight.weight.zero_()
+    slots = torch.arange(50)[None]
+    masks = indexer(torch.randn(1, 50, 24).double(), torch.randn(1, 50, 24).double(), Step(slots, 50, 0, 50), None)
+    token, query = torch.arange(50), torch.arange(50)[:, None]
+    expected = ((token < 19) | (token == query) | (token == 19) & (query < 20)) & (token <= query)
+    assert torch.equal(masks(slice(0, 50), 50)[0, 0], expected)
+
+
 @pytest.mark.parametrize("moe", [None, MOE])
 def test_loss_and_gradients_are_the_decoders(moe) -> None:
-    decoder, exported = pair(["nsa", "dense"], moe=moe)
+    decoder, exported = pair(["nsa", "dense", "dsa"], moe=moe)
     exported.train()
     ids = tokens(2, 50)
     labels = ids.masked_fill(torch.rand(ids.shape) < 0.3, -100)
@@ -145,11 +188,14 @@ def test_loss_and_gradients_are_the_decoders(moe) -> None:
     loss.backward()
     theirs = dict(exported.named_parameters())
     for name, parameter in decoder.named_parameters():
-        close(theirs[name].grad, parameter.grad)
+        if ".indexer." in name:  # the loss that trains it stays with the trainer
+            assert theirs[name].grad is None
+        else:
+            close(theirs[name].grad, parameter.grad)
 
 
 def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, exported = pair(["nsa", "dense"])
+    _, exported = pair(["nsa", "dense", "dsa"])
     ids = tokens(2, 90)
     with torch.no_grad():
         whole = exported(ids).logits
@@ -159,7 +205,7 @@ def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 @torch.no_grad()
 def test_right_padding_changes_nothing() -> None:
-    _, exported = pair(["nsa", "dense"])
+    _, exported = pair(["nsa", "dense", "dsa"])
     ids, mask = tokens(3, 70), torch.ones(3, 70, dtype=torch.long)
     for row, length in enumerate((70, 41, 1)):
         mask[row, length:] = 0
@@ -172,7 +218,7 @@ def test_right_padding_changes_nothing() -> None:
 @torch.no_grad()
 def test_any_padding_fed_in_any_pieces_equals_each_row_alone() -> None:
     """Rows that fill at different speeds: blocks of one row are complete long before another's."""
-    _, exported = pair(["nsa", "dense"])
+    _, exported = pair(["nsa", "dense", "dsa"])
     ids = tokens(3, 100)
     keep = torch.tensor([[0.9], [0.4], [0.05]])
     mask = torch.rand(3, 100) < keep
@@ -198,7 +244,7 @@ GENERATION = {
 
 @pytest.mark.parametrize("mode", GENERATION)
 def test_generation_with_cache_equals_without(mode: str) -> None:
-    _, exported = pair(["nsa", "dense"])
+    _, exported = pair(["nsa", "dense", "dsa"])
     ids, outputs = tokens(2, 21), []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -213,7 +259,7 @@ def test_generation_with_cache_equals_without(mode: str) -> None:
 
 @pytest.mark.parametrize("moe", [None, MOE])
 def test_left_padded_batch_generates_what_each_prompt_does_alone(moe) -> None:
-    _, exported = pair(["nsa", "dense"], moe=moe)
+    _, exported = pair(["nsa", "dense", "dsa"], moe=moe)
     prompts = [tokens(1, n)[0].tolist() for n in (40, 1, 7, 23)]
     ids = torch.tensor([[3] * (40 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (40 - len(p)) + [1] * len(p) for p in prompts])
@@ -224,8 +270,9 @@ def test_left_padded_batch_generates_what_each_prompt_does_alone(moe) -> None:
         assert together[row, 40:].tolist() == alone[0, len(prompt) :].tolist()
 
 
-def test_generation_continues_from_a_returned_cache() -> None:
-    _, exported = pair("nsa")
+@pytest.mark.parametrize("kind", ["nsa", "dsa"])
+def test_generation_continues_from_a_returned_cache(kind) -> None:
+    _, exported = pair(kind)
     ids = tokens(1, 30)
     first = exported.generate(ids, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
     name = "cache" if "cache" in first else "past_key_values"
@@ -235,8 +282,12 @@ def test_generation_continues_from_a_returned_cache() -> None:
 
 @torch.no_grad()
 def test_cache_keeps_what_later_queries_see_and_no_more() -> None:
-    _, exported = pair("nsa")  # blocks of 8 at stride 4, window 12
+    _, exported = pair(["nsa", "dsa"])  # blocks of 8 at stride 4, window 12
     cache = exported(tokens(2, 50), use_cache=True)[1]
+    assert {name: tuple(span.keys.shape[1:]) for name, span in cache.layers[1].items()} == {
+        "full": (50, 3, 8),
+        "index": (50, 1, 8),
+    }
     spans = cache.layers[0]
     assert spans["compressed"].keys.shape[1] == (50 - 8) // 4 + 1
     assert (spans["tail"].start, spans["tail"].keys.shape[1]) == (44, 6)

@@ -1,5 +1,7 @@
 """The record of DeepSeek Sparse Attention."""
 
+from typing import Any
+
 from torch import nn
 
 from nsa.layers.dsa.config import DsaConfig
@@ -69,6 +71,12 @@ def card(config: DsaConfig) -> dict[str, str]:
     }
 
 
+def export(config: DsaConfig) -> dict[str, Any]:
+    """NSA has fields of some of these names, in blocks."""
+    fields = config.model_dump(exclude={"kl_weight"})
+    return {f"index_{name.removeprefix('index_')}": value for name, value in fields.items()}
+
+
 def problem(config: DsaConfig, tokens: int) -> str | None:
     if config.phase == "sparse" and config.topk > tokens:
         return f"attention.dsa.topk ({config.topk}) exceeds the sample ({tokens} tokens): nothing would be left out"
@@ -102,6 +110,6 @@ DSA = Kind(
     free=("topk", "num_initial", "num_local", "phase", "kl_weight"),
     problem=problem,
     figures=measure,
-    export=None,
+    export=export,
     card=card,
 )
