@@ -46,12 +46,12 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
             dense_attention=config.engine.dense_attention,
         )
     model = parallelize(model, grid, fill=lambda model: materialise(model, draw, dtype))
-    check_stages(config)
     if config.train != "all":
         freeze_others(model, config)
     elif config.engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, config.engine.activation_checkpointing)
-    optimizer = build_optimizer(model, config.optimizer, offload=config.engine.offload_optimizer)
+    offload = config.engine.offload_optimizer
+    optimizer = build_optimizer(model, config.optimizer, apart=clips_apart(config), offload=offload)
 
     optimizer.gate.close()  # to allocate, DeepSpeed takes a step with zero gradients, which would decay the weights
     mpu = ModelParallelUnit(grid)
@@ -71,17 +71,14 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
     return engine
 
 
-def check_stages(config: Config) -> None:
-    """Raise ValueError if a pipeline stage has nothing that is trained apart, while another has: DeepSpeed's ranks must
-    have the same groups of parameters."""
+def clips_apart(config: Config) -> bool:
+    """Whether what is trained apart is clipped apart.
+
+    DeepSpeed's ranks must have the same groups of parameters. So it is not in a pipeline of which some stages have
+    such layers, and others have none.
+    """
     kinds, stages = config.attention.kinds(config.model.num_layers), config.parallel.pipeline
-    apart = [any(kinds[i].apart for i in stage_layers(len(kinds), stages, stage)) for stage in range(stages)]
-    if any(apart) and not all(apart):
-        names = ", ".join(sorted({kind.name for kind in kinds if kind.apart}))
-        raise ValueError(
-            f"parallel.pipeline ({stages}): stage {apart.index(False)} has no layer of kind {names}, others have; "
-            "change attention.kind or use fewer stages"
-        )
+    return all(any(kinds[i].apart for i in stage_layers(len(kinds), stages, stage)) for stage in range(stages))
 
 
 def client_optimizer(engine: DeepSpeedEngine) -> AdamW | SGD:

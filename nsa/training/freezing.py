@@ -12,10 +12,9 @@ def attached(config: Config) -> bool:
     """Whether the indexers' losses are attached to the activations, though nothing before them is trained.
 
     That costs a backward pass through the whole model. ZeRO 3 needs it, which gathers weights as that pass reaches
-    them, and so does a pipeline, which passes gradients from stage to stage. Elsewhere the losses are taken from the
-    layers (`nsa.training.attention_losses.AttentionLosses.take`).
+    them. Elsewhere the losses are taken from the layers (`nsa.training.attention_losses.AttentionLosses.take`).
     """
-    return config.engine.zero_stage == 3 or config.parallel.pipeline > 1
+    return config.engine.zero_stage == 3
 
 
 class NoHead(Around):

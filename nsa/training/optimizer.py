@@ -83,18 +83,23 @@ def trained_apart(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.startswith(prefixes)} if prefixes else set()
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offload: bool = False) -> AdamW | SGD:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, apart: bool = True, offload: bool = False
+) -> AdamW | SGD:
     """The optimizer over all parameters of ``model`` that are trained, in groups: with and without weight decay.
 
-    Parameters that are trained apart have groups of their own. A group's ``section`` says which: "model" or "apart".
-    ``offload``: DeepSpeed will move its state to the host. torch's fused AdamW is vectorised there, as DeepSpeed's is,
-    but does not need to be compiled on every machine.
+    Args:
+        apart: whether parameters that are trained apart have groups of their own. A group's ``section`` says which it
+            is of: "model" or "apart".
+        offload: DeepSpeed will move its state to the host. torch's fused AdamW is vectorised there, as DeepSpeed's is,
+            but does not need to be compiled on every machine.
     """
-    named, apart = [(n, p) for n, p in model.named_parameters() if p.requires_grad], trained_apart(model)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    own = trained_apart(model) if apart else set()
     groups = []
     for section, members in (
-        ("model", [(n, p) for n, p in named if n not in apart]),
-        ("apart", [(n, p) for n, p in named if n in apart]),
+        ("model", [(n, p) for n, p in named if n not in own]),
+        ("apart", [(n, p) for n, p in named if n in own]),
     ):
         decayed = [p for n, p in members if decays(n, p)]
         others = [p for n, p in members if not decays(n, p)]
