@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"exported {folder}: equal to the trained model on {proof.tokens:,} tokens (largest difference "
         f"{proof.difference:.1e} of the largest logit, {proof.dtype}) and {proof.texts:,} texts"
     )
+    print(f"format: {proof.form}")
     return 0
 
 

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from nsa.config import Config, load_saved
 from nsa.data.tokenizer import Tokenizer
+from nsa.exporting.families import FAMILIES, Format, format_of
 from nsa.exporting.model_card import model_card
-from nsa.exporting.proof import ExportError, Proof, prove
+from nsa.exporting.proof import ExportError, LogitsDiffer, Proof, prove
 from nsa.exporting.tokenizer import write_tokenizer
 from nsa.layers.kinds import KINDS
 from nsa.models import Decoder, hf
@@ -55,9 +58,7 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
     temporary = final.with_name(f"{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        write_folder(temporary, config, weights, tokenizer)
-        proof = prove(temporary, decoder, tokenizer)
+        proof = _write_and_prove(temporary, config, weights, tokenizer, decoder)
         (temporary / CONFIG).write_bytes((step / "config.yaml").read_bytes())
         (temporary / STATE).write_bytes((step / "state.json").read_bytes())
         state = checkpoint.load_state(step)
@@ -71,23 +72,62 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
     return final, proof
 
 
-def write_folder(folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer) -> None:
-    """Write what `transformers` reads. ``weights``: by the decoder's names; they are the names in the export too."""
-    described = hf_config(config, tokenizer)
+def _write_and_prove(
+    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer, decoder: Decoder
+) -> Proof:
+    """In the format of the model's family; where that is not the trained model, with code of its own."""
+    form = format_of(config)
+    folder.mkdir(parents=True)
+    write_folder(folder, config, weights, tokenizer, form)
+    try:
+        return replace(prove(folder, decoder, tokenizer), form=form)
+    except LogitsDiffer as e:
+        if form.family is None:
+            raise
+        form = Format(why=f"{form.family.model_type} computes something else, as where index scores are equal ({e})")
+    shutil.rmtree(folder)
+    folder.mkdir()
+    write_folder(folder, config, weights, tokenizer, form)
+    return replace(prove(folder, decoder, tokenizer), form=form)
+
+
+def write_folder(
+    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer, form: Format | None = None
+) -> None:
+    """Write what `transformers` reads. ``weights``: by the decoder's names. ``form``: None: `format_of` (config).
+
+    A model of a family (`nsa.exporting.families`) gets the family's names and no code. Any other gets the code in
+    `nsa.models.hf`, and its weights keep their names.
+    """
+    form = format_of(config) if form is None else form
+    described = hf_config(config, tokenizer) if form.family is None else _family_config(form, config, tokenizer)
     described.dtype = next(iter(weights.values())).dtype
     described.save_pretrained(folder)
-    for path in hf.FILES:
-        shutil.copyfile(path, folder / path.name)
+    if form.family is None:
+        for path in hf.FILES:
+            shutil.copyfile(path, folder / path.name)
+    else:
+        weights = form.family.rename(weights)
     save_torch_state_dict(weights, folder, max_shard_size="5GB", metadata={"format": "pt"})
     for path in folder.glob("*.safetensors"):  # written for their owner alone
         path.chmod((folder / "config.json").stat().st_mode)
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(_special_tokens(tokenizer), indent=2) + "\n")
     write_tokenizer(tokenizer, folder, described.max_position_embeddings)
 
 
+def _family_config(form: Format, config: Config, tokenizer: Tokenizer) -> transformers.PreTrainedConfig:
+    """The configuration of an export without code."""
+    assert form.family is not None
+    fields = {"architectures": [form.family.architecture], **form.family.fields(config), **form.attention}
+    return transformers.AutoConfig.for_model(form.family.model_type, **fields, **_special_tokens(tokenizer))
+
+
+def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
 def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
-    """The configuration of the export."""
+    """The configuration of an export with code."""
     model, attention, rope, moe = config.model, config.attention, config.model.rope, config.model.moe
     experts: dict[str, Any] = {}
     if moe is not None:
@@ -106,9 +146,7 @@ def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
             "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM",
             "AutoModelForSequenceClassification": "modeling_nsa.NSAForSequenceClassification",
         },
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
+        **_special_tokens(tokenizer),
         vocab_size=model.vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
@@ -174,6 +212,8 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
             weights |= load_file(path)
     except (OSError, UntrustedError, SafetensorError) as e:
         raise ExportError(f"{folder}: {e}") from None
+    for family in FAMILIES:  # another release of transformers may have chosen
+        weights = family.restore(weights)
     return fill(config, weights), config, Tokenizer(folder / "tokenizer.model")
 
 

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.no_grad()
 def answer(folder: str, question: dict, target: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    code = any(Path(folder).glob("*.py"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code)
 
     def encode(text: str, **mode: bool) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False, **mode).input_ids
@@ -38,7 +39,7 @@ def answer(folder: str, question: dict, target: Path) -> None:
     (target / "answer.json").write_text(json.dumps(answers))
 
     dtype = getattr(torch, question["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=code, dtype=dtype).eval()
     tensors = {f"logits.{i}": model(torch.tensor([ids])).logits[0] for i, ids in enumerate(question["inputs"])}
     prompts, new_tokens = question["prompts"], question["new_tokens"]
     width = max(map(len, prompts))

@@ -17,11 +17,17 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
         folder: name of the export, for the examples.
     """
     model, attention, optimizer = config.model, config.attention, config.optimizer
-    kinds = attention.kinds(model.num_layers)
+    kinds, form = attention.kinds(model.num_layers), proof.form
+    trust = ", trust_remote_code=True" if form.family is None else ""
+    releases = "5.4 to 5.24" if form.family is None else form.family.transformers
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["nsa", "native-sparse-attention", "sparse-attention", "custom_code"],
+        "tags": [
+            *(kind.name for kind in dict.fromkeys(kinds)),
+            "sparse-attention",
+            *(["custom_code"] if trust else []),
+        ],
     }
     hub = [source.path for source in config.data.sources if source.kind == "hub"]
     if hub:
@@ -48,6 +54,7 @@ def model_card(config: Config, state: dict[str, Any], bits_per_byte: float | Non
         + (f", extended {model.rope.yarn_factor:g} times with YaRN" if model.rope.yarn_factor > 1 else ""),
         "training": f"{state['step']:,} steps, {state['tokens']:,} tokens, samples of {config.data.sequence_length}",
         "optimizer": f"{optimizer.kind}, peak learning rate {optimizer.learning_rate:g}, {optimizer.schedule} decay",
+        "format": str(form),
         "data": ", ".join(f"{s.name} ({s.kind}, weight {s.weight:g})" for s in config.data.sources),
     }
     if not model.moe:
@@ -75,17 +82,17 @@ A decoder language model with {" and ".join(kind.title for kind in dict.fromkeys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})
 prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(")]])
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0]))
 ```
 
-It needs `torch` and `transformers` 5.4 to 5.24. In training every document began with the token `bos_token_id` and
+It needs `torch` and `transformers` {releases}. In training every document began with the token `bos_token_id` and
 ended with `eos_token_id`; the tokenizer adds neither. It takes their names in a text for the special tokens; in text of
 others, where that must not be, call it with `split_special_tokens=True`, as training did.
 
-    lm_eval run --model hf --model_args pretrained={folder},trust_remote_code=True --tasks ...
+    lm_eval run --model hf --model_args pretrained={folder}{trust.replace(" ", "")} --tasks ...
 
 ## Proof
 

@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nsa.data.tokenizer import PROBE, Tokenizer
+from nsa.exporting.families import Format
 from nsa.models import Decoder, hf
 
 TOLERANCE = 1e-4  # of a logit, relative to the largest of its sequence
@@ -28,12 +29,13 @@ class ExportError(ValueError):
 @dataclass(frozen=True)
 class Proof:
     """What was compared: tokens whose logits were, texts whose tokens were, and the largest difference of a logit
-    relative to the largest logit of its sequence, in the arithmetic of ``dtype``."""
+    relative to the largest logit of its sequence, in the arithmetic of ``dtype``. ``form``: of the folder."""
 
     tokens: int
     texts: int
     difference: float
     dtype: str
+    form: Format = field(default_factory=Format)
 
 
 def prove(folder: Path, decoder: Decoder, tokenizer: Tokenizer) -> Proof:

@@ -145,6 +145,21 @@ class Blocks:
 Exchange = Own | Gather | Halo | Blocks
 
 
+@dataclass(frozen=True)
+class Known:
+    """A model of `transformers` with such layers.
+
+    Attributes:
+        model_type: its name in config.json.
+        unlike: what of the layer it has not, in words; empty: nothing.
+        fields: of its config.json, which this kind's section gives.
+    """
+
+    model_type: str
+    unlike: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kind:
     """A kind of attention. No attribute has a default, so a new kind must state everything.
@@ -183,6 +198,8 @@ class Kind:
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
         export: config -> fields of config.json; None: the kind cannot be exported yet.
+        known: (shape, config) -> the model of `transformers` itself that has such layers, among those that
+            `nsa.exporting` can write; None: there is none.
         card: config -> rows of the model card.
     """
 
@@ -213,6 +230,7 @@ class Kind:
     problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None
     export: Callable[[Any], dict[str, Any]] | None
+    known: Callable[[Shape, Any], Known | None]
     card: Callable[[Any], dict[str, str]]
 
 

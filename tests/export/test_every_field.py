@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_run import small_config, small_export
 
 from nsa.config import Config, load_config
-from nsa.exporting import ExportError, load_alone, load_decoder, proof
+from nsa.exporting import ExportError, load_decoder, proof
 from nsa.exporting.folder import CONFIG
 from nsa.layers.kinds import KINDS
 from nsa.models import hf
@@ -134,22 +134,6 @@ def test_every_field_reaches_config_json_and_comes_back(exported: Path, key: str
 def test_the_rotary_range_is_that_of_the_extension(exported: Path) -> None:
     config = load_config(exported / CONFIG).model
     assert NSAConfig.from_pretrained(exported).max_position_embeddings == 2 * config.max_position
-
-
-@pytest.fixture
-def asked_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The proof's question is answered in this process, which has loaded `transformers` already."""
-
-    def ask(folder: Path, question: dict) -> tuple[dict, dict]:
-        try:
-            load_alone.answer(str(folder), question, tmp_path)
-        except Exception as e:  # there the process would fail
-            raise ExportError(f"transformers cannot use the export: {e}") from e
-        return json.loads((tmp_path / "answer.json").read_text()), load_file(tmp_path / "answer.safetensors")
-
-    monkeypatch.setattr(proof, "_ask", ask)
-    monkeypatch.setattr(proof, "hostile_texts", lambda: ["a </s> b"])
-    monkeypatch.setattr(proof, "NEW_TOKENS", 3)
 
 
 def prove(folder: Path, of: Path) -> proof.Proof:

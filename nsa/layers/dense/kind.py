@@ -54,5 +54,6 @@ DENSE = Kind(
     problem=lambda config, tokens: None,
     figures=None,
     export=lambda config: {},
+    known=lambda shape, config: None,
     card=lambda config: {},
 )

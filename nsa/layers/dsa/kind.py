@@ -7,7 +7,7 @@ from torch import nn
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
 from nsa.layers.dsa.layer import DeepSeekSparseAttention
-from nsa.layers.kind import Backends, Exchange, Gather, Kind, Own, Product, Shape
+from nsa.layers.kind import Backends, Exchange, Gather, Kind, Known, Own, Product, Shape
 from nsa.layers.projections.records import parts_of, projection_of
 from nsa.ops.geometry import RotaryLayout
 
@@ -77,6 +77,21 @@ def export(config: DsaConfig) -> dict[str, Any]:
     return {f"index_{name.removeprefix('index_')}": value for name, value in fields.items()}
 
 
+def known(shape: Shape, config: DsaConfig) -> Known | None:
+    """Over latents: DeepSeek-V3.2. Its code has the epsilon of the latents' norms, and how the indexer rotates."""
+    if shape.mla is None:
+        return None
+    theirs: dict[str, Any] = {"num_initial": 0, "num_local": 0, "index_rotary_dims": shape.mla.qk_rope_head_dim}
+    theirs |= {"index_rotary_place": "first", "index_rotary_pairs": "half-split", "phase": "sparse"}
+    ours = config.model_dump()
+    unlike = [f"attention.dsa.{name} {ours[name]}" for name in theirs if ours[name] != theirs[name]]
+    unlike += ["model.mla.q_lora_rank null"] if shape.mla.q_lora_rank is None else []
+    unlike += [] if shape.mla.rope_interleave else ["model.mla.rope_interleave false"]
+    unlike += [f"model.norm_eps {shape.norm_eps:g}"] if shape.norm_eps != 1e-6 else []
+    fields = {"index_topk": config.topk, "index_n_heads": config.index_heads, "index_head_dim": config.index_head_dim}
+    return Known("deepseek_v32", tuple(unlike), fields)
+
+
 def problem(config: DsaConfig, tokens: int) -> str | None:
     if config.phase == "sparse" and config.topk > tokens:
         return f"attention.dsa.topk ({config.topk}) exceeds the sample ({tokens} tokens): nothing would be left out"
@@ -111,5 +126,6 @@ DSA = Kind(
     problem=problem,
     figures=measure,
     export=export,
+    known=known,
     card=card,
 )

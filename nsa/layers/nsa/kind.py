@@ -110,5 +110,6 @@ NSA = Kind(
     problem=lambda config, tokens: None,
     figures=measure,
     export=lambda config: config.model_dump(),
+    known=lambda shape, config: None,
     card=card,
 )
