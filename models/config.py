@@ -30,14 +30,19 @@ class _AttentionConfig(Section):
             raise ValueError(f"attention.kind: the pattern is empty; name at least one of {', '.join(NAMES)}")
         return self
 
+    def pattern(self, num_layers: int) -> list[Kind]:
+        """The kinds that repeat over ``num_layers`` layers, as far as there are so many."""
+        names = self.kind if isinstance(self.kind, list) else [self.kind]
+        return [kind_of(name) for name in names[:num_layers]]
+
     def kinds(self, num_layers: int) -> list[Kind]:
         """The kind of each of ``num_layers`` layers."""
-        pattern = self.kind if isinstance(self.kind, list) else [self.kind]
-        return [kind_of(pattern[i % len(pattern)]) for i in range(num_layers)]
+        pattern = self.pattern(num_layers)
+        return [pattern[i % len(pattern)] for i in range(num_layers)]
 
     def not_exportable(self, num_layers: int) -> list[str]:
         """Names of the kinds among ``num_layers`` layers that an export cannot carry, sorted."""
-        return sorted({kind.name for kind in self.kinds(num_layers) if kind.export is None})
+        return sorted({kind.name for kind in self.pattern(num_layers) if kind.export is None})
 
     def of(self, kind: Kind) -> Any:
         """The section of ``kind``; None if it has no keys."""
@@ -202,7 +207,7 @@ class ModelConfig(Section):
 def check_projection(model: ModelConfig, attention: AttentionConfig) -> None:
     """Raise ValueError if a layer's kind of attention does not have an option of the projection that is on."""
     for option in model.attention_shape.options:
-        lacking = sorted({kind.name for kind in attention.kinds(model.num_layers) if option not in kind.options})
+        lacking = sorted({kind.name for kind in attention.pattern(model.num_layers) if option not in kind.options})
         if lacking:
             having = ", ".join(kind.name for kind in KINDS if option in kind.options)
             raise ValueError(

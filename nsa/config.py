@@ -265,7 +265,7 @@ class Config(Section):
         return self
 
     def _check_kinds(self) -> None:
-        kinds = {kind.name: kind for kind in self.attention.kinds(self.model.num_layers)}
+        kinds = {kind.name: kind for kind in self.attention.pattern(self.model.num_layers)}
         for kind in kinds.values():
             if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
                 raise ValueError(problem)
