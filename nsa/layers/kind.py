@@ -192,8 +192,7 @@ class Kind:
         apart: submodules that this loss alone trains, such as an indexer. Their gradient is clipped by its own norm.
             ``train: indexer`` trains nothing else.
         from_dense: (name, read) -> the first value of parameter ``name`` of a layer that begins with the weights of a
-            dense layer, which ``read(name)`` returns; None: the value of a new run. It raises KeyError for a name that
-            is not there.
+            dense layer, which ``read(name)`` returns; None: the value of a new run.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.

@@ -29,7 +29,7 @@ EPSILON = 1e-6  # as DeepSpeed adds to a norm
 def clip_by_section(engine: DeepSpeedEngine) -> None:
     """Change ``engine`` so that it clips each section by its own norm.
 
-    This relies on internals of DeepSpeed 0.19.8, which tests/training/test_clipping.py tests.
+    This relies on internals of DeepSpeed 0.19.8, which tests/training/test_stages.py tests.
     """
     bound = float(engine.gradient_clipping())
     optimizer = engine.optimizer
