@@ -21,6 +21,11 @@ def engines(precision, *overrides, stages=(0, 1, 2, 3)):
     return [[f"engine.zero_stage={stage}", f"engine.precision={precision}", *overrides] for stage in stages]
 
 
+def learning(precision, *overrides, stages):
+    """As `engines`, with attention that is not flat, so that an indexer has something to learn."""
+    return engines(precision, "model.init_std=0.3", *overrides, stages=stages)
+
+
 @pytest.fixture(scope="session")
 def one_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one_rank")
@@ -28,7 +33,7 @@ def one_rank(tmp_path_factory):
         "curves": ("curves", {"cases": [SGD, ADAMW], "steps": STEPS}),
         "resume": ("resume", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[2]), "after": [4]}),
         "rolled_back": ("rolled_back", {"cases": engines("fp32", BY_LOSS, stages=[0])}),
-        "stages": ("stages", {"cases": engines("fp32", "model.init_std=0.3", stages=[0])}),
+        "stages": ("stages", {"cases": learning("fp32", stages=[0])}),
         "sections": ("sections", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[0])}),
         "to_step_3": ("go_on", {"overrides": [CONSTANT, "training.steps=3"]}),
         "to_step_6": ("go_on", {"overrides": [CONSTANT, "name=straight"]}),
@@ -50,7 +55,7 @@ def two_ranks(tmp_path_factory, one_rank):
         "elsewhere": ("go_on", {"overrides": elsewhere, "checkpoint_of": begun}),
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
         "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),
-        "stages": ("stages", {"cases": engines("bf16", "model.init_std=0.3", stages=[1, 3])}),
+        "stages": ("stages", {"cases": learning("bf16", stages=[1]) + learning("bf16", *MOE, stages=[3])}),
         "sections": ("sections", {"cases": engines("bf16", stages=[1]) + engines("fp32", stages=[1, 3])}),
         "stopped": ("stop_one_rank", {}),
         "experts": ("resume", {"cases": engines("bf16", "parallel.expert=2", *MOE, stages=[1]), "after": [2]}),
