@@ -35,7 +35,7 @@ PERIODS = ["training.log_every=4", "training.validation_every=10", "training.pro
 # The window of losses is full long before a look, and no loss of so small a model is a spike.
 TINY = ["model.num_layers=1", "attention.kind=nsa", "data.sequence_length=32", "data.workers=1"]
 TINY += ["training.global_batch_size=2", "checkpoint.keep_last=2", "recovery.window=8", "recovery.loss_sigma=100"]
-BUSY = 5  # objects of a type that the watchdog or TensorBoard may hold at the moment
+BUSY = 5  # objects of a type that the watchdog or TensorBoard may hold at the moment, or threads that wait just then
 
 CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 OURS = {"nsa", "deepspeed"}
@@ -109,8 +109,12 @@ def look(trainer: Trainer) -> dict[str, int]:
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, list[int]]:
     """What grew, from how much to how much."""
+
+    def momentary(name: str) -> bool:
+        return name.startswith("objects: ") or name.endswith("._waiters")
+
     pairs = {name: [before.get(name, 0), n] for name, n in after.items()}
-    return {name: [a, b] for name, (a, b) in pairs.items() if b - a > (BUSY if name.startswith("objects: ") else 0)}
+    return {name: [a, b] for name, (a, b) in pairs.items() if b - a > (BUSY if momentary(name) else 0)}
 
 
 def growth(ranks: Ranks, folder: Path, overrides: list[str], looks: list[int], plant: bool = False) -> list[Any]:
