@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nsa.data.tasks import TASKS, task_named
 from nsa.schema import Section, shell_path
 
 
@@ -28,12 +29,32 @@ class SourceConfig(Section):
     bad_rows: float = Field(
         0.001, ge=0, lt=1, description="files and hub: share of rows that may be no text; they are left out"
     )
-    task: Literal["mqar", "passkey", "copy"] | None = Field(None, description="synthetic: the task to generate")
+    task: str | None = Field(
+        None,
+        description="synthetic: the task to generate (docs/tasks.md)",
+        json_schema_extra={"anyOf": [{"enum": [task.name for task in TASKS]}, {"type": "null"}]},
+    )
+    lengths: Literal["short", "log_uniform"] = Field(
+        "short",
+        description="synthetic: lengths of the episodes in a sample; short: each doubling has half as many tokens; "
+        "log_uniform: as many episodes",
+    )
+    curriculum: int = Field(
+        0,
+        ge=0,
+        description="synthetic: samples of this source in which the longest episode grows from the task's shortest to "
+        "a whole sample; 0: whole from the first",
+    )
 
     @field_validator("path")
     @classmethod
     def _as_a_shell_reads_it(cls, value: str | None) -> str | None:
         return value and shell_path(value)
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return value and task_named(value).name
 
     @model_validator(mode="after")
     def _consistent(self) -> "SourceConfig":
@@ -41,6 +62,8 @@ class SourceConfig(Section):
             raise ValueError(f"data source {self.name!r}: kind {self.kind} needs a path")
         if (self.kind == "synthetic") != (self.task is not None):
             raise ValueError(f"data source {self.name!r}: a task goes with kind synthetic and only with it")
+        if self.kind != "synthetic" and (self.lengths != "short" or self.curriculum):
+            raise ValueError(f"data source {self.name!r}: lengths and curriculum go with kind synthetic only")
         return self
 
 
