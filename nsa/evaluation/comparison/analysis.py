@@ -1,9 +1,9 @@
-"""What the report shows, computed from cells: points, differences from dense, budgets that lose nothing, budget laws."""
+"""What the report shows, computed from cells: points, differences from dense, sufficient budgets, budget laws."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -135,9 +135,7 @@ class Table:
         for point in self.points:
             if not point.cell.dense:
                 arms[point.label].append(point)
-        return [
-            (label, sorted(points, key=lambda p: p.cell.budget or p.cost)) for label, points in sorted(arms.items())
-        ]
+        return [(label, sorted(arms[label], key=lambda p: p.cell.budget or p.cost)) for label in sorted(arms)]
 
     def base(self, point: Point) -> Point | None:
         """The dense run of the sibling itself, if it was trained dense; else of the one nearest in size."""
@@ -207,8 +205,8 @@ class Table:
             if tasks:
                 lengths = sorted(by_length)
                 scores = [float(np.mean([by_length[n][task] for task in tasks])) for n in lengths]
-                base = float(np.mean([bases[key][task] for task in tasks]))
-                found.append((*key, statistics.effective_length(lengths, scores, base, EFFECTIVE), len(tasks)))
+                whole = float(np.mean([bases[key][task] for task in tasks]))
+                found.append((*key, statistics.effective_length(lengths, scores, whole, EFFECTIVE), len(tasks)))
         return found
 
     def required(self, draws: int = 2000) -> list[Required]:
@@ -216,13 +214,8 @@ class Table:
         found = []
         for label, points in self.arms():
             lengths = sorted({p.cell.length for p in points})
-            tasks = [
-                task
-                for task in sorted({p.cell.task for p in points})
-                if all(
-                    self.informative(p for p in points if (p.cell.task, p.cell.length) == (task, n)) for n in lengths
-                )
-            ]
+            counting = {(p.cell.task, p.cell.length) for p in self.informative(points)}
+            tasks = [t for t in sorted({p.cell.task for p in points}) if all((t, n) in counting for n in lengths)]
             if tasks and all(len({p.cell.budget for p in points if p.cell.length == n} - {None}) > 1 for n in lengths):
                 found.append(self._required(label, points, lengths, tasks, draws))
         return found
@@ -230,42 +223,54 @@ class Table:
     def _required(
         self, label: str, points: Sequence[Point], lengths: list[int], tasks: list[str], draws: int
     ) -> Required:
-        tokens, bounds, drawn, by_seed = [], [], [], []
+        measured, tokens, bounds, drawn, by_seed = [], [], [], [], []
         for n in lengths:
             budgets: dict[float, list[Point]] = defaultdict(list)
             for point in points:
                 if point.cell.length == n and point.cell.task in tasks and point.cell.budget is not None:
                     budgets[point.cell.budget].append(point)
             # A budget counts if all tasks were measured at it. The full budget is dense's own.
-            columns = [group for _, group in sorted(budgets.items()) if len(group) == len(tasks)]
-            columns = [group for group in columns if np.mean([p.cost for p in group]) < 1]
-            shares = np.array([np.mean([p.cost for p in group]) for group in columns])
-            columns = [columns[i] for i in np.argsort(shares)]
-            shares.sort()
+            columns = [group for group in budgets.values() if len(group) == len(tasks) and _cost(group) < 1]
+            columns.sort(key=_cost)
+            if not columns:
+                continue
             bases = [base for point in columns[0] if (base := self.base(point)) is not None]
-
-            def need(means: Callable[[Point], np.ndarray], shares=shares, columns=columns, bases=bases):  # type: ignore[no-untyped-def]
-                scores = np.stack([np.mean([means(p) for p in group], axis=0) for group in columns], axis=1)
-                dense = np.mean([means(p) for p in bases], axis=0)
-                return statistics.required_share(shares, scores, dense, TOLERANCE)
-
-            share, bound = need(lambda p: np.array([p.mean]))
+            share, bound = _need(columns, bases, lambda p: np.array([p.mean]))
+            measured.append(n)
             tokens.append(float(share[0]) * n)
             bounds.append(bool(bound[0]))
-            drawn.append(need(lambda p: _sample_draws(p, draws))[0] * n)
+            drawn.append(_need(columns, bases, partial(_sample_draws, draws=draws))[0] * n)
             seeds = min(len(p.cells) for group in (*columns, bases) for p in group)
-            by_seed.append(need(lambda p, seeds=seeds: p.clusters.by_seed[:seeds])[0] * n)
+            by_seed.append(_need(columns, bases, partial(_seed_means, seeds=seeds))[0] * n)
         free = [i for i, bound in enumerate(bounds) if not bound]
         law = None
         if len(free) > 1:
             seeds = min(len(by_seed[i]) for i in free)
             law = statistics.fit_law(
-                [lengths[i] for i in free],
+                [measured[i] for i in free],
                 np.array([tokens[i] for i in free]),
                 np.stack([drawn[i] for i in free], axis=1),
                 np.stack([by_seed[i][:seeds] for i in free], axis=1),
             )
-        return Required(label, tuple(lengths), tuple(tokens), tuple(bounds), law, tuple(tasks))
+        return Required(label, tuple(measured), tuple(tokens), tuple(bounds), law, tuple(tasks))
+
+
+def _cost(points: Sequence[Point]) -> float:
+    return float(np.mean([point.cost for point in points]))
+
+
+def _need(
+    columns: Sequence[Sequence[Point]], bases: Sequence[Point], means: Callable[[Point], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`statistics.required_share` of budgets (columns) with the same tasks. means: of a point, (N,)."""
+    scores = np.stack([np.mean([means(p) for p in group], axis=0) for group in columns], axis=1)
+    dense = np.mean([means(p) for p in bases], axis=0)
+    return statistics.required_share(np.array([_cost(group) for group in columns]), scores, dense, TOLERANCE)
+
+
+def _seed_means(point: Point, seeds: int) -> np.ndarray:
+    """Means of the first training seeds, (seeds,)."""
+    return point.clusters.by_seed[:seeds]
 
 
 def _sample_draws(point: Point, draws: int) -> np.ndarray:

@@ -91,9 +91,7 @@ class ResultsFolder:
         cell = cell_of(rows, figures)
         final = self.path / CELLS / cell.id
         if final.exists():
-            raise ResultsError(
-                f"{final} is there already; ask `has` first, or give arms with other settings other names"
-            )
+            raise ResultsError(f"{final} is there already: ask `has` first, and name arms with other settings apart")
         temporary = final.with_name(f"{UNFINISHED}{cell.id}")
         temporary.mkdir()
         _write(temporary / CELL, json.dumps({**cell.head(), "origin": self.manifest.origin}, indent=1) + "\n")
@@ -163,9 +161,7 @@ def _read_cells(path: Path, manifest: Manifest) -> Iterator[Cell]:
             raise ResultsError(f"half-written: {e}. {again}") from None
         origin = head.pop("origin", "unknown") if isinstance(head, dict) else "unknown"
         if origin != manifest.origin:
-            raise ResultsError(
-                _two(path, f"{folder.name} ({origin})", f"the manifest ({manifest.origin})", origin, manifest)
-            )
+            raise ResultsError(_two(path, folder.name, origin, "the manifest", manifest.origin))
         try:
             cell = build_cell(head, answers, str(folder))
         except ResultsError as e:
@@ -177,15 +173,13 @@ def _read_cells(path: Path, manifest: Manifest) -> Iterator[Cell]:
 
 def _same_origin(found: Manifest, manifest: Manifest, path: Path) -> None:
     if found.origin != manifest.origin:
-        raise ResultsError(
-            _two(path, f"the folder ({found.origin})", f"this run ({manifest.origin})", found.origin, manifest)
-        )
+        raise ResultsError(_two(path, "the folder", found.origin, "this run", manifest.origin))
 
 
-def _two(path: Path, one: str, other: str, origin: str, manifest: Manifest) -> str:
-    what = "configurations" if origin.split(" ")[0] == manifest.commit else "commits"
+def _two(path: Path, one: str, its: str, other: str, others: str) -> str:
+    what = "configurations" if its.split(" ")[0] == others.split(" ")[0] else "commits"
     return (
-        f"{path} would hold results of two {what}, which cannot be compared: {one} and {other}. "
+        f"{path} would hold results of two {what}, which cannot be compared: {one} ({its}) and {other} ({others}). "
         f"Name another folder, or delete this one and run all again"
     )
 

@@ -1,6 +1,7 @@
 """One answer, and one cell: all answers of an arm to one task at one length and budget."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -31,7 +32,7 @@ class Shared:
         parameters: of the sibling. train_seed: of its training.
         method: in `nsa.baselines`, "dense" or "own" (as it was trained). settings: the method's fields.
         phases: where the method ran: "prefill", "decode".
-        budget: nominal share of dense reads; None: dense, or none is set. budget_tokens: the same in tokens, if so given.
+        budget: nominal share of dense reads; None: dense, or none is set. budget_tokens: in tokens, if so given.
         counted: shares of what dense attention spends (`COUNTED`), as `nsa.baselines.ledger.Ledger.shares` gives them;
             None: there was no such phase.
         task, group, scope: of the task. length: tokens of the prompt and its answers. question_aware: whether the
@@ -120,7 +121,7 @@ class Cell(Shared):
     @property
     def unparsed(self) -> float:
         """Share of answers that could not be parsed."""
-        return float(1 - self.parsed.mean())
+        return float((~self.parsed).mean())
 
     @property
     def axis(self) -> str:
@@ -199,8 +200,8 @@ def build_cell(head: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], wh
     _check_head(head, where)
     answers = sorted(answers, key=lambda answer: (answer["sample"], answer["query"]))
     keys = [(answer["sample"], answer["query"]) for answer in answers]
-    for one, next_one in zip(keys, keys[1:], strict=False):
-        if one == next_one:
+    for one, following in itertools.pairwise(keys):
+        if one == following:
             raise ResultsError(f"{where}: sample {one[0]} has two answers to query {one[1]}; number them apart")
     return Cell(
         **head,
