@@ -65,8 +65,8 @@ def sparse_above_dense(table: Table) -> Iterator[Finding]:
 
 
 def not_monotone(table: Table) -> Iterator[Finding]:
-    """More budget cannot be counted as fewer reads, nor cost a dense-trained sibling answers. A sibling that was trained
-    sparse may well lose by attending to more than it ever did."""
+    """More budget cannot be counted as fewer reads, nor cost a dense-trained sibling answers. A sibling that was
+    trained sparse may well lose by attending to more than it ever did."""
     drafts = []
     families: dict[tuple, list[Point]] = {}
     for point in table.points:

@@ -43,7 +43,7 @@ def test_good_results_are_silent_and_nothing_was_left_out() -> None:
     ("cells", "alarm", "words"),
     [
         (better(GOOD, 2, 30), "sparse above dense", "suspect the harness"),
-        (better(GOOD, 3, 110), "not monotone in the budget", "the larger budget loses answers"),
+        (better(GOOD, 3, 200), "not monotone in the budget", "the larger budget loses answers"),
         (planted(2, counted={**GOOD[2].counted, "reads": 0.05}), "not monotone in the budget", "counted at 0.050"),
         (planted(1, score=1 - DENSE.score), "full budget unlike dense", "differs from dense in 100.0%"),
         (planted(2, bos=np.full(200, 2)), "not exactly one BOS", "with 2 BOS tokens"),
