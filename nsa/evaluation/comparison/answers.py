@@ -5,9 +5,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from nsa.data.tasks import Query, Sample, Task, as_vocabulary
 from torch import Tensor
 
+from nsa.data.tasks import Query, Sample, Task, as_vocabulary
 from nsa.evaluation.comparison.decoding import Reader
 
 
@@ -43,14 +43,14 @@ def ask(
             reader.end_prompt()
             yield _generated(reader, tokenizer, task, samples, batch, ids[:, -1:])
         return
-    for batch in _batches(range(len(samples)), lambda i: len(samples[i].context), batch_tokens):
+    for few in _batches(range(len(samples)), lambda i: len(samples[i].context), batch_tokens):
         reader.begin()
-        ids = _ids([samples[i].context for i in batch])
+        ids = _ids([samples[i].context for i in few])
         reader.read(ids[:, :-1])
         reader.end_prompt()
-        mine = [(i, j) for i in batch for j in range(len(samples[i].queries))]
+        mine = [(i, j) for i in few for j in range(len(samples[i].queries))]
         for group in _batches(mine, lambda pair: len(query_of(samples, pair).tokens), None):
-            rows = torch.tensor([batch.index(i) for i, _ in group])
+            rows = torch.tensor([few.index(i) for i, _ in group])
             questions = _ids([query_of(samples, pair).tokens for pair in group])
             yield _generated(
                 reader.take(rows), tokenizer, task, samples, group, torch.cat([ids[rows, -1:], questions], 1)

@@ -4,21 +4,20 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import transformers
-from nsa.data.tasks import TASKS
-from nsa.evaluation.comparison.folder import ResultsFolder, read_results
-from nsa.evaluation.comparison.report import write_report
-from nsa.evaluation.comparison.rows import ResultsError
 from tqdm import tqdm
 
 from nsa.baselines import METHODS, method_named
+from nsa.data.tasks import TASKS
 from nsa.evaluation.comparison.config import ComparisonConfig, load, training_of
+from nsa.evaluation.comparison.folder import ResultsFolder, read_results
 from nsa.evaluation.comparison.models import Opened, open_model
+from nsa.evaluation.comparison.report import write_report
+from nsa.evaluation.comparison.rows import ResultsError
 from nsa.evaluation.comparison.runner import Comparison, manifest_of
 from nsa.exporting.folder import CONFIG
 from nsa.schema import shell_path
@@ -46,17 +45,11 @@ def explain(name: str) -> str:
         ("cache", kind.axes.cache),
         ("phases", ", ".join(kind.phases) or "none"),
         ("prompt", _prompt(kind)),
-        (
-            "budget",
-            "its own" if kind.knob is None else f"follows from {kind.knob[0]}, {kind.knob[1]:g} to {kind.knob[2]:g}",
-        ),
+        ("budget", "its own" if kind.knob is None else "follows from {}, {:g} to {:g}".format(*kind.knob)),
         ("counted", kind.formula),
         ("release", kind.differs or "no difference that is known"),
         ("licence", kind.licence),
-        (
-            "settings",
-            ", ".join(f"{f.name}={getattr(kind(), f.name)}" for f in fields(kind) if f.name != "budget") or "none",
-        ),
+        ("settings", ", ".join(f"{name}={value}" for name, value in kind().settings().items()) or "none"),
         ("file", f"nsa/baselines/methods ({kind.__module__.rpartition('.')[2]}.py)"),
     ]
     about = (kind.__doc__ or "").split("\n\n")[0].strip()

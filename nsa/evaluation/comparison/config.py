@@ -5,12 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
-from nsa.data.tasks import task_named
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from nsa import strict_yaml
 from nsa.baselines import Budget, Method, method_named
 from nsa.config import load_config
+from nsa.data.tasks import task_named
 from nsa.schema import Section, shell_path
 
 
@@ -34,7 +34,7 @@ class SiblingConfig(Section):
 class MethodConfig(Section):
     """A method, and settings other than its defaults."""
 
-    model_config = {"extra": "allow"}
+    model_config = ConfigDict(extra="allow")
 
     name: str = Field(description="as `python -m nsa.compare list` shows")
 
@@ -151,7 +151,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ComparisonConf
 
 
 def training_of(config: ComparisonConfig, sibling: SiblingConfig, path: str | Path) -> tuple[list[str], Path]:
-    """How a sibling is trained: the arguments of `nsa.train`, and the run folder. ``path``: of the comparison's file."""
+    """The arguments of `nsa.train` for a sibling, and its run folder. ``path``: of the comparison's file."""
     assert sibling.config is not None
     training = Path(shell_path(sibling.config))
     if not training.is_absolute():

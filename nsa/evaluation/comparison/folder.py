@@ -3,6 +3,7 @@
 manifest.json           config, commit, versions, hardware, when it began and ended
 cells/ID/cell.json      what all answers of a cell share, with the counts of the ledger
 cells/ID/answers.jsonl  one answer a line
+left_out.json           cells that cannot be, such as a budget that a method cannot meet, and why
 cells.json, cells.parquet   one line a cell, written at the end
 """
 
@@ -19,6 +20,7 @@ from nsa.untrusted import UntrustedError, parse_json, read_bytes, read_json
 
 FORMAT = 1
 MANIFEST, CELLS, CELL, ANSWERS = "manifest.json", "cells", "cell.json", "answers.jsonl"
+LEFT_OUT = "left_out.json"
 UNFINISHED = ".unfinished-"  # begins the name of a cell's folder while it is written
 
 
@@ -47,10 +49,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Results:
-    """What a finished folder holds."""
+    """What a finished folder holds. left_out: in words, which cell -> why it cannot be."""
 
     manifest: Manifest
     cells: list[Cell]
+    left_out: Mapping[str, str]
 
 
 class ResultsFolder:
@@ -99,6 +102,10 @@ class ResultsFolder:
         temporary.rename(final)
         return cell
 
+    def leave_out(self, what: str, why: str) -> None:
+        """Note that a planned cell cannot be, and why."""
+        _write(self.path / LEFT_OUT, json.dumps({**_left_out(self.path), what: why}, indent=1) + "\n")
+
     def finish(self, finished: str) -> Results:
         """Write the tables once all planned cells are there. ``finished``: ISO 8601.
 
@@ -106,7 +113,8 @@ class ResultsFolder:
             ResultsError: cells are missing, or come from elsewhere.
         """
         cells = list(_read_cells(self.path, self.manifest))
-        if len(cells) != self.manifest.planned:
+        left_out = _left_out(self.path)
+        if len(cells) + len(left_out) != self.manifest.planned:
             raise ResultsError(_half_written(self.path, len(cells), self.manifest))
         lines = [tidy(cell) for cell in cells]
         _write_parquet(self.path / "cells.parquet", lines)
@@ -114,7 +122,7 @@ class ResultsFolder:
         _write(self.path / "cells.json", json.dumps(whole, indent=1) + "\n")
         self.manifest = Manifest(**{**asdict(self.manifest), "finished": finished})
         _write(self.path / MANIFEST, json.dumps(asdict(self.manifest), indent=1) + "\n")
-        return Results(self.manifest, cells)
+        return Results(self.manifest, cells, left_out)
 
 
 def read_results(path: Path | str) -> Results:
@@ -126,9 +134,20 @@ def read_results(path: Path | str) -> Results:
     path = Path(path)
     manifest = read_manifest(path)
     cells = list(_read_cells(path, manifest))
-    if manifest.finished is None or len(cells) != manifest.planned:
+    left_out = _left_out(path)
+    if manifest.finished is None or len(cells) + len(left_out) != manifest.planned:
         raise ResultsError(_half_written(path, len(cells), manifest))
-    return Results(manifest, cells)
+    return Results(manifest, cells, left_out)
+
+
+def _left_out(path: Path) -> dict[str, str]:
+    try:
+        found: dict[str, str] = read_json(path / LEFT_OUT)
+    except FileNotFoundError:
+        return {}
+    except (UntrustedError, OSError) as e:
+        raise ResultsError(f"{path}: {e}. Delete {path / LEFT_OUT} and run the comparison again") from None
+    return found
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -187,9 +187,7 @@ def _attention_layers(model: Any) -> list[nn.Module]:
     config = model.config
     if config.model_type not in FAMILIES:
         raise AttachError(f"methods are put onto {', '.join(FAMILIES)}, not onto {config.model_type}")
-    windows = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or []) or (
-        windows and config.model_type == "mistral"
-    ):
+    types = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in types or (config.model_type == "mistral" and config.sliding_window is not None):
         raise AttachError("this model has layers with a sliding window: a method would widen them")
     return [layer.self_attn for layer in model.base_model.layers]

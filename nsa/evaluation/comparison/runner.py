@@ -1,31 +1,32 @@
 """Runs a comparison: every method on every sibling, at every budget, on the same samples; cell by cell."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
-from nsa.evaluation.comparison.folder import Manifest, ResultsFolder
-from nsa.evaluation.comparison.rows import DENSE, OWN, Row
 
 from nsa.baselines import Budget, BudgetError, Ledger, Method
-from nsa.evaluation.comparison.answers import ask
+from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
+from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.calibration import fit
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of
-from nsa.evaluation.comparison.decoding import AttachError
+from nsa.evaluation.comparison.decoding import AttachError, Reader
+from nsa.evaluation.comparison.folder import Manifest, ResultsFolder
 from nsa.evaluation.comparison.models import Opened
+from nsa.evaluation.comparison.rows import DENSE, OWN, Row
 
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 CALIBRATION = "calibration"  # the seed of samples that no result is measured on
-LEFT_OUT = "left_out.json"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A sibling with a method at a budget. choice: None: as it was trained. budget: as configured; None: dense or own."""
+    """A sibling with a method at a budget.
+
+    choice: None: as it was trained. budget: as configured; None: there is none to set.
+    """
 
     model: Opened
     choice: MethodConfig | None
@@ -51,7 +52,6 @@ class Comparison:
 
     def __init__(self, config: ComparisonConfig, models: Sequence[Opened], say: Callable[[str], None]) -> None:
         self.config, self.models, self.say = config, models, say
-        self.left_out: dict[str, str] = {}
         self.fitted: dict[tuple[Any, ...], float] = {}
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
 
@@ -86,7 +86,11 @@ class Comparison:
                     try:
                         self._cell(folder, arm, self._block(arm.model, name, length, aware))
                     except (BudgetError, AttachError) as error:
-                        self._leave_out(folder, f"{arm.label}@{arm.budget} {name} {length}", str(error))
+                        self._leave_out(
+                            folder,
+                            f"{arm.label}@{arm.budget} {name} {length} {'aware' if aware else 'agnostic'}",
+                            str(error),
+                        )
                 progress(1)
 
     def _share(self, budget: float | int | None, length: int) -> float | None:
@@ -108,20 +112,11 @@ class Comparison:
     def _cell(self, folder: ResultsFolder, arm: Arm, block: Block) -> None:
         method = self._method(arm, block)
         watch = self.config.watch and method is not None
-        ledger, rows, figures = Ledger(), [], []
-        reader = arm.model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
-        answers = ask(
-            reader,
-            arm.model.tokenizer,
-            block.task,
-            block.samples,
-            aware=block.aware,
-            batch_tokens=self.config.batch_tokens,
-        )
-        found = [answer for batch in answers for answer in batch]
+        ledger, rows = Ledger(), []
+        found, reader = self._ask(arm, method, block, ledger, watch=watch)
         counted = ledger.shares()
         vocabulary = as_vocabulary(arm.model.tokenizer)
-        shared = {
+        shared: dict[str, Any] = {
             "arm": arm.label,
             "model": arm.model.name,
             "trained": arm.model.trained,
@@ -145,7 +140,7 @@ class Comparison:
             bos = int(np.count_nonzero(block.samples[answer.sample].context == vocabulary.bos_id))
             rows.append(
                 Row(
-                    **shared,  # type: ignore[arg-type]
+                    **shared,
                     sample=answer.sample,
                     query=answer.query,
                     score=answer.score or 0.0,
@@ -153,8 +148,17 @@ class Comparison:
                     bos=bos,
                 )
             )
-        figures = self._figures(arm, reader, ledger, block)
-        folder.write(rows, figures)
+        folder.write(rows, self._figures(arm, reader, ledger, block))
+
+    def _ask(
+        self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
+    ) -> tuple[list[Answer], Reader]:
+        """All answers, counted into the ledger."""
+        model = arm.model
+        reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
+        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self.config.batch_tokens}
+        batches = ask(reader, model.tokenizer, block.task, block.samples, **options)
+        return [answer for batch in batches for answer in batch], reader
 
     def _ran(self, arm: Arm, method: Method, ledger: Ledger) -> bool:
         """Whether the method chose in each layer and phase that it claims."""
@@ -194,10 +198,11 @@ class Comparison:
         key = (arm.label, arm.budget, block.task.name, block.length, block.aware)
         if key not in self.fitted:
             self.fitted[key] = self._fit(arm, method, block)
-        return replace(method, **{method.knob[0]: self.fitted[key]})
+        return arm.choice.build(method.budget, **{method.knob[0]: self.fitted[key]})
 
     def _fit(self, arm: Arm, method: Method, block: Block) -> float:
-        assert method.knob is not None
+        choice = arm.choice
+        assert method.knob is not None and choice is not None
         name, low, high = method.knob
         share = self._share(arm.budget, block.length)
         assert share is not None
@@ -206,34 +211,21 @@ class Comparison:
 
         def spent(threshold: float) -> float:
             ledger = Ledger()
-            reader = arm.model.reader(
-                replace(method, **{name: threshold}),
-                dense_layers=self._dense_layers(method),
-                watch=False,
-                ledger=ledger,
-            )
-            for _ in ask(
-                reader,
-                arm.model.tokenizer,
-                others.task,
-                others.samples,
-                aware=others.aware,
-                batch_tokens=self.config.batch_tokens,
-            ):
-                pass
+            trial = choice.build(method.budget, **{name: threshold})
+            self._ask(arm, trial, others, ledger, watch=False)
             return ledger.shares()[axis] or 0.0
 
         return fit(spent, share, low, high)[0]
 
     def _leave_out(self, folder: ResultsFolder, what: str, why: str) -> None:
-        self.left_out[what] = why
         self.say(f"left out: {what}: {why}")
-        (folder.path / LEFT_OUT).write_text(json.dumps(self.left_out, indent=1) + "\n")
+        folder.leave_out(what, why)
 
 
 def manifest_of(
     config: ComparisonConfig, planned: int, commit: str, versions: dict[str, str], hardware: str
 ) -> Manifest:
+    """The manifest of a comparison that begins now."""
     return Manifest(
         config=config.model_dump(mode="json"),
         commit=commit,
