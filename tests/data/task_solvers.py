@@ -125,7 +125,7 @@ OVER_TEXT: dict[str, Callable[[str, str], list[str]]] = {
 def solved(name: str, sample: Sample, query: Query, vocabulary: Vocabulary) -> tuple[list, list]:
     """The answer found and the answer wanted, as ids or as sorted strings."""
     context, question, answer = (x.tolist() for x in (sample.context, query.tokens, query.answer))
-    if name in ("copy", "sort"):
+    if name in ("copy", "copy_wide", "sort"):
         shown = context[len(context) - len(answer) :]
         return (sorted(shown) if name == "sort" else shown), answer
     if name in OVER_IDS:
