@@ -1,4 +1,4 @@
-"""Tasks, and a sample of one: `python -m nsa.data.tasks [TASK [LENGTH [INDEX]]]`; over bytes, so that it can be read."""
+"""Tasks, and a sample of one over bytes, to be read: `python -m nsa.data.tasks.show [TASK [LENGTH [INDEX]]]`."""
 
 import sys
 
