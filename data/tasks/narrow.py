@@ -1,4 +1,4 @@
-"""Three recall tasks over 16 keys, 16 values and 16 tokens of filler, which the smallest models learn."""
+"""Three recall tasks over 16 keys, 16 values and 16 tokens of filler, which the smallest models learn; a wide copy."""
 
 import math
 from dataclasses import dataclass
@@ -76,17 +76,23 @@ class Passkey(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Copy(Task):
-    """Random tokens, a separator, the same tokens."""
+    """Random tokens, a separator, the same tokens.
 
+    wide: of the values that share out the vocabulary, and not of 16. It teaches what wide recall needs, to find what
+    followed a token before, with an answer at every second token.
+    """
+
+    wide: bool = False
     beyond = 1
 
     def draw(self, vocabulary: Vocabulary, length: int, key: tuple, crowded: bool) -> Sample:
         rng, ids = generator(*key), id_sets(vocabulary)
         n = (length - 2) // 2
-        text = rng.choice(ids.values, n)
+        values = ids.wide[1] if self.wide else ids.values
+        text = rng.choice(values, n)
         pad = rng.choice(ids.others, length - 2 - 2 * n)
         context = np.concatenate([[vocabulary.bos_id], pad, text]).astype(np.int64)
-        return Sample(context, (Query(ids.keys[:1], text),), 1 / len(ids.values))
+        return Sample(context, (Query(ids.keys[:1], text),), 1 / len(values))
 
 
 @lru_cache(maxsize=8)

@@ -70,6 +70,16 @@ TASKS: tuple[Task, ...] = (
         over="ids",
         shortest=32,
     ),
+    Copy(
+        name="copy_wide",
+        title="Copy over the whole vocabulary",
+        source="ASEntmax, arXiv 2506.16640",
+        group="copying",
+        scope="high",
+        over="ids",
+        shortest=32,
+        wide=True,
+    ),
     Sort(
         name="sort",
         title="Sort",

@@ -89,7 +89,7 @@ class Story(TextTask):
 
     source: str = "Sparse Frontier, arXiv 2504.17768"
     questions: int = 16
-    idle: int = 0  # chapters without a purchase
+    idle = 0  # chapters without a purchase
 
     def sizes(self, length: int) -> tuple[int, int]:
         return 4, len(ITEMS)
@@ -143,11 +143,13 @@ class StoryMultihop(Story):
 class StoryFiltering(Story):
     """The three chapters in which nothing was bought: intersection over union of their numbers."""
 
+    idle = 3
+
     def ask(self, rng: np.random.Generator, chapters: list[Chapter]) -> tuple[list, float]:
         numbers = [str(chapter.number) for chapter in chapters if not chapter.item]
         k, n = len(numbers), len(chapters)
         hits = [comb(k, i) * comb(n - k, k - i) / comb(n, k) * i / (2 * k - i) for i in range(k + 1)]
-        question = f"\nThe {k} chapters in which the traveller bought nothing have the numbers"
+        question = "\nThe three chapters in which the traveller bought nothing have the numbers"
         return [(question, f" {', '.join(numbers)}.", tuple(numbers))], sum(hits)
 
     def score(self, query: Query, output: Any) -> float | None:
@@ -170,6 +172,5 @@ def stories() -> tuple[TextTask, ...]:
             scope="high",
             over="text",
             shortest=512,
-            idle=3,
         ),
     )

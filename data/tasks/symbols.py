@@ -24,6 +24,7 @@ CONSTANT = re.compile(
 # Whatever gives a value to a name, in statements, annotations and calls: a name that has two has no one answer.
 GIVEN = re.compile(r"^\s*(\w+)(?:\s*:[^=\n]*)? *[-+*/|&]?=(?!=)", re.MULTILINE)
 TRIES = 100
+LEFT_OUT = ("test/", "encodings/", "lib2to3/", "site-packages/", "dist-packages/")
 BEFORE, AFTER = 16, 24  # lines around a constant: an excerpt of a file
 LONGEST = 200  # characters of a line; longer ones are cut
 
@@ -40,11 +41,11 @@ class File(NamedTuple):
 
 @lru_cache(maxsize=1)
 def files() -> list[File]:
-    """Python files of the standard library that hold constants; its tests are left out."""
+    """Modules of the standard library and of its packages that hold constants; tests and tables are left out."""
     folder, found = builtin.root(), []
-    for path in builtin.files():
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*/*.py")]):
         name = path.relative_to(folder).as_posix()
-        if path.suffix != ".py" or re.search(r"(^|/)(test|tests|idle_test|lib2to3|encodings)/", name):
+        if name.startswith(LEFT_OUT):
             continue
         try:
             text = path.read_bytes().decode()
