@@ -148,7 +148,7 @@ def _scope(table: Table) -> Answer:
         return "", ABSENT
     single, other = float(np.mean(losses[True])), float(np.mean(losses[False]))
     return (
-        f"single query loses {single:.0%}, the rest {other:.0%} (means, not tested)",
+        f"single query loses {100 * single:.0f} %, the rest {100 * other:.0f} % (means, not tested)",
         AGREES if single < other else DISAGREES,
     )
 

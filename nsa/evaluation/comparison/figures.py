@@ -68,10 +68,9 @@ def fronts(panels: Panels, dense: Mapping[tuple[str, int], float], axis: str, ti
             axes.set_title(f"{group}, {n:,} tokens", fontsize=10)
             _share_axis(axes, shares)
             axes.set_ylim(-0.03, 1.03)
-            if j == 0:
-                axes.set_ylabel("score")
-            if i == len(groups) - 1:
-                axes.set_xlabel(SHARES[axis], fontsize=8)
+            axes.set_ylabel("score")
+            axes.set_xlabel(SHARES[axis], fontsize=8)
+            axes.label_outer()
     return _finish(figure, grid, title)
 
 
@@ -109,8 +108,9 @@ def frontiers(
             axes.set_title(f"{group}, {n:,} tokens", fontsize=10)
             _share_axis(axes, shares)
             axes.set_ylim(-0.03, 1.03)
-            axes.set_ylabel("score" if j == 0 else "")
-            axes.set_xlabel(SHARES[axis] if i == len(groups) - 1 else "", fontsize=8)
+            axes.set_ylabel("score")
+            axes.set_xlabel(SHARES[axis], fontsize=8)
+            axes.label_outer()
     return _finish(figure, grid, "Pareto front over all arms (large, black rim: beaten by none; small: the others)")
 
 
@@ -135,6 +135,7 @@ def required(by_sibling: Mapping[str, Sequence[tuple[str, Required]]]) -> bytes:
         axes.set(xscale="log", yscale="log", title=sibling, xlabel="length (tokens)")
         axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.grid(alpha=0.3)
     grid[0][0].set_ylabel("tokens needed")

@@ -34,8 +34,8 @@ def iso_cost(table: Table) -> Section:
             cost = np.mean([_bytes(p, batch) for p in mine])
             curves.setdefault(label, []).append((float(cost), float(np.mean([p.mean for p in mine]))))
         caption = (
-            f"Score over bytes read per token at {longest:,} tokens, batch {batch}: weights in bf16, shared by the batch, and "
-            "the counted share of the KV cache."
+            f"Bytes read per token at {longest:,} tokens, batch {batch}: weights in bf16, shared by the batch, "
+            "and the counted share of the KV cache."
         )
         section.parts.append(Picture(f"isocost-{batch}", figures.iso_cost(curves, batch), caption))
     return section

@@ -33,20 +33,21 @@ def write_report(folder: Path | str, out: Path | str | None = None, say: Callabl
     out = Path(out if out is not None else folder)
     out.mkdir(parents=True, exist_ok=True)
     table = Table(results.cells)
-    sections = make_sections(results, table)
+    findings = alarms.ring(table)
+    sections = make_sections(results, table, findings)
     write_html(out / "report.html", TITLE, sections)
     write_markdown(out / "report.md", TITLE, sections)
-    for finding in alarms.ring(table):
+    for finding in findings:
         if finding.rings:
             say(f"alarm: {finding.alarm}: {finding.text}")
     say(f"report written to {out / 'report.html'}")
     return out / "report.html"
 
 
-def make_sections(results: Results, table: Table) -> list[Section]:
+def make_sections(results: Results, table: Table, findings: list[alarms.Finding]) -> list[Section]:
     """All sections that the cells give something for, in reading order."""
     made = [
-        _alarms(table),
+        _alarms(table, findings),
         _summary(table),
         _filtered(table),
         _fronts(table),
@@ -63,9 +64,8 @@ def make_sections(results: Results, table: Table) -> list[Section]:
     return [section for section in made if section.parts]
 
 
-def _alarms(table: Table) -> Section:
+def _alarms(table: Table, findings: list[alarms.Finding]) -> Section:
     section = Section("Alarms")
-    findings = alarms.ring(table)
     ringing = [f for f in findings if f.rings]
     for alarm in alarms.ALARMS:
         texts = [f.text for f in ringing if f.alarm == alarm.name]
@@ -103,22 +103,24 @@ def _summary(table: Table) -> Section:
         budget = points[0].cell.budget
         line = [key[3], "-" if budget is None else _percent(budget), _counted(points)]
         line[2] += "*" if budget is not None and (key[3], budget) in marked else ""
-        line.append(_share(points, "resident"))
+        line += [{"reads": "reads", "prefill": "pairs of the prompt"}[points[0].cell.axis], _share(points, "resident")]
         for n in lengths:
             kept = [p for p in table.informative(points) if p.cell.length == n]
             line.append(f"{np.mean([p.mean for p in kept]):.3f}" if kept else "-")
         bases = [(p, base) for p in table.informative(points) if (base := table.base(p)) is not None]
         line.append(f"{100 * np.mean([p.mean - base.mean for p, base in bases]):+.1f}" if bases else "-")
-        line.append(f"{np.mean([c.unparsed for p in points for c in p.cells]):.1%}")
+        line.append(f"{100 * np.mean([c.unparsed for p in points for c in p.cells]):.1f} %")
         line.append(str(len(points[0].cells)))
         lines.append(line)
-    head = ["arm", "budget", "counted", "KV kept", *(f"score, {n:,} tokens" for n in lengths)]
+    head = ["arm", "budget", "counted", "of dense", "KV kept", *(f"score, {n:,} tokens" for n in lengths)]
     head += ["minus dense (points)", "unparsed", "training seeds"]
-    caption = f"Mean scores of the tasks that dense solves to {FLOOR:.0%}. * is counted over 2 % off its budget."
+    caption = (
+        f"Mean scores of the tasks that dense solves to {100 * FLOOR:.0f} %. * is counted over 2 % off its budget."
+    )
     section.parts.append(Grid(head, lines, caption))
     section.parts.append(
         "Budget is the nominal share of dense reads. Counted is the ledger's: KV bytes read per step of decoding, "
-        "sketches and estimates included; pairs of the prompt for arms that work there only (marked p)."
+        "sketches and estimates included; pairs of the prompt for arms that work there only."
     )
     return section
 
@@ -136,10 +138,10 @@ def _filtered(table: Table) -> Section:
             if p.cell.budget == smallest and p.mean >= base.mean - MARGIN:
                 solved.append(f"{p.cell.task} at {p.cell.length:,}")
     if lines:
-        caption = f"Dense is below {FLOOR:.0%}: left out of means, tests and fits, still in cells.parquet"
+        caption = f"Dense is below {100 * FLOOR:.0f} %: left out of means, tests and fits, still in cells.parquet"
         section.parts.append(Grid(["dense arm", "task", "length", "score", "95 % interval"], lines, caption))
     else:
-        section.parts.append(f"Nothing: dense reaches {FLOOR:.0%} in all cells.")
+        section.parts.append(f"Nothing: dense reaches {100 * FLOOR:.0f} % in all cells.")
     if solved:
         section.parts.append(
             f"Solved without looking (random at the smallest budget is within {100 * MARGIN:.0f} points of dense), so "
@@ -156,7 +158,7 @@ def _fronts(table: Table) -> Section:
             continue
         dense, best = _dense_lines(table), []
         panels: dict[tuple[str, int], list[tuple[float, float, str, bool]]] = {}
-        for (group, n), arms in _by_panel(table, chosen, axis).items():
+        for (group, n), arms in _by_panel([p for p in chosen if not _control(p)], axis).items():
             for x, y, label, model in arms:
                 beaten = any(a <= x and b >= y and (a, b) != (x, y) for a, b, *_ in arms)
                 panels.setdefault((group, n), []).append((x, y, model, not beaten))
@@ -169,7 +171,7 @@ def _fronts(table: Table) -> Section:
                 figures.frontiers(
                     panels, {key: dense[key] for key in dense if key[0] in {g for g, _ in panels}}, siblings, axis
                 ),
-                f"Pareto front: {figures.SHARES[axis]}. Scores are means over the group's tasks that dense solves.",
+                f"Pareto front, without oracles and random: {figures.SHARES[axis]}. Means over the tasks that count.",
             )
         )
         head = ["tasks", "length", "arm", f"counted {axis}", "score"]
@@ -181,7 +183,7 @@ def _fronts(table: Table) -> Section:
             mine = [p for p in chosen if p.cell.model == model]
             curves: dict[tuple[str, int], list[figures.Curve]] = {}
             grouped: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
-            for key, arms in _by_panel(table, mine, axis).items():
+            for key, arms in _by_panel(mine, axis).items():
                 for x, y, label, _ in arms:
                     grouped.setdefault(key, {}).setdefault(label.removeprefix(f"{model}+"), []).append((x, y))
             for key, methods in grouped.items():
@@ -201,8 +203,8 @@ def _noninferiority(table: Table) -> Section:
         return section
     section.parts.append(
         f"Non-inferior: the loss is below {100 * MARGIN:.0f} points (one-sided, level 5 %, samples as clusters, Holm "
-        "over all cells of an arm). The table gives the smallest budget from which on, upwards, this holds on each task "
-        "that counts. A dash says that it was not shown, not that the arm is worse: few samples show little."
+        "over all cells of an arm). The table gives the smallest budget from which on, upwards, this holds on each "
+        "task that counts. A dash says that it was not shown, not that the arm is worse: few samples show little."
     )
     lines = [
         [r.label, f"{r.length:,}", str(r.tasks), *(["-", "-", "-"] if r.budget is None or r.cost is None else
@@ -228,7 +230,7 @@ def _effective(table: Table) -> Section:
         shown = "below the shortest" if length is None else f"{length:,}"
         lines.append([label, "-" if budget is None else _percent(budget), shown, str(tasks)])
     if lines:
-        caption = f"The longest measured length with {EFFECTIVE:.0%} of dense's score at the shortest length"
+        caption = f"The longest measured length with {100 * EFFECTIVE:.0f} % of dense's score at the shortest length"
         section.parts.append(Grid(["arm", "budget", "effective length (tokens)", "tasks"], lines, caption))
     return section
 
@@ -246,8 +248,8 @@ def _required(table: Table) -> Section:
             by_sibling.setdefault(model, []).append((need.label.removeprefix(f"{model}+"), need))
     if by_sibling:
         caption = (
-            f"Tokens that a method needs to lose at most {TOLERANCE:.0%} of dense's score. An arrow: already the "
-            "smallest budget suffices, so the need is lower and the point is left out of the fit."
+            f"Tokens that a method needs to lose at most {100 * TOLERANCE:.0f} % of dense's score. An arrow: already "
+            "the smallest budget suffices, so the need is lower and the point is left out of the fit."
         )
         section.parts.append(Picture("required", figures.required(by_sibling), caption))
     lines = []
@@ -343,6 +345,11 @@ def _provenance(results: Results) -> Section:
     return section
 
 
+def _control(point: Point) -> bool:
+    """Whether nobody could use it: oracles look at all keys, random looks at none."""
+    return point.cell.method == RANDOM or point.cell.method.startswith("oracle")
+
+
 def _on_axis(point: Point, axis: str) -> bool:
     cell = point.cell
     if cell.dense or cell.counted.get(axis) is None:
@@ -350,9 +357,7 @@ def _on_axis(point: Point, axis: str) -> bool:
     return (cell.counted["resident"] or 1) < 0.999 if axis == "resident" else cell.axis == axis
 
 
-def _by_panel(
-    table: Table, points: list[Point], axis: str
-) -> dict[tuple[str, int], list[tuple[float, float, str, str]]]:
+def _by_panel(points: list[Point], axis: str) -> dict[tuple[str, int], list[tuple[float, float, str, str]]]:
     """By group and length: (share, score, arm, sibling) of each arm and budget, means over tasks."""
     arms: dict[tuple, list[Point]] = {}
     for p in points:
@@ -375,7 +380,7 @@ def _dense_lines(table: Table) -> dict[tuple[str, int], float]:
 
 def _counted(points: list[Point]) -> str:
     cost = float(np.mean([p.cost for p in points]))
-    return f"{_percent(cost)}{'p' if points[0].cell.axis == 'prefill' else ''}"
+    return _percent(cost)
 
 
 def _share(points: list[Point], name: str) -> str:
