@@ -107,7 +107,7 @@ def full_unlike_dense(table: Table) -> Iterator[Finding]:
                 continue
             share = 1.0 if len(other.score) != len(cell.score) else float((other.score != cell.score).mean())
             if share > FULL:
-                yield Finding(f"{_name(point)} differs from dense in {share:.1%} of its answers.")
+                yield Finding(f"{_name(point)} differs from dense in {100 * share:.1f} % of its answers.")
     others = {p.cell.method for p in table.points if not p.cell.dense and p.cell.method != OWN} - looked
     if others:
         yield Finding(f"No cell with a budget of 1: {', '.join(sorted(others))}.", rings=False)
@@ -133,7 +133,7 @@ def unparsable(table: Table) -> Iterator[Finding]:
     """Answers that cannot be parsed count as wrong; many of them say something of the template, not of attention."""
     for cell in _cells(table):
         if cell.unparsed > UNPARSED:
-            yield Finding(f"{cell.id}: {cell.unparsed:.1%} of the answers could not be parsed.")
+            yield Finding(f"{cell.id}: {100 * cell.unparsed:.1f} % of the answers could not be parsed.")
 
 
 def sparse_path_did_not_run(table: Table) -> Iterator[Finding]:

@@ -79,7 +79,9 @@ def cell(
     """A simulated cell. An answer is right where a number of its own is below what the law says: arms are paired."""
     group, scope, hard = TASKS[task]
     kind = SIBLINGS.get(model, "dense")
-    need, phases = METHODS.get(method, (60, ["prefill", "decode"]))
+    need, phases = METHODS.get(method, (20, ["prefill", "decode"]))
+    if kind != "dense" and method != "own":  # a sibling that was trained sparse spreads its attention
+        need *= 1.5 if kind == "nsa" else 1.2
     share = 1.0 if method == "dense" or budget == 1 else right_share(need * hard, budget or 1.0, length, exponent)
     if kind != "dense" and method == "dense":
         share = 0.97
@@ -122,7 +124,13 @@ def _figures(method: str, kind: str, budget: float | None, length: int) -> dict[
     figures: dict[str, Any] = {
         "reads": [budget or 1.0] * LAYERS,
         "kv_bytes": 2 * 2 * LAYERS * KV_HEADS * 64 * length,
-        "sink_mass": [round(float(x), 4) for x in (0.5 if kind == "dense" else 0.15) * layers / (layers + 1)],
+        "sink_mass": [
+            round(float(x), 4)
+            for x in {"dense": 0.5, "nsa": 0.12, "dsa": 0.2}[kind]
+            * (0.8 if method == "own" else 1.0)
+            * layers
+            / (layers + 1)
+        ],
     }
     if budget is not None:
         need = METHODS.get(method, (60, []))[0]
