@@ -1,0 +1,36 @@
+"""Entmax attention by the package adasplash (arXiv 2604.15180, BSD-3), where it is installed and has the call."""
+
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+
+def obstacle(
+    q: Tensor, k: Tensor, v: Tensor, alpha: float, cu_seqlens: Tensor | None, slopes: Tensor | None
+) -> str | None:
+    """Why the package cannot compute a call; None if it can."""
+    if importlib.util.find_spec("adasplash") is None:
+        return "its package is not installed (pip install adasplash)"
+    if not (q.is_cuda and k.is_cuda and v.is_cuda):
+        return "it needs a CUDA device"
+    if alpha != 1.5:
+        return f"it has alpha 1.5 alone, not {alpha}"
+    if slopes is not None:
+        return "it has no ALiBi slopes"
+    if cu_seqlens is not None and len(cu_seqlens) > 2:
+        return "it has no packed documents"
+    if q.shape[1] != k.shape[1]:
+        return "it needs as many queries as keys (no decoding on a cache)"
+    if q.shape[3] != v.shape[3]:
+        return f"it has no keys and values of different widths ({q.shape[3]} and {v.shape[3]})"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """(B, T, H, D), causal, with alpha 1.5. The package scales by D ** -0.5 itself."""
+    function = importlib.import_module("adasplash").adasplash_v2
+    q = q * (scale * q.shape[3] ** 0.5)
+    out: Tensor = function(*(x.transpose(1, 2).contiguous() for x in (q.to(v.dtype), k, v)))
+    return torch.transpose(out, 1, 2)
