@@ -81,7 +81,7 @@ ENTMAX = Kind(
     free=("alpha",),
     problem=lambda config, tokens: None,
     figures=measure,
-    export=None,
+    export=export,
     known=lambda shape, config: None,
     card=card,
 )

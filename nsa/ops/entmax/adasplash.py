@@ -6,6 +6,9 @@ import importlib.util
 import torch
 from torch import Tensor
 
+WIDTHS = (16, 32, 64, 128, 256)
+LEAST = 64  # tokens
+
 
 def obstacle(
     q: Tensor, k: Tensor, v: Tensor, alpha: float, cu_seqlens: Tensor | None, slopes: Tensor | None
@@ -23,8 +26,10 @@ def obstacle(
         return "it has no packed documents"
     if q.shape[1] != k.shape[1]:
         return "it needs as many queries as keys (no decoding on a cache)"
-    if q.shape[3] != v.shape[3]:
-        return f"it has no keys and values of different widths ({q.shape[3]} and {v.shape[3]})"
+    if q.shape[3] != v.shape[3] or q.shape[3] not in WIDTHS:
+        return f"it has no heads of {q.shape[3]} / {v.shape[3]} (keys as wide as values, {', '.join(map(str, WIDTHS))})"
+    if q.shape[1] < LEAST or q.shape[1] & (q.shape[1] - 1):
+        return f"it needs a power of two of tokens, at least {LEAST}, not {q.shape[1]}"
     return None
 
 
