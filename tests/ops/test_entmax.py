@@ -1,10 +1,14 @@
 """alpha-entmax and its attention: the definition against independent ones, its lemmas, and the fallback against it."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.ops.entmax import adasplash
 from nsa.ops.entmax.threshold import bisected_threshold, centred, newton_threshold, sorted_threshold
 from tests.ops.cases import cumulative, gradients
 
@@ -184,6 +188,37 @@ def test_decoding_sees_the_last_queries() -> None:
     slopes = torch.tensor([1.0, 0.5, 0.1, 0.0])
     whole = ops.entmax_attention(q, k, v, slopes=slopes)
     torch.testing.assert_close(ops.entmax_attention(q[:, 13:], k, v, slopes=slopes), whole[:, 13:])
+
+
+def test_the_library_is_called_in_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that takes heads first and scales by D ** -0.5: the kernels of the GPU are not tested here."""
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert all(x.is_contiguous() for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return ops.entmax_attention(q, k, v, scale=0.25, backend="naive").transpose(1, 2)
+
+    monkeypatch.setitem(sys.modules, "adasplash", SimpleNamespace(adasplash_v2=stand_in))
+    q, k, v = normal(1, 64, 4, 16), normal(1, 64, 2, 16, seed=1), normal(1, 64, 2, 16, seed=2)
+    found = adasplash.attend(q, k, v, 0.4)
+    torch.testing.assert_close(found, ops.entmax_attention(q, k, v, scale=0.4, backend="naive"))
+
+
+def test_what_the_library_cannot_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adasplash, "installed", lambda: True)
+    assert adasplash.obstacle(*[torch.zeros(1, 64, 2, 16)] * 3, 1.5, None, None) == "it needs a CUDA device"
+    monkeypatch.setattr(adasplash, "on_gpu", lambda *tensors: True)
+    good = torch.zeros(1, 64, 2, 16)
+    assert adasplash.obstacle(good, good, good, 1.5, None, None) is None
+    for q, k, alpha, cu_seqlens, slopes, why in (
+        (good, good, 1.3, None, None, "alpha 1.5 alone"),
+        (good, good, 1.5, None, torch.ones(2), "no ALiBi"),
+        (good, good, 1.5, cumulative([30, 34]), None, "no packed documents"),
+        (good[:, :1], good, 1.5, None, None, "as many queries as keys"),
+        (good[..., :8], good[..., :8], 1.5, None, None, "no heads of 8 / 8"),
+        (good[:, :48], good[:, :48], 1.5, None, None, "power of two"),
+    ):
+        assert why in str(adasplash.obstacle(q, k, k, alpha, cu_seqlens, slopes))
 
 
 @pytest.mark.parametrize(

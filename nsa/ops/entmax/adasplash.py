@@ -10,13 +10,21 @@ WIDTHS = (16, 32, 64, 128, 256)
 LEAST = 64  # tokens
 
 
+def installed() -> bool:
+    return importlib.util.find_spec("adasplash") is not None
+
+
+def on_gpu(*tensors: Tensor) -> bool:
+    return all(x.is_cuda for x in tensors)
+
+
 def obstacle(
     q: Tensor, k: Tensor, v: Tensor, alpha: float, cu_seqlens: Tensor | None, slopes: Tensor | None
 ) -> str | None:
     """Why the package cannot compute a call; None if it can."""
-    if importlib.util.find_spec("adasplash") is None:
+    if not installed():
         return "its package is not installed (pip install adasplash)"
-    if not (q.is_cuda and k.is_cuda and v.is_cuda):
+    if not on_gpu(q, k, v):
         return "it needs a CUDA device"
     if alpha != 1.5:
         return f"it has alpha 1.5 alone, not {alpha}"
