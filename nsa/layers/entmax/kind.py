@@ -6,6 +6,7 @@ from torch import nn
 
 from nsa.layers.entmax.config import EntmaxConfig
 from nsa.layers.entmax.figures import measure
+from nsa.layers.entmax.guest import GUEST
 from nsa.layers.entmax.layer import EntmaxAttention, rotates_all
 from nsa.layers.kind import Backends, Exchange, Gather, Kind, Own, Parts, Product, Shape
 from nsa.layers.projections import gqa
@@ -81,6 +82,7 @@ ENTMAX = Kind(
     free=("alpha",),
     problem=lambda config, tokens: None,
     figures=measure,
+    guest=GUEST,
     export=export,
     known=lambda shape, config: None,
     card=card,
