@@ -2,6 +2,7 @@
 
 from nsa.layers.dense import DenseAttention
 from nsa.layers.dsa import DeepSeekSparseAttention
+from nsa.layers.entmax import EntmaxAttention
 from nsa.layers.nsa import NativeSparseAttention
 
-__all__ = ["DeepSeekSparseAttention", "DenseAttention", "NativeSparseAttention"]
+__all__ = ["DeepSeekSparseAttention", "DenseAttention", "EntmaxAttention", "NativeSparseAttention"]

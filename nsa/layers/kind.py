@@ -5,7 +5,8 @@ records. Models, parallelism, planning, training and export read the records and
 
 A layer has ``forward(x, rotary, cu_seqlens, cache)`` and ``new_cache()``, and two modules without parameters. It passes
 the projected inputs of ``attend`` to ``exchange`` (`Local`), and what that returns to
-``attend(*inputs, cu_seqlens, offset)``, where offset is the position of the first query.
+``attend(*inputs, cu_seqlens, offset)``, where offset is the position of the first query. A layer whose query heads
+differ has ``first_head``, the number of its first one: tensor parallelism sets it.
 """
 
 from collections.abc import Callable, Mapping
@@ -211,7 +212,7 @@ class Kind:
         recordable: whether CUDA graphs can record its passes: no operator waits for the device.
         dense_library: whether ``engine.dense_attention`` applies.
         options: those of `Shape.options` that it has.
-        parts: shape -> for tensor parallelism.
+        parts: (shape, config) -> for tensor parallelism.
         exchanges: (shape, config) -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in
             order.
         choices: submodules that select (as integers without gradient) what is attended to; recomputation keeps these.
@@ -248,7 +249,7 @@ class Kind:
     recordable: bool
     dense_library: bool
     options: tuple[str, ...]
-    parts: Callable[[Shape], Parts]
+    parts: Callable[[Shape, Any], Parts]
     exchanges: Callable[[Shape, Any], dict[str, Exchange]]
     choices: tuple[str, ...]
     expensive: tuple[str, ...]

@@ -116,7 +116,7 @@ DSA = Kind(
     dense_library=False,
     recordable=False,
     options=("qkv_bias", "qk_norm", "mla"),
-    parts=lambda shape: parts_of(shape, whole=("indexer",)),
+    parts=lambda shape, config: parts_of(shape, whole=("indexer",)),
     exchanges=exchanges,
     choices=("attend.choose",),
     expensive=("range_attention", "token_attention"),
