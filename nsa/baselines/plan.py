@@ -105,6 +105,11 @@ class Plan:
         """A plan of one part: see `Part`."""
         return cls((Part(keep, unit, tile),), estimate=estimate)
 
+    @classmethod
+    def all(cls, view: "View", estimate: Estimate = Estimate()) -> "Plan":
+        """All that is visible, of what the cache still has."""
+        return cls.of((view.positions >= 0).transpose(1, 2)[:, :, None], estimate)
+
 
 @dataclass(frozen=True)
 class View:
@@ -151,6 +156,11 @@ class View:
         """(B, G, len(rows), S) bool, for the queries ``rows`` (int64 indices)."""
         keys = self.positions.transpose(1, 2)[:, :, None]
         return (keys >= 0) & (keys <= self.query_positions[:, None, rows, None])
+
+    @property
+    def age(self) -> Tensor:
+        """(B, G, S) int64: how many tokens there are from each key on, itself included; senseless for empty slots."""
+        return self.seen[:, None, None] - self.positions.transpose(1, 2)
 
     @property
     def distance(self) -> Tensor:

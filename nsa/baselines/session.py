@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa.baselines.attention import attend
+from nsa.baselines.attention import attend, kept
 from nsa.baselines.ledger import Ledger
 from nsa.baselines.method import Method, State
 from nsa.baselines.plan import Plan, Turn, View
@@ -50,6 +51,7 @@ class Session:
         """Forget the batch before. ``padding``: (B,) int64, tokens of padding on the left of each new prompt."""
         self.padding, self.prompt, self.last_chunk = padding, True, True
         self.caches = [EvictingCache() for _ in range(self.num_layers)]
+        self.all = [EvictingCache() for _ in range(self.num_layers)] if self.watch else []  # nothing is evicted here
         shared: dict[str, Any] = {}
         self.states = [State(shared=shared) for _ in range(self.num_layers)]
         self.lengths = [0] * self.num_layers  # tokens that each layer has seen, padding included
@@ -107,6 +109,7 @@ class Session:
         out, lse = attend(view, plan)
         self.ledger.record(view, plan)
         if self.watch:
+            self.all[layer].append(k, v, positions)
             self._watch(view, plan, lse)
         if sparse:
             self.method.observe(view, plan, state)
@@ -125,6 +128,7 @@ class Session:
         """A copy with these sequences of the batch, (B',) int64; one may stand several times. The ledger is shared."""
         other = copy.copy(self)
         other.caches = [cache.take(sequences) for cache in self.caches]
+        other.all = [cache.take(sequences) for cache in self.all]
         shared = _taken(self.states[0].shared, sequences)
         other.states = [State(_taken(s.rest, sequences), _taken(s.slots, sequences), shared) for s in self.states]
         other.lengths = list(self.lengths)
@@ -138,12 +142,20 @@ class Session:
         return (slot - padding.to(q.device)[:, None]).clamp(min=-1)
 
     def _watch(self, view: View, plan: Plan | None, lse: Tensor) -> None:
-        """Figures per layer: ``kept_mass`` of each KV head, and ``sink_mass``, the mass of the first four tokens."""
+        """Figures per layer: ``kept_mass`` of each KV head, and ``sink_mass``, the mass of the first four tokens.
+
+        Shares of the attention to all tokens, evicted ones included, at the model's own positions.
+        """
         real = (view.query_positions >= 0)[:, None]
-        scores = view.scores()
+        if plan is not None and any(part.query_at is not None or part.key_at is not None for part in plan.parts):
+            mask = view.per_head(kept(view, plan, torch.arange(view.q.shape[1], device=view.q.device)))
+            lse = view.scores().masked_fill(~mask, -torch.inf).logsumexp(-1)
+        cache = self.all[view.layer]
+        whole_view = replace(view, k=cache.keys, v=cache.values, positions=cache.positions)
+        scores = whole_view.scores()
         whole = scores.logsumexp(-1)
         mass = torch.where(real, (lse - whole).exp(), 0).nan_to_num(0).sum((0, 2)) / real.sum()
-        first = view.per_head((view.positions < 4).transpose(1, 2)[:, :, None])
+        first = view.per_head((whole_view.positions < 4).transpose(1, 2)[:, :, None])
         sink = torch.where(first, (scores - whole[..., None]).exp(), 0).nan_to_num(0).sum(-1)
         sink_mass = float(torch.where(real, sink, 0).sum() / (real.sum() * view.q.shape[2]))
         kept_mass = mass.view(view.k.shape[2], -1).mean(1).tolist()

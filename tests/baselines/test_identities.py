@@ -215,7 +215,9 @@ def test_a_needle_is_found(kind: type[Method]) -> None:
         q[:, PROMPT - 32 :] = q[:, PROMPT - 32 :] * 0.1 + 4.0
         k[:, needle] = 4.0
         answers.append(v[:, needle].repeat_interleave(HEADS // GROUPS, 1))
-    for out, answer in zip(run(half(kind), given, prompt=PROMPT)[0], answers, strict=True):
+    # If layers divide the budget, the last one keeps a small part of it.
+    method = half(kind, 64 if kind.axes.allocation.startswith("per layer") else 16)
+    for out, answer in zip(run(method, given, prompt=PROMPT)[0], answers, strict=True):
         torch.testing.assert_close(out[:, -1], answer, atol=0.05, rtol=0)
 
 

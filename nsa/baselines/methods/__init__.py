@@ -3,10 +3,17 @@
 import difflib
 
 from nsa.baselines.method import Method
+from nsa.baselines.methods.ada_snapkv import AdaSnapKV, AdaSnapKVSafeguard
 from nsa.baselines.methods.dense import Dense
+from nsa.baselines.methods.h2o import H2O
+from nsa.baselines.methods.lm_infinite import LMInfinite
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
+from nsa.baselines.methods.pyramidkv import PyramidKV, PyramidKVKvpress
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
+from nsa.baselines.methods.snapkv import SnapKV
+from nsa.baselines.methods.streaming_llm import StreamingLLM
+from nsa.baselines.methods.tova import Tova
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -15,6 +22,16 @@ METHODS: tuple[type[Method], ...] = (
     OracleTopP,
     RandomTokens,
     SinkWindow,
+    # what they leave out is forgotten
+    StreamingLLM,
+    LMInfinite,
+    H2O,
+    Tova,
+    SnapKV,
+    AdaSnapKV,
+    AdaSnapKVSafeguard,
+    PyramidKV,
+    PyramidKVKvpress,
 )
 
 
