@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.baselines.attention import attend
+from nsa.baselines.attention import attend, kept
 from nsa.baselines.ledger import Ledger
 from nsa.baselines.method import Method, State
 from nsa.baselines.plan import Plan, Turn, View
@@ -140,6 +140,9 @@ class Session:
     def _watch(self, view: View, plan: Plan | None, lse: Tensor) -> None:
         """Figures per layer: ``kept_mass`` of each KV head, and ``sink_mass``, the mass of the first four tokens."""
         real = (view.query_positions >= 0)[:, None]
+        if plan is not None and any(part.log_weight is not None for part in plan.parts):  # lse estimates that of all
+            mask = view.per_head(kept(view, plan, torch.arange(view.q.shape[1], device=view.q.device)))
+            lse = view.scores().masked_fill(~mask, -torch.inf).logsumexp(-1)
         scores = view.scores()
         whole = scores.logsumexp(-1)
         mass = torch.where(real, (lse - whole).exp(), 0).nan_to_num(0).sum((0, 2)) / real.sum()

@@ -5,6 +5,7 @@ import difflib
 from nsa.baselines.method import Method
 from nsa.baselines.methods.dense import Dense
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
+from nsa.baselines.methods.quest import Quest, QuestEval
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
 
@@ -15,6 +16,9 @@ METHODS: tuple[type[Method], ...] = (
     OracleTopP,
     RandomTokens,
     SinkWindow,
+    # load less while decoding
+    Quest,
+    QuestEval,
 )
 
 
