@@ -8,6 +8,8 @@ from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.methods.quest import Quest, QuestEval
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
+from nsa.baselines.methods.sparq import SparQ
+from nsa.baselines.methods.sparq_released import SparQReleased
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -19,6 +21,8 @@ METHODS: tuple[type[Method], ...] = (
     # load less while decoding
     Quest,
     QuestEval,
+    SparQ,
+    SparQReleased,
 )
 
 
