@@ -10,6 +10,7 @@ from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.sparq import SparQ
 from nsa.baselines.methods.sparq_released import SparQReleased
+from nsa.baselines.methods.twilight import Twilight
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -23,6 +24,7 @@ METHODS: tuple[type[Method], ...] = (
     QuestEval,
     SparQ,
     SparQReleased,
+    Twilight,
 )
 
 
