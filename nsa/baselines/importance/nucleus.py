@@ -6,14 +6,15 @@ from torch import Tensor
 BITS = 31  # of a float that is not negative; its bits, read as an integer, have the order of the floats
 
 
-def nucleus(weights: Tensor, p: float) -> Tensor:
+def nucleus(weights: Tensor, p: float, among: Tensor | None = None) -> Tensor:
     """The fewest of the last dim whose sum is at least ``p`` of the whole, as a mask; ties go to the lower index.
 
     weights: fp32, not negative, (..., S). Bisection over the bits of a float finds the threshold exactly. At least one
-    is chosen where there is any; all that weigh something are chosen for 1.
+    is chosen where there is any; for 1 all are chosen of ``among`` (a mask that broadcasts), those too that weigh nothing in fp32;
+    None: all that weigh something.
     """
     if p >= 1:
-        return weights > 0
+        return weights > 0 if among is None else among.expand_as(weights)
     bits, heavy = weights.view(torch.int32), weights.double()
     wanted = p * heavy.sum(-1, keepdim=True)
     low = torch.zeros_like(bits[..., :1])  # the sum of all from `low` on suffices, that from `high` on does not

@@ -4,6 +4,7 @@ import difflib
 
 from nsa.baselines.method import Method
 from nsa.baselines.methods.dense import Dense
+from nsa.baselines.methods.double_p import DoubleP
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.methods.quest import Quest, QuestEval
 from nsa.baselines.methods.random_tokens import RandomTokens
@@ -25,6 +26,7 @@ METHODS: tuple[type[Method], ...] = (
     SparQ,
     SparQReleased,
     Twilight,
+    DoubleP,
 )
 
 

@@ -56,9 +56,7 @@ class Twilight(Method):
         first = torch.zeros(1, dtype=torch.int64, device=view.q.device)
         candidates = view.per_head(kept(view, plan, first))
         scores = score(view.q, quantised(view.k, self.bits), view.scale).masked_fill(~candidates, -torch.inf)
-        chosen = nucleus(torch.nan_to_num(scores.softmax(-1)), self.p)
-        if self.p >= 1:
-            chosen = candidates  # those too whose weight is no number any more
+        chosen = nucleus(torch.nan_to_num(scores.softmax(-1)), self.p, candidates)
         estimate = self._cost(view, candidates) + (plan.estimate if plan is not None else Estimate())
         return Plan.of(view.per_group(chosen).any(2), estimate)
 
