@@ -9,7 +9,7 @@ import torch
 from sessions import GROUPS, HEADS, WIDTH, full, half, inputs, run
 from torch import Tensor
 
-from nsa.baselines import METHODS, Budget, Method, Session, View
+from nsa.baselines import METHODS, Method, Session, View
 from nsa.baselines.attention import attend, kept
 from nsa.baselines.plan import Plan
 from nsa.ops.naive import masked_attention
@@ -163,7 +163,7 @@ def test_more_budget_keeps_more_mass(kind: type[Method]) -> None:
         name, low, high = kind.knob
         methods = [replace(half(kind), **{name: low + (high - low) * part}) for part in (0.5, 0.8, 1.0)]
     else:
-        methods = [kind(budget=Budget(tokens=tokens)) for tokens in (12, 24, 48)]
+        methods = [half(kind, tokens) for tokens in (12, 24, 48)]
     for method in methods:
         _, session = run(method, given, prompt=PROMPT, watch=True)
         masses.append(sum(sum(f["kept_mass"]) for f in session.figures if not f["prompt"]))

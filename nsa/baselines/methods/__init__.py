@@ -5,15 +5,20 @@ import difflib
 from nsa.baselines.method import Method
 from nsa.baselines.methods.ada_snapkv import AdaSnapKV, AdaSnapKVSafeguard
 from nsa.baselines.methods.dense import Dense
+from nsa.baselines.methods.double_p import DoubleP
 from nsa.baselines.methods.h2o import H2O
 from nsa.baselines.methods.lm_infinite import LMInfinite
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.methods.pyramidkv import PyramidKV, PyramidKVKvpress
+from nsa.baselines.methods.quest import Quest, QuestEval
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.snapkv import SnapKV
+from nsa.baselines.methods.sparq import SparQ
+from nsa.baselines.methods.sparq_released import SparQReleased
 from nsa.baselines.methods.streaming_llm import StreamingLLM
 from nsa.baselines.methods.tova import Tova
+from nsa.baselines.methods.twilight import Twilight
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -32,6 +37,13 @@ METHODS: tuple[type[Method], ...] = (
     AdaSnapKVSafeguard,
     PyramidKV,
     PyramidKVKvpress,
+    # load less while decoding
+    Quest,
+    QuestEval,
+    SparQ,
+    SparQReleased,
+    Twilight,
+    DoubleP,
 )
 
 
