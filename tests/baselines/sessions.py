@@ -12,6 +12,14 @@ from nsa.baselines import METHODS, Budget, Method, Session, Turn
 
 HEADS, GROUPS, WIDTH, LAYERS = 4, 2, 16, 3
 
+# Settings at which methods of large blocks or many forced tokens leave something out of a short text.
+SMALL: dict[str, dict[str, Any]] = {
+    "block_sparse": {"block": 8},
+    "block_sparse_frontier": {"block": 4},
+    "vertical_slash": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2},
+    "vertical_slash_blocks": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2, "block": 8},
+}
+
 
 @dataclass
 class Inputs:
@@ -82,7 +90,7 @@ def full(kind: type[Method], **settings: Any) -> Method:
 
 def half(kind: type[Method], tokens: int = 16) -> Method:
     """The method with a budget that leaves much out: ``tokens``, or a knob in the middle."""
-    method = kind(budget=Budget(tokens=tokens))
+    method = kind(budget=Budget(tokens=tokens), **SMALL.get(kind.name, {}))
     return replace(method, **{kind.knob[0]: (kind.knob[1] + kind.knob[2]) / 2}) if kind.knob else method
 
 

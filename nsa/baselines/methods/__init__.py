@@ -3,10 +3,12 @@
 import difflib
 
 from nsa.baselines.method import Method
+from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
 from nsa.baselines.methods.dense import Dense
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
+from nsa.baselines.methods.vertical_slash import VerticalSlash, VerticalSlashBlocks
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -15,6 +17,11 @@ METHODS: tuple[type[Method], ...] = (
     OracleTopP,
     RandomTokens,
     SinkWindow,
+    # chosen in the prompt
+    BlockSparse,
+    BlockSparseFrontier,
+    VerticalSlash,
+    VerticalSlashBlocks,
 )
 
 
