@@ -12,12 +12,20 @@ from nsa.baselines import METHODS, Budget, Method, Session, Turn
 
 HEADS, GROUPS, WIDTH, LAYERS = 4, 2, 16, 3
 
+MIXED = (
+    (("vertical_slash", 1, 1), ("block_sparse", 0, 0)),
+    (("a_shape", 1, 3), ("vertical_slash", 1, 3)),
+    (("block_sparse", 0, 0), ("block_sparse", 0, 0)),
+)
 # Settings at which methods of large blocks or many forced tokens leave something out of a short text.
 SMALL: dict[str, dict[str, Any]] = {
     "block_sparse": {"block": 8},
     "block_sparse_frontier": {"block": 4},
     "vertical_slash": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2},
     "vertical_slash_blocks": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2, "block": 8},
+    "minference": {"num_queries": 16, "sinks": 1, "near": 1, "block": 8, "patterns": MIXED},
+    "flexprefill": {"block": 16, "min_budget": 8, "tau": 0.2},
+    "flexprefill_released": {"block": 16, "min_budget": 8, "tau": 0.2},
 }
 
 

@@ -5,6 +5,9 @@ import difflib
 from nsa.baselines.method import Method
 from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
 from nsa.baselines.methods.dense import Dense
+from nsa.baselines.methods.flexprefill import FlexPrefill
+from nsa.baselines.methods.flexprefill_released import FlexPrefillReleased
+from nsa.baselines.methods.minference import MInference
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
@@ -22,6 +25,9 @@ METHODS: tuple[type[Method], ...] = (
     BlockSparseFrontier,
     VerticalSlash,
     VerticalSlashBlocks,
+    MInference,
+    FlexPrefill,
+    FlexPrefillReleased,
 )
 
 

@@ -70,6 +70,12 @@ class VerticalSlash(Method):
         """(B, G or 1) int64: lines of each KV head."""
         return self.budget.each(view.seen, least=2)[..., 0]
 
+    def split(self, view: View) -> tuple[Tensor, Tensor]:
+        """How many columns and diagonals, (B, G or 1) int64 each."""
+        size, seen = self.size(view), view.seen[:, None]
+        verticals = torch.minimum((self.vertical_share * size).round().long().clamp(min=1), size - 1)
+        return torch.where(size >= seen, seen, verticals), torch.where(size >= seen, seen, size - verticals)
+
     def tokens(self, view: View, columns: Tensor, diagonals: Tensor) -> Tensor:
         return lines(view, columns, diagonals)
 
@@ -77,13 +83,10 @@ class VerticalSlash(Method):
         """The columns by slot and the diagonals by distance, (B, G, S) bool each."""
         attention = view.per_group(probabilities(scores)).sum(2)
         first, near = first_and_near(view, self.sinks, self.near)
-        size, seen = self.size(view), view.seen[:, None]
-        verticals = torch.minimum((self.vertical_share * size).round().long().clamp(min=1), size - 1)
+        verticals, slashes = self.split(view)
         empty = (view.positions < 0).transpose(1, 2)
         mass = column_mass(attention).masked_fill(first, torch.inf).masked_fill(empty, -torch.inf)
-        columns = top(mass, torch.where(size >= seen, seen, verticals))
-        mass = diagonal_mass(attention).masked_fill(near, torch.inf)
-        return columns, top(mass, torch.where(size >= seen, seen, size - verticals))
+        return top(mass, verticals), top(diagonal_mass(attention).masked_fill(near, torch.inf), slashes)
 
 
 @dataclass(frozen=True, kw_only=True)
