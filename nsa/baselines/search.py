@@ -60,7 +60,7 @@ class Calibration(Method):
     def observe(self, view: View, plan: Plan | None, state: State) -> None:
         if not view.prompt:
             return
-        if view.q.shape[1] != view.k.shape[1]:
+        if not view.last or view.q.shape[1] != view.k.shape[1]:
             raise ValueError("a sample for calibration must come in one piece, not in chunks")
         state.shared.setdefault("found", {})[view.layer] = self.find(view)
 
