@@ -24,6 +24,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "vertical_slash": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2},
     "vertical_slash_blocks": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2, "block": 8},
     "minference": {"num_queries": 16, "sinks": 1, "near": 1, "block": 8, "patterns": MIXED},
+    "sketch_walk": {"block": 4},
+    "sketch_walk_damped": {"block": 4},
+    "dual_chunk": {"chunk": 64, "local": 16},
+    "qwen_1m": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2, "chunk": 64, "local": 16},
     "flexprefill": {"block": 16, "min_budget": 8, "tau": 0.2},
     "flexprefill_released": {"block": 16, "min_budget": 8, "tau": 0.2},
 }

@@ -57,9 +57,14 @@ def by_blocks(view: View, keep: Tensor, block: int) -> Part:
     return Part(of_tokens(view, keep, block))
 
 
-def of_tokens(view: View, keep: Tensor, block: int) -> Tensor:
-    """``keep`` (B, N, U, U) bool, of blocks of queries and keys, for each token: (B, N, T, S)."""
+def of_tokens(view: View, keep: Tensor, block: int, first: Tensor | None = None) -> Tensor:
+    """``keep`` (B, N, R, U) bool, of blocks of queries and keys, for each token: (B, N, T, S).
+
+    ``first``: (B,) int64, the block of queries that each sequence's row 0 stands for; None: block 0.
+    """
     rows = (view.query_positions.clamp(min=0) // block)[:, None, :, None]
+    if first is not None:
+        rows = (rows - first[:, None, None, None]).clamp(min=0)
     keep = keep.gather(2, rows.expand(-1, keep.shape[1], -1, keep.shape[3]))
     columns = (view.positions.clamp(min=0) // block).transpose(1, 2)
     columns = columns if columns.shape[1] == keep.shape[1] else view.per_head(columns)

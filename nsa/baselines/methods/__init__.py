@@ -5,12 +5,15 @@ import difflib
 from nsa.baselines.method import Method
 from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
 from nsa.baselines.methods.dense import Dense
+from nsa.baselines.methods.dual_chunk import DualChunk
 from nsa.baselines.methods.flexprefill import FlexPrefill
 from nsa.baselines.methods.flexprefill_released import FlexPrefillReleased
 from nsa.baselines.methods.minference import MInference
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
+from nsa.baselines.methods.qwen_1m import Qwen1M
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
+from nsa.baselines.methods.sketch_walk import SketchWalk, SketchWalkDamped
 from nsa.baselines.methods.vertical_slash import VerticalSlash, VerticalSlashBlocks
 
 METHODS: tuple[type[Method], ...] = (
@@ -28,6 +31,10 @@ METHODS: tuple[type[Method], ...] = (
     MInference,
     FlexPrefill,
     FlexPrefillReleased,
+    SketchWalk,
+    SketchWalkDamped,
+    DualChunk,
+    Qwen1M,
 )
 
 
