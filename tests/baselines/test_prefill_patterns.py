@@ -11,7 +11,8 @@ from views import GROUP, SCALE, best, mask_of, softmax, view_of
 
 from nsa.baselines import Budget, BudgetError, Method
 from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
-from nsa.baselines.methods.vertical_slash import VerticalSlash, VerticalSlashBlocks
+from nsa.baselines.methods.vertical_slash import VerticalSlash
+from nsa.baselines.methods.vertical_slash_blocks import VerticalSlashBlocks
 from nsa.ops.naive import masked_attention
 
 

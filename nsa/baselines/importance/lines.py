@@ -1,5 +1,7 @@
 """Columns and diagonals of the attention of the last queries: what MInference calls verticals and slashes."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,9 @@ def estimate_of(view: View, rows: Tensor) -> Estimate:
 def keys_once(view: View) -> float:
     """Elements of all keys of a KV head, mean over sequences and heads."""
     return float((view.positions >= 0).double().sum() / (len(view.q) * view.k.shape[2])) * view.k.shape[3]
+
+
+def of_heads(view: View, heads: list[int]) -> View:
+    """What these KV heads and their query heads see."""
+    q = view.q.unflatten(2, (view.k.shape[2], view.group))[:, :, heads].flatten(2, 3)
+    return replace(view, q=q, k=view.k[:, :, heads], v=view.v[:, :, heads], positions=view.positions[:, :, heads])

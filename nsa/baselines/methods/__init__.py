@@ -14,7 +14,8 @@ from nsa.baselines.methods.qwen_1m import Qwen1M
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.sketch_walk import SketchWalk, SketchWalkDamped
-from nsa.baselines.methods.vertical_slash import VerticalSlash, VerticalSlashBlocks
+from nsa.baselines.methods.vertical_slash import VerticalSlash
+from nsa.baselines.methods.vertical_slash_blocks import VerticalSlashBlocks
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has

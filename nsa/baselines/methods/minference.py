@@ -1,10 +1,10 @@
 """MInference: each head has the pattern that suits it best, found offline (`nsa.baselines.search`)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from nsa.baselines.importance.lines import lines
+from nsa.baselines.importance.lines import lines, of_heads
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.methods.block_sparse import BlockSparse
 from nsa.baselines.methods.vertical_slash import VerticalSlash
@@ -104,9 +104,3 @@ class MInference(Method):
         share = columns / (columns + diagonals)
         lists = {"num_queries": self.num_queries, "sinks": self.sinks, "near": self.near}
         return method(budget=self.budget, vertical_share=share, **lists)
-
-
-def of_heads(view: View, heads: list[int]) -> View:
-    """What these KV heads and their query heads see."""
-    q = view.q.unflatten(2, (view.k.shape[2], view.group))[:, :, heads].flatten(2, 3)
-    return replace(view, q=q, k=view.k[:, :, heads], v=view.v[:, :, heads], positions=view.positions[:, :, heads])

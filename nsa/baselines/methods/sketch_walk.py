@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from nsa.baselines.choose import top
-from nsa.baselines.importance.blocks import num_blocks, of_tokens, summed
-from nsa.baselines.importance.sketch import hadamard_sketch
+from nsa.baselines.importance.blocks import num_blocks, of_tokens
+from nsa.baselines.importance.sketch import grow, hadamard_sketch, step
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
 
@@ -62,7 +61,10 @@ class SketchWalk(Method):
         blocks, last = num_blocks(view, self.block), view.query_positions[:, -1] // self.block
         first = view.query_positions[:, 0].clamp(min=0) // self.block
         rows = (first[:, None] + torch.arange(int((last - first).max()) + 1, device=last.device)).clamp(max=blocks - 1)
-        walk = self.walk(view, state, rows, blocks)
+        heads = view.k.shape[2] if self.scope == "group" else 1
+        matrix = hadamard_sketch(view.k.shape[3], self.sketch, self.seed).to(rows.device)
+        grow(state.rest, view, rows, self.block, blocks, heads, matrix)
+        walk = step(state.rest, rows, view.scale, self.power, self.normalise)
         shared, chained = state.shared, state.shared.get("layer", view.layer) < view.layer
         reach = walk.gather(2, rows[:, None, :, None].expand(-1, walk.shape[1], -1, blocks))
         if chained:
@@ -88,33 +90,6 @@ class SketchWalk(Method):
         return Plan.of(of_tokens(view, keep, self.block, first), cost)
 
     decode_select = prefill_select
-
-    def walk(self, view: View, state: State, rows: Tensor, blocks: int) -> Tensor:
-        """W (B, N, U, U) fp64 of a layer, with the ``rows`` (B, R) of the new tokens made anew; N is G or 1."""
-        heads, new = (view.k.shape[2] if self.scope == "group" else 1), view.q.shape[1]
-        matrix = hadamard_sketch(view.k.shape[3], self.sketch, self.seed).to(view.q.device)
-        index = rows[:, None, :, None]
-        place = view.query_positions - rows[:, :1] * self.block
-        place = place.masked_fill(view.query_positions < 0, -1)[..., None].expand(-1, -1, heads)
-        ones = torch.ones(*place.shape, 1, device=place.device)
-        for name, x in (("queries", view.q), ("keys", view.k[:, -new:]), ("counts", None)):
-            mean = ones if x is None else x.float().unflatten(2, (heads, -1)).mean(3) @ matrix
-            local = summed(mean, place, self.block, rows.shape[1])
-            old = state.rest.get(name, local[:, :, :0])
-            grown = torch.nn.functional.pad(old, (0, 0, 0, blocks - old.shape[2]))
-            state.rest[name] = grown.scatter_add(2, index.expand(local.shape), local)
-        counts = state.rest["counts"].clamp(min=1)
-        keys = state.rest["keys"] / counts
-        queries = (state.rest["queries"] / counts).gather(2, index.expand(-1, heads, -1, keys.shape[3]))
-        number = torch.arange(blocks, device=rows.device)
-        hidden = (number > index) | (state.rest["counts"] == 0).transpose(2, 3)
-        scores = ((queries @ keys.transpose(2, 3)).double() * view.scale).masked_fill(hidden, -torch.inf)
-        # softmax(x)^s, normalised, is softmax(s x).
-        made = (scores * self.power).softmax(-1) if self.normalise else scores.softmax(-1) ** self.power
-        old = state.rest.get("walk", made[:, :, :0, :0])
-        grown = torch.nn.functional.pad(old, (0, blocks - old.shape[3], 0, blocks - old.shape[2]))
-        state.rest["walk"] = grown.scatter(2, index.expand(made.shape), made.nan_to_num(0.0))
-        return state.rest["walk"]
 
 
 @dataclass(frozen=True, kw_only=True)

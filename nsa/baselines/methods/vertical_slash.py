@@ -7,7 +7,6 @@ from torch import Tensor
 
 from nsa.baselines.choose import top
 from nsa.baselines.importance.lines import (
-    block_lines,
     column_mass,
     diagonal_mass,
     estimate_of,
@@ -87,18 +86,3 @@ class VerticalSlash(Method):
         empty = (view.positions < 0).transpose(1, 2)
         mass = column_mass(attention).masked_fill(first, torch.inf).masked_fill(empty, -torch.inf)
         return top(mass, verticals), top(diagonal_mass(attention).masked_fill(near, torch.inf), slashes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerticalSlashBlocks(VerticalSlash):
-    """As `VerticalSlash`, in the form of the release's kernel: whole blocks along the diagonals, and more keys."""
-
-    block: int = 64
-
-    name = "vertical_slash_blocks"
-    title = "MInference, vertical-slash by blocks"
-    axes = VerticalSlash.axes._replace(unit="column and block of 64 along diagonals")
-    formula = "prefill: k keys and values and the rest of the blocks that diagonals cross; decoding is dense"
-
-    def tokens(self, view: View, columns: Tensor, diagonals: Tensor) -> Tensor:
-        return block_lines(view, columns, diagonals, self.block)
