@@ -52,6 +52,7 @@ class Method:
         causal: whether what a query of the prompt attends to depends on no later token.
         chunkable: whether a prompt that comes in chunks gives the same as a whole one.
         stepwise: whether a query of a prompt attends to what it would, were it decoded, with a budget in tokens.
+        alone: whether a layer's choice follows from this layer alone. If not, what its queries look at may be missed.
         differs: where the authors' release does something else, "differs from the release because ..."; "": it does
             not.
         licence: of the release. formula: what its ledger counts, in words.
@@ -70,6 +71,7 @@ class Method:
     causal: ClassVar[bool] = True
     chunkable: ClassVar[bool] = True
     stepwise: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
     differs: ClassVar[str] = ""
     licence: ClassVar[str] = "none: a control of ours"
     formula: ClassVar[str]
