@@ -193,6 +193,8 @@ class Kind:
             ``train: indexer`` trains nothing else.
         from_dense: (name, read) -> the first value of parameter ``name`` of a layer that begins with the weights of a
             dense layer, which ``read(name)`` returns; None: the value of a new run.
+        holds_dense: whether its layer has all weights of a dense layer, under the same names, so that a dense layer can
+            begin with them.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
@@ -225,6 +227,7 @@ class Kind:
     loss: tuple[str, str] | None
     apart: tuple[str, ...]
     from_dense: Callable[[str, Callable[[str], Tensor]], Tensor | None]
+    holds_dense: bool
     free: tuple[str, ...]
     problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None

@@ -17,6 +17,7 @@ from nsa.training.sharded_state import WEIGHT, local_shards, scatter
 
 # Of the model: these have no weights, so they may change from run to run (a longer context, for example).
 WEIGHTLESS = {"max_position", "rope", "rope_scaling", "init_std", "norm_eps"}
+BALANCE = {"bias_rate", "loss_weight"}  # of model.moe: how experts are balanced from now on
 COMPUTED = ("rope", "rope_scaling", "norm_eps")  # of these: they change what the weights compute
 
 
@@ -24,7 +25,8 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
     """Give ``engine`` the weights of ``config.start_from``. Moments and counters remain those of a new run. Collective.
 
     A layer keeps the weights of a layer of its kind. From a dense layer it takes what its kind can use
-    (`nsa.layers.kind.Kind.from_dense`); the rest keeps its initial value.
+    (`nsa.layers.kind.Kind.from_dense`); the rest keeps its initial value. A dense layer takes what a layer has that
+    `nsa.layers.kind.Kind.holds_dense`.
 
     Raises:
         ValueError: there is no such checkpoint, it is of another shape, kind or tokenizer, or lacks a tensor.
@@ -78,17 +80,18 @@ def source_of(config: Config, tokenizer: Path) -> Path:
             )
         folder = newest
     before, attention = _sections(folder)
-    old, new = before.model_dump(), config.model.model_dump()
+    old, new = (model.model_dump(exclude={"moe": BALANCE}) for model in (before, config.model))
     differing = [key for key in new if key not in WEIGHTLESS and old.get(key) != new[key]]
     if differing:
         changes = "\n".join(f"  model.{key}: {old.get(key)} there, {new[key]} here" for key in differing)
         raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
     layers = config.model.num_layers
     for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
-        if there is not here and there is not BASELINE:
+        if there is not here and there is not BASELINE and not (here is BASELINE and there.holds_dense):
+            to = f" or {BASELINE.name}" if there.holds_dense else ""
             raise ValueError(
                 f"start_from: layer {number} of {folder} has attention of kind {there.name}, which cannot become "
-                f"{here.name}: only {BASELINE.name} attention can become another kind"
+                f"{here.name}: only {BASELINE.name} attention can become any other kind; set it to {there.name}{to}"
             )
         if there is here and there.config is not None:
             old, new = (

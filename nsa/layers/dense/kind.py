@@ -50,6 +50,7 @@ DENSE = Kind(
     loss=None,
     apart=(),
     from_dense=lambda name, read: read(name),
+    holds_dense=True,
     free=(),
     problem=lambda config, tokens: None,
     figures=None,

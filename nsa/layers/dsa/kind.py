@@ -122,6 +122,7 @@ DSA = Kind(
     loss=("attend.loss", "indexer_kl"),
     apart=("indexer",),
     from_dense=lambda name, read: None if name.startswith("indexer.") else read(name),
+    holds_dense=True,
     free=("topk", "num_initial", "num_local", "phase", "kl_weight"),
     problem=problem,
     figures=measure,

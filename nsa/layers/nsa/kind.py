@@ -106,6 +106,7 @@ NSA = Kind(
     loss=None,
     apart=(),
     from_dense=from_dense,
+    holds_dense=False,
     free=("num_blocks", "num_initial", "num_local", "window"),
     problem=lambda config, tokens: None,
     figures=measure,
