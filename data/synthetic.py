@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from nsa.data.tokenizer import Tokenizer
+from nsa.data.base_tokenizer import BaseTokenizer
 
 IGNORED = -100  # target of a position that is not counted
 SET_SIZE = 16  # ids in each of the three sets
@@ -60,7 +60,7 @@ def generator(*parts: int | str | tuple) -> np.random.Generator:
 class Task:
     """One task over one vocabulary."""
 
-    def __init__(self, name: TaskName, tokenizer: Tokenizer):
+    def __init__(self, name: TaskName, tokenizer: BaseTokenizer):
         if name not in get_args(TaskName):
             raise ValueError(f"unknown task {name!r}: one of {', '.join(get_args(TaskName))}")
         self.name = name

@@ -7,6 +7,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from nsa.config import Config, load_saved
+from nsa.data.load_tokenizer import tokenizer_files
 from nsa.importing import WeightReader, read_config
 from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, ModelConfig
@@ -62,7 +63,7 @@ def source_of(config: Config, tokenizer: Path) -> Path:
     Raises ValueError if the run cannot begin with it.
 
     Args:
-        tokenizer: the file of the run's tokenizer.
+        tokenizer: the file of the run's tokenizer, or the folder with its files.
     """
     assert config.start_from is not None
     given = Path(config.start_from)
@@ -101,10 +102,10 @@ def source_of(config: Config, tokenizer: Path) -> Path:
                 raise ValueError(f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}")
     if _is_foreign(folder):
         _check_foreign(folder, config, before)
-    elif (folder / "tokenizer.model").read_bytes() != tokenizer.read_bytes():
+    elif tokenizer_files(folder) != tokenizer_files(tokenizer):
         raise ValueError(
             f"start_from: {folder} was trained with another tokenizer than {tokenizer}: set "
-            f"data.tokenizer.path={folder}/tokenizer.model"
+            f"data.tokenizer.path={folder}"
         )
     print(f"begins with the weights of {folder}", flush=True)
     return folder
@@ -137,7 +138,7 @@ def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
     if config.data.tokenizer.path is None:
         raise ValueError(
             f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
-            "to that tokenizer (docs/importing.md)"
+            f"to that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
         )
     WeightReader(folder, config.model).check_tie()
     old, new = before.model_dump(), config.model.model_dump()
