@@ -49,7 +49,7 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         if there is here:
             return read(name, shape)
         prefix = ".".join(parts[:3])
-        found = here.from_dense(parts[3], lambda inside: read(f"{prefix}.{inside}"))
+        found = here.from_dense(parts[3], shape, config.attention.of(here), lambda inside: read(f"{prefix}.{inside}"))
         if found is not None and found.shape != shape:
             raise CheckpointError(f"{folder}: for {name} it has {tuple(found.shape)}, not {tuple(shape)}")
         return found
