@@ -166,7 +166,7 @@ class WeightReader:
 
 
 def read_weights(folder: Path | str, model: ModelConfig) -> dict[str, Tensor]:
-    """The state dict of a dense `Decoder` of ``model``: all weights of a folder at once. As `WeightReader`.
+    """The state dict of a `Decoder` of ``model``: all weights of a folder at once. As `WeightReader`.
 
     Tied weights are one tensor under two names.
     """

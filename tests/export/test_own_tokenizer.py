@@ -6,22 +6,41 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from small_run import small_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from nsa import evaluate
+from nsa.data.load_tokenizer import load_tokenizer
 from nsa.exporting import export, proof
+from nsa.exporting.folder import write_folder
 from nsa.exporting.proof import hostile_texts
 from nsa.importing import read_config
+from nsa.models import Decoder
 from tests.byte_level import BOS, EOS, TEXT, write_tokenizer
 from tests.training import tiny
 
 TOLD = "a <tool> b\n\n    12345 naïve 漢字\u2028"
 
 
-@pytest.mark.time_limit(120)
+def test_an_export_has_the_tokenizer_of_the_folder(tmp_path: Path, asked_here: None) -> None:
+    """Of a vocabulary that is padded. Planted: settings that strip spaces are kept; the end is not named."""
+    tokenizer, config = load_tokenizer(write_tokenizer(tmp_path / "theirs")), small_config(tmp_path, "dense")
+    decoder = Decoder(config.model, config.attention).eval()
+    weights = {name: tensor for name, tensor in decoder.state_dict().items() if name != "head.weight"}
+    write_folder(tmp_path, config, weights, tokenizer)
+    assert proof.prove(tmp_path, decoder, tokenizer).texts == 1
+    assert (tmp_path / "tokenizer.json").read_bytes() == (tmp_path / "theirs/tokenizer.json").read_bytes()
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    ids = ours(TOLD, truncation=False).input_ids
+    assert ids == [ours.bos_token_id, *tokenizer.encode(TOLD)]  # it adds a begin, as its file says
+    assert ours.decode(ids, skip_special_tokens=True) == TOLD
+    assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256
+
+
+@pytest.mark.slow
+@pytest.mark.time_limit(300)
 def test_from_a_folder_to_a_folder(tmp_path: Path, asked_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its vocabulary is padded, as is usual. Planted: settings that strip spaces are kept; names of special tokens in
-    texts are special; the file is written anew."""
+    """Text has the names of special tokens. Bits per byte and recall are of its tokens."""
     folder = write_tokenizer(tmp_path / "llama")
     torch.manual_seed(0)
     sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
