@@ -68,9 +68,13 @@ class SourceConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """The sentencepiece tokenizer."""
+    """The tokenizer: one that is trained here (sentencepiece), or one that is there."""
 
-    path: str | None = Field(None, description="an existing sentencepiece .model to use; null: train one on the corpus")
+    path: str | None = Field(
+        None,
+        description="an existing tokenizer: a sentencepiece .model, or a Hugging Face folder with tokenizer.model or "
+        "with a tokenizer.json of byte-level BPE; null: train one on the corpus",
+    )
     vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 bytes included")
     train_bytes: int = Field(20_000_000, ge=10_000, description="bytes of text that a trained tokenizer sees at most")
 
@@ -84,7 +88,7 @@ class DataConfig(Section):
     """Where tokens come from and how they are cut into samples."""
 
     sources: list[SourceConfig] = Field(min_length=1, description="the data mixture")
-    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the sentencepiece tokenizer")
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the tokenizer")
     cache_dir: str = Field("data/cache", description="folder of the prepared tokenizer and token shards")
     sequence_length: int = Field(ge=8, description="tokens in one sample (sequence)")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from nsa.config import Config
+from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.loader import SampleStream
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
 from nsa.data.tasks import Task, task_named
-from nsa.data.tokenizer import Tokenizer
 from nsa.evaluation import bits_per_byte, recall, report
 from nsa.exporting import load_decoder
 from nsa.exporting.folder import STATE
@@ -55,7 +55,7 @@ def evaluate(
     length = trained.data.sequence_length
     prepared, left_out = None, None
     try:
-        prepared = _prepare(config, decoders.tokenizer, export / "tokenizer.model")
+        prepared = _prepare(config, decoders.tokenizer, export)
     except ValueError as e:  # recall needs no text
         left_out = f"bits per byte are left out, since the held-out text cannot be prepared: {e}"
     try:
@@ -140,7 +140,7 @@ def _tasks(trained: Config) -> list[Task]:
     return [task for task in tasks if task.over == "ids"]
 
 
-def _prepare(config: Config, tokenizer: Tokenizer, path: Path) -> PreparedData:
+def _prepare(config: Config, tokenizer: BaseTokenizer, path: Path) -> PreparedData:
     """The held-out text in the model's tokens: the run's prepared data if they exist, else prepared again.
 
     The split depends on the text and the seed alone, so held-out documents stay held out.

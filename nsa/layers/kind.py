@@ -221,8 +221,10 @@ class Kind:
             has none. Each tensor-parallel rank computes it for its heads; it is the mean over the ranks.
         apart: submodules that this loss alone trains, such as an indexer. Their gradient is clipped by its own norm.
             ``train: indexer`` trains nothing else.
-        from_dense: (name, read) -> the first value of parameter ``name`` of a layer that begins with the weights of a
-            dense layer, which ``read(name)`` returns; None: the value of a new run.
+        from_dense: (name, shape, config, read) -> the first value of parameter ``name`` of a layer that begins with the
+            weights of a dense layer, which ``read(name)`` returns; None: the value of a new run.
+        holds_dense: whether its layer has all weights of a dense layer, under the same names, so that a dense layer can
+            begin with them.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
@@ -255,7 +257,8 @@ class Kind:
     expensive: tuple[str, ...]
     loss: tuple[str, str] | None
     apart: tuple[str, ...]
-    from_dense: Callable[[str, Callable[[str], Tensor]], Tensor | None]
+    from_dense: Callable[[str, torch.Size, Any, Callable[[str], Tensor]], Tensor | None]
+    holds_dense: bool
     free: tuple[str, ...]
     problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None
