@@ -2,6 +2,13 @@
 
 from nsa.layers.dense import DenseAttention
 from nsa.layers.dsa import DeepSeekSparseAttention
+from nsa.layers.index_sets import record_index_sets, replay_index_sets
 from nsa.layers.nsa import NativeSparseAttention
 
-__all__ = ["DeepSeekSparseAttention", "DenseAttention", "NativeSparseAttention"]
+__all__ = [
+    "DeepSeekSparseAttention",
+    "DenseAttention",
+    "NativeSparseAttention",
+    "record_index_sets",
+    "replay_index_sets",
+]

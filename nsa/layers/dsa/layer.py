@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.cache import IndexedCache
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.layers.index_sets import IndexChoice
 from nsa.layers.kind import Local, Pair
 from nsa.layers.projections.base import ProjectedLayer, Projection
 from nsa.layers.projections.gqa import GroupedQuery
@@ -64,17 +65,18 @@ class LightningIndexer(nn.Module):
         return q_idx, k_idx.squeeze(2), weights
 
 
-class TokenChoice(nn.Module):
+class TokenChoice(IndexChoice):
     """The operator that selects the tokens of each query, without parameters and gradient."""
 
     def __init__(self, *, topk: int, num_initial: int, num_local: int, backend: str) -> None:
         super().__init__()
+        self.topk = topk
         self.sizes: dict[str, Any] = {"topk": topk, "num_initial": num_initial, "num_local": num_local}
         self.backend = backend
 
-    def forward(self, q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """As `nsa.ops.index_topk`, the indices only."""
-        return ops.index_topk(q_idx, k_idx, weights, **self.sizes, cu_seqlens=cu_seqlens, backend=self.backend)[0]
+    def select(self, *inputs: Tensor, cu_seqlens: Tensor | None, offset: int) -> Tensor:
+        """inputs: q_idx, k_idx, weights, as `nsa.ops.index_topk` takes them; the indices only."""
+        return ops.index_topk(*inputs, **self.sizes, cu_seqlens=cu_seqlens, backend=self.backend)[0]
 
 
 class IndexedAttention(nn.Module):
@@ -116,7 +118,7 @@ class IndexedAttention(nn.Module):
         if self.phase == "warm-up":
             out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options, return_lse=True)
         else:
-            tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens)
+            tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens, offset=offset)
             out, lse = ops.token_sparse_attention(
                 q, k, v, tokens, scale=self.scale, return_lse=True, backend=self.backend
             )
