@@ -85,12 +85,12 @@ def source_of(config: Config, tokenizer: Path) -> Path:
         raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
     layers = config.model.num_layers
     for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
-        if there is not here and there is not BASELINE:
+        if there.name != here.name and there is not BASELINE:
             raise ValueError(
                 f"start_from: layer {number} of {folder} has attention of kind {there.name}, which cannot become "
                 f"{here.name}: only {BASELINE.name} attention can become another kind"
             )
-        if there is here and there.config is not None:
+        if there.name == here.name and there.config is not None:
             old, new = (
                 sections.of(here).model_dump(exclude=set(here.free)) for sections in (attention, config.attention)
             )

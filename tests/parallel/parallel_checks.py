@@ -208,6 +208,7 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
             index_head_dim=6,
             index_rotary_dims=4,
             phase=dice.choice(["sparse", "sparse", "warm-up"]),
+            share_layers=dice.randint(1, 2),
         ),
     )
 

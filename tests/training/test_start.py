@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nsa.config import Config
 from nsa.importing import read_weights
+from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
 from nsa.models import Decoder
 from nsa.training import start
@@ -85,6 +86,7 @@ def test_sparse_layers_take_the_dense_weights():
     for take in (nsa, dsa):
         assert take("query.weight", there.__getitem__) is there["query.weight"]
         assert take("output.weight", there.__getitem__) is there["output.weight"]
+    assert SERVED.from_dense("key.weight", there.__getitem__) is there["key.weight"]
     assert dsa("indexer.key.weight", there.__getitem__) is None
     assert nsa("gate.bias", there.__getitem__) is nsa("compress.key.inner.weight", there.__getitem__) is None
 
