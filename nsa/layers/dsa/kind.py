@@ -9,6 +9,7 @@ from torch import nn
 
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
+from nsa.layers.dsa.guest import GUEST
 from nsa.layers.dsa.layer import DeepSeekSparseAttention
 from nsa.layers.dsa.share import IndexShare
 from nsa.layers.kind import Backends, Borrowed, Exchange, Gather, Kind, Known, Own, Product, Shape
@@ -151,6 +152,7 @@ DSA: Kind = Kind(
     free=("topk", "num_initial", "num_local", "phase", "kl_weight", "share_layers", "share_from"),
     problem=problem,
     figures=measure,
+    guest=GUEST,
     export=export,
     known=known,
     card=card,
