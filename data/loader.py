@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.blend import Blend
 from nsa.data.config import DataConfig, SourceConfig
 from nsa.data.permutation import permute, round_keys
 from nsa.data.shards import PreparedData, TokenSource
 from nsa.data.tasks import IGNORED, as_vocabulary, generator, task_named
-from nsa.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class Windows:
 class Episodes:
     """Samples of a synthetic task: episodes of many lengths, up to a whole sample, each a document of its own."""
 
-    def __init__(self, source: SourceConfig, tokenizer: Tokenizer, length: int, seed: str):
+    def __init__(self, source: SourceConfig, tokenizer: BaseTokenizer, length: int, seed: str):
         assert source.task is not None
         self._task, self._vocabulary = task_named(source.task), as_vocabulary(tokenizer)
         self._shortest = self._task.trainable_from(self._vocabulary, length)

@@ -20,7 +20,7 @@ class UnavailableError(ValueError):
 
 
 class Vocabulary(Protocol):
-    """What a task needs of a tokenizer. `nsa.data.tokenizer.Tokenizer` is one, `HuggingFace` makes one."""
+    """What a task needs of a tokenizer. `nsa.data.base_tokenizer.BaseTokenizer` is one, `HuggingFace` makes one."""
 
     @property
     def bos_id(self) -> int: ...

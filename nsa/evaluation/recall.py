@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.tasks import IGNORED, Task
-from nsa.data.tokenizer import Tokenizer
 from nsa.evaluation.bits_per_byte import BATCH_TOKENS
 from nsa.models import Decoder
 
@@ -39,7 +39,7 @@ Predict = Callable[
 ]  # tokens (B, T), counted (B, T) bool -> (A,), the predicted next token at each counted position
 
 
-def measure(predict: Predict, task: Task, tokenizer: Tokenizer, length: int, episodes: int) -> Recall:
+def measure(predict: Predict, task: Task, tokenizer: BaseTokenizer, length: int, episodes: int) -> Recall:
     """Recall over ``episodes`` episodes of ``length`` tokens."""
     size = max(1, BATCH_TOKENS // length)
     right: list[np.ndarray] = []

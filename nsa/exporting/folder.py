@@ -183,7 +183,7 @@ def _attention_fields(config: Config) -> dict[str, Any]:
         ExportError: a layer has a kind that it cannot carry.
     """
     if lacking := config.attention.not_exportable(config.model.num_layers):
-        raise ExportError(f"an export cannot carry attention of kind {', '.join(lacking)} yet")
+        raise ExportError(f"an export cannot carry {', '.join(lacking)} yet")
     fields: dict[str, Any] = {}
     for kind in KINDS:
         if kind.export is not None:

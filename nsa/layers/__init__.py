@@ -3,6 +3,14 @@
 from nsa.layers.dense import DenseAttention
 from nsa.layers.dsa import DeepSeekSparseAttention
 from nsa.layers.entmax import EntmaxAttention
+from nsa.layers.index_sets import record_index_sets, replay_index_sets
 from nsa.layers.nsa import NativeSparseAttention
 
-__all__ = ["DeepSeekSparseAttention", "DenseAttention", "EntmaxAttention", "NativeSparseAttention"]
+__all__ = [
+    "DeepSeekSparseAttention",
+    "DenseAttention",
+    "EntmaxAttention",
+    "NativeSparseAttention",
+    "record_index_sets",
+    "replay_index_sets",
+]

@@ -9,7 +9,7 @@ the projected inputs of ``attend`` to ``exchange`` (`Local`), and what that retu
 differ has ``first_head``, the number of its first one: tensor parallelism sets it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -70,9 +70,11 @@ class Backends:
 
 
 class Build(Protocol):
-    """Builds the layer of a kind."""
+    """Builds the layer of a kind. ``before``: the model's earlier layers of this kind, in order."""
 
-    def __call__(self, shape: Shape, config: Any, backends: Backends) -> nn.Module: ...
+    def __call__(
+        self, shape: Shape, config: Any, backends: Backends, before: Sequence[nn.Module] = ...
+    ) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,12 @@ class Blocks:
     stride: int
 
 
-Exchange = Own | Gather | Halo | Blocks
+@dataclass(frozen=True)
+class Borrowed:
+    """It is what the exchange of an earlier layer made of a `Gather`, and is not gathered again."""
+
+
+Exchange = Own | Gather | Halo | Blocks | Borrowed
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,12 @@ class Kind:
         parts: (shape, config) -> for tensor parallelism.
         exchanges: (shape, config) -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in
             order.
-        choices: submodules that select (as integers without gradient) what is attended to; recomputation keeps these.
+        choices: submodules that select (as integers without gradient) what is attended to, or that pass something from
+            layer to layer; recomputation keeps their results.
+        placed: (config, place) -> the record of the layer with this number among the layers of the kind, from 0. Layers
+            of one kind can differ in what they have; they share a section. None: all are alike.
+        borrows: whether it takes from an earlier layer of its kind. Both must be on one pipeline stage.
+        twin: config -> the section with which the second of two layers has this record.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
         loss: the path of its auxiliary loss (`nsa.layers.auxiliary_loss`), and the loss's name in the metrics; None: it
             has none. Each tensor-parallel rank computes it for its heads; it is the mean over the ranks.
@@ -254,6 +266,9 @@ class Kind:
     parts: Callable[[Shape, Any], Parts]
     exchanges: Callable[[Shape, Any], dict[str, Exchange]]
     choices: tuple[str, ...]
+    placed: Callable[[Any, int], "Kind"] | None
+    borrows: bool
+    twin: Callable[[Any], Any]
     expensive: tuple[str, ...]
     loss: tuple[str, str] | None
     apart: tuple[str, ...]

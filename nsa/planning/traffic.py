@@ -17,8 +17,8 @@ from nsa.models.sizes import parameters_of_attention
 from nsa.ops.cross_entropy import chunk_rows
 from nsa.ops.geometry import num_compressed
 from nsa.parallel.chunks import Chunks, halo_plan
+from nsa.parallel.config import stage_layers
 from nsa.parallel.grid import Axis, data_parallel_size
-from nsa.parallel.pipeline import stage_layers
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 

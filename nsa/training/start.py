@@ -88,13 +88,14 @@ def source_of(config: Config, tokenizer: Path) -> Path:
         raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
     layers = config.model.num_layers
     for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
-        if there is not here and there is not BASELINE and not (here is BASELINE and there.holds_dense):
+        dense = here.name == BASELINE.name and there.holds_dense
+        if there.name != here.name and there is not BASELINE and not dense:
             to = f" or {BASELINE.name}" if there.holds_dense else ""
             raise ValueError(
                 f"start_from: layer {number} of {folder} has attention of kind {there.name}, which cannot become "
                 f"{here.name}: only {BASELINE.name} attention can become any other kind; set it to {there.name}{to}"
             )
-        if there is here and there.config is not None:
+        if there.name == here.name and there.config is not None:
             old, new = (
                 sections.of(here).model_dump(exclude=set(here.free)) for sections in (attention, config.attention)
             )

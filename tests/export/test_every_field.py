@@ -46,6 +46,7 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
 NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own
+NOT_EXPORTED += ("attention.dsa.share_layers", "attention.dsa.share_from")  # no export has shared index sets
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)

@@ -9,6 +9,7 @@ import torch
 
 from nsa.layers.around import Around, innermost
 from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
+from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
 from nsa.layers.kinds import KINDS
 from nsa.layers.projections.config import MlaConfig
@@ -26,8 +27,8 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 each_layer = pytest.mark.parametrize(
     ("kind", "options"),
     [
-        pytest.param(kind, options, id=f"{kind.name}-{'-'.join(options)}")
-        for kind in KINDS
+        pytest.param(kind, options, id=f"{kind.name}{'-served' * kind.borrows}-{'-'.join(options)}")
+        for kind in (*KINDS, SERVED)
         for options in OPTIONS
         if set(options) <= set(kind.options)
     ],

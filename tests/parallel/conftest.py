@@ -22,7 +22,7 @@ CASES = [
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
     [*BASE, *SGD, *DSA, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *LATENT, *layout(tensor=2, context=2, zero=1)],
-    [*BASE, *SGD, *LATENT, *layout(context=2, zero=3)],
+    [*BASE, *SGD, *LATENT, *layout(context=2, zero=3), "attention.kind=dsa", "attention.dsa.share_layers=2"],
     [*BASE, *SGD, *LATENT, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],

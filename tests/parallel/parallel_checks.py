@@ -15,9 +15,11 @@ from rank_checks import *  # noqa: F403 - its checks serve here, too
 from rank_checks import close, logged, main
 from tiny import tiny_config
 
+from nsa.layers import record_index_sets, replay_index_sets
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.entmax.config import EntmaxConfig
+from nsa.layers.kinds import DSA
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
@@ -92,9 +94,17 @@ def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False, 
     weights = torch.rand(batch, tokens)
     borders = random_borders(dice, tokens) if packed else None
 
-    expected = whole(ids, targets=targets, cu_seqlens=borders)
+    selects = [n for n, kind in enumerate(attention.kinds(config.num_layers)) if kind is DSA]
+    selects = selects if attention.dsa.phase == "sparse" else []
+    with record_index_sets(whole) if selects else nullcontext({}) as sets:
+        expected = whole(ids, targets=targets, cu_seqlens=borders)
+    assert list(sets) == selects
     (expected * weights).sum().backward()
-    losses = part(ids, targets=targets, cu_seqlens=borders)
+    replayed = bool(sets) and seed % 2
+    watch = record_index_sets(part) if sets and grid.context.size == 1 else nullcontext(sets)
+    with replay_index_sets(part, sets) if replayed else nullcontext(), watch as found:
+        losses = part(ids, targets=targets, cu_seqlens=borders)
+    assert all(torch.equal(found[number], sets[number]) for number in selects)
     if grid.context.size > 1:
         chunks = Chunks.of_local(losses.shape[1], grid.context)
         expected, weights = chunks.mine(expected), chunks.mine(weights)
@@ -202,6 +212,7 @@ def random_shapes(
             index_head_dim=6,
             index_rotary_dims=4,
             phase=dice.choice(["sparse", "sparse", "warm-up"]),
+            share_layers=dice.randint(1, 2),
         ),
         entmax=random_entmax(dice, 8 // num_kv_heads),
     )

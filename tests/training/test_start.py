@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from nsa.config import Config
 from nsa.importing import read_weights
+from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.training import start
@@ -87,6 +88,7 @@ def test_sparse_layers_take_the_dense_weights():
         for name in ("query.weight", "output.weight"):
             assert take(name, torch.Size([2]), None, there.__getitem__) is there[name]
     assert dsa("indexer.key.weight", torch.Size([2]), None, there.__getitem__) is None
+    assert SERVED.from_dense("key.weight", torch.Size([2]), None, there.__getitem__) is there["key.weight"]
 
 
 def nsa_of_dense(hidden, tokens):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from nsa.baselines import METHODS, method_named
 from nsa.data.tasks import TASKS
 from nsa.evaluation.comparison.config import ComparisonConfig, load, training_of
-from nsa.evaluation.comparison.folder import ResultsFolder, read_results
+from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.models import Opened, open_model
 from nsa.evaluation.comparison.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
@@ -101,8 +101,7 @@ def report(folder: str | Path) -> None:
     """
     if not str(folder):
         raise ResultsError("name a results folder: python -m nsa.compare report FOLDER")
-    written = write_report(read_results(folder), Path(folder))
-    print(f"written: {', '.join(map(str, written))}")
+    write_report(folder)
 
 
 def _folder(config: ComparisonConfig, sibling, path: str) -> Path:  # type: ignore[no-untyped-def]

@@ -1,8 +1,9 @@
 """The record of entmax attention."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Size, Tensor, nn
 
 from nsa.layers.entmax.config import EntmaxConfig
 from nsa.layers.entmax.figures import measure
@@ -15,7 +16,7 @@ from nsa.layers.projections.records import parts_of
 MAPS = {"none": (), "asentmax": ("beta", "gamma"), "ssmax": ("log_scale",)}  # linear maps of each scaling
 
 
-def build(shape: Shape, config: EntmaxConfig, backends: Backends) -> nn.Module:
+def build(shape: Shape, config: EntmaxConfig, backends: Backends, before: Sequence[nn.Module] = ()) -> nn.Module:
     return EntmaxAttention(
         shape.hidden_size,
         shape.num_heads,
@@ -55,6 +56,11 @@ def export(config: EntmaxConfig) -> dict[str, Any]:
     return {f"entmax_{name}": value for name, value in config.model_dump().items()}
 
 
+def from_dense(name: str, shape: Size, config: Any, read: Callable[[str], Tensor]) -> Tensor | None:
+    """All but what scales the scores."""
+    return None if name.partition(".")[0] in MAPS["asentmax"] + MAPS["ssmax"] else read(name)
+
+
 ENTMAX = Kind(
     name="entmax",
     title="alpha-entmax attention (ASEntmax, arXiv 2506.16640)",
@@ -75,10 +81,14 @@ ENTMAX = Kind(
     parts=parts,
     exchanges=exchanges,
     choices=(),
+    placed=None,
+    borrows=False,
+    twin=lambda config: config,
     expensive=(),
     loss=None,
     apart=(),
-    from_dense=lambda name, read: None if name.partition(".")[0] in MAPS["asentmax"] + MAPS["ssmax"] else read(name),
+    from_dense=from_dense,
+    holds_dense=True,
     free=("alpha",),
     problem=lambda config, tokens: None,
     figures=measure,

@@ -1,6 +1,6 @@
 """The record of Native Sparse Attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -14,7 +14,7 @@ from nsa.layers.nsa.guest import GUEST
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
 
-def build(shape: Shape, config: NsaConfig, backends: Backends) -> nn.Module:
+def build(shape: Shape, config: NsaConfig, backends: Backends, before: Sequence[nn.Module] = ()) -> nn.Module:
     return NativeSparseAttention(
         shape.hidden_size,
         shape.num_heads,
@@ -132,6 +132,9 @@ NSA = Kind(
     ),
     exchanges=exchanges,
     choices=("attend.choose",),
+    placed=None,
+    borrows=False,
+    twin=lambda config: config,
     expensive=("range_attention", "selected_attention", "compress_blocks"),
     loss=None,
     apart=(),
