@@ -1,0 +1,1 @@
+"""How methods rank keys: estimates of the attention, shared by methods."""

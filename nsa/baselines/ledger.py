@@ -1,0 +1,118 @@
+"""What attention has read, scored and kept, counted by looking at plans."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from nsa.baselines.attention import kept
+from nsa.baselines.plan import Plan, View, row_blocks
+
+
+@dataclass
+class Counts:
+    """Sums of one phase and layer, per KV head: fp64 tensors (G,).
+
+    A pair is a query head with a key. Dense attention attends to all pairs that are visible.
+
+    visible: pairs. attended: pairs. scored: pairs scored only to choose.
+    dense_reads: elements of keys and values that dense attention reads. reads: those read here, with what choosing
+        reads. A key is read once for all query heads of its KV head.
+    dense_resident, resident: elements kept in memory after each call, for all tokens so far and as it was.
+    """
+
+    visible: Tensor
+    attended: Tensor
+    scored: Tensor
+    dense_reads: Tensor
+    reads: Tensor
+    dense_resident: Tensor
+    resident: Tensor
+
+    @classmethod
+    def zero(cls, groups: int) -> "Counts":
+        return cls(*(torch.zeros(groups, dtype=torch.float64) for _ in fields(cls)))
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass
+class Ledger:
+    """Counts by phase ("prefill" or "decode") and layer. ``ran``: where a plan was carried out."""
+
+    counts: dict[tuple[str, int], Counts] = field(default_factory=dict)
+    ran: set[tuple[str, int]] = field(default_factory=set)
+
+    def record(self, view: View, plan: Plan | None) -> None:
+        """Count one call of attention; None: dense attention."""
+        key = ("prefill" if view.prompt else "decode", view.layer)
+        if plan is not None:
+            self.ran.add(key)
+        self.add(*key, _count(view, plan))
+
+    def add(self, phase: str, layer: int, counts: Counts) -> None:
+        """Count what was counted elsewhere."""
+        key = (phase, layer)
+        self.counts[key] = self.counts[key] + counts if key in self.counts else counts
+
+    def keep(self, view: View, stored: Tensor) -> None:
+        """Count what is kept after a call. ``stored``: (B, G), tokens per sequence and KV head."""
+        key = ("prefill" if view.prompt else "decode", view.layer)
+        counts, width = self.counts[key], view.k.shape[3] + view.v.shape[3]
+        counts.resident += stored.double().sum(0).cpu() * width
+        counts.dense_resident += view.seen.double().sum().cpu() * width
+
+    def shares(self, layers: Iterable[int] | None = None) -> dict[str, float | None]:
+        """What is spent, as shares of what dense attention spends; None: there was no such phase.
+
+        reads: elements read while decoding. attended, scored: pairs while decoding. resident: elements kept while
+        decoding. prefill: pairs attended to and scored in the prompt. ``layers``: of these only.
+        """
+        chosen = None if layers is None else set(layers)
+        total: dict[str, Counts] = {}
+        for (phase, layer), counts in self.counts.items():
+            if chosen is None or layer in chosen:
+                total[phase] = total[phase] + counts if phase in total else counts
+
+        def share(phase: str, part: str, whole: str, extra: str = "") -> float | None:
+            if phase not in total:
+                return None
+            counts = total[phase]
+            spent = getattr(counts, part).sum() + (getattr(counts, extra).sum() if extra else 0)
+            return float(spent / getattr(counts, whole).sum())
+
+        return {
+            "reads": share("decode", "reads", "dense_reads"),
+            "attended": share("decode", "attended", "visible"),
+            "scored": share("decode", "scored", "visible"),
+            "resident": share("decode", "resident", "dense_resident"),
+            "prefill": share("prefill", "attended", "visible", "scored"),
+        }
+
+
+def _count(view: View, plan: Plan | None) -> Counts:
+    groups = view.k.shape[2]
+    counts, width = Counts.zero(groups), view.k.shape[3] + view.v.shape[3]
+    for rows in row_blocks(view):
+        mask = kept(view, plan, rows)
+        union = mask if mask.shape[1] == groups else view.per_group(mask).any(2)
+        pairs = mask.double().sum((0, 2, 3)).cpu()
+        counts.attended += pairs * view.group if mask.shape[1] == groups else pairs.view(groups, -1).sum(1)
+        counts.reads += union.double().sum((0, 2, 3)).cpu() * width
+    seen = (view.query_positions + 1).clamp(min=0).double()  # each query sees all tokens so far, if they are kept
+    counts.visible += float(seen.sum()) * view.group
+    counts.dense_reads += float(seen.sum()) * width
+    if plan is not None:
+        batch = len(view.q)
+        counts.scored += plan.estimate.pairs * batch
+        counts.reads += plan.estimate.read * batch
+        counts.resident += plan.estimate.resident * batch
+        if plan.terms is not None:
+            there = (plan.terms.scores > -torch.inf).double()
+            counts.attended += view.per_group(there).sum((0, 2, 3, 4)).cpu()
+            counts.reads += view.per_group(there).amax(2).sum((0, 2, 3)).cpu() * plan.terms.size
+        if plan.blend is not None:
+            counts.reads += float(batch * view.q.shape[1] * view.v.shape[3])
+    return counts

@@ -1,0 +1,70 @@
+"""Oracles: the choice by the true attention. They cost a pass of dense scores, and bound what a ranking can do."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa.baselines.choose import cover, top
+from nsa.baselines.method import Axes, Method, State
+from nsa.baselines.plan import Estimate, Part, Plan, View, row_blocks
+
+
+def true_mass(view: View, rows: Tensor | None = None) -> Tensor:
+    """(B, G, T, S) fp32: attention probabilities of each key, mean over the query heads of a KV head."""
+    scores = view.scores(rows)
+    lse = scores.logsumexp(-1, keepdim=True)
+    return view.per_group(torch.nan_to_num((scores - lse).exp(), nan=0.0)).mean(2)
+
+
+def scored(view: View) -> Estimate:
+    """What the scores of all pairs cost: all keys are read."""
+    pairs = float((view.query_positions + 1).clamp(min=0).double().sum() / len(view.q)) * view.group
+    return Estimate(read=pairs / view.group * view.k.shape[3], pairs=pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleTopK(Method):
+    """Attends to the tokens with the highest true attention, summed over the heads of a KV head."""
+
+    name = "oracle_topk"
+    title = "oracle top-k"
+    paper = "control"
+    axes = Axes("token", "true attention probabilities, mean over the group", "uniform", "all")
+    phases = ("prefill", "decode")
+    stepwise = True
+    formula = "k keys and values; not counted in its budget: all keys, which an oracle reads to choose"
+
+    def prefill_select(self, view: View, state: State) -> Plan | None:
+        budget = self.budget.each(view.seen)
+        keep = [top(mass.masked_fill(~view.visible_to(rows), -torch.inf), budget) for rows, mass in _masses(view)]
+        return Plan((Part(torch.cat(keep, 2)),))
+
+    decode_select = prefill_select
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleTopP(Method):
+    """Attends to the fewest tokens that have the share ``p`` of the true attention."""
+
+    p: float = 0.95
+
+    name = "oracle_topp"
+    title = "oracle top-p"
+    paper = "control"
+    axes = Axes("token", "true attention probabilities, mean over the group", "per query, by mass", "all")
+    phases = ("prefill", "decode")
+    stepwise = True
+    formula = "as many keys and values as hold the mass p"
+    knob = ("p", 0.0, 1.0)
+
+    def prefill_select(self, view: View, state: State) -> Plan | None:
+        if self.p >= 1:
+            return Plan((Part(view.visible),))
+        return Plan((Part(torch.cat([cover(mass, self.p) for _, mass in _masses(view)], 2)),))
+
+    decode_select = prefill_select
+
+
+def _masses(view: View) -> list[tuple[Tensor, Tensor]]:
+    return [(rows, true_mass(view, rows)) for rows in row_blocks(view)]

@@ -1,0 +1,162 @@
+"""One method at work in all layers of one model, for one batch: from a prompt to the last decoded token."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.baselines.attention import attend
+from nsa.baselines.ledger import Ledger
+from nsa.baselines.method import Method, State
+from nsa.baselines.plan import Plan, Turn, View
+from nsa.cache.evicting import EvictingCache
+
+
+class Session:
+    """Attention of all layers by ``method``. The caches are its own: a layer hands over its new tokens.
+
+    A prompt comes first, in one piece or in chunks; `end_prompt` ends it (or `last_chunk` is set before the last
+    forward pass). Then tokens come one at a time.
+
+    Args:
+        method: what to attend to. num_layers: of the model.
+        turn: rotates as the model does; None: it cannot be turned.
+        dense_layers: layers whose attention stays dense, disclosed in every result.
+        ledger: counts into this one; None: a new one.
+        watch: also measure, at the cost of dense attention: see `figures`.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        num_layers: int,
+        *,
+        turn: Turn | None = None,
+        dense_layers: Iterable[int] = (),
+        ledger: Ledger | None = None,
+        watch: bool = False,
+    ) -> None:
+        self.method, self.num_layers, self.turn = method, num_layers, turn
+        self.dense_layers = frozenset(dense_layers)
+        self.ledger = Ledger() if ledger is None else ledger
+        self.watch = watch
+        self.figures: list[dict[str, Any]] = []
+        self.begin()
+
+    def begin(self, padding: Tensor | None = None) -> None:
+        """Forget the batch before. ``padding``: (B,) int64, tokens of padding on the left of each new prompt."""
+        self.padding, self.prompt, self.last_chunk = padding, True, True
+        self.caches = [EvictingCache() for _ in range(self.num_layers)]
+        shared: dict[str, Any] = {}
+        self.states = [State(shared=shared) for _ in range(self.num_layers)]
+        self.lengths = [0] * self.num_layers  # tokens that each layer has seen, padding included
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, padding and evicted ones included."""
+        return self.lengths[-1]
+
+    @contextmanager
+    def more_to_come(self) -> Iterator[None]:
+        """Within: chunks of a prompt that are not its last."""
+        self.last_chunk = False
+        try:
+            yield
+        finally:
+            self.last_chunk = True
+
+    def end_prompt(self) -> None:
+        """The next tokens are decoded."""
+        self.prompt = False
+
+    @torch.no_grad()
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of T new tokens in a layer: q (B, T, H, D), k (B, T, G, D), v (B, T, G, Dv) -> (B, T, H, Dv).
+
+        Keys are rotated already, at positions that may differ from the true ones by a constant for each sequence.
+        """
+        positions = self._positions(layer, q)
+        cache, state = self.caches[layer], self.states[layer]
+        cache.append(k, v, positions)
+        self.lengths[layer] += q.shape[1]
+        if state.slots:
+            state.slots = cache.extra
+        seen = positions[:, -1] + 1
+        view = View(
+            q=q,
+            k=cache.keys,
+            v=cache.values,
+            query_positions=positions,
+            positions=cache.positions,
+            seen=seen,
+            scale=scale,
+            layer=layer,
+            num_layers=self.num_layers,
+            prompt=self.prompt,
+            last=self.last_chunk,
+            turn=self.turn,
+        )
+        plan = None
+        sparse = layer not in self.dense_layers
+        if sparse:
+            select = self.method.prefill_select if self.prompt else self.method.decode_select
+            plan = select(view, state)
+        out, lse = attend(view, plan)
+        self.ledger.record(view, plan)
+        if self.watch:
+            self._watch(view, plan, lse)
+        if sparse:
+            self.method.observe(view, plan, state)
+            if state.slots:
+                cache.set_extra(state.slots)
+            stays = self.method.evict(view, state)
+            if stays is not None:
+                cache.keep(stays)
+                self.ledger.ran.add(("prefill" if self.prompt else "decode", layer))
+            if state.slots:
+                state.slots = cache.extra
+        self.ledger.keep(view, cache.stored)
+        return out
+
+    def take(self, sequences: Tensor) -> "Session":
+        """A copy with these sequences of the batch, (B',) int64; one may stand several times. The ledger is shared."""
+        other = copy.copy(self)
+        other.caches = [cache.take(sequences) for cache in self.caches]
+        shared = _taken(self.states[0].shared, sequences)
+        other.states = [State(_taken(s.rest, sequences), _taken(s.slots, sequences), shared) for s in self.states]
+        other.lengths = list(self.lengths)
+        other.padding = None if self.padding is None else self.padding[sequences]
+        return other
+
+    def _positions(self, layer: int, q: Tensor) -> Tensor:
+        """(B, T) int64 of the new tokens in their sequences; -1: padding."""
+        slot = torch.arange(self.lengths[layer], self.lengths[layer] + q.shape[1], device=q.device)
+        padding = torch.zeros(len(q), dtype=torch.int64) if self.padding is None else self.padding
+        return (slot - padding.to(q.device)[:, None]).clamp(min=-1)
+
+    def _watch(self, view: View, plan: Plan | None, lse: Tensor) -> None:
+        """Figures per layer: ``kept_mass`` of each KV head, and ``sink_mass``, the mass of the first four tokens."""
+        real = (view.query_positions >= 0)[:, None]
+        scores = view.scores()
+        whole = scores.logsumexp(-1)
+        mass = torch.where(real, (lse - whole).exp(), 0).nan_to_num(0).sum((0, 2)) / real.sum()
+        first = view.per_head((view.positions < 4).transpose(1, 2)[:, :, None])
+        sink = torch.where(first, (scores - whole[..., None]).exp(), 0).nan_to_num(0).sum(-1)
+        sink_mass = float(torch.where(real, sink, 0).sum() / (real.sum() * view.q.shape[2]))
+        kept_mass = mass.view(view.k.shape[2], -1).mean(1).tolist()
+        self.figures.append(
+            {"layer": view.layer, "prompt": view.prompt, "kept_mass": kept_mass, "sink_mass": sink_mass}
+        )
+
+
+def _taken(value: Any, sequences: Tensor) -> Any:
+    if isinstance(value, Tensor):
+        return value[sequences]
+    if isinstance(value, dict):
+        return {name: _taken(part, sequences) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_taken(part, sequences) for part in value)
+    return value
