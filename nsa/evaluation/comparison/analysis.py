@@ -9,7 +9,7 @@ import numpy as np
 
 from nsa.evaluation import recall
 from nsa.evaluation.comparison import statistics
-from nsa.evaluation.comparison.rows import Cell, ResultsError
+from nsa.evaluation.comparison.rows import RANDOM, Cell, ResultsError
 from nsa.evaluation.comparison.statistics import Clusters, Law
 
 MARGIN = 0.02  # of non-inferiority, in score
@@ -34,6 +34,11 @@ class Point:
     def label(self) -> str:
         """The arm; "agnostic": the question came after the prompt had been thinned out."""
         return self.cell.arm + ("" if self.cell.question_aware else " (agnostic)")
+
+    @property
+    def control(self) -> bool:
+        """Whether nobody could use it: oracles look at all keys, random looks at none."""
+        return self.cell.method == RANDOM or self.cell.method.startswith("oracle")
 
     @cached_property
     def mean(self) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nsa.evaluation.comparison import statistics
-from nsa.evaluation.comparison.analysis import Point, Table, paired
+from nsa.evaluation.comparison.analysis import MARGIN, Point, Table, paired
 from nsa.evaluation.comparison.rows import DENSE, OWN, RANDOM, Cell
 
 AGREES, DISAGREES, UNDECIDED, ABSENT = "agrees", "disagrees", "undecided", "not measured here"
@@ -28,14 +28,17 @@ class Card:
     measure: Callable[[Table], Answer]
 
 
-def contrast(pairs: Pairs) -> Answer:
-    """The mean difference of pairs of points, first minus second, each pair with the same weight."""
+def contrast(pairs: Pairs, margin: float = 0.0) -> Answer:
+    """The mean difference of pairs of points, first minus second, each pair with the same weight.
+
+    It agrees if the 95 % interval lies above -``margin``, and disagrees if it lies below.
+    """
     differences = [d for one, other in pairs if (d := paired(one, other)) is not None]
     if not differences:
         return "", ABSENT
     mean = float(np.mean([d.mean for d in differences]))
     low, high = statistics.interval(np.mean([statistics.draw_means(d) for d in differences], axis=0))
-    verdict = AGREES if low > 0 else DISAGREES if high < 0 else UNDECIDED
+    verdict = AGREES if low > -margin else DISAGREES if high < -margin else UNDECIDED
     return (
         f"{100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] over {len(differences)} pairs of cells",
         verdict,
@@ -43,7 +46,11 @@ def contrast(pairs: Pairs) -> Answer:
 
 
 def between(
-    table: Table, first: Callable[[Cell], bool], second: Callable[[Cell], bool], tasks: Iterable[str] = ("",)
+    table: Table,
+    first: Callable[[Cell], bool],
+    second: Callable[[Cell], bool],
+    tasks: Iterable[str] = ("",),
+    margin: float = 0.0,
 ) -> Answer:
     """`contrast` of points of dense-trained siblings at the same budget, task and length."""
     words = tuple(tasks)
@@ -53,7 +60,7 @@ def between(
         return {(p.cell.model, p.cell.budget, p.cell.task, p.cell.length, p.cell.question_aware): p for p in points}
 
     ours, theirs = chosen(first), chosen(second)
-    return contrast([(ours[key], theirs[key]) for key in sorted(ours.keys() & theirs.keys(), key=str)])
+    return contrast([(ours[key], theirs[key]) for key in sorted(ours.keys() & theirs.keys(), key=str)], margin)
 
 
 def method(*names: str) -> Callable[[Cell], bool]:
@@ -166,12 +173,12 @@ def _random(table: Table) -> Answer:
     return contrast([(q, p) for q, p in rivals if q.cell.trained == DENSE and any(w in q.cell.task for w in RECALL)])
 
 
-def _own_on(task: tuple[str, ...], kind: str) -> Callable[[Table], Answer]:
+def _own_on(task: tuple[str, ...], kind: str, margin: float = 0.0) -> Callable[[Table], Answer]:
     """A sibling of a kind as it was trained, against dense, on some tasks."""
 
     def measure(table: Table) -> Answer:
         points = table.select(lambda c: c.trained == kind and c.method == OWN and any(word in c.task for word in task))
-        return contrast([(p, base) for p in points if (base := table.base(p)) is not None])
+        return contrast([(p, base) for p in points if (base := table.base(p)) is not None], margin)
 
     return measure
 
@@ -214,8 +221,8 @@ CARDS = (
     Card(
         "Quest with top-p is no worse than Quest, at fewer tokens",
         "Twilight, arXiv 2502.02770",
-        "twilight minus quest at one nominal budget",
-        lambda table: between(table, method("twilight"), method("quest")),
+        "twilight minus quest at one nominal budget; agrees if it loses less than 2 points",
+        lambda table: between(table, method("twilight"), method("quest"), margin=MARGIN),
     ),
     Card(
         "Budgets by head are better: Ada-SnapKV above SnapKV",
@@ -238,8 +245,8 @@ CARDS = (
     Card(
         "DMS at a compression of 4 is about as good as dense after a few hundred steps",
         "DMS, arXiv 2506.05345",
-        "the DMS sibling as trained minus dense",
-        _own_on(("",), "dms"),
+        "the DMS sibling as trained minus dense; agrees if it loses less than 2 points",
+        _own_on(("",), "dms", MARGIN),
     ),
     Card(
         "alpha-entmax copies and sorts where softmax fails (28.5 against 99.4; 4, 53 and 81)",

@@ -101,7 +101,7 @@ def frontiers(
                     axes.scatter(x, y, color=COLOURS[index % 10], marker=MARKERS[index % 3], label=label, **look)
         front = sorted((x, y) for x, y, _, best in points if best)
         axes.step(*zip(*front, strict=True), where="post", color="black", linewidth=0.9, zorder=3)
-        axes.axhline(dense[group, n], color="black", linestyle=(0, (6, 3)), linewidth=1, label="dense")
+        axes.axhline(dense[group, n], color="black", linestyle=(0, (6, 3)), linewidth=1, label="dense run")
     for i, group in enumerate(groups):
         for j, n in enumerate(lengths):
             axes = grid[i][j]
@@ -118,6 +118,8 @@ def required(by_sibling: Mapping[str, Sequence[tuple[str, Required]]]) -> bytes:
     """Tokens that are needed over the length, one panel a sibling. by_sibling: (method, what it requires)."""
     methods = sorted({method for entries in by_sibling.values() for method, _ in entries})
     figure, grid = _grid(1, len(by_sibling), height=4.2)
+    for axes in grid[0][1:]:
+        axes.sharey(grid[0][0])
     lengths = sorted({n for entries in by_sibling.values() for _, r in entries for n in r.lengths})
     for axes, (sibling, entries) in zip(grid[0], by_sibling.items(), strict=True):
         for method, needs in entries:
@@ -173,7 +175,7 @@ def kept_mass(by_method: Mapping[str, np.ndarray], title: str) -> bytes:
     columns = min(5, len(by_method))
     rows = math.ceil(len(by_method) / columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(2.1 * columns + 1, 2.5 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(max(2.1 * columns + 1, 5.0), max(2.5 * rows, 3.2)), layout="constrained", squeeze=False
     )
     for axes in grid.flat:
         axes.set_visible(False)
@@ -193,7 +195,7 @@ def kept_mass(by_method: Mapping[str, np.ndarray], title: str) -> bytes:
 
 
 def iso_cost(curves: Mapping[str, Sequence[tuple[float, float]]], batch: int) -> bytes:
-    """Score over bytes read per token and sequence. curves: by sibling and method, (bytes, score)."""
+    """Score over bytes read per token and sequence. curves: by sibling, (bytes, score)."""
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
     for index, (label, points) in enumerate(curves.items()):
         x, y = zip(*sorted(points), strict=True)
@@ -205,7 +207,10 @@ def iso_cost(curves: Mapping[str, Sequence[tuple[float, float]]], batch: int) ->
         axes.plot(np.array(x) / 1e6, y, label=label, markersize=5, linewidth=1.2, **look)
     axes.set(xscale="log", xlabel="megabytes read per token and sequence", ylabel="score", ylim=(-0.03, 1.03))
     axes.set_title(f"Weights and KV cache, batch of {batch}")
-    axes.grid(alpha=0.3, which="both")
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return _png(figure)
 

@@ -26,16 +26,23 @@ def iso_cost(table: Table) -> Section:
     longest = max(p.cell.length for p in points)
     points = [p for p in points if p.cell.length == longest]
     for batch in BATCHES:
-        arms: dict[tuple[str, float | None], list[Point]] = {}
+        arms: dict[tuple[str, str, float | None], list[Point]] = {}
         for p in points:
-            arms.setdefault((p.label, p.cell.budget), []).append(p)
+            if not p.control:
+                arms.setdefault(
+                    (f"{p.cell.model} ({p.cell.parameters / 1e6:,.0f}M)", p.label, p.cell.budget), []
+                ).append(p)
         curves: dict[str, list[tuple[float, float]]] = {}
-        for (label, _), mine in arms.items():
-            cost = np.mean([_bytes(p, batch) for p in mine])
-            curves.setdefault(label, []).append((float(cost), float(np.mean([p.mean for p in mine]))))
+        for (sibling, _, _), mine in arms.items():
+            cost = float(np.mean([_bytes(p, batch) for p in mine]))
+            curves.setdefault(sibling, []).append((cost, float(np.mean([p.mean for p in mine]))))
+        for sibling, found in curves.items():
+            curves[sibling] = [
+                (x, y) for x, y in found if not any((a <= x and b > y) or (a < x and b >= y) for a, b in found)
+            ]
         caption = (
-            f"Bytes read per token at {longest:,} tokens, batch {batch}: weights in bf16, shared by the batch, "
-            "and the counted share of the KV cache."
+            f"Batch {batch}, {longest:,} tokens: score over bytes of weights (bf16, shared by the batch) and of the "
+            "counted share of the KV cache. Of each sibling the arms that none of its others beats, dense included."
         )
         section.parts.append(Picture(f"isocost-{batch}", figures.iso_cost(curves, batch), caption))
     return section

@@ -156,9 +156,9 @@ def _fronts(table: Table) -> Section:
         chosen = [p for p in table.informative(table.points) if _on_axis(p, axis)]
         if not chosen:
             continue
-        dense, best = _dense_lines(table), []
+        dense, best = _dense_lines(table, chosen), []
         panels: dict[tuple[str, int], list[tuple[float, float, str, bool]]] = {}
-        for (group, n), arms in _by_panel([p for p in chosen if not _control(p)], axis).items():
+        for (group, n), arms in _by_panel([p for p in chosen if not p.control], axis).items():
             for x, y, label, model in arms:
                 beaten = any(a <= x and b >= y and (a, b) != (x, y) for a, b, *_ in arms)
                 panels.setdefault((group, n), []).append((x, y, model, not beaten))
@@ -181,6 +181,7 @@ def _fronts(table: Table) -> Section:
             continue
         for model in siblings:
             mine = [p for p in chosen if p.cell.model == model]
+            dense = _dense_lines(table, mine)
             curves: dict[tuple[str, int], list[figures.Curve]] = {}
             grouped: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
             for key, arms in _by_panel(mine, axis).items():
@@ -345,11 +346,6 @@ def _provenance(results: Results) -> Section:
     return section
 
 
-def _control(point: Point) -> bool:
-    """Whether nobody could use it: oracles look at all keys, random looks at none."""
-    return point.cell.method == RANDOM or point.cell.method.startswith("oracle")
-
-
 def _on_axis(point: Point, axis: str) -> bool:
     cell = point.cell
     if cell.dense or cell.counted.get(axis) is None:
@@ -369,13 +365,16 @@ def _by_panel(points: list[Point], axis: str) -> dict[tuple[str, int], list[tupl
     return panels
 
 
-def _dense_lines(table: Table) -> dict[tuple[str, int], float]:
-    """By group and length: the mean score of the reference over the tasks that count."""
-    found: dict[tuple[str, int], list[float]] = {}
-    for p in table.points:
-        if p.cell.reference and p.mean >= FLOOR:
-            found.setdefault((p.cell.group, p.cell.length), []).append(p.mean)
-    return {key: float(np.mean(scores)) for key, scores in found.items()}
+def _dense_lines(table: Table, points: list[Point]) -> dict[tuple[str, int], float]:
+    """By group and length: what the points are compared with, mean over tasks; of several sizes the largest."""
+    bases: dict[tuple[str, int], dict[str, Point]] = {}
+    for p in points:
+        base, key = table.base(p), (p.cell.group, p.cell.length)
+        if base is not None:
+            old = bases.setdefault(key, {}).setdefault(p.cell.task, base)
+            if base.cell.parameters > old.cell.parameters:
+                bases[key][p.cell.task] = base
+    return {key: float(np.mean([base.mean for base in tasks.values()])) for key, tasks in sorted(bases.items())}
 
 
 def _counted(points: list[Point]) -> str:

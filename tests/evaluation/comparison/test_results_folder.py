@@ -9,7 +9,6 @@ import pytest
 from pyarrow import parquet
 from simulated import MANIFEST, cell, row, rows_of, write
 
-from nsa.evaluation.comparison import folder as folders
 from nsa.evaluation.comparison.folder import ResultsFolder, read_results
 from nsa.evaluation.comparison.rows import ResultsError, cell_id, cell_of
 
@@ -50,11 +49,12 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def stop(*_):
         raise KeyboardInterrupt
 
+    rows = rows_of(CELLS[1])
     with monkeypatch.context() as patch:  # between the two files of a cell
-        patch.setattr(folders, "json", json)
         patch.setattr("nsa.evaluation.comparison.rows.Cell.answers", stop)
         with pytest.raises(KeyboardInterrupt):
-            first.write(rows_of(CELLS[1]))
+            first.write(rows)
+    assert list((tmp_path / "cells").glob(".unfinished-*/cell.json"))
     with pytest.raises(ResultsError, match=r"1 of 2 cells .* goes on with the others"):
         read_results(tmp_path)
     again = ResultsFolder(tmp_path, replace(manifest, started="later"))
