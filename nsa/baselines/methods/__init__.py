@@ -12,6 +12,8 @@ from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.sparq import SparQ
 from nsa.baselines.methods.sparq_released import SparQReleased
 from nsa.baselines.methods.twilight import Twilight
+from nsa.baselines.methods.vattention import VAttention
+from nsa.baselines.methods.vattention_released import VAttentionReleased
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -27,6 +29,8 @@ METHODS: tuple[type[Method], ...] = (
     SparQReleased,
     Twilight,
     DoubleP,
+    VAttention,
+    VAttentionReleased,
 )
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from nsa.baselines.importance.clusters import cluster, remember, tokens_of
 from nsa.baselines.importance.nucleus import nucleus
