@@ -99,6 +99,37 @@ def test_the_certificate_holds_as_often_as_it_says(bound: str, epsilon: float, d
     assert sizes.double().mean() < 0.9 * settings["tokens"], "it does not sample all"
 
 
+@pytest.mark.parametrize("bound", ["bernstein", "hoeffding"])
+def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -> None:
+    """Bardenet and Maillard's inequalities for one sample at a time; the least delta of equal shares over the looks."""
+    epsilon, delta, n = 0.3, 0.2, 1016
+    scores = torch.randn(4, 1, 1024, generator=torch.Generator().manual_seed(2)) * 0.2
+    fixed = torch.arange(1024).expand(4, 1, 1024) < 8
+    draw = torch.arange(1024).expand(4, 1, 1024)  # the first ones
+    top = scores.amax(-1, keepdim=True) + 0.1
+    drawn = sample(
+        scores, fixed, ~fixed, draw, epsilon=epsilon, delta=delta, least=32, share=0.0, bound=bound, ceiling=top
+    )
+    looks, sizes = math.ceil(math.log2(n / 32)) + 1, set()
+    for row in range(4):
+        e, highest, b = scores[row, 0].double().exp(), math.exp(float(top[row])), 32
+        while b < n:
+            some = e[8 : 8 + b]
+            rho = 1 - (b - 1) / n if b <= n / 2 else (1 - b / n) * (1 + 1 / b)
+            if bound == "hoeffding":
+                width = highest * math.sqrt(rho * math.log(2 * looks / delta) / (2 * b))
+            else:
+                log = math.log(10 * looks / delta)
+                width = float(some.std()) * math.sqrt(2 * rho * log / b) + (7 / 3 + 3 / 2**0.5) * highest * log / b
+            least = float(e[:8].sum()) + n * max(float(some.mean()) - width, 0)
+            if n * width <= epsilon * least:
+                break
+            b = min(2 * b, n)
+        assert int(drawn.size[row]) == b
+        sizes.add(b)
+    assert max(sizes) < n
+
+
 def test_one_sided_z_covers_less_than_it_says() -> None:
     """The release takes z of 1 - delta: that is the two-sided one of twice the delta."""
     delta = 0.2
