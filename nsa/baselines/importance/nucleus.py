@@ -10,7 +10,7 @@ def nucleus(weights: Tensor, p: float, among: Tensor | None = None) -> Tensor:
     """The fewest of the last dim whose sum is at least ``p`` of the whole, as a mask; ties go to the lower index.
 
     weights: fp32, not negative, (..., S). Bisection over the bits of a float finds the threshold exactly. At least one
-    is chosen where there is any; for 1 all are chosen of ``among`` (a mask that broadcasts), those too that weigh
+    is chosen where there is any. For 1 all of ``among`` are chosen (a mask that broadcasts), those too that weigh
     nothing in fp32; None: all that weigh something.
     """
     if p >= 1:

@@ -26,6 +26,8 @@ from nsa.baselines.methods.sparq_released import SparQReleased
 from nsa.baselines.methods.streaming_llm import StreamingLLM
 from nsa.baselines.methods.tova import Tova
 from nsa.baselines.methods.twilight import Twilight
+from nsa.baselines.methods.vattention import VAttention
+from nsa.baselines.methods.vattention_released import VAttentionReleased
 from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.methods.vertical_slash_blocks import VerticalSlashBlocks
 
@@ -53,6 +55,8 @@ METHODS: tuple[type[Method], ...] = (
     SparQReleased,
     Twilight,
     DoubleP,
+    VAttention,
+    VAttentionReleased,
     # chosen in the prompt
     BlockSparse,
     BlockSparseFrontier,
