@@ -58,6 +58,7 @@ class Method:
         licence: of the release. formula: what its ledger counts, in words.
         knob: (field, low, high): the setting that its budget follows from, from the sparsest to full; None: the budget
             is the setting.
+        small: settings for sequences of about 100 tokens, such as those of the tests: smaller pages and windows.
     """
 
     budget: Budget = Budget(share=1.0)  # noqa: RUF009 - frozen
@@ -75,6 +76,7 @@ class Method:
     licence: ClassVar[str] = "none: a control of ours"
     formula: ClassVar[str]
     knob: ClassVar[tuple[str, float, float] | None] = None
+    small: ClassVar[dict[str, Any]] = {}
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         """What queries of the prompt attend to; None: to all they see."""
