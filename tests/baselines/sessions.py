@@ -12,26 +12,6 @@ from nsa.baselines import METHODS, Budget, Method, Session, Turn
 
 HEADS, GROUPS, WIDTH, LAYERS = 4, 2, 16, 3
 
-MIXED = (
-    (("vertical_slash", 1, 1), ("block_sparse", 0, 0)),
-    (("a_shape", 1, 3), ("vertical_slash", 1, 3)),
-    (("block_sparse", 0, 0), ("block_sparse", 0, 0)),
-)
-# Settings at which methods of large blocks or many forced tokens leave something out of a short text.
-SMALL: dict[str, dict[str, Any]] = {
-    "block_sparse": {"block": 8},
-    "block_sparse_frontier": {"block": 4},
-    "vertical_slash": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2},
-    "vertical_slash_blocks": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2, "block": 8},
-    "minference": {"num_queries": 16, "sinks": 1, "near": 1, "block": 8, "patterns": MIXED},
-    "sketch_walk": {"block": 4},
-    "sketch_walk_damped": {"block": 4},
-    "dual_chunk": {"chunk": 64, "local": 16},
-    "qwen_1m": {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2, "chunk": 64, "local": 16},
-    "flexprefill": {"block": 16, "min_budget": 8, "tau": 0.2},
-    "flexprefill_released": {"block": 16, "min_budget": 8, "tau": 0.2},
-}
-
 
 @dataclass
 class Inputs:
@@ -102,7 +82,7 @@ def full(kind: type[Method], **settings: Any) -> Method:
 
 def half(kind: type[Method], tokens: int = 16) -> Method:
     """The method with a budget that leaves much out: ``tokens``, or a knob in the middle."""
-    method = kind(budget=Budget(tokens=tokens), **{**SMALL.get(kind.name, {}), **kind.small})
+    method = kind(budget=Budget(tokens=tokens), **kind.small)
     return replace(method, **{kind.knob[0]: (kind.knob[1] + kind.knob[2]) / 2}) if kind.knob else method
 
 

@@ -94,10 +94,10 @@ def test_flexprefill_is_its_loops(case: int, tau: float) -> None:
         assert torch.equal(found[group], by_paper(view, group, tau))
 
 
-def by_release(view: View, head: int, tau: float) -> Tensor:
+def by_release(view: View, head: int, tau: float, least: int) -> Tensor:
     """128 is written into the release, whatever the block is: so few tokens always count one block."""
     see = Loops(view, [head])
-    n, num, least = see.n, len(see.blocks), 1
+    n, num = see.n, len(see.blocks)
 
     def count(mass: list[float]) -> int:
         ordered, total, covered = sorted(mass, reverse=True), 0.0, 1
@@ -125,12 +125,13 @@ def by_release(view: View, head: int, tau: float) -> Tensor:
 
 @pytest.mark.parametrize("case", range(3))
 @pytest.mark.parametrize("tau", [0.0, 1.0])
-def test_the_released_one_is_its_loops(case: int, tau: float) -> None:
+@pytest.mark.parametrize("least", [1, 3])
+def test_the_released_one_is_its_loops(case: int, tau: float, least: int) -> None:
     view = cases()[case]
-    found = mask_of(FlexPrefillReleased(tau=tau, **SMALL), view)
+    found = mask_of(FlexPrefillReleased(tau=tau, **{**SMALL, "min_budget": least * BLOCK - 3}), view)
     assert len(found) == HEADS
     for head in range(HEADS):
-        assert torch.equal(found[head], by_release(view, head, tau))
+        assert torch.equal(found[head], by_release(view, head, tau, least))
 
 
 def test_both_branches_are_taken() -> None:

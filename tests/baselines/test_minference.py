@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from sessions import GROUPS, HEADS, MIXED, SMALL, inputs, run
+from sessions import GROUPS, HEADS, inputs, run
 from views import mask_of, view_of
 
 from nsa.baselines import Budget, Session
@@ -15,11 +15,16 @@ from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.search import Calibration, best_patterns, found
 
 BUDGET = Budget(tokens=16)
+MIXED = (
+    (("vertical_slash", 1, 1), ("block_sparse", 0, 0)),
+    (("a_shape", 1, 3), ("vertical_slash", 1, 3)),
+    (("block_sparse", 0, 0), ("block_sparse", 0, 0)),
+)
 
 
 def test_each_head_has_the_mask_of_its_own_pattern() -> None:
-    view, small = view_of(65), SMALL["minference"]
-    method = MInference(budget=BUDGET, **small)
+    view = view_of(65)
+    method = MInference(budget=BUDGET, patterns=MIXED, **MInference.small)
     lists = {"num_queries": 16, "sinks": 1, "near": 1}
     columns = VerticalSlash(budget=BUDGET, vertical_share=0.5, **lists)
     third = VerticalSlash(budget=BUDGET, vertical_share=0.25, **lists)
@@ -75,3 +80,15 @@ def test_bad_patterns_are_refused() -> None:
         run(Calibration(find=repr), inputs(20), prompt=20, chunks=(10,))
     with pytest.raises(ValueError, match=r"layers \[0, 1\]"):
         found(Session(Calibration(find=repr), 2))
+
+
+def test_a_mixture_of_patterns_treats_padding_as_each_pattern_does() -> None:
+    method, given, padding = (
+        MInference(budget=BUDGET, patterns=MIXED, **MInference.small),
+        inputs(60),
+        torch.tensor([0, 13]),
+    )
+    outs = run(method, given, prompt=60, padding=padding)[0]
+    for row, start in enumerate(padding.tolist()):
+        for mine, alone in zip(outs, run(method, given.row(row, start), prompt=60 - start)[0], strict=True):
+            torch.testing.assert_close(mine[row : row + 1, start:], alone, atol=1e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ from torch import Tensor
 from views import GROUP, SCALE, best, mask_of, softmax, view_of
 
 from nsa.baselines import Budget, BudgetError, Method
+from nsa.baselines.importance.blocks import pooled
 from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
 from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.methods.vertical_slash_blocks import VerticalSlashBlocks
@@ -46,6 +47,16 @@ def test_block_sparse_is_its_loops(kind: type[BlockSparse], tokens: int) -> None
         q = view.q[0, :, group * GROUP : (group + 1) * GROUP]
         wanted = block_sparse_by_loops(q, view.k[0, :, group], 8, 4, method.first, method.near)
         assert torch.equal(found[group], wanted)
+
+
+def test_a_mean_is_of_the_tokens_that_a_block_has() -> None:
+    """Not of empty places after the last token, nor of padding, which moves no border."""
+    x = torch.randn(1, 12, 1, 4, generator=torch.Generator().manual_seed(0))
+    positions = (torch.arange(12) - 2).clamp(min=-1)[None]
+    means, counts = pooled(x, positions, 4, 3)
+    wanted = torch.stack([x[0, 2:6, 0].mean(0), x[0, 6:10, 0].mean(0), x[0, 10:, 0].mean(0)])
+    torch.testing.assert_close(means[0, 0], wanted)
+    assert counts.tolist() == [[[4, 4, 2]]]
 
 
 def test_a_block_whose_mean_is_aligned_is_found_and_one_token_alone_is_not() -> None:

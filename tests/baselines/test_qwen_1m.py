@@ -10,7 +10,7 @@ from sessions import GROUPS, HEADS, WIDTH, Inputs, inputs, run
 from torch import Tensor
 from views import GROUP, SCALE, best, view_of
 
-from nsa.baselines import Budget, View, attend
+from nsa.baselines import Budget, Method, View, attend
 from nsa.baselines.attention import kept
 from nsa.baselines.method import State
 from nsa.baselines.methods.dual_chunk import DualChunk, dual_chunk_parts
@@ -63,6 +63,19 @@ def test_up_to_a_chunk_it_is_plain_attention_and_needs_no_turn() -> None:
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     with pytest.raises(ValueError, match="rotary"):
         attend(longer := view_of(SIZE + 1, turn=None), Plan(dual_chunk_parts(longer, CHUNK, LOCAL)))
+
+
+@pytest.mark.parametrize("method", [DualChunk(chunk=CHUNK, local=LOCAL), Qwen1M(budget=Budget(tokens=10), **SMALL)])
+def test_folded_positions_are_of_the_sequence_and_not_of_padding(method: Method) -> None:
+    given, padding = inputs(50, layers=1), torch.tensor([0, 9])
+    outs = run(method, given, prompt=44, padding=padding)[0][0]
+    alone = run(method, given.row(1, 9), prompt=35)[0][0]
+    torch.testing.assert_close(outs[1:, 9:], alone, atol=1e-5, rtol=1e-5)
+    if isinstance(method, DualChunk):
+        for options in ({"prompt": 44, "chunks": (13, 30)}, {"prompt": 1}):
+            torch.testing.assert_close(
+                run(method, given.row(1), **options)[0][0], run(method, given.row(1), prompt=44)[0][0]
+            )
 
 
 def test_distances_are_true_near_a_border_and_never_above_a_chunk() -> None:

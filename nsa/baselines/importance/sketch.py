@@ -31,9 +31,7 @@ def hadamard_sketch(width: int, size: int, seed: int) -> Tensor:
 
 
 def grow(kept: dict[str, Any], view: View, rows: Tensor, block: int, blocks: int, heads: int, matrix: Tensor) -> None:
-    """Add the new tokens to the sums of sketched blocks in ``kept``.
-
-    These are queries and keys (B, N, U, k), and counts (B, N, U, 1).
+    """Add new tokens to the sums of sketched blocks in ``kept``: queries and keys (B, N, U, k), counts (B, N, U, 1).
 
     ``rows`` (B, R) int64: the blocks of the new tokens. ``heads``: N, each the mean of as many heads as fall to it.
     """

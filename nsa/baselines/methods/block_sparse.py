@@ -41,6 +41,7 @@ class BlockSparse(Method):
         "without which a query may attend to nothing; a length that is a multiple of the block gets no empty block more"
     )
     formula = "prefill: k keys and values, one product for each pair of blocks; decoding is dense"
+    small = {"block": 8}  # noqa: RUF012 - never changed
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         attention, there = pooled_attention(view, self.block)
@@ -70,3 +71,4 @@ class BlockSparseFrontier(BlockSparse):
     axes = BlockSparse.axes._replace(unit="block of 16")
     licence = "Apache-2.0 (PiotrNawrot/sparse-frontier)"
     differs = "differs from the release because a length that is a multiple of the block gets no empty block more"
+    small = {"block": 4}  # noqa: RUF012 - never changed

@@ -57,6 +57,7 @@ class FlexPrefill(Method):
     )
     formula = "prefill: keys and values of the lines or blocks, all keys once to choose; decoding is dense"
     knob = ("gamma", 0.5, 1.0)
+    small = {"block": 16, "min_budget": 8, "tau": 0.2}  # noqa: RUF012 - never changed
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         if self.gamma >= 1:

@@ -60,6 +60,7 @@ class MInference(Method):
         "second search scores without the factor 1 / sqrt(d)"
     )
     formula = "prefill: k keys and values, and what the pattern of each KV head reads to choose; decoding is dense"
+    small = {"num_queries": 16, "sinks": 1, "near": 1, "block": 8}  # noqa: RUF012 - never changed
 
     def __post_init__(self) -> None:
         # From a file of settings they come as lists.

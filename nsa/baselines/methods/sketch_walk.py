@@ -50,6 +50,7 @@ class SketchWalk(Method):
         "to the session; the walk starts after them"
     )
     formula = "k keys and values, and per call one sketch for each block and the blocks' W"
+    small = {"block": 4}  # noqa: RUF012 - never changed
 
     def __post_init__(self) -> None:
         if self.scope not in ("group", "layer"):

@@ -51,6 +51,7 @@ class VerticalSlash(Method):
         "nearest, where the release picks any of 100 infinities and may drop the diagonal itself"
     )
     formula = "prefill: at most k keys and values, all keys once for the last queries; decoding is dense"
+    small = {"num_queries": 16, "vertical_share": 0.5, "sinks": 2, "near": 2}  # noqa: RUF012 - never changed
 
     def __post_init__(self) -> None:
         if not 0 < self.vertical_share < 1:

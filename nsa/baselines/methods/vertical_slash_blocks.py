@@ -19,6 +19,7 @@ class VerticalSlashBlocks(VerticalSlash):
     title = "MInference, vertical-slash by blocks"
     axes = VerticalSlash.axes._replace(unit="column and block of 64 along diagonals")
     formula = "prefill: k keys and values and the rest of the blocks that diagonals cross; decoding is dense"
+    small = {**VerticalSlash.small, "block": 8}  # noqa: RUF012 - never changed
 
     def tokens(self, view: View, columns: Tensor, diagonals: Tensor) -> Tensor:
         return block_lines(view, columns, diagonals, self.block)
