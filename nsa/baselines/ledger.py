@@ -48,10 +48,14 @@ class Ledger:
     def record(self, view: View, plan: Plan | None) -> None:
         """Count one call of attention; None: dense attention."""
         key = ("prefill" if view.prompt else "decode", view.layer)
-        groups = view.k.shape[2]
         if plan is not None:
             self.ran.add(key)
-        self.counts[key] = self.counts.get(key, Counts.zero(groups)) + _count(view, plan)
+        self.add(*key, _count(view, plan))
+
+    def add(self, phase: str, layer: int, counts: Counts) -> None:
+        """Count what was counted elsewhere."""
+        key = (phase, layer)
+        self.counts[key] = self.counts[key] + counts if key in self.counts else counts
 
     def keep(self, view: View, stored: Tensor) -> None:
         """Count what is kept after a call. ``stored``: (B, G), tokens per sequence and KV head."""

@@ -28,7 +28,7 @@ class State:
     """What a method remembers of one layer, for one batch.
 
     Attributes:
-        rest: tensors of batch first (B, ...), or tuples of such; they are repeated with the sequences.
+        rest: tensors of batch first (B, ...), or lists, tuples and dictionaries of such.
         slots: tensors (B, S, G, ...), one value per slot of the cache: a new token has 0, and they go with their slot.
         shared: one dictionary for all layers of this batch, in the order of the layers; its tensors are (B, ...), too.
     """

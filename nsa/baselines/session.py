@@ -124,15 +124,15 @@ class Session:
         self.ledger.keep(view, cache.stored)
         return out
 
-    def repeat(self, times: int) -> "Session":
-        """A copy in which each sequence stands ``times`` times, one after the other; the ledger is shared."""
+    def take(self, sequences: Tensor) -> "Session":
+        """A copy with these sequences of the batch, (B',) int64; one may stand several times. The ledger is shared."""
         other = copy.copy(self)
-        other.caches = [cache.repeat(times) for cache in self.caches]
-        other.all = [cache.repeat(times) for cache in self.all]
-        shared = _repeated(self.states[0].shared, times)
-        other.states = [State(_repeated(s.rest, times), _repeated(s.slots, times), shared) for s in self.states]
+        other.caches = [cache.take(sequences) for cache in self.caches]
+        other.all = [cache.take(sequences) for cache in self.all]
+        shared = _taken(self.states[0].shared, sequences)
+        other.states = [State(_taken(s.rest, sequences), _taken(s.slots, sequences), shared) for s in self.states]
         other.lengths = list(self.lengths)
-        other.padding = None if self.padding is None else self.padding.repeat_interleave(times)
+        other.padding = None if self.padding is None else self.padding[sequences]
         return other
 
     def _positions(self, layer: int, q: Tensor) -> Tensor:
@@ -164,11 +164,11 @@ class Session:
         )
 
 
-def _repeated(value: Any, times: int) -> Any:
+def _taken(value: Any, sequences: Tensor) -> Any:
     if isinstance(value, Tensor):
-        return value.repeat_interleave(times, 0)
+        return value[sequences]
     if isinstance(value, dict):
-        return {name: _repeated(part, times) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(part, times) for part in value)
+        return {name: _taken(part, sequences) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_taken(part, sequences) for part in value)
     return value

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa.cache.rows import Rows
+from nsa.cache.rows import Rows, taken
 
 
 class EvictingCache:
@@ -73,12 +73,9 @@ class EvictingCache:
         k, v, positions, *extra = (moved(x) for x in self.rows.kept)
         self._replace((k, v, positions.masked_fill(~filled, -1), *extra))
 
-    def repeat(self, times: int) -> "EvictingCache":
-        """A copy in which each sequence stands ``times`` times, one after the other."""
-        copy = EvictingCache()
-        copy.names = self.names
-        copy._replace(tuple(x.repeat_interleave(times, 0) for x in self.rows.kept))
-        return copy
+    def take(self, sequences: Tensor) -> "EvictingCache":
+        """As `nsa.cache.rows.Rows.take`."""
+        return taken(self, sequences)
 
     def _replace(self, rows: tuple[Tensor, ...]) -> None:
         self.rows = Rows()

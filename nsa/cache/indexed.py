@@ -1,8 +1,10 @@
 """DSA's cache: keys and values of all tokens (or MLA's latents), and their index keys."""
 
+from typing import Self
+
 from torch import Tensor
 
-from nsa.cache.rows import Rows
+from nsa.cache.rows import Rows, taken
 
 
 class IndexedCache:
@@ -22,3 +24,7 @@ class IndexedCache:
         Returns those of all.
         """
         return self.rows.append(rows), self.index.append(k_idx)
+
+    def take(self, sequences: Tensor) -> Self:
+        """As `Rows.take`."""
+        return taken(self, sequences)

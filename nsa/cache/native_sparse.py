@@ -1,8 +1,11 @@
 """NSA's three-part cache: compressed blocks with the tail of the next one, all selected tokens, the last window."""
 
 from collections.abc import Callable
+from typing import Self
 
-from nsa.cache.rows import Pair, Rows
+from torch import Tensor
+
+from nsa.cache.rows import Pair, Rows, taken
 
 
 class NativeSparseCache:
@@ -47,3 +50,7 @@ class NativeSparseCache:
         near = self.window.append(win)
         self.window.drop(max(0, self.window.length - self.window_size))
         return compressed, self.selected.append(slc), near
+
+    def take(self, sequences: Tensor) -> Self:
+        """As `Rows.take`."""
+        return taken(self, sequences)

@@ -1,6 +1,7 @@
 """What is kept of the tokens so far, such as keys and values, in memory that is asked for in advance."""
 
-from typing import Generic, TypeVar, cast
+import copy
+from typing import Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,10 +52,29 @@ class Rows(Generic[Tensors]):
         self.stop += tokens
         return self.kept
 
+    def take(self, sequences: Tensor) -> "Rows[Tensors]":
+        """A copy with these sequences of the batch, by index, in this order; one may stand several times."""
+        other: Rows[Tensors] = Rows()
+        if self._memory is not None:
+            other.append(cast(Tensors, tuple(x[sequences] for x in self.kept)))
+        return other
+
     def drop(self, tokens: int) -> None:
         """Forget the first ``tokens``, which must be there."""
         assert 0 <= tokens <= self.length
         self.start += tokens
+
+
+AnyCache = TypeVar("AnyCache")
+
+
+def taken(cache: AnyCache, sequences: Tensor) -> AnyCache:
+    """A copy of a cache with these sequences of its batch: see `Rows.take`."""
+    other = copy.copy(cache)
+    for name, part in vars(cache).items():
+        if isinstance(part, Rows):
+            setattr(other, name, part.take(sequences))
+    return other
 
 
 class FullCache:
@@ -73,3 +93,7 @@ class FullCache:
     def append(self, *rows: Tensor) -> tuple[Tensor, ...]:
         """Add the rows (B, T, ...) of T new tokens, such as keys and values; returns those of all."""
         return self.rows.append(rows)
+
+    def take(self, sequences: Tensor) -> Self:
+        """As `Rows.take`."""
+        return taken(self, sequences)

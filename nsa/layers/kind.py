@@ -10,8 +10,9 @@ the projected inputs of ``attend`` to ``exchange`` (`Local`), and what that retu
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nsa.layers.projections.config import MlaConfig
@@ -160,6 +161,34 @@ class Known:
     fields: Mapping[str, Any]
 
 
+class Spent(NamedTuple):
+    """What one call of ``attend`` has looked at: fp64 tensors (G,), per KV head, sums over the batch.
+
+    A pair is a query head with a key. attended: pairs. scored: pairs scored only to choose, in units of a whole key.
+    reads: elements read from memory; a key is read once for all query heads of its KV head.
+    """
+
+    attended: Tensor
+    scored: Tensor
+    reads: Tensor
+
+
+@dataclass(frozen=True)
+class Guest:
+    """How a method that was not trained with the layer (`nsa.baselines`) chooses in it, instead of the layer.
+
+    Attributes:
+        attention: (attend, method, *inputs, offset=) -> the output (B, T, H, Dv). ``method(q, k, v, scale)`` is
+            attention of the T new tokens, whose keys and values it gets, to what the method chooses.
+        spent: (attend, *inputs, offset=) -> what the layer's own choice looks at.
+        cached: whether the layer needs its own cache for it; else it gets none, and sees its new tokens only.
+    """
+
+    attention: Callable[..., Tensor]
+    spent: Callable[..., Spent]
+    cached: bool
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Kind:
     """A kind of attention. No attribute has a default, so a new kind must state everything.
@@ -196,6 +225,7 @@ class Kind:
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
+        guest: how other methods choose in its place, for comparisons; None: they cannot.
         export: config -> fields of config.json; None: the kind cannot be exported yet.
         known: (shape, config) -> the model of `transformers` itself that has such layers, among those that
             `nsa.exporting` can write; None: there is none.
@@ -228,12 +258,23 @@ class Kind:
     free: tuple[str, ...]
     problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None
+    guest: Guest | None
     export: Callable[[Any], dict[str, Any]] | None
     known: Callable[[Shape, Any], Known | None]
     card: Callable[[Any], dict[str, str]]
 
 
 Pair = tuple[Tensor, Tensor]
+
+
+def newest(kv: Pair, tokens: int) -> Pair:
+    """Keys and values (B, S, ...) of the last ``tokens``."""
+    return kv[0][:, -tokens:], kv[1][:, -tokens:]
+
+
+def seen_keys(q: Tensor, offset: int) -> Tensor:
+    """(T,) fp64: how many tokens each query (B, T, ...) sees, itself included, after ``offset`` others."""
+    return torch.arange(offset + 1, offset + q.shape[1] + 1, dtype=torch.float64)
 
 
 class Local(nn.Module):

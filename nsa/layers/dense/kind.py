@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from nsa.layers.dense.guest import GUEST
 from nsa.layers.dense.layer import DenseAttention
 from nsa.layers.kind import Backends, Gather, Kind, Own, Product, Shape
 from nsa.layers.projections.records import parts_of, projection_of
@@ -53,6 +54,7 @@ DENSE = Kind(
     free=(),
     problem=lambda config, tokens: None,
     figures=None,
+    guest=GUEST,
     export=lambda config: {},
     known=lambda shape, config: None,
     card=lambda config: {},

@@ -6,6 +6,7 @@ from torch import nn
 
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
+from nsa.layers.dsa.guest import GUEST
 from nsa.layers.dsa.layer import DeepSeekSparseAttention
 from nsa.layers.kind import Backends, Exchange, Gather, Kind, Known, Own, Product, Shape
 from nsa.layers.projections.records import parts_of, projection_of
@@ -125,6 +126,7 @@ DSA = Kind(
     free=("topk", "num_initial", "num_local", "phase", "kl_weight"),
     problem=problem,
     figures=measure,
+    guest=GUEST,
     export=export,
     known=known,
     card=card,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Shape
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure
+from nsa.layers.nsa.guest import GUEST
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
 
@@ -109,6 +110,7 @@ NSA = Kind(
     free=("num_blocks", "num_initial", "num_local", "window"),
     problem=lambda config, tokens: None,
     figures=measure,
+    guest=GUEST,
     export=lambda config: config.model_dump(),
     known=lambda shape, config: None,
     card=card,

@@ -1,0 +1,167 @@
+"""One way to read a prompt and to decode, for every arm: a decoder as it was trained, or with a method put onto it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from nsa.baselines import Ledger, Session, Turn
+from nsa.baselines.ledger import Counts
+from nsa.cache import Rows
+from nsa.layers.around import Around
+from nsa.layers.kind import Kind, Spent, seen_keys
+from nsa.models import Decoder
+
+
+class AttachError(ValueError):
+    """A method cannot be put onto a model."""
+
+
+class Reader(Protocol):
+    """A model that reads a prompt, then one token at a time, for a batch of sequences of equal length."""
+
+    ledger: Ledger
+
+    def begin(self) -> None:
+        """Forget the batch before."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Read the next tokens (B, T) int64: logits (B, V) of what follows the last of them."""
+
+    def end_prompt(self) -> None:
+        """What is read from now on is decoded, one token at a time."""
+
+    def take(self, sequences: Tensor) -> Self:
+        """A copy that goes on with these sequences of the batch, (B',) int64; one may stand several times."""
+
+
+class DecoderReader:
+    """Our decoder as a `Reader`. Within `reading` its layers attend by ``session``; outside of it nothing has changed.
+
+    Args:
+        decoder: in evaluation mode, without parallelism.
+        session: the method; None: each layer attends as it was trained, and is counted.
+
+    Raises:
+        AttachError: a layer's kind of attention, or the projection, has no place for a method.
+    """
+
+    def __init__(self, decoder: Decoder, session: Session | None, ledger: Ledger | None = None) -> None:
+        if session is not None:
+            check(decoder, session)
+        self.decoder, self.session = decoder, session
+        self.ledger = session.ledger if session is not None else ledger or Ledger()
+        self.begin()
+
+    def begin(self) -> None:
+        if self.session is not None:
+            self.session.begin()
+        self.prompt, self.length = True, 0
+        layers: list[Any] = list(self.decoder.layers)
+        self.caches: list[Any] = [x.attention.new_cache() if self._cached(x.kind) else None for x in layers]
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> Tensor:
+        device = self.decoder.embedding.weight.device
+        positions = torch.arange(self.length, self.length + ids.shape[1], device=device)
+        hook = self.decoder.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:], *inputs[1:]))
+        try:
+            with self._in_place():
+                logits = self.decoder(ids.to(device), caches=self.caches, positions=positions)
+        finally:
+            hook.remove()
+        self.length += ids.shape[1]
+        return logits[:, -1].float().cpu()
+
+    def end_prompt(self) -> None:
+        self.prompt = False
+        if self.session is not None:
+            self.session.end_prompt()
+
+    def take(self, sequences: Tensor) -> "DecoderReader":
+        other = object.__new__(DecoderReader)
+        other.decoder, other.ledger, other.prompt, other.length = self.decoder, self.ledger, self.prompt, self.length
+        other.session = None if self.session is None else self.session.take(sequences)
+        other.caches = [None if c is None else c.take(sequences) for c in self.caches]
+        return other
+
+    # ------------------------------------------------------------------------------------------------ the layers
+
+    def _cached(self, kind: Kind) -> bool:
+        return self.session is None or (kind.guest is not None and kind.guest.cached)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Within: each layer's ``attend`` is the method's, or is counted."""
+        layers: list[Any] = list(self.decoder.layers)
+        inside = [layer.attention.attend for layer in layers]
+        try:
+            for number, layer in enumerate(layers):
+                layer.attention.attend = _Attend(self, number, layer.kind, inside[number])
+            yield
+        finally:
+            for layer, attend in zip(layers, inside, strict=True):
+                layer.attention.attend = attend
+
+    def count(self, layer: int, spent: Spent, q: Tensor, offset: int) -> None:
+        """Enter what a layer's own attention has looked at."""
+        config = self.decoder.config
+        groups, width = len(spent.reads), config.head_dim + config.attention_shape.v_head_dim
+        one = torch.ones(groups, dtype=torch.float64)
+        seen = float(seen_keys(q, offset).sum() * len(q))
+        cache = self.caches[layer]
+        stored = sum(
+            x.numel() for part in vars(cache).values() if isinstance(part, Rows) and part.length for x in part.kept
+        )
+        self.ledger.add(
+            "prefill" if self.prompt else "decode",
+            layer,
+            Counts(
+                visible=one * seen * (q.shape[2] // groups),
+                attended=spent.attended,
+                scored=spent.scored,
+                dense_reads=one * seen * width,
+                reads=spent.reads,
+                dense_resident=one * (offset + q.shape[1]) * len(q) * width,
+                resident=one * stored / groups,
+            ),
+        )
+
+
+class _Attend(Around):
+    """Stands in the place of a layer's ``attend`` for one forward pass."""
+
+    def __init__(self, reader: DecoderReader, layer: int, kind: Kind, inside: nn.Module) -> None:
+        super().__init__(inside)
+        self._reader, self._layer, self._kind = reader, layer, kind
+
+    def forward(self, *inputs: Any, cu_seqlens: Tensor | None = None, offset: int = 0) -> Tensor:
+        reader, guest = self._reader, self._kind.guest
+        assert guest is not None
+        if cu_seqlens is not None:
+            raise AttachError("sequences are read in a batch here, not packed")
+        if reader.session is not None:
+            return guest.attention(self.inside, partial(reader.session.attend, self._layer), *inputs, offset=offset)
+        out = self.inside(*inputs, offset=offset)
+        reader.count(self._layer, guest.spent(self.inside, *inputs, offset=offset), inputs[0], offset)
+        return out
+
+
+def turn_of(decoder: Decoder) -> Turn:
+    """Rotates as the decoder does."""
+    return Turn(decoder.rotary.frequencies(decoder.config.head_dim))
+
+
+def check(decoder: Decoder, session: Session) -> None:
+    """Raises AttachError if the session's method cannot be put onto the decoder."""
+    name = session.method.name
+    if decoder.config.mla is not None:
+        raise AttachError(f"{name} needs keys and values per KV head: this model keeps MLA's latents instead")
+    layers: list[Any] = list(decoder.layers)
+    for number, layer in enumerate(layers):
+        if layer.kind.guest is None:
+            raise AttachError(f"layer {number} is {layer.kind.title}, which has no place for {name}")
+    assert session.num_layers == len(decoder.layers)

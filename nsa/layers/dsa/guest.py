@@ -1,0 +1,37 @@
+"""Other methods in the place of the lightning indexer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa.layers.kind import Guest, Pair, Spent, newest, seen_keys
+from nsa.ops.dispatch import softmax_scale
+
+
+def attention(
+    attend: Any, method: Callable[..., Tensor], q: Tensor, kv: Pair, *indexer: Any, offset: int = 0
+) -> Tensor:
+    return method(q, *newest(kv, q.shape[1]), softmax_scale(attend.scale, q.shape[3]))
+
+
+def spent(
+    attend: Any, q: Tensor, kv: Pair, q_idx: Tensor, k_idx: tuple[Tensor], weights: Tensor, *, offset: int = 0
+) -> Spent:
+    """The selected tokens, and all index keys. The indexer is one for all KV heads: each has its share of it."""
+    k, v = kv
+    groups, width = k.shape[2], k.shape[3] + v.shape[3]
+    seen = float(seen_keys(q, offset).sum() * len(q))
+    if attend.phase == "warm-up":
+        keys, index = seen, 0.0
+    else:
+        keys, index = float((attend.choose(q_idx, k_idx[0], weights) >= 0).sum()), seen
+    one = torch.ones(groups, dtype=torch.float64)
+    scored = index * q_idx.shape[2] * q_idx.shape[3] / k.shape[3] / groups
+    return Spent(
+        one * keys * (q.shape[2] // groups), one * scored, one * (keys * width + index * k_idx[0].shape[-1] / groups)
+    )
+
+
+GUEST = Guest(attention, spent, cached=False)

@@ -1,0 +1,52 @@
+"""Other methods in the place of NSA's selection of blocks. The compressed and the window branch stay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa import ops
+from nsa.layers.kind import Guest, Pair, Spent, newest, seen_keys
+
+
+def attention(
+    attend: Any,
+    method: Callable[..., Tensor],
+    q: Tensor,
+    kv_cmp: Pair,
+    kv_slc: Pair,
+    kv_win: Pair,
+    gates: Tensor,
+    *,
+    offset: int = 0,
+) -> Tensor:
+    options: dict[str, Any] = {"scale": attend.scale, "backend": attend.backend}
+    sizes: dict[str, Any] = {name: attend.sizes[name] for name in ("length", "stride")}
+    compressed, _ = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **sizes, offset=offset, **options)
+    near = ops.dense_attention(q, *kv_win, window=attend.window, **options)
+    chosen = method(q, *newest(kv_slc, q.shape[1]), attend.scale)
+    by_branch = torch.stack((compressed, chosen, near), -1)
+    return (by_branch * gates[..., None, :]).sum(-1)
+
+
+def spent(attend: Any, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, *, offset: int = 0) -> Spent:
+    """Complete compressed blocks, selected blocks and the window: each branch has keys and values of its own.
+
+    The scores of the compressed blocks serve attention as well as selection.
+    """
+    (k, v), length, stride = kv_slc, attend.sizes["length"], attend.sizes["stride"]
+    seen = seen_keys(q, offset)
+    blocks = ((seen - length) // stride + 1).clamp(min=0).sum()
+    near = seen.clamp(max=attend.window).sum()
+    options: dict[str, Any] = {"scale": attend.scale, "backend": attend.backend, "offset": offset}
+    _, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], length=length, stride=stride, **options)
+    chosen = attend.choose(q, kv_cmp[0], lse, offset=offset).long()  # (B, T, G, n)
+    size = attend.sizes["block_size"]
+    last = seen.long()[None, :, None, None]
+    tokens = torch.where(chosen >= 0, (last - chosen * size).clamp(max=size), 0).double().sum((0, 1, 3))
+    keys = tokens + float((blocks + near) * len(q))
+    return Spent(keys * (q.shape[2] // k.shape[2]), torch.zeros_like(keys), keys * (k.shape[3] + v.shape[3]))
+
+
+GUEST = Guest(attention, spent, cached=True)
