@@ -15,7 +15,7 @@ from nsa.baselines.methods.dense import Dense
 from nsa.baselines.plan import Plan
 from nsa.ops.naive import masked_attention
 
-TOKENS, PROMPT = 96, 80
+TOKENS, PROMPT = 88, 80
 SPARSE = [method for method in METHODS if method is not Dense]
 by_name = pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.name)
 sparse_by_name = pytest.mark.parametrize("kind", SPARSE, ids=lambda kind: kind.name)

@@ -53,7 +53,7 @@ def test_dense_and_a_full_budget_generate_what_transformers_does(family: str) ->
 
 @pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.name)
 def test_a_padded_batch_is_its_rows_alone(kind: Any) -> None:
-    given, method = model(), kind(budget=Budget(tokens=16))
+    given, method = model(), kind(budget=Budget(tokens=16), **kind.small)
     rows = [ids()[0], ids()[1, 11:]]
     padded = torch.stack([rows[0], torch.cat([torch.zeros(11, dtype=torch.int64), rows[1]])])
     mask = (torch.arange(40) >= torch.tensor([[0], [11]])).long()
