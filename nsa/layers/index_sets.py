@@ -21,11 +21,13 @@ class IndexChoice(nn.Module):
     """A module that selects a set of ``topk`` indices for each query; subclasses say how (``select``).
 
     Attributes:
+        scores: whether it scores to select; else it takes sets that were selected elsewhere.
         recorded: position of the first query of a pass -> its sets, while they are recorded.
         given: sets to return in place of selecting some (`replay_index_sets`).
     """
 
     topk: int
+    scores = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from nsa.cache import FullCache, IndexedCache
 from nsa.config import ConfigError
 from nsa.layers import DeepSeekSparseAttention, record_index_sets, replay_index_sets
 from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.dsa.guest import spent
 from nsa.layers.index_sets import index_choices
 from nsa.models import count_parameters, training_flops_per_token
 from nsa.models.config import AttentionConfig
@@ -148,3 +149,13 @@ def test_a_plan_and_a_pipeline_know_the_groups(tmp_path) -> None:
     with pytest.raises(ConfigError, match="layer 3 attends"):  # the stage begins with a dense layer
         kinds = "attention.kind=[dsa, dsa, dense, dsa]"
         tiny_config(tmp_path, *base, "parallel.pipeline=2", kinds, "attention.dsa.share_layers=3")
+
+
+def test_what_a_served_layer_reads_is_counted_without_index_keys() -> None:
+    decoder = decoder_of(**GROUPS)
+    seen: list[tuple] = []
+    for layer in decoder.layers:
+        layer.attention.attend.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs)))
+    decoder(IDS)
+    first, served = (spent(attend, *inputs) for attend, inputs in seen[1:])
+    assert first.attended.equal(served.attended) and served.scored.eq(0).all() and first.scored.gt(0).all()

@@ -69,6 +69,8 @@ class TakeOver(nn.Module):
 class SharedChoice(IndexChoice):
     """In the others: the sets that the first layer selected. ``sizes``: as for `nsa.ops.index_topk`."""
 
+    scores = False
+
     def __init__(self, share: IndexShare, number: int, sizes: dict[str, Any]) -> None:
         super().__init__()
         self.share, self.number, self.sizes, self.topk = share, number, sizes, sizes["topk"]
