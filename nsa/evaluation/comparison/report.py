@@ -13,7 +13,7 @@ from nsa.evaluation.comparison.pages import Grid, Note, Picture, Section, write_
 from nsa.evaluation.comparison.rows import DENSE, OWN, RANDOM, digest
 
 TITLE = "Trained against training-free sparse attention"
-SCOPES = ("single query", "multi query", "high scope")
+SCOPES = ("single", "multi", "high")
 
 
 def write_report(folder: Path | str, out: Path | str | None = None, say: Callable[[str], None] = print) -> Path:

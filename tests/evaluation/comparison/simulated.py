@@ -25,12 +25,12 @@ METHODS = {
     "random": (2000, ["prefill", "decode"]),
 }
 TASKS = {
-    "passkey": ("retrieval", "single query", 1.0),
-    "mqar": ("retrieval", "multi query", 1.3),
-    "niah_multikey": ("retrieval", "multi query", 1.6),
-    "variable_tracking": ("multi-hop", "multi query", 2.2),
-    "story_filtering": ("aggregation", "high scope", 3.0),
-    "common_words": ("aggregation", "high scope", 4.0),
+    "passkey": ("retrieval", "single", 1.0),
+    "mqar": ("retrieval", "multi", 1.3),
+    "niah_multikey": ("retrieval", "multi", 1.6),
+    "variable_tracking": ("multi-hop", "multi", 2.2),
+    "story_filtering": ("aggregation", "high", 3.0),
+    "common_words": ("aggregation", "high", 4.0),
 }
 BUDGETS, LENGTHS = (0.25, 0.1, 0.05), (1024, 4096)
 LAYERS, KV_HEADS = 6, 4
@@ -50,7 +50,7 @@ def row(**changes: Any) -> Row:
         "arm": "dense+quest", "model": "dense", "trained": "dense", "parameters": 25_000_000, "train_seed": 0,
         "method": "quest", "settings": {"page": 16}, "phases": ["decode"], "budget": 0.25, "budget_tokens": None,
         "counted": {"reads": 0.25, "attended": 0.2, "scored": 0.05, "resident": 1.0, "prefill": 1.0},
-        "task": "mqar", "group": "retrieval", "scope": "multi query", "length": 1024, "question_aware": True,
+        "task": "mqar", "group": "retrieval", "scope": "multi", "length": 1024, "question_aware": True,
         "dense_layers": [], "ran": True, "sample": 0, "query": 0, "score": 1.0, "parsed": True, "bos": 1,
     }  # fmt: skip
     return Row(**{**usual, **changes})

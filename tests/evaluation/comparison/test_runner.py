@@ -1,0 +1,203 @@
+"""A comparison from its configuration to its report: small untrained siblings, and a Hugging Face Llama."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from nsa.baselines import METHODS, Budget, Ledger, method_named
+from nsa.compare import main
+from nsa.data.tasks import task_named
+from nsa.evaluation.comparison import commands
+from nsa.evaluation.comparison.answers import ask
+from nsa.evaluation.comparison.calibration import fit
+from nsa.evaluation.comparison.config import budget_of, load
+from nsa.evaluation.comparison.folder import read_results
+from nsa.evaluation.comparison.models import OpenedDecoder, open_model
+from nsa.evaluation.comparison.runner import CONTROLS
+from nsa.strict_yaml import ConfigError
+from tests.small_run import small_export
+
+CONFIG = """
+name: small
+output_dir: {out}
+siblings:
+  - {{name: dense, export: {dense}}}
+  - {{name: nsa, export: {nsa}}}
+methods: [{{name: quest, page: 4}}, snapkv]
+budgets: [1.0, 0.5]
+tasks: [mqar, mqar_wide]
+lengths: [64]
+samples: 3
+question: [after, before]
+"""
+
+
+@pytest.fixture(scope="module")
+def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
+
+
+@pytest.fixture(scope="module")
+def finished(siblings: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    path = folder / "small.yaml"
+    path.write_text(CONFIG.format(out=folder, **siblings))
+    assert main([str(path)]) == 0
+    return folder
+
+
+def test_every_arm_answers_the_same_questions(finished: Path) -> None:
+    results = read_results(finished / "small")
+    by_arm: dict[str, list[Any]] = {}
+    for cell in results.cells:
+        by_arm.setdefault(cell.arm, []).append(cell)
+    assert {arm.partition("+")[2] for arm in by_arm} == {*CONTROLS, "quest,page=4", "snapkv", "own"}
+    assert not results.left_out
+    for cells in by_arm.values():
+        blocks = {(c.budget, c.task, c.question_aware) for c in cells}
+        assert len(blocks) == len(cells) == 4 * len({c.budget for c in cells})
+        assert all(c.ran and (c.bos == 1).all() and c.parsed.all() for c in cells)
+    one, *rest = (c for c in results.cells if c.task == "mqar" and c.question_aware)
+    assert all(np.array_equal(c.sample, one.sample) and np.array_equal(c.query, one.query) for c in rest)
+
+
+def test_a_full_budget_answers_as_dense_does(finished: Path) -> None:
+    cells = read_results(finished / "small").cells
+    dense = {(c.model, c.task, c.question_aware): c.score for c in cells if c.method == "dense"}
+    checked = 0
+    for cell in cells:
+        if cell.budget == 1 and cell.method not in ("dense", "own"):
+            assert np.array_equal(cell.score, dense[cell.model, cell.task, cell.question_aware]), cell.arm
+            assert cell.counted["attended"] == pytest.approx(1)
+            checked += 1
+    assert checked == 2 * 4 * 6
+
+
+def test_what_is_counted_follows_the_budget(finished: Path) -> None:
+    for cell in read_results(finished / "small").cells:
+        if cell.method in ("oracle_topk", "random", "sink_window") and cell.budget == 0.5:
+            assert cell.counted["attended"] == pytest.approx(0.5, abs=0.01), cell.arm  # whole tokens of about 60
+        if cell.method == "quest" and cell.budget == 0.5:
+            assert cell.counted["reads"] > cell.counted["attended"]
+        if cell.method == "snapkv" and cell.budget == 0.5:
+            assert 0.4 < cell.counted["resident"] < 0.7
+        assert len(cell.figures["reads"]) == 2
+
+
+def test_a_finished_comparison_runs_nothing_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsa.evaluation.comparison.runner.Comparison._cell", None)
+    assert main([str(finished / "small.yaml")]) == 0
+    assert {"report.html", "report.md"} <= {path.name for path in (finished / "small").iterdir()}
+
+
+def test_answers_are_those_of_a_loop_over_single_sequences(siblings: dict[str, Path]) -> None:
+    """Batches, taken sequences and both readings of the question against one sequence at a time, without caches."""
+    opened = open_model("dense", siblings["dense"])
+    assert isinstance(opened, OpenedDecoder)
+    task = task_named("mqar")
+    samples = [task.sample(opened.tokenizer, length, "test", i) for i, length in enumerate((64, 64, 48))]
+    expected = {}
+    for i, sample in enumerate(samples):
+        for j, query in enumerate(sample.queries):
+            ids = [*sample.context, *query.tokens]
+            for _ in query.answer:
+                with torch.no_grad():
+                    ids.append(int(opened.decoder(torch.tensor([ids]))[0, -1].argmax()))
+            expected[i, j] = float(ids[-len(query.answer) :] == query.answer.tolist())
+    assert len(expected) > 6
+    for aware in (False, True):
+        reader = opened.reader(None, dense_layers=[], watch=False, ledger=Ledger())
+        found = [
+            a for batch in ask(reader, opened.tokenizer, task, samples, aware=aware, batch_tokens=100) for a in batch
+        ]
+        assert {(a.sample, a.query): a.score for a in found} == expected
+
+
+def test_a_threshold_is_fitted_to_a_budget() -> None:
+    threshold, spent = fit(lambda x: x**2, 0.25, 0.0, 1.0)
+    assert abs(threshold - 0.5) < 0.01 and abs(spent - 0.25) <= 0.0025
+    assert fit(lambda x: 1 - x, 0.3, 1.0, 0.0)[0] == pytest.approx(0.7, abs=0.01)
+    assert fit(lambda x: 0.5 + x / 2, 0.1, 0.0, 1.0) == (0.0, 0.5)  # out of reach: the nearest
+
+
+def test_a_llama_of_transformers_is_an_arm(siblings: dict[str, Path], tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(siblings["dense"], trust_remote_code=True)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    tokenizer.save_pretrained(tmp_path / "llama")
+    opened = open_model("llama", tmp_path / "llama")
+    task = task_named("mqar")
+    samples = [task.sample(opened.tokenizer, 64, "test", i) for i in range(2)]
+    for name in ("dense", "quest", "h2o", "block_sparse", "twilight", "snapkv", "streaming_llm", "sparq", "pyramidkv"):
+        kind = method_named(name)
+        ledger = Ledger()
+        reader = opened.reader(kind(budget=Budget(tokens=24), **kind.small), dense_layers=[], watch=True, ledger=ledger)
+        answers = [a for b in ask(reader, opened.tokenizer, task, samples, aware=False, batch_tokens=999) for a in b]
+        assert len(answers) == sum(len(s.queries) for s in samples)
+        assert {(phase, layer) for phase in kind.phases for layer in range(2)} <= ledger.ran
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("methods: [quets]", r"no method 'quets': did you mean 'quest'\?"),
+        ("methods: [{name: quest, pages: 4}]", r"quest has no setting pages: did you mean page\?"),
+        ("methods: [quest, quest]", "quest is there twice"),
+        ("tasks: [mqra]", r"unknown task 'mqra'; did you mean 'mqar'\?"),
+        ("budgets: [1.5]", r"must be in \(0, 1\], got 1.5"),
+        ("budgets: [0.0]", r"must be in \(0, 1\], got 0"),
+    ],
+)
+def test_mistakes_in_a_configuration_are_named(change: str, message: str, tmp_path: Path) -> None:
+    key = change.partition(":")[0]
+    lines = [line for line in CONFIG.format(out=tmp_path, dense="a", nsa="b").splitlines() if not line.startswith(key)]
+    path = tmp_path / "c.yaml"
+    path.write_text("\n".join([*lines, change]))
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_a_sibling_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(CONFIG.format(out=tmp_path, dense=tmp_path / "none", nsa="b"))
+    assert main([str(path)]) == 2
+    assert "no export and no Hugging Face folder" in capsys.readouterr().err
+
+
+def test_a_budget_that_cannot_be_met_is_left_out_and_said(siblings: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    text = CONFIG.format(out=tmp_path, **siblings)
+    text = text.replace("budgets: [1.0, 0.5]", "budgets: [2]").replace("tasks: [mqar, mqar_wide]", "tasks: [mqar]")
+    path.write_text(text)
+    assert main([str(path)]) == 0
+    left = json.loads((tmp_path / "small" / "left_out.json").read_text())
+    assert "dense+sink_window@2 mqar 64 agnostic" in left
+    assert "2 tokens cannot be met: 5 tokens are the least" in left["dense+sink_window@2 mqar 64 agnostic"]
+
+
+def test_listing_and_explaining() -> None:
+    listing = commands.listing()
+    assert all(f"  {method.name} " in listing for method in METHODS)
+    for method in METHODS:
+        text = commands.explain(method.name)
+        assert method.paper in text and method.formula in text and method.licence in text
+    with pytest.raises(ValueError, match="did you mean 'snapkv'"):
+        commands.explain("snapvk")
+
+
+def test_budgets_are_shares_or_tokens() -> None:
+    assert budget_of(1.0, "reads") == Budget(share=1.0, counts="reads")
+    assert budget_of(64, "attended") == Budget(tokens=64)
