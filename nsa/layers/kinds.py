@@ -1,11 +1,12 @@
 """The list of all kinds of attention. A new kind is added here, and nowhere else outside its folder."""
 
 from nsa.layers.dense.kind import DENSE
+from nsa.layers.dms.kind import DMS
 from nsa.layers.dsa.kind import DSA
 from nsa.layers.kind import Kind
 from nsa.layers.nsa.kind import NSA
 
-KINDS: tuple[Kind, ...] = (DENSE, NSA, DSA)
+KINDS: tuple[Kind, ...] = (DENSE, NSA, DSA, DMS)
 BASELINE = DENSE  # the kind that others are compared with
 DEFAULT = NSA
 
