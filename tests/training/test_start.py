@@ -78,14 +78,15 @@ def test_an_indexer_of_another_make_is_refused(tmp_path, dense):
 def test_sparse_layers_take_the_dense_weights():
     """NSA's branches begin with copies of the dense keys and values; what dense attention lacks is new."""
     there = {name: torch.rand(2) for name in ("query.weight", "key.weight", "value.weight", "output.weight")}
+    dms = kind_of("dms").from_dense
     nsa, dsa = kind_of("nsa").from_dense, kind_of("dsa").from_dense
     for branch in ("cmp", "slc", "win"):
         for part in ("key", "value"):
             assert nsa(f"key_value.{branch}.{part}.weight", there.__getitem__) is there[f"{part}.weight"]
-    for take in (nsa, dsa):
+    for take in (nsa, dsa, dms):
         assert take("query.weight", there.__getitem__) is there["query.weight"]
         assert take("output.weight", there.__getitem__) is there["output.weight"]
-    assert dsa("indexer.key.weight", there.__getitem__) is None
+    assert dsa("indexer.key.weight", there.__getitem__) is dms("evict.bias", there.__getitem__) is None
     assert nsa("gate.bias", there.__getitem__) is nsa("compress.key.inner.weight", there.__getitem__) is None
 
 
