@@ -18,6 +18,8 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
                                     A CONFIG with stages: one after the other, or one with stage=NAME
   export RUN                        write a run's last checkpoint as a Hugging Face folder
   evaluate EXPORT                   bits per byte by position and recall tasks of an export
+  compare [CONFIG] [KEY=VALUE ...]  train the siblings that CONFIG describes, put every method onto them, and write a
+                                    report (without CONFIG: a small one, within half an hour on two CPU cores)
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
 
 Files are those of the folder that the command is given in; a CONFIG that is not there may be one of the repository's.
@@ -255,6 +257,23 @@ demo() {
     echo "watch the curves: bash launch.sh tensorboard"
 }
 
+# Every sibling is a run of its own; those that have an export are done.
+compare() {
+    [[ $# -ge 1 ]] || fail "compare needs a configuration, e.g. bash launch.sh compare configs/compare/demo.yaml"
+    local untrained line
+    untrained=$(python -m nsa.compare "$@" --untrained) || return
+    while IFS= read -r line; do
+        [[ -n $line ]] || continue
+        local parts
+        IFS=$'\t' read -r -a parts <<<"$line"
+        say "training ${parts[0]}"
+        train "${parts[@]:1}" || return
+        python -m nsa.export "${parts[0]}" </dev/null || return
+    done <<<"$untrained"
+    say "comparing"
+    attend python -m nsa.compare "$@"
+}
+
 run_tests() {
     local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')")
     pytest+=(--dist loadgroup --no-loadscope-reorder) # in the order of tests/conftest.py: what takes longest comes first
@@ -290,6 +309,11 @@ main() {
         demo) setup; stay_inside; demo "$@" ;;
         test) setup; stay_inside; run_tests "$@" ;;
         train) setup; from_here train "$@" ;;
+        compare)
+            setup
+            if [[ $# -eq 0 ]]; then stay_inside; set -- "$ROOT/configs/compare/demo.yaml"; fi
+            from_here compare "$@"
+            ;;
         prepare) setup; from_here prepare "$@" ;;
         export) setup; cd "$HERE"; exec python -m nsa.export "$@" ;;
         evaluate) setup; cd "$HERE"; exec python -m nsa.evaluate "$@" ;;

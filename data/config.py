@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nsa.data.tasks import TASKS, task_named
 from nsa.schema import Section, shell_path
 
 
@@ -28,12 +29,32 @@ class SourceConfig(Section):
     bad_rows: float = Field(
         0.001, ge=0, lt=1, description="files and hub: share of rows that may be no text; they are left out"
     )
-    task: Literal["mqar", "passkey", "copy"] | None = Field(None, description="synthetic: the task to generate")
+    task: str | None = Field(
+        None,
+        description="synthetic: the task to generate (docs/tasks.md)",
+        json_schema_extra={"anyOf": [{"enum": [task.name for task in TASKS]}, {"type": "null"}]},
+    )
+    lengths: Literal["short", "log_uniform"] = Field(
+        "short",
+        description="synthetic: lengths of the episodes in a sample; short: each doubling has half as many tokens; "
+        "log_uniform: as many episodes",
+    )
+    curriculum: int = Field(
+        0,
+        ge=0,
+        description="synthetic: samples of this source in which the longest episode grows from the task's shortest to "
+        "a whole sample; 0: whole from the first",
+    )
 
     @field_validator("path")
     @classmethod
     def _as_a_shell_reads_it(cls, value: str | None) -> str | None:
         return value and shell_path(value)
+
+    @field_validator("task")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        return value and task_named(value).name
 
     @model_validator(mode="after")
     def _consistent(self) -> "SourceConfig":
@@ -41,13 +62,19 @@ class SourceConfig(Section):
             raise ValueError(f"data source {self.name!r}: kind {self.kind} needs a path")
         if (self.kind == "synthetic") != (self.task is not None):
             raise ValueError(f"data source {self.name!r}: a task goes with kind synthetic and only with it")
+        if self.kind != "synthetic" and (self.lengths != "short" or self.curriculum):
+            raise ValueError(f"data source {self.name!r}: lengths and curriculum go with kind synthetic only")
         return self
 
 
 class TokenizerConfig(Section):
-    """The sentencepiece tokenizer."""
+    """The tokenizer: one that is trained here (sentencepiece), or one that is there."""
 
-    path: str | None = Field(None, description="an existing sentencepiece .model to use; null: train one on the corpus")
+    path: str | None = Field(
+        None,
+        description="an existing tokenizer: a sentencepiece .model, or a Hugging Face folder with tokenizer.model or "
+        "with a tokenizer.json of byte-level BPE; null: train one on the corpus",
+    )
     vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 bytes included")
     train_bytes: int = Field(20_000_000, ge=10_000, description="bytes of text that a trained tokenizer sees at most")
 
@@ -61,7 +88,7 @@ class DataConfig(Section):
     """Where tokens come from and how they are cut into samples."""
 
     sources: list[SourceConfig] = Field(min_length=1, description="the data mixture")
-    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the sentencepiece tokenizer")
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="the tokenizer")
     cache_dir: str = Field("data/cache", description="folder of the prepared tokenizer and token shards")
     sequence_length: int = Field(ge=8, description="tokens in one sample (sequence)")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")

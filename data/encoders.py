@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nsa.data.tokenizer import Tokenizer
+from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.data.load_tokenizer import load_tokenizer
 
 PIECE = 1 << 20  # tokens that are decoded at once: a list of all of a long document's would fill the memory
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -40,13 +41,15 @@ def encoders(model: Path, workers: int) -> Iterator[Encode]:
 
 
 def encode_batch(texts: list[bytes]) -> Tokens:
-    """Tokens of all texts, one after another, each `bos text eos`, proven to decode to the very bytes.
+    """Tokens of all texts, one after another, each `bos text eos`, proven to decode to the very bytes
+    (of the normalised text, if the tokenizer normalises).
 
     Returns:
         (n,) int32 ids, and (texts,) int64, where each text ends.
     """
     tokenizer = _tokenizer
     assert tokenizer is not None
+    texts = [tokenizer.normal(text) for text in texts]
     ids, ends = tokenizer.encode_all(texts)
     decoded, done = [], 0
     byte_ends = np.zeros(len(texts), np.int64)  # of what each text decodes to
@@ -87,12 +90,12 @@ def _begin_worker(model: str) -> None:
     _load_tokenizer(model)
 
 
-_tokenizer: Tokenizer | None = None
+_tokenizer: BaseTokenizer | None = None
 
 
 def _load_tokenizer(model: str) -> None:
     global _tokenizer
-    _tokenizer = Tokenizer(model)
+    _tokenizer = load_tokenizer(model)
 
 
 def _run_here(texts: list[bytes]) -> "Future[Tokens]":

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nsa.data import synthetic
+from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.blend import Blend
-from nsa.data.config import DataConfig
+from nsa.data.config import DataConfig, SourceConfig
 from nsa.data.permutation import permute, round_keys
 from nsa.data.shards import PreparedData, TokenSource
+from nsa.data.tasks import IGNORED, as_vocabulary, generator, task_named
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ class SampleStream:
                 text, lengths = prepared.sources[source.name], prepared.tokenizer.byte_lengths
                 self._members.append((number, Windows(text, split, config.sequence_length, lengths, name)))
             elif split == "train":
-                assert source.task is not None
-                task = synthetic.Task(source.task, prepared.tokenizer)
-                self._members.append((number, Episodes(task, config.sequence_length, source.name, name)))
+                self._members.append((number, Episodes(source, prepared.tokenizer, config.sequence_length, name)))
             else:
                 continue
             weights.append(source.weight)
@@ -146,8 +145,8 @@ class Windows:
         lengths = np.array([stop - start for _, start, stop in pieces])
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         targets = ids[1:].copy()
-        targets[starts[1:] - 1] = synthetic.IGNORED  # the first token of another document
-        counted = targets[targets != synthetic.IGNORED]
+        targets[starts[1:] - 1] = IGNORED  # the first token of another document
+        counted = targets[targets != IGNORED]
         return ids[:-1], targets, starts[starts < self._length], int(self._byte_lengths[counted].sum())
 
     def spans(self, index: int) -> list[Span]:
@@ -189,30 +188,47 @@ class Windows:
 class Episodes:
     """Samples of a synthetic task: episodes of many lengths, up to a whole sample, each a document of its own."""
 
-    def __init__(self, task: synthetic.Task, length: int, name: str, seed: str):
-        if length < task.shortest:
+    def __init__(self, source: SourceConfig, tokenizer: BaseTokenizer, length: int, seed: str):
+        assert source.task is not None
+        self._task, self._vocabulary = task_named(source.task), as_vocabulary(tokenizer)
+        self._shortest = self._task.trainable_from(self._vocabulary, length)
+        if length < self._shortest:
             raise ValueError(
-                f"data source {name!r}: task {task.name} needs data.sequence_length to be {task.shortest} or more, "
-                f"it is {length}"
+                f"data source {source.name!r}: task {source.task} needs data.sequence_length to be {self._shortest} or "
+                f"more, it is {length}"
             )
-        self._task, self._length, self._name, self._seed = task, length, name, seed
+        self._source, self._length, self._seed = source, length, seed
 
     def sample(self, index: int) -> Arrays:
         lengths = self._cut(index)
-        episodes = [self._task.generate(n, self._seed, (index, part), crowded=True) for part, n in enumerate(lengths)]
+        episodes = [
+            self._task.episode(self._vocabulary, n, self._seed, (index, part), crowded=True)
+            for part, n in enumerate(lengths)
+        ]
         tokens = np.concatenate([e.tokens for e in episodes])
         targets = np.concatenate([e.targets for e in episodes])
         return tokens, targets, np.concatenate([[0], np.cumsum(lengths)[:-1]]), 0
 
     def spans(self, index: int) -> list[Span]:
-        return [Span(self._name, f"{index}/{part}", index, 0, n) for part, n in enumerate(self._cut(index))]
+        return [Span(self._source.name, f"{index}/{part}", index, 0, n) for part, n in enumerate(self._cut(index))]
 
     def _cut(self, index: int) -> list[int]:
-        """Lengths of a sample's episodes. Their density falls as length^-3: each doubling gets half as many tokens."""
-        shortest = self._task.shortest
-        rng = synthetic.generator(self._seed, "cut", index)
+        """Lengths of a sample's episodes.
+
+        Short: their density falls as length^-3, each doubling gets half as many tokens. Log-uniform: as length^-1.
+        """
+        shortest, longest = self._shortest, self._longest(index)
+        rng = generator(self._seed, "cut", index)
         cuts = [0]
         while (left := self._length - cuts[-1]) > 0:
-            length = int(shortest / (1 - rng.random() * (1 - (shortest / self._length) ** 2)) ** 0.5)
+            if self._source.lengths == "short":
+                length = int(shortest / (1 - rng.random() * (1 - (shortest / longest) ** 2)) ** 0.5)
+            else:
+                length = min(longest, int(shortest * ((longest + 1) / shortest) ** rng.random()))
             cuts.append(self._length if left - length < shortest else cuts[-1] + length)
         return np.diff(cuts).tolist()
+
+    def _longest(self, index: int) -> int:
+        """The longest episode that sample `index` may have: during the curriculum it grows by equal factors."""
+        grown = min(1.0, (index + 1) / self._source.curriculum) if self._source.curriculum else 1.0
+        return round(self._shortest * (self._length / self._shortest) ** grown)

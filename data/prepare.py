@@ -22,12 +22,14 @@ import numpy as np
 from filelock import FileLock
 
 from nsa.data import reuse, sources
+from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.config import DataConfig, SourceConfig
 from nsa.data.encoders import Encode, encoders
+from nsa.data.load_tokenizer import load_tokenizer, tokenizer_files
 from nsa.data.progress import Progress
 from nsa.data.scan import DUPLICATE, EMPTY, VALIDATION, Scan, choose, scan
 from nsa.data.shards import FORMAT, PreparedData, SourceWriter, write_manifest
-from nsa.data.tokenizer import Tokenizer, train
+from nsa.data.tokenizer import train
 
 BATCH_BYTES = 1 << 20  # text that one task of a worker holds, about
 BATCH_DOCUMENTS = 1 << 13
@@ -111,7 +113,7 @@ def _make_cache(cache: Path) -> None:
 def _describe_tokenizer(config: DataConfig) -> dict[str, Any]:
     if config.tokenizer.path is None:
         return config.tokenizer.model_dump(include={"vocab_size", "train_bytes"})
-    tokenizer = Tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path)
     tokenizer.check_exportable()  # now, and not once the model is trained
     return {"sha256": tokenizer.sha256}
 
@@ -124,19 +126,20 @@ def _build(
         sources.check(source)
     with TemporaryDirectory(prefix="scan-", dir=folder) as temporary:
         scans = scan(texts, seed, config.validation_fraction, Path(temporary), progress)
-        model = folder / "tokenizer.model"
+        tokenizer: BaseTokenizer
         if config.tokenizer.path is None:
             selected = _tokenizer_texts(texts, scans, config.tokenizer.train_bytes)
             with Progress("train the tokenizer", enabled=progress) as bar:
-                tokenizer = train(_counted(selected, bar), config.tokenizer.vocab_size, model)
+                tokenizer = train(_counted(selected, bar), config.tokenizer.vocab_size, folder / "tokenizer.model")
         else:
-            shutil.copyfile(config.tokenizer.path, model)
-            tokenizer = Tokenizer(model)
+            for name, content in tokenizer_files(Path(config.tokenizer.path)).items():
+                (folder / name).write_bytes(content)
+            tokenizer = load_tokenizer(folder)
         entries = {}
-        with encoders(model, config.workers) as encode:
+        with encoders(folder, config.workers) as encode:
             for source, found in zip(texts, scans, strict=True):
                 writer = SourceWriter(folder / source.name, tokenizer.vocab_size)
-                entries[source.name] = _write(source, found, writer, encode, progress)
+                entries[source.name] = _write(source, found, writer, encode, tokenizer.byte_lengths, progress)
     for source in texts:
         if sources.describe(source) != made_from["sources"][source.name]:
             raise _changed(source)
@@ -196,8 +199,15 @@ class _Batch:
         return self.num_bytes >= BATCH_BYTES or len(self.ids) >= BATCH_DOCUMENTS
 
 
-def _write(source: SourceConfig, found: Scan, writer: SourceWriter, encode: Encode, progress: bool) -> dict[str, Any]:
-    """Pass 3 of one source."""
+def _write(
+    source: SourceConfig,
+    found: Scan,
+    writer: SourceWriter,
+    encode: Encode,
+    byte_lengths: np.ndarray,
+    progress: bool,
+) -> dict[str, Any]:
+    """Pass 3 of one source. ``byte_lengths``: the tokenizer's, which decodes to just what was read."""
     waiting: deque[tuple[_Batch, Future]] = deque()
     with Progress(f"tokenize {source.name}", total=found.num_bytes, enabled=progress) as bar:
 
@@ -206,7 +216,7 @@ def _write(source: SourceConfig, found: Scan, writer: SourceWriter, encode: Enco
             while waiting and sum(batch.num_bytes for batch, _ in waiting) > leave:
                 batch, future = waiting.popleft()
                 tokens, ends = future.result()
-                sizes = np.array([len(text) for text in batch.texts])
+                sizes = np.diff(np.cumsum(byte_lengths[tokens])[ends - 1], prepend=0)
                 writer.add_all(batch.ids, tokens, ends, sizes, np.array(batch.held_out))
                 bar.update(batch.num_bytes)
 

@@ -1,7 +1,7 @@
 """Token shards on disk: written once, mapped into memory, and never trusted before they are checked.
 
 <folder>/manifest.json              what was made, from what, and the sha256 of every other file; written last
-         tokenizer.model            sentencepiece
+         tokenizer.model            sentencepiece; or tokenizer.json and tokenizer_config.json
          <source>/tokens-00000.bin  token ids, little endian, uint16 or uint32; documents one after another
                   documents.npy     (documents,) DOCUMENT records
                   names.txt         ids of the documents, UTF-8, one after another
@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from nsa.data.tokenizer import Tokenizer
+from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.data.load_tokenizer import load_tokenizer
 from nsa.untrusted import inside, read_json
 
 FORMAT = 1
@@ -212,8 +213,8 @@ class PreparedData:
             raise ValueError(f"{path}: the manifest lacks what it must say ({error!r}); {REPAIR}") from error
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.folder / "tokenizer.model")
+    def tokenizer(self) -> BaseTokenizer:
+        return load_tokenizer(self.folder)
 
     def check_vocabulary(self, size: int) -> None:
         """Raise ValueError if a model of `size` embeddings cannot read these tokens."""
@@ -224,7 +225,7 @@ class PreparedData:
             )
 
     def texts(self, split: str) -> Iterator[tuple[str, bytes]]:
-        """(id, text) of every document of a split, byte for byte what was prepared."""
+        """(id, text) of every document of a split, byte for byte what was prepared, normalised by the tokenizer."""
         for name, source in self.sources.items():
             for document in source.members(split):
                 text = self.tokenizer.decode_bytes(source.read(document).tolist())

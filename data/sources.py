@@ -4,18 +4,16 @@ import hashlib
 import json
 import os
 import sys
-import sysconfig
 from collections.abc import Callable, Collection, Iterable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nsa.data import files
+from nsa.data import builtin, files
 from nsa.data.config import SourceConfig
 from nsa.data.files import BadRow, Document
 from nsa.data.progress import Progress
 
-BUILTIN_SUFFIXES = {".py", ".rst", ".txt"}
 CACHE_TAG = "CACHEDIR.TAG"  # bford.info/cachedir: a folder with this file holds nothing of its own
 # By kind, what beside its path determines the documents of a source.
 DETERMINED_BY = {"builtin": (), "files": ("text_field",), "hub": ("subset", "split", "text_field")}
@@ -44,8 +42,8 @@ class BadByte(NamedTuple):
 def describe(source: SourceConfig) -> dict[str, Any]:
     """What determines the documents, cheap to tell (sizes and times of files, not their content), as JSON data."""
     if source.kind == "builtin":
-        root = _stdlib()
-        listing = [(p.relative_to(root).as_posix(), p.stat().st_size) for p in _builtin_files()]
+        root = builtin.root()
+        listing = [(p.relative_to(root).as_posix(), p.stat().st_size) for p in builtin.files()]
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
         return {"kind": "builtin", "python": sys.version.split()[0], "listing": digest}
     if source.kind == "files":
@@ -139,8 +137,8 @@ def documents(source: SourceConfig, tell: Tell | None = None) -> Iterator[Docume
         ValueError: the source cannot be read, or more rows than ``bad_rows`` allows; says what to do.
     """
     if source.kind == "builtin":
-        root = _stdlib()
-        for path in _builtin_files():
+        root = builtin.root()
+        for path in builtin.files():
             text = path.read_bytes()
             if files.is_utf8(text):  # the standard library tests other encodings with a few files
                 yield Document(path.relative_to(root).as_posix(), text)
@@ -233,23 +231,6 @@ def _unfinished(data: bytes) -> int:
         if byte < 0x80:
             return 0
     return 0
-
-
-def _stdlib() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
-def _builtin_files() -> list[Path]:
-    root = _stdlib()
-    skip = {"site-packages", "dist-packages", "__pycache__"}
-    found = [
-        path
-        for path in root.rglob("*")
-        if path.suffix in BUILTIN_SUFFIXES and skip.isdisjoint(path.relative_to(root).parts) and path.is_file()
-    ]
-    if not found:
-        raise ValueError(f"no Python sources under {root}: use a source of kind files instead of builtin")
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
 
 
 def _files(source: SourceConfig) -> Iterator[tuple[str, Path]]:

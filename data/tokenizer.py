@@ -9,7 +9,6 @@ The rule, for whoever rebuilds the tokenizer elsewhere: BPE with byte fallback o
 real spaces (no U+2581 anywhere), no normaliser and no prefix space; a newline is always a token of its own.
 """
 
-import hashlib
 import io
 import re
 from collections import Counter
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
+
+from nsa.data.base_tokenizer import BaseTokenizer
 
 SPACE = "\u2581"
 # Characters that sentencepiece would not give back: its space mark, and the bytes that are not UTF-8 (PEP 383).
@@ -38,30 +39,33 @@ PROBE = (
 )
 
 
-class Tokenizer:
-    """Text to token ids and back. Control pieces: `bos_id`, `eos_id` (ends a document), `pad_id`, never made from text.
+class Tokenizer(BaseTokenizer):
+    """A sentencepiece tokenizer. See `BaseTokenizer`."""
 
-    byte_lengths: (vocab_size,) int64, the bytes of text a token stands for; 0 for control pieces.
-    """
+    def __init__(self, path: str | Path, model: bytes | None = None):
+        """``model``: the file's content, if it was read.
 
-    def __init__(self, path: str | Path):
-        """Raises ValueError if the file is no sentencepiece model or its tokenizer would lose text."""
+        Raises ValueError if the file is no sentencepiece model or its tokenizer would lose text.
+        """
         self.path = Path(path)
-        try:
-            self.model = self.path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
+        if model is None:
+            try:
+                model = self.path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
+        self.model = model
+        self.files = {"tokenizer.model": model}
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
             raise ValueError(f"{path}: not a sentencepiece model ({error})") from error
         processor = self._processor
-        self.vocab_size: int = processor.vocab_size()
-        self.bos_id: int = processor.bos_id()
-        self.eos_id: int = processor.eos_id()
+        self.vocab_size = processor.vocab_size()
+        self.bos_id = processor.bos_id()
+        self.eos_id = processor.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path}: the tokenizer has no bos or no eos piece; train it with bos_id and eos_id set")
-        self.pad_id: int = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
+        self.pad_id = processor.pad_id() if processor.pad_id() >= 0 else self.eos_id
         self._bytes = [_piece_bytes(processor, i) for i in range(self.vocab_size)]
         self.byte_lengths = np.array([len(b) for b in self._bytes], np.int64)
         ids = {processor.id_to_piece(i): i for i in range(self.vocab_size) if processor.is_byte(i)}
@@ -72,15 +76,6 @@ class Tokenizer:
                 "normalization_rule_name=identity, add_dummy_prefix=false and remove_extra_whitespaces=false; "
                 "or leave data.tokenizer.path null to train one"
             )
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of the model file."""
-        return hashlib.sha256(self.model).hexdigest()
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of any str, lone surrogates included; no bos, no eos."""
-        return self.encode_bytes(text.encode("utf-8", "surrogatepass"))
 
     def encode_bytes(self, text: bytes) -> list[int]:
         """Ids of any byte string; UTF-8 where it is UTF-8, byte pieces elsewhere."""
@@ -140,19 +135,6 @@ class Tokenizer:
             for line in lines:  # a list of lines would start threads, which take longer than a short document
                 yield self._processor.encode(line)
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes; control pieces stand for none. Raises IndexError for an id beyond the vocabulary."""
-        pieces = self._bytes
-        return b"".join([pieces[i] for i in ids])
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text; bytes that are no text (a model may write any) become U+FFFD."""
-        text = self.decode_bytes(ids)
-        try:
-            return text.decode("utf-8", "surrogatepass")
-        except UnicodeDecodeError:
-            return text.decode("utf-8", "replace")
-
     def control_pieces(self) -> dict[str, int]:
         """Name and id of the begin, the end and the padding of a document: "</s>" and the like."""
         return {self._processor.id_to_piece(i): i for i in (self.bos_id, self.eos_id, self.pad_id)}
@@ -171,11 +153,6 @@ class Tokenizer:
         pieces = [e.piece.replace(SPACE, " ") if t else e.piece for e, t in zip(model.pieces, text, strict=True)]
         if twice := [piece for piece, count in Counter(pieces).items() if count > 1]:
             raise ValueError(f"{self.path}: two pieces stand for {twice[0]!r}; it cannot be exported")
-
-    def ordinary_ids(self) -> np.ndarray:
-        """(n,) int64, ascending: ids that stand for text other than a newline. What synthetic tasks draw from."""
-        newline = np.array([b == b"\n" for b in self._bytes])
-        return np.flatnonzero((self.byte_lengths > 0) & ~newline)
 
 
 def train(texts: Iterable[str], vocab_size: int, path: str | Path) -> Tokenizer:

@@ -36,13 +36,21 @@ class _AttentionConfig(Section):
         return [kind_of(name) for name in names[:num_layers]]
 
     def kinds(self, num_layers: int) -> list[Kind]:
-        """The kind of each of ``num_layers`` layers."""
-        pattern = self.pattern(num_layers)
-        return [pattern[i % len(pattern)] for i in range(num_layers)]
+        """The record of each of ``num_layers`` layers (`nsa.layers.kind.Kind.placed`)."""
+        return [self.kind_at(number) for number in range(num_layers)]
+
+    def kind_at(self, number: int) -> Kind:
+        """The record of layer ``number``."""
+        names = self.kind if isinstance(self.kind, list) else [self.kind]
+        rounds, at = divmod(number, len(names))
+        kind = kind_of(names[at])
+        if kind.placed is None:
+            return kind
+        return kind.placed(self.of(kind), rounds * names.count(kind.name) + names[:at].count(kind.name))
 
     def not_exportable(self, num_layers: int) -> list[str]:
-        """Names of the kinds among ``num_layers`` layers that an export cannot carry, sorted."""
-        return sorted({kind.name for kind in self.pattern(num_layers) if kind.export is None})
+        """Titles of the kinds among ``num_layers`` layers that an export cannot carry, sorted."""
+        return sorted({kind.title for kind in self.kinds(num_layers) if kind.export is None})
 
     def of(self, kind: Kind) -> Any:
         """The section of ``kind``; None if it has no keys."""

@@ -79,15 +79,13 @@ class Decoder(nn.Module):
             config.rope_scaling,
         )
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(
-                config,
-                kind,
-                kind.build(config.attention_shape, attention.of(kind), Backends(backend, dense_attention)),
-                build_mlp(number, config),
-            )
-            for number, kind in enumerate(attention.kinds(config.num_layers))
-        )
+        self.layers = nn.ModuleList()
+        built: dict[str, list[nn.Module]] = {}  # the layers of each kind
+        for number, kind in enumerate(attention.kinds(config.num_layers)):
+            before = built.setdefault(kind.name, [])
+            backends = Backends(backend, dense_attention)
+            before.append(kind.build(config.attention_shape, attention.of(kind), backends, before))
+            self.layers.append(DecoderLayer(config, kind, before[-1], build_mlp(number, config)))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = LanguageModelHead(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:

@@ -21,7 +21,7 @@ from nsa.config_history import upgraded
 from nsa.data.config import DataConfig
 from nsa.layers.kinds import KINDS
 from nsa.models.config import AttentionConfig, ModelConfig, check_projection
-from nsa.parallel.config import ParallelConfig, check_layout
+from nsa.parallel.config import ParallelConfig, check_layout, check_stages
 from nsa.schema import Section, shell_path
 from nsa.stages import STAGE, Stages, stages_of
 from nsa.strict_yaml import ConfigError
@@ -256,6 +256,7 @@ class Config(Section):
         check_projection(self.model, self.attention)
         self._check_kinds()
         check_layout(self.parallel, self.model, self.data.sequence_length, self.engine.zero_stage)
+        check_stages(self.parallel, self.model, self.attention)
         decay = self.optimizer.decay_steps or 0
         if self.optimizer.warmup_steps + decay > self.training.steps:
             raise ValueError(

@@ -22,7 +22,7 @@ LAYERS = (
     ("training",),
     ("exporting", "planning"),
     ("evaluation",),
-    ("train", "export", "evaluate", "plan", "summary"),
+    ("train", "export", "evaluate", "compare", "plan", "summary"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FREE = {"schema", "strict_yaml", "config_history", "stages", "untrusted"}  # they import each other at most

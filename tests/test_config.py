@@ -14,6 +14,7 @@ from nsa.config import main as config_command
 from nsa.strict_yaml import is_section, walk
 from tests.conftest import ROOT
 
+KINDS = "dense, nsa, dsa, entmax"
 SMALL = """\
 name: small
 model:
@@ -117,10 +118,10 @@ def test_unknown_key_like_nothing_lists_what_is_valid(small):
         ("engine.zero_stage=4", "engine.zero_stage: expected one of 0, 1, 2, 3, got 4"),
         ("engine.offload_optimizer=yes", "expected true or false, got 'yes'"),
         ("engine.activation_checkpointing=yes", "expected one of none, selective, full, got 'yes'"),
-        ("attention.kind=sparse", "expected one of dense, nsa, dsa or a list of: one of dense, nsa, dsa, got 'sparse'"),
+        ("attention.kind=sparse", f"expected one of {KINDS} or a list of: one of {KINDS}, got 'sparse'"),
         (
             "attention.kind=[nsa, x]",
-            "expected one of dense, nsa, dsa or a list of: one of dense, nsa, dsa, got ['nsa', 'x']",
+            f"expected one of {KINDS} or a list of: one of {KINDS}, got ['nsa', 'x']",
         ),
         ("data.sources=[]", "data.sources: needs at least 1 item(s), got 0"),
         ("data.sources.1.weight=-1", "data.sources.1.weight: must be greater than 0, got -1"),
@@ -160,7 +161,7 @@ def test_wrong_values_in_plain_words(small, override, words):
         (["optimizer.warmup_steps=11"], "exceed training.steps (10)"),
         (["optimizer.schedule=wsd", "optimizer.decay_steps=8", "optimizer.warmup_steps=3"], "exceed training.steps"),
         (["model.rope.yarn_beta_slow=40"], "must be below model.rope.yarn_beta_fast (32.0)"),
-        (["model.qk_norm=true"], "model.qk_norm does not go with attention.kind nsa: only dense, dsa has it"),
+        (["model.qk_norm=true"], "model.qk_norm does not go with attention.kind nsa: only dense, dsa, entmax has it"),
         (["model.projection=mla"], "model.mla go together: give the widths"),
         ([MLA], "model.mla go together: set model.projection to mla"),
         ([MLA, "model.projection=mla"], "model.num_kv_heads (2) must be 4 with model.projection mla"),

@@ -10,12 +10,13 @@ class NSAConfig(PreTrainedConfig):
         vocab_size, hidden_size, intermediate_size: widths of the embedding, the residual stream and the SwiGLU.
         num_hidden_layers, num_attention_heads, num_key_value_heads: the last divides the one before it.
         head_dim: of queries and keys. v_head_dim: of values; None: head_dim.
-        qkv_bias, qk_norm: of dense and DSA layers: biases of the three projections; an RMSNorm of query and key heads.
+        qkv_bias, qk_norm: of all layers but those of NSA: biases of the three projections; an RMSNorm of query and key
+            heads.
         projection: of dense and DSA layers: "gqa", or "mla" for multi-head latent attention, of the widths that follow.
         q_lora_rank, kv_lora_rank: of the latents of queries (None: there is none), and of keys and values.
         qk_nope_head_dim, qk_rope_head_dim: of a query or key: dims that are not rotated, and those that are.
         rope_interleave: whether their pairs are (2i, 2i + 1).
-        attention_kinds: "dense", "nsa" or "dsa" for each layer.
+        attention_kinds: "dense", "nsa", "dsa" or "entmax" for each layer.
         compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
         compress_hidden: hidden width of the compression MLP; None: the head's.
         block_size, num_blocks: tokens in a selection block (l'), blocks that a query selects (n).
@@ -28,6 +29,10 @@ class NSAConfig(PreTrainedConfig):
             these are its "first" or "last"; whether their pairs are "half-split", (i, i + half), or "interleaved",
             (2i, 2i + 1).
         index_phase: "sparse"; "warm-up": the indexer was being trained, and queries attend to all tokens.
+        entmax_alpha, entmax_scaling: of entmax layers: 2 is sparsemax; the factor of the scores, "none", "asentmax" or
+            "ssmax".
+        entmax_nope_heads: their last query heads, which know no positions; entmax_position: of the others, "rotary" or
+            "alibi".
         num_experts, num_experts_per_token: routed experts of a layer, and how many of them compute a token; 0: none.
         num_shared_experts, expert_size: experts that compute every token, and the width of an expert.
         first_dense: layers at the start that have a SwiGLU of intermediate_size instead.
@@ -75,6 +80,10 @@ class NSAConfig(PreTrainedConfig):
         index_rotary_place: str = "first",
         index_rotary_pairs: str = "half-split",
         index_phase: str = "sparse",
+        entmax_alpha: float = 1.5,
+        entmax_scaling: str = "asentmax",
+        entmax_nope_heads: int = 0,
+        entmax_position: str = "rotary",
         num_experts: int = 0,
         num_experts_per_token: int = 0,
         num_shared_experts: int = 0,
@@ -127,6 +136,10 @@ class NSAConfig(PreTrainedConfig):
         self.index_rotary_place = index_rotary_place
         self.index_rotary_pairs = index_rotary_pairs
         self.index_phase = index_phase
+        self.entmax_alpha = entmax_alpha
+        self.entmax_scaling = entmax_scaling
+        self.entmax_nope_heads = entmax_nope_heads
+        self.entmax_position = entmax_position
         self.num_experts = num_experts
         self.num_experts_per_token = num_experts_per_token
         self.num_shared_experts = num_shared_experts

@@ -29,6 +29,7 @@ from .attention_nsa import (
 )
 from .cache_nsa import NSACache, Step
 from .configuration_nsa import NSAConfig
+from .entmax_nsa import EntmaxAttention
 from .indexer_nsa import LightningIndexer
 from .latent_nsa import LatentAttention
 
@@ -126,6 +127,7 @@ class NSADecoderLayer(GradientCheckpointingLayer):
             "dense": lambda: projected(config, number),
             "dsa": lambda: projected(config, number, LightningIndexer(config, number)),
             "nsa": lambda: NativeSparseAttention(config, number),
+            "entmax": lambda: EntmaxAttention(config, number),
         }[kind]()
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         routed = config.num_experts and number >= config.first_dense

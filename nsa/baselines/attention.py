@@ -33,16 +33,18 @@ def kept(view: View, plan: Plan | None, rows: Tensor) -> Tensor:
     return found
 
 
+def plan_scores(view: View, plan: Plan, rows: Tensor) -> Tensor:
+    """(B, H, len(rows), S) fp32: scores of the keys that the queries ``rows`` attend to, -inf for the others."""
+    shape = len(view.q), view.q.shape[2], len(rows), view.k.shape[1]
+    scores = torch.full(shape, -torch.inf, device=view.q.device)
+    for part in plan.parts:
+        mask = view.per_head(part.mask(rows, view.k.shape[1])) & view.per_head(view.visible_to(rows))
+        scores = torch.where(mask, _scores_of(view, part, rows), scores)
+    return scores
+
+
 def _rows(view: View, plan: Plan | None, rows: Tensor) -> tuple[Tensor, Tensor]:
-    if plan is None:
-        scores = view.scores(rows)
-    else:
-        scores = torch.full(
-            (len(view.q), view.q.shape[2], len(rows), view.k.shape[1]), -torch.inf, device=view.q.device
-        )
-        for part in plan.parts:
-            mask = view.per_head(part.mask(rows, view.k.shape[1])) & view.per_head(view.visible_to(rows))
-            scores = torch.where(mask, _scores_of(view, part, rows), scores)
+    scores = view.scores(rows) if plan is None else plan_scores(view, plan, rows)
     values = view.v
     terms = None if plan is None else plan.terms
     if terms is not None:

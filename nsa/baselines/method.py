@@ -52,11 +52,13 @@ class Method:
         causal: whether what a query of the prompt attends to depends on no later token.
         chunkable: whether a prompt that comes in chunks gives the same as a whole one.
         stepwise: whether a query of a prompt attends to what it would, were it decoded, with a budget in tokens.
+        alone: whether a layer's choice follows from this layer alone. If not, what its queries look at may be missed.
         differs: where the authors' release does something else, "differs from the release because ..."; "": it does
             not.
         licence: of the release. formula: what its ledger counts, in words.
         knob: (field, low, high): the setting that its budget follows from, from the sparsest to full; None: the budget
             is the setting.
+        small: settings for sequences of about 100 tokens, such as those of the tests: smaller pages and windows.
     """
 
     budget: Budget = Budget(share=1.0)  # noqa: RUF009 - frozen
@@ -69,10 +71,12 @@ class Method:
     causal: ClassVar[bool] = True
     chunkable: ClassVar[bool] = True
     stepwise: ClassVar[bool] = False
+    alone: ClassVar[bool] = True
     differs: ClassVar[str] = ""
     licence: ClassVar[str] = "none: a control of ours"
     formula: ClassVar[str]
     knob: ClassVar[tuple[str, float, float] | None] = None
+    small: ClassVar[dict[str, Any]] = {}
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         """What queries of the prompt attend to; None: to all they see."""
@@ -90,5 +94,6 @@ class Method:
         return None
 
     def settings(self) -> dict[str, Any]:
-        """Its fields without the budget."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "budget"}
+        """Its fields without the budget; a method within it is its name and its settings."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "budget"}
+        return {n: {"name": v.name, **v.settings()} if isinstance(v, Method) else v for n, v in values.items()}

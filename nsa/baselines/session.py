@@ -147,9 +147,10 @@ class Session:
         Shares of the attention to all tokens, evicted ones included, at the model's own positions.
         """
         real = (view.query_positions >= 0)[:, None]
-        if plan is not None and any(part.query_at is not None or part.key_at is not None for part in plan.parts):
+        parts = () if plan is None else plan.parts
+        if any(p.query_at is not None or p.key_at is not None or p.log_weight is not None for p in parts):
             mask = view.per_head(kept(view, plan, torch.arange(view.q.shape[1], device=view.q.device)))
-            lse = view.scores().masked_fill(~mask, -torch.inf).logsumexp(-1)
+            lse = view.scores().masked_fill(~mask, -torch.inf).logsumexp(-1)  # theirs is an estimate, or of elsewhere
         cache = self.all[view.layer]
         whole_view = replace(view, k=cache.keys, v=cache.values, positions=cache.positions)
         scores = whole_view.scores()

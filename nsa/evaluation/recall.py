@@ -1,4 +1,4 @@
-"""Accuracy on the recall tasks of `nsa.data.synthetic`."""
+"""Accuracy on recall tasks over token ids (`nsa.data.tasks`), every token with the answers before it given."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nsa.data.synthetic import IGNORED, Task
+from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.data.tasks import IGNORED, Task
 from nsa.evaluation.bits_per_byte import BATCH_TOKENS
 from nsa.models import Decoder
 
+TASKS = ("mqar", "passkey", "copy")  # that every evaluation has
 SEED = "evaluation"  # differs from every training seed, since those are numbers
 Z = 1.96  # 95 %
 
@@ -37,12 +39,12 @@ Predict = Callable[
 ]  # tokens (B, T), counted (B, T) bool -> (A,), the predicted next token at each counted position
 
 
-def measure(predict: Predict, task: Task, length: int, episodes: int) -> Recall:
+def measure(predict: Predict, task: Task, tokenizer: BaseTokenizer, length: int, episodes: int) -> Recall:
     """Recall over ``episodes`` episodes of ``length`` tokens."""
     size = max(1, BATCH_TOKENS // length)
     right: list[np.ndarray] = []
     for first in range(0, episodes, size):
-        made = [task.generate(length, SEED, i) for i in range(first, min(first + size, episodes))]
+        made = [task.episode(tokenizer, length, SEED, i) for i in range(first, min(first + size, episodes))]
         tokens = torch.from_numpy(np.stack([e.tokens for e in made]))
         targets = torch.from_numpy(np.stack([e.targets for e in made]))
         counted = targets != IGNORED

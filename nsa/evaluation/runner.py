@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from nsa.config import Config
+from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.loader import SampleStream
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
-from nsa.data.synthetic import Task, TaskName
-from nsa.data.tokenizer import Tokenizer
+from nsa.data.tasks import Task, task_named
 from nsa.evaluation import bits_per_byte, recall, report
 from nsa.exporting import load_decoder
 from nsa.exporting.folder import STATE
@@ -55,7 +55,7 @@ def evaluate(
     length = trained.data.sequence_length
     prepared, left_out = None, None
     try:
-        prepared = _prepare(config, decoders.tokenizer, export / "tokenizer.model")
+        prepared = _prepare(config, decoders.tokenizer, export)
     except ValueError as e:  # recall needs no text
         left_out = f"bits per byte are left out, since the held-out text cannot be prepared: {e}"
     try:
@@ -76,14 +76,15 @@ def evaluate(
 
     say(f"recall (trained on samples of {length} tokens)\n" + report.recall_header())
     results, rows = [], []
-    for name in get_args(TaskName):
+    for task in _tasks(trained):
         for factor in factors:
             decoder, yarn = decoders.reaching(factor * length)
-            task = Task(name, decoders.tokenizer)
-            if factor * length < task.shortest:
+            if factor * length < task.least(decoders.tokenizer):
                 continue
             predict = recall.predictor(decoder)
-            result = recall.measure(predict, task, factor * length, config.evaluation.recall_samples)
+            result = recall.measure(
+                predict, task, decoders.tokenizer, factor * length, config.evaluation.recall_samples
+            )
             results.append(result)
             rows.append({**asdict(result), "factor": factor, "yarn_factor": yarn})
             say(report.recall_row(result, factor, yarn))
@@ -132,7 +133,14 @@ class Decoders:
         return decoder.to("cuda", torch.bfloat16 if half else torch.float32)
 
 
-def _prepare(config: Config, tokenizer: Tokenizer, path: Path) -> PreparedData:
+def _tasks(trained: Config) -> list[Task]:
+    """The usual tasks over token ids, and those that the model was trained on."""
+    of_sources = [source.task for source in trained.data.sources if source.task]
+    tasks = [task_named(name) for name in dict.fromkeys((*recall.TASKS, *of_sources))]
+    return [task for task in tasks if task.over == "ids"]
+
+
+def _prepare(config: Config, tokenizer: BaseTokenizer, path: Path) -> PreparedData:
     """The held-out text in the model's tokens: the run's prepared data if they exist, else prepared again.
 
     The split depends on the text and the seed alone, so held-out documents stay held out.

@@ -4,21 +4,7 @@ from typing import Any
 
 from nsa.config import Config
 from nsa.exporting.family import Family
-from nsa.importing.family import LLAMA_TENSORS
-
-ATTENTION = {
-    "query_down": "q_a_proj",
-    "query_norm": "q_a_layernorm",
-    "query_up": "q_b_proj",
-    "key_value_down": "kv_a_proj_with_mqa",
-    "key_value_norm": "kv_a_layernorm",
-    "key_value_up": "kv_b_proj",
-    "output": "o_proj",
-    "indexer.query": "indexer.wq_b",
-    "indexer.key": "indexer.wk",
-    "indexer.key_norm": "indexer.k_norm",
-    "indexer.head_weight": "indexer.weights_proj",
-}
+from nsa.importing.deepseek import ATTENTION, INDEXER, tensors
 
 
 def unlike(config: Config) -> list[str]:
@@ -32,6 +18,7 @@ def unlike(config: Config) -> list[str]:
 def fields(config: Config) -> dict[str, Any]:
     model = config.model
     assert model.mla is not None
+    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else {}
     return {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -44,18 +31,11 @@ def fields(config: Config) -> dict[str, Any]:
         "mlp_layer_types": ["dense"] * model.num_layers,
         "first_k_dense_replace": model.num_layers,
         "max_position_embeddings": model.max_position,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope.theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope.theta, **scaling},
         "rms_norm_eps": model.norm_eps,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tie_embeddings,
     }
-
-
-def tensors() -> dict[str, str]:
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in ATTENTION.items()}
-    names["indexer.key_norm.bias"] = "indexer.k_norm.bias"
-    around = {ours: theirs for ours, theirs in LLAMA_TENSORS.items() if ".attention." not in ours}
-    return around | {f"layers.{{}}.attention.{a}": f"model.layers.{{}}.self_attn.{b}" for a, b in names.items()}
 
 
 DEEPSEEK_V32 = Family(
@@ -64,5 +44,5 @@ DEEPSEEK_V32 = Family(
     transformers="5.24",
     unlike=unlike,
     fields=fields,
-    tensors=tensors(),
+    tensors=tensors(ATTENTION | INDEXER, {}),
 )

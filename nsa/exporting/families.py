@@ -41,7 +41,7 @@ def format_of(config: Config) -> Format:
         layers = next((layers for layers in known if layers.model_type == family.model_type), None)
         if layers is None:
             continue
-        unlike = ["layers of another kind"] if len(kinds) > 1 else []
+        unlike = ["layers of another kind"] if len({kind.name for kind in kinds}) > 1 else []
         unlike += [*layers.unlike, *family.unlike(config)]
         if unlike:
             return Format(why=f"{family.model_type} has no {', no '.join(unlike)}")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nsa.config import Config, load_saved
-from nsa.data.tokenizer import Tokenizer
+from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.data.load_tokenizer import FILES, load_tokenizer
 from nsa.exporting.families import FAMILIES, Format, format_of
 from nsa.exporting.model_card import model_card
 from nsa.exporting.proof import ExportError, LogitsDiffer, Proof, prove
@@ -52,7 +53,7 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
     config = load_saved(step / "config.yaml")
     weights = checkpoint.load_weights(step)
     weights = {name: t if ".router." in name else t.to(DTYPES[dtype]) for name, t in weights.items()}
-    tokenizer = Tokenizer(step / "tokenizer.model")
+    tokenizer = load_tokenizer(step)
     decoder = fill(config, weights)
 
     temporary = final.with_name(f"{final.name}.tmp")
@@ -73,7 +74,7 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
 
 
 def _write_and_prove(
-    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer, decoder: Decoder
+    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: BaseTokenizer, decoder: Decoder
 ) -> Proof:
     """In the format of the model's family; where that is not the trained model, with code of its own."""
     form = format_of(config)
@@ -92,7 +93,7 @@ def _write_and_prove(
 
 
 def write_folder(
-    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: Tokenizer, form: Format | None = None
+    folder: Path, config: Config, weights: dict[str, Tensor], tokenizer: BaseTokenizer, form: Format | None = None
 ) -> None:
     """Write what `transformers` reads. ``weights``: by the decoder's names. ``form``: None: `format_of` (config).
 
@@ -115,18 +116,18 @@ def write_folder(
     write_tokenizer(tokenizer, folder, described.max_position_embeddings)
 
 
-def _family_config(form: Format, config: Config, tokenizer: Tokenizer) -> transformers.PreTrainedConfig:
+def _family_config(form: Format, config: Config, tokenizer: BaseTokenizer) -> transformers.PreTrainedConfig:
     """The configuration of an export without code."""
     assert form.family is not None
     fields = {"architectures": [form.family.architecture], **form.family.fields(config), **form.attention}
     return transformers.AutoConfig.for_model(form.family.model_type, **fields, **_special_tokens(tokenizer))
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
+def _special_tokens(tokenizer: BaseTokenizer) -> dict[str, Any]:
     return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
 
 
-def hf_config(config: Config, tokenizer: Tokenizer) -> NSAConfig:
+def hf_config(config: Config, tokenizer: BaseTokenizer) -> NSAConfig:
     """The configuration of an export with code."""
     model, attention, rope, moe = config.model, config.attention, config.model.rope, config.model.moe
     experts: dict[str, Any] = {}
@@ -182,7 +183,7 @@ def _attention_fields(config: Config) -> dict[str, Any]:
         ExportError: a layer has a kind that it cannot carry.
     """
     if lacking := config.attention.not_exportable(config.model.num_layers):
-        raise ExportError(f"an export cannot carry attention of kind {', '.join(lacking)} yet")
+        raise ExportError(f"an export cannot carry {', '.join(lacking)} yet")
     fields: dict[str, Any] = {}
     for kind in KINDS:
         if kind.export is not None:
@@ -190,7 +191,7 @@ def _attention_fields(config: Config) -> dict[str, Any]:
     return fields
 
 
-def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, Tokenizer]:
+def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, BaseTokenizer]:
     """The native decoder (fp32), the configuration of its training and the tokenizer of an export.
 
     Args:
@@ -205,7 +206,8 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
     config = load_saved(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
     weights: dict[str, Tensor] = {}
     try:
-        regular_size(folder / CONFIG), regular_size(folder / "tokenizer.model")
+        for name in (CONFIG, *(name for name in FILES if (folder / name).is_symlink() or (folder / name).exists())):
+            regular_size(folder / name)
         for path in sorted(folder.glob("model*.safetensors")):
             if twice := check_safetensors(path).keys() & weights.keys():
                 raise UntrustedError(f"{path}: tensor {min(twice)} is in another file, too")
@@ -214,7 +216,7 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
         raise ExportError(f"{folder}: {e}") from None
     for family in FAMILIES:  # another release of transformers may have chosen
         weights = family.restore(weights)
-    return fill(config, weights), config, Tokenizer(folder / "tokenizer.model")
+    return fill(config, weights), config, load_tokenizer(folder)
 
 
 def fill(config: Config, weights: dict[str, Tensor]) -> Decoder:

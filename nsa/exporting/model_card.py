@@ -84,13 +84,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{folder}"{trust})
 model = AutoModelForCausalLM.from_pretrained("{folder}"{trust})
-prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(")]])
+prompt = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode("def main(", add_special_tokens=False)]])
 print(tokenizer.decode(model.generate(prompt, max_new_tokens=40)[0]))
 ```
 
 It needs `torch` and `transformers` {releases}. In training every document began with the token `bos_token_id` and
-ended with `eos_token_id`; the tokenizer adds neither. It takes their names in a text for the special tokens; in text of
-others, where that must not be, call it with `split_special_tokens=True`, as training did.
+ended with `eos_token_id`; called as above, the tokenizer adds neither. It takes their names in a text for the special
+tokens; in text of others, where that must not be, call it with `split_special_tokens=True`, as training did.
 
     lm_eval run --model hf --model_args pretrained={folder}{trust.replace(" ", "")} --tasks ...
 

@@ -10,17 +10,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import BPE
 
+from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.data.byte_level import MODEL, SETTINGS, ByteLevelTokenizer
 from nsa.data.tokenizer import MAX_LINE, SPACE, Tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the original tokenizer.model.
+def write_tokenizer(tokenizer: BaseTokenizer, folder: Path, max_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, of sentencepiece, the original tokenizer.model.
+
+    A tokenizer.json that was there stays as it is, and so do most settings. Its class is transformers' general one, so
+    that what is read is this file; decoded text is what was encoded; padding is on the left.
 
     Args:
         max_length: tokens that the model takes.
@@ -28,8 +34,13 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     Raises:
         ValueError: the tokenizer is of a kind that tokenizer.json cannot say exactly.
     """
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
     tokenizer.check_exportable()
+    if isinstance(tokenizer, ByteLevelTokenizer):
+        (folder / MODEL).write_bytes(tokenizer.files[MODEL])
+        _write_settings(folder, {**tokenizer.settings, **GENERAL, "model_max_length": max_length})
+        return
+    assert isinstance(tokenizer, Tokenizer)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
     model = ModelProto.FromString(tokenizer.model)
     fast = _fast_tokenizer(model)
     control = {
@@ -41,16 +52,25 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     fast.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in dict.fromkeys(control.values())])
     fast.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        **GENERAL,
         **control,
         "add_bos_token": False,
         "add_eos_token": False,
-        "split_special_tokens": False,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
         "model_max_length": max_length,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _write_settings(folder, settings)
+
+
+GENERAL = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "split_special_tokens": False,
+    "clean_up_tokenization_spaces": False,
+    "padding_side": "left",
+}
+
+
+def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _fast_tokenizer(model: ModelProto) -> FastTokenizer:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nsa.layers.kinds import BASELINE
+
 # Fields of config.json that change what is computed: the values that can be honoured, and what to do about others.
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "the MLP here is SwiGLU"),
@@ -39,13 +41,32 @@ class Family:
         defaults: of fields that config.json may leave out, as `transformers` has them.
         only: fields that change what is computed, beside `ONLY`: the values that can be honoured, and what to do.
         window: fields of config.json -> tokens that a layer's sliding window sees; None: no layer has one.
-        model: keys of the `model` section that all models of the family have.
-        tensors: this project's names of tensors -> the folder's, with {} for the layer's number.
+        problems: fields -> what cannot be honoured and is no matter of one field, in words with what to do.
+        model: fields -> keys of the `model` section beside those of Llama, or in their place.
+        attention: fields -> the `attention` section.
+        tensors: this project's names of tensors -> the folder's, with {} for the layer's number. With {expert},
+            too, the tensor is those of all experts, each transposed.
+        factors: fields -> this project's names -> what these tensors are multiplied by. The results are fp32.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
     only: Mapping[str, tuple[tuple[Any, ...], str]]
     window: Callable[[Mapping[str, Any]], int | None]
-    model: Mapping[str, Any]
+    problems: Callable[[Mapping[str, Any]], list[str]]
+    model: Callable[[Mapping[str, Any]], dict[str, Any]]
+    attention: Callable[[Mapping[str, Any]], dict[str, Any]]
     tensors: Mapping[str, str]
+    factors: Callable[[Mapping[str, Any]], dict[str, float]]
+
+
+def nothing(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+def no_problems(fields: Mapping[str, Any]) -> list[str]:
+    return []
+
+
+def baseline(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kind": BASELINE.name}

@@ -13,7 +13,6 @@ from torch import Tensor
 from nsa.importing.families import FAMILIES
 from nsa.importing.family import ONLY, Family
 from nsa.importing.rope import read_rope
-from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.untrusted import check_safetensors, inside, read_json
 
@@ -56,6 +55,8 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         if name in fields and fields[name] not in values
     ]
     rope: dict[str, Any] = {}
+    special: dict[str, Any] = {}
+    attention: dict[str, Any] = {}
     try:
         if (window := family.window(fields)) is not None and window < fields["max_position_embeddings"]:
             reasons.append(
@@ -63,7 +64,9 @@ def read_config(folder: Path | str) -> dict[str, Any]:
                 "null to train with full attention, which differs beyond that length"
             )
         rope = read_rope(fields)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        reasons += family.problems(fields)
+        special, attention = family.model(fields), family.attention(fields)
+    except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
         reasons.append(str(error))
     if reasons:
         raise FolderError(f"{path} has what cannot be honoured:\n" + "\n".join(f"  {reason}" for reason in reasons))
@@ -80,19 +83,21 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         "norm_eps": fields.get("rms_norm_eps", 1e-6),
         "tie_embeddings": fields.get("tie_word_embeddings", False),
         "init_std": fields.get("initializer_range", 0.02),
-        **family.model,
+        **special,
     }
     try:
         ModelConfig.model_validate(model)
+        AttentionConfig.model_validate(attention)
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise FolderError(f"{path} describes no model that can be trained: {'; '.join(wrong)}") from None
-    return {"model": model, "attention": {"kind": BASELINE.name}}
+    return {"model": model, "attention": attention}
 
 
 class WeightReader:
-    """Reads single weights of a folder by their names in a dense `Decoder` of ``model``, in the dtype they have there.
+    """Reads single weights of a folder by their names in a `Decoder` of ``model``, in the dtype they have there.
 
+    Its attention is what `read_config` says. Weights that are multiplied by a factor (the last of experts) are fp32.
     ``model`` is what `read_config` says, or that with another range, rotary embedding or tie of the embeddings.
 
     Raises:
@@ -104,17 +109,20 @@ class WeightReader:
         config = _config_of(self._folder)
         family = _family_of(self._folder, config)
         with torch.device("meta"):
-            decoder = Decoder(model, AttentionConfig(kind=BASELINE.name))
+            decoder = Decoder(model, AttentionConfig.model_validate(read_config(folder)["attention"]))
         wanted = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
-        self._theirs = {name: _their_name(family, name) for name in wanted}
+        self._theirs = {name: _their_names(family, name, shape) for name, shape in wanted.items()}
+        self._factors = family.factors({**family.defaults, **config})
         found = _headers(self._folder)
-        if self._theirs["head.weight"] not in found and config.get("tie_word_embeddings", False):
+        if not found.keys() & set(self._theirs["head.weight"]) and config.get("tie_word_embeddings", False):
             self._theirs["head.weight"] = self._theirs["embedding.weight"]
-        _check_names(self._folder, family, set(self._theirs.values()), found.keys())
+        found = {name: entry for name, entry in found.items() if not _predicts_later_tokens(name, config)}
+        _check_names(self._folder, family, {name for names in self._theirs.values() for name in names}, found.keys())
         wrong = [
-            f"{name} is {found[name][1]['shape']}, the configuration says {wanted[ours]}"
-            for ours, name in self._theirs.items()
-            if found[name][1]["shape"] != wanted[ours]
+            f"{name} is {found[name][1]['shape']}, the configuration says {shape}"
+            for ours, names in self._theirs.items()
+            for name, shape in ((n, wanted[ours] if len(names) == 1 else wanted[ours][:0:-1]) for n in names)
+            if found[name][1]["shape"] != shape
         ]
         if wrong:
             words = f"weights of another shape: {_some(wrong, '; ')}"
@@ -131,7 +139,12 @@ class WeightReader:
 
     def __call__(self, name: str) -> Tensor:
         """The weight, on the CPU. Raises KeyError if there is none of this name."""
-        theirs = self._theirs[name]
+        parts = [self._read(theirs) for theirs in self._theirs[name]]
+        tensor = parts[0] if len(parts) == 1 else torch.stack([part.mT for part in parts])
+        factor = self._factors.get(_pattern(name)[0])
+        return tensor if factor is None else tensor.float() * factor
+
+    def _read(self, theirs: str) -> Tensor:
         path = self._paths[theirs]
         try:
             if path not in self._files:
@@ -147,13 +160,13 @@ class WeightReader:
             return
         if not torch.equal(self("head.weight"), self("embedding.weight")):
             raise FolderError(
-                f"{self._folder}: {head} differs from {embedding}, so they cannot be one tensor: set "
+                f"{self._folder}: {head[0]} differs from {embedding[0]}, so they cannot be one tensor: set "
                 "model.tie_embeddings to false"
             )
 
 
 def read_weights(folder: Path | str, model: ModelConfig) -> dict[str, Tensor]:
-    """The state dict of a dense `Decoder` of ``model``: all weights of a folder at once. As `WeightReader`.
+    """The state dict of a `Decoder` of ``model``: all weights of a folder at once. As `WeightReader`.
 
     Tied weights are one tensor under two names.
     """
@@ -189,14 +202,29 @@ def _family_of(folder: Path, config: dict[str, Any]) -> Family:
     raise FolderError(f"{folder / 'config.json'}: architectures is {names!r}; those that can be imported are {known}")
 
 
-def _their_name(family: Family, name: str) -> str:
+def _pattern(name: str) -> tuple[str, str | None]:
+    """A name with {} in place of the layer's number, and the number."""
     number = re.search(r"(?<=^layers\.)\d+(?=\.)", name)
-    pattern = name if number is None else f"layers.{{}}{name[number.end() :]}"
+    return (name, None) if number is None else (f"layers.{{}}{name[number.end() :]}", number[0])
+
+
+def _their_names(family: Family, name: str, shape: list[int]) -> list[str]:
+    """Of the tensor, or of all experts' if it is of experts."""
+    pattern, number = _pattern(name)
     if pattern not in family.tensors:
         raise FolderError(
             f"model has {name}, which {family.architecture} has not: take the model section of the folder"
         )
-    return family.tensors[pattern].format(number and number[0])
+    theirs = family.tensors[pattern]
+    experts = range(shape[0] if "{expert}" in theirs else 1)
+    return [theirs.format(number, expert=expert) for expert in experts]
+
+
+def _predicts_later_tokens(name: str, config: dict[str, Any]) -> bool:
+    """Whether it is of a layer after the last, as DeepSeek-V3 has one for the token after the next."""
+    layers, more = config["num_hidden_layers"], config.get("num_nextn_predict_layers")
+    number = re.match(r"model\.layers\.(\d+)\.", name)
+    return number is not None and type(more) is int and layers <= int(number[1]) < layers + more
 
 
 def _headers(folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from nsa.importing.family import LLAMA_TENSORS, Family
+from nsa.importing.family import LLAMA_TENSORS, Family, baseline, no_problems, nothing
 
 DEFAULTS = {
     "num_key_value_heads": 32,
@@ -27,11 +27,14 @@ QWEN2 = Family(
     defaults=DEFAULTS,
     only={},
     window=window,
-    model={"qkv_bias": True},
+    problems=no_problems,
+    model=lambda fields: {"qkv_bias": True},
+    attention=baseline,
     tensors=LLAMA_TENSORS
     | {
         "layers.{}.attention.query.bias": "model.layers.{}.self_attn.q_proj.bias",
         "layers.{}.attention.key.bias": "model.layers.{}.self_attn.k_proj.bias",
         "layers.{}.attention.value.bias": "model.layers.{}.self_attn.v_proj.bias",
     },
+    factors=nothing,
 )

@@ -3,6 +3,16 @@
 from nsa.layers.dense import DenseAttention
 from nsa.layers.dms import MemorySparseAttention
 from nsa.layers.dsa import DeepSeekSparseAttention
+from nsa.layers.entmax import EntmaxAttention
+from nsa.layers.index_sets import record_index_sets, replay_index_sets
 from nsa.layers.nsa import NativeSparseAttention
 
-__all__ = ["DeepSeekSparseAttention", "DenseAttention", "MemorySparseAttention", "NativeSparseAttention"]
+__all__ = [
+    "DeepSeekSparseAttention",
+    "DenseAttention",
+    "EntmaxAttention",
+    "MemorySparseAttention",
+    "NativeSparseAttention",
+    "record_index_sets",
+    "replay_index_sets",
+]

@@ -5,10 +5,11 @@ records. Models, parallelism, planning, training and export read the records and
 
 A layer has ``forward(x, rotary, cu_seqlens, cache)`` and ``new_cache()``, and two modules without parameters. It passes
 the projected inputs of ``attend`` to ``exchange`` (`Local`), and what that returns to
-``attend(*inputs, cu_seqlens, offset)``, where offset is the position of the first query.
+``attend(*inputs, cu_seqlens, offset)``, where offset is the position of the first query. A layer whose query heads
+differ has ``first_head``, the number of its first one: tensor parallelism sets it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -69,9 +70,11 @@ class Backends:
 
 
 class Build(Protocol):
-    """Builds the layer of a kind."""
+    """Builds the layer of a kind. ``before``: the model's earlier layers of this kind, in order."""
 
-    def __call__(self, shape: Shape, config: Any, backends: Backends) -> nn.Module: ...
+    def __call__(
+        self, shape: Shape, config: Any, backends: Backends, before: Sequence[nn.Module] = ...
+    ) -> nn.Module: ...
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,12 @@ class Blocks:
     stride: int
 
 
-Exchange = Own | Gather | Halo | Blocks
+@dataclass(frozen=True)
+class Borrowed:
+    """It is what the exchange of an earlier layer made of a `Gather`, and is not gathered again."""
+
+
+Exchange = Own | Gather | Halo | Blocks | Borrowed
 
 
 @dataclass(frozen=True)
@@ -211,17 +219,24 @@ class Kind:
         recordable: whether CUDA graphs can record its passes: no operator waits for the device.
         dense_library: whether ``engine.dense_attention`` applies.
         options: those of `Shape.options` that it has.
-        parts: shape -> for tensor parallelism.
+        parts: (shape, config) -> for tensor parallelism.
         exchanges: (shape, config) -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in
             order.
-        choices: submodules that select (as integers without gradient) what is attended to; recomputation keeps these.
+        choices: submodules that select (as integers without gradient) what is attended to, or that pass something from
+            layer to layer; recomputation keeps their results.
+        placed: (config, place) -> the record of the layer with this number among the layers of the kind, from 0. Layers
+            of one kind can differ in what they have; they share a section. None: all are alike.
+        borrows: whether it takes from an earlier layer of its kind. Both must be on one pipeline stage.
+        twin: config -> the section with which the second of two layers has this record.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
         loss: the path of its auxiliary loss (`nsa.layers.auxiliary_loss`), and the loss's name in the metrics; None: it
             has none. Each tensor-parallel rank computes it for its heads; it is the mean over the ranks.
         apart: submodules that this loss alone trains, such as an indexer. Their gradient is clipped by its own norm.
             ``train: indexer`` trains nothing else.
-        from_dense: (name, read) -> the first value of parameter ``name`` of a layer that begins with the weights of a
-            dense layer, which ``read(name)`` returns; None: the value of a new run.
+        from_dense: (name, shape, config, read) -> the first value of parameter ``name`` of a layer that begins with the
+            weights of a dense layer, which ``read(name)`` returns; None: the value of a new run.
+        holds_dense: whether its layer has all weights of a dense layer, under the same names, so that a dense layer can
+            begin with them.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
         figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
@@ -248,13 +263,17 @@ class Kind:
     recordable: bool
     dense_library: bool
     options: tuple[str, ...]
-    parts: Callable[[Shape], Parts]
+    parts: Callable[[Shape, Any], Parts]
     exchanges: Callable[[Shape, Any], dict[str, Exchange]]
     choices: tuple[str, ...]
+    placed: Callable[[Any, int], "Kind"] | None
+    borrows: bool
+    twin: Callable[[Any], Any]
     expensive: tuple[str, ...]
     loss: tuple[str, str] | None
     apart: tuple[str, ...]
-    from_dense: Callable[[str, Callable[[str], Tensor]], Tensor | None]
+    from_dense: Callable[[str, torch.Size, Any, Callable[[str], Tensor]], Tensor | None]
+    holds_dense: bool
     free: tuple[str, ...]
     problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None

@@ -4,6 +4,7 @@ from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
 from nsa.ops.dense import dense_attention
+from nsa.ops.entmax import entmax, entmax_attention
 from nsa.ops.geometry import Heads
 from nsa.ops.index_topk import index_topk
 from nsa.ops.indexer_kl import indexer_kl
@@ -22,6 +23,8 @@ __all__ = [
     "compress_blocks",
     "compressed_attention",
     "dense_attention",
+    "entmax",
+    "entmax_attention",
     "index_topk",
     "indexer_kl",
     "linear_cross_entropy",

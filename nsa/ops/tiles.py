@@ -153,21 +153,21 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> tuple[Tensor, Tensor]:
         (batch, num_queries, heads, _), groups = q.shape, k.shape[2]
-        q_, k_, v_ = _grouped(q, groups) * (scale * LOG2_E), _keys_first(k), _keys_first(v)
+        q_, k_, v_ = grouped(q, groups) * (scale * LOG2_E), keys_first(k), keys_first(v)
         out = q_.new_zeros(batch, groups, heads // groups, num_queries, v.shape[3])
         lse = q_.new_full(out.shape[:4], -torch.inf)
         for tile in pattern.tiles(num_queries, k.shape[1], batch * heads):
             if not tile.mask.shape[-1]:
                 continue
             rows = slice(tile.start, tile.stop)
-            scores = _scores(q_[:, :, :, rows], take(k_, tile.keys), tile.mask)
+            scores = masked_scores(q_[:, :, :, rows], take(k_, tile.keys), tile.mask)
             # For a query that sees no key: exp(-inf - 0) = 0, but -inf - -inf would be NaN.
             largest = scores.amax(-1, keepdim=True)
             largest.masked_fill_(largest == -torch.inf, 0)
             p = scores.sub_(largest).exp2_()
             total = p.sum(-1, keepdim=True)
             lse[:, :, :, rows] = (largest + total.log2()).squeeze(-1) / LOG2_E
-            out[:, :, :, rows] = _rows_by_keys(p, take(v_, tile.keys)) / total.masked_fill(total == 0, 1)
+            out[:, :, :, rows] = rows_by_keys(p, take(v_, tile.keys)) / total.masked_fill(total == 0, 1)
         lse = lse.flatten(1, 2)
         result = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
         ctx.save_for_backward(q, k, v, result, lse)
@@ -183,9 +183,9 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, result, lse = ctx.saved_tensors
         groups = k.shape[2]
         d_result = torch.zeros_like(result) if d_result is None else d_result
-        q_, k_, v_ = _grouped(q, groups) * (ctx.scale * LOG2_E), _keys_first(k), _keys_first(v)
-        d_out = _grouped(d_result, groups)
-        delta = (d_out * _grouped(result, groups)).sum(-1, keepdim=True)
+        q_, k_, v_ = grouped(q, groups) * (ctx.scale * LOG2_E), keys_first(k), keys_first(v)
+        d_out = grouped(d_result, groups)
+        delta = (d_out * grouped(result, groups)).sum(-1, keepdim=True)
         if d_lse is not None:  # of a score s, with probability p: p (d_p - delta) from the output, and p d_lse
             delta -= d_lse.unflatten(1, (groups, -1))[..., None]
         lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1))[..., None] * LOG2_E
@@ -196,29 +196,29 @@ class _TiledAttention(torch.autograd.Function):
             rows = slice(tile.start, tile.stop)
             q_tile, d_tile = q_[:, :, :, rows], d_out[:, :, :, rows]
             k_tile, v_tile = take(k_, tile.keys), take(v_, tile.keys)
-            p = _scores(q_tile, k_tile, tile.mask).sub_(lse[:, :, :, rows]).exp2_()
-            d_scores = _rows_by_keys(d_tile, v_tile.mT).sub_(delta[:, :, :, rows]).mul_(p)
-            dq[:, :, :, rows] = _rows_by_keys(d_scores, k_tile)
+            p = masked_scores(q_tile, k_tile, tile.mask).sub_(lse[:, :, :, rows]).exp2_()
+            d_scores = rows_by_keys(d_tile, v_tile.mT).sub_(delta[:, :, :, rows]).mul_(p)
+            dq[:, :, :, rows] = rows_by_keys(d_scores, k_tile)
             add(dk, tile.keys, d_scores.flatten(2, 3).mT @ q_tile.flatten(2, 3))
             add(dv, tile.keys, p.flatten(2, 3).mT @ d_tile.flatten(2, 3))
         dq = (dq * ctx.scale).permute(0, 3, 1, 2, 4).flatten(2, 3)
         return dq.to(q.dtype), (dk / LOG2_E).transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), None, None
 
 
-def _grouped(x: Tensor, groups: int) -> Tensor:
+def grouped(x: Tensor, groups: int) -> Tensor:
     """(B, T, H, D) -> (B, G, H/G, T, D) in the accumulation dtype."""
     return x.to(accumulation_dtype(x)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4).contiguous()
 
 
-def _keys_first(x: Tensor) -> Tensor:
+def keys_first(x: Tensor) -> Tensor:
     """(B, S, G, D) -> (B, G, S, D) in the accumulation dtype."""
     return x.to(accumulation_dtype(x)).transpose(1, 2).contiguous()
 
 
-def _rows_by_keys(x: Tensor, y: Tensor) -> Tensor:
+def rows_by_keys(x: Tensor, y: Tensor) -> Tensor:
     """(B, G, h, t, A) @ (B, G, A, C) -> (B, G, h, t, C), the heads of a group as rows of one product."""
     return (x.flatten(2, 3) @ y).unflatten(2, x.shape[2:4])
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    return _rows_by_keys(q, k.mT).add_(torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf))
+def masked_scores(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return rows_by_keys(q, k.mT).add_(torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf))

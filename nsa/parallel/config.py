@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from nsa.models.config import ModelConfig
+from nsa.models.config import AttentionConfig, ModelConfig
 from nsa.schema import Section
 
 
@@ -83,3 +83,25 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: 
             f"data.sequence_length / parallel.context ({sequence_length // context}) must be a multiple of "
             f"parallel.tensor ({tensor}): between attention and MLP each rank holds an equal part of the tokens"
         )
+
+
+def stage_layers(num_layers: int, stages: int, stage: int) -> range:
+    """The layers of a stage. If they cannot be divided equally, later stages have fewer: the last has the head, too."""
+    first, end = (-(-number * num_layers // stages) for number in (stage, stage + 1))
+    return range(first, end)
+
+
+def check_stages(parallel: ParallelConfig, model: ModelConfig, attention: AttentionConfig) -> None:
+    """Raise ValueError if a stage begins with a layer that takes something from a layer of the stage before."""
+    pattern = len(attention.pattern(model.num_layers))
+    for stage in range(1, parallel.pipeline):
+        layers, seen = stage_layers(model.num_layers, parallel.pipeline, stage), set()
+        for number in layers[:pattern]:
+            kind = attention.kind_at(number)
+            if kind.borrows and kind.name not in seen:
+                raise ValueError(
+                    f"parallel.pipeline ({parallel.pipeline}): stage {stage} begins at layer {layers.start}, and layer "
+                    f"{number} attends to index sets that a layer of the stage before selects. A group of "
+                    f"attention.{kind.name}.share_layers must lie within one stage: change it, share_from or the stages"
+                )
+            seen.add(kind.name)

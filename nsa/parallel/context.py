@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa.layers.around import Around
-from nsa.layers.kind import Blocks, Exchange, Gather, Halo, Own, Pair
+from nsa.layers.kind import Blocks, Borrowed, Exchange, Gather, Halo, Own, Pair
 from nsa.models import Decoder
 from nsa.ops.geometry import Documents, block_ends, cached, clip_borders, derived, num_compressed
 from nsa.parallel import collectives
@@ -113,7 +113,7 @@ class AttendOwn(Around):
         """One input of ``attend``, for each of the two chunks."""
         if isinstance(exchange, Own):
             return list(chunks.pair(x))
-        if isinstance(exchange, Gather):
+        if isinstance(exchange, Gather | Borrowed):
             return [partial(x, stop) for _, stop in chunks.spans]
         if isinstance(exchange, Blocks):  # `MakeBlocks` has gathered them
             return [x, x]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nsa.models import Decoder
+from nsa.parallel.config import stage_layers
 from nsa.parallel.grid import Axis
 from nsa.parallel.partition import Partition, add_up, axes_of, mark, named_buffers, partition_of, sum_over
 
@@ -51,12 +52,6 @@ class StageInput(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         assert self.received is not None
         return self.received
-
-
-def stage_layers(num_layers: int, stages: int, stage: int) -> range:
-    """The layers of a stage. If they cannot be divided equally, later stages have fewer: the last has the head, too."""
-    first, end = (-(-number * num_layers // stages) for number in (stage, stage + 1))
-    return range(first, end)
 
 
 def split_over_stages(model: Decoder, axis: Axis, ends: Axis) -> None:

@@ -42,7 +42,10 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
     shape = model.config.attention_shape
     for layer in model.layers:
         attention, mlp = layer.attention, layer.mlp
-        _split_attention(attention, layer.kind.parts(shape), columns, kv_heads, rows, axis, sharers)
+        parts = layer.kind.parts(shape, model.attention.of(layer.kind))
+        _split_attention(attention, parts, columns, kv_heads, rows, axis, sharers)
+        if hasattr(attention, "first_head"):
+            attention.first_head = shape.num_heads // axis.size * axis.rank
         if layer.kind.loss is not None:
             attention.get_submodule(layer.kind.loss[0]).share = 1 / axis.size
         split = [attention]

@@ -20,7 +20,8 @@ def describe(config: Config, gpus: int) -> str:
     training, engine, length = config.training, config.engine, config.data.sequence_length
     passes, memory = micro_batches_per_step(config, gpus), memory_of(config, gpus)
     counts = count_parameters(config.model, config.attention)
-    kinds = [kind.name for kind in config.attention.kinds(config.model.num_layers)]
+    records = config.attention.kinds(config.model.num_layers)
+    kinds = [kind.name + " with shared index sets" * kind.borrows for kind in records]
     layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
     step = training.global_batch_size * length
     lines = [

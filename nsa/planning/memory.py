@@ -5,13 +5,14 @@ are measured in dry runs of decoders of one and two layers, so they are what the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nsa.config import Config
-from nsa.parallel.config import ParallelConfig
+from nsa.layers.kind import Kind
+from nsa.parallel.config import ParallelConfig, stage_layers
 from nsa.parallel.grid import data_parallel_size
-from nsa.parallel.pipeline import stage_layers
 from nsa.planning.dry_run import dry_run
 from nsa.planning.traffic import element_bytes, parameters_of_rank
 from nsa.training.cuda_graphs import graphs_serve
@@ -64,11 +65,11 @@ def memory_at_least(config: Config, gpus: int) -> float:
     return 0.8 * sum(_memory(config, gpus, parameters_of_rank(config), activations).device.values())
 
 
-def _kinds(config: Config) -> list[tuple[str, bool]]:
-    """(kind of attention, whether it has experts) of each layer of the first stage."""
+def _kinds(config: Config) -> list[tuple[Kind, bool]]:
+    """(record of the attention, whether it has experts) of each layer of the first stage."""
     model, attention = config.model, config.attention.kinds(config.model.num_layers)
     numbers = stage_layers(model.num_layers, config.parallel.pipeline, 0)
-    return [(attention[number].name, model.has_experts(number)) for number in numbers]
+    return [(attention[number], model.has_experts(number)) for number in numbers]
 
 
 def _in_flight(config: Config, gpus: int) -> int:
@@ -157,9 +158,12 @@ class _Costs:
     parameters: int
 
 
-def _alone(config: Config, kind: str, experts: bool) -> Config:
+def _alone(config: Config, kind: Kind, experts: bool) -> Config:
     """The configuration with one layer of this kind and one micro batch, equal for all numbers of layers and ranks."""
-    attention, parallel = config.attention.model_copy(update={"kind": kind}), config.parallel
+    changes: dict[str, Any] = {"kind": kind.name}
+    if kind.config is not None:
+        changes[kind.name] = kind.twin(config.attention.of(kind))
+    attention, parallel = config.attention.model_copy(update=changes), config.parallel
     moe = config.model.moe.model_copy(update={"first_dense": 0}) if config.model.moe and experts else None
     model = config.model.model_copy(update={"num_layers": 1, "moe": moe})
     parallel = ParallelConfig(tensor=parallel.tensor, context=parallel.context, expert=parallel.expert)

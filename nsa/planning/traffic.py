@@ -17,8 +17,8 @@ from nsa.models.sizes import parameters_of_attention
 from nsa.ops.cross_entropy import chunk_rows
 from nsa.ops.geometry import num_compressed
 from nsa.parallel.chunks import Chunks, halo_plan
+from nsa.parallel.config import stage_layers
 from nsa.parallel.grid import Axis, data_parallel_size
-from nsa.parallel.pipeline import stage_layers
 from nsa.training.deepspeed_config import micro_batches_per_step
 
 
@@ -52,7 +52,7 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     copies = max(1, p // model.num_kv_heads)
     if copies > 1:
         for kind in kinds:
-            parts = kind.parts(model.attention_shape)
+            parts = kind.parts(model.attention_shape, config.attention.of(kind))
             head = parts.gathered_bytes(model.attention_shape, width)
             twice = again and not set(parts.gathered) <= set(kind.choices)  # a selection is not recomputed
             sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + twice)
@@ -124,7 +124,7 @@ def replicated_parameters(config: Config, kinds: Sequence[Kind], last: bool) -> 
         return []
     replicated = [(model.hidden_size, p)] * (2 * len(kinds) + last)
     for kind in kinds:
-        parts = kind.parts(model.attention_shape)
+        parts = kind.parts(model.attention_shape, config.attention.of(kind))
         parameters = parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))
         for name, elements in parameters.items():
             module = name.rpartition(".")[0]

@@ -14,8 +14,8 @@ from nsa.config import Config
 from nsa.layers.kind import Kind, Price
 from nsa.models.sizes import parameters_of_attention
 from nsa.ops.cross_entropy import chunk_rows
+from nsa.parallel.config import stage_layers
 from nsa.parallel.grid import data_parallel_size
-from nsa.parallel.pipeline import stage_layers
 from nsa.planning.memory import straight_gradients
 from nsa.planning.traffic import element_bytes, parameters_of_rank, replicated_parameters
 from nsa.training.cuda_graphs import graphs_serve

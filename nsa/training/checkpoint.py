@@ -4,7 +4,7 @@
         model-RRRRR-PPP.safetensors        fp32 weights, whole tensors under the parameters' names (rank R, part P)
         optimizer-RRRRR-PPP.safetensors    `exp_avg.<name>`, `exp_avg_sq.<name>`
         rng-RRRRR.json                     random generators of rank R
-        state.json config.yaml tokenizer.model
+        state.json config.yaml tokenizer.model (or tokenizer.json and tokenizer_config.json)
         manifest.json                      size and sha256 of every other file; written last
 
 All is written into `step_00000100.tmp`, every file and the folder are fsynced, and a rename makes it a checkpoint.
@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nsa.data.load_tokenizer import FILES
 from nsa.untrusted import UntrustedError, check_safetensors, read_json, regular_size
 
 MANIFEST = "manifest.json"
@@ -33,7 +34,9 @@ PART_BYTES = 2**30  # a file's tensors are held in memory twice while it is writ
 _NAME = re.compile(r"step_(\d{8,18})")
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 # Names that are read as parts of a checkpoint. Other files that lie in its folder are nobody's business.
-_PART = re.compile(r"(model|optimizer)-.*\.safetensors|rng-.*\.json|state\.json|config\.yaml|tokenizer\.model")
+_PART = re.compile(
+    rf"(model|optimizer)-.*\.safetensors|rng-.*\.json|state\.json|config\.yaml|{'|'.join(map(re.escape, FILES))}"
+)
 
 
 class CheckpointError(ValueError):

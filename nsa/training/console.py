@@ -99,7 +99,7 @@ def limits_of(config: Config) -> str | None:
         return None
     able = [kind.name for kind in KINDS if kind.export is not None]
     return (
-        f"note: no export can carry attention of kind {', '.join(kinds)} yet: nsa.export and nsa.evaluate will refuse "
+        f"note: no export can carry {', '.join(kinds)} yet: nsa.export and nsa.evaluate will refuse "
         "this model. It trains, validates and resumes all the same. If you need an export, take attention.kind "
         + " or ".join(able)
     )

@@ -16,10 +16,10 @@ from nsa.config import Config
 from nsa.models import Decoder
 from nsa.models.initialisation import first_value
 from nsa.ops.dense import libraries
+from nsa.parallel.config import stage_layers
 from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, ModelParallelUnit
 from nsa.parallel.partition import materialise
-from nsa.parallel.pipeline import stage_layers
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.clipping import clip_by_section
 from nsa.training.cuda_graphs import GraphedDecoder, graphs_serve

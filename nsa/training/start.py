@@ -7,6 +7,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from nsa.config import Config, load_saved
+from nsa.data.load_tokenizer import tokenizer_files
 from nsa.importing import WeightReader, read_config
 from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, ModelConfig
@@ -17,6 +18,7 @@ from nsa.training.sharded_state import WEIGHT, local_shards, scatter
 
 # Of the model: these have no weights, so they may change from run to run (a longer context, for example).
 WEIGHTLESS = {"max_position", "rope", "rope_scaling", "init_std", "norm_eps"}
+BALANCE = {"bias_rate", "loss_weight"}  # of model.moe: how experts are balanced from now on
 COMPUTED = ("rope", "rope_scaling", "norm_eps")  # of these: they change what the weights compute
 
 
@@ -24,7 +26,8 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
     """Give ``engine`` the weights of ``config.start_from``. Moments and counters remain those of a new run. Collective.
 
     A layer keeps the weights of a layer of its kind. From a dense layer it takes what its kind can use
-    (`nsa.layers.kind.Kind.from_dense`); the rest keeps its initial value.
+    (`nsa.layers.kind.Kind.from_dense`); the rest keeps its initial value. A dense layer takes what a layer has that
+    `nsa.layers.kind.Kind.holds_dense`.
 
     Raises:
         ValueError: there is no such checkpoint, it is of another shape, kind or tokenizer, or lacks a tensor.
@@ -46,7 +49,7 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         if there is here:
             return read(name, shape)
         prefix = ".".join(parts[:3])
-        found = here.from_dense(parts[3], lambda inside: read(f"{prefix}.{inside}"))
+        found = here.from_dense(parts[3], shape, config.attention.of(here), lambda inside: read(f"{prefix}.{inside}"))
         if found is not None and found.shape != shape:
             raise CheckpointError(f"{folder}: for {name} it has {tuple(found.shape)}, not {tuple(shape)}")
         return found
@@ -60,7 +63,7 @@ def source_of(config: Config, tokenizer: Path) -> Path:
     Raises ValueError if the run cannot begin with it.
 
     Args:
-        tokenizer: the file of the run's tokenizer.
+        tokenizer: the file of the run's tokenizer, or the folder with its files.
     """
     assert config.start_from is not None
     given = Path(config.start_from)
@@ -78,19 +81,21 @@ def source_of(config: Config, tokenizer: Path) -> Path:
             )
         folder = newest
     before, attention = _sections(folder)
-    old, new = before.model_dump(), config.model.model_dump()
+    old, new = (model.model_dump(exclude={"moe": BALANCE}) for model in (before, config.model))
     differing = [key for key in new if key not in WEIGHTLESS and old.get(key) != new[key]]
     if differing:
         changes = "\n".join(f"  model.{key}: {old.get(key)} there, {new[key]} here" for key in differing)
         raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
     layers = config.model.num_layers
     for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
-        if there is not here and there is not BASELINE:
+        dense = here.name == BASELINE.name and there.holds_dense
+        if there.name != here.name and there is not BASELINE and not dense:
+            to = f" or {BASELINE.name}" if there.holds_dense else ""
             raise ValueError(
                 f"start_from: layer {number} of {folder} has attention of kind {there.name}, which cannot become "
-                f"{here.name}: only {BASELINE.name} attention can become another kind"
+                f"{here.name}: only {BASELINE.name} attention can become any other kind; set it to {there.name}{to}"
             )
-        if there is here and there.config is not None:
+        if there.name == here.name and there.config is not None:
             old, new = (
                 sections.of(here).model_dump(exclude=set(here.free)) for sections in (attention, config.attention)
             )
@@ -98,10 +103,10 @@ def source_of(config: Config, tokenizer: Path) -> Path:
                 raise ValueError(f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}")
     if _is_foreign(folder):
         _check_foreign(folder, config, before)
-    elif (folder / "tokenizer.model").read_bytes() != tokenizer.read_bytes():
+    elif tokenizer_files(folder) != tokenizer_files(tokenizer):
         raise ValueError(
             f"start_from: {folder} was trained with another tokenizer than {tokenizer}: set "
-            f"data.tokenizer.path={folder}/tokenizer.model"
+            f"data.tokenizer.path={folder}"
         )
     print(f"begins with the weights of {folder}", flush=True)
     return folder
@@ -134,7 +139,7 @@ def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
     if config.data.tokenizer.path is None:
         raise ValueError(
             f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
-            "to that tokenizer (docs/importing.md)"
+            f"to that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
         )
     WeightReader(folder, config.model).check_tie()
     old, new = before.model_dump(), config.model.model_dump()

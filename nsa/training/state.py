@@ -7,6 +7,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from nsa.config import Config, dump_config
+from nsa.data.load_tokenizer import tokenizer_files
 from nsa.models import count_parameters
 from nsa.training import checkpoint
 from nsa.training.checkpoint import CheckpointError
@@ -41,7 +42,7 @@ class Identity:
     """What a checkpoint belongs to, besides the configuration.
 
     Attributes:
-        data: fingerprint of the prepared data. tokenizer: the tokenizer's file.
+        data: fingerprint of the prepared data. tokenizer: the tokenizer's file, or the folder with its files.
     """
 
     data: str
@@ -70,7 +71,7 @@ def snapshot(engine: DeepSpeedEngine, config: Config, ranks: Ranks, progress: Pr
     }
     files = {"config.yaml": dump_config(config).encode()}
     if ranks.is_main:
-        files["tokenizer.model"] = identity.tokenizer.read_bytes()
+        files |= tokenizer_files(identity.tokenizer)
     return Snapshot(
         step=progress.step,
         tensors=[(key, name, t.clone() if on_cpu else t) for key, name, t in tensors],

@@ -76,13 +76,13 @@ def run(
 
 def full(kind: type[Method], **settings: Any) -> Method:
     """The method with a budget that leaves nothing out."""
-    method = kind(budget=Budget(share=1.0), **settings)
+    method = kind(budget=Budget(share=1.0), **{**kind.small, **settings})
     return replace(method, **{kind.knob[0]: kind.knob[2]}) if kind.knob else method
 
 
 def half(kind: type[Method], tokens: int = 16) -> Method:
     """The method with a budget that leaves much out: ``tokens``, or a knob in the middle."""
-    method = kind(budget=Budget(tokens=tokens))
+    method = kind(budget=Budget(tokens=tokens), **kind.small)
     return replace(method, **{kind.knob[0]: (kind.knob[1] + kind.knob[2]) / 2}) if kind.knob else method
 
 

@@ -18,7 +18,7 @@ def make_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DataC
 
     def make(path: Path, *tasks: str, weights: tuple[float, ...] = (), **changes: object) -> DataConfig:
         sources = [SourceConfig(name="text", kind="files", path=str(path))]
-        sources += [SourceConfig(name=task, kind="synthetic", task=task) for task in tasks]  # type: ignore[arg-type]
+        sources += [SourceConfig(name=task, kind="synthetic", task=task) for task in tasks]
         if weights:
             sources = [s.model_copy(update={"weight": w}) for s, w in zip(sources, weights, strict=True)]
         tokenizer = TokenizerConfig(vocab_size=400, train_bytes=100_000)

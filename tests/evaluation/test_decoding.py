@@ -25,7 +25,10 @@ SHAPE |= {"head_dim": 16, "intermediate_size": 48, "max_position": 128}
 
 def decoder(kind: str, **shape: Any) -> Decoder:
     torch.manual_seed(0)
-    made = Decoder(ModelConfig(**SHAPE | {"init_std": 0.3} | shape), AttentionConfig.model_validate(KINDS[kind]))
+    made = Decoder(
+        ModelConfig(**SHAPE | {"init_std": 0.3} | shape),
+        AttentionConfig.model_validate(KINDS.get(kind, {"kind": kind})),
+    )
     return made.eval().requires_grad_(False)
 
 
@@ -42,7 +45,7 @@ def ids(batch: int = 2, tokens: int = 48) -> torch.Tensor:
     return torch.randint(0, 50, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "entmax"])
 def test_a_reader_without_method_is_the_decoder(kind: str) -> None:
     model = decoder(kind)
     mine = decoded(DecoderReader(model, None), ids(), 40)

@@ -8,7 +8,7 @@ from small_run import small_export
 
 from nsa import evaluate as command
 from nsa.data.prepare import prepare
-from nsa.data.synthetic import SET_SIZE
+from nsa.data.tasks import SET_SIZE
 from nsa.evaluation import runner
 
 

@@ -36,6 +36,7 @@ NAMES = {
     "attention.dsa.topk": "index_topk",
     "attention.dsa.num_initial": "index_num_initial",
     "attention.dsa.num_local": "index_num_local",
+    **{f"attention.entmax.{name}": f"entmax_{name}" for name in ("alpha", "scaling", "nope_heads", "position")},
 }
 TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight", "attention.dsa.kl_weight"}
 # What logits do not depend on: how fresh weights are drawn; the number of layers, which attention_kinds has, too; and
@@ -45,6 +46,7 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
 NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own
+NOT_EXPORTED += ("attention.dsa.share_layers", "attention.dsa.share_from")  # no export has shared index sets
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
@@ -67,6 +69,7 @@ MODEL = {
 }
 NSA = {"compress_hidden": 7, "num_blocks": 5, "num_initial": 2, "num_local": 1}
 DSA = {"num_initial": 5, "num_local": 6, "index_rotary_place": "last", "index_rotary_pairs": "interleaved"}
+ENTMAX = {"alpha": 1.9, "scaling": "ssmax", "nope_heads": 1, "position": "alibi"}
 
 
 def value_of(tree: Any, key: str) -> Any:
@@ -91,9 +94,10 @@ def others(value: Any) -> list[Any]:
 
 def unlike_defaults(folder: Path) -> Config:
     """A configuration of which no field of the two sections has its default."""
-    config = small_config(folder, ["dense", "nsa", "dsa"], **MODEL)
+    config = small_config(folder, ["entmax", "nsa", "dsa"], **MODEL)
     tree = with_value(config.model_dump(), "attention.nsa", config.attention.nsa.model_dump() | NSA)
     tree = with_value(tree, "attention.dsa", config.attention.dsa.model_dump() | DSA)
+    tree = with_value(tree, "attention.entmax", ENTMAX)
     for key, field in FIELDS:
         if not field.is_required() and value_of(tree, key) == field.default:
             for other in others(field.default):

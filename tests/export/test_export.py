@@ -43,6 +43,7 @@ def test_folder_is_complete(run: Path) -> None:
         "attention_nsa.py",
         "cache_nsa.py",
         "configuration_nsa.py",
+        "entmax_nsa.py",
         "indexer_nsa.py",
         "latent_nsa.py",
         "modeling_nsa.py",

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.entmax.config import EntmaxConfig
 from nsa.layers.kinds import KINDS
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.rotary_scaling import RopeScaling
@@ -27,12 +28,13 @@ INDEXERS = [
     (20, 0, 1, 5, 10, 4, "last", "interleaved"),
     (1, 0, 1, 1, 8, 4, "last", "half-split"),
 ]
+ENTMAX = EntmaxConfig()
 MOE = MoEConfig(num_experts=5, top_k=2, num_shared=1, expert_size=7, first_dense=1)
 LENGTHS = [1, 2, 17, 63, 129]
 
 
 def pair(
-    kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, indexer=INDEXERS[0], phase="sparse", **changes
+    kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, indexer=INDEXERS[0], phase="sparse", entmax=ENTMAX, **changes
 ) -> tuple[Decoder, NSAForCausalLM]:
     """A decoder and the exported model with its weights, both float64."""
     heads, groups, head_dim, v_head_dim = shape
@@ -41,7 +43,7 @@ def pair(
     names = ("topk", "num_initial", "num_local", "index_heads", "index_head_dim")
     names += ("index_rotary_dims", "index_rotary_place", "index_rotary_pairs")
     dsa = DsaConfig(phase=phase, **dict(zip(names, indexer, strict=True)))
-    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa)
+    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa, entmax=entmax)
     moe = changes.get("moe")
     rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
     model = ModelConfig(
@@ -81,6 +83,8 @@ def pair(
         yarn_factor=rope.yarn_factor,
         yarn_beta_fast=rope.yarn_beta_fast,
         rotary_scaling=model.rope_scaling.model_dump() if model.rope_scaling else None,
+        qkv_bias=model.qkv_bias,
+        qk_norm=model.qk_norm,
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=1,

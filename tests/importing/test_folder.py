@@ -327,4 +327,4 @@ def test_the_examples_of_the_guide_run(
     assert printed == read_config("FOLDER") == names["sections"]
     text = "def f(self):\n    return  1"
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    assert Tokenizer("tokenizer.model").encode(" " + text) == theirs.encode(text)
+    assert names["tokenizer"].encode(" " + text) == theirs.encode(text)

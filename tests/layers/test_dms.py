@@ -28,7 +28,7 @@ def dense(like: MemorySparseAttention) -> DenseAttention:
     made = DenseAttention(HIDDEN, HEADS, GROUPS, WIDTH).double()
     read = dict(like.named_parameters())
     for name, parameter in made.named_parameters():
-        parameter.data = kind_of("dms").from_dense(name, lambda inside: read[inside]).data
+        parameter.data = kind_of("dms").from_dense(name, parameter.shape, None, lambda inside: read[inside]).data
     return made
 
 

@@ -9,6 +9,7 @@ import torch
 
 from nsa.layers.around import Around, innermost
 from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
+from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
 from nsa.layers.kinds import KINDS
 from nsa.layers.projections.config import MlaConfig
@@ -26,8 +27,8 @@ each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 each_layer = pytest.mark.parametrize(
     ("kind", "options"),
     [
-        pytest.param(kind, options, id=f"{kind.name}-{'-'.join(options)}")
-        for kind in KINDS
+        pytest.param(kind, options, id=f"{kind.name}{'-served' * kind.borrows}-{'-'.join(options)}")
+        for kind in (*KINDS, SERVED)
         for options in OPTIONS
         if set(options) <= set(kind.options)
     ],
@@ -43,7 +44,7 @@ def built(kind: Kind, options: dict[str, Any]) -> tuple[torch.nn.Module, Shape, 
 @each_layer
 def test_parts_and_exchanges_match_the_layer(kind: Kind, options: dict[str, Any]) -> None:
     layer, shape, config = built(kind, options)
-    parts = kind.parts(shape)
+    parts = kind.parts(shape, config)
     linears = [layer.get_submodule(n) for n in (*parts.columns, *parts.kv_heads, *parts.rows)]
     whole = [layer.get_submodule(name) for name in parts.whole]
     listed = {id(p) for module in [*linears, *whole] for p in module.parameters()}
@@ -67,7 +68,7 @@ def test_products_match_the_weights(kind: Kind, options: dict[str, Any]) -> None
     matrices = {name: p.shape for name, p in layer.named_parameters() if p.ndim == 2 and not name.endswith("position")}
     products = kind.products(shape, config)
     assert sum(p.inner * p.outer for p in products) == sum(rows * columns for rows, columns in matrices.values())
-    parts = kind.parts(shape)
+    parts = kind.parts(shape, config)
     modules = [layer.get_submodule(name) for name in (*parts.columns, *parts.kv_heads, *parts.whole)]
     linears = [m for m in modules if isinstance(m, torch.nn.Linear) and m.in_features == shape.hidden_size]
     assert products[0].inner == shape.hidden_size and products[0].outer == sum(m.out_features for m in linears)

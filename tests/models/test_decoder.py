@@ -10,7 +10,7 @@ from nsa.layers.nsa.config import NsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, RopeConfig, count_parameters, training_flops_per_token
 from nsa.models.head import LanguageModelHead
 
-KINDS = ["dense", "nsa", ["dense", "nsa"]]
+KINDS = ["dense", "nsa", ["dense", "nsa"], "entmax"]
 
 
 def small(kind, **changes) -> tuple[ModelConfig, AttentionConfig]:

@@ -22,7 +22,7 @@ CASES = [
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
     [*BASE, *SGD, *DSA, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *LATENT, *layout(tensor=2, context=2, zero=1)],
-    [*BASE, *SGD, *LATENT, *layout(context=2, zero=3)],
+    [*BASE, *SGD, *LATENT, *layout(context=2, zero=3), "attention.kind=dsa", "attention.dsa.share_layers=2"],
     [*BASE, *SGD, *LATENT, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *CLIPPED, *layout(tensor=2, pipeline=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *layout(context=2, pipeline=2, zero=0), "model.tie_embeddings=false"],
@@ -77,6 +77,7 @@ EXPERT_LINKS = [
 CHECKS: dict[str, Any] = {
     "decoders": ("decoders", {"layouts": SPREADS, "seeds": 4}),
     "latent": ("decoders", {"layouts": SPREADS, "seeds": 3, "latent": True}),
+    "entmax": ("decoders", {"layouts": SPREADS[:2], "seeds": 3, "kind": "entmax"}),
     "curves": ("curves", {"cases": CASES, "steps": FEW_STEPS}),
     "rounded": ("curves", {"cases": ROUNDED, "steps": FEW_STEPS}),
     "not_finite": ("not_finite", {"cases": BROKEN}),

@@ -15,8 +15,11 @@ from rank_checks import *  # noqa: F403 - its checks serve here, too
 from rank_checks import close, logged, main
 from tiny import tiny_config
 
+from nsa.layers import record_index_sets, replay_index_sets
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.entmax.config import EntmaxConfig
+from nsa.layers.kinds import DSA
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
@@ -35,11 +38,12 @@ from nsa.training.trainer import Trainer
 
 
 def decoders(
-    ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int, latent: bool = False
+    ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int, latent: bool = False, kind: str | None = None
 ) -> list[list[float]]:
     """The largest difference of a sharded decoder from the whole one, for each layout and seed, over all ranks.
 
-    Compared are losses, and gradients relative to their largest element. ``latent``: with latent attention.
+    Compared are losses, and gradients relative to their largest element. ``latent``: with latent attention. ``kind``:
+    of all layers; None: it is drawn.
     """
     answer = []
     for layout in layouts:
@@ -50,13 +54,13 @@ def decoders(
         differences = []
         for seed in range(seeds):
             with ranks.device if ranks.device.type == "cuda" else nullcontext():  # which looks at each operation
-                difference = decoder_difference(grids, seed, latent)
+                difference = decoder_difference(grids, seed, latent, kind)
             differences.append(max(ranks.gather(difference)))
         answer.append(differences)
     return answer
 
 
-def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False) -> float:
+def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False, kind: str | None = None) -> float:
     """The difference for a random small decoder, packing and layout of blocks, identical on all ranks by ``seed``.
 
     ``grids``: by number of KV heads.
@@ -67,7 +71,7 @@ def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False) 
     samples = grid.expert
     unit = 2 * grid.context.size * grid.tensor.size
     tokens = unit * dice.randint(1, 120 // unit)
-    config, attention = random_shapes(dice, tokens, num_kv_heads)
+    config, attention = random_shapes(dice, tokens, num_kv_heads, kind)
     if latent:
         config, attention = with_latents(config, attention, dice, seed)
     torch.manual_seed(seed)
@@ -90,9 +94,17 @@ def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False) 
     weights = torch.rand(batch, tokens)
     borders = random_borders(dice, tokens) if packed else None
 
-    expected = whole(ids, targets=targets, cu_seqlens=borders)
+    selects = [n for n, kind in enumerate(attention.kinds(config.num_layers)) if kind is DSA]
+    selects = selects if attention.dsa.phase == "sparse" else []
+    with record_index_sets(whole) if selects else nullcontext({}) as sets:
+        expected = whole(ids, targets=targets, cu_seqlens=borders)
+    assert list(sets) == selects
     (expected * weights).sum().backward()
-    losses = part(ids, targets=targets, cu_seqlens=borders)
+    replayed = bool(sets) and seed % 2
+    watch = record_index_sets(part) if sets and grid.context.size == 1 else nullcontext(sets)
+    with replay_index_sets(part, sets) if replayed else nullcontext(), watch as found:
+        losses = part(ids, targets=targets, cu_seqlens=borders)
+    assert all(torch.equal(found[number], sets[number]) for number in selects)
     if grid.context.size > 1:
         chunks = Chunks.of_local(losses.shape[1], grid.context)
         expected, weights = chunks.mine(expected), chunks.mine(weights)
@@ -161,10 +173,12 @@ def check_state(trainer: Trainer) -> None:
     assert len(together) == len(read["model"].names()) + len(read["optimizer"].names())
 
 
-def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[ModelConfig, AttentionConfig]:
+def random_shapes(
+    dice: random.Random, tokens: int, num_kv_heads: int, kind: str | list[str] | None = None
+) -> tuple[ModelConfig, AttentionConfig]:
     stride = dice.choice([1, 2, 4])
     length = stride * dice.randint(1, 3)
-    kind = dice.choice(["nsa", "dense", ["nsa", "dense"], "dsa", ["dsa", "nsa"]])
+    kind = kind or dice.choice(["nsa", "dense", ["nsa", "dense"], "dsa", ["dsa", "nsa"]])
     model = ModelConfig(
         vocab_size=24,
         hidden_size=12,
@@ -178,8 +192,8 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
         tie_embeddings=dice.random() < 0.5,
         init_std=0.3,
         moe=random_experts(dice),
-        qkv_bias=kind in ("dense", "dsa") and dice.random() < 0.5,
-        qk_norm=kind in ("dense", "dsa") and dice.random() < 0.5,
+        qkv_bias=kind in ("dense", "dsa", "entmax") and dice.random() < 0.5,
+        qk_norm=kind in ("dense", "dsa", "entmax") and dice.random() < 0.5,
     )
     return model, AttentionConfig(
         kind=kind,
@@ -198,7 +212,20 @@ def random_shapes(dice: random.Random, tokens: int, num_kv_heads: int) -> tuple[
             index_head_dim=6,
             index_rotary_dims=4,
             phase=dice.choice(["sparse", "sparse", "warm-up"]),
+            share_layers=dice.randint(1, 2),
         ),
+        entmax=random_entmax(dice, 8 // num_kv_heads),
+    )
+
+
+def random_entmax(dice: random.Random, per_group: int) -> EntmaxConfig:
+    """``per_group``: query heads of a KV head. Heads without positions may begin within a rank."""
+    position = dice.choice(["rotary", "alibi"])
+    return EntmaxConfig(
+        alpha=dice.choice([1.5, 1.5, 1.3]),
+        scaling=dice.choice(["none", "asentmax", "ssmax"]),
+        nope_heads=dice.randint(0, 8) if position == "alibi" else per_group * dice.randint(0, 8 // per_group),
+        position=position,
     )
 
 

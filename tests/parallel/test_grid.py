@@ -13,9 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nsa.config import ConfigError
 from nsa.parallel import Grid, ParallelConfig
+from nsa.parallel.config import stage_layers
 from nsa.parallel.grid import ModelParallelUnit, build_grid, data_parallel_size
 from nsa.parallel.partition import add_up_in_backward, sum_over
-from nsa.parallel.pipeline import stage_layers
 from nsa.parallel.traffic import Traffic
 from tests.parallel.layouts import MOE
 from tests.training.tiny import tiny_config

@@ -195,5 +195,5 @@ def test_a_kind_that_no_export_carries_is_told_at_the_start(tmp_path, capsys, mo
     assert all("note:" not in text for text in said())
     monkeypatch.setattr(model_config, "kind_of", lambda name: replace(NSA, export=None))
     for text in said():
-        assert "no export can carry attention of kind nsa yet" in text
+        assert "no export can carry Native Sparse Attention" in text
         assert "take attention.kind dense or nsa" in text

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from nsa.config import Config
 from nsa.importing import read_weights
+from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
-from nsa.models import Decoder
+from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.training import start
 from nsa.training.start import source_of
 from tests.small_run import small_config, small_run
@@ -76,18 +77,63 @@ def test_an_indexer_of_another_make_is_refused(tmp_path, dense):
 
 
 def test_sparse_layers_take_the_dense_weights():
-    """NSA's branches begin with copies of the dense keys and values; what dense attention lacks is new."""
+    """NSA's branches begin with copies of the dense keys and values; an indexer is new."""
     there = {name: torch.rand(2) for name in ("query.weight", "key.weight", "value.weight", "output.weight")}
-    dms = kind_of("dms").from_dense
-    nsa, dsa = kind_of("nsa").from_dense, kind_of("dsa").from_dense
+    nsa, dsa, dms = (kind_of(name).from_dense for name in ("nsa", "dsa", "dms"))
     for branch in ("cmp", "slc", "win"):
         for part in ("key", "value"):
-            assert nsa(f"key_value.{branch}.{part}.weight", there.__getitem__) is there[f"{part}.weight"]
+            name = f"key_value.{branch}.{part}.weight"
+            assert nsa(name, torch.Size([2]), None, there.__getitem__) is there[f"{part}.weight"]
     for take in (nsa, dsa, dms):
-        assert take("query.weight", there.__getitem__) is there["query.weight"]
-        assert take("output.weight", there.__getitem__) is there["output.weight"]
-    assert dsa("indexer.key.weight", there.__getitem__) is dms("evict.bias", there.__getitem__) is None
-    assert nsa("gate.bias", there.__getitem__) is nsa("compress.key.inner.weight", there.__getitem__) is None
+        for name in ("query.weight", "output.weight"):
+            assert take(name, torch.Size([2]), None, there.__getitem__) is there[name]
+    assert dsa("indexer.key.weight", torch.Size([2]), None, there.__getitem__) is None
+    assert dms("evict.bias", torch.Size([2]), None, there.__getitem__) is None
+    assert SERVED.from_dense("key.weight", torch.Size([2]), None, there.__getitem__) is there["key.weight"]
+
+
+def nsa_of_dense(hidden, tokens):
+    """Logits of a dense decoder and of the NSA decoder that begins with it; the latter."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    model = ModelConfig(**shape, v_head_dim=6, intermediate_size=40, max_position=512, init_std=0.3)
+    dense = Decoder(model, AttentionConfig(kind="dense"), backend="torch")
+    sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 6, "window": 48}
+    attention = AttentionConfig.model_validate({"kind": "nsa", "nsa": sizes | {"compress_hidden": hidden}})
+    sparse, there = Decoder(model, attention, backend="torch"), dense.state_dict()
+    first = {}
+    for name, value in sparse.state_dict().items():
+        prefix, inside = name.split(".attention.") if ".attention." in name else (name, "")
+        read = lambda part, prefix=prefix: there[f"{prefix}.attention.{part}"]  # noqa: E731
+        first[name] = kind_of("nsa").from_dense(inside, value.shape, attention.nsa, read) if inside else there[name]
+    sparse.load_state_dict(first)
+    ids = torch.randint(50, (1, tokens))
+    with torch.no_grad():
+        return dense(ids), sparse(ids), sparse
+
+
+@pytest.mark.parametrize("hidden", [None, 5, 16, 19])
+def test_nsa_begins_as_dense_attention(hidden):
+    """Where window and selection see all tokens: but for the branch that is almost shut. Of any hidden width. Planted:
+    gates in another order; values of the mean by the keys' width."""
+    expected, found, _ = nsa_of_dense(hidden, 48)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=-1).min() > 0.99
+
+
+@pytest.mark.parametrize("hidden", [None, 9, 16, 19])
+def test_its_compression_begins_as_a_mean(hidden):
+    """Exactly where the hidden layer has twice the width; in a narrower one, of what is small."""
+    *_, sparse = nsa_of_dense(hidden, 1)
+    compress = sparse.layers[0].attention.compress
+    for part, width in (("key", 8), ("value", 6)):
+        phi, wide = getattr(compress, part), (hidden or width) >= 2 * width
+        x = torch.randn(1, 20, 2, width) * (1 if wide else 0.1)
+        found = phi(x)
+        expected = torch.stack([x[:, i : i + 8].mean(1) for i in range(0, 13, 4)], 1)
+        assert (found - expected).abs().max() < (1e-5 if wide else 0.02 * expected.abs().max())
+        found.square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in phi.parameters())
 
 
 @pytest.fixture

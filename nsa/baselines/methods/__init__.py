@@ -4,16 +4,32 @@ import difflib
 
 from nsa.baselines.method import Method
 from nsa.baselines.methods.ada_snapkv import AdaSnapKV, AdaSnapKVSafeguard
+from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
 from nsa.baselines.methods.dense import Dense
+from nsa.baselines.methods.double_p import DoubleP
+from nsa.baselines.methods.dual_chunk import DualChunk
+from nsa.baselines.methods.flexprefill import FlexPrefill
+from nsa.baselines.methods.flexprefill_released import FlexPrefillReleased
 from nsa.baselines.methods.h2o import H2O
 from nsa.baselines.methods.lm_infinite import LMInfinite
+from nsa.baselines.methods.minference import MInference
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.methods.pyramidkv import PyramidKV, PyramidKVKvpress
+from nsa.baselines.methods.quest import Quest, QuestEval
+from nsa.baselines.methods.qwen_1m import Qwen1M
 from nsa.baselines.methods.random_tokens import RandomTokens
 from nsa.baselines.methods.sink_window import SinkWindow
+from nsa.baselines.methods.sketch_walk import SketchWalk, SketchWalkDamped
 from nsa.baselines.methods.snapkv import SnapKV
+from nsa.baselines.methods.sparq import SparQ
+from nsa.baselines.methods.sparq_released import SparQReleased
 from nsa.baselines.methods.streaming_llm import StreamingLLM
 from nsa.baselines.methods.tova import Tova
+from nsa.baselines.methods.twilight import Twilight
+from nsa.baselines.methods.vattention import VAttention
+from nsa.baselines.methods.vattention_released import VAttentionReleased
+from nsa.baselines.methods.vertical_slash import VerticalSlash
+from nsa.baselines.methods.vertical_slash_blocks import VerticalSlashBlocks
 
 METHODS: tuple[type[Method], ...] = (
     # controls, which every comparison has
@@ -32,6 +48,27 @@ METHODS: tuple[type[Method], ...] = (
     AdaSnapKVSafeguard,
     PyramidKV,
     PyramidKVKvpress,
+    # load less while decoding
+    Quest,
+    QuestEval,
+    SparQ,
+    SparQReleased,
+    Twilight,
+    DoubleP,
+    VAttention,
+    VAttentionReleased,
+    # chosen in the prompt
+    BlockSparse,
+    BlockSparseFrontier,
+    VerticalSlash,
+    VerticalSlashBlocks,
+    MInference,
+    FlexPrefill,
+    FlexPrefillReleased,
+    SketchWalk,
+    SketchWalkDamped,
+    DualChunk,
+    Qwen1M,
 )
 
 

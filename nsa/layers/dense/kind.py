@@ -1,5 +1,6 @@
 """The record of dense attention."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +11,7 @@ from nsa.layers.kind import Backends, Gather, Kind, Own, Product, Shape
 from nsa.layers.projections.records import parts_of, projection_of
 
 
-def build(shape: Shape, config: Any, backends: Backends) -> nn.Module:
+def build(shape: Shape, config: Any, backends: Backends, before: Sequence[nn.Module] = ()) -> nn.Module:
     return DenseAttention(
         shape.hidden_size,
         shape.num_heads,
@@ -44,13 +45,17 @@ DENSE = Kind(
     recordable=True,
     dense_library=True,
     options=("qkv_bias", "qk_norm", "mla"),
-    parts=parts_of,
+    parts=lambda shape, config: parts_of(shape),
     exchanges=lambda shape, config: {"q": Own(), "kv": Gather("keys", projection_of(shape).row_width(shape))},
     choices=(),
+    placed=None,
+    borrows=False,
+    twin=lambda config: config,
     expensive=("range_attention",),
     loss=None,
     apart=(),
-    from_dense=lambda name, read: read(name),
+    from_dense=lambda name, shape, config, read: read(name),
+    holds_dense=True,
     free=(),
     problem=lambda config, tokens: None,
     figures=None,

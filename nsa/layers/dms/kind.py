@@ -1,5 +1,6 @@
 """The record of Dynamic Memory Sparsification."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from nsa.layers.kind import Backends, Gather, Kind, Own, Parts, Product, Shape
 from nsa.layers.projections.records import parts_of, projection_of
 
 
-def build(shape: Shape, config: DmsConfig, backends: Backends) -> nn.Module:
+def build(shape: Shape, config: DmsConfig, backends: Backends, before: Sequence[Any] = ()) -> nn.Module:
     return MemorySparseAttention(
         shape.hidden_size,
         shape.num_heads,
@@ -25,7 +26,7 @@ def build(shape: Shape, config: DmsConfig, backends: Backends) -> nn.Module:
     )
 
 
-def parts(shape: Shape, config: Any = None) -> Parts:
+def parts(shape: Shape, config: DmsConfig) -> Parts:
     """Eviction logits belong to KV heads."""
     found = parts_of(shape)
     return replace(found, kv_heads=(*found.kv_heads, "evict"))
@@ -66,10 +67,14 @@ DMS = Kind(
         "log_keep": Gather("eviction logits", shape.num_kv_heads),
     },
     choices=(),
+    placed=None,
+    borrows=False,
+    twin=lambda config: config,
     expensive=(),
     loss=("share", "eviction"),
     apart=(),
-    from_dense=lambda name, read: None if name.startswith("evict.") else read(name),
+    from_dense=lambda name, shape, config, read: None if name.startswith("evict.") else read(name),
+    holds_dense=True,
     free=("window", "evicted", "weight", "temperature"),
     problem=problem,
     figures=None,

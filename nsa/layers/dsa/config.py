@@ -29,6 +29,18 @@ class DsaConfig(Section):
         1.0, ge=0, description="weight of the indexer's loss, a mean over tokens summed over layers"
     )
 
+    share_layers: int = Field(
+        1,
+        ge=1,
+        description="DSA layers in a group (IndexShare): the first has the indexer, the others attend to the tokens "
+        "that it selects; 1: every layer has one",
+    )
+    share_from: int = Field(0, ge=0, description="DSA layers before the first group, each with an indexer of its own")
+
+    def is_served(self, place: int) -> bool:
+        """Whether the DSA layer number ``place`` attends to the tokens that an earlier one selects."""
+        return place >= self.share_from and (place - self.share_from) % self.share_layers > 0
+
     @model_validator(mode="after")
     def _consistent(self) -> "DsaConfig":
         if self.num_initial + self.num_local > self.topk:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa import ops
 from nsa.layers.kind import Guest, Pair, Spent, newest, seen_keys
 from nsa.ops.dispatch import softmax_scale
 
@@ -19,14 +20,18 @@ def attention(
 def spent(
     attend: Any, q: Tensor, kv: Pair, q_idx: Tensor, k_idx: tuple[Tensor], weights: Tensor, *, offset: int = 0
 ) -> Spent:
-    """The selected tokens, and all index keys. The indexer is one for all KV heads: each has its share of it."""
+    """The selected tokens, and all index keys. The indexer is one for all KV heads: each has its share of it.
+
+    A layer that attends to the sets of another reads no index keys.
+    """
     k, v = kv
     groups, width = k.shape[2], k.shape[3] + v.shape[3]
     seen = float(seen_keys(q, offset).sum() * len(q))
     if attend.phase == "warm-up":
         keys, index = seen, 0.0
     else:
-        keys, index = float((attend.choose(q_idx, k_idx[0], weights) >= 0).sum()), seen
+        tokens, _ = ops.index_topk(q_idx, k_idx[0], weights, **attend.choose.sizes, backend=attend.backend)
+        keys, index = float((tokens >= 0).sum()), seen * attend.choose.scores
     one = torch.ones(groups, dtype=torch.float64)
     scored = index * q_idx.shape[2] * q_idx.shape[3] / k.shape[3] / groups
     return Spent(

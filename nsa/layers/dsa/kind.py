@@ -1,5 +1,8 @@
 """The record of DeepSeek Sparse Attention."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -8,14 +11,21 @@ from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
 from nsa.layers.dsa.guest import GUEST
 from nsa.layers.dsa.layer import DeepSeekSparseAttention
-from nsa.layers.kind import Backends, Exchange, Gather, Kind, Known, Own, Product, Shape
+from nsa.layers.dsa.share import IndexShare
+from nsa.layers.kind import Backends, Borrowed, Exchange, Gather, Kind, Known, Own, Product, Shape
 from nsa.layers.projections.records import parts_of, projection_of
 from nsa.ops.geometry import RotaryLayout
 
+LAYOUT = {"index_rotary_dims", "index_rotary_place", "index_rotary_pairs", "share_layers", "share_from"}
 
-def build(shape: Shape, config: DsaConfig, backends: Backends) -> nn.Module:
+
+def build(
+    shape: Shape, config: DsaConfig, backends: Backends, before: Sequence[Any] = (), served: bool = False
+) -> nn.Module:
     rotary = RotaryLayout(config.index_rotary_dims, config.index_rotary_place, config.index_rotary_pairs)
-    sizes = config.model_dump(exclude={"index_rotary_dims", "index_rotary_place", "index_rotary_pairs"})
+    share = None
+    if served:  # alone it can be counted, but not called
+        share = before[-1].share if before else IndexShare(config.kl_weight)
     return DeepSeekSparseAttention(
         shape.hidden_size,
         shape.num_heads,
@@ -23,11 +33,16 @@ def build(shape: Shape, config: DsaConfig, backends: Backends) -> nn.Module:
         shape.head_dim,
         shape.v_head_dim,
         index_rotary=rotary,
+        share=share,
         rope_theta=shape.rope_theta,
         projection=projection_of(shape).build(shape, backends.operators),
         backend=backends.operators,
-        **sizes,
+        **config.model_dump(exclude=LAYOUT),
     )
+
+
+def served_products(shape: Shape, config: DsaConfig) -> list[Product]:
+    return projection_of(shape).products(shape)
 
 
 def products(shape: Shape, config: DsaConfig) -> list[Product]:
@@ -64,8 +79,15 @@ def exchanges(shape: Shape, config: DsaConfig) -> dict[str, Exchange]:
     }
 
 
+def served_exchanges(shape: Shape, config: DsaConfig) -> dict[str, Exchange]:
+    return exchanges(shape, config) | {"k_idx": Borrowed()}
+
+
 def card(config: DsaConfig) -> dict[str, str]:
-    return {
+    groups = {}
+    if config.share_layers > 1:
+        groups["shared"] = f"groups of {config.share_layers} layers attend to the tokens of one indexer"
+    return groups | {
         "selection": f"{config.topk} tokens, {config.num_initial} initial and {config.num_local} local ones among them",
         "indexer": f"{config.index_heads} heads of width {config.index_head_dim}, "
         f"{config.index_rotary_place} {config.index_rotary_dims} dims rotated ({config.index_rotary_pairs})",
@@ -74,7 +96,7 @@ def card(config: DsaConfig) -> dict[str, str]:
 
 def export(config: DsaConfig) -> dict[str, Any]:
     """NSA has fields of some of these names, in blocks."""
-    fields = config.model_dump(exclude={"kl_weight"})
+    fields = config.model_dump(exclude={"kl_weight", "share_layers", "share_from"})
     return {f"index_{name.removeprefix('index_')}": value for name, value in fields.items()}
 
 
@@ -84,6 +106,7 @@ def known(shape: Shape, config: DsaConfig) -> Known | None:
         return None
     theirs: dict[str, Any] = {"num_initial": 0, "num_local": 0, "index_rotary_dims": shape.mla.qk_rope_head_dim}
     theirs |= {"index_rotary_place": "first", "index_rotary_pairs": "half-split", "phase": "sparse"}
+    theirs |= {"share_layers": 1}
     ours = config.model_dump()
     unlike = [f"attention.dsa.{name} {ours[name]}" for name in theirs if ours[name] != theirs[name]]
     unlike += ["model.mla.q_lora_rank null"] if shape.mla.q_lora_rank is None else []
@@ -99,7 +122,7 @@ def problem(config: DsaConfig, tokens: int) -> str | None:
     return None
 
 
-DSA = Kind(
+DSA: Kind = Kind(
     name="dsa",
     title="DeepSeek Sparse Attention (arXiv 2512.02556)",
     config=DsaConfig,
@@ -116,18 +139,38 @@ DSA = Kind(
     dense_library=False,
     recordable=False,
     options=("qkv_bias", "qk_norm", "mla"),
-    parts=lambda shape: parts_of(shape, whole=("indexer",)),
+    parts=lambda shape, config: parts_of(shape, whole=("indexer",)),
     exchanges=exchanges,
-    choices=("attend.choose",),
+    choices=("attend.choose", "shared"),
+    placed=lambda config, place: SERVED if config.is_served(place) else DSA,
+    borrows=False,
+    twin=lambda config: config.model_copy(update={"share_layers": 1}),
     expensive=("range_attention", "token_attention"),
     loss=("attend.loss", "indexer_kl"),
     apart=("indexer",),
-    from_dense=lambda name, read: None if name.startswith("indexer.") else read(name),
-    free=("topk", "num_initial", "num_local", "phase", "kl_weight"),
+    from_dense=lambda name, shape, config, read: None if name.startswith("indexer.") else read(name),
+    holds_dense=True,
+    free=("topk", "num_initial", "num_local", "phase", "kl_weight", "share_layers", "share_from"),
     problem=problem,
     figures=measure,
     guest=GUEST,
     export=export,
     known=known,
     card=card,
+)
+
+# A layer that attends to the tokens that an earlier one selects.
+SERVED: Kind = replace(
+    DSA,
+    title=f"{DSA.title} with shared index sets",
+    build=partial(build, served=True),
+    products=served_products,
+    other_flops=lambda config, tokens: 0.0,
+    parts=lambda shape, config: parts_of(shape),
+    exchanges=served_exchanges,
+    borrows=True,
+    twin=lambda config: config.model_copy(update={"share_layers": 2, "share_from": 0}),
+    apart=(),
+    from_dense=lambda name, shape, config, read: read(name),
+    export=None,
 )

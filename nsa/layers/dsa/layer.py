@@ -6,8 +6,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.cache import IndexedCache
+from nsa.cache import FullCache, IndexedCache
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.layers.dsa.share import HandOver, IndexShare, SharedChoice, TakeOver
+from nsa.layers.index_sets import IndexChoice
 from nsa.layers.kind import Local, Pair
 from nsa.layers.projections.base import ProjectedLayer, Projection
 from nsa.layers.projections.gqa import GroupedQuery
@@ -64,17 +66,22 @@ class LightningIndexer(nn.Module):
         return q_idx, k_idx.squeeze(2), weights
 
 
-class TokenChoice(nn.Module):
+class TokenChoice(IndexChoice):
     """The operator that selects the tokens of each query, without parameters and gradient."""
 
-    def __init__(self, *, topk: int, num_initial: int, num_local: int, backend: str) -> None:
+    def __init__(self, share: IndexShare, sizes: dict[str, Any], *, backend: str) -> None:
         super().__init__()
-        self.sizes: dict[str, Any] = {"topk": topk, "num_initial": num_initial, "num_local": num_local}
-        self.backend = backend
+        self.share, self.sizes, self.topk, self.backend = share, sizes, sizes["topk"], backend
 
-    def forward(self, q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """As `nsa.ops.index_topk`, the indices only."""
-        return ops.index_topk(q_idx, k_idx, weights, **self.sizes, cu_seqlens=cu_seqlens, backend=self.backend)[0]
+    def forward(self, *inputs: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0) -> Tensor:
+        sets = super().forward(*inputs, cu_seqlens=cu_seqlens, offset=offset)
+        if self.share.index is not None:
+            self.share.sets[offset] = sets
+        return sets
+
+    def select(self, *inputs: Tensor, cu_seqlens: Tensor | None, offset: int) -> Tensor:
+        """inputs: q_idx, k_idx, weights, as `nsa.ops.index_topk` takes them; the indices only."""
+        return ops.index_topk(*inputs, **self.sizes, cu_seqlens=cu_seqlens, backend=self.backend)[0]
 
 
 class IndexedAttention(nn.Module):
@@ -86,11 +93,11 @@ class IndexedAttention(nn.Module):
     """
 
     def __init__(
-        self, choose: TokenChoice, *, phase: Phase, kl_weight: float, scale: float | None = None, backend: str
+        self, choose: IndexChoice, loss: AuxiliaryLoss, *, phase: Phase, scale: float | None = None, backend: str
     ) -> None:
         super().__init__()
         self.scale = scale
-        self.choose, self.loss = choose, AuxiliaryLoss(kl_weight)
+        self.choose, self.loss = choose, loss
         self.phase, self.backend = phase, backend
 
     def forward(
@@ -116,7 +123,7 @@ class IndexedAttention(nn.Module):
         if self.phase == "warm-up":
             out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options, return_lse=True)
         else:
-            tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens)
+            tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens, offset=offset)
             out, lse = ops.token_sparse_attention(
                 q, k, v, tokens, scale=self.scale, return_lse=True, backend=self.backend
             )
@@ -143,6 +150,8 @@ class DeepSeekSparseAttention(ProjectedLayer):
         phase: "warm-up": queries attend to all tokens, and the indexer learns this attention. "sparse": they attend to
             the selected tokens, and the indexer learns the attention among these.
         kl_weight: weight of the indexer's loss.
+        share: the attribute ``share`` of an earlier layer, whose index sets this one attends to. Then it has no
+            indexer, the sizes of an index head do not matter, and the weight of the loss is divided among these layers.
         rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
         projection: how queries, keys and values are made, in place of grouped ones of these sizes.
         backend: implementation of the operators: auto, triton, torch or naive.
@@ -167,6 +176,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
         index_rotary: RotaryLayout = RotaryLayout(64),  # noqa: B008 - a constant
         phase: Phase = "sparse",
         kl_weight: float = 1.0,
+        share: IndexShare | None = None,
         rope_theta: float = 10000.0,
         projection: Projection | None = None,
         backend: str = "auto",
@@ -175,27 +185,36 @@ class DeepSeekSparseAttention(ProjectedLayer):
             projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
         )
         self.rope_theta = rope_theta
-        self.indexer = LightningIndexer(
-            hidden_size,
-            index_heads,
-            index_head_dim,
-            index_rotary,
-            query_size=self.projection.latent_size,
-            backend=backend,
-        )
+        self.indexer: LightningIndexer | None = None
+        self.share = IndexShare(kl_weight) if share is None else share
+        sizes = {"topk": topk, "num_initial": num_initial, "num_local": num_local}
+        loss = AuxiliaryLoss(kl_weight)
+        number = self.share.join(loss)
+        choose: IndexChoice
+        if share is None:
+            self.indexer = LightningIndexer(
+                hidden_size,
+                index_heads,
+                index_head_dim,
+                index_rotary,
+                query_size=self.projection.latent_size,
+                backend=backend,
+            )
+            self.shared: nn.Module = HandOver(self.share)
+            choose = TokenChoice(self.share, sizes, backend=backend)
+        else:
+            self.shared = TakeOver(share, number)
+            choose = SharedChoice(share, number, sizes)
         self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
-        choose = TokenChoice(topk=topk, num_initial=num_initial, num_local=num_local, backend=backend)
         self.exchange = Local()
-        self.attend = IndexedAttention(
-            choose, phase=phase, kl_weight=kl_weight, scale=self.projection.scale, backend=backend
-        )
+        self.attend = IndexedAttention(choose, loss, phase=phase, scale=self.projection.scale, backend=backend)
 
     def forward(
         self,
         x: Tensor,
         rotary: RotaryTables | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: IndexedCache | None = None,
+        cache: IndexedCache | FullCache | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C).
 
@@ -209,14 +228,23 @@ class DeepSeekSparseAttention(ProjectedLayer):
         if rotary is None:
             rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
         q, rows, query_latent = self.projection(x, rotary)
-        q_idx, index_keys, weights = self.indexer(x, rotary, query_latent)
-        q, rows, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, (index_keys,), weights)
-        if cache is not None:
+        if self.indexer is None:
+            q_idx, k_idx, weights = self.shared()
+        else:
+            q_idx, index_keys, weights = self.indexer(x, rotary, query_latent)
+            k_idx = (index_keys,)
+        q, rows, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, k_idx, weights)
+        if isinstance(cache, IndexedCache):
             rows, k_idx = cache.append(rows, k_idx)
+        elif cache is not None:
+            rows = cache.append(*rows)
+        if self.indexer is not None:
+            self.shared(q_idx, k_idx, weights)
         absorbed = self.attend.phase == "sparse" or offset > 0  # a token's row is read by many heads, from few places
         q, kv = self.projection.form(q, rows, absorbed)
         out = self.attend(q, kv, q_idx, k_idx, weights, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(self.projection.values(out, absorbed).flatten(2))
 
-    def new_cache(self) -> IndexedCache:
-        return IndexedCache()
+    def new_cache(self) -> IndexedCache | FullCache:
+        """Without an indexer there are no index keys to keep."""
+        return FullCache() if self.indexer is None else IndexedCache()

@@ -1,9 +1,10 @@
 """The record of Native Sparse Attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Shape
@@ -13,7 +14,7 @@ from nsa.layers.nsa.guest import GUEST
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
 
-def build(shape: Shape, config: NsaConfig, backends: Backends) -> nn.Module:
+def build(shape: Shape, config: NsaConfig, backends: Backends, before: Sequence[nn.Module] = ()) -> nn.Module:
     return NativeSparseAttention(
         shape.hidden_size,
         shape.num_heads,
@@ -68,12 +69,40 @@ def card(config: NsaConfig) -> dict[str, str]:
     }
 
 
-def from_dense(name: str, read: Callable[[str], Tensor]) -> Tensor | None:
-    """Each branch begins with the dense keys and values; compression and gates as in a new run."""
+# First gates of a layer that was dense: selection and window, which see what dense attention sees in samples that they
+# cover, have 1 in sum; the compressed branch begins almost shut, and its gate still learns.
+FIRST_GATES = (0.02, 0.49, 0.49)
+NARROW = 1 / 16  # slope of the hidden layer where it is too narrow for the exact mean: silu(x) is x / 2 near 0
+
+
+def from_dense(name: str, shape: torch.Size, config: NsaConfig, read: Callable[[str], Tensor]) -> Tensor | None:
+    """Each branch begins with the dense keys and values. The compression begins as a mean, the gates as a constant.
+
+    phi is outer silu(inner block). Since silu(x) - silu(-x) = x, it is exactly the mean where the hidden layer has
+    twice the width: inner is (mean, -mean), outer (1, -1). In a narrower one it is the mean where that is small.
+    """
     _, branch, part = name.partition("key_value.")
     if branch:
         return read(part.partition(".")[2])
-    return None if name.startswith(("compress.", "gate.")) else read(name)
+    if name.startswith("gate."):
+        biases = torch.tensor(FIRST_GATES).logit().repeat(shape[0] // 3)
+        return biases if name == "gate.bias" else torch.zeros(shape)
+    if not name.startswith("compress."):
+        return read(name)
+    if name.endswith("position"):
+        return torch.zeros(shape)
+    inner, length = name.endswith("inner.weight"), config.compress_length
+    hidden, width = (shape[0], shape[1] // length) if inner else (shape[1], shape[0])
+    wide = hidden >= 2 * width
+    if inner:  # rows that outer does not read yet repeat others, so that they can learn
+        mean = torch.eye(width).repeat(1, length) / length
+        rows = torch.cat((mean, -mean)) if wide else NARROW * mean
+        return rows.repeat(-(-hidden // len(rows)), 1)[:hidden]
+    outer = torch.zeros(shape)
+    outer[:, :width] = torch.eye(width, min(width, hidden)) * (1 if wide else 2 / NARROW)
+    if wide:
+        outer[:, width : 2 * width] = -torch.eye(width)
+    return outer
 
 
 NSA = Kind(
@@ -93,7 +122,7 @@ NSA = Kind(
     recordable=True,
     dense_library=False,
     options=(),
-    parts=lambda shape: Parts(
+    parts=lambda shape, config: Parts(
         columns=("query", "gate"),
         kv_heads=tuple(f"key_value.{branch}.{part}" for branch in BRANCHES for part in ("key", "value")),
         rows=("output",),
@@ -103,10 +132,14 @@ NSA = Kind(
     ),
     exchanges=exchanges,
     choices=("attend.choose",),
+    placed=None,
+    borrows=False,
+    twin=lambda config: config,
     expensive=("range_attention", "selected_attention", "compress_blocks"),
     loss=None,
     apart=(),
     from_dense=from_dense,
+    holds_dense=False,
     free=("num_blocks", "num_initial", "num_local", "window"),
     problem=lambda config, tokens: None,
     figures=measure,

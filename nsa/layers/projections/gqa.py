@@ -24,6 +24,7 @@ class GroupedQuery(Projection):
         bias: whether the three projections have one (as in Qwen2, arXiv 2407.10671).
         norm_eps: epsilon of an RMSNorm over D of queries and keys, before they are rotated (as in Qwen3, arXiv
             2505.09388); None: there is no norm.
+        rotate: whether queries and keys are rotated; else the layer does it, or none.
         backend: implementation of the operators: auto, triton, torch or naive.
     """
 
@@ -37,11 +38,12 @@ class GroupedQuery(Projection):
         *,
         bias: bool = False,
         norm_eps: float | None = None,
+        rotate: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         v_head_dim = v_head_dim or head_dim
-        self.head_dim, self.v_head_dim, self.backend = head_dim, v_head_dim, backend
+        self.head_dim, self.v_head_dim, self.rotate, self.backend = head_dim, v_head_dim, rotate, backend
         # Modules give names and initialisation to the weights; one joint product uses them.
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -54,18 +56,17 @@ class GroupedQuery(Projection):
         linears = (self.query, self.key, self.value)
         bias = None if self.query.bias is None else torch.cat([linear.bias for linear in linears])
         joint = joint_linear(x, [linear.weight for linear in linears], bias)
-        tables, normed = rotary.of(self.head_dim), self.query_norm is not None
+        tables, later = rotary.of(self.head_dim), self.query_norm is not None or not self.rotate
         parts = [
-            ops.Heads(self.query.out_features // self.head_dim, self.head_dim, "copy" if normed else "rotate"),
-            ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "copy" if normed else "rotate"),
+            ops.Heads(self.query.out_features // self.head_dim, self.head_dim, "copy" if later else "rotate"),
+            ops.Heads(self.key.out_features // self.head_dim, self.head_dim, "copy" if later else "rotate"),
             ops.Heads(self.value.out_features // self.v_head_dim, self.v_head_dim),
         ]
         q, k, v = ops.split_heads(joint, parts, *tables, backend=self.backend)
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = (
-                ops.apply_rotary(norm(heads)[1], *tables, backend=self.backend)
-                for norm, heads in ((self.query_norm, q), (self.key_norm, k))
-            )
+            q, k = self.query_norm(q)[1], self.key_norm(k)[1]
+            if self.rotate:
+                q, k = (ops.apply_rotary(heads, *tables, backend=self.backend) for heads in (q, k))
         return Projected(q, (k, v))
 
     def form(
@@ -77,7 +78,7 @@ class GroupedQuery(Projection):
         return out
 
 
-def build(shape: Shape, backend: str) -> GroupedQuery:
+def build(shape: Shape, backend: str, rotate: bool = True) -> GroupedQuery:
     return GroupedQuery(
         shape.hidden_size,
         shape.num_heads,
@@ -86,6 +87,7 @@ def build(shape: Shape, backend: str) -> GroupedQuery:
         shape.v_head_dim,
         bias=shape.qkv_bias,
         norm_eps=shape.norm_eps if shape.qk_norm else None,
+        rotate=rotate,
         backend=backend,
     )
 

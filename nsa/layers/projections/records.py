@@ -13,7 +13,7 @@ def projection_of(shape: Shape) -> ProjectionRecord:
     return GQA if shape.mla is None else MLA
 
 
-def parts_of(shape: Shape, whole: tuple[str, ...] = ()) -> Parts:
-    """The parts of a layer with this projection; ``whole``: modules of the layer that are replicated, too."""
+def parts_of(shape: Shape, whole: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> Parts:
+    """The parts of a layer with this projection, and its own: replicated ones, and those by query heads."""
     parts = projection_of(shape).parts(shape)
-    return replace(parts, whole=(*parts.whole, *whole))
+    return replace(parts, whole=(*parts.whole, *whole), columns=(*parts.columns, *columns))

@@ -1,0 +1,68 @@
+"""The tokenizer of a file or a folder, in whichever format it has."""
+
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.data.byte_level import MODEL, ByteLevelTokenizer, read_folder
+from nsa.data.tokenizer import Tokenizer
+
+SENTENCEPIECE = "tokenizer.model"
+FILES = (SENTENCEPIECE, MODEL, "tokenizer_config.json")  # that prepared data and checkpoints may have
+
+
+def load_tokenizer(path: str | Path) -> BaseTokenizer:
+    """The tokenizer of ``path``.
+
+    Args:
+        path: a sentencepiece model; a folder with one (tokenizer.model) or, if it has none, with a tokenizer.json; or
+            that tokenizer.json.
+
+    Raises:
+        ValueError: there is none, it is of another make, or it would lose text.
+    """
+    path = Path(path)
+    files = tokenizer_files(path)
+    if SENTENCEPIECE in files:
+        return Tokenizer(path / SENTENCEPIECE if path.is_dir() else path, files[SENTENCEPIECE])
+    return ByteLevelTokenizer(path if path.is_dir() else path.parent, files)
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """The files of the tokenizer of ``path``, name -> content, as they are copied into prepared data and checkpoints.
+
+    A sentencepiece model that lies in a folder and puts a space before every text, as Llama 2's, is read without that
+    space: all tokens but a text's first stay as they were.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_dir():
+        if (path / SENTENCEPIECE).exists():
+            return {SENTENCEPIECE: _without_prefix(_read(path / SENTENCEPIECE))}
+        if (path / MODEL).exists():
+            return read_folder(path)
+        raise ValueError(f"{path} has neither {SENTENCEPIECE} nor {MODEL}; set data.tokenizer.path")
+    if path.name == MODEL:
+        return read_folder(path.parent)
+    return {SENTENCEPIECE: _read(path)}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
+
+
+def _without_prefix(content: bytes) -> bytes:
+    try:
+        model = ModelProto.FromString(content)
+    except DecodeError:
+        return content
+    if not model.normalizer_spec.add_dummy_prefix:
+        return content
+    model.normalizer_spec.add_dummy_prefix = False
+    return bytes(model.SerializeToString())

@@ -1,0 +1,103 @@
+"""FlexPrefill: per head and prompt either columns and diagonals or blocks, as many as a share of the mass needs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa.baselines.choose import cover, top
+from nsa.baselines.importance.blocks import num_blocks, of_tokens, pooled, pooled_attention, summed
+from nsa.baselines.importance.lines import (
+    column_mass,
+    diagonal_mass,
+    estimate_of,
+    last_rows,
+    lines,
+    probabilities,
+)
+from nsa.baselines.method import Axes, Method, State
+from nsa.baselines.plan import Estimate, Plan, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlexPrefill(Method):
+    """Columns and diagonals, each the fewest with the share ``gamma`` of the attention of the last block of queries;
+    or, in heads whose attention by means of blocks is true to their attention, the fewest blocks with that share.
+
+    The last block's attention, the means' and the divergence are of a KV head: mean over its query heads. The query's
+    own token (in the other heads its block) is always in.
+
+    Attributes:
+        gamma: share of the mass, 1 is dense. tau: the square root of the Jensen-Shannon divergence (nats) below which
+            a head takes blocks. block: tokens.
+        min_budget: at least so many columns, and so many diagonals; or as many blocks, for each block of queries.
+    """
+
+    gamma: float = 0.95
+    tau: float = 0.1
+    block: int = 128
+    min_budget: int = 1024
+
+    name = "flexprefill"
+    title = "FlexPrefill"
+    paper = "arXiv 2502.20766, algorithms 1 to 4"
+    axes = Axes(
+        "column and diagonal, or block of 128",
+        "attention of the last block of queries, or between means; mean over the group",
+        "per head and prompt, by mass",
+        "all",
+    )
+    phases = ("prefill",)
+    causal = False  # the last queries choose for all
+    chunkable = False
+    licence = "Apache-2.0 (ByteDance-Seed/FlexPrefill)"
+    differs = (
+        "differs from the release because it follows the paper: the fewest with at least gamma, lines of tokens, "
+        "blocks without lines beside them; and it chooses per KV head: see flexprefill_released"
+    )
+    formula = "prefill: keys and values of the lines or blocks, all keys once to choose; decoding is dense"
+    knob = ("gamma", 0.5, 1.0)
+    small = {"block": 16, "min_budget": 8, "tau": 0.2}  # noqa: RUF012 - never changed
+
+    def prefill_select(self, view: View, state: State) -> Plan | None:
+        if self.gamma >= 1:
+            return Plan.of(view.visible)
+        rows = last_rows(view, self.block)
+        attention = view.per_group(probabilities(view.scores(rows))).mean(2)
+        columns, diagonals = column_mass(attention), diagonal_mass(attention)
+        blocks, there = pooled_attention(view, self.block)
+        blocks = view.per_group(blocks).mean(2)
+        distance = self.divergence(view, rows, view.per_group(self.by_means(view, rows)).mean(2), columns)
+        aware = (distance < self.tau)[..., None, None]
+
+        some = (cover(x, self.gamma) | top(x, self.min_budget) for x in (columns, diagonals))
+        on_columns, on_diagonals = some
+        on_diagonals[..., 0] = True
+        keep = cover(blocks.flatten(2), self.gamma).view_as(blocks)
+        keep |= top(blocks, -(-self.min_budget // self.block))
+        keep |= torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
+        mask = torch.where(aware, of_tokens(view, keep, self.block), lines(view, on_columns, on_diagonals))
+        return Plan.of(mask, self.cost(view, rows, there, aware))
+
+    def by_means(self, view: View, rows: Tensor) -> Tensor:
+        """(B, H, U): attention of the mean of the last queries to the means of blocks of keys."""
+        blocks = num_blocks(view, self.block)
+        keys, counts = pooled(view.k, view.positions, self.block, blocks)
+        real = (view.query_positions[:, rows] >= 0).float()
+        query = torch.einsum("brhd,br->bhd", view.q[:, rows].float(), real / real.sum(1, keepdim=True).clamp(min=1))
+        scores = torch.einsum("bhd,bhud->bhu", query, view.per_head(keys)) * view.scale
+        return probabilities(scores.masked_fill(view.per_head(counts) == 0, -torch.inf))
+
+    def divergence(self, view: View, rows: Tensor, means: Tensor, columns: Tensor) -> Tensor:
+        """(B, N): square root of the Jensen-Shannon divergence of ``means`` (B, N, U) and of true mass (B, N, S)."""
+        positions = view.positions[..., :1].expand(-1, -1, columns.shape[1])
+        true = summed(columns.transpose(1, 2), positions, self.block, means.shape[-1])
+        true = true / (view.query_positions[:, rows] >= 0).sum(1).clamp(min=1)[:, None, None]
+        middle = (means + true) / 2
+        parts = (torch.xlogy(p, p / middle.clamp(min=1e-38)).sum(-1) / 2 for p in (means, true))
+        return sum(parts, torch.zeros_like(means[..., 0])).clamp(min=0).sqrt()
+
+    def cost(self, view: View, rows: Tensor, there: Tensor, aware: Tensor) -> Estimate:
+        """The last queries', their mean's and, in heads that take blocks, the block means' products."""
+        pairs = there.double().cumsum(2).mul(there).sum() / len(there) * aware.double().mean() * view.group
+        return estimate_of(view, rows) + Estimate(pairs=float(pairs) + there.shape[2] * view.group)

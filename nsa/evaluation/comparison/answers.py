@@ -1,0 +1,99 @@
+"""Asks a model the questions of a task: prompt, then decoding, token by token."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa.data.tasks import Query, Sample, Task, as_vocabulary
+from nsa.evaluation.comparison.decoding import Reader
+
+
+class Answer(NamedTuple):
+    """The answer to a query of a sample, both by number. score: None if it could not be parsed."""
+
+    sample: int
+    query: int
+    score: float | None
+
+
+Item = TypeVar("Item")
+
+
+def ask(
+    reader: Reader, tokenizer: Any, task: Task, samples: Sequence[Sample], *, aware: bool, batch_tokens: int
+) -> Iterator[list[Answer]]:
+    """The answers to all queries of the samples, batch by batch.
+
+    The last token of a prompt is decoded like those after it, so that no answer comes out of the prompt's pass alone.
+
+    Args:
+        aware: the question is part of the prompt, which is read again for each; else the prompt is the context alone,
+            and its questions are decoded after it.
+    """
+    pairs = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.queries))]
+    if aware:
+        prompts = {pair: np.concatenate([samples[pair[0]].context, query_of(samples, pair).tokens]) for pair in pairs}
+        for batch in _batches(pairs, lambda pair: len(prompts[pair]), batch_tokens):
+            reader.begin()
+            ids = _ids([prompts[pair] for pair in batch])
+            reader.read(ids[:, :-1])
+            reader.end_prompt()
+            yield _generated(reader, tokenizer, task, samples, batch, ids[:, -1:])
+        return
+    for few in _batches(range(len(samples)), lambda i: len(samples[i].context), batch_tokens):
+        reader.begin()
+        ids = _ids([samples[i].context for i in few])
+        reader.read(ids[:, :-1])
+        reader.end_prompt()
+        mine = [(i, j) for i in few for j in range(len(samples[i].queries))]
+        for group in _batches(mine, lambda pair: len(query_of(samples, pair).tokens), None):
+            rows = torch.tensor([few.index(i) for i, _ in group])
+            questions = _ids([query_of(samples, pair).tokens for pair in group])
+            yield _generated(
+                reader.take(rows), tokenizer, task, samples, group, torch.cat([ids[rows, -1:], questions], 1)
+            )
+
+
+def query_of(samples: Sequence[Sample], pair: tuple[int, int]) -> Query:
+    return samples[pair[0]].queries[pair[1]]
+
+
+def _generated(
+    reader: Reader,
+    tokenizer: Any,
+    task: Task,
+    samples: Sequence[Sample],
+    pairs: Sequence[tuple[int, int]],
+    ahead: Tensor,
+) -> list[Answer]:
+    """Decode the tokens ``ahead`` (B, n >= 1), then the most likely ones; score them."""
+    queries = [query_of(samples, pair) for pair in pairs]
+    for t in range(ahead.shape[1]):
+        logits = reader.read(ahead[:, t : t + 1])
+    made = [logits.argmax(-1)]
+    for _ in range(max(task.max_new_tokens(query) for query in queries) - 1):
+        made.append(reader.read(made[-1][:, None]).argmax(-1))
+    output = torch.stack(made, 1).numpy()
+    answers = []
+    for pair, query, ids in zip(pairs, queries, output, strict=True):
+        own = ids[: task.max_new_tokens(query)]
+        given = own if task.over == "ids" else as_vocabulary(tokenizer).decode(own.tolist())
+        answers.append(Answer(*pair, task.score(query, given)))
+    return answers
+
+
+def _batches(items: Sequence[Item], length: Any, tokens: int | None) -> Iterator[list[Item]]:
+    """Items of equal length together, at most ``tokens`` of them (None: any number), in order of their length."""
+    by_length: dict[int, list[Item]] = {}
+    for item in items:
+        by_length.setdefault(length(item), []).append(item)
+    for size, group in sorted(by_length.items()):
+        step = len(group) if tokens is None else max(1, tokens // max(1, size))
+        yield from (group[first : first + step] for first in range(0, len(group), step))
+
+
+def _ids(rows: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64))

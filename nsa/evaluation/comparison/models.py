@@ -1,0 +1,110 @@
+"""Models that a comparison opens: exports of ours, and Hugging Face folders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nsa.baselines import Ledger, Method, Session
+from nsa.baselines.methods.dense import Dense
+from nsa.evaluation.comparison.decoding import DecoderReader, Reader, check, turn_of
+from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
+from nsa.exporting import load_decoder
+from nsa.exporting.folder import CONFIG
+from nsa.models import Decoder
+
+
+class Opened(Protocol):
+    """A model with what a comparison must know of it.
+
+    trained: the kind of attention that it was trained with. parameters: how many. train_seed: of its training.
+    num_layers: of attention. kv_elements: elements of keys and values per token, all layers together.
+    reaches: the longest sequence it was made for, in tokens.
+    """
+
+    name: str
+    trained: str
+    parameters: int
+    train_seed: int
+    tokenizer: Any
+    num_layers: int
+    kv_elements: int
+    reaches: int
+
+    def reader(self, method: Method | None, *, dense_layers: list[int], watch: bool, ledger: Ledger) -> Reader:
+        """A reader with the method put onto it; None: as it was trained.
+
+        Raises:
+            AttachError: the method cannot be put onto this model.
+        """
+
+
+@dataclass
+class OpenedDecoder:
+    """A decoder of ours: see `Opened`."""
+
+    name: str
+    decoder: Decoder
+    tokenizer: Any
+    train_seed: int
+
+    def __post_init__(self) -> None:
+        config = self.decoder.config
+        self.trained = "+".join(dict.fromkeys(layer.kind.name for layer in self.decoder.layers))  # type: ignore[union-attr, misc]
+        self.parameters = sum(p.numel() for p in self.decoder.parameters())
+        self.num_layers, self.reaches = config.num_layers, config.max_position
+        width = config.head_dim + config.attention_shape.v_head_dim
+        self.kv_elements = config.num_layers * config.num_kv_heads * width
+
+    def reader(self, method: Method | None, *, dense_layers: list[int], watch: bool, ledger: Ledger) -> Reader:
+        if method is None:
+            return DecoderReader(self.decoder, None, ledger)
+        session = Session(
+            method, self.num_layers, turn=turn_of(self.decoder), dense_layers=dense_layers, ledger=ledger, watch=watch
+        )
+        check(self.decoder, session)
+        return DecoderReader(self.decoder, session)
+
+
+@dataclass
+class OpenedTransformers:
+    """A model of transformers, which is dense: see `Opened`."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        config = self.model.config
+        self.trained, self.train_seed = "dense", 0
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.num_layers, self.reaches = config.num_hidden_layers, config.max_position_embeddings
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+
+    def reader(self, method: Method | None, *, dense_layers: list[int], watch: bool, ledger: Ledger) -> Reader:
+        session = session_of(self.model, method or Dense(), dense_layers=dense_layers, ledger=ledger, watch=watch)
+        return TransformersReader(self.model, session)
+
+
+def open_model(name: str, folder: Path) -> Opened:
+    """Open an export of ours, or another Hugging Face folder.
+
+    Raises:
+        ValueError: the folder is neither.
+    """
+    if (folder / CONFIG).is_file():
+        decoder, config, tokenizer = load_decoder(folder)
+        return OpenedDecoder(name, decoder.eval().requires_grad_(False), tokenizer, config.seed)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no export and no Hugging Face folder: it has no config.json")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+    opened = OpenedTransformers(name, model.eval().requires_grad_(False), theirs)
+    session_of(opened.model, Dense())  # refuses what methods cannot be put onto
+    return opened

@@ -1,0 +1,131 @@
+"""Each alarm rings on a planted fault, and is silent on good results."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated import LAYERS, cell
+
+from nsa.evaluation.comparison import alarms
+from nsa.evaluation.comparison.alarms import ALARMS
+from nsa.evaluation.comparison.analysis import Table
+
+DENSE = cell("dense", dense_score=0.9)
+QUEST = [cell("quest", budget=budget) for budget in (1.0, 0.25, 0.1)]
+GOOD = [DENSE, *[replace(c, score=np.minimum(c.score, DENSE.score)) for c in QUEST]]
+GOOD[1] = replace(GOOD[1], score=DENSE.score)
+
+
+def ringing(cells) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for finding in alarms.ring(Table(cells)):
+        if finding.rings:
+            found.setdefault(finding.alarm, []).append(finding.text)
+    return found
+
+
+def planted(index: int, **changes) -> list:
+    return [replace(c, **changes) if i == index else c for i, c in enumerate(GOOD)]
+
+
+def better(cells, index: int, answers: int):
+    """The cells, with one that has so many more right answers than it had."""
+    score = cells[index].score.copy()
+    score[np.flatnonzero(score == 0)[:answers]] = 1
+    return [replace(c, score=score) if i == index else c for i, c in enumerate(cells)]
+
+
+def test_good_results_are_silent_and_nothing_was_left_out() -> None:
+    assert alarms.ring(Table(GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("cells", "alarm", "words"),
+    [
+        (better(GOOD, 2, 30), "sparse above dense", "suspect the harness"),
+        (better(GOOD, 3, 200), "not monotone in the budget", "the larger budget loses answers"),
+        (planted(2, counted={**GOOD[2].counted, "reads": 0.05}), "not monotone in the budget", "counted at 0.050"),
+        (planted(1, score=1 - DENSE.score), "full budget unlike dense", "differs from dense in 100.0 %"),
+        (planted(2, bos=np.full(200, 2)), "not exactly one BOS", "with 2 BOS tokens"),
+        (planted(0, bos=np.zeros(200, np.int64)), "not exactly one BOS", "with 0 BOS tokens"),
+        (planted(2, parsed=np.arange(200) >= 20), "unparsable answers", "10.0 % of the answers"),
+        (planted(2, ran=False), "the sparse path did not run", "not in each layer and phase"),
+        (planted(2, counted={**GOOD[2].counted, "reads": 1.0}), "the sparse path did not run", "counted as dense"),
+        (planted(3, counted={**GOOD[3].counted, "attended": 0.0}), "the sparse path did not run", "selection is empty"),
+        (
+            planted(3, figures={"reads": [1.0, 1.0] + [0.1] * (LAYERS - 2)}, dense_layers=[1]),
+            "dense layers undisclosed",
+            "layers 0 read as much as dense",
+        ),
+        (
+            planted(3, counted={**GOOD[3].counted, "reads": 0.1021}),
+            "counted budget off the nominal one",
+            "dense+quest at 0.1 was counted at 0.102 reads",
+        ),
+    ],
+)
+def test_rings_on_a_planted_fault(cells, alarm: str, words: str) -> None:
+    found = ringing(cells)
+    assert words in " ".join(found[alarm]), found
+
+
+def test_every_alarm_was_planted() -> None:
+    marks = test_rings_on_a_planted_fault.pytestmark[0].args[1]
+    assert {fault[1] for fault in marks} == {alarm.name for alarm in ALARMS}
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        better(GOOD, 2, 4),  # a few answers are chance
+        planted(2, parsed=np.arange(200) >= 10),
+        planted(3, counted={**GOOD[3].counted, "reads": 0.1019}),
+        planted(3, figures={"reads": [1.0] + [0.1] * (LAYERS - 1)}, dense_layers=[0]),
+        planted(1, score=np.where(np.arange(200) < 2, 1 - DENSE.score, DENSE.score)),
+    ],
+)
+def test_silent_within_the_limits(cells) -> None:
+    assert ringing(cells) == {}
+
+
+def test_a_double_bos_rings_twice() -> None:
+    """The fault that this project knows from others: dense suffers most from it, so that sparse looks better."""
+    rng = np.random.default_rng(0)
+    hurt = replace(DENSE, score=DENSE.score * (rng.random(200) < 0.7), bos=np.full(200, 2))
+    assert {"sparse above dense", "not exactly one BOS", "full budget unlike dense"} <= ringing(
+        [hurt, *GOOD[1:]]
+    ).keys()
+
+
+def test_a_sparse_sibling_may_be_better_but_is_looked_at() -> None:
+    own = cell("own", "nsa", 0.1, dense_score=0.9)
+    texts = ringing([*GOOD, replace(own, score=np.ones(200))])["sparse above dense"]
+    assert len(texts) == 1 and "look at a leak" in texts[0] and "one training seed" in texts[0]
+    seeds = [cell("dense", train_seed=s, dense_score=0.9) for s in range(3)]
+    gains = [replace(cell("own", "nsa", 0.1, train_seed=s), score=seeds[s].score.copy()) for s in range(3)]
+    for gain, answers in zip(gains, (20, 0, 0), strict=True):  # one training seed of three is better: no evidence
+        gain.score[np.flatnonzero(gain.score == 0)[:answers]] = 1
+    assert "sparse above dense" not in ringing([*seeds, *gains])
+
+
+def test_a_sparse_sibling_may_lose_by_more_budget() -> None:
+    low, high = cell("quest", "nsa", 0.1), cell("quest", "nsa", 0.25)
+    assert "not monotone in the budget" not in ringing(
+        [DENSE, replace(low, score=high.score), replace(high, score=low.score)]
+    )
+
+
+def test_what_cannot_be_looked_at_is_said() -> None:
+    blind = [replace(c, figures={}, bos=np.full(200, -1)) for c in GOOD[2:]]
+    findings = {f.alarm: f.text for f in alarms.ring(Table(blind)) if not f.rings}
+    assert findings == {
+        "sparse above dense": "There is no dense run of a dense-trained sibling to compare with.",
+        "full budget unlike dense": "No cell with a budget of 1: quest.",
+        "not exactly one BOS": "No BOS was counted for dense.",
+        "dense layers undisclosed": "Reads by layer were not recorded for dense+quest.",
+    }
+
+
+def test_marked_arms() -> None:
+    assert alarms.marked(Table(GOOD)) == set()
+    assert alarms.marked(Table(planted(3, counted={**GOOD[3].counted, "reads": 0.11}))) == {("dense+quest", 0.1)}

@@ -1,0 +1,146 @@
+"""Results are written whole, gone on with after an interruption, and refused where they cannot be compared."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+from simulated import MANIFEST, cell, row, rows_of, write
+
+from nsa.evaluation.comparison.folder import ResultsFolder, read_results
+from nsa.evaluation.comparison.rows import ResultsError, cell_id, cell_of
+
+CELLS = [cell("dense", samples=3), cell("quest", budget=0.25, samples=3), cell("quest", budget=0.05, samples=3)]
+
+
+def equal(one, other) -> bool:
+    arrays = ("sample", "query", "score", "parsed", "bos")
+    return one.head() == other.head() and all(np.array_equal(getattr(one, n), getattr(other, n)) for n in arrays)
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    write(tmp_path, CELLS)
+    results = read_results(tmp_path)
+    assert results.manifest.finished == "2026-11-29T13:00:00" and results.manifest.commit == MANIFEST.commit
+    read = {one.id: one for one in results.cells}
+    assert read.keys() == {one.id for one in CELLS} and all(equal(one, read[one.id]) for one in CELLS)
+
+
+def test_tables_agree_with_the_answers(tmp_path: Path) -> None:
+    write(tmp_path, CELLS)
+    table = parquet.read_table(tmp_path / "cells.parquet").to_pylist()
+    document = json.loads((tmp_path / "cells.json").read_text())
+    assert [{k: v for k, v in line.items() if k != "figures"} for line in document] == table
+    for line in table:
+        lines = (tmp_path / "cells" / line["cell"] / "answers.jsonl").read_text().splitlines()
+        scores = [json.loads(answer)["score"] for answer in lines]
+        assert line["answers"] == len(scores) == 12 and line["samples"] == 3
+        assert line["score"] == pytest.approx(sum(scores) / len(scores))
+        assert set(json.loads(lines[0])) == {"sample", "query", "score", "parsed", "bos"}  # the file stays small
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = replace(MANIFEST, planned=2)
+    first = ResultsFolder(tmp_path, manifest)
+    first.write(rows_of(CELLS[0]))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    rows = rows_of(CELLS[1])
+    with monkeypatch.context() as patch:  # between the two files of a cell
+        patch.setattr("nsa.evaluation.comparison.rows.Cell.answers", stop)
+        with pytest.raises(KeyboardInterrupt):
+            first.write(rows)
+    assert list((tmp_path / "cells").glob(".unfinished-*/cell.json"))
+    with pytest.raises(ResultsError, match=r"1 of 2 cells .* goes on with the others"):
+        read_results(tmp_path)
+    again = ResultsFolder(tmp_path, replace(manifest, started="later"))
+    assert again.manifest.started == manifest.started
+    assert again.has("dense", None, "mqar", 1024, True) and not again.has("dense+quest", 0.25, "mqar", 1024, True)
+    with pytest.raises(ResultsError, match="half-written: 1 of 2"):
+        again.finish("now")
+    again.write(rows_of(CELLS[1]))
+    again.finish("now")
+    assert len(read_results(tmp_path).cells) == 2
+    assert not list((tmp_path / "cells").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"commit": "fedcba987654"}, "two commits"), ({"config": {"a": 1}}, "two configurations")]
+)
+def test_another_commit_or_configuration_is_refused(tmp_path: Path, change: dict, words: str) -> None:
+    write(tmp_path / "one", CELLS)
+    with pytest.raises(ResultsError, match=words):
+        ResultsFolder(tmp_path / "one", replace(MANIFEST, **change))
+    other = ResultsFolder(tmp_path / "other", replace(MANIFEST, planned=1, **change))
+    stray = other.write(rows_of(cell("h2o", budget=0.25, samples=3)))
+    (other.path / "cells" / stray.id).rename(tmp_path / "one" / "cells" / stray.id)  # copied in by hand
+    with pytest.raises(ResultsError, match=f"{words}.*Name another folder"):
+        read_results(tmp_path / "one")
+
+
+def test_damage_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"no folder of results"):
+        read_results(tmp_path)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ResultsError, match=r"Name another folder"):
+        ResultsFolder(tmp_path, MANIFEST)
+    write(tmp_path / "results", CELLS)
+    answers = tmp_path / "results" / "cells" / CELLS[0].id / "answers.jsonl"
+    answers.write_text(answers.read_text()[:-20])
+    with pytest.raises(ResultsError, match=r"half-written: .*line 12.*Delete .*goes on with what is missing"):
+        read_results(tmp_path / "results")
+    answers.unlink()
+    with pytest.raises(ResultsError, match=r"half-written: .*Delete"):
+        read_results(tmp_path / "results")
+
+
+def test_a_cell_is_written_once(tmp_path: Path) -> None:
+    results = write(tmp_path, CELLS)
+    with pytest.raises(ResultsError, match="there already"):
+        results.write(rows_of(CELLS[0]))
+
+
+def test_ids_tell_cells_apart() -> None:
+    keys = [
+        ("a+b", 0.1, "t", 512, True, 0), ("a+b", 0.1, "t", 512, True, 1), ("a+b", 0.1, "t", 512, False, 0),
+        ("a+b", 0.1, "t", 1024, True, 0), ("a+b", 0.1, "u", 512, True, 0), ("a+b", None, "t", 512, True, 0),
+        ("a+b", 0.10000001, "t", 512, True, 0), ("a/b", 0.1, "t", 512, True, 0), ("a_b", 0.1, "t", 512, True, 0),
+    ]  # fmt: skip
+    ids = [cell_id(*key) for key in keys]
+    assert len(set(ids)) == len(ids) and not any("/" in one for one in ids)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "at least one answer"),
+        ([row(), row(sample=1, arm="nsa+quest")], "answers of two cells: arm"),
+        ([row(), row(sample=1, counted={"reads": 1.0})], "answers of two cells: counted"),
+        ([row(), row()], "two answers to query 0"),
+        ([row(score=1.5)], r"lie in \[0, 1\]"),
+        ([row(score=float("nan"))], r"lie in \[0, 1\]"),
+        ([row(parsed=False)], "counts as wrong"),
+        ([row(budget=25.0)], "share of dense reads"),
+        ([row(budget=0.0)], "share of dense reads"),
+        ([row(method="dense")], "write null"),
+        ([row(counted={"reads": 0.1})], "lacks attended"),
+        ([row(bos=-2)], "BOS"),
+    ],
+)
+def test_bad_rows_are_refused(rows: list, words: str) -> None:
+    with pytest.raises(ResultsError, match=words):
+        cell_of(rows)
+
+
+def test_unknown_figures_are_refused() -> None:
+    with pytest.raises(ResultsError, match=r"unknown figures sinks; known are sink_mass"):
+        cell_of([row()], {"sinks": [0.1]})
+
+
+def test_rows_of_any_order_give_the_same_cell() -> None:
+    rows = rows_of(CELLS[1])
+    assert equal(cell_of(rows[::-1], CELLS[1].figures), CELLS[1])
