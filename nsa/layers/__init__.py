@@ -1,6 +1,7 @@
 """Attention layers: nn.Modules that compose the operators, one folder for each kind."""
 
 from nsa.layers.dense import DenseAttention
+from nsa.layers.dms import MemorySparseAttention
 from nsa.layers.dsa import DeepSeekSparseAttention
 from nsa.layers.entmax import EntmaxAttention
 from nsa.layers.index_sets import record_index_sets, replay_index_sets
@@ -10,6 +11,7 @@ __all__ = [
     "DeepSeekSparseAttention",
     "DenseAttention",
     "EntmaxAttention",
+    "MemorySparseAttention",
     "NativeSparseAttention",
     "record_index_sets",
     "replay_index_sets",

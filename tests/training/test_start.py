@@ -79,15 +79,16 @@ def test_an_indexer_of_another_make_is_refused(tmp_path, dense):
 def test_sparse_layers_take_the_dense_weights():
     """NSA's branches begin with copies of the dense keys and values; an indexer is new."""
     there = {name: torch.rand(2) for name in ("query.weight", "key.weight", "value.weight", "output.weight")}
-    nsa, dsa = kind_of("nsa").from_dense, kind_of("dsa").from_dense
+    nsa, dsa, dms = (kind_of(name).from_dense for name in ("nsa", "dsa", "dms"))
     for branch in ("cmp", "slc", "win"):
         for part in ("key", "value"):
             name = f"key_value.{branch}.{part}.weight"
             assert nsa(name, torch.Size([2]), None, there.__getitem__) is there[f"{part}.weight"]
-    for take in (nsa, dsa):
+    for take in (nsa, dsa, dms):
         for name in ("query.weight", "output.weight"):
             assert take(name, torch.Size([2]), None, there.__getitem__) is there[name]
     assert dsa("indexer.key.weight", torch.Size([2]), None, there.__getitem__) is None
+    assert dms("evict.bias", torch.Size([2]), None, there.__getitem__) is None
     assert SERVED.from_dense("key.weight", torch.Size([2]), None, there.__getitem__) is there["key.weight"]
 
 
