@@ -73,7 +73,7 @@ class ComparisonConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the results folder")
     output_dir: str = Field("checkpoints", description="where the results folder is made")
     siblings: list[SiblingConfig] = Field(min_length=1)
-    methods: list[str | MethodConfig] = Field(
+    methods: list[MethodConfig] = Field(
         min_length=1, description="names, or mappings with settings; the controls are always there"
     )
     budgets: list[float | int] = Field(
@@ -98,14 +98,18 @@ class ComparisonConfig(Section):
     margin: float = Field(0.02, gt=0, lt=1, description="a method may lose this much and is still not inferior")
     seed: int = Field(0, ge=0, description="of the samples")
 
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _as_mappings(cls, values: Any) -> Any:
+        return [{"name": v} if isinstance(v, str) else v for v in values] if isinstance(values, list) else values
+
     @field_validator("methods")
     @classmethod
-    def _as_mappings(cls, values: list[str | MethodConfig]) -> list[str | MethodConfig]:
-        found = [MethodConfig(name=value) if isinstance(value, str) else value for value in values]
-        labels = [method.label for method in found]
+    def _different(cls, values: list[MethodConfig]) -> list[MethodConfig]:
+        labels = [method.label for method in values]
         if twice := {label for label in labels if labels.count(label) > 1}:
             raise ValueError(f"method {min(twice)} is there twice")
-        return list(found)
+        return values
 
     @field_validator("tasks")
     @classmethod

@@ -58,8 +58,8 @@ class Comparison:
     def arms(self) -> Iterator[Arm]:
         """All, the controls first."""
         choices = [MethodConfig(name=name) for name in CONTROLS]
-        named = {c.label for c in self.config.methods}  # type: ignore[union-attr]
-        choices = [c for c in choices if c.label not in named] + list(self.config.methods)  # type: ignore[arg-type]
+        named = {c.label for c in self.config.methods}
+        choices = [c for c in choices if c.label not in named] + list(self.config.methods)
         for model in self.models:
             if model.trained != DENSE:
                 yield Arm(model, None, None)
