@@ -14,7 +14,7 @@ from nsa.config import main as config_command
 from nsa.strict_yaml import is_section, walk
 from tests.conftest import ROOT
 
-KINDS = "dense, nsa, dsa, entmax"
+KINDS = "dense, nsa, dsa, entmax, dms"
 SMALL = """\
 name: small
 model:
@@ -161,7 +161,7 @@ def test_wrong_values_in_plain_words(small, override, words):
         (["optimizer.warmup_steps=11"], "exceed training.steps (10)"),
         (["optimizer.schedule=wsd", "optimizer.decay_steps=8", "optimizer.warmup_steps=3"], "exceed training.steps"),
         (["model.rope.yarn_beta_slow=40"], "must be below model.rope.yarn_beta_fast (32.0)"),
-        (["model.qk_norm=true"], "model.qk_norm does not go with attention.kind nsa: only dense, dsa, entmax has it"),
+        (["model.qk_norm=true"], "model.qk_norm does not go with attention.kind nsa: only dense, dsa, entmax, dms"),
         (["model.projection=mla"], "model.mla go together: give the widths"),
         ([MLA], "model.mla go together: set model.projection to mla"),
         ([MLA, "model.projection=mla"], "model.num_kv_heads (2) must be 4 with model.projection mla"),
