@@ -83,7 +83,7 @@ def test_each_id_is_its_bytes(llama: Path) -> None:
 
 @pytest.mark.parametrize("few", [3, 1 << 20])
 def test_many_texts_at_once_are_encoded_as_each_alone(qwen: Path, monkeypatch: pytest.MonkeyPatch, few: int) -> None:
-    """Bytes that are no UTF-8 included, and lone surrogates. Planted: lengths counted for the next text."""
+    """Bytes that are no UTF-8 included, and lone surrogates."""
     monkeypatch.setattr(byte_level, "AT_ONCE", few)
     tokenizer = load_tokenizer(qwen)
     many = [

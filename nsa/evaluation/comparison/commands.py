@@ -80,7 +80,7 @@ def compare(path: str, overrides: list[str]) -> None:
         ValueError: a mistake in the configuration, or a model that is not there.
     """
     config = load(path, overrides)
-    models = [open_model(s.name, _folder(config, s, path)) for s in config.siblings]
+    models = [open_model(s.name, _folder(config, s, path)) for s in config.siblings if s.compared]
     for model in models:
         if (longest := max(config.lengths)) > model.reaches:
             raise ValueError(f"{model.name} reaches {model.reaches} tokens, lengths ask for {longest}")

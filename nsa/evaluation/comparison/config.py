@@ -23,6 +23,7 @@ class SiblingConfig(Section):
         None, description="a training configuration, if it is trained for this comparison; relative to this file"
     )
     overrides: list[str] = Field(default=[], description="key=value, of that configuration")
+    compared: bool = Field(True, description="false: it is trained only, since others start from it")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SiblingConfig":
