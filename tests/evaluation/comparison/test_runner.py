@@ -11,15 +11,17 @@ import transformers
 
 from nsa.baselines import METHODS, Budget, Ledger, method_named
 from nsa.compare import main
+from nsa.config import load_config
 from nsa.data.tasks import task_named
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import ask
 from nsa.evaluation.comparison.calibration import fit
-from nsa.evaluation.comparison.config import budget_of, load
+from nsa.evaluation.comparison.config import budget_of, load, training_of
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from nsa.evaluation.comparison.runner import CONTROLS
 from nsa.strict_yaml import ConfigError
+from tests.conftest import ROOT
 from tests.small_run import small_export
 
 CONFIG = """
@@ -201,3 +203,14 @@ def test_listing_and_explaining() -> None:
 def test_budgets_are_shares_or_tokens() -> None:
     assert budget_of(1.0, "reads") == Budget(share=1.0, counts="reads")
     assert budget_of(64, "attended") == Budget(tokens=64)
+
+
+def test_the_shipped_comparison_and_its_siblings_are_valid() -> None:
+    path = ROOT / "configs/compare/demo.yaml"
+    config = load(path)
+    assert len(config.budgets) >= 3 and len(config.tasks) >= 6 and len(config.methods) + len(CONTROLS) >= 10
+    runs = [training_of(config, sibling, path) for sibling in config.siblings]
+    assert len({run for _, run in runs}) == len(runs)
+    for arguments, _ in runs:
+        trained = load_config(arguments[0], arguments[1:])
+        assert max(config.lengths) <= trained.data.sequence_length <= trained.model.max_position
