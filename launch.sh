@@ -259,7 +259,7 @@ demo() {
 
 # Every sibling is a run of its own; those that have an export are done.
 compare() {
-    [[ $# -ge 1 ]] || fail "compare needs a configuration, e.g. bash launch.sh compare configs/compare/demo.yaml"
+    if [[ $# -eq 0 ]]; then stay_inside; set -- "$ROOT/configs/compare/demo.yaml"; fi
     local untrained line
     untrained=$(python -m nsa.compare "$@" --untrained) || return
     while IFS= read -r line; do
@@ -309,11 +309,7 @@ main() {
         demo) setup; stay_inside; demo "$@" ;;
         test) setup; stay_inside; run_tests "$@" ;;
         train) setup; from_here train "$@" ;;
-        compare)
-            setup
-            if [[ $# -eq 0 ]]; then stay_inside; set -- "$ROOT/configs/compare/demo.yaml"; fi
-            from_here compare "$@"
-            ;;
+        compare) setup; from_here compare "$@" ;;
         prepare) setup; from_here prepare "$@" ;;
         export) setup; cd "$HERE"; exec python -m nsa.export "$@" ;;
         evaluate) setup; cd "$HERE"; exec python -m nsa.evaluate "$@" ;;
