@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 
 import pytest
@@ -197,6 +198,7 @@ def test_nothing_names_pickle():
     banned += ("broadcast_object_list", "all_gather_object", "joblib", "dill", " yaml.load(", "yaml.unsafe")
     for folder in ("nsa", "models", "data"):
         for path in (ROOT / folder).rglob("*.py"):
-            text = path.read_text().replace(".eval(", "").replace("import pickletools", "")  # this one only reads
+            text = re.sub(r"[.\w]eval\(", "", path.read_text())  # a method, or the end of another name
+            text = text.replace("import pickletools", "")  # this one only reads
             found = [word for word in banned if word in text]
             assert not found, f"{path}: {found}"

@@ -57,6 +57,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_export(tmp_path_factory.mktemp("lm_eval"), ["dense", "nsa"])
 
 
+@pytest.mark.slow  # test_callers.py has the harness in CI, too
 def test_harness_gives_the_decoders_own_scores(exported: Path, tmp_path: Path) -> None:
     needles = [
         {"context": f"{PLAIN[i : i + 200]}\nThe key is", "choices": [" red", " blue", " green"], "gold": i % 3}

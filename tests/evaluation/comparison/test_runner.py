@@ -34,7 +34,7 @@ methods: [{{name: quest, page: 4}}, snapkv]
 budgets: [1.0, 0.5]
 tasks: [mqar, mqar_wide]
 lengths: [64]
-samples: 3
+samples: 2
 question: [after, before]
 """
 
