@@ -131,6 +131,16 @@ class ComparisonConfig(Section):
         names = [sibling.name for sibling in self.siblings]
         if len(set(names)) < len(names):
             raise ValueError("two siblings have the same name")
+        for key in ("tasks", "lengths", "question"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} has a value twice")
+        for length in self.lengths:
+            shares = [share_of(budget, length) for budget in self.budgets]
+            if len(set(shares)) < len(shares):
+                raise ValueError(f"two budgets are the same at {length} tokens: leave one out")
+        if not any(sibling.compared for sibling in self.siblings):
+            raise ValueError("no sibling is compared")
         return self
 
     @property
@@ -148,6 +158,12 @@ def budget_of(value: float | int, counts: str) -> Budget:
     if value > 1 and value == int(value):
         return Budget(tokens=int(value), counts=counts)
     return Budget(share=float(value), counts=counts)
+
+
+def share_of(value: float | int, length: int) -> float:
+    """A budget of a configuration as a share of ``length`` tokens; 1 if it has as many or more."""
+    budget = budget_of(value, "attended")
+    return min(1.0, budget.tokens / length) if budget.tokens is not None else float(value)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> ComparisonConfig:

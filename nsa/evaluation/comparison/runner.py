@@ -11,7 +11,7 @@ from nsa.baselines import Budget, BudgetError, Ledger, Method
 from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.calibration import fit
-from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of
+from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
 from nsa.evaluation.comparison.decoding import AttachError, Reader
 from nsa.evaluation.comparison.folder import Manifest, ResultsFolder
 from nsa.evaluation.comparison.models import Opened
@@ -81,7 +81,7 @@ class Comparison:
         """Every cell that is not finished. ``progress``: called with the number of cells done."""
         for arm in self.arms():
             for name, length, aware in self.blocks():
-                share = self._share(arm.budget, length)
+                share = None if arm.budget is None else share_of(arm.budget, length)
                 if not folder.has(arm.label, share, name, length, aware, arm.model.train_seed):
                     try:
                         self._cell(folder, arm, self._block(arm.model, name, length, aware))
@@ -92,12 +92,6 @@ class Comparison:
                             str(error),
                         )
                 progress(1)
-
-    def _share(self, budget: float | int | None, length: int) -> float | None:
-        if budget is None:
-            return None
-        asked = budget_of(budget, self.config.counts)
-        return min(1.0, asked.tokens / length) if asked.tokens is not None else asked.share
 
     def _block(self, model: Opened, name: str, length: int, aware: bool, *, calibrate: bool = False) -> Block:
         task, seed = task_named(name), CALIBRATION if calibrate else f"comparison {self.config.seed}"
@@ -125,7 +119,7 @@ class Comparison:
             "method": OWN if method is None else method.name,
             "settings": {} if method is None else method.settings(),
             "phases": ["prefill", "decode"] if method is None else list(method.phases),
-            "budget": self._share(arm.budget, block.length),
+            "budget": None if arm.budget is None else share_of(arm.budget, block.length),
             "budget_tokens": arm.budget if isinstance(arm.budget, int) and arm.budget > 1 else None,
             "counted": counted,
             "task": block.task.name,
@@ -204,8 +198,8 @@ class Comparison:
         choice = arm.choice
         assert method.knob is not None and choice is not None
         name, low, high = method.knob
-        share = self._share(arm.budget, block.length)
-        assert share is not None
+        assert arm.budget is not None
+        share = share_of(arm.budget, block.length)
         others = self._block(arm.model, block.task.name, block.length, block.aware, calibrate=True)
         axis = "prefill" if "decode" not in method.phases else self.config.counts
 

@@ -161,6 +161,9 @@ def test_a_llama_of_transformers_is_an_arm(siblings: dict[str, Path], tmp_path: 
         ("tasks: [mqra]", r"unknown task 'mqra'; did you mean 'mqar'\?"),
         ("budgets: [1.5]", r"must be in \(0, 1\], got 1.5"),
         ("budgets: [0.0]", r"must be in \(0, 1\], got 0"),
+        ("budgets: [0.5, 32]", "two budgets are the same at 64 tokens"),
+        ("budgets: [1.0, 99]", "two budgets are the same at 64 tokens"),
+        ("tasks: [mqar, mqar]", "tasks has a value twice"),
     ],
 )
 def test_mistakes_in_a_configuration_are_named(change: str, message: str, tmp_path: Path) -> None:
