@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa.baselines import METHODS, Budget, Method, Session, Turn
+from nsa.baselines import Budget, Method, Session, Turn
 
 HEADS, GROUPS, WIDTH, LAYERS = 4, 2, 16, 3
 
@@ -84,15 +84,3 @@ def half(kind: type[Method], tokens: int = 16) -> Method:
     """The method with a budget that leaves much out: ``tokens``, or a knob in the middle."""
     method = kind(budget=Budget(tokens=tokens), **kind.small)
     return replace(method, **{kind.knob[0]: (kind.knob[1] + kind.knob[2]) / 2}) if kind.knob else method
-
-
-def names() -> list[str]:
-    return [method.name for method in METHODS]
-
-
-def kinds_of(*phases: str) -> list[type[Method]]:
-    return [method for method in METHODS if set(phases) <= set(method.phases)]
-
-
-def has(method: type[Method], field: str) -> bool:
-    return field in {f.name for f in fields(method)}

@@ -1,7 +1,10 @@
 """A comparison from its configuration to its report: small untrained siblings, and a Hugging Face Llama."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -191,6 +194,54 @@ def test_a_budget_that_cannot_be_met_is_left_out_and_said(siblings: dict[str, Pa
     left = json.loads((tmp_path / "small" / "left_out.json").read_text())
     assert "dense+sink_window@2 mqar 64 agnostic" in left
     assert "2 tokens cannot be met: 5 tokens are the least" in left["dense+sink_window@2 mqar 64 agnostic"]
+
+
+def two_bos(draw: Any) -> Any:
+    def drawn(*args: Any) -> Any:
+        sample = draw(*args)
+        return replace(sample, context=np.concatenate([sample.context[:1], sample.context]))
+
+    return drawn
+
+
+def nothing(select: Any) -> Any:
+    def selected(method: Any, view: Any, state: Any) -> Any:
+        plan = select(method, view, state)
+        return replace(plan, parts=tuple(replace(part, keep=part.keep & False) for part in plan.parts))
+
+    return selected
+
+
+@pytest.mark.parametrize(
+    ("where", "fault", "alarm"),
+    [
+        ("nsa.data.tasks.narrow.Mqar.draw", two_bos, r"not exactly one BOS \|.*\| rings"),
+        ("nsa.baselines.methods.quest.Quest.decode_select", nothing, "nothing was attended to"),
+        (
+            "nsa.baselines.methods.quest.Quest.decode_select",
+            lambda _: lambda *args: None,
+            "not in each layer and phase",
+        ),
+    ],
+    ids=["double BOS", "empty selection", "path that does not run"],
+)
+def test_alarms_ring_on_a_harness_with_a_fault(
+    where: str, fault: Any, alarm: str, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are silent without it: `finished` has these tasks and this method."""
+    monkeypatch.setattr(where, fault(resolve_name(where)))
+    text = CONFIG.format(out=tmp_path, **siblings).replace("[1.0, 0.5]", "[0.5]").replace("[mqar, mqar_wide]", "[mqar]")
+    text = text.replace("[after, before]", "[after]").replace(", snapkv]", "]")
+    path = tmp_path / "c.yaml"
+    path.write_text("\n".join(line for line in text.splitlines() if "name: nsa" not in line))
+    assert main([str(path)]) == 0
+    assert re.search(alarm, (tmp_path / "small" / "report.md").read_text())
+
+
+def test_no_alarm_of_the_harness_rings_on_a_good_one(finished: Path) -> None:
+    report = (finished / "small" / "report.md").read_text()
+    assert "nothing was attended to" not in report and "not in each layer and phase" not in report
+    assert re.search(r"not exactly one BOS \|.*\| silent \|", report)
 
 
 def test_listing_and_explaining() -> None:
