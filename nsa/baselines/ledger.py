@@ -40,9 +40,14 @@ class Counts:
 
 @dataclass
 class Ledger:
-    """Counts by phase ("prefill" or "decode") and layer. ``ran``: where a plan was carried out."""
+    """Counts by phase ("prefill" or "decode") and layer.
+
+    ``beside``: of what a layer attends to beside the method, such as other branches. ``ran``: where a plan was carried
+    out.
+    """
 
     counts: dict[tuple[str, int], Counts] = field(default_factory=dict)
+    beside: dict[tuple[str, int], Counts] = field(default_factory=dict)
     ran: set[tuple[str, int]] = field(default_factory=set)
 
     def record(self, view: View, plan: Plan | None) -> None:
@@ -52,10 +57,10 @@ class Ledger:
             self.ran.add(key)
         self.add(*key, _count(view, plan))
 
-    def add(self, phase: str, layer: int, counts: Counts) -> None:
+    def add(self, phase: str, layer: int, counts: Counts, *, beside: bool = False) -> None:
         """Count what was counted elsewhere."""
-        key = (phase, layer)
-        self.counts[key] = self.counts[key] + counts if key in self.counts else counts
+        key, into = (phase, layer), self.beside if beside else self.counts
+        into[key] = into[key] + counts if key in into else counts
 
     def keep(self, view: View, stored: Tensor) -> None:
         """Count what is kept after a call. ``stored``: (B, G), tokens per sequence and KV head."""
@@ -64,15 +69,18 @@ class Ledger:
         counts.resident += stored.double().sum(0).cpu() * width
         counts.dense_resident += view.seen.double().sum().cpu() * width
 
-    def shares(self, layers: Iterable[int] | None = None) -> dict[str, float | None]:
+    def shares(self, layers: Iterable[int] | None = None, *, beside: bool = True) -> dict[str, float | None]:
         """What is spent, as shares of what dense attention spends; None: there was no such phase.
 
         reads: elements read while decoding. attended, scored: pairs while decoding. resident: elements kept while
-        decoding. prefill: pairs attended to and scored in the prompt. ``layers``: of these only.
+        decoding. prefill: pairs attended to and scored in the prompt.
+
+        Args:
+            layers: of these only. beside: with what is attended to beside the method.
         """
         chosen = None if layers is None else set(layers)
         total: dict[str, Counts] = {}
-        for (phase, layer), counts in self.counts.items():
+        for (phase, layer), counts in [*self.counts.items(), *(self.beside.items() if beside else ())]:
             if chosen is None or layer in chosen:
                 total[phase] = total[phase] + counts if phase in total else counts
 

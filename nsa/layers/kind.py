@@ -189,11 +189,13 @@ class Guest:
         attention: (attend, method, *inputs, offset=) -> the output (B, T, H, Dv). ``method(q, k, v, scale)`` is
             attention of the T new tokens, whose keys and values it gets, to what the method chooses.
         spent: (attend, *inputs, offset=) -> what the layer's own choice looks at.
+        beside: the same of what the layer attends to beside the method's choice; None: nothing.
         cached: whether the layer needs its own cache for it; else it gets none, and sees its new tokens only.
     """
 
     attention: Callable[..., Tensor]
     spent: Callable[..., Spent]
+    beside: Callable[..., Spent] | None
     cached: bool
 
 

@@ -119,6 +119,23 @@ def test_what_the_layers_themselves_look_at_is_counted() -> None:
     assert nsa.resident.tolist() == [(41 + 16 + compressed + tail) * width] * 2
 
 
+def test_what_nsa_attends_to_beside_a_method_is_counted() -> None:
+    """All tokens in the place of the selected blocks; the compressed blocks and the window as before."""
+    model = decoder("mixed")
+    reader = DecoderReader(model, Session(Dense(), 3, turn=turn_of(model)))
+    decoded(reader, ids(1, 41), 40)
+    assert reader.ledger.beside.keys() == {("prefill", 1), ("decode", 1)}
+    dense, nsa, dsa = (reader.ledger.counts["decode", layer] for layer in range(3))
+    nsa = nsa + reader.ledger.beside["decode", 1]
+    assert reader.ledger.shares([1], beside=False)["reads"] == 1
+    width, compressed, window = 32, (41 - 4) // 2 + 1, 16
+    assert dense.reads.tolist() == dsa.reads.tolist() == nsa.dense_reads.tolist() == [41 * width] * 2
+    assert nsa.reads.tolist() == [(41 + compressed + window) * width] * 2
+    assert nsa.attended.tolist() == [(41 + compressed + window) * 2] * 2 and nsa.visible.tolist() == [41 * 2] * 2
+    assert nsa.resident.tolist() == [(41 + 16 + compressed + 41 - compressed * 2) * width] * 2
+    assert nsa.dense_resident.tolist() == dense.resident.tolist() == [41 * width] * 2
+
+
 def test_a_model_without_place_for_a_method_is_refused() -> None:
     mla = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
     model = decoder("dense", projection="mla", mla=mla, num_kv_heads=4, v_head_dim=16)

@@ -106,16 +106,15 @@ class DecoderReader:
             for layer, attend in zip(layers, inside, strict=True):
                 layer.attention.attend = attend
 
-    def count(self, layer: int, spent: Spent, q: Tensor, offset: int) -> None:
-        """Enter what a layer's own attention has looked at."""
+    def count(self, layer: int, spent: Spent, q: Tensor, offset: int, *, method: bool) -> None:
+        """Enter what a layer's own attention has looked at; ``method``: beside a method, which the session counts."""
         config = self.decoder.config
         groups, width = len(spent.reads), config.head_dim + config.attention_shape.v_head_dim
         one = torch.ones(groups, dtype=torch.float64)
-        seen = float(seen_keys(q, offset).sum() * len(q))
-        cache = self.caches[layer]
-        stored = sum(
-            x.numel() for part in vars(cache).values() if isinstance(part, Rows) and part.length for x in part.kept
-        )
+        seen = 0.0 if method else float(seen_keys(q, offset).sum() * len(q))
+        parts = [part for part in vars(self.caches[layer]).values() if isinstance(part, Rows) and part.length]
+        stored = sum(x.numel() for part in parts for x in part.kept)
+        whole = (offset + q.shape[1]) * len(q) * width  # elements of all tokens, per KV head
         self.ledger.add(
             "prefill" if self.prompt else "decode",
             layer,
@@ -125,9 +124,11 @@ class DecoderReader:
                 scored=spent.scored,
                 dense_reads=one * seen * width,
                 reads=spent.reads,
-                dense_resident=one * (offset + q.shape[1]) * len(q) * width,
-                resident=one * stored / groups,
+                dense_resident=one * (0 if method else whole),
+                # What the method chooses from is in the session's cache, and counted there.
+                resident=one * (stored / groups - (whole if method else 0)),
             ),
+            beside=method,
         )
 
 
@@ -144,9 +145,13 @@ class _Attend(Around):
         if cu_seqlens is not None:
             raise AttachError("sequences are read in a batch here, not packed")
         if reader.session is not None:
-            return guest.attention(self.inside, partial(reader.session.attend, self._layer), *inputs, offset=offset)
+            out = guest.attention(self.inside, partial(reader.session.attend, self._layer), *inputs, offset=offset)
+            if guest.beside is not None:
+                beside = guest.beside(self.inside, *inputs, offset=offset)
+                reader.count(self._layer, beside, inputs[0], offset, method=True)
+            return out
         out = self.inside(*inputs, offset=offset)
-        reader.count(self._layer, guest.spent(self.inside, *inputs, offset=offset), inputs[0], offset)
+        reader.count(self._layer, guest.spent(self.inside, *inputs, offset=offset), inputs[0], offset, method=False)
         return out
 
 

@@ -207,7 +207,7 @@ class Comparison:
             ledger = Ledger()
             trial = choice.build(method.budget, **{name: threshold})
             self._ask(arm, trial, others, ledger, watch=False)
-            return ledger.shares()[axis] or 0.0
+            return ledger.shares(beside=False)[axis] or 0.0
 
         return fit(spent, share, low, high)[0]
 

@@ -39,4 +39,4 @@ def spent(
     )
 
 
-GUEST = Guest(attention, spent, cached=False)
+GUEST = Guest(attention, spent, beside=None, cached=False)

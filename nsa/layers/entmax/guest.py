@@ -33,4 +33,4 @@ def spent(attend: Any, q: Tensor, kv: Pair, logit_scale: Tensor, *, offset: int 
     return Spent(keys * (q.shape[2] // k.shape[2]), torch.zeros_like(keys), keys * (k.shape[3] + v.shape[3]))
 
 
-GUEST = Guest(attention, spent, cached=False)
+GUEST = Guest(attention, spent, beside=None, cached=False)

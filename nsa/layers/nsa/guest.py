@@ -30,23 +30,37 @@ def attention(
     return (by_branch * gates[..., None, :]).sum(-1)
 
 
-def spent(attend: Any, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, *, offset: int = 0) -> Spent:
-    """Complete compressed blocks, selected blocks and the window: each branch has keys and values of its own.
+def beside(
+    attend: Any, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, *, offset: int = 0
+) -> Spent:
+    """Complete compressed blocks and the window: each branch has keys and values of its own.
 
     The scores of the compressed blocks serve attention as well as selection.
     """
-    (k, v), length, stride = kv_slc, attend.sizes["length"], attend.sizes["stride"]
     seen = seen_keys(q, offset)
-    blocks = ((seen - length) // stride + 1).clamp(min=0).sum()
+    blocks = ((seen - attend.sizes["length"]) // attend.sizes["stride"] + 1).clamp(min=0).sum()
     near = seen.clamp(max=attend.window).sum()
+    groups = kv_slc[0].shape[2]
+    return _spent(torch.ones(groups, dtype=torch.float64) * float((blocks + near) * len(q)), q, kv_slc)
+
+
+def spent(attend: Any, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, *, offset: int = 0) -> Spent:
+    """Those, and the tokens of the selected blocks."""
     options: dict[str, Any] = {"scale": attend.scale, "backend": attend.backend, "offset": offset}
-    _, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], length=length, stride=stride, **options)
+    sizes: dict[str, Any] = {name: attend.sizes[name] for name in ("length", "stride")}
+    _, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **sizes, **options)
     chosen = attend.choose(q, kv_cmp[0], lse, offset=offset).long()  # (B, T, G, n)
     size = attend.sizes["block_size"]
-    last = seen.long()[None, :, None, None]
-    tokens = torch.where(chosen >= 0, (last - chosen * size).clamp(max=size), 0).double().sum((0, 1, 3))
-    keys = tokens + float((blocks + near) * len(q))
+    last = seen_keys(q, offset).long()[None, :, None, None]
+    tokens = torch.where(chosen >= 0, (last - chosen * size).clamp(max=size), 0).double().sum((0, 1, 3)).cpu()
+    others = beside(attend, q, kv_cmp, kv_slc, kv_win, gates, offset=offset)
+    return Spent(*(one + other for one, other in zip(_spent(tokens, q, kv_slc), others, strict=True)))
+
+
+def _spent(keys: Tensor, q: Tensor, kv: Pair) -> Spent:
+    """Of (G,) keys attended to by all query heads of their KV head."""
+    k, v = kv
     return Spent(keys * (q.shape[2] // k.shape[2]), torch.zeros_like(keys), keys * (k.shape[3] + v.shape[3]))
 
 
-GUEST = Guest(attention, spent, cached=True)
+GUEST = Guest(attention, spent, beside, cached=True)
