@@ -111,7 +111,7 @@ def frontiers(
             axes.set_ylabel("score")
             axes.set_xlabel(SHARES[axis], fontsize=8)
             axes.label_outer()
-    return _finish(figure, grid, "Pareto front over all arms (large, black rim: beaten by none; small: the others)")
+    return _finish(figure, grid, "Pareto front over all arms\n(large, black rim: beaten by none; small: the others)")
 
 
 def required(by_sibling: Mapping[str, Sequence[tuple[str, Required]]]) -> bytes:
@@ -226,7 +226,7 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
     axes.set_xscale("log")
     low = min([*shares, 0.5]) * 0.85
     ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1) if t >= low]
-    axes.set_xlim(low, 1.15)
+    axes.set_xlim(low, max([*shares, 1.0]) * 1.15)  # with sketches some cost more than dense
     axes.set_xticks(ticks, [f"{100 * t:g} %" for t in ticks])
     axes.minorticks_off()
     axes.grid(alpha=0.3)

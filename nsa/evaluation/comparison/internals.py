@@ -30,7 +30,7 @@ def iso_cost(table: Table) -> Section:
         for p in points:
             if not p.control:
                 arms.setdefault(
-                    (f"{p.cell.model} ({p.cell.parameters / 1e6:,.0f}M)", p.label, p.cell.budget), []
+                    (f"{p.cell.model} ({p.cell.parameters / 1e6:,.3g}M)", p.label, p.cell.budget), []
                 ).append(p)
         curves: dict[str, list[tuple[float, float]]] = {}
         for (sibling, _, _), mine in arms.items():
