@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,9 @@ def test_no_layer_of_attention_is_imported_but_by_its_record() -> None:
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     limit = 800 if "kernels" in path.parts else 500
     assert len(path.read_text().splitlines()) <= limit
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest and the tests import by the name without the folder: the second file of a name is never run."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py")
+    assert [name for name, files in names.items() if files > 1] == []

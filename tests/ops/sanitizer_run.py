@@ -1,7 +1,7 @@
 """Runs the operator forward and backward on small shapes, for compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/ops/small_run.py
-compute-sanitizer --tool racecheck python tests/ops/small_run.py
+compute-sanitizer --tool memcheck python tests/ops/sanitizer_run.py
+compute-sanitizer --tool racecheck python tests/ops/sanitizer_run.py
 """
 
 import sys
@@ -16,7 +16,7 @@ from tests.ops.cases import cumulative, few_programs
 SIZES = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 8, "window": 128}
 
 
-def small_run(heads: int, groups: int, width: int, documents: list[int]) -> None:
+def forward_and_backward(heads: int, groups: int, width: int, documents: list[int]) -> None:
     """One forward and backward pass in bf16; values 128 wide."""
     tokens = sum(documents)
     starts = cumulative(documents).cuda() if len(documents) > 1 else None
@@ -34,9 +34,9 @@ def small_run(heads: int, groups: int, width: int, documents: list[int]) -> None
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        sys.exit("small_run.py needs an NVIDIA GPU, and a torch that is built for it")
+        sys.exit("sanitizer_run.py needs an NVIDIA GPU, and a torch that is built for it")
     for heads, groups, width in ((16, 1, 128), (8, 2, 128), (2, 1, 128), (6, 2, 128), (16, 1, 192), (2, 1, 192)):
         for documents in ([700], [300, 1, 40, 259]):
             with few_programs():
-                small_run(heads, groups, width, documents)
+                forward_and_backward(heads, groups, width, documents)
             print(f"{heads} heads, {groups} groups, width {width}, documents of {documents} tokens: done", flush=True)
