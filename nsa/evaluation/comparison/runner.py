@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import torch
 
 from nsa.baselines import Budget, BudgetError, Ledger, Method
 from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
@@ -14,6 +15,7 @@ from nsa.evaluation.comparison.calibration import fit
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
 from nsa.evaluation.comparison.decoding import AttachError, Reader
 from nsa.evaluation.comparison.folder import Manifest, ResultsFolder
+from nsa.evaluation.comparison.leaks import changes
 from nsa.evaluation.comparison.models import Opened
 from nsa.evaluation.comparison.rows import DENSE, OWN, Row
 
@@ -54,6 +56,7 @@ class Comparison:
         self.config, self.models, self.say = config, models, say
         self.fitted: dict[tuple[Any, ...], float] = {}
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
+        self._looked_at: set[tuple[Any, ...]] = set()
 
     def arms(self) -> Iterator[Arm]:
         """All, the controls first."""
@@ -142,7 +145,7 @@ class Comparison:
                     bos=bos,
                 )
             )
-        folder.write(rows, self._figures(arm, reader, ledger, block))
+        folder.write(rows, self._figures(arm, reader, ledger, block) | self._changes(arm, method, block))
 
     def _ask(
         self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
@@ -173,6 +176,18 @@ class Comparison:
             figures["sink_mass"] = [float(np.mean([f["sink_mass"] for f in layer])) for layer in by_layer]
             figures["kept_mass"] = [np.mean([f["kept_mass"] for f in layer], 0).tolist() for layer in by_layer]
         return figures
+
+    def _changes(self, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
+        """Whether the arm reads what its plans leave out, on one sample: of its first cell only."""
+        if method is None or not method.phases or (arm.label, arm.budget) in self._looked_at:
+            return {}
+        self._looked_at.add((arm.label, arm.budget))
+        dense = self._dense_layers(method)
+        ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
+        found = changes(
+            lambda ledger: arm.model.reader(method, dense_layers=dense, watch=False, ledger=ledger), method, ids
+        )
+        return {"changes": found} if found else {}
 
     # ------------------------------------------------------------------------------------------------- its method
 
