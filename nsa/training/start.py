@@ -46,8 +46,9 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         if parts[0] != "layers" or parts[2] != "attention":
             return read(name, shape)
         there, here = kinds[int(parts[1])]
-        if there is here:
-            return read(name, shape)
+        if there.name == here.name:  # an indexer that is missing there keeps its initial value
+            missing = parts[3].startswith(tuple(f"{module}." for module in here.apart if module not in there.apart))
+            return None if missing else read(name, shape)
         prefix = ".".join(parts[:3])
         found = here.from_dense(parts[3], shape, config.attention.of(here), lambda inside: read(f"{prefix}.{inside}"))
         if found is not None and found.shape != shape:

@@ -126,7 +126,7 @@ def index_topk(
 
 
 def _first_and_own(visible: Ranges) -> tuple[Tensor, Tensor]:
-    """(T,) int32 each: the first and the last key that each query sees. If it sees none, the last is before the first."""
+    """(T,) int32 each: the first and the last key that a query sees. If it sees none, the last is before the first."""
     return visible.first.int(), (visible.last - 1).int()
 
 
