@@ -104,7 +104,7 @@ def from_dense(name: str, shape: Size, config: CsaConfig, read: Callable[[str], 
 def problem(config: CsaConfig, tokens: int) -> str | None:
     entries = tokens // config.ratio
     if not entries:
-        return f"attention.csa.ratio ({config.ratio}) exceeds the sample ({tokens} tokens), which then has no entry: lower it"
+        return f"attention.csa.ratio ({config.ratio}) exceeds the sample ({tokens} tokens): there is no entry; lower it"
     if config.topk is not None and config.phase == "sparse" and config.topk > entries:
         return (
             f"attention.csa.topk ({config.topk}) exceeds the entries of a sample ({tokens} tokens / ratio "
