@@ -173,7 +173,8 @@ def test_it_is_the_attention_of_deepseek_v4(kind: str, yarn: bool) -> None:
         hidden_size=HIDDEN, num_attention_heads=HEADS, head_dim=WIDTH, q_lora_rank=10, num_hidden_layers=1,
         layer_types=[kind], mlp_layer_types=["moe"], compress_rates={kind: ratio}, compress_rope_theta=THETA,
         sliding_window=5, o_groups=2, o_lora_rank=6, index_n_heads=16, index_head_dim=6, index_topk=2,
-        partial_rotary_factor=0.5, max_position_embeddings=64, attn_implementation="eager", rope_parameters=rope and {**rope},
+        partial_rotary_factor=0.5, max_position_embeddings=64, attn_implementation="eager",
+        rope_parameters=rope and {**rope},
     )  # fmt: skip
     theirs = randomised(DeepseekV4Attention(config, 0))
     sizes = {"index_heads": 16, "q_lora_rank": 10, "ratio": ratio}

@@ -77,6 +77,7 @@ EXPERT_LINKS = [
 CHECKS: dict[str, Any] = {
     "decoders": ("decoders", {"layouts": SPREADS, "seeds": 4}),
     "latent": ("decoders", {"layouts": SPREADS, "seeds": 3, "latent": True}),
+    "csa": ("decoders", {"layouts": SPREADS[:3], "seeds": 4, "kind": "csa"}),
     "entmax": ("decoders", {"layouts": SPREADS[:2], "seeds": 3, "kind": "entmax"}),
     "curves": ("curves", {"cases": CASES, "steps": FEW_STEPS}),
     "rounded": ("curves", {"cases": ROUNDED, "steps": FEW_STEPS}),
