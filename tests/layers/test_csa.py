@@ -12,7 +12,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Atten
 from nsa.layers import CompressedSparseAttention, record_index_sets, replay_index_sets
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.figures import measure
-from nsa.layers.csa.kind import CSA, WITHOUT_INDEXER
+from nsa.layers.csa.kind import CSA, HEAVY, WITHOUT_INDEXER
 from nsa.layers.rotary import Rotary
 from nsa.layers.rotary_scaling import RopeScaling
 from nsa.models import AttentionConfig, Decoder, ModelConfig
@@ -340,6 +340,18 @@ def test_variants_are_configuration_only() -> None:
     assert decoder_of("csa", ratio=2).layers[0].attention.compress.ratio == 2
 
 
+def test_every_second_layer_may_be_heavily_compressed() -> None:
+    """Also where others are between them. Such a layer is that of a section of its own."""
+    attention = AttentionConfig.model_validate({"kind": ["csa", "dense"], "csa": {**SIZES, "heavy_ratio": 6}})
+    assert attention.kinds(8)[::2] == [CSA, HEAVY, CSA, HEAVY]
+    first, second = (layer.attention for layer in decoder_of("csa", heavy_ratio=6).layers)
+    alone = layer_of(ratio=6, overlap=False, topk=None).float()
+    assert [name for name, _ in second.named_parameters()] == [name for name, _ in alone.named_parameters()]
+    alone.load_state_dict(second.state_dict())
+    x, rotary = some_input(20).float(), Rotary(THETA).at(torch.arange(20))
+    assert torch.equal(second(x, rotary), alone(x, rotary)) and first.indexer is not None
+
+
 def test_index_sets_are_recorded_and_replayed() -> None:
     decoder, ids = decoder_of("csa"), torch.randint(11, (2, 21))
     with record_index_sets(decoder) as sets:
@@ -387,6 +399,7 @@ def test_what_does_not_go_with_it_is_refused() -> None:
         layer_of(rotary_dims=10)
     assert "nothing would be left out" in (CSA.problem(CsaConfig(topk=9), 32) or "")
     assert "there is no entry" in (CSA.problem(CsaConfig(ratio=64), 32) or "")
+    assert "heavy_ratio (64) exceeds" in (CSA.problem(CsaConfig(topk=8, heavy_ratio=64), 32) or "")
     assert CSA.problem(CsaConfig(topk=8), 32) is None and CSA.problem(CsaConfig(topk=None), 32) is None
     shape = {"vocab_size": 11, "hidden_size": 16, "num_layers": 1, "num_heads": 4, "num_kv_heads": 1, "head_dim": 8}
     shape |= {"intermediate_size": 8, "max_position": 8, "v_head_dim": 4}

@@ -10,7 +10,7 @@ import torch
 from nsa.layers.around import Around, innermost
 from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
 from nsa.layers.csa.config import CsaConfig
-from nsa.layers.csa.kind import WITHOUT_INDEXER
+from nsa.layers.csa.kind import HEAVY, WITHOUT_INDEXER
 from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
 from nsa.layers.kinds import KINDS
@@ -25,12 +25,16 @@ OPTIONS = [
     {"mla": MlaConfig(**LATENT)},
     {"mla": MlaConfig(**LATENT, q_lora_rank=11)},
 ]
-VARIANTS = {SERVED: ("served",), WITHOUT_INDEXER: ("all",)}
+VARIANTS = {
+    SERVED: ("served", SERVED.config()),
+    WITHOUT_INDEXER: ("all", CsaConfig(topk=None, overlap=False, q_lora_rank=11)),
+    HEAVY: ("heavy", CsaConfig(heavy_ratio=7)),
+}
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 each_layer = pytest.mark.parametrize(
     ("kind", "options"),
     [
-        pytest.param(kind, options, id="-".join((kind.name, *VARIANTS.get(kind, ()), *options)))
+        pytest.param(kind, options, id="-".join((kind.name, *VARIANTS.get(kind, ())[:1], *options)))
         for kind in (*KINDS, *VARIANTS)
         for options in OPTIONS
         if set(options) <= set(kind.options)
@@ -40,8 +44,7 @@ each_layer = pytest.mark.parametrize(
 
 def built(kind: Kind, options: dict[str, Any]) -> tuple[torch.nn.Module, Shape, object]:
     config, shape = kind.config() if kind.config else None, replace(SHAPE, **options)
-    if kind is WITHOUT_INDEXER:
-        config = CsaConfig(topk=None, overlap=False, q_lora_rank=11)
+    _, config = VARIANTS.get(kind, ("", config))
     with torch.device("meta"):
         return kind.build(shape, config, Backends()), shape, config
 
@@ -62,8 +65,10 @@ def test_parts_and_exchanges_match_the_layer(kind: Kind, options: dict[str, Any]
     for name in (*parts.gathered, *kind.keeps_scale):
         layer.get_submodule(name)
     exchanges = kind.exchanges(shape, config)
-    inputs = list(inspect.signature(layer.attend.forward).parameters)
-    assert inputs == [*exchanges, "cu_seqlens", "offset"]
+    inputs = inspect.signature(layer.attend.forward).parameters
+    left_out = [name for name in inputs if name not in (*exchanges, "cu_seqlens", "offset")]
+    assert [name for name in inputs if name not in left_out] == [*exchanges, "cu_seqlens", "offset"]
+    assert kind in VARIANTS or not left_out, "only a variant of a kind may do without some"
     for exchange in exchanges.values():
         if isinstance(exchange, Blocks):
             layer.get_submodule(exchange.module)

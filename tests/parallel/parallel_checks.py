@@ -233,6 +233,7 @@ def random_csa(dice: random.Random, tokens: int) -> CsaConfig:
         index_head_dim=6,
         index_rotary_dims=4,
         phase="sparse" if topk is None else dice.choice(["sparse", "sparse", "warm-up"]),
+        heavy_ratio=dice.choice([None, None, 5]),
     )
 
 

@@ -10,7 +10,8 @@ from nsa.schema import Section
 class CsaConfig(Section):
     """Compressed Sparse Attention. Defaults are those of DeepSeek-V4-Flash (arXiv 2606.19348) where they fit any model.
 
-    Its heavily compressed attention (HCA) is ``{ratio: 128, overlap: false, topk: null}``.
+    Its heavily compressed attention (HCA) is ``{ratio: 128, overlap: false, topk: null}``; with ``heavy_ratio: 128``
+    every second layer is HCA, as in V4.
     """
 
     ratio: int = Field(4, ge=2, description="tokens per entry (m)")
@@ -19,6 +20,12 @@ class CsaConfig(Section):
     )
     topk: int | None = Field(
         512, ge=1, description="entries that a query attends to (k); null: all, without an indexer (HCA)"
+    )
+    heavy_ratio: int | None = Field(
+        None,
+        ge=2,
+        description="tokens per entry in every second CSA layer, which has no overlap and attends to all its entries "
+        "(HCA; V4: 128); null: all CSA layers are alike",
     )
     window: int = Field(128, ge=1, description="most recent tokens that a query sees uncompressed, its own included")
     rotary_dims: int | None = Field(
@@ -40,6 +47,15 @@ class CsaConfig(Section):
     kl_weight: float = Field(
         1.0, ge=0, description="weight of the indexer's loss, a mean over tokens summed over layers"
     )
+
+    def is_heavy(self, place: int) -> bool:
+        """Whether the CSA layer number ``place`` is one of HCA."""
+        return self.heavy_ratio is not None and place % 2 == 1
+
+    def heavy(self) -> "CsaConfig":
+        """The section that such a layer has by itself."""
+        update = {"ratio": self.heavy_ratio, "overlap": False, "topk": None, "phase": "sparse", "heavy_ratio": None}
+        return self.model_copy(update=update)
 
     @model_validator(mode="after")
     def _consistent(self) -> "CsaConfig":

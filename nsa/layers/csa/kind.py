@@ -21,7 +21,7 @@ def build(shape: Shape, config: CsaConfig, backends: Backends, before: Sequence[
         norm_eps=shape.norm_eps,
         rope_theta=shape.rope_theta,
         backend=backends.operators,
-        **config.model_dump(),
+        **config.model_dump(exclude={"heavy_ratio"}),
     )
 
 
@@ -102,7 +102,9 @@ def from_dense(name: str, shape: Size, config: CsaConfig, read: Callable[[str], 
 
 
 def problem(config: CsaConfig, tokens: int) -> str | None:
-    entries = tokens // config.ratio
+    entries, heavy = tokens // config.ratio, config.heavy_ratio
+    if heavy is not None and heavy > tokens:
+        return f"attention.csa.heavy_ratio ({heavy}) exceeds the sample ({tokens} tokens): there is no entry; lower it"
     if not entries:
         return f"attention.csa.ratio ({config.ratio}) exceeds the sample ({tokens} tokens): there is no entry; lower it"
     if config.topk is not None and config.phase == "sparse" and config.topk > entries:
@@ -115,7 +117,8 @@ def problem(config: CsaConfig, tokens: int) -> str | None:
 
 def card(config: CsaConfig) -> dict[str, str]:
     return {
-        "entries": f"one of every {config.ratio} tokens{', overlapping' if config.overlap else ''}",
+        "entries": f"one of every {config.ratio} tokens{', overlapping' if config.overlap else ''}"
+        + ("" if config.heavy_ratio is None else f"; of every {config.heavy_ratio} in every second layer"),
         "selection": "all entries" if config.topk is None else f"{config.topk} entries",
         "window": f"{config.window} tokens",
     }
@@ -141,9 +144,9 @@ CSA: Kind = Kind(
     parts=parts,
     exchanges=exchanges,
     choices=("attend.choose",),
-    placed=lambda config, place: WITHOUT_INDEXER if config.topk is None else CSA,
+    placed=lambda config, place: HEAVY if config.is_heavy(place) else WITHOUT_INDEXER if config.topk is None else CSA,
     borrows=False,
-    twin=lambda config: config,
+    twin=lambda config: config.model_copy(update={"heavy_ratio": None}),
     expensive=("range_attention", "token_attention"),
     loss=("attend.loss", "indexer_kl"),
     apart=("indexer",),
@@ -158,5 +161,19 @@ CSA: Kind = Kind(
     card=card,
 )
 
-# A layer that attends to all entries, as DeepSeek-V4's heavily compressed attention (HCA) does.
+# A layer that attends to all entries.
 WITHOUT_INDEXER: Kind = replace(CSA, title=f"{CSA.title} without an indexer", choices=(), loss=None, apart=())
+
+# One of heavily compressed attention (HCA), between others that are not.
+HEAVY: Kind = replace(
+    WITHOUT_INDEXER,
+    title=f"{CSA.title}, heavily compressed (HCA)",
+    build=lambda shape, config, backends, before=(): build(shape, config.heavy(), backends, before),
+    products=lambda shape, config: products(shape, config.heavy()),
+    keys=lambda config, tokens: keys(config.heavy(), tokens),
+    other_flops=lambda config, tokens: 0.0,
+    reach=lambda config: config.window,
+    parts=lambda shape, config: parts(shape, config.heavy()),
+    exchanges=lambda shape, config: exchanges(shape, config.heavy()),
+    twin=lambda config: config,
+)
