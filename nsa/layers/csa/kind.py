@@ -77,20 +77,19 @@ def exchanges(shape: Shape, config: CsaConfig) -> dict[str, Exchange]:
     """A rank makes the entries of its tokens, and gets those of all."""
     series, before = 1 + config.overlap, config.ratio if config.overlap else 0
 
-    def entries(name: str, module: str, width: int) -> Blocks:
-        raw = 2 * series * width
-        return Blocks(name, f"{name} tokens", module, config.ratio, config.ratio, before, raw, width)
+    def entries(name: str, halo: str, module: str, width: int) -> Blocks:
+        return Blocks(name, halo, module, config.ratio, config.ratio, before, 2 * series * width, width)
 
     found: dict[str, Exchange] = {
         "q": Own(),
         "near": Halo("window", config.window - 1, shape.head_dim),
         "sink": Same(),
-        "entries": entries("entries", "compress", shape.head_dim),
+        "entries": entries("entries", "entry tokens", "compress", shape.head_dim),
     }
     if config.topk is not None:
         found |= {
             "q_idx": Own(),
-            "k_idx": entries("index entries", "indexer.compress", config.index_head_dim),
+            "k_idx": entries("index entries", "index tokens", "indexer.compress", config.index_head_dim),
             "weights": Own(),
         }
     return found
