@@ -208,13 +208,15 @@ class Guest:
 
     Attributes:
         attention: (attend, method, *inputs, offset=) -> the output (B, T, H, Dv). ``method(q, k, v, scale)`` is
-            attention of the T new tokens, whose keys and values it gets, to what the method chooses.
-        spent: (attend, *inputs, offset=) -> what the layer's own choice looks at.
+            attention of the T new tokens, whose keys and values it gets, to what the method chooses. None: the layer
+            has no place for a method, and is counted only.
+        spent: (attend, *inputs, offset=) -> what the layer's own choice looks at. One KV head for all query heads may
+            stand in for those of the model.
         beside: the same of what the layer attends to beside the method's choice; None: nothing.
         cached: whether the layer needs its own cache for it; else it gets none, and sees its new tokens only.
     """
 
-    attention: Callable[..., Tensor]
+    attention: Callable[..., Tensor] | None
     spent: Callable[..., Spent]
     beside: Callable[..., Spent] | None
     cached: bool

@@ -9,6 +9,7 @@ from torch import Size, Tensor, nn
 
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.figures import measure
+from nsa.layers.csa.guest import GUEST
 from nsa.layers.csa.layer import CompressedSparseAttention
 from nsa.layers.kind import Backends, Blocks, Exchange, Halo, Kind, Own, Parts, Product, Same, Shape
 
@@ -154,7 +155,7 @@ CSA: Kind = Kind(
     free=("topk", "window", "phase", "kl_weight"),
     problem=problem,
     figures=measure,
-    guest=None,
+    guest=GUEST,
     export=None,
     known=lambda shape, config: None,
     card=card,
