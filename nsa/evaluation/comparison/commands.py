@@ -1,10 +1,12 @@
 """What `python -m nsa.compare` does."""
 
+import fcntl
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -152,19 +154,35 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
                 f"nsa.train {' '.join(training.arguments)}, then python -m nsa.export {training.run}"
             )
     comparison = work.comparison("cuda" if torch.cuda.is_available() else "cpu")
-    folder = work.folder(comparison)
-    with tqdm(
-        total=comparison.most, unit="cell", desc=work.whole.name, mininterval=1 if sys.stderr.isatty() else 30
-    ) as bar:
-        try:
-            comparison.run(folder, lambda cells: bar.update(cells), lambda: end is not None and time.monotonic() >= end)
-        except TimeUpError:
-            return False
-    folder.finish(_now())
-    report(work.whole.folder)
+    with alone_in(work.whole.folder):
+        folder = work.folder(comparison)
+        seldom = 1 if sys.stderr.isatty() else 30
+        with tqdm(total=comparison.most, unit="cell", desc=work.whole.name, mininterval=seldom) as bar:
+            try:
+                comparison.run(folder, bar.update, lambda: end is not None and time.monotonic() >= end)
+            except TimeUpError:
+                return False
+        folder.finish(_now())
+        report(work.whole.folder)
     if len(work.left) > 1:
         print(f"stage {work.left[0]} is done; the same command goes on with {work.left[1]}")
     return True
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within: no other process answers into this folder. A process that is killed gives it free.
+
+    Raises:
+        ResultsError: another one does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResultsError(f"another process writes into {folder}: wait for its end, or stop it") from None
+        yield
 
 
 def report(folder: str | Path, pack_into: str | None = None) -> None:

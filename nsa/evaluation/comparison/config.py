@@ -107,6 +107,7 @@ class ComparisonConfig(Section):
     tasks: list[str] = Field(min_length=1, description="as `python -m nsa.compare list` shows")
     lengths: list[int] = Field(min_length=1, description="tokens of a sample, its questions and answers included")
     samples: int = Field(32, ge=1, description="samples per task and length; all arms answer the same")
+    queries: int | None = Field(None, ge=1, description="questions of a sample that are asked at most; null: all")
     question: list[Literal["after", "before"]] = Field(
         default=["after"],
         min_length=1,

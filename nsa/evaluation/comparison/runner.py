@@ -1,7 +1,7 @@
 """Runs a comparison: every method on every sibling, at every budget, on the same samples; cell by cell."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, NamedTuple
 
@@ -205,13 +205,20 @@ class Comparison:
         key = (self._open[3], place.task, place.length, seed)
         if key not in self._samples:
             try:
-                samples = [task.sample(tokenizer, place.length, seed, i) for i in range(count)]
+                samples = [self._limited(task.sample(tokenizer, place.length, seed, i)) for i in range(count)]
             except ValueError as error:
                 raise NoSampleError(str(error)) from None
             while len(self._samples) >= KEPT:
                 del self._samples[next(iter(self._samples))]
             self._samples[key] = samples
         return Block(task, place.length, place.aware, self._samples[key])
+
+    def _limited(self, sample: Sample) -> Sample:
+        """With as many questions as are asked, spread over all of the sample's."""
+        there, asked = len(sample.queries), self.config.queries
+        if asked is None or there <= asked:
+            return sample
+        return replace(sample, queries=tuple(sample.queries[i * there // asked] for i in range(asked)))
 
     # --------------------------------------------------------------------------------------------------- one cell
 
