@@ -320,7 +320,7 @@ train_siblings() {
 }
 
 # Of so many minutes since the command began; 0: none.
-minutes_left() { awk "BEGIN {left = $1 - ($SECONDS - $began) / 60; print left > 0 ? left : 0}"; }
+minutes_left() { awk "BEGIN {left = $1 - ($SECONDS - $began) / 60; print (left > 0 ? left : 0)}"; }
 
 run_tests() {
     local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')")

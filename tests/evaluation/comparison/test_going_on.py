@@ -191,6 +191,7 @@ def test_another_training_under_the_same_name_is_refused(
     shutil.rmtree(next((tmp_path / "small/cells").glob("dense+dense*-2-*")))
     assert main([str(path)]) == 2
     assert "two trainings of sibling dense, seed 2" in capsys.readouterr().err
+    assert not list((tmp_path / "small/cells").glob("dense+dense*-2-*")), "it is refused before it answers"
 
 
 # ------------------------------------------------------------------------------------------------------ what is one
