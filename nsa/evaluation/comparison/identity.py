@@ -37,7 +37,7 @@ def export_digest(folder: Path) -> str:
 
 def tokenizer_digest(folder: Path) -> str:
     """A fingerprint of the tokenizer of an export."""
-    return _digest({path.name: path for path in folder.glob("*token*") if path.is_file()})
+    return _digest({path.name: path for path in folder.glob("tokenizer.*") if path.is_file()})
 
 
 def _digest(files: dict[str, Path]) -> str:

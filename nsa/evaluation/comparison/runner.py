@@ -137,7 +137,9 @@ class Comparison:
         Raises:
             TimeUpError: ``up`` said so.
             ResultsError: the folder has answers of another training of a sibling.
+            ValueError: siblings that are compared would be asked different questions.
         """
+        self._check_tokenizers()
         left, cells = folder.left_out(), 0
         for methods in (False, True):
             for model in self.candidates:
@@ -153,6 +155,22 @@ class Comparison:
                         self._if_missing(folder, left, arm, place, up)
                         progress(1)
         folder.plan(cells)
+
+    def _check_tokenizers(self) -> None:
+        """Questions are made of tokens: seeds of a sibling must have one tokenizer, and so must it and what it is
+        compared with. Raises ValueError."""
+        tokenizers = {model: tokenizer_digest(model.folder) for model in self.candidates}
+        dense = {tokenizers[model]: model for model in reversed(self.candidates) if model.trained == DENSE}
+        first: dict[str, Candidate] = {}
+        for model, mine in tokenizers.items():
+            other = first.setdefault(model.name, model)
+            if tokenizers[other] == mine and (model.trained == DENSE or not dense or mine in dense):
+                continue
+            other = other if tokenizers[other] != mine else next(iter(dense.values()))
+            raise ValueError(
+                f"siblings {other.label} and {model.label} have different tokenizers, so they would be asked different "
+                "questions: train both with one (data.tokenizer.path)"
+            )
 
     def _if_missing(
         self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]

@@ -21,14 +21,14 @@ SHAPE = [
     "model.intermediate_size=64", "model.max_position=128", "model.init_std=0.1",
     "attention.nsa={compress_length: 4, compress_stride: 4, block_size: 8, num_blocks: 4, window: 16}",
     "attention.dsa={topk: 32, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}",
-    "data.sequence_length=128", "data.tokenizer={vocab_size: 512, train_bytes: 100_000}",
+    "data.sequence_length=128", "data.tokenizer.vocab_size=512", "data.tokenizer.train_bytes=100_000",
     "data.sources.0.weight=0.02", "data.sources.0.include=['json/*.py']",
     "training={steps: 6, global_batch_size: 2, micro_batch_size: 2, validation_samples: 2, log_every: 3}",
     "optimizer.warmup_steps=1", "checkpoint.every=2", "engine={zero_stage: 1, precision: fp32}",
 ]  # fmt: skip
 
 
-def write(folder: Path, siblings: Sequence[str] = (), seeds: int = 1) -> Path:
+def write(folder: Path, siblings: Sequence[str] = (), seeds: int = 2) -> Path:
     """Write it into ``folder``: two methods, samples of 64 tokens; returns its file.
 
     Args:
@@ -40,9 +40,9 @@ def write(folder: Path, siblings: Sequence[str] = (), seeds: int = 1) -> Path:
     quest, snapkv = {"name": "quest", "page": 4}, {"name": "snapkv"}
     tree |= {"methods": [quest, snapkv], "budgets": [0.5, 0.25], "tasks": ["mqar", "mqar_wide"], "lengths": [64]}
     tree |= {"samples": 2, "queries": 2, "floor": 0.0}
-    tree["siblings"] = [s for s in tree["siblings"] if not siblings or s["name"] in siblings]
+    tree["siblings"] = [s for s in tree["siblings"] if not siblings or s["name"] in ("tokenizer", *siblings)]
     for sibling in tree["siblings"]:
-        sibling["seeds"] = sibling["seeds"][:seeds]
+        sibling["seeds"] = sibling.get("seeds", [])[:seeds]
         sibling["overrides"] = [_smaller(override) for override in sibling.get("overrides", [])]
     there = [sibling["name"] for sibling in tree["siblings"]]
     for stage in tree["stages"]:

@@ -194,6 +194,20 @@ def test_another_training_under_the_same_name_is_refused(
     assert not list((tmp_path / "small/cells").glob("dense+dense*-2-*")), "it is refused before it answers"
 
 
+@pytest.mark.parametrize(("changed", "other"), [("dense-2", "dense#1"), ("nsa-1", "dense#1")])
+def test_siblings_that_would_be_asked_different_questions_are_refused(
+    changed: str, other: str, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "exports"
+    shutil.copytree(exports, there)
+    model = there / changed / "tokenizer.model"
+    model.write_bytes(model.read_bytes() + b" ")
+    path = configured(tmp_path, there)
+    path.write_text(path.read_text().partition("stages:")[0])
+    assert main([str(path)]) == 2
+    assert f"siblings {other} and {changed.replace('-2', '#2').replace('-1', '')} have" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------------ what is one
 
 
@@ -356,6 +370,7 @@ def test_the_study_is_what_was_registered() -> None:
         run = load_config(training.arguments[0], training.arguments[1:])
         runs[f"{run.output_dir}/{run.name}"] = run
         assert run.model.num_kv_heads >= 4 and run.data.sequence_length == max(config.lengths)
+        assert training.sibling.name == "tokenizer" or run.data.tokenizer.path == "checkpoints/study-tokenizer/export"
         if run.start_from is not None:
             assert run.start_from in runs and run.start_from[-1] == str(training.seed)
     steps = [runs[f"checkpoints/study-{name}-1"].training.steps for name in ("dense", "staged-dense", "staged")]
