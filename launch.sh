@@ -29,7 +29,7 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
 Files are those of the folder that the command is given in; a CONFIG that is not there may be one of the repository's.
 `train CONFIG --dry-run` prints the size of a run and stops.
 
-exit codes of train (docs/reliability.md)
+exit codes of train and compare (docs/reliability.md)
   0 complete, 2 fix something, 75 stopped and saved, 85 a rank was lost: on 75 and 85 run the same command again
 
 environment

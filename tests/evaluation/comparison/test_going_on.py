@@ -18,6 +18,7 @@ from nsa.evaluation.comparison import commands, runner
 from nsa.evaluation.comparison.config import load, trainings_of
 from nsa.evaluation.comparison.folder import ResultsFolder, read_results
 from nsa.evaluation.comparison.identity import READERS, code_digest, export_digest
+from nsa.evaluation.comparison.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
 from nsa.strict_yaml import ConfigError
 from tests.conftest import ROOT
@@ -218,6 +219,10 @@ def test_results_are_of_one_code_and_not_of_one_commit(tmp_path: Path) -> None:
     later = ResultsFolder(tmp_path, replace(MANIFEST, planned=2, commit="fedcba987654", hardware="another"))
     later.write(rows_of(CELLS[1]))
     results = later.finish("now")
+    write_report(tmp_path, say=lambda text: None)
+    report = (tmp_path / "report.md").read_text()
+    assert f"1 cell | commit {MANIFEST.commit}, {MANIFEST.hardware}" in report
+    assert "1 cell | commit fedcba987654, another, torch 2.13.0" in report
     assert results.manifest.commit == MANIFEST.commit
     assert {made["commit"] for made in results.made.values()} == {MANIFEST.commit, "fedcba987654"}
     with pytest.raises(ResultsError, match=rf"two commits.*git checkout {MANIFEST.commit}"):
