@@ -162,6 +162,9 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
                 comparison.run(folder, bar.update, lambda: end is not None and time.monotonic() >= end)
             except TimeUpError:
                 return False
+            except torch.OutOfMemoryError as error:
+                tokens = work.whole.batch_tokens
+                raise ValueError(f"out of memory: read less at once, batch_tokens={tokens // 2} ({error})") from None
         folder.finish(_now())
         report(work.whole.folder)
     if len(work.left) > 1:

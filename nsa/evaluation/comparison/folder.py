@@ -25,7 +25,7 @@ MANIFEST, CELLS, CELL, ANSWERS = "manifest.json", "cells", "cell.json", "answers
 LEFT_OUT = "left_out.json"
 UNFINISHED = ".unfinished-"  # begins the name of a cell's folder while it is written
 GROWS = ("siblings", "methods", "stages")  # of a configuration: lists that may grow, since no cell depends on them
-FREE = (*GROWS, "output_dir")  # what results with other values of can be compared
+FREE = (*GROWS, "output_dir", "batch_tokens")  # results with other values of these can be compared
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import small_study
+import torch
 from safetensors.torch import load_file, save_file
 from simulated import MANIFEST, cell, rows_of, write
 
@@ -195,6 +196,17 @@ def test_another_training_under_the_same_name_is_refused(
     assert not list((tmp_path / "small/cells").glob("dense+dense*-2-*")), "it is refused before it answers"
 
 
+def test_too_little_memory_is_said_with_what_to_do(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("80 GiB")
+
+    monkeypatch.setattr(runner.Comparison, "_cell", full)
+    assert main([str(configured(tmp_path, exports)), "batch_tokens=128"]) == 2
+    assert "batch_tokens=64 (80 GiB)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("changed", "other"), [("dense-2", "dense#1"), ("nsa-1", "dense#1")])
 def test_siblings_that_would_be_asked_different_questions_are_refused(
     changed: str, other: str, exports: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -272,7 +284,7 @@ def test_lists_grow_and_do_not_shrink(tmp_path: Path) -> None:
     small = replace(
         MANIFEST, planned=1, config={"seed": 0, "methods": [one], "siblings": [{"name": "a", "seeds": [1]}]}
     )
-    large = replace(small, planned=2, config={**small.config, "methods": [two, one], "output_dir": "elsewhere"})
+    large = replace(small, planned=2, config={**small.config, "methods": [two, one], "batch_tokens": 2})
     ResultsFolder(tmp_path, small).write(rows_of(CELLS[0]))
     ResultsFolder(tmp_path, small).finish("now")
     grown = ResultsFolder(tmp_path, large)
