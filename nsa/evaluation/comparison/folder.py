@@ -3,6 +3,7 @@
 manifest.json           config, code, commit, versions, hardware, when it began and ended
 cells/ID/cell.json      what all answers of a cell share, with the counts of the ledger, and where it was made
 cells/ID/answers.jsonl  one answer a line
+siblings/NAME.yaml      how a sibling was trained
 left_out.json           cells that cannot be, such as a budget that a method cannot meet, and why
 cells.json, cells.parquet   one line a cell, written at the end
 """
@@ -22,6 +23,7 @@ from nsa.untrusted import UntrustedError, parse_json, read_bytes, read_json
 
 FORMAT = 2
 MANIFEST, CELLS, CELL, ANSWERS = "manifest.json", "cells", "cell.json", "answers.jsonl"
+SIBLINGS = "siblings"
 LEFT_OUT = "left_out.json"
 UNFINISHED = ".unfinished-"  # begins the name of a cell's folder while it is written
 GROWS = ("siblings", "methods", "stages")  # of a configuration: lists that may grow, since no cell depends on them
@@ -150,6 +152,13 @@ class ResultsFolder:
         _write(temporary / ANSWERS, "".join(json.dumps(answer) + "\n" for answer in cell.answers()))
         temporary.rename(final)
         return cell
+
+    def keep_training(self, name: str, config: Path) -> None:
+        """Keep a copy of the configuration that a sibling was trained with, if it has one."""
+        copy = self.path / SIBLINGS / f"{name}.yaml"
+        if config.is_file() and not copy.exists():
+            copy.parent.mkdir(exist_ok=True)
+            _write(copy, config.read_text())
 
     def leave_out(self, what: str, why: str) -> None:
         """Note that a planned cell cannot be, and why."""

@@ -1,7 +1,7 @@
 """Finished results in two files that are small enough for git: the manifest, and all cells with all answers.
 
-manifest.json, left_out.json  as in a results folder
-cells.jsonl.gz                one line a cell: what its answers share, and its answers as columns
+manifest.json, left_out.json, siblings/   as in a results folder
+cells.jsonl.gz                            one line a cell: what its answers share, and its answers as columns
 """
 
 import gzip
@@ -17,7 +17,7 @@ from nsa.evaluation.comparison.rows import OF_ANSWER, Cell, ResultsError
 from nsa.untrusted import UntrustedError, parse_json, regular_size
 
 PACKED = "cells.jsonl.gz"
-COPIED = ("manifest.json", "left_out.json")
+COPIED = ("manifest.json", "left_out.json", "siblings/*.yaml")
 LIMIT = 2**28  # bytes of the file
 LINE = 2**26  # bytes of a cell
 
@@ -35,9 +35,11 @@ def write(cells: Mapping[str, Cell], heads: Mapping[str, dict[str, Any]], folder
         folder: of results. out: another folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, out / name)
+    for pattern in COPIED:
+        for path in folder.glob(pattern):
+            copy = out / path.relative_to(folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
     content = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=content, mtime=0) as file:
         for number in sorted(cells):

@@ -18,6 +18,7 @@ from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
 from nsa.evaluation.comparison.models import Candidate, Opened, open_model
 from nsa.evaluation.comparison.rows import DENSE, OWN, Cell, Row
+from nsa.exporting.folder import CONFIG
 
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 CALIBRATION = "calibration"  # the seed of samples that no result is measured on
@@ -244,6 +245,7 @@ class Comparison:
         model, method = self._opened(arm.model), self._method(arm, block)
         assert self._open is not None
         folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
+        folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
         watch = self.config.watch and method is not None
         ledger, rows = Ledger(), []
         found, reader = self._ask(arm, method, block, ledger, watch=watch)

@@ -337,8 +337,10 @@ def test_packed_results_give_the_same_report(whole: Path, tmp_path: Path) -> Non
     for out in ("one", "two"):
         assert main(["report", str(whole), "--pack", str(tmp_path / out)]) == 0
     assert {path.name for path in (tmp_path / "one").iterdir()} == {
-        "manifest.json", "cells.jsonl.gz", "report.html", "report.md", "figures",
+        "manifest.json", "cells.jsonl.gz", "report.html", "report.md", "figures", "siblings",
     }  # fmt: skip
+    there = {path.name: path.read_text() for path in (tmp_path / "one/siblings").iterdir()}
+    assert there.keys() == {"dense#1.yaml", "dense#2.yaml", "nsa.yaml"} and "seed: 2" in there["dense#2.yaml"]
     shutil.rmtree(tmp_path / "two/figures")
     assert main(["report", str(tmp_path / "two")]) == 0  # from what is committed alone
     files = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()]
