@@ -36,6 +36,7 @@ BUDGETS, LENGTHS = (0.25, 0.1, 0.05), (1024, 4096)
 LAYERS, KV_HEADS = 6, 4
 MANIFEST = Manifest(
     config={"comparison": {"budgets": list(BUDGETS)}},
+    code="abcdef012345",
     commit="0123456789ab",
     versions={"torch": "2.13.0"},
     hardware="2 CPU cores",

@@ -19,7 +19,7 @@ from nsa.data.tasks import task_named
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import ask
 from nsa.evaluation.comparison.calibration import fit
-from nsa.evaluation.comparison.config import budget_of, load, training_of
+from nsa.evaluation.comparison.config import budget_of, load, trainings_of
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from nsa.evaluation.comparison.runner import CONTROLS
@@ -283,8 +283,9 @@ def test_the_shipped_comparison_and_its_siblings_are_valid() -> None:
     path = ROOT / "configs/compare/demo.yaml"
     config = load(path)
     assert len(config.budgets) >= 3 and len(config.tasks) >= 6 and len(config.methods) + len(CONTROLS) >= 10
-    runs = [training_of(config, sibling, path) for sibling in config.siblings]
-    assert len({run for _, run in runs}) == len(runs)
-    for arguments, _ in runs:
-        trained = load_config(arguments[0], arguments[1:])
+    trainings = trainings_of(config, path)
+    assert len({training.run for training in trainings}) == len(trainings)
+    for training in trainings:
+        assert training.arguments is not None
+        trained = load_config(training.arguments[0], training.arguments[1:])
         assert max(config.lengths) <= trained.data.sequence_length <= trained.model.max_position
