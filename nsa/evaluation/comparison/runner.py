@@ -1,6 +1,7 @@
 """Runs a comparison: every method on every sibling, at every budget, on the same samples; cell by cell."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from nsa.baselines import Budget, BudgetError, Ledger, Method
-from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
+from nsa.data.tasks import Sample, Task, UnavailableError, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.calibration import fit
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
@@ -56,7 +57,7 @@ class Comparison:
         self.config, self.models, self.say = config, models, say
         self.fitted: dict[tuple[Any, ...], float] = {}
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
-        self._looked_at: set[tuple[Any, ...]] = set()
+        self._looked_at: set[str] = set()
 
     def arms(self) -> Iterator[Arm]:
         """All, the controls first."""
@@ -81,14 +82,22 @@ class Comparison:
         ]
 
     def run(self, folder: ResultsFolder, progress: Callable[[int], None]) -> None:
-        """Every cell that is not finished. ``progress``: called with the number of cells done."""
+        """Every cell that is not finished. ``progress``: called with the number of cells done.
+
+        Raises:
+            ValueError: a length is too short for a task; this is found before anything runs.
+        """
+        for model in self.models:
+            for name, length, _ in self.blocks():
+                with suppress(UnavailableError):
+                    task_named(name).sample(model.tokenizer, length, CALIBRATION, 0)
         for arm in self.arms():
             for name, length, aware in self.blocks():
                 share = None if arm.budget is None else share_of(arm.budget, length)
                 if not folder.has(arm.label, share, name, length, aware, arm.model.train_seed):
                     try:
                         self._cell(folder, arm, self._block(arm.model, name, length, aware))
-                    except (BudgetError, AttachError) as error:
+                    except (BudgetError, AttachError, UnavailableError) as error:
                         self._leave_out(
                             folder,
                             f"{arm.label}@{arm.budget} {name} {length} {'aware' if aware else 'agnostic'}",
@@ -178,10 +187,11 @@ class Comparison:
         return figures
 
     def _changes(self, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
-        """Whether the arm reads what its plans leave out, on one sample: of its first cell only."""
-        if method is None or not method.phases or (arm.label, arm.budget) in self._looked_at:
+        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget."""
+        full = arm.budget is not None and share_of(arm.budget, block.length) == 1
+        if not self.config.watch or method is None or not method.phases or full or arm.label in self._looked_at:
             return {}
-        self._looked_at.add((arm.label, arm.budget))
+        self._looked_at.add(arm.label)
         dense = self._dense_layers(method)
         ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
         found = changes(
