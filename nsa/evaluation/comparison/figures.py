@@ -163,7 +163,8 @@ def sinks(by_sibling: Mapping[str, Sequence[float]]) -> bytes:
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for index, (sibling, masses) in enumerate(by_sibling.items()):
         axes.plot(range(len(masses)), masses, marker=MARKERS[index % len(MARKERS)], markersize=4, label=sibling)
-    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, None), title="Attention on the first 4 tokens")
+    top = 1.08 * max(max(masses) for masses in by_sibling.values())  # room for the marker of the highest
+    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, top or 1), title="Attention on the first 4 tokens")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -187,7 +188,7 @@ def kept_mass(by_method: Mapping[str, np.ndarray], title: str) -> bytes:
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
-    for axes in grid[-1]:
+    for axes in list(grid.flat)[max(0, len(by_method) - columns) : len(by_method)]:  # the lowest of each column
         axes.set_xlabel("KV head")
     figure.colorbar(image, ax=grid, label="share of dense attention kept", fraction=0.03)
     figure.suptitle(title, fontsize=11)
