@@ -25,6 +25,7 @@ budgets: [1.0, 0.5]
 tasks: [passkey]
 lengths: [256]
 samples: 1
+question: [before]
 """
 
 
