@@ -20,11 +20,11 @@ KEEPS_SCALE = tuple(module for kind in KINDS for module in kind.keeps_scale)
 def first_value(name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device) -> Tensor:
     """The whole parameter ``name`` of ``shape`` in fp32 on ``device``. CPU and GPU draw different numbers.
 
-    Biases are 0 (so gates start half open) and norms 1. The rest is normal with standard deviation ``config.init_std``,
-    divided by sqrt(2 layers) for weights that write to the residual stream. Weights without a norm after them (NSA's
-    compression) keep the scale of their input.
+    Biases (so gates start half open) and sinks are 0, norms 1. The rest is normal with standard deviation
+    ``config.init_std``, divided by sqrt(2 layers) for weights that write to the residual stream. Weights without a norm
+    after them (NSA's compression) keep the scale of their input.
     """
-    if name.endswith("bias"):
+    if name.endswith(("bias", "sink")):
         return torch.zeros(shape, device=device)
     if len(shape) == 1:
         return torch.ones(shape, device=device)

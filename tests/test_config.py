@@ -14,7 +14,7 @@ from nsa.config import main as config_command
 from nsa.strict_yaml import is_section, walk
 from tests.conftest import ROOT
 
-KINDS = "dense, nsa, dsa, entmax, dms"
+KINDS = "dense, nsa, dsa, csa, entmax, dms"
 SMALL = """\
 name: small
 model:

@@ -1,10 +1,11 @@
 """Key/value caches for decoding."""
 
 from nsa.cache.delayed import DelayedCache
+from nsa.cache.entries import EntryCache
 from nsa.cache.indexed import IndexedCache
 from nsa.cache.native_sparse import NativeSparseCache
 from nsa.cache.rows import FullCache, Rows
 
-Cache = FullCache | NativeSparseCache | IndexedCache | DelayedCache
+Cache = FullCache | NativeSparseCache | IndexedCache | DelayedCache | EntryCache
 
-__all__ = ["Cache", "DelayedCache", "FullCache", "IndexedCache", "NativeSparseCache", "Rows"]
+__all__ = ["Cache", "DelayedCache", "EntryCache", "FullCache", "IndexedCache", "NativeSparseCache", "Rows"]

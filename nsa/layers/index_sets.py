@@ -114,7 +114,7 @@ def index_choices(model: nn.Module) -> dict[int, IndexChoice]:
             if isinstance(choice, IndexChoice):
                 found[number] = choice
     if not found:
-        raise ValueError("no layer of this model selects index sets: give a decoder with layers of kind dsa")
+        raise ValueError("no layer of this model selects index sets: give a decoder with layers of kind dsa or csa")
     return found
 
 
@@ -146,7 +146,7 @@ def record_index_sets(model: nn.Module) -> Iterator[IndexSets]:
         for choice in choices.values():
             choice.recorded = None
     if not sets:
-        raise ValueError("no layer selected index sets: there was no forward pass, or attention.dsa.phase is warm-up")
+        raise ValueError("no layer selected index sets: there was no forward pass, or their phase is warm-up")
 
 
 def _joined(pieces: Mapping[int, Tensor], layer: int) -> Tensor:

@@ -48,8 +48,9 @@ class Shape:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The options that it asks for, which not every kind has."""
-        return tuple(name for name in ("qkv_bias", "qk_norm", "mla") if getattr(self, name))
+        """The options that it asks for, which not every kind has. ``v_head_dim``: values have a width of their own."""
+        found = [name for name in ("qkv_bias", "qk_norm", "mla") if getattr(self, name)]
+        return tuple(found + ["v_head_dim"] * (self.v_head_dim != self.head_dim))
 
     def on_rank(self, ranks: int) -> "Shape":
         """The shape of the part that each of ``ranks`` tensor-parallel ranks holds."""
@@ -93,7 +94,9 @@ class Parts:
     Attributes:
         columns: linear maps whose outputs belong to query heads. kv_heads: those whose outputs belong to KV heads.
         rows: linear maps whose inputs belong to query heads; the ranks sum their outputs.
+        heads: parameters with one row for each query head, such as a sink.
         whole: modules that are replicated.
+        one_kv_head: whether all query heads share one KV head, whatever the shape says.
         gathered: modules that need all query heads of a KV head -> the dimension of the heads in each positional input;
             None: the input is the same on all ranks.
         gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in these inputs.
@@ -102,7 +105,9 @@ class Parts:
     columns: tuple[str, ...]
     kv_heads: tuple[str, ...]
     rows: tuple[str, ...]
+    heads: tuple[str, ...]
     whole: tuple[str, ...]
+    one_kv_head: bool
     gathered: Mapping[str, tuple[int | None, ...]]
     gathered_bytes: Callable[[Shape, int], int]
 
@@ -110,6 +115,11 @@ class Parts:
 @dataclass(frozen=True)
 class Own:
     """A context-parallel rank needs the input at its own tokens only: a tensor (B, T, ...)."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """The input is the same for all tokens, such as a sink of each head."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +135,26 @@ class Gather:
 
 @dataclass(frozen=True)
 class Halo:
-    """It needs keys and values of the last ``tokens`` tokens before its own: a pair of tensors (B, T, G, ...)."""
+    """It needs the rows of the last ``tokens`` tokens before its own: a tuple of tensors (B, T, G, ...).
+
+    ``width``: as in `Gather`.
+    """
 
     name: str
     tokens: int
+    width: int
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """It needs keys and values of all blocks that ``module`` computes: one of ``length`` tokens every ``stride``.
+    """It needs all blocks that ``module`` computes, such as keys and values: one of ``length`` tokens every ``stride``.
 
-    ``module`` is called with the pair (B, T, G, ...), the rotary tables and the document boundaries. It needs a halo of
-    length - 1 tokens. Then the blocks are gathered. ``halo`` and ``name``: of the bytes of either, in the metrics.
+    ``module`` is called with a tuple of tensors (B, T, G, ...), tables (T, ...) of which a block needs the row of its
+    last token, and the document boundaries. It returns the blocks, a tuple of tensors (B, M, G, ...), which are then
+    gathered. It needs a halo of length - 1 tokens. ``halo`` and ``name``: of the bytes of either, in the metrics.
+
+    ``before``: how many tokens before a block it reads, too, if the document has them. Then it also gets ``earlier``,
+    the tensors at the tokens so many before. ``raw``, ``width``: elements that it reads per token, and of a block.
     """
 
     name: str
@@ -144,6 +162,9 @@ class Blocks:
     module: str
     length: int
     stride: int
+    before: int
+    raw: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -151,7 +172,7 @@ class Borrowed:
     """It is what the exchange of an earlier layer made of a `Gather`, and is not gathered again."""
 
 
-Exchange = Own | Gather | Halo | Blocks | Borrowed
+Exchange = Own | Same | Gather | Halo | Blocks | Borrowed
 
 
 @dataclass(frozen=True)
@@ -187,13 +208,15 @@ class Guest:
 
     Attributes:
         attention: (attend, method, *inputs, offset=) -> the output (B, T, H, Dv). ``method(q, k, v, scale)`` is
-            attention of the T new tokens, whose keys and values it gets, to what the method chooses.
-        spent: (attend, *inputs, offset=) -> what the layer's own choice looks at.
+            attention of the T new tokens, whose keys and values it gets, to what the method chooses. None: the layer
+            has no place for a method, and is counted only.
+        spent: (attend, *inputs, offset=) -> what the layer's own choice looks at. One KV head for all query heads may
+            stand in for those of the model.
         beside: the same of what the layer attends to beside the method's choice; None: nothing.
         cached: whether the layer needs its own cache for it; else it gets none, and sees its new tokens only.
     """
 
-    attention: Callable[..., Tensor]
+    attention: Callable[..., Tensor] | None
     spent: Callable[..., Spent]
     beside: Callable[..., Spent] | None
     cached: bool

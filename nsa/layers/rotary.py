@@ -54,8 +54,12 @@ class Rotary:
         They are multiplied by YaRN's attention temperature, and by that of ``scaling``.
         """
         angles = positions[:, None].float() * self.frequencies(width, positions.device)
-        temperature = self.temperature * (1.0 if self.scaling is None else self.scaling.temperature)
-        return angles.cos() * temperature, angles.sin() * temperature
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+    @property
+    def factor(self) -> float:
+        """Of the tables: YaRN's attention temperature, and that of ``scaling``."""
+        return self.temperature * (1.0 if self.scaling is None else self.scaling.temperature)
 
     @property
     def temperature(self) -> float:
@@ -73,9 +77,22 @@ class RotaryTables:
     def __init__(self, rotary: Rotary, positions: Tensor) -> None:
         self.rotary, self.positions = rotary, positions
         self._made: dict[int, tuple[Tensor, Tensor]] = {}
+        self._back: dict[int, RotaryTables] = {}
 
     def of(self, width: int) -> tuple[Tensor, Tensor]:
         """As `Rotary.tables` for ``width`` dims."""
         if width not in self._made:
             self._made[width] = self.rotary.tables(self.positions, width)
         return self._made[width]
+
+    def back(self, tokens: int) -> "RotaryTables":
+        """The tables of the positions ``tokens`` before."""
+        if tokens not in self._back:
+            self._back[tokens] = self.rotary.at(self.positions - tokens)
+        return self._back[tokens]
+
+    def untempered(self, width: int) -> tuple[Tensor, Tensor]:
+        """As `of`, without the temperatures: a rotation alone."""
+        cos, sin = self.of(width)
+        factor = self.rotary.factor
+        return (cos, sin) if factor == 1.0 else (cos / factor, sin / factor)

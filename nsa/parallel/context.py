@@ -5,9 +5,10 @@ its kind says for each input which (`nsa.layers.kind.Exchange`):
 
 * Gather: rows, such as keys and values, of all ranks (their gradients are reduce-scattered). The gather overlaps with
   the layer's computation until the rows are read;
-* Halo: keys and values of the last tokens before each chunk (NSA's window);
-* Blocks: a rank computes the blocks that end in its chunks, which takes a halo of length - 1 tokens. Then the blocks
-  of all ranks are gathered: 1 / stride of the tokens (NSA's compression).
+* Halo: rows of the last tokens before each chunk (NSA's window);
+* Blocks: a rank computes the blocks that end in its chunks, which takes a halo of length - 1 tokens (or more, see
+  `nsa.layers.kind.Blocks.before`). Then the blocks of all ranks are gathered: 1 / stride of the tokens (NSA's
+  compression).
 
 A chunk's queries are then the last ones of a prefix of the sequence, which the operators support. Documents may be
 packed: ``cu_seqlens`` always describes the whole sequence.
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa.layers.around import Around
-from nsa.layers.kind import Blocks, Borrowed, Exchange, Gather, Halo, Own, Pair
+from nsa.layers.kind import Blocks, Borrowed, Exchange, Gather, Halo, Own, Same
 from nsa.models import Decoder
 from nsa.ops.geometry import Documents, block_ends, cached, clip_borders, derived, num_compressed
 from nsa.parallel import collectives
@@ -115,7 +116,7 @@ class AttendOwn(Around):
             return list(chunks.pair(x))
         if isinstance(exchange, Gather | Borrowed):
             return [partial(x, stop) for _, stop in chunks.spans]
-        if isinstance(exchange, Blocks):  # `MakeBlocks` has gathered them
+        if isinstance(exchange, Same | Blocks):  # `MakeBlocks` has gathered the blocks
             return [x, x]
         assert isinstance(exchange, Halo)
         halo = min(exchange.tokens, chunks.tokens - 1)
@@ -134,21 +135,27 @@ class MakeBlocks(Around):
         super().__init__(inside)
         self.axis, self.exchange = axis, exchange
 
-    def forward(self, raw: Pair, tables: Pair, cu_seqlens: Tensor | None = None) -> Pair:
+    def forward(
+        self, raw: tuple[Tensor, ...], tables: tuple[Tensor, ...], cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         chunks, device = Chunks.of_local(raw[0].shape[1], self.axis), raw[0].device
         if cu_seqlens is None:
             cu_seqlens = _one_document(chunks.tokens, device)
-        length, stride = self.exchange.length, self.exchange.stride
-        widths = raw[0].shape[-1], raw[1].shape[-1]
-        rows = chunks.with_halos(torch.cat(raw, -1), length - 1, self.exchange.halo)
+        length, stride, before = self.exchange.length, self.exchange.stride, self.exchange.before
+        widths, batch = [x.shape[-1] for x in raw], len(raw[0])
+        rows = chunks.with_halos(torch.cat(raw, -1), length - 1 + before, self.exchange.halo)
         # The batch becomes additional heads, so the packing below is that of one sequence.
-        k, v = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None].split(widths, -1)
+        rows = rows.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+        others = {}
+        if before:
+            halves = rows.unflatten(TOKENS, (2, -1))
+            rows, earlier = (x.flatten(1, 2) for x in (halves[:, :, before:], halves[:, :, :-before]))
+            others = {"earlier": earlier.split(widths, -1)}
         borders, row = derived(cu_seqlens, _block_layout, chunks, length, stride)
-        cos, sin = (_behind_halos(table, chunks, length - 1) for table in tables)
-        blocks = self.inside((k, v), (cos, sin), borders)
+        tables = tuple(_behind_halos(table, chunks, length - 1) for table in tables)
+        blocks = self.inside(rows.split(widths, -1), tables, borders, **others)
         gathered = all_gather(torch.cat(blocks, -1), self.axis, TOKENS, self.exchange.name)[0, row]
-        k, v = gathered.unflatten(1, (len(rows), -1)).transpose(0, 1).split(widths, -1)
-        return k, v
+        return gathered.unflatten(1, (batch, -1)).transpose(0, 1).split([x.shape[-1] for x in blocks], -1)
 
 
 @cached
@@ -157,9 +164,9 @@ def _one_document(tokens: int, device: torch.device) -> Tensor:
 
 
 def _behind_halos(table: Tensor, chunks: Chunks, width: int) -> Tensor:
-    """Rotary table (2 x size, D / 2) of this rank's tokens, laid out as in `Chunks.with_halos`.
+    """A table (2 x size, ...) of this rank's tokens, laid out as in `Chunks.with_halos`.
 
-    Halos get zeros: no block ends there, and the position of a block is that of its last token.
+    Halos get zeros: no block ends there, and a block needs the row of its last token.
     """
     halo = table.new_zeros(width, table.shape[1])
     return torch.cat((halo, table[: chunks.size], halo, table[chunks.size :]))

@@ -82,13 +82,17 @@ def _split_attention(
             if part is kv_heads:
                 for parameter in linear.parameters():
                     sum_over(parameter, sharers)
+    for name in parts.heads:
+        parent, _, child = name.rpartition(".")
+        setattr(attention.get_submodule(parent), child, part_of(attention.get_parameter(name), columns))
     for name in parts.whole:
         _replicate(attention.get_submodule(name), axis)
-    if sharers.size > 1:
+    others = axis if parts.one_kv_head else sharers
+    if others.size > 1:
         for name, axes in parts.gathered.items():
             parent, _, child = name.rpartition(".")
             inside = attention.get_submodule(name)
-            setattr(attention.get_submodule(parent), child, WithAllHeads(inside, sharers, axes))
+            setattr(attention.get_submodule(parent), child, WithAllHeads(inside, others, axes))
 
 
 def _split_vocabulary(model: Decoder, axis: Axis) -> None:
@@ -123,7 +127,7 @@ def _sum_and_split_tokens(axis: Axis, module: nn.Module, args: tuple[Any, ...], 
 
 
 class WithAllHeads(Around):
-    """A module that gets all query heads of a KV head, of which each of ``sharers`` holds a part.
+    """A module that gets all query heads of a KV head, of which each of ``sharers`` holds a part. They get no gradient.
 
     Args:
         heads: for each positional input, the dimension of its heads; None: the input is the same on all ranks.

@@ -49,10 +49,10 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     # Recomputation stops before the last reduce-scatter, whose result no gradient needs.
     each = (p - 1) * shard
     sent["tensor/activations"] += passes * each * (len(kinds) * (8 + 3 * again) + 2 * first + 2 * last)
-    copies = max(1, p // model.num_kv_heads)
-    if copies > 1:
+    if p > 1:
         for kind in kinds:
             parts = kind.parts(model.attention_shape, config.attention.of(kind))
+            copies = p if parts.one_kv_head else max(1, p // model.num_kv_heads)
             head = parts.gathered_bytes(model.attention_shape, width)
             twice = again and not set(parts.gathered) <= set(kind.choices)  # a selection is not recomputed
             sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + twice)
@@ -146,7 +146,6 @@ def _context(config: Config, kinds: Sequence[Kind], chunks: Chunks, again: bool)
     """Bytes of one micro batch, forward and backward. Gradients are sent back the way that the keys came."""
     shape = config.model.attention_shape.on_rank(config.parallel.tensor)
     n, width = chunks.axis.size, element_bytes(config)
-    row = shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * width
     rounds = (n - 1) * (2 + again)  # gathered, scattered, and gathered again
     sent: Counter[str] = Counter()
     for kind in kinds:
@@ -154,12 +153,14 @@ def _context(config: Config, kinds: Sequence[Kind], chunks: Chunks, again: bool)
             if isinstance(exchange, Gather):
                 sent[exchange.name] += 2 * chunks.size * exchange.width * width * rounds
             elif isinstance(exchange, Halo):
-                sent[exchange.name] += row * _halo(chunks, min(exchange.tokens, chunks.tokens - 1), again)
+                rows = _halo(chunks, min(exchange.tokens, chunks.tokens - 1), again)
+                sent[exchange.name] += rows * exchange.width * width
             elif isinstance(exchange, Blocks):
                 behind = exchange.length - 1
-                sent[exchange.halo] += row * _halo(chunks, behind, again)
+                rows = _halo(chunks, behind + exchange.before, again)
+                sent[exchange.halo] += rows * exchange.raw * width
                 blocks = num_compressed(2 * (behind + chunks.size), exchange.length, exchange.stride)
-                sent[exchange.name] += blocks * row * rounds
+                sent[exchange.name] += blocks * exchange.width * width * rounds
     return sent
 
 

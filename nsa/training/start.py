@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa.config import Config, load_saved
 from nsa.data.load_tokenizer import tokenizer_files
 from nsa.importing import WeightReader, read_config
+from nsa.layers.kind import Kind
 from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, ModelConfig
 from nsa.training import checkpoint
@@ -46,8 +47,8 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         if parts[0] != "layers" or parts[2] != "attention":
             return read(name, shape)
         there, here = kinds[int(parts[1])]
-        if there is here:
-            return read(name, shape)
+        if there.name == here.name:
+            return None if is_missing(parts[3], there, here) else read(name, shape)
         prefix = ".".join(parts[:3])
         found = here.from_dense(parts[3], shape, config.attention.of(here), lambda inside: read(f"{prefix}.{inside}"))
         if found is not None and found.shape != shape:
@@ -55,6 +56,11 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         return found
 
     scatter(engine, shards, value)
+
+
+def is_missing(name: str, there: Kind, here: Kind) -> bool:
+    """Whether a layer ``there`` lacks parameter ``name`` of one ``here`` of its kind: that of an indexer."""
+    return name.startswith(tuple(f"{module}." for module in here.apart if module not in there.apart))
 
 
 def source_of(config: Config, tokenizer: Path) -> Path:

@@ -19,6 +19,16 @@ KINDS = {
     "dsa": {"kind": "dsa", "dsa": DSA},
     "mixed": {"kind": ["dense", "nsa", "dsa"], "nsa": NSA, "dsa": DSA},
 }
+CSA = {
+    "ratio": 3,
+    "topk": 4,
+    "heavy_ratio": 6,
+    "window": 7,
+    "index_heads": 3,
+    "index_head_dim": 8,
+    "index_rotary_dims": 4,
+}
+COUNTED = {"kind": ["dense", "csa"], "csa": CSA}
 SHAPE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2}
 SHAPE |= {"head_dim": 16, "intermediate_size": 48, "max_position": 128}
 
@@ -27,7 +37,7 @@ def decoder(kind: str, **shape: Any) -> Decoder:
     torch.manual_seed(0)
     made = Decoder(
         ModelConfig(**SHAPE | {"init_std": 0.3} | shape),
-        AttentionConfig.model_validate(KINDS.get(kind, {"kind": kind})),
+        AttentionConfig.model_validate({**KINDS, "csa": COUNTED}.get(kind, {"kind": kind})),
     )
     return made.eval().requires_grad_(False)
 
@@ -45,7 +55,7 @@ def ids(batch: int = 2, tokens: int = 48) -> torch.Tensor:
     return torch.randint(0, 50, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "entmax"])
+@pytest.mark.parametrize("kind", [*KINDS, "entmax", "csa"])
 def test_a_reader_without_method_is_the_decoder(kind: str) -> None:
     model = decoder(kind)
     mine = decoded(DecoderReader(model, None), ids(), 40)
@@ -117,6 +127,20 @@ def test_what_the_layers_themselves_look_at_is_counted() -> None:
     assert dsa.resident.tolist() == [41 * width + 41 * 16 / 2] * 2
     tail = 41 - compressed * 2  # tokens of the next compressed blocks
     assert nsa.resident.tolist() == [(41 + 16 + compressed + tail) * width] * 2
+
+
+def test_what_compressed_layers_look_at_is_counted() -> None:
+    """One decoded after 40, by a layer that selects and a heavy one; both have one row for the model's two KV heads."""
+    reader = DecoderReader(decoder("csa", num_layers=4), None)
+    decoded(reader, ids(1, 41), 40)
+    selects, heavy = (reader.ledger.counts["decode", layer] for layer in (1, 3))
+    assert selects.reads.tolist() == [((7 + 4) * 16 + 41 // 3 * 8) / 2] * 2
+    assert selects.attended.tolist() == [(7 + 4) * 4 / 2] * 2 and selects.visible.tolist() == [41 * 2] * 2
+    assert selects.scored.tolist() == [41 // 3 * 3 * 8 / 16 / 2] * 2
+    assert heavy.reads.tolist() == [(7 + 41 // 6) * 16 / 2] * 2 and heavy.scored.tolist() == [0, 0]
+    assert heavy.resident.tolist() == [(7 + 41 // 6 + 2 * (41 % 6)) * 16 / 2] * 2  # and values and gates of a tail
+    with pytest.raises(AttachError, match="has no place for dense"):
+        DecoderReader(decoder("csa"), Session(Dense(), 3))
 
 
 def test_what_nsa_attends_to_beside_a_method_is_counted() -> None:

@@ -124,7 +124,7 @@ def test_recordings_that_are_not_of_a_whole_sequence_are_refused() -> None:
     with pytest.raises(ValueError, match="tokens 0 to 3 in this context"), record_index_sets(decoder):
         decoder(IDS[:, 4:6], caches=caches)
     warm = decoder_of(phase="warm-up")
-    with pytest.raises(ValueError, match=r"no forward pass, or attention.dsa.phase is"), record_index_sets(warm):
+    with pytest.raises(ValueError, match=r"no forward pass, or their phase is"), record_index_sets(warm):
         warm(IDS)
     for act in (record_index_sets, lambda model: replay_index_sets(model, {})):
         with pytest.raises(ValueError, match="no layer of this model selects"), act(decoder_of(kind=["dense"])):

@@ -9,6 +9,8 @@ import torch
 
 from nsa.layers.around import Around, innermost
 from nsa.layers.auxiliary_loss import AuxiliaryLoss, untallied
+from nsa.layers.csa.config import CsaConfig
+from nsa.layers.csa.kind import HEAVY, WITHOUT_INDEXER
 from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kind import Backends, Blocks, Kind, Price, Shape
 from nsa.layers.kinds import KINDS
@@ -23,12 +25,17 @@ OPTIONS = [
     {"mla": MlaConfig(**LATENT)},
     {"mla": MlaConfig(**LATENT, q_lora_rank=11)},
 ]
+VARIANTS = {
+    SERVED: ("served", SERVED.config()),
+    WITHOUT_INDEXER: ("all", CsaConfig(topk=None, overlap=False, q_lora_rank=11)),
+    HEAVY: ("heavy", CsaConfig(heavy_ratio=7)),
+}
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 each_layer = pytest.mark.parametrize(
     ("kind", "options"),
     [
-        pytest.param(kind, options, id=f"{kind.name}{'-served' * kind.borrows}-{'-'.join(options)}")
-        for kind in (*KINDS, SERVED)
+        pytest.param(kind, options, id="-".join((kind.name, *VARIANTS.get(kind, ())[:1], *options)))
+        for kind in (*KINDS, *VARIANTS)
         for options in OPTIONS
         if set(options) <= set(kind.options)
     ],
@@ -37,6 +44,7 @@ each_layer = pytest.mark.parametrize(
 
 def built(kind: Kind, options: dict[str, Any]) -> tuple[torch.nn.Module, Shape, object]:
     config, shape = kind.config() if kind.config else None, replace(SHAPE, **options)
+    _, config = VARIANTS.get(kind, ("", config))
     with torch.device("meta"):
         return kind.build(shape, config, Backends()), shape, config
 
@@ -48,14 +56,19 @@ def test_parts_and_exchanges_match_the_layer(kind: Kind, options: dict[str, Any]
     linears = [layer.get_submodule(n) for n in (*parts.columns, *parts.kv_heads, *parts.rows)]
     whole = [layer.get_submodule(name) for name in parts.whole]
     listed = {id(p) for module in [*linears, *whole] for p in module.parameters()}
+    rows = [layer.get_parameter(name) for name in parts.heads]
+    assert all(len(p) == shape.num_heads for p in rows)
+    listed |= {id(p) for p in rows}
     assert listed == {id(p) for p in layer.parameters()}, (
         "tensor-parallel ranks would hold a parameter unsplit, unsummed"
     )
     for name in (*parts.gathered, *kind.keeps_scale):
         layer.get_submodule(name)
     exchanges = kind.exchanges(shape, config)
-    inputs = list(inspect.signature(layer.attend.forward).parameters)
-    assert inputs == [*exchanges, "cu_seqlens", "offset"]
+    inputs = inspect.signature(layer.attend.forward).parameters
+    left_out = [name for name in inputs if name not in (*exchanges, "cu_seqlens", "offset")]
+    assert [name for name in inputs if name not in left_out] == [*exchanges, "cu_seqlens", "offset"]
+    assert kind in VARIANTS or not left_out, "only a variant of a kind may do without some"
     for exchange in exchanges.values():
         if isinstance(exchange, Blocks):
             layer.get_submodule(exchange.module)

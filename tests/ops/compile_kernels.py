@@ -200,7 +200,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         cross_entropy.statistics(logits, targets, 0)
         cross_entropy.logit_gradients(logits, targets, row, row, 0)
         q_idx, k_idx = torch.zeros(1, 256, 4, 128, dtype=dtype), torch.zeros(1, 256, 128, dtype=dtype)
-        index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), Documents.of(256, 0, None, q.device), 64, 0, 0)
+        seen = torch.zeros(256, dtype=torch.int32), torch.arange(256, dtype=torch.int32)
+        index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.ops.kernels import index_topk, indexer_kl_dense, tokens
+from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
 
 LISTS = [  # batch, documents, heads, groups, D, Dv, tokens of a list
@@ -116,6 +117,32 @@ def test_dense_indexer_kl(
         loss = ops.indexer_kl(*index, q, k, lse + 2.5, cu_seqlens=packing(documents), backend=backend)
         results.append([loss, *torch.autograd.grad(3 * loss, index)])
     for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("documents", "ratio", "offset"), [([21], 4, 0), ([3], 4, 0), ([9, 1, 0, 4, 17], 3, 10)])
+def test_compressed_entries(documents: list[int], ratio: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-k and both losses over entries, some of which no query sees; and queries that see none."""
+    monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
+    for whole in (True, False):
+        case = case_of(documents, ratio, offset, torch.float32, whole, surplus=0 if documents == [3] else 2)
+        index = [x.detach().to(DEVICE).requires_grad_() for x in case.index]
+        where = case.where | {"cu_seqlens": packing(documents)}
+        found, expected = (ops.index_topk(*index, topk=3, **where, backend=name) for name in ("triton", "naive"))
+        assert torch.equal(found[0], expected[0]), whole
+        torch.testing.assert_close(found[1], expected[1])
+    q, k = (x.to(DEVICE) for x in (case.q, case.k))
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), 2.5, device=DEVICE)
+    for lists in (None, expected[0]):
+        results = []
+        for backend in ("triton", "naive"):
+            loss = ops.indexer_kl(*index, q, k, lse, token_indices=lists, **where, backend=backend)
+            results.append([loss, *torch.autograd.grad(3 * loss, index)])
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+    attended = ops.token_sparse_attention(q, k, k, expected[0], backend="triton", return_lse=True)
+    for ours, theirs in zip(attended, ops.token_sparse_attention(q, k, k, expected[0], return_lse=True), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
 
 

@@ -11,6 +11,8 @@ FEW_STEPS = 4  # of a curve; the table in docs/parallelism.md has more
 DEEP = ["model.num_layers=5"]
 DENSE, SPARSE = ["attention.kind=dense"], ["attention.kind=nsa"]
 DSA = ["attention.kind=[dsa, nsa]", "attention.dsa={topk: 8, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}"]
+CSA = ["attention.kind=csa", "attention.csa={topk: 4, window: 9, heavy_ratio: 8, index_heads: 2, index_head_dim: 8}"]
+CSA += ["attention.csa.index_rotary_dims=4"]
 LATENT = ["model.num_kv_heads=4", "model.head_dim=12", "model.v_head_dim=8", "model.projection=mla"]
 LATENT += ["model.mla={q_lora_rank: 12, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8}"]
 LATENT += [*DSA, "attention.kind=[dense, dsa]"]
@@ -55,6 +57,7 @@ SENT = [
     [*BASE, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *layout(tensor=2, pipeline=2, zero=1)],
     [*BASE, *LATENT, *layout(tensor=2, context=2, zero=1)],
+    [*BASE, *CSA, *layout(tensor=2, context=2, zero=1)],
 ]
 SPREADS = [{"tensor": 4}, {"tensor": 2, "context": 2}, {"context": 4}, {"tensor": 2}, {"context": 2}]
 SPREADS += [{"expert": 4}, {"expert": 2, "tensor": 2}]
@@ -77,6 +80,7 @@ EXPERT_LINKS = [
 CHECKS: dict[str, Any] = {
     "decoders": ("decoders", {"layouts": SPREADS, "seeds": 4}),
     "latent": ("decoders", {"layouts": SPREADS, "seeds": 3, "latent": True}),
+    "csa": ("decoders", {"layouts": SPREADS[:3], "seeds": 4, "kind": "csa"}),
     "entmax": ("decoders", {"layouts": SPREADS[:2], "seeds": 3, "kind": "entmax"}),
     "curves": ("curves", {"cases": CASES, "steps": FEW_STEPS}),
     "rounded": ("curves", {"cases": ROUNDED, "steps": FEW_STEPS}),

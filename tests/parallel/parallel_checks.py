@@ -17,9 +17,10 @@ from tiny import tiny_config
 
 from nsa.layers import record_index_sets, replay_index_sets
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.layers.csa.config import CsaConfig
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.entmax.config import EntmaxConfig
-from nsa.layers.kinds import DSA
+from nsa.layers.kinds import CSA, DSA
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
@@ -94,8 +95,8 @@ def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False, 
     weights = torch.rand(batch, tokens)
     borders = random_borders(dice, tokens) if packed else None
 
-    selects = [n for n, kind in enumerate(attention.kinds(config.num_layers)) if kind is DSA]
-    selects = selects if attention.dsa.phase == "sparse" else []
+    kinds = enumerate(attention.kinds(config.num_layers))
+    selects = [n for n, kind in kinds if kind in (DSA, CSA) and attention.of(kind).phase == "sparse"]
     with record_index_sets(whole) if selects else nullcontext({}) as sets:
         expected = whole(ids, targets=targets, cu_seqlens=borders)
     assert list(sets) == selects
@@ -186,7 +187,7 @@ def random_shapes(
         num_heads=8,
         num_kv_heads=num_kv_heads,
         head_dim=4,
-        v_head_dim=dice.choice([4, 6]),
+        v_head_dim=4 if kind == "csa" else dice.choice([4, 6]),
         intermediate_size=16,
         max_position=512,
         tie_embeddings=dice.random() < 0.5,
@@ -215,6 +216,24 @@ def random_shapes(
             share_layers=dice.randint(1, 2),
         ),
         entmax=random_entmax(dice, 8 // num_kv_heads),
+        csa=random_csa(dice, tokens),
+    )
+
+
+def random_csa(dice: random.Random, tokens: int) -> CsaConfig:
+    topk = dice.choice([None, 1, 3, 3, 16])
+    return CsaConfig(
+        ratio=dice.choice([2, 3, 4, 9]),
+        overlap=dice.random() < 0.7,
+        topk=topk,
+        window=dice.choice([1, 3, 7, tokens + 3]),
+        rotary_dims=dice.choice([None, 2]),
+        q_lora_rank=dice.choice([None, 5]),
+        index_heads=dice.randint(1, 3),
+        index_head_dim=6,
+        index_rotary_dims=4,
+        phase="sparse" if topk is None else dice.choice(["sparse", "sparse", "warm-up"]),
+        heavy_ratio=dice.choice([None, None, 5]),
     )
 
 

@@ -10,7 +10,7 @@ from nsa.planning.dry_run import dry_run
 from nsa.planning.memory import memory_of
 from nsa.planning.traffic import bytes_sent
 from tests.conftest import ROOT
-from tests.parallel.conftest import DSA, LATENT
+from tests.parallel.conftest import CSA, DSA, LATENT
 from tests.parallel.layouts import MOE
 from tests.training.tiny import tiny_config
 
@@ -41,13 +41,12 @@ def test_planned_traffic_equals_a_dry_runs(tmp_path, tensor, context, pipeline, 
 
 
 @pytest.mark.parametrize(("tensor", "context", "pipeline", "mode", "rank"), LAYOUTS[:6:2])
-@pytest.mark.parametrize("latent", [False, True])
-def test_planned_traffic_of_an_indexer_equals_a_dry_runs(tmp_path, tensor, context, pipeline, mode, rank, latent):
-    """Index keys have a width of their own, and so have latents."""
+@pytest.mark.parametrize("kinds", [[*DSA, "attention.kind=[dsa, dense]"], LATENT, CSA], ids=["dsa", "mla", "csa"])
+def test_planned_traffic_of_an_indexer_equals_a_dry_runs(tmp_path, tensor, context, pipeline, mode, rank, kinds):
+    """Index keys have a width of their own, and so have latents and entries."""
     sizes = {"tensor": tensor, "context": context, "pipeline": pipeline}
     overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
-    overrides += LATENT if latent else [*DSA, "attention.kind=[dsa, dense]"]
-    config = tiny_config(tmp_path, *BASE, *overrides, f"engine.activation_checkpointing={mode}")
+    config = tiny_config(tmp_path, *BASE, *kinds, *overrides, f"engine.activation_checkpointing={mode}")
     ranks = 2 * tensor * context * pipeline
     assert bytes_sent(config, ranks, rank) == dry_run(config, ranks, rank).sent
 

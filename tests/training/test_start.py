@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from nsa.config import Config
 from nsa.importing import read_weights
+from nsa.layers.csa.config import CsaConfig
+from nsa.layers.csa.kind import WITHOUT_INDEXER
 from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.training import start
-from nsa.training.start import source_of
+from nsa.training.start import is_missing, source_of
 from tests.small_run import small_config, small_run
 
 INDEX = {"topk": 8, "index_heads": 2, "index_head_dim": 8, "index_rotary_dims": 4}
@@ -90,6 +92,17 @@ def test_sparse_layers_take_the_dense_weights():
     assert dsa("indexer.key.weight", torch.Size([2]), None, there.__getitem__) is None
     assert dms("evict.bias", torch.Size([2]), None, there.__getitem__) is None
     assert SERVED.from_dense("key.weight", torch.Size([2]), None, there.__getitem__) is there["key.weight"]
+    csa, section = kind_of("csa").from_dense, CsaConfig()
+    assert csa("query.weight", torch.Size([2]), section, there.__getitem__) is there["query.weight"]
+    assert csa("query.weight", torch.Size([2]), CsaConfig(q_lora_rank=4), there.__getitem__) is None
+    assert csa("compress.value.weight", torch.Size([2]), section, there.__getitem__) is None
+
+
+def test_an_indexer_that_is_missing_is_new():
+    for indexed, without in ((kind_of("dsa"), SERVED), (kind_of("csa"), WITHOUT_INDEXER)):
+        assert is_missing("indexer.query.weight", without, indexed)
+        assert not is_missing("query.weight", without, indexed)
+        assert not any(is_missing("indexer.query.weight", indexed, there) for there in (indexed, without))
 
 
 def nsa_of_dense(hidden, tokens):

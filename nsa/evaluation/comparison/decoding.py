@@ -109,6 +109,8 @@ class DecoderReader:
     def count(self, layer: int, spent: Spent, q: Tensor, offset: int, *, method: bool) -> None:
         """Enter what a layer's own attention has looked at; ``method``: beside a method, which the session counts."""
         config = self.decoder.config
+        if len(spent.reads) == 1:  # each KV head of the model has its share
+            spent = Spent(*(x.expand(config.num_kv_heads) / config.num_kv_heads for x in spent))
         groups, width = len(spent.reads), config.head_dim + config.attention_shape.v_head_dim
         one = torch.ones(groups, dtype=torch.float64)
         seen = 0.0 if method else float(seen_keys(q, offset).sum() * len(q))
@@ -145,6 +147,7 @@ class _Attend(Around):
         if cu_seqlens is not None:
             raise AttachError("sequences are read in a batch here, not packed")
         if reader.session is not None:
+            assert guest.attention is not None
             out = guest.attention(self.inside, partial(reader.session.attend, self._layer), *inputs, offset=offset)
             if guest.beside is not None:
                 beside = guest.beside(self.inside, *inputs, offset=offset)
@@ -167,6 +170,6 @@ def check(decoder: Decoder, session: Session) -> None:
         raise AttachError(f"{name} needs keys and values per KV head: this model keeps MLA's latents instead")
     layers: list[Any] = list(decoder.layers)
     for number, layer in enumerate(layers):
-        if layer.kind.guest is None:
+        if layer.kind.guest is None or layer.kind.guest.attention is None:
             raise AttachError(f"layer {number} is {layer.kind.title}, which has no place for {name}")
     assert session.num_layers == len(decoder.layers)

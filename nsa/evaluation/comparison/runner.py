@@ -16,6 +16,7 @@ from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, bud
 from nsa.evaluation.comparison.decoding import AttachError, Reader
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
+from nsa.evaluation.comparison.leaks import changes
 from nsa.evaluation.comparison.models import Candidate, Opened, open_model
 from nsa.evaluation.comparison.rows import DENSE, OWN, Cell, Row
 from nsa.exporting.folder import CONFIG
@@ -176,9 +177,8 @@ class Comparison:
     def _if_missing(
         self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]
     ) -> None:
-        share = None if arm.budget is None else share_of(arm.budget, place.length)
         what = f"{arm.told}@{arm.budget} {place}"
-        if what in left or folder.has(arm.label, share, *place, arm.model.train_seed):
+        if what in left or self._has(folder, arm, place):
             return
         if up():
             raise TimeUpError
@@ -186,6 +186,10 @@ class Comparison:
             self._cell(folder, arm, self._block(arm.model, place))
         except (BudgetError, AttachError, NoSampleError) as error:
             self._leave_out(folder, left, what, str(error))
+
+    def _has(self, folder: ResultsFolder, arm: Arm, place: Place) -> bool:
+        share = None if arm.budget is None else share_of(arm.budget, place.length)
+        return folder.has(arm.label, share, *place, arm.model.train_seed)
 
     def _below(self, folder: ResultsFolder, model: Candidate, place: Place) -> str | None:
         """Why methods on a sibling need not be asked: its dense run is below the floor, by the mean over seeds.
@@ -283,7 +287,8 @@ class Comparison:
                     bos=bos,
                 )
             )
-        folder.write(rows, self._figures(model, reader, ledger, block), self._open[2])
+        figures = self._figures(model, reader, ledger, block) | self._changes(folder, arm, method, block)
+        folder.write(rows, figures, self._open[2])
 
     def _ask(
         self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
@@ -315,6 +320,17 @@ class Comparison:
             for name in ("sink_mass", "kept_mass"):
                 figures[name] = [np.mean([f[name] for f in layer], 0).round(DECIMALS).tolist() for layer in by_layer]
         return figures
+
+    def _changes(self, folder: ResultsFolder, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
+        """Whether the arm reads what its plans leave out, on one sample: of its first cell only."""
+        if method is None or not method.phases or any(self._has(folder, arm, place) for place in self.places()):
+            return {}
+        model, dense = self._opened(arm.model), self._dense_layers(method)
+        ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
+        found = changes(
+            lambda ledger: model.reader(method, dense_layers=dense, watch=False, ledger=ledger), method, ids
+        )
+        return {"changes": found} if found else {}
 
     # ------------------------------------------------------------------------------------------------- its method
 

@@ -59,7 +59,7 @@ DMS = Kind(
     lists=False,
     dense_library=False,
     recordable=False,
-    options=("qkv_bias", "qk_norm"),
+    options=("qkv_bias", "qk_norm", "v_head_dim"),
     parts=parts,
     exchanges=lambda shape, config: {
         "q": Own(),

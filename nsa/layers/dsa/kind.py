@@ -138,7 +138,7 @@ DSA: Kind = Kind(
     lists=False,
     dense_library=False,
     recordable=False,
-    options=("qkv_bias", "qk_norm", "mla"),
+    options=("qkv_bias", "qk_norm", "mla", "v_head_dim"),
     parts=lambda shape, config: parts_of(shape, whole=("indexer",)),
     exchanges=exchanges,
     choices=("attend.choose", "shared"),
@@ -171,6 +171,5 @@ SERVED: Kind = replace(
     borrows=True,
     twin=lambda config: config.model_copy(update={"share_layers": 2, "share_from": 0}),
     apart=(),
-    from_dense=lambda name, shape, config, read: read(name),
     export=None,
 )

@@ -51,11 +51,14 @@ def keys(config: NsaConfig, tokens: int) -> dict[str, float]:
 
 def exchanges(shape: Shape, config: NsaConfig) -> dict[str, Exchange]:
     """Any query may select any block, so all keys and values of the selected branch are gathered."""
+    width = shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)
     return {
         "q": Own(),
-        "kv_cmp": Blocks("compressed", "compression", "compress", config.compress_length, config.compress_stride),
-        "kv_slc": Gather("selected", shape.num_kv_heads * (shape.head_dim + shape.v_head_dim)),
-        "kv_win": Halo("window", config.window - 1),
+        "kv_cmp": Blocks(
+            "compressed", "compression", "compress", config.compress_length, config.compress_stride, 0, width, width
+        ),
+        "kv_slc": Gather("selected", width),
+        "kv_win": Halo("window", config.window - 1, width),
         "gates": Own(),
     }
 
@@ -121,12 +124,14 @@ NSA = Kind(
     lists=True,
     recordable=True,
     dense_library=False,
-    options=(),
+    options=("v_head_dim",),
     parts=lambda shape, config: Parts(
         columns=("query", "gate"),
         kv_heads=tuple(f"key_value.{branch}.{part}" for branch in BRANCHES for part in ("key", "value")),
         rows=("output",),
+        heads=(),
         whole=("compress",),
+        one_kv_head=False,
         gathered={"attend.choose": (2, None, 1)},  # queries and their LSE
         gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
     ),

@@ -108,7 +108,9 @@ def parts(shape: Shape) -> Parts:
         columns=("query",),
         kv_heads=("key", "value"),
         rows=("output",),
+        heads=(),
         whole=("query_norm", "key_norm") if shape.qk_norm else (),
+        one_kv_head=False,
         gathered={},
         gathered_bytes=lambda shape, width: 0,
     )

@@ -136,7 +136,9 @@ def parts(shape: Shape) -> Parts:
         columns=("query_up" if low_rank else "query", "key_value_up"),
         kv_heads=(),
         rows=("output",),
+        heads=(),
         whole=(*(("query_down", "query_norm") if low_rank else ()), "key_value_down", "key_value_norm"),
+        one_kv_head=False,
         gathered={},
         gathered_bytes=lambda shape, width: 0,
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import accumulation_dtype, autocasts, check_packing, check_positions, resolve_backend
-from nsa.ops.geometry import Documents, window_ranges
+from nsa.ops.geometry import Documents, Ranges, visible_blocks
 from nsa.ops.tiles import Runs
 
 ORDERS = ("index", "score")
@@ -23,7 +23,9 @@ def index_topk(
     topk: int,
     num_initial: int = 0,
     num_local: int = 0,
+    ratio: int = 1,
     cu_seqlens: Tensor | None = None,
+    offset: int | None = None,
     order: Literal["index", "score"] = "index",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -32,23 +34,31 @@ def index_topk(
     I[t, s] = sum_j weights[t, j] relu(q_idx[t, j] . k_idx[s]). It is exact and deterministic. Ties go to the lower
     index: the ReLU makes plateaus of equal zeros (+0 equals -0).
 
+    Keys are tokens, or, with a ``ratio`` above 1, compressed entries (DeepSeek-V4, arXiv 2606.19348): entry i of a
+    document stands for its tokens up to (i + 1) ratio - 1, and the query at token t sees it iff i < (t + 1) // ratio.
+
     Args:
         q_idx: (B, T, Hi, Di). k_idx: (B, S, Di). weights: (B, T, Hi), with all scales in it. With S > T (decoding on a
-            cache, a chunk of a sequence) the queries are the last T of the S positions.
+            cache, a chunk of a sequence) the queries are the last T of the S positions. With a ratio S is the number of
+            entries: those of each document, concatenated in order; what follows the last is ignored.
         topk: tokens per query. Among them are always the ``num_initial`` first of the query's document and the
             ``num_local`` most recent ones (the query's own included), as far as there are so many.
-        cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1.
+        ratio: tokens per key. Where it is above 1, topk, num_initial and num_local count entries.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1. With a ratio: among
+            the tokens up to the last query.
+        offset: position of the first query, for a ratio above 1 (None: 0); else S tells it.
         order: of the result: ascending "index", or descending "score".
         backend: auto, triton, torch or naive.
 
     Returns:
-        token_indices (B, T, topk) int32, positions among the S keys, padded with -1; their scores (B, T, topk) fp32
+        indices (B, T, topk) int32, positions among the S keys, padded with -1; their scores (B, T, topk) fp32
         (float64 for float64), -inf for the padding. Not differentiable (`indexer_kl` trains the indexer).
 
     Raises:
-        ValueError: inconsistent shapes, ``topk`` < 1, more forced tokens than ``topk``, unknown order or backend.
+        ValueError: inconsistent shapes, fewer keys than the queries can see, ``topk`` < 1, more forced tokens than
+            ``topk``, unknown order or backend.
     """
-    check_indexer(q_idx, k_idx, weights, cu_seqlens)
+    visible = check_indexer(q_idx, k_idx, weights, cu_seqlens, ratio, offset)
     if topk < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > topk:
         raise ValueError(
             f"topk ({topk}) must be at least 1 and hold the forced tokens: num_initial ({num_initial}) + num_local "
@@ -56,24 +66,30 @@ def index_topk(
         )
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
-    documents = Documents.of(q_idx.shape[1], check_positions(q_idx, k_idx), cu_seqlens, q_idx.device)
     implementation = resolve_backend(backend, q_idx, k_idx)
     if implementation == "triton":
         from nsa.ops.kernels import operators
 
-        found = operators.index_topk(q_idx, k_idx, weights, documents, topk, num_initial, num_local)
+        found = operators.index_topk(q_idx, k_idx, weights, visible, topk, num_initial, num_local)
         return found if order == "index" else _by_score(*found)
     if implementation == "naive":
         tiles = iter([(slice(0, q_idx.shape[1]), 0, naive_scores(q_idx, k_idx, weights))])
     else:
-        tiles = _score_tiles(q_idx, k_idx, weights, documents)
-    first, own, forced = documents.bounds[documents.query_document], documents.query_position, (num_initial, num_local)
+        tiles = _score_tiles(q_idx, k_idx, weights, visible)
+    first, own, forced = visible.first, visible.last - 1, (num_initial, num_local)
     picked = [_pick(scores, start, first[rows], own[rows], topk, *forced, order) for rows, start, scores in tiles]
     return torch.cat([indices for indices, _ in picked], 1), torch.cat([scores for _, scores in picked], 1)
 
 
-def check_indexer(q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError unless q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are consistent."""
+def check_indexer(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None, ratio: int, offset: int | None
+) -> Ranges:
+    """The keys that each query sees.
+
+    Raises:
+        ValueError: q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are not consistent, or there are fewer
+            keys than the queries can see.
+    """
     if q_idx.dim() != 4 or k_idx.dim() != 3:
         raise ValueError(
             "q_idx must be (batch, tokens, heads, width) and k_idx (batch, tokens, width); got "
@@ -83,7 +99,19 @@ def check_indexer(q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Ten
         raise ValueError(f"q_idx {tuple(q_idx.shape)} and k_idx {tuple(k_idx.shape)} must share batch and width")
     if weights.shape != q_idx.shape[:3]:
         raise ValueError(f"weights must be {tuple(q_idx.shape[:3])}, one per index head, got {tuple(weights.shape)}")
-    check_packing(q_idx, cu_seqlens, k_idx.shape[1])
+    if ratio < 1:
+        raise ValueError(f"ratio must be at least 1 token per key, got {ratio}")
+    if ratio == 1:
+        first = check_positions(q_idx, k_idx)
+        if offset not in (None, first):
+            raise ValueError(f"offset ({offset}) must be {first}: without a ratio the queries are of the last keys")
+    else:
+        first = offset or 0
+    tokens = first + q_idx.shape[1]
+    check_packing(q_idx, cu_seqlens, tokens)
+    if cu_seqlens is None and k_idx.shape[1] < tokens // ratio:
+        raise ValueError(f"{tokens} tokens have {tokens // ratio} entries of {ratio}, got {k_idx.shape[1]} keys")
+    return visible_blocks(Documents.of(q_idx.shape[1], first, cu_seqlens, q_idx.device), ratio, ratio)
 
 
 def naive_scores(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> Tensor:
@@ -93,12 +121,9 @@ def naive_scores(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("bth,bths->bts", weights.to(dtype), products.relu())
 
 
-def _score_tiles(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, documents: Documents
-) -> Iterator[tuple[slice, int, Tensor]]:
+def _score_tiles(q_idx: Tensor, k_idx: Tensor, weights: Tensor, visible: Ranges) -> Iterator[tuple[slice, int, Tensor]]:
     """Yield (queries, first key, scores (B, t, U) of the keys from there on) by tiles."""
-    visible = Runs(window_ranges(documents, k_idx.shape[1]))
-    for tile in visible.tiles(q_idx.shape[1], k_idx.shape[1], q_idx.shape[0] * q_idx.shape[2]):
+    for tile in Runs(visible).tiles(q_idx.shape[1], k_idx.shape[1], q_idx.shape[0] * q_idx.shape[2]):
         assert isinstance(tile.keys, slice)
         rows = slice(tile.start, tile.stop)
         yield rows, tile.keys.start, naive_scores(q_idx[:, rows], k_idx[:, tile.keys], weights[:, rows])

@@ -5,17 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.ops.compressed import naive_mask as complete
 from nsa.ops.dense import naive_mask as causal
 from nsa.ops.dispatch import (
     accumulation_dtype,
     autocasts,
     check_attention,
-    check_positions,
     differentiable_once,
     resolve_backend,
     softmax_scale,
 )
-from nsa.ops.geometry import Documents, window_ranges
+from nsa.ops.geometry import Documents, Ranges
 from nsa.ops.index_topk import check_indexer, naive_scores
 from nsa.ops.tiles import Lists, Pattern, Runs, add, take
 from nsa.ops.token_sparse import naive_mask as listed
@@ -32,7 +32,9 @@ def indexer_kl(
     *,
     token_indices: Tensor | None = None,
     scale: float | None = None,
+    ratio: int = 1,
     cu_seqlens: Tensor | None = None,
+    offset: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum over the queries of KL(p || softmax(I)): how far the index scores are from the attention that they predict.
@@ -50,7 +52,7 @@ def indexer_kl(
         q: (B, T, H, D). k: (B, S, G, D). lse: (B, H, T). They are the target and have no gradient.
         token_indices: (B, T, K) int32 positions among the S keys; -1 is none. None: all that the query sees.
         scale: factor of the attention's scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1.
+        ratio, cu_seqlens, offset: as for `index_topk`: which keys a query sees, where those are compressed entries.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -59,8 +61,9 @@ def indexer_kl(
     Raises:
         ValueError: inconsistent shapes, unknown backend.
     """
-    check_indexer(q_idx, k_idx, weights, cu_seqlens)
-    check_attention(q, k, k, cu_seqlens)
+    visible = check_indexer(q_idx, k_idx, weights, cu_seqlens, ratio, offset)
+    offset = k.shape[1] - q.shape[1] if ratio == 1 else offset or 0
+    check_attention(q, k, k, cu_seqlens, offset)
     if q.shape[:2] != q_idx.shape[:2] or k.shape[:2] != k_idx.shape[:2]:
         raise ValueError(
             f"attention and indexer must share batch and tokens: q {tuple(q.shape)}, q_idx {tuple(q_idx.shape)}, "
@@ -73,23 +76,25 @@ def indexer_kl(
     scale = softmax_scale(scale, q.shape[3])
     q, k, lse = q.detach(), k.detach(), lse.detach()
     implementation = resolve_backend(backend, q_idx, k_idx, q, k)
-    documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     if implementation == "naive":
-        mask = naive_mask(documents, k.shape[1], token_indices)
+        documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+        mask = naive_mask(documents, k.shape[1], token_indices, ratio)
         return naive_kl(q_idx, k_idx, weights, head_sum(q, k, lse, scale), mask)
     if implementation == "triton":
-        return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, documents, scale)
-    pattern: Pattern = Runs(window_ranges(documents, k.shape[1]))
+        return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, visible, scale)
+    pattern: Pattern = Runs(visible)
     if token_indices is not None:
         pattern = Lists(token_indices.long())
     return _IndexerKL.apply(q_idx, k_idx, weights, q, k, lse, pattern, scale)
 
 
-def naive_mask(documents: Documents, num_keys: int, token_indices: Tensor | None) -> Tensor:
+def naive_mask(documents: Documents, num_keys: int, token_indices: Tensor | None, ratio: int = 1) -> Tensor:
     """(B or 1, T, S) bool: the keys that the query sees, or lists."""
-    return (
-        causal(documents, num_keys, num_keys)[None] if token_indices is None else listed(token_indices, num_keys)[:, 0]
-    )
+    if token_indices is not None:
+        return listed(token_indices, num_keys)[:, 0]
+    if ratio > 1:
+        return complete(documents, num_keys, ratio, ratio)[None]
+    return causal(documents, num_keys, num_keys)[None]
 
 
 def head_sum(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
@@ -120,11 +125,11 @@ class _FusedKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor,
-        lists: Tensor | None, documents: Documents, scale: float,
+        lists: Tensor | None, visible: Ranges, scale: float,
     ) -> Tensor:  # fmt: skip
         from nsa.ops.kernels import operators
 
-        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, documents, scale)
+        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, visible, scale)
         ctx.save_for_backward(d_q, d_k, d_w.to(weights.dtype))
         return loss
 

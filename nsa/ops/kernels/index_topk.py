@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.geometry import Documents
 from nsa.ops.kernels.device_functions import load_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, tile_width
 
@@ -182,20 +181,21 @@ def topk_kernel(Scores, First, Own, Candidates, Indices, Chosen, token0, num_row
 
 
 def topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, documents: Documents, topk: int, num_initial: int, num_local: int
-) -> tuple[Tensor, Tensor]:
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, topk: int, num_initial: int,
+    num_local: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices (B, T, topk) int32, ascending, then -1; their scores (B, T, topk) fp32, -inf for the padding.
 
     Args:
-        q_idx (B, T, Hi, Di), k_idx (B, S, Di): contiguous. weights: (B, T, Hi) fp32, contiguous. The others are those
-            of `nsa.ops.index_topk`.
+        q_idx (B, T, Hi, Di), k_idx (B, S, Di): contiguous. weights: (B, T, Hi) fp32, contiguous.
+        first, own: (T,) int32, the first and the last key that each query sees; nondecreasing. If it sees none, the
+            last is before the first. The others are those of `nsa.ops.index_topk`.
     """
     (batch, tokens, heads, width), keys = q_idx.shape, k_idx.shape[1]
     indices = q_idx.new_full((batch, tokens, topk), -1, dtype=torch.int32)
     chosen = q_idx.new_full((batch, tokens, topk), -torch.inf, dtype=torch.float32)
-    if not indices.numel():
+    if not (indices.numel() and keys):
         return indices, chosen
-    first, own = documents.bounds[documents.query_document].int(), documents.query_position.int()
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
     slab = q_idx.new_empty(batch, rows, keys, dtype=torch.float32)
     most = max(SMALLEST, triton.next_power_of_2(2 * topk))

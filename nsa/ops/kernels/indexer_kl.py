@@ -111,7 +111,7 @@ def divergence(
     loss = torch.zeros(batch, tokens, dtype=torch.float32, device=q.device)
     d_query, d_weights = torch.zeros_like(q_idx), torch.zeros_like(weights)
     total = torch.zeros_like(k_idx, dtype=torch.float32)
-    if lists.numel():
+    if lists.numel() and keys:
         constants = shape_constants(q, k, k)
         constants = {name: value for name, value in constants.items() if name not in ("DV", "DV1")}
         rows = min(MOST_ROWS, tile_width(q.shape[2] // k.shape[2]))

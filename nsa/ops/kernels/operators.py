@@ -105,25 +105,29 @@ def select_blocks(
 
 @torch.library.custom_op("nsa::index_topk", mutates_args=())
 def _index_topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, bounds: Tensor, position: Tensor, document: Tensor, topk: int,
-    num_initial: int, num_local: int,
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, topk: int, num_initial: int,
+    num_local: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return indexer.topk(q_idx, k_idx, weights, Documents(bounds, position, document), topk, num_initial, num_local)
+    return indexer.topk(q_idx, k_idx, weights, first, own, topk, num_initial, num_local)
 
 
 @_index_topk.register_fake
-def _index_topk_fake(q_idx, k_idx, weights, bounds, position, document, topk, num_initial, num_local):
+def _index_topk_fake(q_idx, k_idx, weights, first, own, topk, num_initial, num_local):
     shape = (*q_idx.shape[:2], topk)
     return q_idx.new_empty(shape, dtype=torch.int32), q_idx.new_empty(shape, dtype=torch.float32)
 
 
 def index_topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, documents: Documents, topk: int, num_initial: int, num_local: int
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, visible: Ranges, topk: int, num_initial: int, num_local: int
 ) -> tuple[Tensor, Tensor]:
-    """As `nsa.ops.index_topk` with ascending indices."""
+    """As `nsa.ops.index_topk` with ascending indices. ``visible``: the keys that each query sees."""
     tensors = q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous()
-    where = documents.bounds, documents.query_position, documents.query_document
-    return _index_topk(*tensors, *where, topk, num_initial, num_local)
+    return _index_topk(*tensors, *_first_and_own(visible), topk, num_initial, num_local)
+
+
+def _first_and_own(visible: Ranges) -> tuple[Tensor, Tensor]:
+    """(T,) int32 each: the first and the last key that a query sees. If it sees none, the last is before the first."""
+    return visible.first.int(), (visible.last - 1).int()
 
 
 @torch.library.custom_op("nsa::token_attention", mutates_args=())
@@ -197,16 +201,16 @@ def _indexer_kl_fake(q_idx, k_idx, weights, q, k, lse, lists, first, own, scale)
 
 def indexer_kl(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor | None,
-    documents: Documents, scale: float,
+    visible: Ranges, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss over lists (None: over what is visible) and its gradients with respect to q_idx, k_idx and weights.
 
     ``lse``: (B, H, T).
     """
-    first, own = documents.bounds[documents.query_document].int(), documents.query_position.int()
     return _indexer_kl(
         q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous(), q.contiguous(), k.contiguous(),
-        lse.transpose(1, 2).float().contiguous(), None if lists is None else lists.contiguous(), first, own, scale,
+        lse.transpose(1, 2).float().contiguous(), None if lists is None else lists.contiguous(),
+        *_first_and_own(visible), scale,
     )  # fmt: skip
 
 

@@ -203,7 +203,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tup
     (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
-    if not q.numel() or not lists.numel():
+    if not (q.numel() and k.numel() and lists.numel()):
         return out.zero_(), lse.fill_(-torch.inf)
     constants = shape_constants(q, k, v)
     tile, options = _tile(constants, q.element_size())
@@ -272,7 +272,7 @@ def backward(
     """
     (batch, tokens, heads, width), (keys, groups), slots = q.shape, k.shape[1:3], lists.shape[2]
     total = k.new_zeros(batch, keys, groups, width + v.shape[3], dtype=torch.float32)
-    if not q.numel() or not lists.numel():
+    if not (q.numel() and k.numel() and lists.numel()):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
     tile, options = _tile(constants, q.element_size())

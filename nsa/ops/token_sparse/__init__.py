@@ -98,9 +98,9 @@ def token_sparse_attention(
         near = dense_attention(
             q, *window[:2], window=window[2], scale=scale, cu_seqlens=cu_seqlens, return_lse=True, backend=backend
         )
-        out, lse = _merge((out, lse), near)
+        out, lse = joined((out, lse), near)
     if sink is not None:
-        out, lse = _with_sink(out, lse, sink)
+        out, lse = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
 
 
@@ -110,7 +110,7 @@ def naive_mask(token_indices: Tensor, num_keys: int) -> Tensor:
     return (token_indices[..., None] == key).any(2)[:, None]
 
 
-def _merge(listed: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def joined(listed: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The attention to both sets of keys, from the output (B, T, H, Dv) and LSE (B, H, T) of each.
 
     The list may be empty (LSE -inf). The window has at least the query's own token.
@@ -120,7 +120,7 @@ def _merge(listed: tuple[Tensor, Tensor], near: tuple[Tensor, Tensor]) -> tuple[
     return (listed[0] * weights[0] + near[0] * weights[1]).to(near[0].dtype), lse
 
 
-def _with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+def with_sink(out: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
     """The attention whose denominator has exp(sink), too."""
     logit = sink.to(lse.dtype)[:, None]
     weight = torch.sigmoid(lse - logit)

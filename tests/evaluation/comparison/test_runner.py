@@ -224,6 +224,10 @@ def nothing(select: Any) -> Any:
     return selected
 
 
+def all_of_it(attend: Any) -> Any:
+    return lambda view, plan: attend(view, None)
+
+
 @pytest.mark.parametrize(
     ("where", "fault", "alarm"),
     [
@@ -234,8 +238,10 @@ def nothing(select: Any) -> Any:
             lambda _: lambda *args: None,
             "not in each layer and phase",
         ),
+        ("nsa.baselines.session.attend", all_of_it, r"reads what its plan leaves out \|.*\| rings"),
+        ("nsa.cache.evicting.EvictingCache.keep", lambda _: lambda *args: None, "were counted as dense"),
     ],
-    ids=["double BOS", "empty selection", "path that does not run"],
+    ids=["double BOS", "empty selection", "path that does not run", "dense behind a plan", "nothing is forgotten"],
 )
 def test_alarms_ring_on_a_harness_with_a_fault(
     where: str, fault: Any, alarm: str, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +249,8 @@ def test_alarms_ring_on_a_harness_with_a_fault(
     """And are silent without it: `finished` has these tasks and this method."""
     monkeypatch.setattr(where, fault(resolve_name(where)))
     text = CONFIG.format(out=tmp_path, **siblings).replace("[1.0, 0.5]", "[0.5]").replace("[mqar, mqar_wide]", "[mqar]")
-    text = text.replace("[after, before]", "[after]").replace(", snapkv]", "]")
+    text = text.replace("[after, before]", "[after]")
+    text = text.replace("{name: quest, page: 4}, " if "evicting" in where else ", snapkv", "")
     path = tmp_path / "c.yaml"
     path.write_text("\n".join(line for line in text.splitlines() if "name: nsa" not in line))
     assert main([str(path)]) == 0
@@ -253,7 +260,8 @@ def test_alarms_ring_on_a_harness_with_a_fault(
 def test_no_alarm_of_the_harness_rings_on_a_good_one(finished: Path) -> None:
     report = (finished / "small" / "report.md").read_text()
     assert "nothing was attended to" not in report and "not in each layer and phase" not in report
-    assert re.search(r"not exactly one BOS \|.*\| silent \|", report)
+    for alarm in ("not exactly one BOS", "reads what its plan leaves out"):
+        assert re.search(rf"{alarm} \|.*\| silent \|", report)
 
 
 def test_listing_and_explaining() -> None:
