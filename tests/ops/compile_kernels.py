@@ -31,11 +31,13 @@ from nsa.ops.kernels import (
     accumulate,
     compression,
     cross_entropy,
+    decode,
     gates,
     hardware,
     index_topk,
     indexer_kl,
     indexer_kl_dense,
+    native_sparse_decode,
     norm,
     ranges,
     rotary,
@@ -108,6 +110,17 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Launches of decoding by one query of q (B, T, H, D): all keys; pages of 16; these with weights and terms; NSA."""
+    q, lengths, pages = q[:, 0], torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.int32)
+    weights = torch.zeros(1, 1, 16)
+    decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
+    decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
+    decode.attention(q, k, v, lengths, pages, 16, weights, (k, v, pages, weights), 1.0)
+    gates = q.new_zeros(1, q.shape[1], 3)
+    native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
+
+
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -126,6 +139,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 ]
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
+            elif "TERMS" in kwargs:
+                of = (" of lists" if kwargs["LISTED"] else " of all") + (" with terms" if kwargs["TERMS"] else "")
             key = f"{module}.{self.__name__}{of} {shape_name}"
             compiled = self.warmup(*args, grid=grid, **kwargs)
             if key not in report:
@@ -170,6 +185,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )
+        decoding(q, k, v)
         parts = [
             Heads(heads, width, "rotate"),
             Heads(1, width, "rotate"),

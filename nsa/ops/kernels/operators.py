@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
-from nsa.ops.kernels import compression, ranges, selected, selection, tokens
+from nsa.ops.kernels import compression, decode, ranges, selected, selection, tokens
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
 from nsa.ops.kernels import indexer_kl_dense as dense_kl
+from nsa.ops.kernels import native_sparse_decode as sparse_decode
 from nsa.ops.kernels.selected import BlockLayout
 
 
@@ -178,6 +179,49 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float
     """
     out, lse = _token_attention(*(x.contiguous() for x in (q, k, v, lists)), scale)
     return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("nsa::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
+    log_weights: Tensor | None, terms: list[Tensor], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return decode.attention(q, k, v, lengths, pages, page_size, log_weights, tuple(terms) or None, scale)
+
+
+@_decode_attention.register_fake
+def _decode_attention_fake(q, k, v, lengths, pages, page_size, log_weights, terms, scale):
+    return q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
+    log_weights: Tensor | None, terms: tuple[Tensor, ...] | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `nsa.ops.decode_attention`."""
+    pages = None if pages is None else pages.contiguous()
+    log_weights = None if log_weights is None else log_weights.float().contiguous()
+    more = [] if terms is None else [x.contiguous() for x in (*terms[:3], terms[3].float())]
+    return _decode_attention(q.contiguous(), k, v, lengths, pages, page_size, log_weights, more, scale)
+
+
+@torch.library.custom_op("nsa::native_sparse_decode", mutates_args=())
+def _native_sparse_decode(
+    q: Tensor, kv: list[Tensor], gates: Tensor, lengths: Tensor, length: int, stride: int, block_size: int,
+    num_blocks: int, num_initial: int, num_local: int, scale: float,
+) -> Tensor:  # fmt: skip
+    sizes = length, stride, block_size, num_blocks, num_initial, num_local
+    return sparse_decode.attention(q, kv, gates, lengths, *sizes, scale)[0]
+
+
+@_native_sparse_decode.register_fake
+def _native_sparse_decode_fake(q, kv, *rest):
+    return q.new_empty(*q.shape[:2], kv[1].shape[3])
+
+
+def native_sparse_decode(q: Tensor, kv: list[Tensor], gates: Tensor, lengths: Tensor, *sizes: float) -> Tensor:
+    """As `nsa.ops.native_sparse_decode`; sizes: length to num_local, scale."""
+    return _native_sparse_decode(q.contiguous(), kv, gates.contiguous(), lengths, *sizes)
 
 
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())
