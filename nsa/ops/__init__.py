@@ -12,6 +12,7 @@ from nsa.ops.indexer_kl import indexer_kl
 from nsa.ops.native_sparse import native_sparse_attention
 from nsa.ops.native_sparse_decode import native_sparse_decode
 from nsa.ops.norm import add_rms_norm
+from nsa.ops.quest import extend_page_bounds, page_bounds, quest_pages
 from nsa.ops.rotary import apply_rotary, split_heads
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
@@ -29,11 +30,14 @@ __all__ = [
     "dense_attention",
     "entmax",
     "entmax_attention",
+    "extend_page_bounds",
     "index_topk",
     "indexer_kl",
     "linear_cross_entropy",
     "native_sparse_attention",
     "native_sparse_decode",
+    "page_bounds",
+    "quest_pages",
     "select_blocks",
     "selected_attention",
     "split_heads",

@@ -39,6 +39,7 @@ from nsa.ops.kernels import (
     indexer_kl_dense,
     native_sparse_decode,
     norm,
+    quest,
     ranges,
     rotary,
     selected,
@@ -111,12 +112,13 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Launches of decoding by one query of q (B, T, H, D): all keys; pages of 16; these with weights and terms; NSA."""
+    """Launches of decoding by a query of q (B, T, H, D): all keys; pages; pages with weights and terms; Quest; NSA."""
     q, lengths, pages = q[:, 0], torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.int32)
     weights = torch.zeros(1, 1, 16)
     decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, weights, (k, v, pages, weights), 1.0)
+    quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
     gates = q.new_zeros(1, q.shape[1], 3)
     native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
 

@@ -117,3 +117,42 @@ def sparse_case_of(case: SparseCase, dtype: torch.dtype, device: str = "cpu") ->
     gates = torch.rand(len(lengths), case.heads, 3, generator=generator, dtype=dtype)
     pairs = [pair(memory // case.sizes[1] + 1, seen), pair(memory, lengths), pair(case.window, lengths)]
     return [q.to(device), *pairs, gates.to(device), lengths.to(device)], sizes
+
+
+class QuestCase(NamedTuple):
+    """Shapes of a call of `nsa.ops.quest_pages`."""
+
+    heads: int
+    groups: int
+    width: int
+    lengths: tuple[int, ...]
+    page_size: int
+    topk: int
+    num_initial: int = 0
+    num_local: int = 1
+
+
+QUEST_CASES = [
+    QuestCase(4, 2, 16, (70, 1, 0), 4, 5),
+    QuestCase(3, 1, 48, (53,), 4, 20),  # more than there are
+    QuestCase(5, 1, 16, (53,), 4, 3),
+    QuestCase(20, 1, 16, (90, 41), 4, 6, 1, 2),
+    QuestCase(70, 1, 16, (40,), 4, 5),
+    QuestCase(2, 2, 16, (300,), 2, 3, 0, 0),
+]
+
+
+def quest_case_of(case: QuestCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+    """(q, low, high, lengths), options. Pages behind a sequence have no bounds (inf, -inf).
+
+    With an odd number of heads all products are negative.
+    """
+    generator = torch.Generator().manual_seed(sum(case[:3]))
+    lengths = torch.tensor(case.lengths, dtype=torch.int32)
+    k = torch.randn(len(lengths), max(case.lengths) + 9, case.groups, case.width, generator=generator, dtype=dtype)
+    q = torch.randn(len(lengths), case.heads, case.width, generator=generator, dtype=dtype)
+    if case.heads % 2:
+        q, k = -q.abs(), k.abs()
+    options = {name: getattr(case, name) for name in ("page_size", "topk", "num_initial", "num_local")}
+    bounds = ops.page_bounds(k, lengths, page_size=case.page_size)
+    return [x.to(device) for x in (q, *bounds, lengths)], options

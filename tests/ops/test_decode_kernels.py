@@ -9,7 +9,18 @@ import torch
 from nsa import ops
 from nsa.ops.geometry import num_compressed
 from nsa.ops.kernels import native_sparse_decode
-from tests.ops.decode_cases import CASES, SPARSE_CASES, TIES, Case, SparseCase, case_of, sparse_case_of
+from tests.ops.decode_cases import (
+    CASES,
+    QUEST_CASES,
+    SPARSE_CASES,
+    TIES,
+    Case,
+    QuestCase,
+    SparseCase,
+    case_of,
+    quest_case_of,
+    sparse_case_of,
+)
 from tests.ops.test_kernels import DEVICE, needs_kernels
 
 
@@ -66,3 +77,14 @@ def test_blocks_are_those_of_the_selection(case: SparseCase) -> None:
         else:
             expected = torch.full_like(found[row], -1)
         assert torch.equal(found[row], expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", QUEST_CASES, ids=str)
+@pytest.mark.parametrize("over_group", ["sum", "max"])
+def test_quest_pages(case: QuestCase, over_group: str) -> None:
+    inputs, options = quest_case_of(case, torch.float32, DEVICE)
+    found, expected = (
+        ops.quest_pages(*inputs, **options, over_group=over_group, backend=b) for b in ("triton", "naive")
+    )
+    assert torch.equal(found, expected)

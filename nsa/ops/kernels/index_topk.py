@@ -198,11 +198,10 @@ def topk(
     first, own = documents.bounds[documents.query_document].int(), documents.query_position.int()
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
     slab = q_idx.new_empty(batch, rows, keys, dtype=torch.float32)
-    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
+    most = _room(topk)
     candidates = q_idx.new_empty(batch, rows, most, dtype=torch.int32)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
     queries, block = (16, 16) if INTERPRETED else SCORE_TILES[q_idx.element_size()]
-    select = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
         score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries), batch](
@@ -211,6 +210,32 @@ def topk(
         )  # fmt: skip
         topk_kernel[here, batch](
             slab, first, own, candidates, indices, chosen, token, here, tokens, keys, topk, num_initial, num_local,
-            *select, most, num_warps=8,
+            *_select_sizes(), most, num_warps=8,
         )  # fmt: skip
     return indices, chosen
+
+
+def choose_rows(
+    scores: Tensor, seen: Tensor, indices: Tensor, topk: int, num_initial: int, num_local: int
+) -> None:  # fmt: skip
+    """Write the top-k of each row of ``scores`` (R, S) fp32, ascending, to ``indices`` (R, topk) int32, filled with -1.
+
+    ``seen``: (2, R) int32, the first and the last entry of each row; what is forced is counted from these.
+    """
+    most = _room(topk)
+    candidates = indices.new_empty(len(scores), most)
+    chosen = scores.new_empty(len(scores), topk)
+    topk_kernel[len(scores), 1](
+        scores, seen[0], seen[1], candidates, indices, chosen, 0, len(scores), len(scores), scores.shape[1], topk,
+        num_initial, num_local, *_select_sizes(), most, num_warps=8,
+    )  # fmt: skip
+
+
+def _room(topk: int) -> int:
+    """For candidates of a row."""
+    return max(SMALLEST, triton.next_power_of_2(2 * topk))
+
+
+def _select_sizes() -> tuple[int, int]:
+    """BLOCK and SAMPLE of `topk_kernel`."""
+    return (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)

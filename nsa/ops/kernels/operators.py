@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
-from nsa.ops.kernels import compression, decode, ranges, selected, selection, tokens
+from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
@@ -222,6 +222,27 @@ def _native_sparse_decode_fake(q, kv, *rest):
 def native_sparse_decode(q: Tensor, kv: list[Tensor], gates: Tensor, lengths: Tensor, *sizes: float) -> Tensor:
     """As `nsa.ops.native_sparse_decode`; sizes: length to num_local, scale."""
     return _native_sparse_decode(q.contiguous(), kv, gates.contiguous(), lengths, *sizes)
+
+
+@torch.library.custom_op("nsa::quest_pages", mutates_args=())
+def _quest_pages(
+    q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int, topk: int, num_initial: int,
+    num_local: int, over_group: str,
+) -> Tensor:  # fmt: skip
+    return quest.pages(q, low, high, lengths, page_size, topk, num_initial, num_local, over_group)
+
+
+@_quest_pages.register_fake
+def _quest_pages_fake(q, low, high, lengths, page_size, topk, num_initial, num_local, over_group):
+    return q.new_empty(len(q), low.shape[2], topk, dtype=torch.int32)
+
+
+def quest_pages(
+    q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int, topk: int, num_initial: int,
+    num_local: int, over_group: str,
+) -> Tensor:  # fmt: skip
+    """As `nsa.ops.quest_pages`."""
+    return _quest_pages(q.contiguous(), low, high, lengths, page_size, topk, num_initial, num_local, over_group)
 
 
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())
