@@ -5,7 +5,8 @@ from typing import Self
 
 from torch import Tensor
 
-from nsa.cache.rows import Pair, Rows, taken
+from nsa.cache.rows import Pair, Position, Rows, taken
+from nsa.ops.geometry import num_compressed
 
 
 class NativeSparseCache:
@@ -17,6 +18,7 @@ class NativeSparseCache:
         tail: uncompressed keys and values from the first token of the next block on, fewer than l tokens.
         selected: keys and values of all tokens.
         window: keys and values of the last ``window`` tokens at most.
+        position: after `fix`, where decoding is; None before.
     """
 
     def __init__(self, stride: int, window: int) -> None:
@@ -25,6 +27,8 @@ class NativeSparseCache:
         self.tail: Rows[Pair] = Rows()
         self.selected: Rows[Pair] = Rows()
         self.window: Rows[Pair] = Rows()
+        self.position: Position | None = None
+        self._block = 0  # tokens of a compression block, after `fix`
 
     @property
     def length(self) -> int:
@@ -42,14 +46,38 @@ class NativeSparseCache:
                 compressed pair of their complete blocks.
 
         Returns:
-            The pairs that the three branches attend to for these T queries.
+            The pairs that the three branches attend to for these T queries. After `fix`: the memory of each.
         """
+        if self.position is not None:
+            return self._append_fixed(raw_cmp, slc, win, compress)
         blocks = compress(self.tail.append(raw_cmp), self.compressed.length * self.stride)
         compressed = self.compressed.append(blocks)
         self.tail.drop(blocks[0].shape[1] * self.stride)
         near = self.window.append(win)
         self.window.drop(max(0, self.window.length - self.window_size))
         return compressed, self.selected.append(slc), near
+
+    def fix(self, tokens: int, length: int, position: Position) -> None:
+        """As `nsa.cache.rows.Rows.fix`, with room for ``tokens`` in all; ``length``: of a compression block (l).
+
+        The tail becomes a ring of l tokens, the window one of ``window_size``. At every token the last l tokens are
+        compressed. If they are no block, the result goes to the slot of the next one, which is not attended to yet.
+        """
+        assert length % self.stride == 0
+        ring, near, stride, before = length, self.window_size, self.stride, self.length
+        self.compressed.fix(num_compressed(tokens, length, stride) + 1, lambda: position.block(length, stride))
+        self.tail.fix(ring, lambda: position.slot(ring), (before - self.tail.length) % ring)
+        self.selected.fix(tokens, lambda: position.index)
+        self.window.fix(near, lambda: position.slot(near), (before - self.window.length) % near)
+        self.position, self._block = position, length
+
+    def _append_fixed(
+        self, raw_cmp: Pair, slc: Pair, win: Pair, compress: Callable[[Pair, int], Pair]
+    ) -> tuple[Pair, Pair, Pair]:
+        assert self.position is not None
+        order, (k, v) = self.position.newest(self._block), self.tail.append(raw_cmp)
+        blocks = compress((k.index_select(1, order), v.index_select(1, order)), 0)
+        return self.compressed.append(blocks), self.selected.append(slc), self.window.append(win)
 
     def take(self, sequences: Tensor) -> Self:
         """As `Rows.take`."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa import ops
+from nsa.ops.compression import compress_block
 
 
 class BlockCompression(nn.Module):
@@ -46,3 +47,7 @@ class BlockCompression(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
+
+    def newest(self, x: Tensor) -> Tensor:
+        """Compress one block per sequence: x (B, l, G, D) -> (B, 1, G, D)."""
+        return compress_block(x, self.inner.weight, self.position, self.outer.weight)[:, None]

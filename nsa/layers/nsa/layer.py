@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.cache import NativeSparseCache
+from nsa.cache import NativeSparseCache, Position
 from nsa.layers.kind import Local, Pair
 from nsa.layers.linear import joint_linear
 from nsa.layers.nsa.compression import BlockCompression
@@ -49,6 +49,14 @@ class KeyValueCompression(nn.Module):
             ends = ends - ahead
         k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
         return ops.apply_rotary(k_cmp, *tables, ends, backend=self.backend), v_cmp
+
+    def newest(self, raw: Pair, tables: Pair) -> Pair:
+        """(B, l, G, D), (B, l, G, Dv) -> (B, 1, G, D), (B, 1, G, Dv): the block that ends with the newest token.
+
+        ``tables``: cos and sin of that token.
+        """
+        k_cmp, v_cmp = self.key.newest(raw[0]), self.value.newest(raw[1])
+        return ops.apply_rotary(k_cmp, *tables, backend=self.backend), v_cmp
 
 
 class BlockChoice(nn.Module):
@@ -112,6 +120,11 @@ class GatedBranches(nn.Module):
             choose=partial(self.choose, cu_seqlens=cu_seqlens, offset=offset),
             backend=self.backend,
         )
+
+    def decode(self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, lengths: Tensor) -> Tensor:
+        """As `nsa.ops.native_sparse_decode`, with an axis of one token: q (B, 1, H, D) -> (B, 1, H, Dv)."""
+        options: dict[str, Any] = self.sizes | {"scale": self.scale, "backend": self.backend}
+        return ops.native_sparse_decode(q[:, 0], kv_cmp, kv_slc, kv_win, gates[:, 0], lengths, **options)[:, None]
 
 
 class NativeSparseAttention(nn.Module):
@@ -195,18 +208,23 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1; no branch attends across one.
             cache: of the tokens before, from `new_cache`; the T new tokens are appended.
         """
-        offset = 0 if cache is None else cache.length
+        offset, fixed = (0, None) if cache is None else (cache.length, cache.position)
         if rotary is None:
             rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
         tables = rotary.of(self.head_dim)
         q, raw_cmp, slc, win, gates = self.exchange(*self.project(x, tables))
         if cache is None:
             cmp = self.compress(raw_cmp, tables, cu_seqlens)
+        elif fixed is not None:
+            cmp, slc, win = cache.append(raw_cmp, slc, win, lambda raw, _: self.compress.newest(raw, tables))
         else:
             cmp, slc, win = cache.append(
                 raw_cmp, slc, win, lambda raw, first: self.compress(raw, tables, ahead=offset - first)
             )
-        out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
+        if fixed is not None:
+            out = self.attend.decode(q, cmp, slc, win, gates, fixed.lengths)
+        else:
+            out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 
     def project(self, x: Tensor, tables: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
@@ -233,3 +251,10 @@ class NativeSparseAttention(nn.Module):
 
     def new_cache(self) -> NativeSparseCache:
         return NativeSparseCache(self.compress.stride, self.window)
+
+    def fix(self, cache: NativeSparseCache, tokens: int, position: Position) -> None:
+        """Give the cache memory for ``tokens`` that stays where it is; ``forward`` then takes a token at a time.
+
+        ``forward`` needs ``rotary`` then, since only the device knows the position.
+        """
+        cache.fix(tokens, self.compress.length, position)

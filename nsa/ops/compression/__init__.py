@@ -62,6 +62,19 @@ def compress_blocks(
     return _portable(x, inner, position, outer, documents, length, stride)
 
 
+def compress_block(x: Tensor, inner: Tensor, position: Tensor, outer: Tensor) -> Tensor:
+    """`compress_blocks` of one block per sequence, in three matrix products and sums: for decoding.
+
+    Args:
+        x: (B, l, G, D), the tokens of the block. inner, position, outer: as for `compress_blocks`.
+
+    Returns:
+        (B, G, Dv) in x's dtype.
+    """
+    inner, position, outer = (w.to(x.dtype) for w in (inner, position, outer))
+    return linear(silu(linear((x + position[:, None]).transpose(1, 2).flatten(2), inner)), outer)
+
+
 def _naive(
     x: Tensor, inner: Tensor, position: Tensor, outer: Tensor, documents: Documents, length: int, stride: int
 ) -> Tensor:
