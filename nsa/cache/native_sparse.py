@@ -6,6 +6,7 @@ from typing import Self
 from torch import Tensor
 
 from nsa.cache.rows import Pair, Position, Rows, taken
+from nsa.ops.decode import append_rows
 from nsa.ops.geometry import num_compressed
 
 
@@ -28,7 +29,6 @@ class NativeSparseCache:
         self.selected: Rows[Pair] = Rows()
         self.window: Rows[Pair] = Rows()
         self.position: Position | None = None
-        self._block = 0  # tokens of a compression block, after `fix`
 
     @property
     def length(self) -> int:
@@ -46,10 +46,8 @@ class NativeSparseCache:
                 compressed pair of their complete blocks.
 
         Returns:
-            The pairs that the three branches attend to for these T queries. After `fix`: the memory of each.
+            The pairs that the three branches attend to for these T queries.
         """
-        if self.position is not None:
-            return self._append_fixed(raw_cmp, slc, win, compress)
         blocks = compress(self.tail.append(raw_cmp), self.compressed.length * self.stride)
         compressed = self.compressed.append(blocks)
         self.tail.drop(blocks[0].shape[1] * self.stride)
@@ -60,24 +58,35 @@ class NativeSparseCache:
     def fix(self, tokens: int, length: int, position: Position) -> None:
         """As `nsa.cache.rows.Rows.fix`, with room for ``tokens`` in all; ``length``: of a compression block (l).
 
-        The tail becomes a ring of l tokens, the window one of ``window_size``. At every token the last l tokens are
-        compressed. If they are no block, the result goes to the slot of the next one, which is not attended to yet.
+        The tail becomes a ring of l tokens, the window one of ``window_size``. There is room for a compressed block
+        that is not complete yet.
         """
-        assert length % self.stride == 0
-        ring, near, stride, before = length, self.window_size, self.stride, self.length
-        self.compressed.fix(num_compressed(tokens, length, stride) + 1, lambda: position.block(length, stride))
-        self.tail.fix(ring, lambda: position.slot(ring), (before - self.tail.length) % ring)
-        self.selected.fix(tokens, lambda: position.index)
-        self.window.fix(near, lambda: position.slot(near), (before - self.window.length) % near)
-        self.position, self._block = position, length
+        before = self.length
+        self.compressed.fix(num_compressed(tokens, length, self.stride) + 1)
+        self.tail.fix(length, before - self.tail.length)
+        self.selected.fix(tokens)
+        self.window.fix(self.window_size, before - self.window.length)
+        self.position = position
 
-    def _append_fixed(
-        self, raw_cmp: Pair, slc: Pair, win: Pair, compress: Callable[[Pair, int], Pair]
+    def append_fixed(
+        self, raw_cmp: Pair, slc: Pair, win: Pair, extend: Callable[[Pair, Pair], None]
     ) -> tuple[Pair, Pair, Pair]:
+        """`append` after `fix`: the one token at ``position``.
+
+        Args:
+            extend: (ring of the last l raw keys and values, memory of the compressed ones) -> writes the block that
+                ends with the token, if there is one (`nsa.ops.compression.extend_compressed`).
+
+        Returns:
+            The memory of each branch.
+        """
         assert self.position is not None
-        order, (k, v) = self.position.newest(self._block), self.tail.append(raw_cmp)
-        blocks = compress((k.index_select(1, order), v.index_select(1, order)), 0)
-        return self.compressed.append(blocks), self.selected.append(slc), self.window.append(win)
+        compressed, tail, selected, window = (
+            rows.memory for rows in (self.compressed, self.tail, self.selected, self.window)
+        )
+        append_rows((*tail, *selected, *window), (*raw_cmp, *slc, *win), self.position.index)
+        extend(tail, compressed)
+        return compressed, selected, window
 
     def take(self, sequences: Tensor) -> Self:
         """As `Rows.take`."""

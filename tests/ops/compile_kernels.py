@@ -114,11 +114,16 @@ def _tool(name: str, *arguments: str) -> str:
 def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Launches of decoding by a query of q (B, T, H, D): all keys; pages; pages with weights and terms; Quest; NSA."""
     q, lengths, pages = q[:, 0], torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.int32)
-    weights = torch.zeros(1, 1, 16)
+    log_weights = torch.zeros(1, 1, 16)
     decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
-    decode.attention(q, k, v, lengths, pages, 16, weights, (k, v, pages, weights), 1.0)
+    decode.attention(q, k, v, lengths, pages, 16, log_weights, (k, v, pages, log_weights), 1.0)
     quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
+    decode.append([k, v], [k[:, :1], v[:, :1]], lengths.long())
+    rings, tables = [x[:, :32] for x in (k, v)], torch.zeros(2, 1, k.shape[3] // 2)
+    weights = [[x.new_zeros(n or x.shape[3], x.shape[3] * m) for x in (k, v)] for n, m in ((0, 32), (32, 1))]
+    outer = [x.new_zeros(x.shape[3], x.shape[3]) for x in (k, v)]
+    compression.extend(rings, *weights, outer, [k, v], *tables, lengths.long(), 16)
     gates = q.new_zeros(1, q.shape[1], 3)
     native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
 

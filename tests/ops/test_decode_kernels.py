@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from nsa import ops
+from nsa.models import Decoder, DecodingSteps
+from nsa.ops.compression import Weights, extend_compressed
+from nsa.ops.decode import append_rows
 from nsa.ops.geometry import num_compressed
 from nsa.ops.kernels import native_sparse_decode
+from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
     QUEST_CASES,
@@ -21,7 +25,7 @@ from tests.ops.decode_cases import (
     quest_case_of,
     sparse_case_of,
 )
-from tests.ops.test_kernels import DEVICE, needs_kernels
+from tests.ops.test_kernels import DEVICE, needs_kernels, normal
 
 
 @needs_kernels
@@ -88,3 +92,60 @@ def test_quest_pages(case: QuestCase, over_group: str) -> None:
         ops.quest_pages(*inputs, **options, over_group=over_group, backend=b) for b in ("triton", "naive")
     )
     assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["dense", "nsa"])
+def test_steps_of_a_decoder(kind: str) -> None:
+    """On a GPU each step is the replay of a CUDA graph."""
+    torch.manual_seed(0)
+    shape = {"head_dim": 16, "v_head_dim": 16, "num_layers": 1}
+    model, attention = small(kind, **shape)
+    attention = attention.model_copy(update={"nsa": attention.nsa.model_copy(update={"compress_hidden": 16})})
+    decoder = Decoder(model, attention, backend="triton").to(DEVICE).eval()
+    with torch.no_grad():
+        ids = torch.randint(0, 97, (2, 26), device=DEVICE)
+        steps, expected = DecodingSteps(decoder, ids[:, :18], 26), decoder(ids)
+    for token in range(18, 26):
+        torch.testing.assert_close(steps.step(ids[:, token]), expected[:, token], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("index", [0, 5, 19])
+def test_rows_go_to_their_slots(index: int) -> None:
+    """Rings and other memory, of several widths."""
+    shapes = [(3,), (2, 5), (1, 1100)]
+    rows = [torch.randn(2, 1, *shape).to(DEVICE) for shape in shapes]
+    memories = [x.new_zeros(2, slots, *x.shape[2:]) for slots, x in zip((7, 20, 33), rows, strict=True)]
+    append_rows(memories, rows, torch.tensor([index], device=DEVICE), backend="triton")
+    for memory, x, slots in zip(memories, rows, (7, 20, 33), strict=True):
+        expected = torch.zeros_like(memory)
+        expected[:, index % slots] = x[:, 0]
+        assert torch.equal(memory, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("groups", "width", "v_width", "hidden"), [(2, 16, 16, 16), (3, 48, 24, 40), (9, 80, 16, 16)])
+def test_compressed_blocks_are_extended(groups: int, width: int, v_width: int, hidden: int) -> None:
+    """Token by token: the blocks are those of the whole; before the first block, and between two, none is written."""
+    batch, tokens, length, stride = 2, 15, 8, 4
+    raw = normal(batch, tokens, groups, width).detach(), normal(batch, tokens, groups, v_width, seed=1).detach()
+    weights = []
+    for x in raw:
+        sizes = (hidden, length * x.shape[3]), (length, x.shape[3]), (x.shape[3], hidden)
+        weights.append(Weights(*(normal(*size, seed=i).detach() / 4 for i, size in enumerate(sizes))))
+    rings = [x.new_zeros(batch, length, *x.shape[2:]) for x in raw]
+    memory = [x.new_zeros(batch, 3, *x.shape[2:]) for x in raw]
+    angles = torch.arange(tokens, device=DEVICE)[:, None] * torch.rand(width // 2, device=DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    for token in range(tokens):
+        index = torch.tensor([token], device=DEVICE)
+        append_rows(rings, [x[:, token : token + 1] for x in raw], index, backend="triton")
+        extend_compressed(rings, weights, memory, cos[index], sin[index], index, stride=stride, backend="triton")
+    options = {"length": length, "stride": stride, "backend": "naive"}
+    whole = [ops.compress_blocks(x, *w, **options) for x, w in zip(raw, weights, strict=True)]
+    ends = torch.tensor([length - 1, length - 1 + stride], device=DEVICE)
+    whole[0] = ops.apply_rotary(whole[0], cos, sin, ends, backend="naive")
+    for found, expected in zip(memory, whole, strict=True):
+        torch.testing.assert_close(found[:, :2], expected, rtol=1e-4, atol=1e-5)
+        assert not found[:, 2].any()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.ops.compression import compress_block
+from nsa.ops.compression import Weights
 
 
 class BlockCompression(nn.Module):
@@ -48,6 +48,6 @@ class BlockCompression(nn.Module):
             backend=self.backend,
         )
 
-    def newest(self, x: Tensor) -> Tensor:
-        """Compress one block per sequence: x (B, l, G, D) -> (B, 1, G, D)."""
-        return compress_block(x, self.inner.weight, self.position, self.outer.weight)[:, None]
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.inner.weight, self.position, self.outer.weight)

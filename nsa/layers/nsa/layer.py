@@ -12,6 +12,7 @@ from nsa.layers.kind import Local, Pair
 from nsa.layers.linear import joint_linear
 from nsa.layers.nsa.compression import BlockCompression
 from nsa.layers.rotary import Rotary, RotaryTables
+from nsa.ops.compression import extend_compressed
 from nsa.ops.geometry import Documents, block_ends
 
 BRANCHES = ("compressed", "selected", "window")
@@ -50,13 +51,10 @@ class KeyValueCompression(nn.Module):
         k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
         return ops.apply_rotary(k_cmp, *tables, ends, backend=self.backend), v_cmp
 
-    def newest(self, raw: Pair, tables: Pair) -> Pair:
-        """(B, l, G, D), (B, l, G, Dv) -> (B, 1, G, D), (B, 1, G, Dv): the block that ends with the newest token.
-
-        ``tables``: cos and sin of that token.
-        """
-        k_cmp, v_cmp = self.key.newest(raw[0]), self.value.newest(raw[1])
-        return ops.apply_rotary(k_cmp, *tables, backend=self.backend), v_cmp
+    def extend(self, rings: Pair, memory: Pair, tables: Pair, index: Tensor) -> None:
+        """As `nsa.ops.compression.extend_compressed`; ``tables``: cos and sin of the newest token."""
+        weights = self.key.weights, self.value.weights
+        extend_compressed(rings, weights, memory, *tables, index, stride=self.stride, backend=self.backend)
 
 
 class BlockChoice(nn.Module):
@@ -216,7 +214,9 @@ class NativeSparseAttention(nn.Module):
         if cache is None:
             cmp = self.compress(raw_cmp, tables, cu_seqlens)
         elif fixed is not None:
-            cmp, slc, win = cache.append(raw_cmp, slc, win, lambda raw, _: self.compress.newest(raw, tables))
+            cmp, slc, win = cache.append_fixed(
+                raw_cmp, slc, win, lambda rings, memory: self.compress.extend(rings, memory, tables, fixed.index)
+            )
         else:
             cmp, slc, win = cache.append(
                 raw_cmp, slc, win, lambda raw, first: self.compress(raw, tables, ahead=offset - first)

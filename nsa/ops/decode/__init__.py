@@ -1,5 +1,6 @@
 """Attention of one new token per sequence to what a cache holds of the tokens before: decoding."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,6 +85,24 @@ def decode_attention(
     if implementation == "naive":
         return _naive(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
     return _portable(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
+
+
+@torch.no_grad()
+def append_rows(memories: Sequence[Tensor], rows: Sequence[Tensor], index: Tensor, *, backend: str = "auto") -> None:
+    """Write the new token of each sequence into the memory of caches, in place, and without a wait for the host.
+
+    Args:
+        memories: (B, slots, ...) each, contiguous for the kernel. rows: (B, 1, ...), of the new token.
+        index: (1,) int64, position of the token; it goes to slot ``index % slots``, so that a short memory is a ring.
+        backend: auto, triton, torch or naive.
+    """
+    if resolve_backend(backend, *memories, heads=False) == "triton":
+        from nsa.ops.kernels import operators
+
+        operators.append_rows(list(memories), list(rows), index)
+        return
+    for memory, x in zip(memories, rows, strict=True):
+        memory.index_copy_(1, index % memory.shape[1], x)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> None:

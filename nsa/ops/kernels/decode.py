@@ -166,6 +166,30 @@ def merge_kernel(Parts, PartLse, Out, Lse, num_parts, MOST: tl.constexpr, SIDE: 
     tl.store(Lse + row, lse * LSE_TO_NATURAL)
 
 
+@triton.jit
+def append_kernel(Rows, Memories, Slots, Index, WIDTHS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each of the Rows (B, width) goes to slot ``Index % slots`` of its memory (B, slots, width)."""
+    batch, index = tl.program_id(1).to(tl.int64), tl.load(Index)
+    for part in tl.static_range(len(WIDTHS)):
+        if tl.program_id(0) == part:
+            slots = Slots[part].to(tl.int64)
+            for start in tl.range(0, WIDTHS[part], BLOCK):
+                column = start + tl.arange(0, BLOCK)  # [BLOCK]
+                ok = column < WIDTHS[part]  # [BLOCK]
+                x = tl.load(Rows[part] + batch * WIDTHS[part] + column, mask=ok)  # [BLOCK]
+                tl.store(Memories[part] + (batch * slots + index % slots) * WIDTHS[part] + column, x, mask=ok)
+
+
+def append(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
+    """Write rows (B, 1, ...) to slot ``index % slots`` of each memory (B, slots, ...): contiguous; index (1,) int64."""
+    widths = tuple(x[0, 0].numel() for x in rows)
+    if len(rows[0]):
+        append_kernel[len(rows), len(rows[0])](
+            tuple(rows), tuple(memories), tuple(x.shape[1] for x in memories), index, widths,
+            min(1024, triton.next_power_of_2(max(widths))), num_warps=4,
+        )  # fmt: skip
+
+
 def chunk_of(slots: int) -> int:
     """Slots of a chunk: a function of the shape alone, so that results do not depend on what runs beside."""
     if INTERPRETED:

@@ -205,6 +205,43 @@ def decode_attention(
     return _decode_attention(q.contiguous(), k, v, lengths, pages, page_size, log_weights, more, scale)
 
 
+@torch.library.custom_op("nsa::append_rows", mutates_args=("memories",))
+def _append_rows(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
+    decode.append(memories, rows, index)
+
+
+@_append_rows.register_fake
+def _append_rows_fake(memories, rows, index):
+    return None
+
+
+def append_rows(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
+    """As `nsa.ops.decode.append_rows`."""
+    _append_rows(memories, [x.contiguous() for x in rows], index)
+
+
+@torch.library.custom_op("nsa::extend_compressed", mutates_args=("memory",))
+def _extend_compressed(
+    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
+    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+) -> None:  # fmt: skip
+    compression.extend(raw, inner, position, outer, memory, cos, sin, index, stride)
+
+
+@_extend_compressed.register_fake
+def _extend_compressed_fake(raw, inner, position, outer, memory, cos, sin, index, stride):
+    return None
+
+
+def extend_compressed(
+    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
+    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+) -> None:  # fmt: skip
+    """As `nsa.ops.compression.extend_compressed`."""
+    lists = ([x.contiguous() for x in weights] for weights in (inner, position, outer))
+    _extend_compressed(raw, *lists, memory, cos.float().contiguous(), sin.float().contiguous(), index, stride)
+
+
 @torch.library.custom_op("nsa::native_sparse_decode", mutates_args=())
 def _native_sparse_decode(
     q: Tensor, kv: list[Tensor], gates: Tensor, lengths: Tensor, length: int, stride: int, block_size: int,
