@@ -25,7 +25,7 @@ from tests.ops.decode_cases import (
     quest_case_of,
     sparse_case_of,
 )
-from tests.ops.test_kernels import DEVICE, needs_kernels, normal
+from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal
 
 
 @needs_kernels
@@ -149,3 +149,63 @@ def test_compressed_blocks_are_extended(groups: int, width: int, v_width: int, h
     for found, expected in zip(memory, whole, strict=True):
         torch.testing.assert_close(found[:, :2], expected, rtol=1e-4, atol=1e-5)
         assert not found[:, 2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(32, 8, 128, 128, (5000, 700)),
+        Case(64, 4, 128, 128, (3000,), pages=40, page_size=64),
+        Case(6, 2, 192, 128, (2000, 1), pages=100, page_size=16, weighted=True, terms=300),
+        Case(3, 3, 64, 64, (3000,), pages=1500),
+    ],
+    ids=str,
+)
+def test_in_bf16(case: Case) -> None:
+    """Against the reference in fp32 on the same rounded inputs, as a CUDA graph that is replayed at other lengths."""
+    inputs, options = case_of(case, torch.float32, DEVICE)
+    q, k, v = (x.bfloat16() for x in inputs[:3])
+    lengths = inputs[3]
+    exact = dict(options)
+    if (terms := options.get("terms")) is not None:
+        options["terms"] = terms._replace(keys=terms.keys.bfloat16(), values=terms.values.bfloat16())
+        exact["terms"] = ops.Terms(*(x.float() if x.is_floating_point() else x for x in options["terms"]))
+    ops.decode_attention(q, k, v, lengths, **options, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = ops.decode_attention(q, k, v, lengths, **options, backend="triton")
+    for share in (1, 2):
+        lengths //= share
+        graph.replay()
+        expected = ops.decode_attention(q.float(), k.float(), v.float(), lengths, **exact, backend="naive")[0]
+        assert (out.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize("heads", [64, 12, 8])
+def test_native_sparse_in_bf16(heads: int) -> None:
+    """The reference selects from bf16 scores' fp32 products, too: but for near ties the blocks are the same."""
+    case = SparseCase(heads, 4, 128, 128, (9000, 40, 3000), 512, (32, 16, 64, 16, 1, 2))
+    inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
+    rounded = [tuple(y.bfloat16() for y in x) if isinstance(x, tuple) else x for x in inputs]
+    rounded[0], rounded[4] = inputs[0].bfloat16(), inputs[4].bfloat16()
+    exact = [tuple(y.float() for y in x) if isinstance(x, tuple) else x for x in rounded]
+    exact[0], exact[4] = rounded[0].float(), rounded[4].float()
+    out = ops.native_sparse_decode(*rounded, **sizes, backend="triton")
+    expected = ops.native_sparse_decode(*exact, **sizes, backend="naive")
+    assert (out.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+def test_quest_pages_in_bf16() -> None:
+    """Of the pages that the reference chooses nearly all: bounds that are nearly equal may change places."""
+    inputs, options = quest_case_of(QuestCase(32, 8, 128, (60000, 9000), 16, 200), torch.float32, DEVICE)
+    rounded = [x.bfloat16() for x in inputs[:3]]
+    found = ops.quest_pages(*rounded, inputs[3], **options, backend="triton")
+    expected = ops.quest_pages(*(x.float() for x in rounded), inputs[3], **options, backend="naive")
+    missing = (expected[..., None] != found[..., None, :]).all(-1).float().mean()
+    assert missing < 0.01 and torch.equal(found, ops.quest_pages(*rounded, inputs[3], **options, backend="triton"))
