@@ -7,7 +7,7 @@ from nsa.ops.decode import Terms, decode_attention
 from nsa.ops.dense import dense_attention
 from nsa.ops.entmax import entmax, entmax_attention
 from nsa.ops.geometry import Heads
-from nsa.ops.index_topk import index_topk
+from nsa.ops.index_topk import index_topk, index_topk_decode
 from nsa.ops.indexer_kl import indexer_kl
 from nsa.ops.native_sparse import native_sparse_attention
 from nsa.ops.native_sparse_decode import native_sparse_decode
@@ -32,6 +32,7 @@ __all__ = [
     "entmax_attention",
     "extend_page_bounds",
     "index_topk",
+    "index_topk_decode",
     "indexer_kl",
     "linear_cross_entropy",
     "native_sparse_attention",

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.index_sets import record_index_sets
 from nsa.layers.projections.config import MlaConfig
 from nsa.models import Decoder, DecodingSteps, generate
 from tests.models.test_decoder import small
@@ -47,13 +49,47 @@ def test_steps_equal_the_whole(kind, prompt: int) -> None:
     assert steps.length == 60
 
 
-def test_steps_with_latents_equal_the_whole() -> None:
-    mla = MlaConfig(kv_lora_rank=6, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
-    decoder = decoder_of("dense", projection="mla", mla=mla, num_kv_heads=4, head_dim=12)
+LATENT = MlaConfig(kv_lora_rank=6, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+WITH_LATENTS = {"projection": "mla", "mla": LATENT, "num_kv_heads": 4, "head_dim": 12}
+
+
+@pytest.mark.parametrize("kind", ["dense", "dsa"])
+def test_steps_with_latents_equal_the_whole(kind) -> None:
+    decoder = dsa_decoder({}, **WITH_LATENTS) if kind == "dsa" else decoder_of(kind, **WITH_LATENTS)
     ids = torch.randint(0, 97, (2, 20))
     steps, expected = DecodingSteps(decoder, ids[:, :5], 20), decoder(ids)
     for token in range(5, 20):
         torch.testing.assert_close(steps.step(ids[:, token]), expected[:, token])
+
+
+DSA = {"topk": 9, "num_local": 2, "index_heads": 3, "index_head_dim": 8, "index_rotary_dims": 4}
+
+
+def dsa_decoder(changes: dict, **model) -> Decoder:
+    torch.manual_seed(0)
+    config, attention = small("dsa", **model)
+    attention = attention.model_copy(update={"dsa": DsaConfig(**DSA | changes)})
+    return Decoder(config, attention).double().eval()
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_layers": 2, "share_from": 1}, {"phase": "warm-up"}], ids=str)
+@pytest.mark.parametrize("prompt", [1, 17])
+def test_steps_of_indexed_layers_equal_the_whole(changes: dict, prompt: int) -> None:
+    """More tokens than a query selects; groups of layers that share their sets; also without a wait."""
+    decoder, ids = dsa_decoder(changes), torch.randint(0, 97, (2, 30))
+    steps, expected = DecodingSteps(decoder, ids[:, :prompt], 30), decoder(ids)
+    for token in range(prompt, 30):
+        with NoWait():
+            logits = steps.step(ids[:, token])
+        torch.testing.assert_close(logits, expected[:, token])
+    assert all(layer.attention.share.index is None for layer in decoder.layers)
+
+
+def test_index_sets_of_steps_are_not_recorded() -> None:
+    decoder, ids = dsa_decoder({}), torch.randint(0, 97, (2, 30))
+    steps = DecodingSteps(decoder, ids[:, :9], 30)
+    with pytest.raises(ValueError, match="not by DecodingSteps"), record_index_sets(decoder):
+        steps.step(ids[:, 9])
 
 
 @pytest.mark.parametrize("kind", KINDS)

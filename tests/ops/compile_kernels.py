@@ -119,7 +119,7 @@ def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, log_weights, (k, v, pages, log_weights), 1.0)
     quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
-    decode.append([k, v], [k[:, :1], v[:, :1]], lengths.long())
+    decode.append([k, v[:, :1]], [k[:, :1], v[:, :1]], lengths.long())
     rings, tables = [x[:, :32] for x in (k, v)], torch.zeros(2, 1, k.shape[3] // 2)
     weights = [[x.new_zeros(n or x.shape[3], x.shape[3] * m) for x in (k, v)] for n, m in ((0, 32), (32, 1))]
     outer = [x.new_zeros(x.shape[3], x.shape[3]) for x in (k, v)]
@@ -224,6 +224,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         cross_entropy.logit_gradients(logits, targets, row, row, 0)
         q_idx, k_idx = torch.zeros(1, 256, 4, 128, dtype=dtype), torch.zeros(1, 256, 128, dtype=dtype)
         index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), Documents.of(256, 0, None, q.device), 64, 0, 0)
+        index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"

@@ -132,6 +132,35 @@ class QuestCase(NamedTuple):
     num_local: int = 1
 
 
+class IndexCase(NamedTuple):
+    """Shapes of a call of `nsa.ops.index_topk_decode`."""
+
+    heads: int
+    width: int
+    lengths: tuple[int, ...]
+    topk: int
+    num_initial: int = 0
+    num_local: int = 0
+
+
+INDEX_CASES = [
+    IndexCase(3, 8, (50, 1, 0), 5),
+    IndexCase(70, 48, (33,), 40),  # more than there are
+    IndexCase(4, 16, (90, 41), 6, 1, 2),
+]
+
+
+def index_case_of(case: IndexCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, int]]:
+    """(q_idx, k_idx, weights, lengths), options. Whole numbers make many scores equal; memory behind holds NaN."""
+    generator = torch.Generator().manual_seed(sum(case[:2]))
+    lengths, memory = torch.tensor(case.lengths, dtype=torch.int32), max(case.lengths) + 4
+    shapes = ((case.heads, case.width), (memory, case.width), (case.heads,))
+    q, k, weights = (torch.randn(len(lengths), *s, generator=generator, dtype=dtype).round() for s in shapes)
+    k[torch.arange(memory) >= lengths[:, None]] = torch.nan
+    options = {name: getattr(case, name) for name in ("topk", "num_initial", "num_local")}
+    return [x.to(device) for x in (q, k, weights, lengths)], options
+
+
 QUEST_CASES = [
     QuestCase(4, 2, 16, (70, 1, 0), 4, 5),
     QuestCase(3, 1, 48, (53,), 4, 20),  # more than there are

@@ -8,7 +8,7 @@ from nsa import ops
 from nsa.baselines.attention import attend
 from nsa.baselines.plan import Part, Plan, View
 from nsa.baselines.plan import Terms as PlanTerms
-from tests.ops.decode_cases import CASES, Case, case_of, listed
+from tests.ops.decode_cases import CASES, INDEX_CASES, Case, IndexCase, case_of, index_case_of, listed
 
 BACKENDS = ["naive", "torch"]
 
@@ -75,6 +75,20 @@ def test_pages_equal_a_plan(backend: str, per_head: bool) -> None:
     )  # fmt: skip
     torch.testing.assert_close(out[0], expected[:, 0])
     torch.testing.assert_close(out[1], lse[:, :, 0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", INDEX_CASES, ids=str)
+def test_index_sets_are_those_of_prefill(case: IndexCase, backend: str) -> None:
+    """Each sequence alone, by the operator of prefill."""
+    (q, k, weights, lengths), options = index_case_of(case, torch.float64)
+    found = ops.index_topk_decode(q, k, weights, lengths, **options, backend=backend)
+    for row, tokens in enumerate(lengths.tolist()):
+        if tokens == 0:
+            assert (found[row] == -1).all()
+            continue
+        one = q[row, None, None], k[row, None, :tokens], weights[row, None, None]
+        assert torch.equal(found[row], ops.index_topk(*one, **options, backend="naive")[0][0, 0])
 
 
 def test_nothing_to_see() -> None:

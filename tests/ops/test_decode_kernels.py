@@ -15,13 +15,16 @@ from nsa.ops.kernels import native_sparse_decode
 from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
+    INDEX_CASES,
     QUEST_CASES,
     SPARSE_CASES,
     TIES,
     Case,
+    IndexCase,
     QuestCase,
     SparseCase,
     case_of,
+    index_case_of,
     quest_case_of,
     sparse_case_of,
 )
@@ -91,6 +94,14 @@ def test_quest_pages(case: QuestCase, over_group: str) -> None:
     found, expected = (
         ops.quest_pages(*inputs, **options, over_group=over_group, backend=b) for b in ("triton", "naive")
     )
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", INDEX_CASES, ids=str)
+def test_index_sets(case: IndexCase) -> None:
+    inputs, options = index_case_of(case, torch.float32, DEVICE)
+    found, expected = (ops.index_topk_decode(*inputs, **options, backend=b) for b in ("triton", "naive"))
     assert torch.equal(found, expected)
 
 

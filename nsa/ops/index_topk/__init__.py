@@ -49,11 +49,7 @@ def index_topk(
         ValueError: inconsistent shapes, ``topk`` < 1, more forced tokens than ``topk``, unknown order or backend.
     """
     check_indexer(q_idx, k_idx, weights, cu_seqlens)
-    if topk < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > topk:
-        raise ValueError(
-            f"topk ({topk}) must be at least 1 and hold the forced tokens: num_initial ({num_initial}) + num_local "
-            f"({num_local})"
-        )
+    _check_topk(topk, num_initial, num_local)
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     documents = Documents.of(q_idx.shape[1], check_positions(q_idx, k_idx), cu_seqlens, q_idx.device)
@@ -72,6 +68,48 @@ def index_topk(
     return torch.cat([indices for indices, _ in picked], 1), torch.cat([scores for _, scores in picked], 1)
 
 
+@torch.no_grad()
+@autocasts("q_idx", "k_idx")
+def index_topk_decode(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    *,
+    topk: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """`index_topk` of the last token of each sequence, on the memory of a cache, without a wait for the host.
+
+    Shapes alone decide what is launched, so a CUDA graph can capture the call.
+
+    Args:
+        q_idx: (B, Hi, Di). k_idx: (B, S, Di), memory of the index keys, contiguous for the kernels. weights: (B, Hi).
+        lengths: (B,) int32, tokens of each sequence, the new one included.
+        topk, num_initial, num_local: as for `index_topk`.
+        backend: auto, triton, torch or naive.
+
+    Returns:
+        (B, topk) int32, ascending, padded with -1. Not differentiable.
+
+    Raises:
+        ValueError: as `index_topk`; lengths that are not (B,) int32.
+    """
+    check_indexer(q_idx[:, None], k_idx, weights[:, None], None)
+    _check_topk(topk, num_initial, num_local)
+    if lengths.shape != q_idx.shape[:1] or lengths.dtype != torch.int32:
+        raise ValueError(f"lengths must be ({len(q_idx)},) int32, got {tuple(lengths.shape)} {lengths.dtype}")
+    if resolve_backend(backend, q_idx, k_idx) == "triton":
+        from nsa.ops.kernels import operators
+
+        return operators.index_topk_decode(q_idx, k_idx, weights, lengths, topk, num_initial, num_local)
+    scores = naive_scores(q_idx[:, None], k_idx, weights[:, None]).transpose(0, 1)  # sequences in place of queries
+    own = lengths.long() - 1
+    return _pick(scores, 0, torch.zeros_like(own), own, topk, num_initial, num_local, "index")[0][0]
+
+
 def check_indexer(q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None) -> None:
     """Raise ValueError unless q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are consistent."""
     if q_idx.dim() != 4 or k_idx.dim() != 3:
@@ -84,6 +122,14 @@ def check_indexer(q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Ten
     if weights.shape != q_idx.shape[:3]:
         raise ValueError(f"weights must be {tuple(q_idx.shape[:3])}, one per index head, got {tuple(weights.shape)}")
     check_packing(q_idx, cu_seqlens, k_idx.shape[1])
+
+
+def _check_topk(topk: int, num_initial: int, num_local: int) -> None:
+    if topk < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > topk:
+        raise ValueError(
+            f"topk ({topk}) must be at least 1 and hold the forced tokens: num_initial ({num_initial}) + num_local "
+            f"({num_local})"
+        )
 
 
 def naive_scores(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from nsa.ops.kernels.ranges import shape_constants
 MOST_ROWS = 64  # heads of a program
 SPLITS = 64  # chunks of a long list, unless they would be smaller or larger than these:
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # slots
-COUNTS = ("num_terms", "num_parts", "first_part", "num_compressed", "num_pages")
+COUNTS = ("num_terms", "num_term_keys", "num_parts", "first_part", "num_compressed", "num_pages")
 BASE_2 = tl.constexpr(LOG2_E)
 
 
@@ -172,7 +172,7 @@ def append_kernel(Rows, Memories, Slots, Index, WIDTHS: tl.constexpr, BLOCK: tl.
     batch, index = tl.program_id(1).to(tl.int64), tl.load(Index)
     for part in tl.static_range(len(WIDTHS)):
         if tl.program_id(0) == part:
-            slots = Slots[part].to(tl.int64)
+            slots = Slots[part]  # a constant if it is 1
             for start in tl.range(0, WIDTHS[part], BLOCK):
                 column = start + tl.arange(0, BLOCK)  # [BLOCK]
                 ok = column < WIDTHS[part]  # [BLOCK]

@@ -127,6 +127,26 @@ def index_topk(
     return _index_topk(*tensors, *where, topk, num_initial, num_local)
 
 
+@torch.library.custom_op("nsa::index_topk_decode", mutates_args=())
+def _index_topk_decode(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, lengths: Tensor, topk: int, num_initial: int, num_local: int
+) -> Tensor:  # fmt: skip
+    return indexer.topk_decode(q_idx, k_idx, weights, lengths, topk, num_initial, num_local)
+
+
+@_index_topk_decode.register_fake
+def _index_topk_decode_fake(q_idx, k_idx, weights, lengths, topk, num_initial, num_local):
+    return q_idx.new_empty(len(q_idx), topk, dtype=torch.int32)
+
+
+def index_topk_decode(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, lengths: Tensor, topk: int, num_initial: int, num_local: int
+) -> Tensor:  # fmt: skip
+    """As `nsa.ops.index_topk_decode`."""
+    tensors = q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous()
+    return _index_topk_decode(*tensors, lengths, topk, num_initial, num_local)
+
+
 @torch.library.custom_op("nsa::token_attention", mutates_args=())
 def _token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return tokens.forward(q, k, v, lists, scale)

@@ -10,7 +10,6 @@ from nsa.ops.kernels.device_functions import load_row_parts, scores
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, split_width, tile_width
 
 PAGES = 64  # of a program
-FILL = 256  # entries that a program fills at once
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "num_pages", "page_size", "topk"])
@@ -19,18 +18,14 @@ def bound_kernel(Q, Low, High, Lengths, Bounds, Seen, Indices, num_pages, page_s
                  BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Bounds (B, G, num_pages) fp32 of BN pages, joined over the heads of a KV head.
 
-    Q (B, H, D); Low, High (B, num_pages, G, D). Seen (2, B, G) int32: 0, and the current page (-1: there is none).
-    Indices (B, G, topk) int32 are filled with -1. The first program of a KV head writes these two.
+    Q (B, H, D); Low, High (B, num_pages, G, D). The first program of a KV head calls `index_topk.begin_rows`.
     """
     group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     slot = batch * GROUPS + group
     length = tl.load(Lengths + batch)
     if tl.program_id(0) == 0:
-        tl.store(Seen + slot, 0)
-        tl.store(Seen + tl.num_programs(2) * GROUPS + slot, (length + page_size - 1) // page_size - 1)
-        for start in tl.range(0, topk, FILL):
-            entry = start + tl.arange(0, FILL)  # [FILL]
-            tl.store(Indices + slot * topk + entry, tl.full([FILL], -1, tl.int32), mask=entry < topk)
+        last = (length + page_size - 1) // page_size - 1
+        index_topk.begin_rows(Seen, Indices, slot, tl.num_programs(2) * GROUPS, last, topk, FILL)
     page = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
     if tl.program_id(0) * BN * page_size < length:
         ok = (page < num_pages) & (page * page_size < length)  # [BN]
@@ -67,8 +62,8 @@ def pages(
     block = 16 if INTERPRETED else PAGES
     bound_kernel[triton.cdiv(number, block), groups, batch](
         q, low, high, lengths, bounds, seen, indices, number, page_size, topk, SUM=over_group == "sum", GROUPS=groups,
-        HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block, FILL=FILL,
-        PRECISION=precision, num_warps=4,
+        HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
+        FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
     )  # fmt: skip
     index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
     return indices
