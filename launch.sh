@@ -19,13 +19,17 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
   export RUN                        write a run's last checkpoint as a Hugging Face folder
   evaluate EXPORT                   bits per byte by position and recall tasks of an export
   compare [CONFIG] [KEY=VALUE ...]  train the siblings that CONFIG describes, put every method onto them, and write a
-                                    report (without CONFIG: a small one, within half an hour on two CPU cores)
+                                    report (without CONFIG: a small one, within half an hour on two CPU cores).
+                                    --minutes N: begin nothing new after that, exit with 75; the same command goes on
+  compare --report FOLDER [--pack OUT]
+                                    the report again from its results, or of committed results (docs/results); with
+                                    OUT: results and report in few files, for git
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
 
 Files are those of the folder that the command is given in; a CONFIG that is not there may be one of the repository's.
 `train CONFIG --dry-run` prints the size of a run and stops.
 
-exit codes of train (docs/reliability.md)
+exit codes of train and compare (docs/reliability.md)
   0 complete, 2 fix something, 75 stopped and saved, 85 a rank was lost: on 75 and 85 run the same command again
 
 environment
@@ -257,22 +261,66 @@ demo() {
     echo "watch the curves: bash launch.sh tensorboard"
 }
 
-# Every sibling is a run of its own; those that have an export are done.
+# Every training of a sibling is a run of its own; those that have an export are done. Then come the cells. With stages in
+# the configuration: one stage after the other. With --minutes nothing new begins after so long (exit code 75).
 compare() {
-    if [[ $# -eq 0 ]]; then stay_inside; set -- "$ROOT/configs/compare/demo.yaml"; fi
-    local untrained line
+    local arguments=() minutes='' report='' pack=()
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            --minutes | --report | --pack)
+                [[ $# -ge 2 ]] || fail "$1 needs a value"
+                case $1 in
+                    --minutes) minutes=$2 ;;
+                    --report) report=$2 ;;
+                    --pack) pack=(--pack "$2") ;;
+                esac
+                shift
+                ;;
+            *) arguments+=("$1") ;;
+        esac
+        shift
+    done
+    if [[ -n $report ]]; then exec python -m nsa.compare report "$report" "${pack[@]}"; fi
+    [[ -z $minutes || $minutes =~ ^[0-9]+([.][0-9]+)?$ ]] || fail "--minutes needs a number, not $minutes"
+    if [[ ${#arguments[@]} -eq 0 ]]; then
+        stay_inside
+        arguments=("$ROOT/configs/compare/demo.yaml")
+    fi
+    began=$SECONDS
+    local stages stage
+    stages=$(python -m nsa.compare "${arguments[@]}" --stages) || return
+    for stage in ${stages:-all}; do
+        [[ -z $stages ]] || say "stage $stage"
+        train_siblings "$minutes" "${arguments[@]}" || return
+        say "comparing"
+        attend python -m nsa.compare "${arguments[@]}" ${minutes:+--minutes "$(minutes_left "$minutes")"} || return
+    done
+}
+
+train_siblings() {
+    local minutes=$1 untrained line left=
+    shift
     untrained=$(python -m nsa.compare "$@" --untrained) || return
     while IFS= read -r line; do
         [[ -n $line ]] || continue
         local parts
         IFS=$'\t' read -r -a parts <<<"$line"
+        if [[ -n $minutes ]]; then
+            left=$(minutes_left "$minutes")
+            if [[ $left == 0 ]]; then
+                say "the time is over: run the same command again"
+                return 75
+            fi
+            left=training.max_hours=$(awk "BEGIN {print $left / 60}")
+        fi
         say "training ${parts[0]}"
-        train "${parts[@]:1}" || return
+        train "${parts[@]:1}" $left || return
         python -m nsa.export "${parts[0]}" </dev/null || return
     done <<<"$untrained"
-    say "comparing"
-    attend python -m nsa.compare "$@"
 }
+
+# Of so many minutes since the command began; 0: none.
+minutes_left() { awk "BEGIN {left = $1 - ($SECONDS - $began) / 60; print (left > 0 ? left : 0)}"; }
 
 run_tests() {
     local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')")

@@ -2,11 +2,16 @@
 
 Command:
     python -m nsa.compare configs/compare/demo.yaml [key=value ...]   # goes on where it was interrupted
+    python -m nsa.compare CONFIG --minutes 8                          # stops after so long with exit code 75
     python -m nsa.compare report checkpoints/compare-demo             # the report again, from its results
+    python -m nsa.compare report checkpoints/compare-demo --pack OUT  # and results and report in few files
     python -m nsa.compare list                                        # methods and tasks
     python -m nsa.compare explain quest                               # what a method does, and what is counted
 
 `bash launch.sh compare CONFIG` trains the siblings that a configuration describes first.
+
+Exit codes: 0 done; 2 something to fix, said in one message; 75 stopped, and every finished cell is written: run the
+same command again.
 """
 
 import argparse
@@ -23,9 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", help="a comparison's YAML file; or list, explain, report")
     parser.add_argument("rest", nargs="*", metavar="key=value", help="overrides, or what to explain or report")
     parser.add_argument("--untrained", action="store_true", help="print how to train what is not trained yet, and stop")
+    parser.add_argument("--stages", action="store_true", help="print the stages that are not finished, and stop")
+    parser.add_argument("--minutes", type=float, help="stop before the cell that would begin after so long")
+    parser.add_argument("--pack", metavar="OUT", help="of report: also write the results in few files into this folder")
     options = parser.parse_intermixed_args(arguments)
 
     from nsa.evaluation.comparison import commands
+    from nsa.training.exit_codes import REQUEUE, USER
+    from nsa.training.signals import Stopped
 
     try:
         if options.what == "list":
@@ -34,17 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n\n".join(commands.explain(name) for name in options.rest or [""]))
         elif options.what == "report":
             for folder in options.rest or [""]:
-                commands.report(folder)
+                commands.report(folder, options.pack)
         elif options.untrained:
             for line in commands.untrained(options.what, options.rest):
                 print("\t".join(line))
-        else:
-            commands.compare(options.what, options.rest)
+        elif options.stages:
+            print("\n".join(commands.stages_left(options.what, options.rest)))
+        elif not commands.compare(options.what, options.rest, options.minutes):
+            print("the time is over, every finished cell is written: the same command goes on", file=sys.stderr)
+            return REQUEUE
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER
+    except Stopped as stop:
+        print(f"stopped ({stop.name}), every finished cell is written: the same command goes on", file=sys.stderr)
+        return stop.code
     return 0
 
 
 if __name__ == "__main__":
+    from nsa.training.signals import stop_at_once
+
+    stop_at_once()
     sys.exit(main())

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nsa.baselines.attention import attend
 from nsa.baselines.budget import Budget
+from nsa.baselines.importance.patterns import CANDIDATES, Pattern
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.methods.dense import Dense
 from nsa.baselines.methods.dual_chunk import dual_chunk_parts
-from nsa.baselines.methods.minference import CANDIDATES, MInference, Pattern
+from nsa.baselines.methods.minference import MInference
 from nsa.baselines.methods.qwen_1m import Qwen1M
 from nsa.baselines.plan import Plan, View
 from nsa.baselines.session import Session

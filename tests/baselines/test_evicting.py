@@ -1,5 +1,6 @@
 """Methods that evict, each against loops written from its paper, and what is theirs alone."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -107,7 +108,7 @@ def test_a_model_without_rotary_embedding_is_refused(name: str) -> None:
         run(made(name), given, prompt=20)
 
 
-# H2O and TOVA
+# H2O, TOVA and the norm of keys
 
 
 @pytest.mark.parametrize("normalise", [False, True], ids=["sums", "means"])
@@ -184,6 +185,25 @@ def test_tova_drops_what_the_last_query_looks_at_least() -> None:
         kept |= {(b, g): cache for g in range(GROUPS)}
     (mine,), session = run(made("tova"), given, prompt=PROMPT)
     assert stays(session) == kept
+    same(mine, outputs(given, lambda b, g, i: seen_by[b, g, i]))
+
+
+def test_key_norm_keeps_the_shortest_keys_of_each_head() -> None:
+    """Its own sequence of evictions: a token that went does not come back, however long the later keys are."""
+    given = inputs(TOKENS, layers=1)
+    _, k, _ = given.layers[0]
+    seen_by: dict[tuple[int, int, int], list[int]] = {}
+    kept: Kept = {}
+    for b, g in ((b, g) for b in range(2) for g in range(GROUPS)):
+        cache: list[int] = []
+        for i in range(TOKENS):
+            cache = [*cache, i]
+            seen_by[b, g, i] = cache
+            if i >= PROMPT - 1:
+                cache = best({j: -math.sqrt(sum(x * x for x in k[b, j, g].tolist())) for j in cache}, 15)
+        kept[b, g] = cache
+    (mine,), session = run(made("key_norm"), given, prompt=PROMPT)
+    assert stays(session) == kept and TOKENS - 1 not in kept[0, 0]
     same(mine, outputs(given, lambda b, g, i: seen_by[b, g, i]))
 
 

@@ -22,6 +22,11 @@ def kind() -> type[Method]:
     return module.LastOfPage  # type: ignore[no-any-return]
 
 
+def test_a_method_is_a_short_file() -> None:
+    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "nsa/baselines/methods").glob("*.py")}
+    assert len(lengths) > 25 and not {name: length for name, length in lengths.items() if length >= 100}
+
+
 @pytest.mark.parametrize(
     "identity",
     [

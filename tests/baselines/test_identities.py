@@ -16,6 +16,7 @@ from nsa.baselines.plan import Plan
 from nsa.ops.naive import masked_attention
 
 TOKENS, PROMPT = 88, 80
+BLIND = ("position", "none", "norm of the key")  # importance that looks at no query
 SPARSE = [method for method in METHODS if method is not Dense]
 by_name = pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.name)
 sparse_by_name = pytest.mark.parametrize("kind", SPARSE, ids=lambda kind: kind.name)
@@ -208,8 +209,8 @@ def test_ties_go_the_same_way_each_time(kind: type[Method]) -> None:
 @sparse_by_name
 def test_a_needle_is_found(kind: type[Method]) -> None:
     """A key that the last queries of the prompt and all later ones point to is attended to at a small budget."""
-    if kind.axes.importance in ("position", "none"):
-        pytest.skip("looks at no content")
+    if kind.axes.importance in BLIND:
+        pytest.skip("looks at no query")
     given, needle = inputs(TOKENS, scale=1.0, layers=3 if kind.alone else 1), 30
     answers = []
     for q, k, v in given.layers:
@@ -220,6 +221,20 @@ def test_a_needle_is_found(kind: type[Method]) -> None:
     method = half(kind, 64 if kind.axes.allocation.startswith("per layer") else 16)
     for out, answer in zip(run(method, given, prompt=PROMPT)[0], answers, strict=True):
         torch.testing.assert_close(out[:, -1], answer, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [m for m in SPARSE if m.axes.importance in BLIND], ids=lambda kind: kind.name)
+def test_what_looks_at_no_query_chooses_the_same_for_any(kind: type[Method]) -> None:
+    given, other = inputs(TOKENS), inputs(TOKENS)
+    for (q, _, _), (noise, _, _) in zip(other.layers, inputs(TOKENS, seed=1).layers, strict=True):
+        q[:] = noise
+    one, two = (Spy(half(kind), len(x.layers), turn=x.turn) for x in (given, other))
+    run_in(one, given)
+    run_in(two, other)
+    for (view, plan), (again, same) in zip(one.seen, two.seen, strict=True):
+        rows = torch.arange(view.q.shape[1])
+        assert torch.equal(view.positions, again.positions)
+        assert torch.equal(kept(view, plan, rows), kept(again, same, rows))
 
 
 @sparse_by_name

@@ -9,8 +9,9 @@ from sessions import GROUPS, HEADS, inputs, run
 from views import mask_of, view_of
 
 from nsa.baselines import Budget, Session
+from nsa.baselines.importance.patterns import CANDIDATES
 from nsa.baselines.methods.block_sparse import BlockSparse
-from nsa.baselines.methods.minference import CANDIDATES, MInference
+from nsa.baselines.methods.minference import MInference
 from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.search import Calibration, best_patterns, found
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The export's tests under the oldest and the newest release of transformers that pyproject.toml allows:
+# What meets transformers (exports, imports, methods on its models) under the oldest and the newest release that
+# pyproject.toml allows:
 #
 #     bash tests/export/both_ends.sh [PYTEST ARGUMENTS]
 #
@@ -21,7 +22,8 @@ for wanted in "transformers==${oldest%%,*}" "$range"; do
     .venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/below.pth"
     "$environment/bin/pip" install --quiet --no-cache-dir --upgrade "$wanted"
     "$environment/bin/python" -c 'import transformers; print("== transformers", transformers.__version__)'
-    HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 "$environment/bin/python" -m pytest --numprocesses 2 --quiet tests/export "$@" ||
+    HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 "$environment/bin/python" -m pytest --numprocesses 2 --quiet \
+        tests/export tests/importing tests/evaluation/test_hugging_face.py tests/evaluation/comparison/test_runner.py "$@" ||
         status=1
 done
 exit "$status"

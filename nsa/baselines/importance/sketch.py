@@ -61,3 +61,21 @@ def step(kept: dict[str, Any], rows: Tensor, scale: float, power: float, normali
     grown = pad(old, (0, keys.shape[2] - old.shape[3], 0, keys.shape[2] - old.shape[2]))
     kept["walk"] = grown.scatter(2, index.expand(made.shape), made.nan_to_num(0.0))
     return kept["walk"]
+
+
+def reached(
+    shared: dict[str, Any], walk: Tensor, rows: Tensor, layer: int, direct: float, normalise: bool
+) -> tuple[Tensor, bool]:
+    """Rows of the walk through all layers so far, (B, N, R, U), and whether there were layers before this one.
+
+    ``shared``: has them of the layer before, and gets this one's. ``walk``: (B, N, U, U), the layer's own step.
+    ``direct``: the share of its own rows beside the product. Without ``normalise`` the rows of the product are scaled.
+    """
+    chained = shared.get("layer", layer) < layer
+    reach = walk.gather(2, rows[:, None, :, None].expand(-1, walk.shape[1], -1, walk.shape[3]))
+    if chained:
+        reach = direct * reach + (1 - direct) * (shared["reach"] @ walk)
+    if not normalise:
+        reach = reach / reach.amax(-1, keepdim=True).clamp(min=1e-300)
+    shared["layer"], shared["reach"] = layer, reach
+    return reach, chained

@@ -11,6 +11,7 @@ from nsa.baselines.methods.dual_chunk import DualChunk
 from nsa.baselines.methods.flexprefill import FlexPrefill
 from nsa.baselines.methods.flexprefill_released import FlexPrefillReleased
 from nsa.baselines.methods.h2o import H2O
+from nsa.baselines.methods.key_norm import KeyNorm
 from nsa.baselines.methods.lm_infinite import LMInfinite
 from nsa.baselines.methods.minference import MInference
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
@@ -43,6 +44,7 @@ METHODS: tuple[type[Method], ...] = (
     LMInfinite,
     H2O,
     Tova,
+    KeyNorm,
     SnapKV,
     AdaSnapKV,
     AdaSnapKVSafeguard,

@@ -6,15 +6,9 @@ import torch
 from torch import Tensor
 
 from nsa.baselines.choose import cover, top
-from nsa.baselines.importance.blocks import num_blocks, of_tokens, pooled, pooled_attention, summed
-from nsa.baselines.importance.lines import (
-    column_mass,
-    diagonal_mass,
-    estimate_of,
-    last_rows,
-    lines,
-    probabilities,
-)
+from nsa.baselines.importance.agreement import divergence, mean_query_attention
+from nsa.baselines.importance.blocks import of_tokens, pooled_attention
+from nsa.baselines.importance.lines import column_mass, diagonal_mass, estimate_of, last_rows, lines, probabilities
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
 
@@ -67,7 +61,8 @@ class FlexPrefill(Method):
         columns, diagonals = column_mass(attention), diagonal_mass(attention)
         blocks, there = pooled_attention(view, self.block)
         blocks = view.per_group(blocks).mean(2)
-        distance = self.divergence(view, rows, view.per_group(self.by_means(view, rows)).mean(2), columns)
+        by_means = view.per_group(mean_query_attention(view, rows, self.block)).mean(2)
+        distance = divergence(view, rows, by_means, columns, self.block)
         aware = (distance < self.tau)[..., None, None]
 
         some = (cover(x, self.gamma) | top(x, self.min_budget) for x in (columns, diagonals))
@@ -78,24 +73,6 @@ class FlexPrefill(Method):
         keep |= torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
         mask = torch.where(aware, of_tokens(view, keep, self.block), lines(view, on_columns, on_diagonals))
         return Plan.of(mask, self.cost(view, rows, there, aware))
-
-    def by_means(self, view: View, rows: Tensor) -> Tensor:
-        """(B, H, U): attention of the mean of the last queries to the means of blocks of keys."""
-        blocks = num_blocks(view, self.block)
-        keys, counts = pooled(view.k, view.positions, self.block, blocks)
-        real = (view.query_positions[:, rows] >= 0).float()
-        query = torch.einsum("brhd,br->bhd", view.q[:, rows].float(), real / real.sum(1, keepdim=True).clamp(min=1))
-        scores = torch.einsum("bhd,bhud->bhu", query, view.per_head(keys)) * view.scale
-        return probabilities(scores.masked_fill(view.per_head(counts) == 0, -torch.inf))
-
-    def divergence(self, view: View, rows: Tensor, means: Tensor, columns: Tensor) -> Tensor:
-        """(B, N): square root of the Jensen-Shannon divergence of ``means`` (B, N, U) and of true mass (B, N, S)."""
-        positions = view.positions[..., :1].expand(-1, -1, columns.shape[1])
-        true = summed(columns.transpose(1, 2), positions, self.block, means.shape[-1])
-        true = true / (view.query_positions[:, rows] >= 0).sum(1).clamp(min=1)[:, None, None]
-        middle = (means + true) / 2
-        parts = (torch.xlogy(p, p / middle.clamp(min=1e-38)).sum(-1) / 2 for p in (means, true))
-        return sum(parts, torch.zeros_like(means[..., 0])).clamp(min=0).sqrt()
 
     def cost(self, view: View, rows: Tensor, there: Tensor, aware: Tensor) -> Estimate:
         """The last queries', their mean's and, in heads that take blocks, the block means' products."""

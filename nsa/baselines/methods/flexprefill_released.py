@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.baselines.choose import top
+from nsa.baselines.importance.agreement import divergence, mean_query_attention
 from nsa.baselines.importance.blocks import num_blocks, of_tokens, pooled_attention, summed
 from nsa.baselines.importance.lines import column_mass, diagonal_mass, last_rows, probabilities
 from nsa.baselines.method import State
@@ -35,7 +36,8 @@ class FlexPrefillReleased(FlexPrefill):
         rows, blocks = last_rows(view, self.block), num_blocks(view, self.block)
         attention = probabilities(view.scores(rows))
         columns, diagonals = column_mass(attention), diagonal_mass(attention)
-        aware = self.divergence(view, rows, self.by_means(view, rows), columns) < self.tau
+        by_means = mean_query_attention(view, rows, self.block)
+        aware = divergence(view, rows, by_means, columns, self.block) < self.tau
         gamma = self.gamma * (view.query_positions[:, rows] >= 0).sum(1)[:, None, None]
         least = -(-self.min_budget // self.block)
 

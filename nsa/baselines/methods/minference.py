@@ -5,19 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from nsa.baselines.importance.lines import lines, of_heads
+from nsa.baselines.importance.patterns import Pattern, checked
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.methods.block_sparse import BlockSparse
 from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.plan import Estimate, Plan, View
-
-# Kind, columns, diagonals. With "block_sparse" the numbers have no meaning.
-Pattern = tuple[str, int, int]
-# The candidates of the release. Only the proportion of columns to diagonals counts: all spend the same budget.
-CANDIDATES: tuple[Pattern, ...] = (
-    *(("vertical_slash", v, s) for v, s in ((30, 800), (100, 800), (100, 750), (500, 700), (3500, 100), (1000, 4096))),
-    ("a_shape", 100, 800),
-    ("block_sparse", 0, 0),
-)
 
 
 class _AShape(VerticalSlash):
@@ -63,14 +55,7 @@ class MInference(Method):
     small = {"num_queries": 16, "sinks": 1, "near": 1, "block": 8}  # noqa: RUF012 - never changed
 
     def __post_init__(self) -> None:
-        # From a file of settings they come as lists.
-        patterns = tuple(tuple((str(k), int(v), int(s)) for k, v, s in layer) for layer in self.patterns)
-        object.__setattr__(self, "patterns", patterns)
-        for kind, columns, diagonals in {pattern for layer in patterns for pattern in layer}:
-            if kind not in ("vertical_slash", "a_shape", "block_sparse"):
-                raise ValueError(f"a pattern is vertical_slash, a_shape or block_sparse, not {kind!r}")
-            if kind != "block_sparse" and min(columns, diagonals) < 1:
-                raise ValueError(f"{kind} needs at least one column and one diagonal, got {columns} and {diagonals}")
+        object.__setattr__(self, "patterns", checked(self.patterns))
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         batch, keys, groups, _ = view.k.shape

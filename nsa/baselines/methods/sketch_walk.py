@@ -6,7 +6,7 @@ import torch
 
 from nsa.baselines.choose import top
 from nsa.baselines.importance.blocks import num_blocks, of_tokens
-from nsa.baselines.importance.sketch import grow, hadamard_sketch, step
+from nsa.baselines.importance.sketch import grow, hadamard_sketch, reached, step
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
 
@@ -66,13 +66,7 @@ class SketchWalk(Method):
         matrix = hadamard_sketch(view.k.shape[3], self.sketch, self.seed).to(rows.device)
         grow(state.rest, view, rows, self.block, blocks, heads, matrix)
         walk = step(state.rest, rows, view.scale, self.power, self.normalise)
-        shared, chained = state.shared, state.shared.get("layer", view.layer) < view.layer
-        reach = walk.gather(2, rows[:, None, :, None].expand(-1, walk.shape[1], -1, blocks))
-        if chained:
-            reach = self.direct * reach + (1 - self.direct) * (shared["reach"] @ walk)
-        if not self.normalise:
-            reach = reach / reach.amax(-1, keepdim=True).clamp(min=1e-300)
-        shared["layer"], shared["reach"] = view.layer, reach
+        reach, chained = reached(state.shared, walk, rows, view.layer, self.direct, self.normalise)
 
         number, width = torch.arange(blocks, device=rows.device), view.k.shape[3] + view.v.shape[3]
         forced, later = (number == rows[..., None]) | (number == 0), number > rows[..., None]

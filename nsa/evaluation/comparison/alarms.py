@@ -149,6 +149,34 @@ def sparse_path_did_not_run(table: Table) -> Iterator[Finding]:
             yield Finding(f"{cell.id}: nothing was attended to: the selection is empty.")
 
 
+def reads_what_is_left_out(table: Table) -> Iterator[Finding]:
+    """The model must not notice other values under what a plan leaves out, and must notice them under what it keeps."""
+    arms: dict[str, list[Cell]] = {}
+    for cell in _cells(table):
+        if not cell.dense and cell.method != OWN and cell.budget != 1:
+            arms.setdefault(cell.arm, []).append(cell)
+    unknown: set[str] = set()
+    for arm, cells in arms.items():
+        seen = [cell for cell in cells if "changes" in cell.figures]
+        if not seen:
+            unknown.add(arm)
+        for cell in seen:
+            for phase, (left_out, attended) in cell.figures["changes"].items():
+                where = "the prompt" if phase == "prefill" else "decoding"
+                if left_out > 0:
+                    yield Finding(
+                        f"{cell.id}: values that its plans leave out change a logit by {left_out:.2g} in {where}: more "
+                        "is read than is counted."
+                    )
+                if attended == 0:
+                    yield Finding(
+                        f"{cell.id}: values that its plans attend to change no logit in {where}: the model's answers "
+                        "come from elsewhere."
+                    )
+    if unknown:
+        yield Finding(f"Nothing was left out, or nobody looked: {', '.join(sorted(unknown))}.", rings=False)
+
+
 def hidden_dense_layers(table: Table) -> Iterator[Finding]:
     """Layers that stay dense while the budget is quoted for the others."""
     unknown: set[str] = set()
@@ -190,6 +218,7 @@ ALARMS = (
     Alarm("not exactly one BOS", "A prompt has no token that begins a sequence, or several.", not_one_bos),
     Alarm("unparsable answers", "More than 5 % of a cell's answers could not be parsed.", unparsable),
     Alarm("the sparse path did not run", "A layer or phase that should be sparse was dense.", sparse_path_did_not_run),
+    Alarm("reads what its plan leaves out", "Values that are not attended to change a logit.", reads_what_is_left_out),
     Alarm("dense layers undisclosed", "A layer is dense, and the results do not say so.", hidden_dense_layers),
     Alarm("counted budget off the nominal one", "Counted reads differ from the budget by over 2 %.", off_budget),
 )  # fmt: skip

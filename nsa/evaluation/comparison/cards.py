@@ -126,10 +126,13 @@ def _trained_against_post_hoc(table: Table) -> Answer:
         own = [p for p in table.informative(table.points) if p.label == arm]
         rivals: dict[str, Pairs] = {}
         for p in own:
+            base = table.base(p)
             for q in table.points:
                 c = q.cell
-                post_hoc = c.trained == DENSE and not (
-                    c.dense or c.method in (OWN, RANDOM) or c.method.startswith("oracle")
+                post_hoc = (
+                    base is not None
+                    and c.model == base.cell.model
+                    and not (c.dense or c.method in (OWN, RANDOM) or c.method.startswith("oracle"))
                 )
                 same = (c.task, c.length, c.question_aware) == (p.cell.task, p.cell.length, p.cell.question_aware)
                 if post_hoc and same and c.axis == p.cell.axis and 1 / NEAR <= q.cost / p.cost <= NEAR:
@@ -181,6 +184,38 @@ def _own_on(task: tuple[str, ...], kind: str, margin: float = 0.0) -> Callable[[
         return contrast([(p, base) for p in points if (base := table.base(p)) is not None], margin)
 
     return measure
+
+
+def _dense_again(table: Table) -> Answer:
+    """Each sibling that was trained sparse: as it was trained, against the same weights attending to all."""
+    answers = []
+    for model in sorted({p.cell.model for p in table.points if p.cell.trained != DENSE}):
+        mine = [p for p in table.informative(table.points) if p.cell.model == model]
+        places = {(p.cell.task, p.cell.length, p.cell.question_aware): p for p in mine if p.cell.dense}
+        pairs = [
+            (p, places[key])
+            for p in mine
+            if p.cell.method == OWN and (key := (p.cell.task, p.cell.length, p.cell.question_aware)) in places
+        ]
+        if pairs:
+            answers.append((f"{model} as trained minus dense", contrast(pairs, MARGIN)))
+    return _all(answers) if answers else ("", ABSENT)
+
+
+def _oracle(table: Table) -> Answer:
+    """Oracle top-k at a sixteenth, against dense."""
+    points = table.select(lambda c: c.trained == DENSE and c.method == "oracle_topk" and c.budget == 1 / 16)
+    return contrast([(p, base) for p in table.informative(points) if (base := table.base(p)) is not None], MARGIN)
+
+
+def at_most(budget: float, *names: str) -> Callable[[Cell], bool]:
+    """Methods at this budget or a smaller one."""
+    return lambda cell: cell.method in names and cell.budget is not None and cell.budget <= budget
+
+
+def _forgetting(table: Table) -> Answer:
+    rivals = ("snapkv", "streaming_llm")
+    return _all([(f"quest minus {name}", between(table, method("quest"), at_most(1 / 8, name))) for name in rivals])
 
 
 def _absent(table: Table) -> Answer:
@@ -241,6 +276,30 @@ CARDS = (
         "Routing Absorption, arXiv 2603.02227",
         "the other half: on recall, informed methods minus random; agrees if perplexity alone is no evidence",
         _random,
+    ),
+    Card(
+        "On recall a random choice is no choice, however near it is in perplexity",
+        "Routing Absorption, arXiv 2603.02227, and what it does not measure",
+        "oracle top-k minus random at an eighth or less, on recall; agrees above 50 points",
+        lambda table: between(table, at_most(1 / 8, "oracle_topk"), method(RANDOM), RECALL, margin=-0.5),
+    ),
+    Card(
+        "The loss is the estimator's: the right keys at a sixteenth are enough",
+        "arXiv 2606.07703: an oracle stays within a point of dense up to 100K",
+        "oracle top-k at 1/16 minus dense; agrees if it loses less than 2 points",
+        _oracle,
+    ),
+    Card(
+        "A model that was trained sparse gains nothing by attending to all",
+        "SSA, arXiv 2511.20102: NSA's perplexity is 16.02 sparse and 16.68 in full",
+        "each such sibling as trained minus the same with nothing left out; agrees if it loses less than 2 points",
+        _dense_again,
+    ),
+    Card(
+        "What forgets loses what later queries need; what reads less does not",
+        "Quest, arXiv 2406.10774",
+        "Quest minus SnapKV and minus StreamingLLM at an eighth or less, questions after the prompt was thinned out",
+        _forgetting,
     ),
     Card(
         "DMS at a compression of 4 is about as good as dense after a few hundred steps",

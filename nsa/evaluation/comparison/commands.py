@@ -1,9 +1,13 @@
 """What `python -m nsa.compare` does."""
 
+import fcntl
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,14 +17,15 @@ from tqdm import tqdm
 
 from nsa.baselines import METHODS, method_named
 from nsa.data.tasks import TASKS
-from nsa.evaluation.comparison.config import ComparisonConfig, load, training_of
-from nsa.evaluation.comparison.folder import ResultsFolder
-from nsa.evaluation.comparison.models import Opened, open_model
+from nsa.evaluation.comparison import packed
+from nsa.evaluation.comparison.config import ComparisonConfig, Training, load, trainings_of
+from nsa.evaluation.comparison.folder import MANIFEST, Manifest, ResultsFolder, read_manifest, read_results
+from nsa.evaluation.comparison.identity import code_digest
+from nsa.evaluation.comparison.models import candidate_of
 from nsa.evaluation.comparison.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
-from nsa.evaluation.comparison.runner import Comparison, manifest_of
+from nsa.evaluation.comparison.runner import Comparison, TimeUpError
 from nsa.exporting.folder import CONFIG
-from nsa.schema import shell_path
 
 
 def listing() -> str:
@@ -63,57 +68,154 @@ def _prompt(kind: type) -> str:
     return f"{causal}; {'may' if kind.chunkable else 'must not'} come in chunks"  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a configuration asks for next: its stage, from 0, the configuration up to there, and the trainings."""
+
+    stage: int
+    config: ComparisonConfig
+    trainings: list[Training]
+    whole: ComparisonConfig
+
+    @property
+    def left(self) -> list[str]:
+        """Names of the stages from this one on."""
+        return [stage.name for stage in self.whole.stages[self.stage :]]
+
+    def folder(self, comparison: Comparison) -> ResultsFolder:
+        """Begun, or gone on with. Raises ResultsError if it holds something else."""
+        manifest = Manifest(
+            config=self.whole.model_dump(mode="json"),
+            code=code_digest(),
+            commit=_commit(),
+            versions=_versions(),
+            hardware=_hardware(),
+            planned=comparison.most,
+            stage=self.stage,
+            started=_now(),
+        )
+        return ResultsFolder(self.whole.folder, manifest)
+
+    def comparison(self, device: str = "cpu") -> Comparison:
+        candidates = [candidate_of(training) for training in self.trainings if training.sibling.compared]
+        return Comparison(self.config, candidates, lambda text: tqdm.write(text, file=sys.stderr), device)
+
+
+def work_of(path: str, overrides: list[str]) -> Work:
+    """What is to be done next: the first stage that is not finished, or the last one."""
+    whole = load(path, overrides)
+    stage = 0
+    if (whole.folder / MANIFEST).is_file():
+        there = read_manifest(whole.folder)
+        stage = there.stage + (there.finished is not None)
+    stage = max(0, min(stage, len(whole.stages) - 1))
+    config = whole.up_to(stage)
+    return Work(stage, config, trainings_of(config, path), whole)
+
+
+def stages_left(path: str, overrides: list[str]) -> list[str]:
+    """Names of the stages that are not finished; the last one if all are."""
+    return work_of(path, overrides).left
+
+
 def untrained(path: str, overrides: list[str]) -> Iterator[list[str]]:
-    """For each sibling that has no export yet: its run folder, and the arguments of `nsa.train`."""
-    config = load(path, overrides)
-    for sibling in config.siblings:
-        if sibling.config is not None:
-            arguments, run = training_of(config, sibling, path)
-            if not (run / "export" / CONFIG).is_file():
-                yield [str(run), *arguments]
+    """For each training that has no export yet: its run folder, and the arguments of `nsa.train`.
+
+    Raises:
+        ResultsError: the results folder is of other code or another configuration. It is begun here, so that trainings
+            and answers are of one code.
+    """
+    work = work_of(path, overrides)
+    todo = [t for t in work.trainings if t.arguments is not None and not (t.export / CONFIG).is_file()]
+    if todo:
+        work.folder(work.comparison())
+    for training in todo:
+        yield [str(training.run), *(training.arguments or [])]
 
 
-def compare(path: str, overrides: list[str]) -> None:
-    """Run a comparison and write its report; goes on where it was interrupted.
+def compare(path: str, overrides: list[str], minutes: float | None = None) -> bool:
+    """Run the next stage of a comparison and write its report; goes on where it was interrupted.
+
+    Args:
+        minutes: stop before the cell that would begin after so long; None: when all is done.
+
+    Returns:
+        Whether the stage is done.
 
     Raises:
         ValueError: a mistake in the configuration, or a model that is not there.
     """
-    config = load(path, overrides)
-    models = [open_model(s.name, _folder(config, s, path)) for s in config.siblings if s.compared]
-    for model in models:
-        if (longest := max(config.lengths)) > model.reaches:
-            raise ValueError(f"{model.name} reaches {model.reaches} tokens, lengths ask for {longest}")
-    comparison = Comparison(config, models, lambda text: tqdm.write(text, file=sys.stderr))
-    planned = len(list(comparison.arms())) * len(comparison.blocks())
-    folder = ResultsFolder(config.folder, manifest_of(config, planned, _commit(), _versions(), _hardware()))
-    with tqdm(total=planned, unit="cell", desc=config.name, mininterval=1 if sys.stderr.isatty() else 30) as bar:
-        comparison.run(folder, lambda cells: bar.update(cells))
-    folder.finish(datetime.now(UTC).isoformat(timespec="seconds"))
-    report(config.folder)
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    work = work_of(path, overrides)
+    for training in work.trainings:
+        if training.arguments is not None and training.sibling.compared and not (training.export / CONFIG).is_file():
+            raise ValueError(
+                f"sibling {training.sibling.name} is not trained yet: bash launch.sh compare {path}; or python -m "
+                f"nsa.train {' '.join(training.arguments)}, then python -m nsa.export {training.run}"
+            )
+    comparison = work.comparison("cuda" if torch.cuda.is_available() else "cpu")
+    with alone_in(work.whole.folder):
+        folder = work.folder(comparison)
+        seldom = 1 if sys.stderr.isatty() else 30
+        with tqdm(total=comparison.most, unit="cell", desc=work.whole.name, mininterval=seldom) as bar:
+            try:
+                comparison.run(folder, bar.update, lambda: end is not None and time.monotonic() >= end)
+            except TimeUpError:
+                return False
+            except torch.OutOfMemoryError as error:
+                tokens = work.whole.batch_tokens
+                raise ValueError(f"out of memory: read less at once, batch_tokens={tokens // 2} ({error})") from None
+        folder.finish(_now())
+        report(work.whole.folder)
+    if len(work.left) > 1:
+        print(f"stage {work.left[0]} is done; the same command goes on with {work.left[1]}")
+    return True
 
 
-def report(folder: str | Path) -> None:
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within: no other process answers into this folder. A process that is killed gives it free.
+
+    Raises:
+        ResultsError: another one does.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResultsError(f"another process writes into {folder}: wait for its end, or stop it") from None
+        yield
+
+
+def report(folder: str | Path, pack_into: str | None = None) -> None:
     """Write the report of finished results beside them, and say where.
+
+    Args:
+        folder: of results. pack_into: another folder, which gets the results in few files, and the report.
 
     Raises:
         ResultsError: the folder is no finished comparison; the message says what to do.
     """
     if not str(folder):
         raise ResultsError("name a results folder: python -m nsa.compare report FOLDER")
+    if pack_into is not None:
+        pack(Path(folder), Path(pack_into))
+        folder = pack_into
     write_report(folder)
 
 
-def _folder(config: ComparisonConfig, sibling, path: str) -> Path:  # type: ignore[no-untyped-def]
-    if sibling.export is not None:
-        return Path(shell_path(sibling.export))
-    arguments, run = training_of(config, sibling, path)
-    if not (run / "export" / CONFIG).is_file():
-        raise ValueError(
-            f"sibling {sibling.name} is not trained yet: bash launch.sh compare {path}; or python -m nsa.train "
-            f"{' '.join(arguments)}, then python -m nsa.export {run}"
-        )
-    return run / "export"
+def pack(folder: Path, out: Path) -> None:
+    """Write finished results in few files into another folder.
+
+    Raises:
+        ResultsError: the results are not finished, or the other folder is not there to be written.
+    """
+    results = read_results(folder)
+    if out.resolve() == folder.resolve():
+        raise ResultsError(f"{out} holds the results themselves: name another folder to pack them into")
+    heads = {name: {"origin": results.manifest.origin, "made": made} for name, made in results.made.items()}
+    packed.write({cell.id: cell for cell in results.cells}, heads, folder, out)
 
 
 def _commit() -> str:
@@ -127,6 +229,10 @@ def _commit() -> str:
     return (commit or "unknown") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -135,4 +241,4 @@ def _hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
 
 
-__all__ = ["Opened", "compare", "explain", "listing", "report", "untrained"]
+__all__ = ["compare", "explain", "listing", "pack", "report", "stages_left", "untrained", "work_of"]

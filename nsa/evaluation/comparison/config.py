@@ -1,7 +1,7 @@
 """The configuration of a comparison: siblings, methods, budgets, tasks."""
 
 import difflib
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +23,31 @@ class SiblingConfig(Section):
         None, description="a training configuration, if it is trained for this comparison; relative to this file"
     )
     overrides: list[str] = Field(default=[], description="key=value, of that configuration")
+    seeds: list[int] = Field(
+        default=[],
+        description="it is trained once with each; {seed} in export and overrides stands for them. Empty: one training",
+    )
     compared: bool = Field(True, description="false: it is trained only, since others start from it")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SiblingConfig":
         if (self.export is None) == (self.config is None):
             raise ValueError(f"sibling {self.name} needs either export (a folder) or config (to train it)")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"sibling {self.name} has a seed twice")
+        if self.export is not None and len({self.export.replace("{seed}", str(s)) for s in self.seeds}) < len(
+            self.seeds
+        ):
+            raise ValueError(f"sibling {self.name} has seeds, so its export needs {{seed}} in the folder's name")
         return self
+
+
+class StageConfig(Section):
+    """A part of a comparison that has a report of its own. It adds to those before it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="in messages")
+    siblings: list[str] = Field(default=[], description="names of siblings that take part from here on")
+    methods: list[str] = Field(default=[], description="methods, as in the tables, that take part from here on")
 
 
 class MethodConfig(Section):
@@ -69,7 +87,10 @@ class MethodConfig(Section):
 
 
 class ComparisonConfig(Section):
-    """Which models, put through which methods at which budgets, on which tasks."""
+    """Which models, put through which methods at which budgets, on which tasks.
+
+    The lists of siblings, methods and stages may grow when there are results already: no cell depends on them.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the results folder")
     output_dir: str = Field("checkpoints", description="where the results folder is made")
@@ -86,6 +107,7 @@ class ComparisonConfig(Section):
     tasks: list[str] = Field(min_length=1, description="as `python -m nsa.compare list` shows")
     lengths: list[int] = Field(min_length=1, description="tokens of a sample, its questions and answers included")
     samples: int = Field(32, ge=1, description="samples per task and length; all arms answer the same")
+    queries: int | None = Field(None, ge=1, description="questions of a sample that are asked at most; null: all")
     question: list[Literal["after", "before"]] = Field(
         default=["after"],
         min_length=1,
@@ -95,8 +117,15 @@ class ComparisonConfig(Section):
     batch_tokens: int = Field(16384, ge=1, description="tokens of prompts that are read at once")
     calibration_samples: int = Field(2, ge=1, description="samples by which a method's threshold is fitted to a budget")
     dense_layers: list[int] = Field(default=[], description="layers that stay dense in all methods, disclosed")
-    watch: bool = Field(True, description="measure the mass that is kept, and that of the first tokens")
-    margin: float = Field(0.02, gt=0, lt=1, description="a method may lose this much and is still not inferior")
+    watch: bool = Field(
+        True, description="look inside: the mass that is kept, that of the first tokens, reads that no plan has"
+    )
+    floor: float = Field(
+        0.0, ge=0, le=1, description="methods are asked only where dense reaches this score; 0: everywhere"
+    )
+    stages: list[StageConfig] = Field(
+        default=[], description="the order of the work, with a report after each; empty: all at once"
+    )
     seed: int = Field(0, ge=0, description="of the samples")
 
     @field_validator("methods", mode="before")
@@ -141,7 +170,25 @@ class ComparisonConfig(Section):
                 raise ValueError(f"two budgets are the same at {length} tokens: leave one out")
         if not any(sibling.compared for sibling in self.siblings):
             raise ValueError("no sibling is compared")
+        if self.stages:
+            _all_once("sibling", names, [name for stage in self.stages for name in stage.siblings])
+            labels = [method.label for method in self.methods]
+            _all_once("method", labels, [label for stage in self.stages for label in stage.methods])
         return self
+
+    def up_to(self, stage: int) -> "ComparisonConfig":
+        """With the siblings and methods of the stages up to this one, from 0, in the order of the stages."""
+        if not self.stages:
+            return self
+        siblings = {sibling.name: sibling for sibling in self.siblings}
+        methods = {method.label: method for method in self.methods}
+        parts = self.stages[: stage + 1]
+        return self.model_copy(
+            update={
+                "siblings": [siblings[name] for part in parts for name in part.siblings],
+                "methods": [methods[label] for part in parts for label in part.methods],
+            }
+        )
 
     @property
     def folder(self) -> Path:
@@ -171,12 +218,49 @@ def load(path: str | Path, overrides: list[str] | None = None) -> ComparisonConf
     return strict_yaml.load(ComparisonConfig, path, overrides or [])
 
 
-def training_of(config: ComparisonConfig, sibling: SiblingConfig, path: str | Path) -> tuple[list[str], Path]:
-    """The arguments of `nsa.train` for a sibling, and its run folder. ``path``: of the comparison's file."""
-    assert sibling.config is not None
+def _all_once(what: str, there: list[str], named: list[str]) -> None:
+    """Raises ValueError unless the stages name each of ``there`` once."""
+    for name in named:
+        if name not in there:
+            near = difflib.get_close_matches(name, there, 1)
+            raise ValueError(f"stages: there is no {what} {name}" + (f": did you mean {near[0]}?" if near else ""))
+    wrong = [name for name in there if named.count(name) != 1]
+    if wrong:
+        raise ValueError(f"stages: {what} {wrong[0]} must be in one stage, not in {named.count(wrong[0])}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a sibling, or its only export.
+
+    seed: None: the sibling has no list of them. export: its folder. arguments: of `nsa.train`; None: it is not trained
+    here. run: the folder of its run.
+    """
+
+    sibling: SiblingConfig
+    seed: int | None
+    export: Path
+    arguments: list[str] | None = None
+    run: Path | None = None
+
+
+def trainings_of(config: ComparisonConfig, path: str | Path) -> list[Training]:
+    """All trainings of all siblings, in order. ``path``: of the comparison's file."""
+    pairs = [(sibling, seed) for sibling in config.siblings for seed in (*sibling.seeds,) or (None,)]
+    return [_training(config, sibling, seed, Path(path)) for sibling, seed in pairs]
+
+
+def _training(config: ComparisonConfig, sibling: SiblingConfig, seed: int | None, path: Path) -> Training:
+    def filled(text: str) -> str:
+        return text if seed is None else text.replace("{seed}", str(seed))
+
+    if sibling.config is None:
+        return Training(sibling, seed, Path(shell_path(filled(sibling.export or ""))))
     training = Path(shell_path(sibling.config))
     if not training.is_absolute():
-        training = Path(path).parent / training
-    overrides = [f"name={config.name}-{sibling.name}", *sibling.overrides]
+        training = path.parent / training
+    name = f"{config.name}-{sibling.name}" + ("" if seed is None else f"-{seed}")
+    overrides = [f"name={name}", *([] if seed is None else [f"seed={seed}"]), *map(filled, sibling.overrides)]
     run = load_config(training, overrides)
-    return [str(training), *overrides], Path(run.output_dir) / run.name
+    folder = Path(run.output_dir) / run.name
+    return Training(sibling, seed, folder / "export", [str(training), *overrides], folder)

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa.baselines import Ledger, Method, Session
 from nsa.baselines.methods.dense import Dense
+from nsa.config import Config, load_config, load_saved
+from nsa.evaluation.comparison.config import Training
 from nsa.evaluation.comparison.decoding import DecoderReader, Reader, check, turn_of
 from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
 from nsa.exporting import load_decoder
@@ -48,11 +50,11 @@ class OpenedDecoder:
     name: str
     decoder: Decoder
     tokenizer: Any
-    train_seed: int
+    training: Config
 
     def __post_init__(self) -> None:
         config = self.decoder.config
-        self.trained = "+".join(dict.fromkeys(layer.kind.name for layer in self.decoder.layers))  # type: ignore[union-attr, misc]
+        self.trained, self.train_seed = trained_as(self.training), self.training.seed
         self.parameters = sum(p.numel() for p in self.decoder.parameters())
         self.num_layers, self.reaches = config.num_layers, config.max_position
         width = config.head_dim + config.attention_shape.v_head_dim
@@ -72,13 +74,14 @@ class OpenedDecoder:
 class OpenedTransformers:
     """A model of transformers, which is dense: see `Opened`."""
 
+    trained, train_seed = "dense", 0
+
     name: str
     model: Any
     tokenizer: Any
 
     def __post_init__(self) -> None:
         config = self.model.config
-        self.trained, self.train_seed = "dense", 0
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.num_layers, self.reaches = config.num_hidden_layers, config.max_position_embeddings
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -89,22 +92,68 @@ class OpenedTransformers:
         return TransformersReader(self.model, session)
 
 
-def open_model(name: str, folder: Path) -> Opened:
-    """Open an export of ours, or another Hugging Face folder.
+@dataclass(frozen=True)
+class Candidate:
+    """A training of a sibling, before it is opened.
+
+    seed: of the configuration's list; None: there is none. folder: its export. trained, train_seed: as in `Opened`.
+    """
+
+    name: str
+    seed: int | None
+    folder: Path
+    trained: str
+    train_seed: int
+
+    @property
+    def label(self) -> str:
+        """In messages."""
+        return self.name if self.seed is None else f"{self.name}#{self.seed}"
+
+
+def candidate_of(training: Training) -> Candidate:
+    """A training, whether it is done or not.
+
+    Raises:
+        ValueError: it is not done here, and there is no export and no Hugging Face folder.
+    """
+    name, seed, folder = training.sibling.name, training.seed, training.export
+    if (folder / CONFIG).is_file():
+        config = load_saved(folder / CONFIG)
+    elif training.arguments is not None:
+        config = load_config(training.arguments[0], training.arguments[1:])
+    elif (folder / "config.json").is_file():
+        return Candidate(name, seed, folder, OpenedTransformers.trained, seed or 0)
+    else:
+        raise ValueError(_neither(folder))
+    return Candidate(name, seed, folder, trained_as(config), config.seed if seed is None else seed)
+
+
+def _neither(folder: Path) -> str:
+    return f"{folder} is no export and no Hugging Face folder: it has no config.json"
+
+
+def trained_as(config: Config) -> str:
+    """The kinds of attention of a model, in the order of its layers."""
+    return "+".join(dict.fromkeys(kind.name for kind in config.attention.pattern(config.model.num_layers)))
+
+
+def open_model(name: str, folder: Path, device: torch.device | str = "cpu") -> Opened:
+    """Open an export of ours, or another Hugging Face folder, for answers that are computed on ``device``.
 
     Raises:
         ValueError: the folder is neither.
     """
     if (folder / CONFIG).is_file():
         decoder, config, tokenizer = load_decoder(folder)
-        return OpenedDecoder(name, decoder.eval().requires_grad_(False), tokenizer, config.seed)
+        return OpenedDecoder(name, decoder.eval().requires_grad_(False).to(device), tokenizer, config)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no export and no Hugging Face folder: it has no config.json")
+        raise ValueError(_neither(folder))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from error
-    opened = OpenedTransformers(name, model.eval().requires_grad_(False), theirs)
+    opened = OpenedTransformers(name, model.eval().requires_grad_(False).to(device), theirs)
     session_of(opened.model, Dense())  # refuses what methods cannot be put onto
     return opened

@@ -1,5 +1,6 @@
 """Writes the report of a comparison: report.html, which needs no other file, and report.md with figures/."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,11 +337,16 @@ def _provenance(results: Results) -> Section:
     m = results.manifest
     section = Section("Where this comes from")
     answers = sum(len(cell.score) for cell in results.cells)
+    made: Counter[tuple[str, str, str]] = Counter()
+    for of in results.made.values():
+        versions = ", ".join(f"{name} {version}" for name, version in sorted(of["versions"].items()))
+        made[of["commit"], of["hardware"], versions] += 1
     lines = [
-        ["commit", m.commit], ["configuration", f"digest {digest(m.config)[:12]}, whole in manifest.json"],
-        ["versions", ", ".join(f"{name} {version}" for name, version in sorted(m.versions.items()))],
-        ["hardware", m.hardware], ["began, ended", f"{m.started}, {m.finished}"],
-        ["cells, answers", f"{len(results.cells):,} and {answers:,}"],
+        ["code", f"fingerprint {m.code}"], ["configuration", f"digest {digest(m.config)[:12]}, whole in manifest.json"],
+        *([f"{number:,} cell{'s' * (number > 1)}", f"commit {commit}, {hardware}, {versions}"]
+          for (commit, hardware, versions), number in made.most_common()),
+        ["began, ended", f"{m.started}, {m.finished}"],
+        ["cells, answers", f"{len(results.cells):,} and {answers:,}; {len(results.left_out):,} left out"],
     ]  # fmt: skip
     section.parts.append(Grid(["", ""], lines))
     return section

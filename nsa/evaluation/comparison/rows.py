@@ -16,7 +16,7 @@ DENSE = "dense"  # the method that attends to all, and the kind of a sibling tha
 OWN = "own"  # the method of a sibling that runs as it was trained
 RANDOM = "random"  # the control that chooses without looking
 COUNTED = ("reads", "attended", "scored", "resident", "prefill")
-FIGURES = ("sink_mass", "kept_mass", "reads", "kv_bytes")
+FIGURES = ("sink_mass", "kept_mass", "reads", "kv_bytes", "changes")
 
 
 class ResultsError(ValueError):
@@ -89,7 +89,8 @@ class Cell(Shared):
     sample, query: (A,) int64. score: (A,) float64. parsed: (A,) bool. bos: (A,) int64, -1 where there is none to count.
     figures: what was seen inside the model, all optional (`FIGURES`): "sink_mass", a list over layers, attention on the
     first 4 tokens; "kept_mass", lists over layers of lists over KV heads, dense attention on what was kept; "reads",
-    a list over layers, shares of dense reads; "kv_bytes", bytes that a dense step of decoding reads at this length.
+    a list over layers, shares of dense reads; "kv_bytes", bytes that a dense step of decoding reads at this length;
+    "changes", see `nsa.evaluation.comparison.leaks.changes`, in one cell of each arm.
     """
 
     sample: NDArray[np.int64]

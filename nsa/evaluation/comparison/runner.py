@@ -1,24 +1,39 @@
 """Runs a comparison: every method on every sibling, at every budget, on the same samples; cell by cell."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import log
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from nsa.baselines import Budget, BudgetError, Ledger, Method
-from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
+from nsa.data.tasks import Sample, Task, UnavailableError, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.calibration import fit
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
 from nsa.evaluation.comparison.decoding import AttachError, Reader
-from nsa.evaluation.comparison.folder import Manifest, ResultsFolder
-from nsa.evaluation.comparison.models import Opened
-from nsa.evaluation.comparison.rows import DENSE, OWN, Row
+from nsa.evaluation.comparison.folder import ResultsFolder
+from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
+from nsa.evaluation.comparison.leaks import changes
+from nsa.evaluation.comparison.models import Candidate, Opened, open_model
+from nsa.evaluation.comparison.rows import DENSE, OWN, Cell, Row
+from nsa.exporting.folder import CONFIG
 
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 CALIBRATION = "calibration"  # the seed of samples that no result is measured on
+KEPT = 8  # lists of samples: those of one place of a sibling, and some
+DECIMALS = 5  # of figures: a folder of many cells stays small
+
+
+class TimeUpError(Exception):
+    """The time that was given is over; everything that was answered is written."""
+
+
+class NoSampleError(ValueError):
+    """A task has no samples of this length."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +43,36 @@ class Arm:
     choice: None: as it was trained. budget: as configured; None: there is none to set.
     """
 
-    model: Opened
+    model: Candidate
     choice: MethodConfig | None
     budget: float | int | None
 
     @property
     def label(self) -> str:
-        return f"{self.model.name}+{OWN if self.choice is None else self.choice.label}"
+        return f"{self.model.name}+{self._method}"
+
+    def is_full(self, length: int) -> bool:
+        return self.budget is not None and share_of(self.budget, length) == 1
+
+    @property
+    def told(self) -> str:
+        """The label for messages, with the seed."""
+        return f"{self.model.label}+{self._method}"
+
+    @property
+    def _method(self) -> str:
+        return OWN if self.choice is None else self.choice.label
+
+
+class Place(NamedTuple):
+    """What a cell is asked. aware: the question is in the prompt."""
+
+    task: str
+    length: int
+    aware: bool
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.length} {'aware' if self.aware else 'agnostic'}"
 
 
 @dataclass(frozen=True)
@@ -48,73 +86,193 @@ class Block:
 
 
 class Comparison:
-    """See `run`."""
+    """See `run`.
 
-    def __init__(self, config: ComparisonConfig, models: Sequence[Opened], say: Callable[[str], None]) -> None:
-        self.config, self.models, self.say = config, models, say
-        self.fitted: dict[tuple[Any, ...], float] = {}
+    Args:
+        candidates: the siblings. device: that answers are computed on. say: called with what is left out.
+    """
+
+    def __init__(
+        self,
+        config: ComparisonConfig,
+        candidates: Sequence[Candidate],
+        say: Callable[[str], None],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.candidates, self.say, self.device = config, candidates, say, device
+        self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
 
-    def arms(self) -> Iterator[Arm]:
-        """All, the controls first."""
+    def arms(self, model: Candidate, *, methods: bool) -> Iterator[Arm]:
+        """Of a sibling: with ``methods`` those that choose, controls first; without, dense and as it was trained."""
         choices = [MethodConfig(name=name) for name in CONTROLS]
         named = {c.label for c in self.config.methods}
         choices = [c for c in choices if c.label not in named] + list(self.config.methods)
-        for model in self.models:
-            if model.trained != DENSE:
-                yield Arm(model, None, None)
-            for choice in choices:
+        if not methods and model.trained != DENSE:
+            yield Arm(model, None, None)
+        for choice in choices:
+            if (choice.name != DENSE) == methods:
                 fixed = not choice.build(Budget(share=1.0)).phases or self._threshold(choice) in choice.settings
                 for budget in [None] if fixed else self.config.budgets:
                     yield Arm(model, choice, budget)
 
-    def blocks(self) -> list[tuple[str, int, bool]]:
-        """Task, length and whether the question is in the prompt."""
+    def places(self) -> list[Place]:
         return [
-            (task, length, question == "before")
+            Place(task, length, question == "before")
             for length in self.config.lengths
             for task in self.config.tasks
             for question in self.config.question
         ]
 
-    def run(self, folder: ResultsFolder, progress: Callable[[int], None]) -> None:
-        """Every cell that is not finished. ``progress``: called with the number of cells done."""
-        for arm in self.arms():
-            for name, length, aware in self.blocks():
-                share = None if arm.budget is None else share_of(arm.budget, length)
-                if not folder.has(arm.label, share, name, length, aware, arm.model.train_seed):
-                    try:
-                        self._cell(folder, arm, self._block(arm.model, name, length, aware))
-                    except (BudgetError, AttachError) as error:
-                        self._leave_out(
-                            folder,
-                            f"{arm.label}@{arm.budget} {name} {length} {'aware' if aware else 'agnostic'}",
-                            str(error),
-                        )
-                progress(1)
+    @property
+    def most(self) -> int:
+        """Cells, if dense reaches the floor everywhere."""
+        arms = sum(
+            1 for model in self.candidates for methods in (False, True) for _ in self.arms(model, methods=methods)
+        )
+        return arms * len(self.places())
 
-    def _block(self, model: Opened, name: str, length: int, aware: bool, *, calibrate: bool = False) -> Block:
-        task, seed = task_named(name), CALIBRATION if calibrate else f"comparison {self.config.seed}"
+    def run(self, folder: ResultsFolder, progress: Callable[[int], None], up: Callable[[], bool] = bool) -> None:
+        """Every cell that is not finished; cell by cell, so that an interruption changes no result.
+
+        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`).
+
+        Args:
+            progress: called with a number of cells that are done or left out. up: whether to stop before the next cell.
+
+        Raises:
+            TimeUpError: ``up`` said so.
+            ResultsError: the folder has answers of another training of a sibling.
+            ValueError: siblings that are compared would be asked different questions, or a length is too short for a
+                task; this is found before anything runs.
+        """
+        self._check_tokenizers()
+        self._check_lengths()
+        left, cells = folder.left_out(), 0
+        for methods in (False, True):
+            for model in self.candidates:
+                for place in self.places():
+                    arms = list(self.arms(model, methods=methods))
+                    if methods and (why := self._below(folder, model, place)):
+                        cells += 1
+                        self._leave_out(folder, left, f"methods on {model.label} {place}", why)
+                        progress(len(arms))
+                        continue
+                    cells += len(arms)
+                    for arm in arms:
+                        self._if_missing(folder, left, arm, place, up)
+                        progress(1)
+        folder.plan(cells)
+
+    def _check_tokenizers(self) -> None:
+        """Questions are made of tokens: seeds of a sibling must have one tokenizer, and so must it and what it is
+        compared with. Raises ValueError."""
+        tokenizers = {model: tokenizer_digest(model.folder) for model in self.candidates}
+        dense = {tokenizers[model]: model for model in reversed(self.candidates) if model.trained == DENSE}
+        first: dict[str, Candidate] = {}
+        for model, mine in tokenizers.items():
+            other = first.setdefault(model.name, model)
+            if tokenizers[other] == mine and (model.trained == DENSE or not dense or mine in dense):
+                continue
+            other = other if tokenizers[other] != mine else next(iter(dense.values()))
+            raise ValueError(
+                f"siblings {other.label} and {model.label} have different tokenizers, so they would be asked different "
+                "questions: train both with one (data.tokenizer.path)"
+            )
+
+    def _check_lengths(self) -> None:
+        """Raises ValueError if a length is too short for a task."""
+        for model in {tokenizer_digest(model.folder): model for model in reversed(self.candidates)}.values():
+            for place in self.places():
+                with suppress(UnavailableError):
+                    task_named(place.task).sample(self._opened(model).tokenizer, place.length, CALIBRATION, 0)
+
+    def _if_missing(
+        self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]
+    ) -> None:
+        what = f"{arm.told}@{arm.budget} {place}"
+        if what in left or self._has(folder, arm, place):
+            return
+        if up():
+            raise TimeUpError
+        try:
+            self._cell(folder, arm, self._block(arm.model, place))
+        except (BudgetError, AttachError, NoSampleError) as error:
+            self._leave_out(folder, left, what, str(error))
+
+    def _has(self, folder: ResultsFolder, arm: Arm, place: Place) -> bool:
+        share = None if arm.budget is None else share_of(arm.budget, place.length)
+        return folder.has(arm.label, share, *place, arm.model.train_seed)
+
+    def _below(self, folder: ResultsFolder, model: Candidate, place: Place) -> str | None:
+        """Why methods on a sibling need not be asked: its dense run is below the floor, by the mean over seeds.
+
+        Its dense run is its own, if it was trained dense, else that of the dense-trained sibling nearest in size.
+        """
+        if not self.config.floor:
+            return None
+
+        def dense(of: Candidate) -> Cell | None:
+            return folder.cell(f"{of.name}+{DENSE}", None, *place, of.train_seed)
+
+        mine = dense(model)
+        others = {of: cell for of in self.candidates if of.trained == DENSE and (cell := dense(of)) is not None}
+        if mine is None or not others:
+            return "dense was not measured"
+        size = mine.parameters
+        nearest = min(others, key=lambda of: (of.name != model.name, round(abs(log(others[of].parameters / size)), 6)))
+        mean = float(np.mean([cell.mean for of, cell in others.items() if of.name == nearest.name]))
+        return None if mean >= self.config.floor else f"dense reaches {mean:.3f}, below {self.config.floor:g}"
+
+    def _opened(self, model: Candidate) -> Opened:
+        if self._open is None or self._open[0] != model:
+            self._open = None  # before the next one is loaded
+            opened = open_model(model.name, model.folder, self.device)
+            if (longest := max(self.config.lengths)) > opened.reaches:
+                raise ValueError(f"{model.name} reaches {opened.reaches} tokens, lengths ask for {longest}")
+            self._open = model, opened, export_digest(model.folder), tokenizer_digest(model.folder)
+        return self._open[1]
+
+    def _block(self, model: Candidate, place: Place, *, calibrate: bool = False) -> Block:
+        tokenizer = self._opened(model).tokenizer
+        assert self._open is not None
+        task, seed = task_named(place.task), CALIBRATION if calibrate else f"comparison {self.config.seed}"
         count = self.config.calibration_samples if calibrate else self.config.samples
-        key = (id(model.tokenizer), name, length, seed)
+        key = (self._open[3], place.task, place.length, seed)
         if key not in self._samples:
-            self._samples[key] = [task.sample(model.tokenizer, length, seed, i) for i in range(count)]
-        return Block(task, length, aware, self._samples[key])
+            try:
+                samples = [self._limited(task.sample(tokenizer, place.length, seed, i)) for i in range(count)]
+            except ValueError as error:
+                raise NoSampleError(str(error)) from None
+            while len(self._samples) >= KEPT:
+                del self._samples[next(iter(self._samples))]
+            self._samples[key] = samples
+        return Block(task, place.length, place.aware, self._samples[key])
+
+    def _limited(self, sample: Sample) -> Sample:
+        """With as many questions as are asked, spread over all of the sample's."""
+        there, asked = len(sample.queries), self.config.queries
+        if asked is None or there <= asked:
+            return sample
+        return replace(sample, queries=tuple(sample.queries[i * there // asked] for i in range(asked)))
 
     # --------------------------------------------------------------------------------------------------- one cell
 
     def _cell(self, folder: ResultsFolder, arm: Arm, block: Block) -> None:
-        method = self._method(arm, block)
+        model, method = self._opened(arm.model), self._method(arm, block)
+        assert self._open is not None
+        folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
+        folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
         watch = self.config.watch and method is not None
         ledger, rows = Ledger(), []
         found, reader = self._ask(arm, method, block, ledger, watch=watch)
         counted = ledger.shares()
-        vocabulary = as_vocabulary(arm.model.tokenizer)
+        vocabulary = as_vocabulary(model.tokenizer)
         shared: dict[str, Any] = {
             "arm": arm.label,
-            "model": arm.model.name,
-            "trained": arm.model.trained,
-            "parameters": arm.model.parameters,
+            "model": model.name,
+            "trained": model.trained,
+            "parameters": model.parameters,
             "train_seed": arm.model.train_seed,
             "method": OWN if method is None else method.name,
             "settings": {} if method is None else method.settings(),
@@ -128,7 +286,7 @@ class Comparison:
             "length": block.length,
             "question_aware": block.aware,
             "dense_layers": self._dense_layers(method),
-            "ran": method is None or self._ran(arm, method, ledger),
+            "ran": method is None or self._ran(model, method, ledger),
         }
         for answer in found:
             bos = int(np.count_nonzero(block.samples[answer.sample].context == vocabulary.bos_id))
@@ -142,37 +300,54 @@ class Comparison:
                     bos=bos,
                 )
             )
-        folder.write(rows, self._figures(arm, reader, ledger, block))
+        figures = self._figures(model, reader, ledger, block) | self._changes(folder, arm, method, block)
+        folder.write(rows, figures, self._open[2])
 
     def _ask(
         self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
     ) -> tuple[list[Answer], Reader]:
         """All answers, counted into the ledger."""
-        model = arm.model
+        model = self._opened(arm.model)
         reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
         options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self.config.batch_tokens}
         batches = ask(reader, model.tokenizer, block.task, block.samples, **options)
         return [answer for batch in batches for answer in batch], reader
 
-    def _ran(self, arm: Arm, method: Method, ledger: Ledger) -> bool:
+    def _ran(self, model: Opened, method: Method, ledger: Ledger) -> bool:
         """Whether the method chose in each layer and phase that it claims."""
-        sparse = set(range(arm.model.num_layers)) - set(self.config.dense_layers)
+        sparse = set(range(model.num_layers)) - set(self.config.dense_layers)
         return {(phase, layer) for phase in method.phases for layer in sparse} <= ledger.ran
 
     def _dense_layers(self, method: Method | None) -> list[int]:
         return [] if method is None or not method.phases else list(self.config.dense_layers)
 
-    def _figures(self, arm: Arm, reader: Any, ledger: Ledger, block: Block) -> dict[str, Any]:
+    def _figures(self, model: Opened, reader: Any, ledger: Ledger, block: Block) -> dict[str, Any]:
+        layers = range(model.num_layers)
         figures: dict[str, Any] = {
-            "reads": [ledger.shares([layer])["reads"] for layer in range(arm.model.num_layers)],
-            "kv_bytes": arm.model.kv_elements * block.length * 2,  # in bf16
+            "reads": [None if (r := ledger.shares([n])["reads"]) is None else round(r, DECIMALS) for n in layers],
+            "kv_bytes": model.kv_elements * block.length * 2,  # in bf16
         }
         seen = [f for f in getattr(getattr(reader, "session", None), "figures", []) if not f["prompt"]]
         if seen:
-            by_layer = [[f for f in seen if f["layer"] == layer] for layer in range(arm.model.num_layers)]
-            figures["sink_mass"] = [float(np.mean([f["sink_mass"] for f in layer])) for layer in by_layer]
-            figures["kept_mass"] = [np.mean([f["kept_mass"] for f in layer], 0).tolist() for layer in by_layer]
+            by_layer = [[f for f in seen if f["layer"] == layer] for layer in layers]
+            for name in ("sink_mass", "kept_mass"):
+                figures[name] = [np.mean([f[name] for f in layer], 0).round(DECIMALS).tolist() for layer in by_layer]
         return figures
+
+    def _changes(self, folder: ResultsFolder, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
+        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget."""
+        if not self.config.watch or method is None or not method.phases or arm.is_full(block.length):
+            return {}
+        budgets = [None] if arm.budget is None else self.config.budgets
+        same = [(replace(arm, budget=budget), place) for budget in budgets for place in self.places()]
+        if any(self._has(folder, one, place) for one, place in same if not one.is_full(place.length)):
+            return {}
+        model, dense = self._opened(arm.model), self._dense_layers(method)
+        ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
+        found = changes(
+            lambda ledger: model.reader(method, dense_layers=dense, watch=False, ledger=ledger), method, ids
+        )
+        return {"changes": found} if found else {}
 
     # ------------------------------------------------------------------------------------------------- its method
 
@@ -189,10 +364,8 @@ class Comparison:
         method = arm.choice.build(budget_of(arm.budget, self.config.counts))
         if method.knob is None:
             return method
-        key = (arm.label, arm.budget, block.task.name, block.length, block.aware)
-        if key not in self.fitted:
-            self.fitted[key] = self._fit(arm, method, block)
-        return arm.choice.build(method.budget, **{method.knob[0]: self.fitted[key]})
+        # Of this training alone, and never kept: the threshold does not depend on what ran before it.
+        return arm.choice.build(method.budget, **{method.knob[0]: self._fit(arm, method, block)})
 
     def _fit(self, arm: Arm, method: Method, block: Block) -> float:
         choice = arm.choice
@@ -200,7 +373,7 @@ class Comparison:
         name, low, high = method.knob
         assert arm.budget is not None
         share = share_of(arm.budget, block.length)
-        others = self._block(arm.model, block.task.name, block.length, block.aware, calibrate=True)
+        others = self._block(arm.model, Place(block.task.name, block.length, block.aware), calibrate=True)
         axis = "prefill" if "decode" not in method.phases else self.config.counts
 
         def spent(threshold: float) -> float:
@@ -211,20 +384,8 @@ class Comparison:
 
         return fit(spent, share, low, high)[0]
 
-    def _leave_out(self, folder: ResultsFolder, what: str, why: str) -> None:
-        self.say(f"left out: {what}: {why}")
-        folder.leave_out(what, why)
-
-
-def manifest_of(
-    config: ComparisonConfig, planned: int, commit: str, versions: dict[str, str], hardware: str
-) -> Manifest:
-    """The manifest of a comparison that begins now."""
-    return Manifest(
-        config=config.model_dump(mode="json"),
-        commit=commit,
-        versions=versions,
-        hardware=hardware,
-        planned=planned,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
+    def _leave_out(self, folder: ResultsFolder, left: dict[str, str], what: str, why: str) -> None:
+        if what not in left:
+            self.say(f"left out: {what}: {why}")
+            folder.leave_out(what, why)
+            left[what] = why

@@ -49,10 +49,10 @@ def spent(attend: Any, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gate
     options: dict[str, Any] = {"scale": attend.scale, "backend": attend.backend, "offset": offset}
     sizes: dict[str, Any] = {name: attend.sizes[name] for name in ("length", "stride")}
     _, lse = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **sizes, **options)
-    chosen = attend.choose(q, kv_cmp[0], lse, offset=offset).long()  # (B, T, G, n)
+    chosen = attend.choose(q, kv_cmp[0], lse, offset=offset).long().cpu()  # (B, T, G, n)
     size = attend.sizes["block_size"]
     last = seen_keys(q, offset).long()[None, :, None, None]
-    tokens = torch.where(chosen >= 0, (last - chosen * size).clamp(max=size), 0).double().sum((0, 1, 3)).cpu()
+    tokens = torch.where(chosen >= 0, (last - chosen * size).clamp(max=size), 0).double().sum((0, 1, 3))
     others = beside(attend, q, kv_cmp, kv_slc, kv_win, gates, offset=offset)
     return Spent(*(one + other for one, other in zip(_spent(tokens, q, kv_slc), others, strict=True)))
 

@@ -36,6 +36,7 @@ BUDGETS, LENGTHS = (0.25, 0.1, 0.05), (1024, 4096)
 LAYERS, KV_HEADS = 6, 4
 MANIFEST = Manifest(
     config={"comparison": {"budgets": list(BUDGETS)}},
+    code="abcdef012345",
     commit="0123456789ab",
     versions={"torch": "2.13.0"},
     hardware="2 CPU cores",
@@ -116,10 +117,10 @@ def cell(
         for s in range(samples)
         for q in range(queries)
     ]
-    return cell_of(rows, _figures(method, kind, budget, length))
+    return cell_of(rows, _figures(method, kind, budget, length, phases))
 
 
-def _figures(method: str, kind: str, budget: float | None, length: int) -> dict[str, Any]:
+def _figures(method: str, kind: str, budget: float | None, length: int, phases: Sequence[str]) -> dict[str, Any]:
     layers = np.arange(LAYERS)
     figures: dict[str, Any] = {
         "reads": [budget or 1.0] * LAYERS,
@@ -135,6 +136,7 @@ def _figures(method: str, kind: str, budget: float | None, length: int) -> dict[
     if budget is not None:
         need = METHODS.get(method, (60, []))[0]
         mass = 1 - np.exp(-budget * length / need) * (0.4 + 0.6 * np.linspace(0.3, 1, LAYERS * KV_HEADS))
+        figures["changes"] = {phase: [0.0, 3.0] for phase in phases if method != "own"}
         figures["kept_mass"] = mass.reshape(LAYERS, KV_HEADS).round(4).tolist()
     return figures
 

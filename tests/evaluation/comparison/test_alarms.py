@@ -14,6 +14,7 @@ DENSE = cell("dense", dense_score=0.9)
 QUEST = [cell("quest", budget=budget) for budget in (1.0, 0.25, 0.1)]
 GOOD = [DENSE, *[replace(c, score=np.minimum(c.score, DENSE.score)) for c in QUEST]]
 GOOD[1] = replace(GOOD[1], score=DENSE.score)
+FOUND = GOOD[3].figures
 
 
 def ringing(cells) -> dict[str, list[str]]:
@@ -26,6 +27,10 @@ def ringing(cells) -> dict[str, list[str]]:
 
 def planted(index: int, **changes) -> list:
     return [replace(c, **changes) if i == index else c for i, c in enumerate(GOOD)]
+
+
+def leaky(changes: list[float]) -> list:
+    return planted(3, figures={**FOUND, "changes": {"decode": changes}})
 
 
 def better(cells, index: int, answers: int):
@@ -52,8 +57,10 @@ def test_good_results_are_silent_and_nothing_was_left_out() -> None:
         (planted(2, ran=False), "the sparse path did not run", "not in each layer and phase"),
         (planted(2, counted={**GOOD[2].counted, "reads": 1.0}), "the sparse path did not run", "counted as dense"),
         (planted(3, counted={**GOOD[3].counted, "attended": 0.0}), "the sparse path did not run", "selection is empty"),
+        (leaky([0.25, 3.0]), "reads what its plan leaves out", "change a logit by 0.25 in decoding"),
+        (leaky([0.0, 0.0]), "reads what its plan leaves out", "change no logit in decoding"),
         (
-            planted(3, figures={"reads": [1.0, 1.0] + [0.1] * (LAYERS - 2)}, dense_layers=[1]),
+            planted(3, figures={**FOUND, "reads": [1.0, 1.0] + [0.1] * (LAYERS - 2)}, dense_layers=[1]),
             "dense layers undisclosed",
             "layers 0 read as much as dense",
         ),
@@ -80,7 +87,7 @@ def test_every_alarm_was_planted() -> None:
         better(GOOD, 2, 4),  # a few answers are chance
         planted(2, parsed=np.arange(200) >= 10),
         planted(3, counted={**GOOD[3].counted, "reads": 0.1019}),
-        planted(3, figures={"reads": [1.0] + [0.1] * (LAYERS - 1)}, dense_layers=[0]),
+        planted(3, figures={**FOUND, "reads": [1.0] + [0.1] * (LAYERS - 1)}, dense_layers=[0]),
         planted(1, score=np.where(np.arange(200) < 2, 1 - DENSE.score, DENSE.score)),
     ],
 )
@@ -122,6 +129,7 @@ def test_what_cannot_be_looked_at_is_said() -> None:
         "sparse above dense": "There is no dense run of a dense-trained sibling to compare with.",
         "full budget unlike dense": "No cell with a budget of 1: quest.",
         "not exactly one BOS": "No BOS was counted for dense.",
+        "reads what its plan leaves out": "Nothing was left out, or nobody looked: dense+quest.",
         "dense layers undisclosed": "Reads by layer were not recorded for dense+quest.",
     }
 

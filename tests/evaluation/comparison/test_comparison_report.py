@@ -12,7 +12,7 @@ from nsa.evaluation.comparison import cards, statistics
 from nsa.evaluation.comparison.analysis import Table
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.report import write_report
-from nsa.evaluation.comparison.rows import ResultsError
+from nsa.evaluation.comparison.rows import Cell, ResultsError
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,38 @@ def test_cards_tell_signs(table: Table) -> None:
     assert verdict("Small blocks") == verdict("ASEntmax reaches") == cards.ABSENT
     pairs = [(p, p) for p in table.select(lambda c: c.method == "quest")[:3]]
     assert cards.contrast(pairs)[1] == cards.UNDECIDED  # no difference at all
+
+
+def test_cards_of_the_study_tell_signs() -> None:
+    def told(words: str, *made: Cell) -> str:
+        (card,) = [card for card in cards.CARDS if words in card.claim]
+        return card.measure(Table(made))[1]
+
+    dense, oracle = cell("dense", samples=200), cell("oracle_topk", budget=1 / 16, samples=200)
+    same, none = replace(oracle, score=dense.score), replace(oracle, score=0 * dense.score)
+    assert told("right keys at a sixteenth", dense, same) == cards.AGREES
+    assert told("right keys at a sixteenth", dense, none) == cards.DISAGREES
+    assert told("right keys at a sixteenth", dense, replace(same, budget=1 / 8)) == cards.ABSENT
+    chance = cell("random", budget=1 / 16, samples=200)
+    assert told("random choice is no choice", dense, same, replace(chance, score=none.score)) == cards.AGREES
+    assert told("random choice is no choice", dense, same, replace(chance, score=dense.score)) == cards.DISAGREES
+    own, full = cell("own", "nsa", 0.1, samples=200), cell("dense", "nsa", samples=200)
+    better, worse = replace(own, score=dense.score), replace(full, score=none.score)
+    assert told("gains nothing by attending", dense, better, worse) == cards.AGREES
+    assert told("gains nothing by attending", dense, replace(own, score=none.score), full) == cards.DISAGREES
+    quest = replace(cell("quest", budget=1 / 8, samples=200), score=dense.score)
+    forgets = [replace(cell(name, budget=1 / 8, samples=200), score=none.score) for name in ("snapkv", "streaming_llm")]
+    assert told("What forgets", dense, quest, *forgets) == cards.AGREES
+    assert told("What forgets", dense, quest, forgets[0], replace(forgets[1], score=dense.score)) == cards.UNDECIDED
+
+
+def test_trained_sparsity_is_compared_with_methods_on_dense_of_its_size() -> None:
+    made = [cell("dense", samples=50), cell("quest", budget=0.25, samples=50), cell("own", "nsa", 0.25, samples=50)]
+    made += [replace(c, model="large", arm=f"large+{c.method}", parameters=100_000_000) for c in made[:2]]
+    (card,) = [card for card in cards.CARDS if "Trained sparsity beats" in card.claim]
+    assert "minus dense+quest at 0.25" in card.measure(Table(made))[0]
+    better = [replace(c, score=np.ones_like(c.score)) if c.arm == "large+quest" else c for c in made]
+    assert "minus dense+quest at 0.25" in card.measure(Table(better))[0]
 
 
 def test_small_blocks_are_told_by_their_settings() -> None:

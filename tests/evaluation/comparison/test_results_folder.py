@@ -69,7 +69,7 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"commit": "fedcba987654"}, "two commits"), ({"config": {"a": 1}}, "two configurations")]
+    ("change", "words"), [({"code": "fedcba987654"}, "two commits"), ({"config": {"a": 1}}, "two configurations")]
 )
 def test_another_commit_or_configuration_is_refused(tmp_path: Path, change: dict, words: str) -> None:
     write(tmp_path / "one", CELLS)

@@ -19,7 +19,7 @@ from nsa.data.tasks import task_named
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import ask
 from nsa.evaluation.comparison.calibration import fit
-from nsa.evaluation.comparison.config import budget_of, load, training_of
+from nsa.evaluation.comparison.config import budget_of, load, trainings_of
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from nsa.evaluation.comparison.runner import CONTROLS
@@ -224,6 +224,10 @@ def nothing(select: Any) -> Any:
     return selected
 
 
+def all_of_it(attend: Any) -> Any:
+    return lambda view, plan: attend(view, None)
+
+
 @pytest.mark.parametrize(
     ("where", "fault", "alarm"),
     [
@@ -234,8 +238,10 @@ def nothing(select: Any) -> Any:
             lambda _: lambda *args: None,
             "not in each layer and phase",
         ),
+        ("nsa.baselines.session.attend", all_of_it, r"reads what its plan leaves out \|.*\| rings"),
+        ("nsa.cache.evicting.EvictingCache.keep", lambda _: lambda *args: None, "were counted as dense"),
     ],
-    ids=["double BOS", "empty selection", "path that does not run"],
+    ids=["double BOS", "empty selection", "path that does not run", "dense behind a plan", "nothing is forgotten"],
 )
 def test_alarms_ring_on_a_harness_with_a_fault(
     where: str, fault: Any, alarm: str, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +249,8 @@ def test_alarms_ring_on_a_harness_with_a_fault(
     """And are silent without it: `finished` has these tasks and this method."""
     monkeypatch.setattr(where, fault(resolve_name(where)))
     text = CONFIG.format(out=tmp_path, **siblings).replace("[1.0, 0.5]", "[0.5]").replace("[mqar, mqar_wide]", "[mqar]")
-    text = text.replace("[after, before]", "[after]").replace(", snapkv]", "]")
+    text = text.replace("[after, before]", "[after]")
+    text = text.replace("{name: quest, page: 4}, " if "evicting" in where else ", snapkv", "")
     path = tmp_path / "c.yaml"
     path.write_text("\n".join(line for line in text.splitlines() if "name: nsa" not in line))
     assert main([str(path)]) == 0
@@ -253,7 +260,8 @@ def test_alarms_ring_on_a_harness_with_a_fault(
 def test_no_alarm_of_the_harness_rings_on_a_good_one(finished: Path) -> None:
     report = (finished / "small" / "report.md").read_text()
     assert "nothing was attended to" not in report and "not in each layer and phase" not in report
-    assert re.search(r"not exactly one BOS \|.*\| silent \|", report)
+    for alarm in ("not exactly one BOS", "reads what its plan leaves out"):
+        assert re.search(rf"{alarm} \|.*\| silent \|", report)
 
 
 def test_listing_and_explaining() -> None:
@@ -271,12 +279,21 @@ def test_budgets_are_shares_or_tokens() -> None:
     assert budget_of(64, "attended") == Budget(tokens=64)
 
 
+def test_the_comparison_of_a_folder_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load(ROOT / "configs/compare/smollm2.yaml")
+    assert len(config.methods) >= 8 and len(config.budgets) >= 2
+    monkeypatch.delenv("SMOLLM2", raising=False)
+    with pytest.raises(ValueError, match="the environment has no"):
+        commands.compare(str(ROOT / "configs/compare/smollm2.yaml"), [f"output_dir={tmp_path}"])
+
+
 def test_the_shipped_comparison_and_its_siblings_are_valid() -> None:
     path = ROOT / "configs/compare/demo.yaml"
     config = load(path)
     assert len(config.budgets) >= 3 and len(config.tasks) >= 6 and len(config.methods) + len(CONTROLS) >= 10
-    runs = [training_of(config, sibling, path) for sibling in config.siblings]
-    assert len({run for _, run in runs}) == len(runs)
-    for arguments, _ in runs:
-        trained = load_config(arguments[0], arguments[1:])
+    trainings = trainings_of(config, path)
+    assert len({training.run for training in trainings}) == len(trainings)
+    for training in trainings:
+        assert training.arguments is not None
+        trained = load_config(training.arguments[0], training.arguments[1:])
         assert max(config.lengths) <= trained.data.sequence_length <= trained.model.max_position

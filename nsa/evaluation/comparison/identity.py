@@ -1,0 +1,49 @@
+"""What results depend on beside their configuration: the code that made them, and the weights of the siblings."""
+
+import hashlib
+from pathlib import Path
+
+import nsa
+
+# Modules of this package that read results and make none: a better report of the same results is no other result.
+READERS = ("alarms", "analysis", "cards", "figures", "internals", "packed", "pages", "report", "statistics")
+DIGITS = 12
+
+
+def code_digest(root: Path | None = None) -> str:
+    """A fingerprint of every file of the package that can change an answer: not of documentation, nor of `READERS`.
+
+    Results of two commits are the same if it is. Files that are not committed count as they are.
+
+    Args:
+        root: the folder of the package; None: this one.
+    """
+    root = Path(nsa.__file__).parent if root is None else root
+    linked = {f"{path.name}/": path.resolve() for path in root.iterdir() if path.is_symlink()}  # nsa/data, nsa/models
+    files = {
+        prefix + path.relative_to(folder).as_posix(): path
+        for prefix, folder in {"": root.resolve(), **linked}.items()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
+    }
+    readers = {f"evaluation/comparison/{name}.py" for name in READERS}
+    return _digest({name: path for name, path in files.items() if name not in readers})
+
+
+def export_digest(folder: Path) -> str:
+    """A fingerprint of the files of an export, by which two trainings under one name are told apart."""
+    return _digest({path.name: path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"})
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """A fingerprint of the tokenizer of an export."""
+    return _digest({path.name: path for path in folder.glob("tokenizer.*") if path.is_file()})
+
+
+def _digest(files: dict[str, Path]) -> str:
+    whole = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{name}\0{content}\n".encode())
+    return whole.hexdigest()[:DIGITS]
