@@ -354,6 +354,13 @@ def test_packed_results_give_the_same_report(whole: Path, tmp_path: Path) -> Non
     assert [c.answers() for c in one.cells] == [c.answers() for c in other.cells]
 
 
+@pytest.mark.parametrize("arguments", [["small.yaml"], ["report", "one", "two"], ["report"]])
+def test_one_folder_is_packed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--pack", "out"])
+    assert "--pack goes with report and one folder" in capsys.readouterr().err
+
+
 def test_damaged_packed_results_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "results", CELLS)
     commands.pack(tmp_path / "results", tmp_path / "packed")
