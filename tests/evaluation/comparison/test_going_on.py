@@ -119,7 +119,7 @@ def test_an_interruption_anywhere_changes_no_answer(
 
     def clock() -> Iterator[float]:
         """Of one run: the time is over at the fourth look at it, the first being at the beginning."""
-        yield from (0, 0, 0, 0, *[100] * 1000)
+        yield from (0, 0, 0, *[100] * 1000)
 
     monkeypatch.setattr(ResultsFolder, "write", interrupted)
     codes: list[Any] = []
@@ -138,6 +138,13 @@ def test_an_interruption_anywhere_changes_no_answer(
             break
     assert codes.count(75) >= 5 and codes.count("killed") >= 2 and codes.count(0) == 2
     assert answers(tmp_path / "small") == answers(whole)
+
+
+def test_every_run_gets_further(exports: Path, tmp_path: Path) -> None:
+    path = configured(tmp_path, exports)
+    for cells in (1, 2):
+        assert main([str(path), "--minutes", "0"]) == 75
+        assert len(list((tmp_path / "small/cells").iterdir())) == cells
 
 
 @pytest.mark.usefixtures("unreported")
@@ -417,7 +424,7 @@ def test_a_study_that_is_killed_and_stopped_gives_what_an_uninterrupted_one_give
             small_study.kill(process)
         codes = []
         while not codes or codes[-1] == 75:
-            minutes = ["--minutes", "0.5"] if name == "parts" else []
+            minutes = ["--minutes", "1"] if name == "parts" else []
             process = small_study.start(launch, "study.yaml", *minutes)
             output = process.communicate()[0]
             codes.append(process.returncode)
