@@ -1,6 +1,6 @@
 """Counts the kernels that one decoder layer launches on a GPU, without a GPU.
 
-    python benchmarks/launches.py [--configs 25m] [--tokens 2048] [--list] [KEY=VALUE ...]
+    python benchmarks/launches.py [--configs 25m] [--tokens 2048] [--decode] [--list] [KEY=VALUE ...]
 
 The layer runs forward and backward on CPU tensors as it would on a GPU of --arch. Triton kernels are counted but not
 run. PyTorch operators run on the CPU and are counted if they would launch a kernel (views and allocations do not). The
@@ -9,6 +9,7 @@ results of the layer are meaningless.
 
 import argparse
 import contextlib
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from nsa.config import load_config
-from nsa.models import Decoder
+from nsa.models import Decoder, DecodingSteps
 
 ROOT = Path(__file__).parents[1]
 # Operators without a launch: views, allocations, queries.
@@ -107,16 +108,39 @@ def count(
     return passes[-1]
 
 
+def count_step(config_name: str, kind: str, arch: str = "sm_90") -> Counter[str]:
+    """Launches that a layer adds to a decoding step."""
+    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [f"attention.kind={kind}"])
+    token, found, mode = torch.zeros(1, 1, dtype=torch.int64), [], Launches()
+    with pretended_gpu(arch, lambda name: mode.counts.update([name])):
+        for layers in (2, 1):
+            model = config.model.model_copy(update={"num_layers": layers})
+            decoder = Decoder(model, config.attention, backend="triton").bfloat16().eval()
+            steps = DecodingSteps(decoder, token, 3, capture=False)
+            steps.step(token[0])  # joins weights
+            mode.counts = Counter()
+            with mode:
+                steps.step(token[0])
+            found.append(Counter(mode.counts))
+    return found[0] - found[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=["25m"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048])
     parser.add_argument("--kinds", nargs="+", default=["nsa", "dense"])
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--decode", action="store_true", help="of a decoding step instead")
     parser.add_argument("--list", action="store_true", help="name the launches")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
-    for config in options.configs:
+    for config, kind in itertools.product(options.configs, options.kinds) if options.decode else ():
+        counts = count_step(config, kind, options.arch)
+        print(f"{config} {kind}: {counts.total()} launches of a layer in a decoding step")
+        if options.list:
+            print("  " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
+    for config in () if options.decode else options.configs:
         for tokens in options.tokens:
             for kind in options.kinds:
                 forward, backward = count(config, kind, tokens, options.arch, options.overrides)

@@ -229,6 +229,10 @@ class Task:
             return None
         return float(np.array_equal(given, query.answer))
 
+    def final(self, query: Query, output: Any) -> bool:
+        """Whether the score stays as it is, whatever is generated after this output."""
+        return len(output) >= len(query.answer)
+
 
 @dataclass(frozen=True)
 class IdSets:

@@ -30,3 +30,8 @@ def overlap(accepted: tuple[str, ...], output: str) -> float | None:
     """Intersection over union of the numbers in the first line of the output, and the accepted ones."""
     found = set(re.findall(r"\d+", output.strip().partition("\n")[0]))
     return len(found & set(accepted)) / len(found | set(accepted)) if found else None
+
+
+def has_first_line(output: str) -> bool:
+    """Whether the first line is at its end, after which `starts_with` and `overlap` look at nothing."""
+    return "\n" in output.lstrip()

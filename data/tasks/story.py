@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsa.data.tasks.base import Query, generator
-from nsa.data.tasks.scoring import overlap, starts_with
+from nsa.data.tasks.scoring import has_first_line, overlap, starts_with
 from nsa.data.tasks.text import Draft, TextTask
 from nsa.data.tasks.words import NOUNS, pick
 
@@ -108,6 +108,9 @@ class Story(TextTask):
     def score(self, query: Query, output: Any) -> float | None:
         """1 if the answer begins with what is accepted."""
         return starts_with(query.accepted, output)
+
+    def final(self, query: Query, output: Any) -> bool:
+        return has_first_line(output)
 
 
 class StoryRetrieval(Story):

@@ -12,7 +12,7 @@ import numpy as np
 
 from nsa.data import builtin
 from nsa.data.tasks.base import Query, generator
-from nsa.data.tasks.scoring import starts_with
+from nsa.data.tasks.scoring import has_first_line, starts_with
 from nsa.data.tasks.text import Draft, TextTask
 
 # A constant: a name of a module or a class that is given a number or a short string, on a line of its own.
@@ -112,6 +112,9 @@ class Symbols(TextTask):
     def score(self, query: Query, output: Any) -> float | None:
         """1 if the output begins with the value as it is written."""
         return starts_with(query.accepted, output)
+
+    def final(self, query: Query, output: Any) -> bool:
+        return has_first_line(output)
 
 
 def symbols() -> Symbols:

@@ -48,6 +48,10 @@ class TextTask(Task):
         """As the base class says; output: the generated text."""
         return matched(query.accepted, output)
 
+    def final(self, query: Query, output: Any) -> bool:
+        """As the base class says: a string that was found stays found."""
+        return self.score(query, output) == 1
+
     def draw(self, vocabulary: Vocabulary, length: int, key: tuple, crowded: bool) -> Sample:
         least, most = self.sizes(length)
         return fit(self, vocabulary, length, lambda size: self.draft(size, length, key), least, most)

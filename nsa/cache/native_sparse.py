@@ -5,7 +5,9 @@ from typing import Self
 
 from torch import Tensor
 
-from nsa.cache.rows import Pair, Rows, taken
+from nsa.cache.rows import Pair, Position, Rows, taken
+from nsa.ops.decode import append_rows
+from nsa.ops.geometry import num_compressed
 
 
 class NativeSparseCache:
@@ -17,6 +19,7 @@ class NativeSparseCache:
         tail: uncompressed keys and values from the first token of the next block on, fewer than l tokens.
         selected: keys and values of all tokens.
         window: keys and values of the last ``window`` tokens at most.
+        position: after `fix`, where decoding is; None before.
     """
 
     def __init__(self, stride: int, window: int) -> None:
@@ -25,6 +28,7 @@ class NativeSparseCache:
         self.tail: Rows[Pair] = Rows()
         self.selected: Rows[Pair] = Rows()
         self.window: Rows[Pair] = Rows()
+        self.position: Position | None = None
 
     @property
     def length(self) -> int:
@@ -50,6 +54,39 @@ class NativeSparseCache:
         near = self.window.append(win)
         self.window.drop(max(0, self.window.length - self.window_size))
         return compressed, self.selected.append(slc), near
+
+    def fix(self, tokens: int, length: int, position: Position) -> None:
+        """As `nsa.cache.rows.Rows.fix`, with room for ``tokens`` in all; ``length``: of a compression block (l).
+
+        The tail becomes a ring of l tokens, the window one of ``window_size``. There is room for a compressed block
+        that is not complete yet.
+        """
+        before = self.length
+        self.compressed.fix(num_compressed(tokens, length, self.stride) + 1)
+        self.tail.fix(length, before - self.tail.length)
+        self.selected.fix(tokens)
+        self.window.fix(self.window_size, before - self.window.length)
+        self.position = position
+
+    def append_fixed(
+        self, raw_cmp: Pair, slc: Pair, win: Pair, extend: Callable[[Pair, Pair], None]
+    ) -> tuple[Pair, Pair, Pair]:
+        """`append` after `fix`: the one token at ``position``.
+
+        Args:
+            extend: (ring of the last l raw keys and values, memory of the compressed ones) -> writes the block that
+                ends with the token, if there is one (`nsa.ops.compression.extend_compressed`).
+
+        Returns:
+            The memory of each branch.
+        """
+        assert self.position is not None
+        compressed, tail, selected, window = (
+            rows.memory for rows in (self.compressed, self.tail, self.selected, self.window)
+        )
+        append_rows((*tail, *selected, *window), (*raw_cmp, *slc, *win), self.position.index)
+        extend(tail, compressed)
+        return compressed, selected, window
 
     def take(self, sequences: Tensor) -> Self:
         """As `Rows.take`."""

@@ -1,5 +1,7 @@
 """Several linear projections of one input as a single matrix product."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -
 
     Takes one matrix product forward and two backward for any number of weights: fewer launches, and no sum over the
     gradients of x. The weights are concatenated again for each product, which reads and writes a few MB, so no copy of
-    them is kept between the passes.
+    them is kept between the passes, except within `kept_joined`.
 
     Args:
         x: (.., C). weights: (W_i, C) each, in x's dtype. bias: (sum of W_i,), added to the result.
@@ -23,7 +25,29 @@ def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -
     Returns:
         (.., sum of W_i).
     """
+    if _joined is not None and not torch.is_grad_enabled():
+        key = tuple(map(id, weights))
+        if key not in _joined:
+            _joined[key] = torch.cat(weights)
+        return linear(x, _joined[key], bias)
     return _JointLinear.apply(x, bias, *weights)
+
+
+_joined: dict[tuple[int, ...], Tensor] | None = None
+
+
+@contextmanager
+def kept_joined(joined: dict[tuple[int, ...], Tensor]) -> Iterator[None]:
+    """Within, and without gradients: `joint_linear` concatenates the same weights once, and keeps them in ``joined``.
+
+    For weights that do not change, read for a few tokens at a time: to concatenate them costs more than the product.
+    """
+    global _joined
+    before, _joined = _joined, joined
+    try:
+        yield
+    finally:
+        _joined = before
 
 
 @autocasts("x", "first", "second")

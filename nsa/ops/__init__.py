@@ -3,13 +3,16 @@
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
+from nsa.ops.decode import Terms, decode_attention
 from nsa.ops.dense import dense_attention
 from nsa.ops.entmax import entmax, entmax_attention
 from nsa.ops.geometry import Heads
-from nsa.ops.index_topk import index_topk
+from nsa.ops.index_topk import index_topk, index_topk_decode
 from nsa.ops.indexer_kl import indexer_kl
 from nsa.ops.native_sparse import native_sparse_attention
+from nsa.ops.native_sparse_decode import native_sparse_decode
 from nsa.ops.norm import add_rms_norm
+from nsa.ops.quest import extend_page_bounds, page_bounds, quest_pages
 from nsa.ops.rotary import apply_rotary, split_heads
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
@@ -18,17 +21,24 @@ from nsa.ops.token_sparse import token_sparse_attention
 
 __all__ = [
     "Heads",
+    "Terms",
     "add_rms_norm",
     "apply_rotary",
     "compress_blocks",
     "compressed_attention",
+    "decode_attention",
     "dense_attention",
     "entmax",
     "entmax_attention",
+    "extend_page_bounds",
     "index_topk",
+    "index_topk_decode",
     "indexer_kl",
     "linear_cross_entropy",
     "native_sparse_attention",
+    "native_sparse_decode",
+    "page_bounds",
+    "quest_pages",
     "select_blocks",
     "selected_attention",
     "split_heads",

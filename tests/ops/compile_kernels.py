@@ -31,12 +31,15 @@ from nsa.ops.kernels import (
     accumulate,
     compression,
     cross_entropy,
+    decode,
     gates,
     hardware,
     index_topk,
     indexer_kl,
     indexer_kl_dense,
+    native_sparse_decode,
     norm,
+    quest,
     ranges,
     rotary,
     selected,
@@ -108,6 +111,23 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Launches of decoding by a query of q (B, T, H, D): all keys; pages; pages with weights and terms; Quest; NSA."""
+    q, lengths, pages = q[:, 0], torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.int32)
+    log_weights = torch.zeros(1, 1, 16)
+    decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
+    decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
+    decode.attention(q, k, v, lengths, pages, 16, log_weights, (k, v, pages, log_weights), 1.0)
+    quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
+    decode.append([k, v[:, :1]], [k[:, :1], v[:, :1]], lengths.long())
+    rings, tables = [x[:, :32] for x in (k, v)], torch.zeros(2, 1, k.shape[3] // 2)
+    weights = [[x.new_zeros(n or x.shape[3], x.shape[3] * m) for x in (k, v)] for n, m in ((0, 32), (32, 1))]
+    outer = [x.new_zeros(x.shape[3], x.shape[3]) for x in (k, v)]
+    compression.extend(rings, *weights, outer, [k, v], *tables, lengths.long(), 16)
+    gates = q.new_zeros(1, q.shape[1], 3)
+    native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
+
+
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -126,6 +146,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 ]
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
+            elif "TERMS" in kwargs:
+                of = (" of lists" if kwargs["LISTED"] else " of all") + (" with terms" if kwargs["TERMS"] else "")
             key = f"{module}.{self.__name__}{of} {shape_name}"
             compiled = self.warmup(*args, grid=grid, **kwargs)
             if key not in report:
@@ -170,6 +192,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )
+        decoding(q, k, v)
         parts = [
             Heads(heads, width, "rotate"),
             Heads(1, width, "rotate"),
@@ -202,6 +225,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         q_idx, k_idx = torch.zeros(1, 256, 4, 128, dtype=dtype), torch.zeros(1, 256, 128, dtype=dtype)
         seen = torch.zeros(256, dtype=torch.int32), torch.arange(256, dtype=torch.int32)
         index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 64, 0, 0)
+        index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"

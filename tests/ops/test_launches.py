@@ -5,7 +5,7 @@ import os
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks.launches import count
+from benchmarks.launches import count, count_step
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not launched")
@@ -15,3 +15,12 @@ def test_launches_of_a_layer(kind: str, most: int) -> None:
     forward, backward = count("25m", kind, 256)
     assert forward["rotary.heads_kernel"] >= 1  # the kernels' way was counted
     assert forward.total() + backward.total() <= most, (forward, backward)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not launched")
+@pytest.mark.parametrize(("kind", "most"), [("nsa", 17), ("dsa", 23), ("dense", 13)])
+def test_launches_of_a_layer_in_a_decoding_step(kind: str, most: int) -> None:
+    """python benchmarks/launches.py --decode --list prints them."""
+    counts = count_step("25m", kind)
+    assert counts["decode.append_kernel"] == counts["decode.split_kernel"] == 1
+    assert counts.total() <= most, counts

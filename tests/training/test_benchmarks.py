@@ -11,7 +11,7 @@ from tiny import start
 
 from tests.conftest import HAS_GPU, ROOT
 
-NEED_A_GPU = ("attention", "dense_attention", "layer", "models", "steady", "training", "tune_attention")
+NEED_A_GPU = ("attention", "decode", "dense_attention", "layer", "models", "steady", "training", "tune_attention")
 
 CHILD = """
 import time
@@ -36,6 +36,19 @@ def test_a_benchmark_that_needs_a_gpu_says_so():
     assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr, done.stderr
     for name in NEED_A_GPU:  # a start of each takes ten seconds
         assert "need_gpu(parser)" in (ROOT / f"benchmarks/{name}.py").read_text(), name
+
+
+def test_a_crossover_is_the_length_from_which_on_a_call_is_faster() -> None:
+    pytest.importorskip("triton")
+    from benchmarks.decode import crossovers
+
+    ratios = {"quest": {4: 1.2, 8: 0.9, 16: 1.1, 32: 2.0}, "nsa": {4: 3.0, 8: 2.0, 32: 1.0}, "ours": {4: 9.0}}
+    rows = [
+        {"shape": "B", "batch": 1, "call": call, "tokens": tokens, "over_dense": ratio}
+        for call, found in ratios.items()
+        for tokens, ratio in found.items()
+    ]
+    assert {x["call"]: x["faster_from"] for x in crossovers(rows)} == {"quest": 16, "nsa": None}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what the kernel of Linux does")

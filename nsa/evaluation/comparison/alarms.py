@@ -151,12 +151,12 @@ def sparse_path_did_not_run(table: Table) -> Iterator[Finding]:
 
 def reads_what_is_left_out(table: Table) -> Iterator[Finding]:
     """The model must not notice other values under what a plan leaves out, and must notice them under what it keeps."""
-    arms: dict[tuple[str, float | None], list[Cell]] = {}
+    arms: dict[str, list[Cell]] = {}
     for cell in _cells(table):
         if not cell.dense and cell.method != OWN and cell.budget != 1:
-            arms.setdefault((cell.arm, cell.budget), []).append(cell)
+            arms.setdefault(cell.arm, []).append(cell)
     unknown: set[str] = set()
-    for (arm, _), cells in arms.items():
+    for arm, cells in arms.items():
         seen = [cell for cell in cells if "changes" in cell.figures]
         if not seen:
             unknown.add(arm)

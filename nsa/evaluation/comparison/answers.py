@@ -69,20 +69,24 @@ def _generated(
     pairs: Sequence[tuple[int, int]],
     ahead: Tensor,
 ) -> list[Answer]:
-    """Decode the tokens ``ahead`` (B, n >= 1), then the most likely ones; score them."""
+    """Decode the tokens ``ahead`` (B, n >= 1), then the most likely ones, until no score can change; score them."""
     queries = [query_of(samples, pair) for pair in pairs]
     for t in range(ahead.shape[1]):
         logits = reader.read(ahead[:, t : t + 1])
-    made = [logits.argmax(-1)]
-    for _ in range(max(task.max_new_tokens(query) for query in queries) - 1):
-        made.append(reader.read(made[-1][:, None]).argmax(-1))
-    output = torch.stack(made, 1).numpy()
-    answers = []
-    for pair, query, ids in zip(pairs, queries, output, strict=True):
-        own = ids[: task.max_new_tokens(query)]
-        given = own if task.over == "ids" else as_vocabulary(tokenizer).decode(own.tolist())
-        answers.append(Answer(*pair, task.score(query, given)))
-    return answers
+    made = logits.argmax(-1)[:, None]
+    most = [task.max_new_tokens(query) for query in queries]
+    given = _given(tokenizer, task, made, most)
+    while made.shape[1] < max(most) and not all(map(task.final, queries, given)):
+        made = torch.cat([made, reader.read(made[:, -1:]).argmax(-1)[:, None]], 1)
+        given = _given(tokenizer, task, made, most)
+    scores = map(task.score, queries, given)
+    return [Answer(*pair, score) for pair, score in zip(pairs, scores, strict=True)]
+
+
+def _given(tokenizer: Any, task: Task, made: Tensor, most: Sequence[int]) -> list[Any]:
+    """What is scored of the tokens (B, n) made so far: ids or text, of each row at most so many."""
+    rows = [row[:count] for row, count in zip(made.numpy(), most, strict=True)]
+    return rows if task.over == "ids" else [as_vocabulary(tokenizer).decode(row.tolist()) for row in rows]
 
 
 def _batches(items: Sequence[Item], length: Any, tokens: int | None) -> Iterator[list[Item]]:

@@ -117,7 +117,9 @@ class ComparisonConfig(Section):
     batch_tokens: int = Field(16384, ge=1, description="tokens of prompts that are read at once")
     calibration_samples: int = Field(2, ge=1, description="samples by which a method's threshold is fitted to a budget")
     dense_layers: list[int] = Field(default=[], description="layers that stay dense in all methods, disclosed")
-    watch: bool = Field(True, description="measure the mass that is kept, and that of the first tokens")
+    watch: bool = Field(
+        True, description="look inside: the mass that is kept, that of the first tokens, reads that no plan has"
+    )
     floor: float = Field(
         0.0, ge=0, le=1, description="methods are asked only where dense reaches this score; 0: everywhere"
     )

@@ -14,6 +14,7 @@ from nsa.cache import Rows
 from nsa.layers.around import Around
 from nsa.layers.kind import Kind, Spent, seen_keys
 from nsa.models import Decoder
+from nsa.models.decoding import last_only
 
 
 class AttachError(ValueError):
@@ -67,12 +68,8 @@ class DecoderReader:
     def read(self, ids: Tensor) -> Tensor:
         device = self.decoder.embedding.weight.device
         positions = torch.arange(self.length, self.length + ids.shape[1], device=device)
-        hook = self.decoder.head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -1:], *inputs[1:]))
-        try:
-            with self._in_place():
-                logits = self.decoder(ids.to(device), caches=self.caches, positions=positions)
-        finally:
-            hook.remove()
+        with self._in_place(), last_only(self.decoder):
+            logits = self.decoder(ids.to(device), caches=self.caches, positions=positions)
         self.length += ids.shape[1]
         return logits[:, -1].float().cpu()
 

@@ -42,10 +42,12 @@ def style(methods: Sequence[str], method: str) -> dict:
     if method == RANDOM:
         return {"color": "0.6", "marker": "x", "linestyle": ":"}
     if method.startswith("oracle"):
-        return {"color": "0.35", "marker": "+", "linestyle": "--"}
+        index = [m for m in methods if m.startswith("oracle")].index(method)
+        return {"color": "0.35", "marker": "+1"[index % 2], "linestyle": ("--", ":")[index % 2]}
     index = [m for m in methods if m not in (OWN, RANDOM) and not m.startswith("oracle")].index(method)
-    dash = ("-", "--", "-.")[index // len(COLOURS) % 3]
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": dash}
+    again = index // len(COLOURS)  # a colour that comes again has another marker, too
+    marker, dash = MARKERS[(index + again) % len(MARKERS)], ("-", "--", "-.")[again % 3]
+    return {"color": COLOURS[index % len(COLOURS)], "marker": marker, "linestyle": dash}
 
 
 def fronts(panels: Panels, dense: Mapping[tuple[str, int], float], axis: str, title: str) -> bytes:
@@ -85,6 +87,7 @@ def frontiers(
     groups, lengths = list(dict.fromkeys(g for g, _ in dense)), sorted({n for _, n in dense})
     figure, grid = _grid(len(groups), len(lengths))
     shares = [x for points in panels.values() for x, *_ in points]
+    winners = {sibling for points in panels.values() for *_, sibling, best in points if best}
     for (group, n), points in panels.items():
         axes: Axes = grid[groups.index(group)][lengths.index(n)]
         for index, sibling in enumerate(siblings):
@@ -97,7 +100,7 @@ def frontiers(
                         if best
                         else {"s": 12, "alpha": 0.45}
                     )
-                    label = sibling if best else None
+                    label = sibling if best or sibling not in winners else None
                     axes.scatter(x, y, color=COLOURS[index % 10], marker=MARKERS[index % 3], label=label, **look)
         front = sorted((x, y) for x, y, _, best in points if best)
         axes.step(*zip(*front, strict=True), where="post", color="black", linewidth=0.9, zorder=3)
@@ -163,7 +166,8 @@ def sinks(by_sibling: Mapping[str, Sequence[float]]) -> bytes:
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for index, (sibling, masses) in enumerate(by_sibling.items()):
         axes.plot(range(len(masses)), masses, marker=MARKERS[index % len(MARKERS)], markersize=4, label=sibling)
-    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, None), title="Attention on the first 4 tokens")
+    top = 1.08 * max(max(masses) for masses in by_sibling.values())  # room for the marker of the highest
+    axes.set(xlabel="layer", ylabel="share of attention", ylim=(0, top or 1), title="Attention on the first 4 tokens")
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -187,7 +191,7 @@ def kept_mass(by_method: Mapping[str, np.ndarray], title: str) -> bytes:
         axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
     for axes in grid[:, 0]:
         axes.set_ylabel("layer")
-    for axes in grid[-1]:
+    for axes in list(grid.flat)[max(0, len(by_method) - columns) : len(by_method)]:  # the lowest of each column
         axes.set_xlabel("KV head")
     figure.colorbar(image, ax=grid, label="share of dense attention kept", fraction=0.03)
     figure.suptitle(title, fontsize=11)
@@ -233,11 +237,12 @@ def _share_axis(axes: Axes, shares: Sequence[float]) -> None:
 
 
 def _finish(figure: Figure, grid: np.ndarray, title: str) -> bytes:
-    """One legend for all panels, beside them."""
+    """One legend for all panels, beside them; the figure is as high as the legend needs."""
     handles = defaultdict(list)
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles[label].append(handle)
+    figure.set_figheight(max(figure.get_figheight(), 0.21 * len(handles) + 0.8))
     figure.legend(
         [h[0] for h in handles.values()], list(handles), loc="outside right center", frameon=False, fontsize=9
     )

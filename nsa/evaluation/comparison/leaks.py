@@ -37,34 +37,29 @@ def changes(open_reader: Callable[[Ledger], Any], method: Method, ids: Tensor) -
         reader.end_prompt()
         return logits
 
-    found = {}
-    clean, last = prompt(), reader.session.num_layers - 1
-    if "prefill" in method.phases:
-        parts = _left_out(*watched.plans[last])
-        if parts[0].any():
-            found["prefill"] = [_far(prompt(where), clean) for where in parts]
-            prompt()
-    if "decode" not in method.phases:
-        return found
-    one = torch.tensor([0])
-    clean = reader.take(one).read(ids[:, -1:])
-    if method.axes.cache == "evicts":
-        there = _by_position(watched.plans[last][0], ids.shape[1] - 1)
-        if not there.all():
-            found["decode"] = []
-            for where in (~there, there):
+    found: dict[str, list[float]] = {}
+    after, last = prompt(), reader.session.num_layers - 1  # logits after the prompt
+    of_prompt = _left_out(*watched.plans[last])
+    if "decode" in method.phases:
+        one = torch.tensor([0])
+        clean = reader.take(one).read(ids[:, -1:])
+        if method.axes.cache == "evicts":
+            there = _by_position(watched.plans[last][0], ids.shape[1] - 1)
+            parts = [] if there.all() else [~there, there]
+            for where in parts:
                 prompt(where)
-                found["decode"].append(_far(reader.read(ids[:, -1:]), clean))
-        return found
-    plans = [_left_out(view, plan) for _, (view, plan) in sorted(watched.plans.items())]
-    if any(part[0][:, :-1].any() for part in plans):
-        found["decode"] = []
-        for number in range(2):
-            other = reader.take(one)
-            for cache, part in zip(other.session.caches, plans, strict=True):
-                where = part[number][:, :-1]  # without the query's own token, which is not there yet
-                cache.values[where] = _other(cache.values)[where]
-            found["decode"].append(_far(other.read(ids[:, -1:]), clean))
+                found.setdefault("decode", []).append(_far(reader.read(ids[:, -1:]), clean))
+        else:
+            plans = [_left_out(*watched.plans[layer]) for layer in range(last + 1)]
+            numbers = range(2) if any(plan[0][:, :-1].any() for plan in plans) else ()
+            for number in numbers:
+                other = reader.take(one)
+                for cache, plan in zip(other.session.caches, plans, strict=True):
+                    where = plan[number][:, :-1]  # without the query's own token, which is not there yet
+                    cache.values[where] = _other(cache.values)[where]
+                found.setdefault("decode", []).append(_far(other.read(ids[:, -1:]), clean))
+    if "prefill" in method.phases and of_prompt[0].any():
+        found["prefill"] = [_far(prompt(where), after) for where in of_prompt]
     return found
 
 

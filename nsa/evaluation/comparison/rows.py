@@ -90,7 +90,7 @@ class Cell(Shared):
     figures: what was seen inside the model, all optional (`FIGURES`): "sink_mass", a list over layers, attention on the
     first 4 tokens; "kept_mass", lists over layers of lists over KV heads, dense attention on what was kept; "reads",
     a list over layers, shares of dense reads; "kv_bytes", bytes that a dense step of decoding reads at this length;
-    "changes", see `nsa.evaluation.comparison.leaks.changes`, in one cell of each arm and budget.
+    "changes", see `nsa.evaluation.comparison.leaks.changes`, in one cell of each arm.
     """
 
     sample: NDArray[np.int64]

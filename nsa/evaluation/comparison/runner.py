@@ -1,6 +1,7 @@
 """Runs a comparison: every method on every sibling, at every budget, on the same samples; cell by cell."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import log
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 
 from nsa.baselines import Budget, BudgetError, Ledger, Method
-from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
+from nsa.data.tasks import Sample, Task, UnavailableError, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.calibration import fit
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
@@ -49,6 +50,9 @@ class Arm:
     @property
     def label(self) -> str:
         return f"{self.model.name}+{self._method}"
+
+    def is_full(self, length: int) -> bool:
+        return self.budget is not None and share_of(self.budget, length) == 1
 
     @property
     def told(self) -> str:
@@ -141,9 +145,11 @@ class Comparison:
         Raises:
             TimeUpError: ``up`` said so.
             ResultsError: the folder has answers of another training of a sibling.
-            ValueError: siblings that are compared would be asked different questions.
+            ValueError: siblings that are compared would be asked different questions, or a length is too short for a
+                task; this is found before anything runs.
         """
         self._check_tokenizers()
+        self._check_lengths()
         left, cells = folder.left_out(), 0
         for methods in (False, True):
             for model in self.candidates:
@@ -175,6 +181,13 @@ class Comparison:
                 f"siblings {other.label} and {model.label} have different tokenizers, so they would be asked different "
                 "questions: train both with one (data.tokenizer.path)"
             )
+
+    def _check_lengths(self) -> None:
+        """Raises ValueError if a length is too short for a task."""
+        for model in {tokenizer_digest(model.folder): model for model in reversed(self.candidates)}.values():
+            for place in self.places():
+                with suppress(UnavailableError):
+                    task_named(place.task).sample(self._opened(model).tokenizer, place.length, CALIBRATION, 0)
 
     def _if_missing(
         self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]
@@ -325,8 +338,12 @@ class Comparison:
         return figures
 
     def _changes(self, folder: ResultsFolder, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
-        """Whether the arm reads what its plans leave out, on one sample: of its first cell only."""
-        if method is None or not method.phases or any(self._has(folder, arm, place) for place in self.places()):
+        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget."""
+        if not self.config.watch or method is None or not method.phases or arm.is_full(block.length):
+            return {}
+        budgets = [None] if arm.budget is None else self.config.budgets
+        same = [(replace(arm, budget=budget), place) for budget in budgets for place in self.places()]
+        if any(self._has(folder, one, place) for one, place in same if not one.is_full(place.length)):
             return {}
         model, dense = self._opened(arm.model), self._dense_layers(method)
         ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.cache import FullCache
+from nsa.cache import FullCache, Position
 from nsa.layers.kind import Local, Pair
 from nsa.layers.projections.base import ProjectedLayer, Projection
 from nsa.layers.projections.gqa import GroupedQuery
@@ -22,7 +22,7 @@ class CausalAttention(nn.Module):
 
     def __init__(self, backend: str, implementation: str = "auto", scale: float | None = None) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.decoding = scale, backend
         self.backend = implementation if backend == "auto" else backend
         self.asks_for_lengths = self.backend in ("auto", *NAMES)
 
@@ -38,6 +38,10 @@ class CausalAttention(nn.Module):
         k, v = kv() if callable(kv) else kv
         assert offset + q.shape[1] == k.shape[1], "the queries must be those of the last tokens"
         return ops.dense_attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, backend=self.backend)
+
+    def decode(self, q: Tensor, kv: Pair, lengths: Tensor) -> Tensor:
+        """As `nsa.ops.decode_attention` to all tokens, with an axis of one token: q (B, 1, H, D) -> (B, 1, H, Dv)."""
+        return ops.decode_attention(q[:, 0], *kv, lengths, scale=self.scale, backend=self.decoding)[0][:, None]
 
 
 class DenseAttention(ProjectedLayer):
@@ -85,15 +89,23 @@ class DenseAttention(ProjectedLayer):
             cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1.
             cache: of the tokens before, from `new_cache`; the T new tokens are appended.
         """
-        offset = 0 if cache is None else cache.length
+        offset, fixed = (0, None) if cache is None else (cache.length, cache.position)
         q, rows, _ = self.projection(x, rotary)
         q, rows = self.exchange(q, rows)
         if cache is not None:
             rows = cache.append(*rows)
         absorbed = offset > 0  # a few queries, many keys: these are not expanded again for each token
         q, kv = self.projection.form(q, rows, absorbed)
-        out = self.attend(q, kv, cu_seqlens=cu_seqlens, offset=offset)
+        if fixed is not None:
+            assert not callable(kv)
+            out = self.attend.decode(q, kv, fixed.lengths)
+        else:
+            out = self.attend(q, kv, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(self.projection.values(out, absorbed).flatten(2))
 
     def new_cache(self) -> FullCache:
         return FullCache()
+
+    def fix(self, cache: FullCache, tokens: int, position: Position) -> None:
+        """Give the cache memory for ``tokens`` that stays where it is; ``forward`` then takes a token at a time."""
+        cache.fix(tokens, position)

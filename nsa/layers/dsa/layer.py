@@ -6,9 +6,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.cache import FullCache, IndexedCache
+from nsa.cache import FullCache, IndexedCache, Position
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
-from nsa.layers.dsa.share import HandOver, IndexShare, SharedChoice, TakeOver
+from nsa.layers.dsa.share import DECODED, HandOver, IndexShare, SharedChoice, TakeOver
 from nsa.layers.index_sets import IndexChoice
 from nsa.layers.kind import Local, Pair
 from nsa.layers.projections.base import ProjectedLayer, Projection
@@ -83,6 +83,13 @@ class TokenChoice(IndexChoice):
         """inputs: q_idx, k_idx, weights, as `nsa.ops.index_topk` takes them; the indices only."""
         return ops.index_topk(*inputs, **self.sizes, cu_seqlens=cu_seqlens, backend=self.backend)[0]
 
+    def decode(self, *inputs: Tensor) -> Tensor:
+        """inputs: as `nsa.ops.index_topk_decode` takes them -> (B, topk)."""
+        sets = ops.index_topk_decode(*inputs, **self.sizes, backend=self.backend)
+        if self.share.index is not None:
+            self.share.sets[DECODED] = sets
+        return sets
+
 
 class IndexedAttention(nn.Module):
     """The operators of the layer, as a module without parameters, so that hooks can see its inputs.
@@ -133,6 +140,19 @@ class IndexedAttention(nn.Module):
             q_idx, index_keys, weights, q, k, lse, token_indices=tokens, scale=self.scale, **options
         )
         return self.loss(out, divergence, q.shape[0] * q.shape[1])
+
+    def decode(
+        self, q: Tensor, kv: Pair, q_idx: Tensor, k_idx: tuple[Tensor], weights: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """For one token (B, 1, ...) per sequence, on the memory of a cache with so many tokens: (B, 1, H, Dv)."""
+        if self.choose.recorded is not None or self.choose.given is not None:
+            raise ValueError("index sets are recorded and replayed with new_caches() only, not by DecodingSteps")
+        pages = None
+        if self.phase == "sparse":
+            sets = self.choose.decode(q_idx[:, 0], *k_idx, weights[:, 0], lengths)  # type: ignore[operator]
+            pages = sets[:, None].expand(-1, kv[0].shape[2], -1)
+        options: dict[str, Any] = {"pages": pages, "scale": self.scale, "backend": self.backend}
+        return ops.decode_attention(q[:, 0], *kv, lengths, **options)[0][:, None]
 
 
 class DeepSeekSparseAttention(ProjectedLayer):
@@ -224,7 +244,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
             cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1.
             cache: of the tokens before, from `new_cache`; the T new tokens are appended.
         """
-        offset = 0 if cache is None else cache.length
+        offset, fixed = (0, None) if cache is None else (cache.length, cache.position)
         if rotary is None:
             rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
         q, rows, query_latent = self.projection(x, rotary)
@@ -242,9 +262,20 @@ class DeepSeekSparseAttention(ProjectedLayer):
             self.shared(q_idx, k_idx, weights)
         absorbed = self.attend.phase == "sparse" or offset > 0  # a token's row is read by many heads, from few places
         q, kv = self.projection.form(q, rows, absorbed)
-        out = self.attend(q, kv, q_idx, k_idx, weights, cu_seqlens=cu_seqlens, offset=offset)
+        if fixed is not None:
+            assert not callable(kv) and not callable(k_idx)
+            out = self.attend.decode(q, kv, q_idx, k_idx, weights, fixed.lengths)
+        else:
+            out = self.attend(q, kv, q_idx, k_idx, weights, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(self.projection.values(out, absorbed).flatten(2))
 
     def new_cache(self) -> IndexedCache | FullCache:
         """Without an indexer there are no index keys to keep."""
         return FullCache() if self.indexer is None else IndexedCache()
+
+    def fix(self, cache: IndexedCache | FullCache, tokens: int, position: Position) -> None:
+        """Give the cache memory for ``tokens`` that stays where it is; ``forward`` then takes a token at a time.
+
+        ``forward`` needs ``rotary`` then, since only the device knows the position.
+        """
+        cache.fix(tokens, position)

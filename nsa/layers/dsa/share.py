@@ -81,6 +81,12 @@ class SharedChoice(IndexChoice):
         sets = self.share.sets
         return sets.pop(offset) if self.share.is_last(self.number) else sets[offset]
 
+    def decode(self, *inputs: Tensor) -> Tensor:
+        """The sets of the one token that the layers decode: (B, topk)."""
+        return self.select(cu_seqlens=None, offset=DECODED)
+
+
+DECODED = -1  # in place of the position of the first query, which only the device knows
 
 NOTHING = (
     "this layer attends to the index sets of the layer that it shares them with, which has not selected any in this "

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa import ops
+from nsa.ops.compression import Weights
 
 
 class BlockCompression(nn.Module):
@@ -46,3 +47,7 @@ class BlockCompression(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.inner.weight, self.position, self.outer.weight)

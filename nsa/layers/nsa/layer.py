@@ -7,11 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.cache import NativeSparseCache
+from nsa.cache import NativeSparseCache, Position
 from nsa.layers.kind import Local, Pair
 from nsa.layers.linear import joint_linear
 from nsa.layers.nsa.compression import BlockCompression
 from nsa.layers.rotary import Rotary, RotaryTables
+from nsa.ops.compression import extend_compressed
 from nsa.ops.geometry import Documents, block_ends
 
 BRANCHES = ("compressed", "selected", "window")
@@ -49,6 +50,11 @@ class KeyValueCompression(nn.Module):
             ends = ends - ahead
         k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
         return ops.apply_rotary(k_cmp, *tables, ends, backend=self.backend), v_cmp
+
+    def extend(self, rings: Pair, memory: Pair, tables: Pair, index: Tensor) -> None:
+        """As `nsa.ops.compression.extend_compressed`; ``tables``: cos and sin of the newest token."""
+        weights = self.key.weights, self.value.weights
+        extend_compressed(rings, weights, memory, *tables, index, stride=self.stride, backend=self.backend)
 
 
 class BlockChoice(nn.Module):
@@ -112,6 +118,11 @@ class GatedBranches(nn.Module):
             choose=partial(self.choose, cu_seqlens=cu_seqlens, offset=offset),
             backend=self.backend,
         )
+
+    def decode(self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, lengths: Tensor) -> Tensor:
+        """As `nsa.ops.native_sparse_decode`, with an axis of one token: q (B, 1, H, D) -> (B, 1, H, Dv)."""
+        options: dict[str, Any] = self.sizes | {"scale": self.scale, "backend": self.backend}
+        return ops.native_sparse_decode(q[:, 0], kv_cmp, kv_slc, kv_win, gates[:, 0], lengths, **options)[:, None]
 
 
 class NativeSparseAttention(nn.Module):
@@ -195,18 +206,25 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1; no branch attends across one.
             cache: of the tokens before, from `new_cache`; the T new tokens are appended.
         """
-        offset = 0 if cache is None else cache.length
+        offset, fixed = (0, None) if cache is None else (cache.length, cache.position)
         if rotary is None:
             rotary = Rotary(self.rope_theta).at(Documents.of(x.shape[1], offset, cu_seqlens, x.device).query_local)
         tables = rotary.of(self.head_dim)
         q, raw_cmp, slc, win, gates = self.exchange(*self.project(x, tables))
         if cache is None:
             cmp = self.compress(raw_cmp, tables, cu_seqlens)
+        elif fixed is not None:
+            cmp, slc, win = cache.append_fixed(
+                raw_cmp, slc, win, lambda rings, memory: self.compress.extend(rings, memory, tables, fixed.index)
+            )
         else:
             cmp, slc, win = cache.append(
                 raw_cmp, slc, win, lambda raw, first: self.compress(raw, tables, ahead=offset - first)
             )
-        out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
+        if fixed is not None:
+            out = self.attend.decode(q, cmp, slc, win, gates, fixed.lengths)
+        else:
+            out = self.attend(q, cmp, slc, win, gates, cu_seqlens=cu_seqlens, offset=offset)
         return self.output(out.flatten(2))
 
     def project(self, x: Tensor, tables: Pair) -> tuple[Tensor, Pair, Pair, Pair, Tensor]:
@@ -233,3 +251,10 @@ class NativeSparseAttention(nn.Module):
 
     def new_cache(self) -> NativeSparseCache:
         return NativeSparseCache(self.compress.stride, self.window)
+
+    def fix(self, cache: NativeSparseCache, tokens: int, position: Position) -> None:
+        """Give the cache memory for ``tokens`` that stays where it is; ``forward`` then takes a token at a time.
+
+        ``forward`` needs ``rotary`` then, since only the device knows the position.
+        """
+        cache.fix(tokens, self.compress.length, position)

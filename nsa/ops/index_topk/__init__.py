@@ -59,11 +59,7 @@ def index_topk(
             ``topk``, unknown order or backend.
     """
     visible = check_indexer(q_idx, k_idx, weights, cu_seqlens, ratio, offset)
-    if topk < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > topk:
-        raise ValueError(
-            f"topk ({topk}) must be at least 1 and hold the forced tokens: num_initial ({num_initial}) + num_local "
-            f"({num_local})"
-        )
+    _check_topk(topk, num_initial, num_local)
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     implementation = resolve_backend(backend, q_idx, k_idx)
@@ -81,6 +77,48 @@ def index_topk(
     return torch.cat([indices for indices, _ in picked], 1), torch.cat([scores for _, scores in picked], 1)
 
 
+@torch.no_grad()
+@autocasts("q_idx", "k_idx")
+def index_topk_decode(
+    q_idx: Tensor,
+    k_idx: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    *,
+    topk: int,
+    num_initial: int = 0,
+    num_local: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """`index_topk` of the last token of each sequence, on the memory of a cache, without a wait for the host.
+
+    Shapes alone decide what is launched, so a CUDA graph can capture the call.
+
+    Args:
+        q_idx: (B, Hi, Di). k_idx: (B, S, Di), memory of the index keys, contiguous for the kernels. weights: (B, Hi).
+        lengths: (B,) int32, tokens of each sequence, the new one included.
+        topk, num_initial, num_local: as for `index_topk`.
+        backend: auto, triton, torch or naive.
+
+    Returns:
+        (B, topk) int32, ascending, padded with -1. Not differentiable.
+
+    Raises:
+        ValueError: as `index_topk`; lengths that are not (B,) int32.
+    """
+    _check_shapes(q_idx[:, None], k_idx, weights[:, None])
+    _check_topk(topk, num_initial, num_local)
+    if lengths.shape != q_idx.shape[:1] or lengths.dtype != torch.int32:
+        raise ValueError(f"lengths must be ({len(q_idx)},) int32, got {tuple(lengths.shape)} {lengths.dtype}")
+    if resolve_backend(backend, q_idx, k_idx) == "triton":
+        from nsa.ops.kernels import operators
+
+        return operators.index_topk_decode(q_idx, k_idx, weights, lengths, topk, num_initial, num_local)
+    scores = naive_scores(q_idx[:, None], k_idx, weights[:, None]).transpose(0, 1)  # sequences in place of queries
+    own = lengths.long() - 1
+    return _pick(scores, 0, torch.zeros_like(own), own, topk, num_initial, num_local, "index")[0][0]
+
+
 def check_indexer(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, cu_seqlens: Tensor | None, ratio: int, offset: int | None
 ) -> Ranges:
@@ -90,15 +128,7 @@ def check_indexer(
         ValueError: q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are not consistent, or there are fewer
             keys than the queries can see.
     """
-    if q_idx.dim() != 4 or k_idx.dim() != 3:
-        raise ValueError(
-            "q_idx must be (batch, tokens, heads, width) and k_idx (batch, tokens, width); got "
-            f"{tuple(q_idx.shape)}, {tuple(k_idx.shape)}"
-        )
-    if q_idx.shape[0] != k_idx.shape[0] or q_idx.shape[3] != k_idx.shape[2]:
-        raise ValueError(f"q_idx {tuple(q_idx.shape)} and k_idx {tuple(k_idx.shape)} must share batch and width")
-    if weights.shape != q_idx.shape[:3]:
-        raise ValueError(f"weights must be {tuple(q_idx.shape[:3])}, one per index head, got {tuple(weights.shape)}")
+    _check_shapes(q_idx, k_idx, weights)
     if ratio < 1:
         raise ValueError(f"ratio must be at least 1 token per key, got {ratio}")
     if ratio == 1:
@@ -112,6 +142,26 @@ def check_indexer(
     if cu_seqlens is None and k_idx.shape[1] < tokens // ratio:
         raise ValueError(f"{tokens} tokens have {tokens // ratio} entries of {ratio}, got {k_idx.shape[1]} keys")
     return visible_blocks(Documents.of(q_idx.shape[1], first, cu_seqlens, q_idx.device), ratio, ratio)
+
+
+def _check_shapes(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> None:
+    if q_idx.dim() != 4 or k_idx.dim() != 3:
+        raise ValueError(
+            "q_idx must be (batch, tokens, heads, width) and k_idx (batch, tokens, width); got "
+            f"{tuple(q_idx.shape)}, {tuple(k_idx.shape)}"
+        )
+    if q_idx.shape[0] != k_idx.shape[0] or q_idx.shape[3] != k_idx.shape[2]:
+        raise ValueError(f"q_idx {tuple(q_idx.shape)} and k_idx {tuple(k_idx.shape)} must share batch and width")
+    if weights.shape != q_idx.shape[:3]:
+        raise ValueError(f"weights must be {tuple(q_idx.shape[:3])}, one per index head, got {tuple(weights.shape)}")
+
+
+def _check_topk(topk: int, num_initial: int, num_local: int) -> None:
+    if topk < 1 or num_initial < 0 or num_local < 0 or num_initial + num_local > topk:
+        raise ValueError(
+            f"topk ({topk}) must be at least 1 and hold the forced tokens: num_initial ({num_initial}) + num_local "
+            f"({num_local})"
+        )
 
 
 def naive_scores(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> Tensor:

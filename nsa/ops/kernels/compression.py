@@ -68,6 +68,82 @@ def forward_kernel(X, Inner, Bias, Outer, Start, Pre, Out, num_rows, num_tokens,
     tl.store(Out + row[:, None] * DV + out_column[None, :], out, mask=ok[:, None] & (out_column[None, :] < DV))
 
 
+@triton.jit
+def _newest(X, Inner, Position, Outer, Out, Cos, Sin, index, block, num_rows, num_blocks, GROUPS: tl.constexpr,
+            LENGTH: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr,
+            H1: tl.constexpr, HALF1: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """`newest_kernel` for keys (ROTATE) or values."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM).to(tl.int64)  # [BM]
+    ok, batch, group = row < num_rows, row // GROUPS, row % GROUPS  # [BM] each
+    part, unit, half = tl.arange(0, BK), tl.arange(0, H1), tl.arange(0, HALF1)  # [BK], [H1], [HALF1]
+    chunks: tl.constexpr = (D + BK - 1) // BK  # of a token's columns
+    acc = tl.zeros([BM, H1], tl.float32)  # [BM, H1]
+    for step in tl.range(0, LENGTH * chunks):
+        token, column = step // chunks, step % chunks * BK + part  # scalar, [BK]
+        slot = (index + 1 + token) % LENGTH
+        x = load_rows(X, (batch * LENGTH + slot) * GROUPS + group, ok, column, D).to(tl.float32)  # [BM, BK]
+        p = tl.load(Position + token * D + column, mask=column < D, other=0.0).to(tl.float32)  # [BK]
+        at = unit[:, None] * (LENGTH * D) + token * D + column[None, :]  # [H1, BK]
+        w = tl.load(Inner + at, mask=(unit[:, None] < HIDDEN) & (column[None, :] < D), other=0.0)  # [H1, BK]
+        acc = tl.dot((x + p[None, :]).to(w.dtype), w.T, acc, input_precision=PRECISION)
+    h = (acc * tl.sigmoid(acc)).to(X.dtype.element_ty)  # [BM, H1]
+    first = load_rows(Outer, half.to(tl.int64), half < HALF, unit, HIDDEN)  # [HALF1, H1]
+    second = load_rows(Outer, HALF + half.to(tl.int64), HALF + half < DV, unit, HIDDEN)  # [HALF1, H1]
+    a = tl.dot(h, first.T, input_precision=PRECISION).to(X.dtype.element_ty)  # [BM, HALF1]
+    b = tl.dot(h, second.T, input_precision=PRECISION).to(X.dtype.element_ty)  # [BM, HALF1]
+    if ROTATE:
+        cos = tl.load(Cos + half, mask=half < HALF, other=1.0)[None, :]  # [1, HALF1]
+        sin = tl.load(Sin + half, mask=half < HALF, other=0.0)[None, :]  # [1, HALF1]
+        a1, b1 = a.to(tl.float32), b.to(tl.float32)  # [BM, HALF1], [BM, HALF1]
+        a, b = (a1 * cos - b1 * sin).to(a.dtype), (b1 * cos + a1 * sin).to(b.dtype)
+    out = ((batch * num_blocks + block) * GROUPS + group) * DV  # [BM]
+    tl.store(Out + out[:, None] + half[None, :], a, mask=ok[:, None] & (half < HALF)[None, :])
+    tl.store(Out + out[:, None] + HALF + half[None, :], b, mask=ok[:, None] & (HALF + half < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def newest_kernel(Raw, Inner, Position, Outer, Memory, Cos, Sin, Index, num_rows, num_blocks, GROUPS: tl.constexpr,
+                  LENGTH: tl.constexpr, STRIDE: tl.constexpr, SIZES: tl.constexpr, BM: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """The compression block that ends with token Index, if there is one, of BM pairs of a sequence and a KV head.
+
+    The first arguments are tuples, for keys and for values: Raw, rings (B, LENGTH, G, D) of the last tokens; the
+    weights; Memory (B, num_blocks, G, Dv). Keys are rotated by Cos and Sin (1, D / 2). SIZES of each: D, hidden, Dv,
+    half of it, hidden and half up to powers of two, columns of D at a time.
+    """
+    index = tl.load(Index)
+    begin = index + 1 - LENGTH
+    if (begin >= 0) & (begin % STRIDE == 0):
+        for i in tl.static_range(2):
+            if tl.program_id(1) == i:
+                _newest(Raw[i], Inner[i], Position[i], Outer[i], Memory[i], Cos, Sin, index, begin // STRIDE, num_rows,
+                        num_blocks, GROUPS, LENGTH, SIZES[i][0], SIZES[i][1], SIZES[i][2], SIZES[i][3], SIZES[i][4],
+                        SIZES[i][5], i == 0, BM, SIZES[i][6], PRECISION)  # fmt: skip
+
+
+def extend(
+    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
+    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+) -> None:  # fmt: skip
+    """As `nsa.ops.compression.extend_compressed`; all contiguous, lists for keys and for values."""
+    batch, length, groups, _ = raw[0].shape
+    rows = batch * groups
+    if not rows:
+        return
+    sizes = []
+    for x, weight, last in zip(raw, inner, outer, strict=True):
+        half, width = (len(last) + 1) // 2, hardware.tile_width(x.shape[3])
+        powers = hardware.tile_width(len(weight)), hardware.tile_width(half), min(64, width)
+        sizes.append((x.shape[3], len(weight), len(last), half, *powers))
+    precision = "tf32x3" if raw[0].dtype == torch.float32 else "tf32"
+    newest_kernel[triton.cdiv(rows, 16), 2](
+        tuple(raw), tuple(inner), tuple(position), tuple(outer), tuple(memory), cos, sin, index, rows,
+        memory[0].shape[1], GROUPS=groups, LENGTH=length, STRIDE=stride, SIZES=tuple(sizes), BM=16,
+        PRECISION=precision, num_warps=8 if max(size[4] for size in sizes) > 128 else 4, num_stages=2,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def hidden_kernel(DOut, Pre, Outer, Start, H, DPre, num_rows, num_blocks, GROUPS: tl.constexpr, HIDDEN: tl.constexpr,
                   DV: tl.constexpr, H1: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,

@@ -23,6 +23,7 @@ SCORE_TILES = {2: (64, 128), 4: (32, 64)}
 SELECT_BLOCK = 2048  # scores that a program of `topk_kernel` loads at once
 SAMPLE = 2048  # scores of the sample
 SMALLEST = 64  # room for candidates at least
+FILL = 256  # entries that a program fills at once
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
 
@@ -53,6 +54,42 @@ def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_
             total += tl.maximum(s, 0.0) * weight[:, None]
         at = (batch * num_rows + row)[:, None] * row_stride + key[None, :]
         tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < num_keys))
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "topk"])
+def token_score_kernel(Q, K, W, Lengths, Scores, Seen, Indices, num_keys, topk, HEADS: tl.constexpr, D: tl.constexpr,
+                       D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr,
+                       PRECISION: tl.constexpr):  # fmt: skip
+    """Scores (B, S) fp32 of one query per sequence, with BN of the tokens that are there.
+
+    Q (B, Hi, Di); K (B, S, Di); W (B, Hi) fp32. The first program of a sequence calls `begin_rows`.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    length = tl.load(Lengths + batch)
+    if tl.program_id(0) == 0:
+        begin_rows(Seen, Indices, batch, tl.num_programs(1), length - 1, topk, FILL)
+    key = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
+    if tl.program_id(0) * BN < length:
+        ok = (key < length) & (key < num_keys)  # [BN]
+        k = load_rows(K, batch * num_keys + key, ok, tl.arange(0, D1), D)  # [BN, D1]
+        total = tl.zeros([BN], tl.float32)  # [BN]
+        for head0 in tl.static_range(0, HEADS, BM):
+            head = head0 + tl.arange(0, BM)  # [BM]
+            q = load_rows(Q, batch * HEADS + head, head < HEADS, tl.arange(0, D1), D)  # [BM, D1]
+            weight = tl.load(W + batch * HEADS + head, mask=head < HEADS, other=0.0)  # [BM]
+            s = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
+            total += tl.sum(tl.maximum(s, 0.0) * weight[:, None], 0)
+        tl.store(Scores + batch * num_keys + key, total, mask=ok)
+
+
+@triton.jit
+def begin_rows(Seen, Indices, row, num_rows, last, topk, FILL: tl.constexpr):
+    """What `choose_rows` needs of a row: Seen (2, rows) int32, 0 and its last entry; Indices filled with -1."""
+    tl.store(Seen + row, 0)
+    tl.store(Seen + num_rows + row, last)
+    for start in tl.range(0, topk, FILL):
+        entry = start + tl.arange(0, FILL)  # [FILL]
+        tl.store(Indices + row * topk + entry, tl.full([FILL], -1, tl.int32), mask=entry < topk)
 
 
 @triton.jit
@@ -198,11 +235,10 @@ def topk(
         return indices, chosen
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
     slab = q_idx.new_empty(batch, rows, keys, dtype=torch.float32)
-    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
+    most = _room(topk)
     candidates = q_idx.new_empty(batch, rows, most, dtype=torch.int32)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
     queries, block = (16, 16) if INTERPRETED else SCORE_TILES[q_idx.element_size()]
-    select = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
         score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries), batch](
@@ -211,6 +247,51 @@ def topk(
         )  # fmt: skip
         topk_kernel[here, batch](
             slab, first, own, candidates, indices, chosen, token, here, tokens, keys, topk, num_initial, num_local,
-            *select, most, num_warps=8,
+            *_select_sizes(), most, num_warps=8,
         )  # fmt: skip
     return indices, chosen
+
+
+def topk_decode(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, lengths: Tensor, topk: int, num_initial: int, num_local: int
+) -> Tensor:  # fmt: skip
+    """(B, topk) int32, as `nsa.ops.index_topk_decode`. All contiguous; weights fp32."""
+    (batch, heads, width), keys = q_idx.shape, k_idx.shape[1]
+    indices = q_idx.new_empty(batch, topk, dtype=torch.int32)
+    if not batch or not keys:
+        return indices.fill_(-1)
+    scores, seen = q_idx.new_empty(batch, keys, dtype=torch.float32), indices.new_empty(2, batch)
+    precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
+    block = 16 if INTERPRETED else 64
+    token_score_kernel[triton.cdiv(keys, block), batch](
+        q_idx, k_idx, weights, lengths, scores, seen, indices, keys, topk, heads, width, tile_width(width),
+        min(64, tile_width(heads)), block, FILL, precision, num_warps=4,
+    )  # fmt: skip
+    choose_rows(scores, seen, indices, topk, num_initial, num_local)
+    return indices
+
+
+def choose_rows(
+    scores: Tensor, seen: Tensor, indices: Tensor, topk: int, num_initial: int, num_local: int
+) -> None:  # fmt: skip
+    """Write the top-k of each row of ``scores`` (R, S) fp32, ascending, to ``indices`` (R, topk) int32, filled with -1.
+
+    ``seen``: (2, R) int32, the first and the last entry of each row; what is forced is counted from these.
+    """
+    most = _room(topk)
+    candidates = indices.new_empty(len(scores), most)
+    chosen = scores.new_empty(len(scores), topk)
+    topk_kernel[len(scores), 1](
+        scores, seen[0], seen[1], candidates, indices, chosen, 0, len(scores), len(scores), scores.shape[1], topk,
+        num_initial, num_local, *_select_sizes(), most, num_warps=8,
+    )  # fmt: skip
+
+
+def _room(topk: int) -> int:
+    """For candidates of a row."""
+    return max(SMALLEST, triton.next_power_of_2(2 * topk))
+
+
+def _select_sizes() -> tuple[int, int]:
+    """BLOCK and SAMPLE of `topk_kernel`."""
+    return (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)

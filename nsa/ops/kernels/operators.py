@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
-from nsa.ops.kernels import compression, ranges, selected, selection, tokens
+from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
 from nsa.ops.kernels import indexer_kl_dense as dense_kl
+from nsa.ops.kernels import native_sparse_decode as sparse_decode
 from nsa.ops.kernels.selected import BlockLayout
 
 
@@ -130,6 +131,26 @@ def _first_and_own(visible: Ranges) -> tuple[Tensor, Tensor]:
     return visible.first.int(), (visible.last - 1).int()
 
 
+@torch.library.custom_op("nsa::index_topk_decode", mutates_args=())
+def _index_topk_decode(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, lengths: Tensor, topk: int, num_initial: int, num_local: int
+) -> Tensor:  # fmt: skip
+    return indexer.topk_decode(q_idx, k_idx, weights, lengths, topk, num_initial, num_local)
+
+
+@_index_topk_decode.register_fake
+def _index_topk_decode_fake(q_idx, k_idx, weights, lengths, topk, num_initial, num_local):
+    return q_idx.new_empty(len(q_idx), topk, dtype=torch.int32)
+
+
+def index_topk_decode(
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, lengths: Tensor, topk: int, num_initial: int, num_local: int
+) -> Tensor:  # fmt: skip
+    """As `nsa.ops.index_topk_decode`."""
+    tensors = q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous()
+    return _index_topk_decode(*tensors, lengths, topk, num_initial, num_local)
+
+
 @torch.library.custom_op("nsa::token_attention", mutates_args=())
 def _token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return tokens.forward(q, k, v, lists, scale)
@@ -182,6 +203,107 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float
     """
     out, lse = _token_attention(*(x.contiguous() for x in (q, k, v, lists)), scale)
     return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("nsa::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
+    log_weights: Tensor | None, terms: list[Tensor], scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return decode.attention(q, k, v, lengths, pages, page_size, log_weights, tuple(terms) or None, scale)
+
+
+@_decode_attention.register_fake
+def _decode_attention_fake(q, k, v, lengths, pages, page_size, log_weights, terms, scale):
+    return q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
+    log_weights: Tensor | None, terms: tuple[Tensor, ...] | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `nsa.ops.decode_attention`."""
+    pages = None if pages is None else pages.contiguous()
+    log_weights = None if log_weights is None else log_weights.float().contiguous()
+    more = [] if terms is None else [x.contiguous() for x in (*terms[:3], terms[3].float())]
+    return _decode_attention(q.contiguous(), k, v, lengths, pages, page_size, log_weights, more, scale)
+
+
+@torch.library.custom_op("nsa::append_rows", mutates_args=("memories",))
+def _append_rows(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
+    decode.append(memories, rows, index)
+
+
+@_append_rows.register_fake
+def _append_rows_fake(memories, rows, index):
+    return None
+
+
+def append_rows(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
+    """As `nsa.ops.decode.append_rows`."""
+    _append_rows(memories, [x.contiguous() for x in rows], index)
+
+
+@torch.library.custom_op("nsa::extend_compressed", mutates_args=("memory",))
+def _extend_compressed(
+    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
+    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+) -> None:  # fmt: skip
+    compression.extend(raw, inner, position, outer, memory, cos, sin, index, stride)
+
+
+@_extend_compressed.register_fake
+def _extend_compressed_fake(raw, inner, position, outer, memory, cos, sin, index, stride):
+    return None
+
+
+def extend_compressed(
+    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
+    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+) -> None:  # fmt: skip
+    """As `nsa.ops.compression.extend_compressed`."""
+    lists = ([x.contiguous() for x in weights] for weights in (inner, position, outer))
+    _extend_compressed(raw, *lists, memory, cos.float().contiguous(), sin.float().contiguous(), index, stride)
+
+
+@torch.library.custom_op("nsa::native_sparse_decode", mutates_args=())
+def _native_sparse_decode(
+    q: Tensor, kv: list[Tensor], gates: Tensor, lengths: Tensor, length: int, stride: int, block_size: int,
+    num_blocks: int, num_initial: int, num_local: int, scale: float,
+) -> Tensor:  # fmt: skip
+    sizes = length, stride, block_size, num_blocks, num_initial, num_local
+    return sparse_decode.attention(q, kv, gates, lengths, *sizes, scale)[0]
+
+
+@_native_sparse_decode.register_fake
+def _native_sparse_decode_fake(q, kv, *rest):
+    return q.new_empty(*q.shape[:2], kv[1].shape[3])
+
+
+def native_sparse_decode(q: Tensor, kv: list[Tensor], gates: Tensor, lengths: Tensor, *sizes: float) -> Tensor:
+    """As `nsa.ops.native_sparse_decode`; sizes: length to num_local, scale."""
+    return _native_sparse_decode(q.contiguous(), kv, gates.contiguous(), lengths, *sizes)
+
+
+@torch.library.custom_op("nsa::quest_pages", mutates_args=())
+def _quest_pages(
+    q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int, topk: int, num_initial: int,
+    num_local: int, over_group: str,
+) -> Tensor:  # fmt: skip
+    return quest.pages(q, low, high, lengths, page_size, topk, num_initial, num_local, over_group)
+
+
+@_quest_pages.register_fake
+def _quest_pages_fake(q, low, high, lengths, page_size, topk, num_initial, num_local, over_group):
+    return q.new_empty(len(q), low.shape[2], topk, dtype=torch.int32)
+
+
+def quest_pages(
+    q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int, topk: int, num_initial: int,
+    num_local: int, over_group: str,
+) -> Tensor:  # fmt: skip
+    """As `nsa.ops.quest_pages`."""
+    return _quest_pages(q.contiguous(), low, high, lengths, page_size, topk, num_initial, num_local, over_group)
 
 
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())

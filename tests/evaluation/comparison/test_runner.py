@@ -279,6 +279,14 @@ def test_budgets_are_shares_or_tokens() -> None:
     assert budget_of(64, "attended") == Budget(tokens=64)
 
 
+def test_the_comparison_of_a_folder_is_valid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = load(ROOT / "configs/compare/smollm2.yaml")
+    assert len(config.methods) >= 8 and len(config.budgets) >= 2
+    monkeypatch.delenv("SMOLLM2", raising=False)
+    with pytest.raises(ValueError, match="the environment has no"):
+        commands.compare(str(ROOT / "configs/compare/smollm2.yaml"), [f"output_dir={tmp_path}"])
+
+
 def test_the_shipped_comparison_and_its_siblings_are_valid() -> None:
     path = ROOT / "configs/compare/demo.yaml"
     config = load(path)

@@ -1,0 +1,69 @@
+"""Quest's pages of one query token per sequence: bounds of q . k from the least and greatest keys, and their top-k."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels import index_topk
+from nsa.ops.kernels.device_functions import load_row_parts, scores
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, split_width, tile_width
+
+PAGES = 64  # of a program
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_pages", "page_size", "topk"])
+def bound_kernel(Q, Low, High, Lengths, Bounds, Seen, Indices, num_pages, page_size, topk, SUM: tl.constexpr,
+                 GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+                 BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Bounds (B, G, num_pages) fp32 of BN pages, joined over the heads of a KV head.
+
+    Q (B, H, D); Low, High (B, num_pages, G, D). The first program of a KV head calls `index_topk.begin_rows`.
+    """
+    group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    slot = batch * GROUPS + group
+    length = tl.load(Lengths + batch)
+    if tl.program_id(0) == 0:
+        last = (length + page_size - 1) // page_size - 1
+        index_topk.begin_rows(Seen, Indices, slot, tl.num_programs(2) * GROUPS, last, topk, FILL)
+    page = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
+    if tl.program_id(0) * BN * page_size < length:
+        ok = (page < num_pages) & (page * page_size < length)  # [BN]
+        row = (batch * num_pages + page) * GROUPS + group  # [BN]
+        low1, low2 = load_row_parts(Low, row, ok, D, D1, D2)  # [BN, D1], [BN, D2]
+        high1, high2 = load_row_parts(High, row, ok, D, D1, D2)  # [BN, D1], [BN, D2]
+        total = tl.full([BN], 0.0 if SUM else float("-inf"), tl.float32)  # [BN]
+        for head0 in tl.static_range(0, HEADS, BM):
+            head = head0 + tl.arange(0, BM)  # [BM]
+            q1, q2 = load_row_parts(Q, slot * HEADS + head, head < HEADS, D, D1, D2)  # [BM, D1], [BM, D2]
+            above1, above2 = tl.where(q1 > 0, q1, 0.0).to(q1.dtype), tl.where(q2 > 0, q2, 0.0).to(q2.dtype)
+            s = scores(above1, above2, high1, high2, D2, PRECISION)  # [BM, BN]
+            s += scores(q1 - above1, q2 - above2, low1, low2, D2, PRECISION)
+            if SUM:
+                total += tl.sum(tl.where((head < HEADS)[:, None], s, 0.0), 0)
+            else:
+                total = tl.maximum(total, tl.max(tl.where((head < HEADS)[:, None], s, float("-inf")), 0))
+        tl.store(Bounds + slot * num_pages + page, total, mask=ok)
+
+
+def pages(
+    q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page_size: int, topk: int, num_initial: int,
+    num_local: int, over_group: str,
+) -> Tensor:  # fmt: skip
+    """(B, G, topk) int32, as `nsa.ops.quest_pages`. All inputs are contiguous."""
+    (batch, heads, width), (number, groups) = q.shape, low.shape[1:3]
+    indices = q.new_empty(batch, groups, topk, dtype=torch.int32)
+    if not batch * groups or not number:
+        return indices.fill_(-1)
+    bounds = q.new_empty(batch, groups, number, dtype=torch.float32)
+    seen = q.new_empty(2, batch, groups, dtype=torch.int32)
+    d1, d2 = split_width(width)
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    block = 16 if INTERPRETED else PAGES
+    bound_kernel[triton.cdiv(number, block), groups, batch](
+        q, low, high, lengths, bounds, seen, indices, number, page_size, topk, SUM=over_group == "sum", GROUPS=groups,
+        HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
+        FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
+    )  # fmt: skip
+    index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
+    return indices

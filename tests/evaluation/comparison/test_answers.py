@@ -1,0 +1,66 @@
+"""Generation ends when no score can change any more, and not before."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nsa.baselines import Ledger
+from nsa.data.tasks import TASKS, Bytes, Query, Sample, task_named
+from nsa.data.tasks.text import TextTask
+from nsa.evaluation.comparison.answers import ask
+
+OVER_TEXT = [task for task in TASKS if isinstance(task, TextTask)]
+
+
+class Scripted:
+    """A reader that says what is written, a byte a token, whatever it reads."""
+
+    ledger = Ledger()
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts, self.said = [text.encode() for text in texts], 0
+
+    def begin(self) -> None:
+        pass
+
+    def end_prompt(self) -> None:
+        pass
+
+    def take(self, sequences: Tensor) -> "Scripted":
+        return self
+
+    def read(self, ids: Tensor) -> Tensor:
+        if ids.shape[1] > 1:
+            return torch.zeros(len(ids), 256)
+        last = torch.tensor([text[min(self.said, len(text) - 1)] for text in self.texts])
+        self.said += 1
+        return torch.nn.functional.one_hot(last, 256).float()
+
+
+def asked(texts: list[str], new_tokens: int = 64) -> tuple[list[float | None], int]:
+    """Scores of texts for a needle, and how many tokens were generated."""
+    task = task_named("niah_single_1", new_tokens=new_tokens)
+    query = Query(np.array([65]), np.array([66]), ("1234567",))
+    samples = [Sample(np.array([256, 65, 65]), (query,), 0.0) for _ in texts]
+    reader = Scripted(texts)
+    (answers,) = ask(reader, Bytes(), task, samples, aware=True, batch_tokens=999)
+    return [answer.score for answer in answers], reader.said
+
+
+def test_generation_ends_when_all_answers_are_found() -> None:
+    assert asked([" 1234567, and more", "12345678"]) == ([1.0, 1.0], 8)
+    assert asked([" 1234567, and more", "1234568"]) == ([1.0, 0.0], 64)
+    assert asked(["...", "..."], new_tokens=5) == ([None, None], 5)
+
+
+@pytest.mark.parametrize("task", OVER_TEXT, ids=lambda task: task.name)
+def test_what_is_final_stays(task: TextTask) -> None:
+    query = Query(np.array([65]), np.array([66]), ("12", "345"))
+    ends = ("", "0", "a", "\n7", " 12 345", "\n12 345")
+    finals = 0
+    for text in ("", " ", "\n", "12", " 345 12", "12\n", "\n12\n", "7\n", " 12, 345", " 12, 345\n"):
+        if task.final(query, text):
+            finals += 1
+            assert {task.score(query, text + end) for end in ends} == {task.score(query, text)}, text
+    assert finals >= 2

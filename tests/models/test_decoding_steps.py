@@ -1,0 +1,147 @@
+"""Decoding on memory that stays where it is: results, addresses, and that no step waits for the host."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.index_sets import record_index_sets
+from nsa.layers.projections.config import MlaConfig
+from nsa.models import Decoder, DecodingSteps, generate
+from tests.models.test_decoder import small
+
+KINDS = ["dense", "nsa", ["nsa", "dense"]]
+# What makes the host wait for the device, or gives a shape that depends on values.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero", "equal")
+
+
+class NoWait(TorchDispatchMode):
+    """Refuses operators that CUDA graphs cannot capture, and copies between devices by way of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().partition("::")[2].partition(".")[0]
+        assert name not in WAITS, f"{function.name()} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), "a mask as an index gives a shape"
+        self.seen += 1
+        return function(*args, **kwargs or {})
+
+
+def decoder_of(kind, **changes) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(*small(kind, **changes)).double().eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", [1, 29])
+def test_steps_equal_the_whole(kind, prompt: int) -> None:
+    """Prompts shorter and longer than a compression block (8) and the window (12); steps far beyond both."""
+    decoder, ids = decoder_of(kind), torch.randint(0, 97, (2, 50))
+    expected = decoder(ids)
+    steps = DecodingSteps(decoder, ids[:, :prompt], 50)
+    torch.testing.assert_close(steps.logits, expected[:, prompt - 1])
+    for token in range(prompt, 50):
+        torch.testing.assert_close(steps.step(ids[:, token]), expected[:, token])
+    assert steps.length == 50
+
+
+LATENT = MlaConfig(kv_lora_rank=6, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+WITH_LATENTS = {"projection": "mla", "mla": LATENT, "num_kv_heads": 4, "head_dim": 12}
+
+
+@pytest.mark.parametrize("kind", ["dense", "dsa"])
+def test_steps_with_latents_equal_the_whole(kind) -> None:
+    decoder = dsa_decoder({}, **WITH_LATENTS) if kind == "dsa" else decoder_of(kind, **WITH_LATENTS)
+    ids = torch.randint(0, 97, (2, 20))
+    steps, expected = DecodingSteps(decoder, ids[:, :5], 20), decoder(ids)
+    for token in range(5, 20):
+        torch.testing.assert_close(steps.step(ids[:, token]), expected[:, token])
+
+
+DSA = {"topk": 9, "num_local": 2, "index_heads": 3, "index_head_dim": 8, "index_rotary_dims": 4}
+
+
+def dsa_decoder(changes: dict, **model) -> Decoder:
+    torch.manual_seed(0)
+    config, attention = small("dsa", **model)
+    attention = attention.model_copy(update={"dsa": DsaConfig(**DSA | changes)})
+    return Decoder(config, attention).double().eval()
+
+
+@pytest.mark.parametrize("changes", [{}, {"share_layers": 2, "share_from": 1}, {"phase": "warm-up"}], ids=str)
+def test_steps_of_indexed_layers_equal_the_whole(changes: dict) -> None:
+    """More tokens than a query selects; groups of layers that share their sets; also without a wait."""
+    decoder, ids = dsa_decoder(changes), torch.randint(0, 97, (2, 24))
+    steps, expected = DecodingSteps(decoder, ids[:, :7], 24), decoder(ids)
+    for token in range(7, 24):
+        with NoWait():
+            logits = steps.step(ids[:, token])
+        torch.testing.assert_close(logits, expected[:, token])
+    assert all(layer.attention.share.index is None for layer in decoder.layers)
+
+
+def test_index_sets_of_steps_are_not_recorded() -> None:
+    decoder, ids = dsa_decoder({}), torch.randint(0, 97, (2, 30))
+    steps = DecodingSteps(decoder, ids[:, :9], 30)
+    with pytest.raises(ValueError, match="not by DecodingSteps"), record_index_sets(decoder):
+        steps.step(ids[:, 9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_waits_for_nothing_and_keeps_its_addresses(kind) -> None:
+    decoder, ids = decoder_of(kind), torch.randint(0, 97, (2, 32))
+    steps = DecodingSteps(decoder, ids[:, :20], 32)
+
+    def addresses() -> list[int]:
+        rows = [part for cache in steps.caches for part in vars(cache).values() if hasattr(part, "_memory")]
+        return [x.data_ptr() for part in rows for x in part._memory] + [steps.logits.data_ptr()]
+
+    before = addresses()
+    for token in range(20, 32):
+        with NoWait() as watch:
+            steps.step(ids[:, token])
+        assert watch.seen
+    assert addresses() == before
+
+
+def test_the_watch_sees_waits() -> None:
+    x = torch.ones(3)
+    for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool((x > 0).all())):
+        with pytest.raises(AssertionError, match=r"waits|mask"), NoWait():
+            wait()
+
+
+@pytest.mark.parametrize("kind", ["dense", "nsa"])
+def test_greedy_generation_equals_the_whole(kind) -> None:
+    decoder, ids = decoder_of(kind), torch.randint(0, 97, (2, 9))
+    found = generate(decoder, ids, 25)
+    assert found.shape == (2, 34) and torch.equal(found[:, :9], ids)
+    assert torch.equal(decoder(found)[:, 8:-1].argmax(-1), found[:, 9:])
+    assert torch.equal(generate(decoder, ids, 0), ids) and torch.equal(generate(decoder, ids, 1), found[:, :10])
+
+
+def test_drawn_tokens_follow_the_generator() -> None:
+    decoder, ids = decoder_of("dense"), torch.randint(0, 97, (1, 4))
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(generate(decoder, ids, 12, temperature=3.0))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_mistakes_are_named() -> None:
+    decoder, ids = decoder_of("dense"), torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least one token"):
+        DecodingSteps(decoder, ids[:, :0], 4)
+    with pytest.raises(ValueError, match="does not hold the prompt"):
+        DecodingSteps(decoder, ids, 3)
+    with pytest.raises(ValueError, match="caches are full"):
+        DecodingSteps(decoder, ids, 4).step(ids[:, 0])
+    with pytest.raises(ValueError, match="no cache of fixed memory"):
+        DecodingSteps(decoder_of("entmax"), ids, 4)
+    with pytest.raises(ValueError, match="must not be negative"):
+        generate(decoder, ids, -1)

@@ -1,0 +1,222 @@
+"""The kernels of decoding against the definition: on a GPU if there is one, else in Triton's interpreter (fp32).
+
+Without a GPU they run within tests/ops/test_kernels.py::test_in_the_interpreter.
+"""
+
+import pytest
+import torch
+
+from nsa import ops
+from nsa.models import Decoder, DecodingSteps
+from nsa.ops.compression import Weights, extend_compressed
+from nsa.ops.decode import append_rows
+from nsa.ops.geometry import num_compressed
+from nsa.ops.kernels import native_sparse_decode
+from tests.models.test_decoder import small
+from tests.ops.decode_cases import (
+    CASES,
+    INDEX_CASES,
+    QUEST_CASES,
+    SPARSE_CASES,
+    TIES,
+    Case,
+    IndexCase,
+    QuestCase,
+    SparseCase,
+    case_of,
+    index_case_of,
+    quest_case_of,
+    sparse_case_of,
+)
+from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention(case: Case) -> None:
+    inputs, options = case_of(case, torch.float32, DEVICE)
+    found, expected = (ops.decode_attention(*inputs, **options, backend=b) for b in ("triton", "naive"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_a_sequence_has_the_same_bits_beside_others() -> None:
+    inputs, options = case_of(Case(6, 2, 16, 16, (70, 50), pages=10, page_size=8), torch.float32, DEVICE)
+    alone = [x[1:] for x in inputs]
+    out, lse = ops.decode_attention(*inputs, **options, backend="triton")
+    options["pages"] = options["pages"][1:]
+    one, one_lse = ops.decode_attention(*alone, **options, backend="triton")
+    assert torch.equal(out[1:], one) and torch.equal(lse[1:], one_lse)
+
+
+@needs_kernels
+def test_no_copy_of_the_memory() -> None:
+    q, k, lengths = torch.zeros(2, 2, 16), torch.zeros(2, 8, 1, 16), torch.ones(2, dtype=torch.int32)
+    inputs = [x.to(DEVICE) for x in (q, k[:, :4], k[:, :4], lengths)]
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.decode_attention(*inputs, backend="triton")
+
+
+@needs_kernels
+@pytest.mark.parametrize(("case", "ties"), TIES, ids=str)
+def test_native_sparse(case: SparseCase, ties: bool) -> None:
+    inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
+    if ties:
+        inputs[1][0].nan_to_num_(0).zero_()
+    ours, theirs = (ops.native_sparse_decode(*inputs, **sizes, backend=b) for b in ("triton", "naive"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", SPARSE_CASES[:2], ids=str)
+def test_blocks_are_those_of_the_selection(case: SparseCase) -> None:
+    inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
+    q, (k, _), lengths = inputs[0], inputs[1], inputs[5]
+    kv = [x for pair in inputs[1:4] for x in pair]
+    found = native_sparse_decode.attention(q, kv, inputs[4], lengths, *sizes.values(), q.shape[2] ** -0.5)[1]
+    for row, tokens in enumerate(lengths.tolist()):
+        seen = num_compressed(tokens, sizes["length"], sizes["stride"])
+        if tokens:
+            one = q[row, None, None], k[row, None, :seen]
+            lse = ops.compressed_attention(*one, one[1], length=4, stride=case.sizes[1], offset=tokens - 1)[1]
+            expected = ops.select_blocks(*one, lse, **sizes, offset=tokens - 1, backend="naive")[0, 0]
+        else:
+            expected = torch.full_like(found[row], -1)
+        assert torch.equal(found[row], expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", QUEST_CASES, ids=str)
+@pytest.mark.parametrize("over_group", ["sum", "max"])
+def test_quest_pages(case: QuestCase, over_group: str) -> None:
+    inputs, options = quest_case_of(case, torch.float32, DEVICE)
+    found, expected = (
+        ops.quest_pages(*inputs, **options, over_group=over_group, backend=b) for b in ("triton", "naive")
+    )
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", INDEX_CASES, ids=str)
+def test_index_sets(case: IndexCase) -> None:
+    inputs, options = index_case_of(case, torch.float32, DEVICE)
+    found, expected = (ops.index_topk_decode(*inputs, **options, backend=b) for b in ("triton", "naive"))
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["dense", "nsa"])
+def test_steps_of_a_decoder(kind: str) -> None:
+    """On a GPU each step is the replay of a CUDA graph."""
+    torch.manual_seed(0)
+    shape = {"head_dim": 16, "v_head_dim": 16, "num_layers": 1}
+    model, attention = small(kind, **shape)
+    attention = attention.model_copy(update={"nsa": attention.nsa.model_copy(update={"compress_hidden": 16})})
+    decoder = Decoder(model, attention, backend="triton").to(DEVICE).eval()
+    with torch.no_grad():
+        ids = torch.randint(0, 97, (2, 26), device=DEVICE)
+        steps, expected = DecodingSteps(decoder, ids[:, :18], 26), decoder(ids)
+    for token in range(18, 26):
+        torch.testing.assert_close(steps.step(ids[:, token]), expected[:, token], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("index", [0, 5, 19])
+def test_rows_go_to_their_slots(index: int) -> None:
+    """Rings and other memory, of several widths."""
+    shapes = [(3,), (2, 5), (1, 1100)]
+    rows = [torch.randn(2, 1, *shape).to(DEVICE) for shape in shapes]
+    memories = [x.new_zeros(2, slots, *x.shape[2:]) for slots, x in zip((7, 20, 33), rows, strict=True)]
+    append_rows(memories, rows, torch.tensor([index], device=DEVICE), backend="triton")
+    for memory, x, slots in zip(memories, rows, (7, 20, 33), strict=True):
+        expected = torch.zeros_like(memory)
+        expected[:, index % slots] = x[:, 0]
+        assert torch.equal(memory, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("groups", "width", "v_width", "hidden"), [(2, 16, 16, 16), (3, 48, 24, 40), (9, 80, 16, 16)])
+def test_compressed_blocks_are_extended(groups: int, width: int, v_width: int, hidden: int) -> None:
+    """Token by token: the blocks are those of the whole; before the first block, and between two, none is written."""
+    batch, tokens, length, stride = 2, 15, 8, 4
+    raw = normal(batch, tokens, groups, width).detach(), normal(batch, tokens, groups, v_width, seed=1).detach()
+    weights = []
+    for x in raw:
+        sizes = (hidden, length * x.shape[3]), (length, x.shape[3]), (x.shape[3], hidden)
+        weights.append(Weights(*(normal(*size, seed=i).detach() / 4 for i, size in enumerate(sizes))))
+    rings = [x.new_zeros(batch, length, *x.shape[2:]) for x in raw]
+    memory = [x.new_zeros(batch, 3, *x.shape[2:]) for x in raw]
+    angles = torch.arange(tokens, device=DEVICE)[:, None] * torch.rand(width // 2, device=DEVICE)
+    cos, sin = angles.cos(), angles.sin()
+    for token in range(tokens):
+        index = torch.tensor([token], device=DEVICE)
+        append_rows(rings, [x[:, token : token + 1] for x in raw], index, backend="triton")
+        extend_compressed(rings, weights, memory, cos[index], sin[index], index, stride=stride, backend="triton")
+    options = {"length": length, "stride": stride, "backend": "naive"}
+    whole = [ops.compress_blocks(x, *w, **options) for x, w in zip(raw, weights, strict=True)]
+    ends = torch.tensor([length - 1, length - 1 + stride], device=DEVICE)
+    whole[0] = ops.apply_rotary(whole[0], cos, sin, ends, backend="naive")
+    for found, expected in zip(memory, whole, strict=True):
+        torch.testing.assert_close(found[:, :2], expected, rtol=1e-4, atol=1e-5)
+        assert not found[:, 2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(32, 8, 128, 128, (5000, 700)),
+        Case(64, 4, 128, 128, (3000,), pages=40, page_size=64),
+        Case(6, 2, 192, 128, (2000, 1), pages=100, page_size=16, weighted=True, terms=300),
+        Case(3, 3, 64, 64, (3000,), pages=1500),
+    ],
+    ids=str,
+)
+def test_in_bf16(case: Case) -> None:
+    """Against the reference in fp32 on the same rounded inputs, as a CUDA graph that is replayed at other lengths."""
+    inputs, options = case_of(case, torch.float32, DEVICE)
+    q, k, v = (x.bfloat16() for x in inputs[:3])
+    lengths = inputs[3]
+    exact = dict(options)
+    if (terms := options.get("terms")) is not None:
+        options["terms"] = terms._replace(keys=terms.keys.bfloat16(), values=terms.values.bfloat16())
+        exact["terms"] = ops.Terms(*(x.float() if x.is_floating_point() else x for x in options["terms"]))
+    ops.decode_attention(q, k, v, lengths, **options, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = ops.decode_attention(q, k, v, lengths, **options, backend="triton")
+    for share in (1, 2):
+        lengths.floor_divide_(share)
+        graph.replay()
+        expected = ops.decode_attention(q.float(), k.float(), v.float(), lengths, **exact, backend="naive")[0]
+        assert (out.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize("heads", [64, 12, 8])
+def test_native_sparse_in_bf16(heads: int) -> None:
+    """The reference selects from bf16 scores' fp32 products, too: but for near ties the blocks are the same."""
+    case = SparseCase(heads, 4, 128, 128, (9000, 40, 3000), 512, (32, 16, 64, 16, 1, 2))
+    inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
+    rounded = [tuple(y.bfloat16() for y in x) if isinstance(x, tuple) else x for x in inputs]
+    rounded[0], rounded[4] = inputs[0].bfloat16(), inputs[4].bfloat16()
+    exact = [tuple(y.float() for y in x) if isinstance(x, tuple) else x for x in rounded]
+    exact[0], exact[4] = rounded[0].float(), rounded[4].float()
+    out = ops.native_sparse_decode(*rounded, **sizes, backend="triton")
+    expected = ops.native_sparse_decode(*exact, **sizes, backend="naive")
+    assert (out.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+def test_quest_pages_in_bf16() -> None:
+    """Of the pages that the reference chooses nearly all: bounds that are nearly equal may change places."""
+    inputs, options = quest_case_of(QuestCase(32, 8, 128, (60000, 9000), 16, 200), torch.float32, DEVICE)
+    rounded = [x.bfloat16() for x in inputs[:3]]
+    found = ops.quest_pages(*rounded, inputs[3], **options, backend="triton")
+    expected = ops.quest_pages(*(x.float() for x in rounded), inputs[3], **options, backend="naive")
+    missing = (expected[..., None] != found[..., None, :]).all(-1).float().mean()
+    assert missing < 0.01 and torch.equal(found, ops.quest_pages(*rounded, inputs[3], **options, backend="triton"))
