@@ -15,6 +15,7 @@ from simulated import MANIFEST, cell, rows_of, write
 
 from nsa.compare import main
 from nsa.config import load_config
+from nsa.data.tasks import UnavailableError, task_named
 from nsa.evaluation.comparison import commands, runner
 from nsa.evaluation.comparison.config import load, trainings_of
 from nsa.evaluation.comparison.folder import ResultsFolder, read_results
@@ -174,12 +175,18 @@ def test_methods_are_asked_where_dense_reaches_the_floor(
 
 
 @pytest.mark.usefixtures("unreported")
-def test_a_task_without_samples_is_left_out_and_said(exports: Path, tmp_path: Path) -> None:
-    path = configured(tmp_path, exports, "tasks: [mqar]", "tasks: [mqar, cwe]")
+def test_a_task_without_its_data_set_is_left_out_and_said(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: Any) -> None:
+        raise UnavailableError("the data set cannot be loaded")
+
+    monkeypatch.setattr(task_named("mqar_wide").__class__, "draw", absent)
+    path = configured(tmp_path, exports, "tasks: [mqar]", "tasks: [mqar, mqar_wide]")
     assert main([str(path)]) == 0
     left = read_results(tmp_path / "small").left_out
-    assert len(left) == 2 * 6 and all("cwe" in what for what in left)
-    assert "a sample needs" in left["dense#2+quest,page=4@0.5 cwe 64 agnostic"]
+    assert len(left) == 2 * 6 and all("mqar_wide" in what for what in left)
+    assert "cannot be loaded" in left["dense#2+quest,page=4@0.5 mqar_wide 64 agnostic"]
 
 
 @pytest.mark.usefixtures("unreported")
