@@ -287,7 +287,7 @@ compare() {
         arguments=("$ROOT/configs/compare/demo.yaml")
     fi
     began=$SECONDS
-    local stages stage
+    local stages stage trained=
     stages=$(python -m nsa.compare "${arguments[@]}" --stages) || return
     for stage in ${stages:-all}; do
         [[ -z $stages ]] || say "stage $stage"
@@ -307,12 +307,13 @@ train_siblings() {
         IFS=$'\t' read -r -a parts <<<"$line"
         if [[ -n $minutes ]]; then
             left=$(minutes_left "$minutes")
-            if [[ $left == 0 ]]; then
+            if [[ $left == 0 && -n $trained ]]; then
                 say "the time is over: run the same command again"
                 return 75
-            fi
-            left=training.max_hours=$(awk "BEGIN {print $left / 60}")
+            fi # else every run trains for a step at least, and gets further
+            left=training.max_hours=$(awk "BEGIN {print ($left > 0.01 ? $left : 0.01) / 60}")
         fi
+        trained=1
         say "training ${parts[0]}"
         train "${parts[@]:1}" $left || return
         python -m nsa.export "${parts[0]}" </dev/null || return

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="stop before the cell that would begin after so long")
     parser.add_argument("--pack", metavar="OUT", help="of report: also write the results in few files into this folder")
     options = parser.parse_intermixed_args(arguments)
+    if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
+        parser.error("--pack goes with report and one folder of results")
 
     from nsa.evaluation.comparison import commands
     from nsa.training.exit_codes import REQUEUE, USER

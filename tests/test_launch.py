@@ -302,7 +302,9 @@ esac
     minutes = [float(line.partition("--minutes ")[2]) for line in said if "--minutes" in line]
     assert code == 0 and len(hours) == len(minutes) == 2
     assert all(0.09 < hour <= 0.1 for hour in hours) and all(5.4 < minute <= 6 for minute in minutes)
-    assert compared("mine.yaml", "--minutes", "0") == (75, [])
+    code, said = compared("mine.yaml", "--minutes", "0")
+    assert code == 75 and said[0].startswith("trains small.yaml name=a training.max_hours=0.0001")  # and no second one
+    assert said[1:] == [stage[1], "python -m nsa.compare mine.yaml --minutes 0"]
     assert compared("--report", "results", "--pack", "few") == (0, ["python -m nsa.compare report results --pack few"])
     assert compared("mine.yaml", "--minutes", "soon")[0] == 1
 

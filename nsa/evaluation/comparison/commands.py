@@ -137,7 +137,7 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
     """Run the next stage of a comparison and write its report; goes on where it was interrupted.
 
     Args:
-        minutes: stop before the cell that would begin after so long; None: when all is done.
+        minutes: stop before the cell that would begin after so long, but for the first; None: when all is done.
 
     Returns:
         Whether the stage is done.

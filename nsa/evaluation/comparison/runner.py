@@ -102,6 +102,7 @@ class Comparison:
         self.config, self.candidates, self.say, self.device = config, candidates, say, device
         self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
+        self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
 
     def arms(self, model: Candidate, *, methods: bool) -> Iterator[Arm]:
         """Of a sibling: with ``methods`` those that choose, controls first; without, dense and as it was trained."""
@@ -138,7 +139,8 @@ class Comparison:
         Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`).
 
         Args:
-            progress: called with a number of cells that are done or left out. up: whether to stop before the next cell.
+            progress: called with a number of cells that are done or left out.
+            up: whether to stop before the next cell; not asked before the first.
 
         Raises:
             TimeUpError: ``up`` said so.
@@ -193,8 +195,9 @@ class Comparison:
         what = f"{arm.told}@{arm.budget} {place}"
         if what in left or self._has(folder, arm, place):
             return
-        if up():
+        if self._begun and up():
             raise TimeUpError
+        self._begun = True
         try:
             self._cell(folder, arm, self._block(arm.model, place))
         except (BudgetError, AttachError, NoSampleError) as error:

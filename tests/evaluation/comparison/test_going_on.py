@@ -15,6 +15,7 @@ from simulated import MANIFEST, cell, rows_of, write
 
 from nsa.compare import main
 from nsa.config import load_config
+from nsa.data.tasks import UnavailableError, task_named
 from nsa.evaluation.comparison import commands, runner
 from nsa.evaluation.comparison.config import load, trainings_of
 from nsa.evaluation.comparison.folder import ResultsFolder, read_results
@@ -119,7 +120,7 @@ def test_an_interruption_anywhere_changes_no_answer(
 
     def clock() -> Iterator[float]:
         """Of one run: the time is over at the fourth look at it, the first being at the beginning."""
-        yield from (0, 0, 0, 0, *[100] * 1000)
+        yield from (0, 0, 0, *[100] * 1000)
 
     monkeypatch.setattr(ResultsFolder, "write", interrupted)
     codes: list[Any] = []
@@ -138,6 +139,13 @@ def test_an_interruption_anywhere_changes_no_answer(
             break
     assert codes.count(75) >= 5 and codes.count("killed") >= 2 and codes.count(0) == 2
     assert answers(tmp_path / "small") == answers(whole)
+
+
+def test_every_run_gets_further(exports: Path, tmp_path: Path) -> None:
+    path = configured(tmp_path, exports)
+    for cells in (1, 2):
+        assert main([str(path), "--minutes", "0"]) == 75
+        assert len(list((tmp_path / "small/cells").iterdir())) == cells
 
 
 @pytest.mark.usefixtures("unreported")
@@ -174,6 +182,21 @@ def test_a_task_without_samples_is_left_out_and_said(exports: Path, tmp_path: Pa
     left = read_results(tmp_path / "small").left_out
     assert len(left) == 2 * 6 and all("48" in what for what in left)
     assert "a sample needs" in left["dense#2+quest,page=4@0.5 mqmtar 48 agnostic"]
+
+
+@pytest.mark.usefixtures("unreported")
+def test_a_task_without_its_data_set_is_left_out_and_said(
+    exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: Any) -> None:
+        raise UnavailableError("the data set cannot be loaded")
+
+    monkeypatch.setattr(task_named("mqar_wide").__class__, "draw", absent)
+    path = configured(tmp_path, exports, "tasks: [mqar]", "tasks: [mqar, mqar_wide]")
+    assert main([str(path)]) == 0
+    left = read_results(tmp_path / "small").left_out
+    assert len(left) == 2 * 6 and all("mqar_wide" in what for what in left)
+    assert "cannot be loaded" in left["dense#2+quest,page=4@0.5 mqar_wide 64 agnostic"]
 
 
 @pytest.mark.usefixtures("unreported")
@@ -355,6 +378,13 @@ def test_packed_results_give_the_same_report(whole: Path, tmp_path: Path) -> Non
     assert [c.answers() for c in one.cells] == [c.answers() for c in other.cells]
 
 
+@pytest.mark.parametrize("arguments", [["small.yaml"], ["report", "one", "two"], ["report"]])
+def test_one_folder_is_packed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--pack", "out"])
+    assert "--pack goes with report and one folder" in capsys.readouterr().err
+
+
 def test_damaged_packed_results_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "results", CELLS)
     commands.pack(tmp_path / "results", tmp_path / "packed")
@@ -411,7 +441,7 @@ def test_a_study_that_is_killed_and_stopped_gives_what_an_uninterrupted_one_give
             small_study.kill(process)
         codes = []
         while not codes or codes[-1] == 75:
-            minutes = ["--minutes", "0.5"] if name == "parts" else []
+            minutes = ["--minutes", "1"] if name == "parts" else []
             process = small_study.start(launch, "study.yaml", *minutes)
             output = process.communicate()[0]
             codes.append(process.returncode)

@@ -9,6 +9,7 @@ import torch
 from nsa.baselines import METHODS, Budget, Ledger, method_named
 from nsa.data.tasks import task_named
 from nsa.evaluation.comparison.answers import ask
+from nsa.evaluation.comparison.leaks import changes
 from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from tests.small_run import small_export
 
@@ -45,11 +46,16 @@ def test_answers_are_those_of_the_cpu(kind: str, name: str, models: dict[str, An
     samples = [task.sample(opened.tokenizer, 64, "device", 0)]
     method = method_named(name)(budget=Budget(tokens=24), **method_named(name).small) if name else None
 
-    def answers() -> tuple[list[Any], dict[str, float | None]]:
+    ids = torch.from_numpy(samples[0].context)[None]
+
+    def open_reader(ledger: Ledger) -> Any:
+        return opened.reader(method, dense_layers=[], watch=method is not None, ledger=ledger)
+
+    def answers() -> Any:
         ledger = Ledger()
-        reader = opened.reader(method, dense_layers=[], watch=method is not None, ledger=ledger)
-        batches = ask(reader, opened.tokenizer, task, samples, aware=False, batch_tokens=999)
-        return [answer for batch in batches for answer in batch], ledger.shares()
+        batches = ask(open_reader(ledger), opened.tokenizer, task, samples, aware=False, batch_tokens=999)
+        found = changes(open_reader, method, ids) if method is not None and method.phases else {}
+        return [answer for batch in batches for answer in batch], ledger.shares(), found
 
     here = answers()
     back = elsewhere.move(opened.decoder)
