@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nsa.baselines.attention import attend, kept
 from nsa.baselines.ledger import Ledger
+from nsa.baselines.listed import attend_listed, can_list
 from nsa.baselines.method import Method, State
 from nsa.baselines.plan import Plan, Turn, View
 from nsa.cache.evicting import EvictingCache
@@ -106,7 +107,8 @@ class Session:
         if sparse:
             select = self.method.prefill_select if self.prompt else self.method.decode_select
             plan = select(view, state)
-        out, lse = attend(view, plan)
+        listed = not self.prompt and q.is_cuda and can_list(view, plan)
+        out, lse = attend_listed(view, plan) if listed else attend(view, plan)
         self.ledger.record(view, plan)
         if self.watch:
             self.all[layer].append(k, v, positions)

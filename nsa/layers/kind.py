@@ -255,7 +255,8 @@ class Kind:
         twin: config -> the section with which the second of two layers has this record.
         expensive: operators of torch.ops.nsa whose results selective recomputation keeps.
         loss: the path of its auxiliary loss (`nsa.layers.auxiliary_loss`), and the loss's name in the metrics; None: it
-            has none. Each tensor-parallel rank computes it for its heads; it is the mean over the ranks.
+            has none. Each tensor-parallel rank computes it for its heads (or for all, see `Parts.gathered`); it is the
+            mean over the ranks.
         apart: submodules that this loss alone trains, such as an indexer. Their gradient is clipped by its own norm.
             ``train: indexer`` trains nothing else.
         from_dense: (name, shape, config, read) -> the first value of parameter ``name`` of a layer that begins with the

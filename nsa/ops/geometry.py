@@ -109,6 +109,14 @@ def derived(cu_seqlens: Tensor, function: Callable[..., _Result], *args: Any) ->
     return known[key]
 
 
+def memory_rows(x: Tensor) -> int:
+    """How many tokens lie between the beginnings of two sequences of x (B, S, G, D) in memory; -1: no whole number."""
+    row = x.shape[2] * x.shape[3]
+    if len(x) < 2 or not row:
+        return x.shape[1]
+    return x.stride(0) // row if x.stride(0) % row == 0 else -1
+
+
 @dataclass(frozen=True)
 class KnownLengths:
     """What the host knows of the lengths of the documents of a batch.

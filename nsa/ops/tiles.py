@@ -56,7 +56,10 @@ class Runs:
     ranges: Ranges
 
     def tiles(self, num_queries: int, num_keys: int, num_heads: int) -> Iterator[Tile]:
-        first, last = self.ranges.first.tolist(), self.ranges.last.tolist()
+        if self.ranges.first.is_meta:  # has no values: those of one document
+            first, last = [0] * num_queries, list(range(num_keys - num_queries + 1, num_keys + 1))
+        else:
+            first, last = self.ranges.first.tolist(), self.ranges.last.tolist()
         for start, stop in tile_bounds(num_queries, num_keys, num_heads):
             keys = slice(min(first[start], num_keys), max(last[stop - 1], first[start]))
             position = torch.arange(keys.start, keys.stop, device=self.ranges.first.device)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from nsa.layers.around import Around
 
@@ -88,8 +90,9 @@ def _contexts(
     if not expensive:
         return first, again
     operators: list[Any] = [getattr(torch.ops.nsa, name).default for name in expensive if hasattr(torch.ops.nsa, name)]
-    selective = create_selective_checkpoint_contexts([*operators, *KEPT_OF_TORCH])
-    return _Both(first, selective[0]), _Both(again, selective[1])
+    results: list[Any] = []
+    keep, give = (_Keep((*operators, *KEPT_OF_TORCH), results, recomputed) for recomputed in (False, True))
+    return _Both(first, keep), _Both(again, give)
 
 
 class _Pass(AbstractContextManager[None]):
@@ -108,6 +111,32 @@ class _Pass(AbstractContextManager[None]):
     def __exit__(self, *_: object) -> None:
         for choice in self.choices:
             choice.kept = choice.given = None
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps what ``operators`` return in the first pass; in a recomputed one they return it, in order.
+
+    torch's `create_selective_checkpoint_contexts` would compare all operators of both passes. With ZeRO 3 they differ:
+    DeepSpeed gathers parameters in either, and not at the same places.
+    """
+
+    def __init__(self, operators: Sequence[Any], results: list[Any], recomputed: bool) -> None:
+        super().__init__()
+        self.operators, self.results, self.recomputed = frozenset(operators), results, recomputed
+
+    def __enter__(self) -> Any:
+        self.given = iter(self.results)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in self.operators:
+            return func(*args, **(kwargs or {}))
+        if self.recomputed:
+            found = next(self.given)
+        else:
+            found = func(*args, **(kwargs or {}))
+            self.results.append(found)
+        return tree_map_only(Tensor, Tensor.detach, found)  # autograd writes into what it gets
 
 
 class _Both(AbstractContextManager[None]):

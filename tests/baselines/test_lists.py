@@ -1,8 +1,13 @@
 """A plan as masks and as lists."""
 
+import pytest
 import torch
+from sessions import half, inputs, run
+from torch import Tensor
 
-from nsa.baselines import Part
+from nsa.baselines import METHODS, Method, Part, Plan, View
+from nsa.baselines.attention import attend
+from nsa.baselines.listed import attend_listed, can_list
 
 
 def test_lists_are_the_mask() -> None:
@@ -25,3 +30,22 @@ def test_a_mask_has_the_keys_of_its_units_for_the_queries_of_its_tiles() -> None
     assert mask[0, 0].tolist() == [[1, 1, 0, 0, 1]] * 2 + [[0, 0, 1, 1, 0]] * 2
     every = Part(keep[:, :, :1]).mask(torch.arange(4), 3)  # one row stands for all
     assert every[0, 0].tolist() == [[1, 0, 1]] * 4
+
+
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.name)
+def test_lists_for_kernels_give_what_the_plan_means(kind: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each decoded token, with padding and after evictions; what moves keys to other positions cannot be listed."""
+    listed = []
+
+    def both(view: View, plan: Plan | None) -> tuple[Tensor, Tensor]:
+        expected = attend(view, plan)
+        if view.q.shape[1] == 1 and not view.prompt:
+            listed.append(can_list(view, plan))
+            if listed[-1]:
+                for ours, theirs in zip(attend_listed(view, plan), expected, strict=True):
+                    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        return expected
+
+    monkeypatch.setattr("nsa.baselines.session.attend", both)
+    run(half(kind), inputs(52, layers=2), prompt=48, padding=torch.tensor([0, 5]))
+    assert len(listed) == 8 and all(listed) == (kind.name not in ("streaming_llm", "lm_infinite"))

@@ -51,11 +51,19 @@ def test_a_sequence_has_the_same_bits_beside_others() -> None:
 
 
 @needs_kernels
-def test_no_copy_of_the_memory() -> None:
-    q, k, lengths = torch.zeros(2, 2, 16), torch.zeros(2, 8, 1, 16), torch.ones(2, dtype=torch.int32)
-    inputs = [x.to(DEVICE) for x in (q, k[:, :4], k[:, :4], lengths)]
+def test_memory_is_read_where_it_lies() -> None:
+    """The first tokens of more; what is not contiguous otherwise would have to be copied."""
+    (q, k, v, lengths), _ = case_of(Case(6, 2, 16, 32, (40, 9)), torch.float32, DEVICE)
+    more_k, more_v = (torch.cat((x, x), 1)[:, : x.shape[1]] for x in (k, v))
+    found, expected = (
+        ops.decode_attention(q, *kv, lengths, backend=backend)[0]
+        for kv, backend in (((more_k, more_v), "triton"), ((k, v), "naive"))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="contiguous"):
-        ops.decode_attention(*inputs, backend="triton")
+        ops.decode_attention(q, k[:, ::2], v[:, ::2], lengths, backend="triton")
+    with pytest.raises(ValueError, match="lie alike"):
+        ops.decode_attention(q, more_k, v, lengths, backend="triton")
 
 
 @needs_kernels

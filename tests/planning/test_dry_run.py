@@ -6,6 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from nsa.config import ConfigError, load_config
+from nsa.layers.kinds import KINDS
 from nsa.planning.dry_run import dry_run
 from nsa.planning.memory import memory_of
 from nsa.planning.traffic import bytes_sent
@@ -49,6 +50,21 @@ def test_planned_traffic_of_an_indexer_equals_a_dry_runs(tmp_path, tensor, conte
     config = tiny_config(tmp_path, *BASE, *kinds, *overrides, f"engine.activation_checkpointing={mode}")
     ranks = 2 * tensor * context * pipeline
     assert bytes_sent(config, ranks, rank) == dry_run(config, ranks, rank).sent
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_every_kind_has_a_dry_run(tmp_path, kind, mode):
+    """Operators without a kernel must not look at values, which the meta device does not have."""
+    indexer = "index_heads: 2, index_head_dim: 16, index_rotary_dims: 8}"
+    kinds = [
+        "attention.dms={window: 16}",
+        f"attention.dsa={{topk: 16, {indexer}",
+        f"attention.csa={{topk: 8, {indexer}",
+    ]
+    mode = f"engine.activation_checkpointing={mode}"
+    config = tiny_config(tmp_path, *BASE, *kinds, f"attention.kind={kind.name}", mode)
+    assert dry_run(config, 1).peak_bytes > 0
 
 
 @pytest.mark.parametrize(("sizes", "rank"), [({"expert": 2}, 1), ({"expert": 2, "tensor": 2}, 2), ({"tensor": 2}, 0)])

@@ -16,7 +16,8 @@ def assert_equal_curves(curves, reference, relative):
 
 
 def test_zero_stages_on_two_ranks_equal_one_process(one_rank, two_ranks):
-    """Stages 1 and 3 by SGD, 0, 2 and 3 with its optimizer on the host by AdamW; all in the slow test."""
+    """Stages 1 and 3 (with recomputation) by SGD, 0, 2 and 3 with its optimizer on the host by AdamW; all in the slow
+    test."""
     sgd, adamw = one_rank[1]["curves"]
     curves = two_ranks[1]["curves"]
     assert_equal_curves(curves[:2], sgd, 1e-5)

@@ -145,8 +145,8 @@ class Comparison:
         Raises:
             TimeUpError: ``up`` said so.
             ResultsError: the folder has answers of another training of a sibling.
-            ValueError: siblings that are compared would be asked different questions, or a length is too short for a
-                task; this is found before anything runs.
+            ValueError: siblings that are compared would be asked different questions, or all lengths are too short for
+                a task; this is found before anything runs.
         """
         self._check_tokenizers()
         self._check_lengths()
@@ -183,11 +183,11 @@ class Comparison:
             )
 
     def _check_lengths(self) -> None:
-        """Raises ValueError if a length is too short for a task."""
+        """Raises ValueError if all lengths are too short for a task. Where only some are, cells are left out."""
         for model in {tokenizer_digest(model.folder): model for model in reversed(self.candidates)}.values():
-            for place in self.places():
+            for task in self.config.tasks:
                 with suppress(UnavailableError):
-                    task_named(place.task).sample(self._opened(model).tokenizer, place.length, CALIBRATION, 0)
+                    task_named(task).sample(self._opened(model).tokenizer, max(self.config.lengths), CALIBRATION, 0)
 
     def _if_missing(
         self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]

@@ -87,7 +87,7 @@ class Compressor(nn.Module):
             if self.overlap:
                 before = _shifted(raw, self.ratio) if earlier is None else earlier
                 old_value, old_gate = self._before(before, token)
-                old_gate = old_gate.masked_fill(~has_before[:, :, None, None].bool(), -torch.inf)
+                old_gate = old_gate.masked_fill(~has_before[:, :, None, None], -torch.inf)
                 value, gate = torch.cat((old_value, value), 2), torch.cat((old_gate, gate), 2)
             pooled = (gate.softmax(2) * value).sum(2).to(raw[0].dtype)
         return (ops.apply_rotary(self.norm(pooled)[1], cos, sin, layout=self.rotary, backend=self.backend),)

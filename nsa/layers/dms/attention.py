@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nsa.ops.dispatch import accumulation_dtype
+from nsa.ops.dispatch import accumulation_dtype, without_autocast
 
 ROWS = 128  # queries whose scores exist at a time
 
@@ -49,7 +49,7 @@ def delayed_attention(
     first = torch.zeros_like(query_positions) if first is None else first
     graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, log_keep))
     outs = []
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         for at, start, some in zip(query_positions.split(rows), first.split(rows), q.split(rows, 1), strict=True):
             inputs = (some, k, v, log_keep, at, start)
             outs.append(checkpoint(attend, *inputs, use_reentrant=False) if graph else attend(*inputs))

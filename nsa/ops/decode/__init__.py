@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import accumulation_dtype, autocasts, resolve_backend, softmax_scale
+from nsa.ops.geometry import memory_rows
 
 
 class Terms(NamedTuple):
@@ -45,7 +46,8 @@ def decode_attention(
     replay it while ``lengths``, lists and caches change in place. Not differentiable.
 
     Args:
-        q: (B, H, D). k: (B, S, G, D). v: (B, S, G, Dv): the memory of a cache, contiguous for the kernels; G divides H.
+        q: (B, H, D). k: (B, S, G, D). v: (B, S, G, Dv): the memory of a cache, contiguous for the kernels (or the first
+            S tokens of more); G divides H.
         lengths: (B,) int32, tokens of each sequence, the new one included. What lies after them in memory is not read.
         pages: (B, N, P) int32 in any order, each page at most once; -1 is none. Page j has tokens
             ``page_size * j .. page_size * (j + 1) - 1``, as far as they are there. N is G (all heads of a KV head share
@@ -80,7 +82,7 @@ def decode_attention(
     if implementation == "triton":
         from nsa.ops.kernels import operators
 
-        check_contiguous(k=k, v=v)
+        _check_memory(k, v)
         return operators.decode_attention(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
     if implementation == "naive":
         return _naive(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
@@ -125,6 +127,15 @@ def check_contiguous(**memory: Tensor) -> None:
     for name, x in memory.items():
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous: give the whole memory of the cache, and lengths")
+
+
+def _check_memory(k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless the tokens of a sequence are contiguous; sequences may lie apart."""
+    for name, x in (("k", k), ("v", v)):
+        if len(x) and not x[0].is_contiguous():
+            raise ValueError(f"{name} must be contiguous from token to token: give the cache's memory, and lengths")
+    if memory_rows(k) != memory_rows(v):
+        raise ValueError("k and v must lie alike in memory: sequences are not equally far apart")
 
 
 def _check_lists(name: str, lists: Tensor | None, q: Tensor, k: Tensor) -> None:

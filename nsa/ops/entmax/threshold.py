@@ -81,6 +81,6 @@ def newton_threshold(w: Tensor, alpha: float) -> Tensor:
             total, slope = (power(w, t, x).sum(-1, keepdim=True) for x in (e, e - 1))
             step = (total - total ** (1 - 1 / e)) / slope.clamp_(min=least.tiny)
         t += step.clamp_(min=0)  # rounding
-        if not (step > 4 * least.eps).any():
+        if step.is_meta or not (step > 4 * least.eps).any():  # the meta device has no values to look at
             break
     return t

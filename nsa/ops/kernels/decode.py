@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.geometry import memory_rows
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_row_parts, load_rows, scores, store_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
@@ -108,16 +109,16 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices, TermWeights, Parts, PartLse,
-                 num_keys, num_pages, num_splits, num_term_keys, num_terms, first_part, num_parts, scale_log2,
+                 num_rows, num_keys, num_pages, num_splits, num_term_keys, num_terms, first_part, num_parts, scale_log2,
                  LISTS: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, TERMS: tl.constexpr,
                  PAGE: tl.constexpr, CHUNK: tl.constexpr, TERM_CHUNK: tl.constexpr, GROUPS: tl.constexpr,
                  HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
                  DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Part ``first_part`` + program of some heads: a chunk of the keys, or with TERMS after these one of the terms.
 
-    Q (B, H, D); K, V (B, S, G, D or Dv); Lengths (B,) int32; Pages, LogWeights (B, LISTS, num_pages) int32, fp32;
-    TermK, TermV (B, C, G, D or Dv); TermIndices, TermWeights (B, LISTS, num_terms); Parts (B, H, num_parts, Dv) fp32;
-    PartLse (B, H, num_parts) fp32.
+    Q (B, H, D); K, V (B, S, G, D or Dv), of which the sequences are ``num_rows`` tokens apart; Lengths (B,) int32;
+    Pages, LogWeights (B, LISTS, num_pages) int32, fp32; TermK, TermV (B, C, G, D or Dv); TermIndices, TermWeights (B,
+    LISTS, num_terms); Parts (B, H, num_parts, Dv) fp32; PartLse (B, H, num_parts) fp32.
     """
     batch, index, group, head, ok = place(LISTS, GROUPS, HEADS, BM)
     split = tl.program_id(0)
@@ -135,7 +136,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
         else:
             end = tl.minimum(end, tl.minimum(length, num_keys))
         acc, row_max, row_sum = attend_chunk(
-            q1, q2, K, V, Pages, LogWeights, PartLse, row, ok, begin, end, length, batch * num_keys, num_keys,
+            q1, q2, K, V, Pages, LogWeights, PartLse, row, ok, begin, end, length, batch * num_rows, num_keys,
             scale_log2, group, LISTED, WEIGHTED, False, PAGE, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
         )  # fmt: skip
         store_part(
@@ -238,7 +239,8 @@ def write_parts(
 
     Args:
         q (B, H, D), k (B, S, G, D), v (B, S, G, Dv), lengths (B,) int32, pages (B, N, P) int32, log_weights (B, N, P)
-            fp32, terms (keys, values, indices int32, log weights fp32): contiguous. parts: from `parts_of`.
+            fp32, terms (keys, values, indices int32, log weights fp32): contiguous, but for k and v from sequence to
+            sequence. parts: from `parts_of`.
     """
     batch, heads, groups = len(q), q.shape[1], k.shape[2]
     chunk, splits = list_splits(k, pages, page_size)
@@ -252,8 +254,9 @@ def write_parts(
         return
     split_kernel[splits + term_splits, rows, batch](
         q, k, v, lengths, lengths if pages is None else pages, lengths if log_weights is None else log_weights,
-        term_k, term_v, term_indices, term_weights, *parts, k.shape[1], 0 if pages is None else pages.shape[2], splits,
-        term_k.shape[1], 0 if terms is None else term_indices.shape[2], first_part, parts[1].shape[2], scale * LOG2_E,
+        term_k, term_v, term_indices, term_weights, *parts, memory_rows(k), k.shape[1],
+        0 if pages is None else pages.shape[2], splits, term_k.shape[1],
+        0 if terms is None else term_indices.shape[2], first_part, parts[1].shape[2], scale * LOG2_E,
         LISTS=lists, LISTED=pages is not None, WEIGHTED=log_weights is not None, TERMS=terms is not None,
         PAGE=page_size, CHUNK=chunk, TERM_CHUNK=term_chunk, **constants, **sizes, **options,
     )  # fmt: skip

@@ -175,6 +175,16 @@ def test_methods_are_asked_where_dense_reaches_the_floor(
 
 
 @pytest.mark.usefixtures("unreported")
+def test_a_task_without_samples_is_left_out_and_said(exports: Path, tmp_path: Path) -> None:
+    path = configured(tmp_path, exports, "tasks: [mqar]", "tasks: [mqmtar]")
+    path.write_text(path.read_text().replace("lengths: [64]", "lengths: [48, 64]"))
+    assert main([str(path)]) == 0
+    left = read_results(tmp_path / "small").left_out
+    assert len(left) == 2 * 6 and all("48" in what for what in left)
+    assert "a sample needs" in left["dense#2+quest,page=4@0.5 mqmtar 48 agnostic"]
+
+
+@pytest.mark.usefixtures("unreported")
 def test_a_task_without_its_data_set_is_left_out_and_said(
     exports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
