@@ -7,11 +7,13 @@ import nsa
 
 # Modules of this package that read results and make none: a better report of the same results is no other result.
 READERS = ("alarms", "analysis", "cards", "figures", "internals", "packed", "pages", "report", "statistics")
+CODE = (".py", ".json")  # and the tables that it reads
+PREPARED = "data/cache/"  # texts that were prepared, by default: each export says by itself what it was trained on
 DIGITS = 12
 
 
 def code_digest(root: Path | None = None) -> str:
-    """A fingerprint of every file of the package that can change an answer: not of documentation, nor of `READERS`.
+    """A fingerprint of the package's code, whatever of it can change an answer: not of `READERS`.
 
     Results of two commits are the same if it is. Files that are not committed count as they are.
 
@@ -24,10 +26,10 @@ def code_digest(root: Path | None = None) -> str:
         prefix + path.relative_to(folder).as_posix(): path
         for prefix, folder in {"": root.resolve(), **linked}.items()
         for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".md" and "__pycache__" not in path.parts
+        if path.suffix in CODE and path.is_file()
     }
     readers = {f"evaluation/comparison/{name}.py" for name in READERS}
-    return _digest({name: path for name, path in files.items() if name not in readers})
+    return _digest({n: path for n, path in files.items() if n not in readers and not n.startswith(PREPARED)})
 
 
 def export_digest(folder: Path) -> str:

@@ -268,7 +268,7 @@ def test_results_are_of_one_code_and_not_of_one_commit(tmp_path: Path) -> None:
 def test_the_code_is_all_that_can_change_an_answer(tmp_path: Path) -> None:
     package, data = tmp_path / "nsa", tmp_path / "data"
     (package / "evaluation/comparison").mkdir(parents=True)
-    data.mkdir()
+    (data / "cache/a").mkdir(parents=True)  # where texts are prepared by default
     (package / "data").symlink_to(data)
     files = [
         package / "ops.py",
@@ -276,7 +276,8 @@ def test_the_code_is_all_that_can_change_an_answer(tmp_path: Path) -> None:
         package / "fastest.json",
         package / "evaluation/comparison/runner.py",
     ]
-    others = [package / "README.md", *(package / f"evaluation/comparison/{name}.py" for name in READERS)]
+    prepared = [data / "cache/a/manifest.json", data / "cache/a/tokens-00000.bin", package / "ops.cpython-311.pyc"]
+    others = [package / "README.md", *prepared, *(package / f"evaluation/comparison/{name}.py" for name in READERS)]
     for path in (*files, *others):
         path.write_text("one")
     first = code_digest(package)
