@@ -46,7 +46,7 @@ HELP
 }
 
 say() { printf '\033[1m== %s\033[0m\n' "$*" >&2 || true; }
-fail() { printf 'launch.sh: %s\n' "$*" >&2; exit 1; }
+fail() { printf 'launch.sh: %s\n' "$*" >&2; exit 2; }
 
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q '^GPU'; }
 
@@ -267,6 +267,10 @@ compare() {
     local arguments=() minutes='' report='' pack=()
     while [[ $# -gt 0 ]]; do
         case $1 in
+            --minutes=* | --report=* | --pack=*)
+                set -- "${1%%=*}" "${1#*=}" "${@:2}"
+                continue
+                ;;
             --minutes | --report | --pack)
                 [[ $# -ge 2 ]] || fail "$1 needs a value"
                 case $1 in

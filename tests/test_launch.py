@@ -41,7 +41,7 @@ def test_help_names_every_command():
 @pytest.mark.parametrize(("argument", "words"), [("tain", "--help shows"), ("a.yaml", "launch.sh train a.yaml ?")])
 def test_unknown_command_says_what_to_do(argument, words):
     result = launch(argument)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert words in result.stderr
 
 
@@ -82,7 +82,7 @@ def test_without_a_gpu_only_the_cpu_build_of_torch_is_asked_for(clone):
     stand_in(tools, "python3.11", PYTHON)
     stand_in(tools, "python", PYTHON)
     refused = launch("setup", root=root, PATH=str(tools), PIP='[[ "$*" != *+cpu* ]]', PYTHON="")
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "pip finds no CPU build of torch==" in refused.stderr
     requests = (root / ".venv/pip.log").read_text().splitlines()
     assert len(requests) == 1
@@ -121,7 +121,7 @@ def test_a_failing_installation_stops_the_set_up(clone):
 def test_no_usable_python_is_said(clone):
     root, tools = clone
     result = launch("setup", root=root, PATH=str(tools), PYTHON="")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "needs Python >= 3.11" in result.stderr
 
 
@@ -302,11 +302,11 @@ esac
     minutes = [float(line.partition("--minutes ")[2]) for line in said if "--minutes" in line]
     assert code == 0 and len(hours) == len(minutes) == 2
     assert all(0.09 < hour <= 0.1 for hour in hours) and all(5.4 < minute <= 6 for minute in minutes)
-    code, said = compared("mine.yaml", "--minutes", "0")
+    code, said = compared("mine.yaml", "--minutes=0")
     assert code == 75 and said[0].startswith("trains small.yaml name=a training.max_hours=0.0001")  # and no second one
     assert said[1:] == [stage[1], "python -m nsa.compare mine.yaml --minutes 0"]
     assert compared("--report", "results", "--pack", "few") == (0, ["python -m nsa.compare report results --pack few"])
-    assert compared("mine.yaml", "--minutes", "soon")[0] == 1
+    assert compared("mine.yaml", "--minutes", "soon")[0] == 2
 
 
 def test_torch_is_pinned_and_no_part_of_the_build():
