@@ -11,7 +11,9 @@ from tiny import start
 
 from tests.conftest import HAS_GPU, ROOT
 
-NEED_A_GPU = ("attention", "decode", "dense_attention", "layer", "models", "steady", "training", "tune_attention")
+NEED_A_GPU = (
+    *("attention", "decode", "dense_attention", "layer", "models", "scaling", "steady", "training", "tune_attention"),
+)
 
 CHILD = """
 import time
