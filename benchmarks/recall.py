@@ -3,10 +3,11 @@
     python benchmarks/recall.py [--kinds dense nsa] [--seeds 1 2 3] [--at-once N] [--runs FOLDER] [--out FILE]
                                 [KEY=VALUE ...]
 
-Every run is a process of its own with the trainer of `nsa.train`. After every --every steps it answers mqar_wide in
-episodes of 256 tokens and of the training length, and the other recall tasks of the mixture at the training length,
-eight episodes each; at the end, EPISODES. The seconds of a curve are those of its steps. Checkpoints are in FOLDER, and
-`python -m nsa.export FOLDER/dense-1` makes a model of one. FILE (JSON) has the curves; a plot is drawn beside it.
+Every run is a process of its own with the trainer of `nsa.train`; all have one tokenizer. After every --every steps it
+answers mqar_wide in episodes of 256 tokens and of the training length, and the other recall tasks of the mixture at the
+training length, eight episodes each; at the end 64. The seconds of a curve are those of its steps. Checkpoints are in
+FOLDER, and `python -m nsa.export FOLDER/dense-1` makes a model of one. FILE (JSON) has the curves; a plot is drawn
+beside it.
 """
 
 import argparse
@@ -26,25 +27,30 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import die_with_parent, environment
 from benchmarks.training import ROOT
+from nsa.config import Config, load_config
+from nsa.data.load_tokenizer import load_tokenizer
+from nsa.data.prepare import prepare
+from nsa.data.tasks import task_named
 
 CONFIG = ROOT / "configs" / "25m-recall.yaml"
 KINDS = {"nsa": [], "dense": ["attention.kind=dense", "model.intermediate_size=1344"]}  # of as many parameters
 SHORT, FEW, EPISODES = 256, 8, 64
 
 
+def configuration(kind: str, seed: int, runs: str, settings: list[str]) -> Config:
+    mine = [f"name={kind}-{seed}", f"seed={seed}", f"output_dir={runs}", f"data.cache_dir={runs}/cache"]
+    return load_config(str(CONFIG), [*mine, *KINDS[kind], *settings])
+
+
 def train(case: tuple[str, int], every: int, runs: str, settings: list[str]) -> dict[str, Any]:
     """A run: its kind, seed and curve."""
-    from nsa.config import load_config
-    from nsa.data.load_tokenizer import load_tokenizer
-    from nsa.data.tasks import task_named
     from nsa.evaluation.recall import measure, predictor
     from nsa.training.signals import StopRequest
     from nsa.training.trainer import Trainer
 
     die_with_parent()
     kind, seed = case
-    mine = [f"name={kind}-{seed}", f"seed={seed}", f"output_dir={runs}", f"data.cache_dir={runs}/cache"]
-    config = load_config(str(CONFIG), [*mine, "data.tokenizer.path=null", *KINDS[kind], *settings])
+    config = configuration(kind, seed, runs, settings)
     trainer, stop, steps = Trainer(config), StopRequest(), config.training.steps
     tokenizer, length = load_tokenizer(trainer.identity.tokenizer), config.data.sequence_length
     tasks = [source.task for source in config.data.sources if source.task]
@@ -117,7 +123,11 @@ def main() -> None:
     report: dict[str, Any] = environment() | {"command": shlex.join(["python", "benchmarks/recall.py", *sys.argv[1:]])}
     report |= {"at_once": options.at_once, "recall": []}
     with tempfile.TemporaryDirectory() as folder:
-        given = repeat(options.every), repeat(options.runs or folder), repeat(options.overrides)
+        runs = options.runs or folder
+        first = configuration(*cases[0], runs, options.overrides)
+        tokenizer = prepare(first.data, first.seed).tokenizer.path
+        settings = [*options.overrides, f"data.tokenizer.path={tokenizer}"]
+        given = repeat(options.every), repeat(runs), repeat(settings)
         workers = ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn"), max_tasks_per_child=1)
         with workers:
             for run in workers.map(train, cases, *given):

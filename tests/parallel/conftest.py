@@ -20,7 +20,7 @@ CASES = [
     [*BASE, *SGD, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *SPARSE, *layout(context=4, zero=2)],
     [*BASE, *SGD, *DENSE, *layout(context=2, zero=3), "training.micro_batch_size=2"],
-    [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0)],
+    [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0), "training.micro_batch_size=2"],
     [*BASE, *CLIPPED, *layout(tensor=2, zero=3)],
     [*BASE, *SGD, *DSA, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *LATENT, *layout(tensor=2, context=2, zero=1)],
