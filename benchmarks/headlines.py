@@ -25,6 +25,7 @@ AIMS = {
 # of whole steps with the fastest dense attention to those with NSA (configuration, samples, tokens); and NSA's MFU.
 STEP_AIMS = {("1b", 2, 8192): 1.0, ("1b", 1, 16384): 1.35, ("1b", 1, 32768): 1.9, ("1b", 1, 65536): 3.0}
 MFU_AIMS = {("125m", 1, 8192): 0.27}
+TWO_AIMS = {"data": 1.9, "tensor": 1.6, "context": 1.7}
 SHAPES = {
     "A": "64 query heads, 4 KV heads, head dimension 128",
     "B": "32 / 8, 128",
@@ -35,6 +36,7 @@ SHAPES = {
     "long": "32 / 2, 128",
     "hN": "4 N / 4, 128: N query heads to a KV head",
 }
+SCALING = "scaling-h200-2026-11-30"
 PEERS = {
     "xunhao": "XunhaoLai/native-sparse-attention-triton",
     "sfnsa": "mdy666/Scalable-Flash-Native-Sparse-Attention",
@@ -108,14 +110,10 @@ def page(results: dict[str, dict]) -> str:
         *dense(results),
         *steps(results),
         *trainer(results),
+        *several(results),
         "## Targets missed\n",
         "The targets were set by the project before the work.\n",
         *(words(f"- {line}", indent="  ") for line in aims),
-        words(
-            "- Two GPUs: not measured at these commits, since no machine was available. Four GPUs ran at older",
-            "commits: [parallelism.md](parallelism.md#on-gpus).",
-            indent="  ",
-        ),
         "",
         words(
             "What was tried, and why it stops there: [log](log/README.md). What the plan predicts of each step:",
@@ -322,6 +320,33 @@ def trainer(results: dict[str, dict]) -> Iterator[str]:
         f"{steady['last']:,} in steps 2,500 to 3,000 (ratio {steady['ratio']:.3f}).\n",
     )
     yield source(results, TRAINER, BARE, STEADY, PACKED, LONG)
+
+
+def several(results: dict[str, dict]) -> Iterator[str]:
+    """The trainer on two GPUs, over one."""
+    result, what = (
+        results[SCALING],
+        {"data": "data parallel", "tensor": "tensor parallel", "context": "context parallel"},
+    )
+    yield "## Two GPUs\n"
+    yield words(
+        "The baseline is the same trainer on one of the two H200, which are linked by NVLink. Data-parallel GPUs have",
+        "as many samples each; otherwise a step has the same samples. Four GPUs ran at older commits:",
+        "[parallelism.md](parallelism.md#on-gpus).\n",
+    )
+    one = {row["case"]: row for row in result["scaling"] if row["gpus"] == 1}
+    rows: list[list[object]] = [
+        [
+            f"{what[row['case']]}, {row['config']}, {row['samples']} x {length(row['tokens'])}",
+            *(f"{r['tokens_per_s']:,} ({r['peak_gib']:.0f} GiB)" for r in (one[row["case"]], row)),
+            f"{row['over_one']:.2f}",
+            TWO_AIMS[row["case"]],
+        ]
+        for row in result["scaling"]
+        if row["gpus"] == 2
+    ]
+    yield from table(["NSA", "one GPU, tokens/s", "two GPUs", "over one", "target"], rows)
+    yield source(results, SCALING)
 
 
 def missed_by_steps(result: dict) -> Iterator[str]:

@@ -16,7 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import headlines
 from benchmarks.headlines import AIMS, NAMES, SHAPES, length, ms, table, words
+from benchmarks.recall import draw as draw_recall
 from benchmarks.report_dsa import dsa
+from benchmarks.report_trainer import preparing, recall, scaling, steady, training
 from nsa.planning import measured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,20 +63,9 @@ def section(result: dict, figure: Path) -> Iterator[str]:
     yield from steady(result.get("steady"))
     yield from dsa(result.get("dsa"))
     yield from training(result.get("training", []))
+    yield from scaling(result.get("scaling", []))
+    yield from recall(result.get("recall", []))
     yield from preparing(result)
-
-
-def preparing(result: dict) -> Iterator[str]:
-    """Text to shards, by the length of documents."""
-    if not (rows := result.get("prepare")):
-        return
-    yield "### Preparing text, by bytes of a document\n"
-    yield "Memory of the process and its workers, summed: its peak in each tenth of the time.\n"
-    keys = ("megabytes", "bytes", "documents", "seconds", "cpu_seconds", "mb_per_s", "peak_mib")
-    yield "| " + " | ".join(key.replace("_", " ") for key in keys) + " | MiB by tenths |"
-    yield "|--:" * len(keys) + "|---|"
-    for row in rows:
-        yield "| " + " | ".join(str(row[key]) for key in keys) + f" | {' '.join(map(str, row['memory_mib']))} |"
 
 
 def commands(result: dict) -> Iterator[str]:
@@ -297,36 +288,6 @@ def dense(rows: list[dict]) -> Iterator[str]:
     yield from table(["", *(name.replace("_", " ") for name in columns)], cells)
 
 
-def steady(result: dict | None) -> Iterator[str]:
-    """The result of benchmarks/steady.py."""
-    if not result:
-        return
-    yield f"### {result['config']} {result['attention']}: the trainer's throughput over time\n"
-    tokens = f"{result['tokens_per_step']:,} tokens"
-    yield f"Tokens/s in blocks of {result['block']} steps of {tokens}; the first warms up:\n"
-    yield words(*(f"{block:,}," for block in result["blocks"])).rstrip(",") + ".\n"
-    yield f"First blocks compared: {result['first']:,}; last: {result['last']:,}; ratio {result['ratio']}.\n"
-
-
-def training(rows: list[dict]) -> Iterator[str]:
-    """Rows of benchmarks/training.py."""
-    if not rows:
-        return
-    yield "### Steps of the trainer\n"
-    yield words(
-        "DeepSpeed, packed texts; the median of up to 20 steps after the first. MFU counts a sample as one document;",
-        "dense-equivalent: as if attention were dense. What the plan predicts is in [trainer.md](trainer.md).\n",
-    )
-    columns = ["tokens", "steps", "first_step_s", "step_ms", "tokens_per_s"]
-    columns += ["mfu_sparse", "mfu_dense_equivalent", "peak_gib"]
-    cells: list[list[object]] = []
-    for row in rows:
-        loss = " to ".join(str(value) for value in row.get("loss", [])) or row.get("refused")
-        name = " ".join([row["config"], row["attention"], *row["overrides"]])
-        cells.append([name, *(row.get(key) for key in columns), loss])
-    yield from table(["", *(name.replace("_", " ") for name in columns), "loss"], cells)
-
-
 def layers(rows: list[dict]) -> Iterator[str]:
     """Rows of benchmarks/layer.py: config, attention, tokens, launches, ms, host_ms, gpu_ms."""
     if not rows:
@@ -456,6 +417,8 @@ def page(name: str, result: dict) -> str:
         ]
     if any("dense_attention" in row for row in result.get("models", [])):
         draw_steps(result, figure)
+    if result.get("recall"):
+        draw_recall(result["recall"], figure)
     lines += section(result, figure)
     return "\n".join(lines).rstrip() + "\n"
 

@@ -1,6 +1,6 @@
 """Several linear projections of one input as a single matrix product."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -
         if key not in _joined:
             _joined[key] = torch.cat(weights)
         return linear(x, _joined[key], bias)
-    return _JointLinear.apply(x, bias, *weights)
+    return _JointLinear.apply(x, _begin_sum(x), bias, *weights)
 
 
 _joined: dict[tuple[int, ...], Tensor] | None = None
@@ -62,12 +62,19 @@ def parallel_linear(x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, T
     Returns:
         (.., W) each.
     """
-    return _ParallelLinear.apply(x, first, second)
+    return _ParallelLinear.apply(x, _begin_sum(x), first, second)
+
+
+def _begin_sum(x: Tensor) -> Callable[[Tensor], None] | None:
+    """What wants the gradient of x before those of weights are computed, to send it meanwhile: a gather over ranks."""
+    expect_sum = getattr(x.grad_fn, "expect_sum", None)
+    return expect_sum() if expect_sum else None
 
 
 class _ParallelLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, begin_sum: Any, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.begin_sum = begin_sum
         ctx.save_for_backward(x, first, second)
         return linear(x, first), linear(x, second)
 
@@ -78,12 +85,15 @@ class _ParallelLinear(torch.autograd.Function):
         d_x = None
         if ctx.needs_input_grad[0]:
             d_x = torch.mm(d_rows[0], first).addmm_(d_rows[1], second).view(x.shape)
-        return d_x, d_rows[0].T @ rows, d_rows[1].T @ rows
+            if ctx.begin_sum:
+                ctx.begin_sum(d_x)
+        return d_x, None, d_rows[0].T @ rows, d_rows[1].T @ rows
 
 
 class _JointLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, begin_sum: Any, bias: Tensor | None, *weights: Tensor) -> Tensor:
+        ctx.begin_sum = begin_sum
         ctx.save_for_backward(x, *weights)
         return linear(x, torch.cat(weights), bias)
 
@@ -91,7 +101,9 @@ class _JointLinear(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors  # once: under activation checkpointing a second look is an error
         d_x = d_out @ torch.cat(weights) if ctx.needs_input_grad[0] else None
+        if d_x is not None and ctx.begin_sum:
+            ctx.begin_sum(d_x)
         d_rows = d_out.flatten(0, -2)
         d_weights = d_rows.T @ x.flatten(0, -2)
-        d_bias = d_rows.sum(0) if ctx.needs_input_grad[1] else None
-        return d_x, d_bias, *d_weights.split([len(weight) for weight in weights])
+        d_bias = d_rows.sum(0) if ctx.needs_input_grad[2] else None
+        return d_x, None, d_bias, *d_weights.split([len(weight) for weight in weights])

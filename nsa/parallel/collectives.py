@@ -2,8 +2,12 @@
 
 Ranks along an axis compute different parts of one loss. So the gradient of a tensor that several ranks read is the
 sum of their gradients: the backward of an all-gather is a reduce-scatter, and the other way round.
+
+``dim`` is the dimension that is sharded. None: the first two together, so that a rank has a run of all rows of (B, T,
+..). It holds them as (B, T / ranks, ..), where B and T mean nothing, and no rows have to be copied.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +22,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def all_gather(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
+def all_gather(x: Tensor, axis: Axis, dim: int | None, what: str) -> Tensor:
     """The parts of all ranks, concatenated along ``dim``; the gradient is reduce-scattered."""
     return x if axis.size == 1 else Gather(x, axis, dim, what).end()
 
 
-def reduce_scatter(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
+def reduce_scatter(x: Tensor, axis: Axis, dim: int | None, what: str) -> Tensor:
     """This rank's part along ``dim`` of the sum over all ranks; the gradient is all-gathered."""
     return x if axis.size == 1 else _ReduceScatter.apply(x, axis, dim, what)
 
@@ -44,10 +48,12 @@ def exchange(rows: Tensor, axis: Axis, send: list[int], receive: list[int], what
 class Gather:
     """An `all_gather` that overlaps with what is computed between the constructor and `end`.
 
-    In the backward pass the reduce-scatter of the gradients overlaps with the backward of the same computation.
+    In the backward pass the reduce-scatter of the gradients overlaps with the backward of the same computation. It also
+    overlaps with what the only consumer of the parts computes after their gradient: it calls their
+    ``grad_fn.expect_sum()``, and in its backward pass what this returns, with the gradient (`nsa.layers.linear`).
     """
 
-    def __init__(self, x: Tensor, axis: Axis, dim: int, what: str) -> None:
+    def __init__(self, x: Tensor, axis: Axis, dim: int | None, what: str) -> None:
         self._way = _UnderWay((axis, dim, what))
         self._part = _Begin.apply(x, self._way)
 
@@ -56,12 +62,12 @@ class Gather:
         return _End.apply(self._part, self._way)
 
 
-def gather_parts(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
+def gather_parts(x: Tensor, axis: Axis, dim: int | None, what: str) -> Tensor:
     """As `all_gather`, without gradient."""
     return _begin_gather(x, axis, dim, what).wait()
 
 
-def sum_parts(x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
+def sum_parts(x: Tensor, axis: Axis, dim: int | None, what: str) -> Tensor:
     """As `reduce_scatter`, without gradient."""
     return _begin_sum(x, axis, dim, what).wait()
 
@@ -79,29 +85,50 @@ class _Transfer:
         return self.result
 
 
-def _begin_gather(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
-    x = x.movedim(dim, 0).contiguous()
-    whole = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
-    work = _all_gather(whole, x, group=axis.group, async_op=True)
-    axis.traffic.add(f"{axis.name}/{what}", x.nbytes * (axis.size - 1))
-    return _Transfer(whole.movedim(0, dim), x, work)
+def _begin_gather(x: Tensor, axis: Axis, dim: int | None, what: str) -> _Transfer:
+    rows = _rows(x, dim)
+    whole = rows.new_empty(axis.size * rows.shape[0], *rows.shape[1:])
+    work = _all_gather(whole, rows, group=axis.group, async_op=True)
+    axis.traffic.add(f"{axis.name}/{what}", rows.nbytes * (axis.size - 1))
+    return _Transfer(_like(x, whole, dim), rows, work)
 
 
-def _begin_sum(x: Tensor, axis: Axis, dim: int, what: str) -> _Transfer:
-    x = x.movedim(dim, 0).contiguous()
-    assert x.shape[0] % axis.size == 0, (x.shape, axis.size)
-    part = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    work = _reduce_scatter(part, x, group=axis.group, async_op=True)
+def _begin_sum(x: Tensor, axis: Axis, dim: int | None, what: str) -> _Transfer:
+    rows = _rows(x, dim)
+    assert rows.shape[0] % axis.size == 0, (x.shape, axis.size)
+    part = rows.new_empty(rows.shape[0] // axis.size, *rows.shape[1:])
+    work = _reduce_scatter(part, rows, group=axis.group, async_op=True)
     axis.traffic.add(f"{axis.name}/{what}", part.nbytes * (axis.size - 1))
-    return _Transfer(part.movedim(0, dim), x, work)
+    return _Transfer(_like(x, part, dim), rows, work)
+
+
+def _rows(x: Tensor, dim: int | None) -> Tensor:
+    """x with the dimension that is sharded in front, contiguous."""
+    return x.contiguous().flatten(0, 1) if dim is None else x.movedim(dim, 0).contiguous()
+
+
+def _like(x: Tensor, rows: Tensor, dim: int | None) -> Tensor:
+    """The inverse of `_rows`, for another number of rows."""
+    return rows.unflatten(0, (x.shape[0], -1)) if dim is None else rows.movedim(0, dim)
 
 
 @dataclass
 class _UnderWay:
     """What `_Begin` and `_End` of a `Gather` share, in the forward and the backward pass."""
 
-    how: tuple[Axis, int, str]
+    how: tuple[Axis, int | None, str]
     transfer: _Transfer | None = None
+    consumers: int = 0  # that asked to give their gradient early
+    summed: Tensor | None = None  # the gradient that the only one of them gave
+
+    def expect_sum(self) -> Callable[[Tensor], None]:
+        """Register a consumer. Returns what starts to sum its gradient, if it is the only one."""
+        self.consumers += 1
+        return self._begin_sum
+
+    def _begin_sum(self, gradient: Tensor) -> None:
+        if self.consumers == 1:
+            self.transfer, self.summed = _begin_sum(gradient, *self.how), gradient
 
     def take(self) -> _Transfer:
         assert self.transfer is not None, "ended twice"
@@ -124,18 +151,22 @@ class _Begin(torch.autograd.Function):
 class _End(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, way: _UnderWay) -> Tensor:
-        ctx.way = way
+        ctx.way, ctx.expect_sum = way, way.expect_sum
         return way.take().wait()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.way.transfer = _begin_sum(gradient, *ctx.way.how)
+        early, ctx.way.summed = ctx.way.summed, None
+        if early is None or early.data_ptr() != gradient.data_ptr():
+            if early is not None:  # there was a consumer that did not ask, and the gradient is a sum
+                ctx.way.take().wait()
+            ctx.way.transfer = _begin_sum(gradient, *ctx.way.how)
         return ctx.way.transfer.result, None  # not valid yet: `_Begin` waits for it
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int, what: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int | None, what: str) -> Tensor:
         ctx.how = axis, dim, what
         return sum_parts(x, axis, dim, what)
 

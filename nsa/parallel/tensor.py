@@ -22,10 +22,9 @@ from nsa.layers.around import Around
 from nsa.layers.kind import Parts
 from nsa.models import Decoder
 from nsa.models.moe import MixtureOfExperts
-from nsa.parallel.collectives import gather_parts
+from nsa.parallel.collectives import all_gather, gather_parts, reduce_scatter
 from nsa.parallel.grid import Axis
 from nsa.parallel.partition import Partition, mark, part_of, sum_over
-from nsa.parallel.tokens import Tokens
 from nsa.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 
 
@@ -34,7 +33,9 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
     if axis.size == 1:
         return
     columns, rows = Partition(0, axis.rank, axis.size), Partition(1, axis.rank, axis.size)
-    copies, tokens = sharers.size, Tokens(axis, by_sequence=model.config.moe is not None)
+    # The dimension of x (B, T, C) that is sharded. Experts balance their load within sequences: a part of each.
+    tokens = 1 if model.config.moe else None
+    copies = sharers.size
     kv_heads = Partition(0, axis.rank // copies, axis.size // copies, owner=sharers.rank == 0)
 
     layer: Any
@@ -59,10 +60,10 @@ def split_over_tensor_ranks(model: Decoder, axis: Axis, sharers: Axis) -> None:
         for norm in (layer.attention_norm, layer.mlp_norm):
             _replicate(norm, axis)
         for module in split:
-            module.register_forward_pre_hook(partial(_gather_tokens, tokens))
-            module.register_forward_hook(partial(_sum_and_split_tokens, tokens))
+            module.register_forward_pre_hook(partial(_gather_tokens, axis, tokens))
+            module.register_forward_hook(partial(_sum_and_split_tokens, axis, tokens))
     _replicate(model.norm, axis)
-    _split_vocabulary(model, tokens)
+    _split_vocabulary(model, axis, tokens)
 
 
 def _split_attention(
@@ -94,13 +95,13 @@ def _split_attention(
             setattr(attention.get_submodule(parent), child, WithAllHeads(inside, others, axes))
 
 
-def _split_vocabulary(model: Decoder, tokens: Tokens) -> None:
-    rows = Partition(0, tokens.axis.rank, tokens.axis.size)
+def _split_vocabulary(model: Decoder, axis: Axis, tokens: int | None) -> None:
+    rows = Partition(0, axis.rank, axis.size)
     embedding, head = part_of(model.embedding.weight, rows), part_of(model.head.weight, rows)
     if model.head.weight is model.embedding.weight:
         head = embedding
-    model.embedding = VocabularyEmbedding(embedding, tokens)  # type: ignore[assignment]
-    model.head = VocabularyHead(head, tokens)  # type: ignore[assignment]
+    model.embedding = VocabularyEmbedding(embedding, axis, tokens)  # type: ignore[assignment]
+    model.head = VocabularyHead(head, axis, tokens)  # type: ignore[assignment]
 
 
 def _shard_linear(linear: nn.Linear, part: Partition) -> None:
@@ -117,12 +118,12 @@ def _replicate(module: nn.Module, axis: Axis) -> None:
         sum_over(parameter, axis)
 
 
-def _gather_tokens(tokens: Tokens, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tokens.gather(args[0]), *args[1:]
+def _gather_tokens(axis: Axis, dim: int | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return all_gather(args[0], axis, dim, "activations"), *args[1:]
 
 
-def _sum_and_split_tokens(tokens: Tokens, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-    return tokens.sum_and_split(out)
+def _sum_and_split_tokens(axis: Axis, dim: int | None, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    return reduce_scatter(out, axis, dim, "activations")
 
 
 class WithAllHeads(Around):

@@ -8,22 +8,25 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from nsa.ops.cross_entropy import Rows, sharded_cross_entropy
-from nsa.parallel.collectives import all_reduce
+from nsa.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from nsa.parallel.grid import Axis
-from nsa.parallel.tokens import Tokens
 
 
 class VocabularyEmbedding(nn.Module):
-    """(B, T) token ids -> (B, T / ranks, C) for this rank's part of the tokens. ``weight``: its part of the rows."""
+    """(B, T) token ids -> (B, T / ranks, C) for this rank's part of the tokens.
 
-    def __init__(self, weight: nn.Parameter, tokens: Tokens) -> None:
+    Args:
+        weight: its part of the rows. tokens: how they are sharded (`nsa.parallel.collectives`: ``dim``).
+    """
+
+    def __init__(self, weight: nn.Parameter, axis: Axis, tokens: int | None) -> None:
         super().__init__()
-        self.weight, self.tokens = weight, tokens
+        self.weight, self.axis, self.tokens = weight, axis, tokens
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        row, elsewhere = _local(input_ids, self.weight.shape[0], self.tokens.axis)
+        row, elsewhere = _local(input_ids, self.weight.shape[0], self.axis)
         x = embedding(row, self.weight).masked_fill(elsewhere[..., None], 0)
-        return self.tokens.sum_and_split(x)
+        return reduce_scatter(x, self.axis, self.tokens, "activations")
 
 
 class VocabularyHead(nn.Module):
@@ -33,14 +36,14 @@ class VocabularyHead(nn.Module):
     exponentials, and the target's logit. Logits are kept or recomputed as in `nsa.ops.linear_cross_entropy`.
     """
 
-    def __init__(self, weight: nn.Parameter, tokens: Tokens) -> None:
+    def __init__(self, weight: nn.Parameter, axis: Axis, tokens: int | None) -> None:
         super().__init__()
-        self.weight, self.tokens = weight, tokens
+        self.weight, self.axis, self.tokens = weight, axis, tokens
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         assert targets is not None, "a decoder that is split over ranks computes losses, no logits"
-        hidden = self.tokens.gather(hidden)
-        held, axis = len(self.weight), self.tokens.axis
+        hidden = all_gather(hidden, self.axis, self.tokens, "activations")
+        held, axis = len(self.weight), self.axis
         rows = Rows(axis.rank * held, axis.size * held, partial(_combine, axis))
         losses = sharded_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), rows)
         return losses.float().view(targets.shape)
