@@ -128,6 +128,27 @@ def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
 
 
+def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
+    """As `decoding`, of memory that has more parts than a merge takes at once; lists with weights alone, too."""
+    q, lengths = torch.zeros(1, heads, width, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    k, v = q.new_empty(1, tokens, 1, width), q.new_empty(1, tokens, 1, v_width)
+    listed, log_weights = lengths.new_empty(1, 1, tokens // 16), torch.empty(1, 1, tokens // 16)
+    terms = k[:, : tokens // 16], v[:, : tokens // 16], listed, log_weights
+    decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
+    decode.attention(q, k, v, lengths, listed, 1, None, None, 1.0)
+    decode.attention(q, k, v, lengths, listed, 1, log_weights, None, 1.0)
+    decode.attention(q, k, v, lengths, None, 1, None, terms, 1.0)
+    decode.attention(q, k, v, lengths, listed, 16, None, terms, 1.0)
+    low = k[:, : tokens // 16]
+    for over_group in ("sum", "max"):
+        quest.pages(q, low, low, lengths, 16, tokens // 256, 0, 1, over_group)
+    near, compressed = ([x[:, :slots] for x in (k, v)] for slots in (512, tokens // 16 - 1))
+    gate = q.new_zeros(1, heads, 3)
+    native_sparse_decode.attention(q, [*compressed, k, v, *near], gate, lengths, 32, 16, 64, 16, 1, 2, 1.0)
+    index = q.new_zeros(1, 64, 128), q.new_empty(1, tokens, 128), torch.zeros(1, 64)
+    index_topk.topk_decode(*index, lengths, 2048, 0, 0)
+
+
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -148,6 +169,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " backward"
             elif "TERMS" in kwargs:
                 of = (" of lists" if kwargs["LISTED"] else " of all") + (" with terms" if kwargs["TERMS"] else "")
+                of += " with weights" if kwargs["WEIGHTED"] and not kwargs["TERMS"] else ""
             key = f"{module}.{self.__name__}{of} {shape_name}"
             compiled = self.warmup(*args, grid=grid, **kwargs)
             if key not in report:
@@ -227,6 +249,9 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 64, 0, 0)
         index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
+    for tokens in (2**16, 2**19):
+        shape_name = f"128, memory of {tokens}"
+        long_decoding(16, 128, 128, tokens)
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"
         x = torch.zeros(1, 256, 2 * 192, dtype=torch.bfloat16, requires_grad=True)

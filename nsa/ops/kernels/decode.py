@@ -93,11 +93,12 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
                  DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
     """(output [DV1], LSE to base 2) of parts ``first .. first + count - 1`` of a row, at most MOST, SIDE at a time."""
     at = row * num_parts + first
-    part = tl.arange(0, MOST)  # [MOST]
-    lse = tl.load(PartLse + at + part, mask=part < count, other=float("-inf"))  # [MOST]
-    top = tl.max(lse, 0)
+    # What a loop assigns to has the shape that it had before: the names for all parts are not those of some.
+    every = tl.arange(0, MOST)  # [MOST]
+    lses = tl.load(PartLse + at + every, mask=every < count, other=float("-inf"))  # [MOST]
+    top = tl.max(lses, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(tl.exp2(lse - base), 0)
+    total = tl.sum(tl.exp2(lses - base), 0)
     out = tl.zeros([DV1], tl.float32)  # [DV1]
     for start in tl.range(0, count, SIDE):
         part = start + tl.arange(0, SIDE)  # [SIDE]
