@@ -45,6 +45,7 @@ from nsa.ops.kernels import (
     selected,
     selection,
     swiglu,
+    top_p,
 )
 from nsa.ops.kernels import (
     tokens as listed,
@@ -112,13 +113,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Launches of decoding by a query of q (B, T, H, D): all keys; pages; pages with weights and terms; Quest; NSA."""
+    """Launches of decoding by a query of q (B, T, H, D): all keys; pages, weights and terms; Quest; Twilight; NSA."""
     q, lengths, pages = q[:, 0], torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.int32)
     log_weights = torch.zeros(1, 1, 16)
     decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, log_weights, (k, v, pages, log_weights), 1.0)
     quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
+    sketch = k.new_zeros(*k.shape[:3], k.shape[3] // 2, dtype=torch.uint8), torch.zeros(*k.shape[:3], 2)
+    top_p.choose(q, *sketch, lengths, pages, 16, 0.9, 1.0)
     decode.append([k, v[:, :1]], [k[:, :1], v[:, :1]], lengths.long())
     rings, tables = [x[:, :32] for x in (k, v)], torch.zeros(2, 1, k.shape[3] // 2)
     weights = [[x.new_zeros(n or x.shape[3], x.shape[3] * m) for x in (k, v)] for n, m in ((0, 32), (32, 1))]
@@ -143,6 +146,9 @@ def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     for over_group in ("sum", "max"):
         quest.pages(q, low, low, lengths, 16, tokens // 256, 0, 1, over_group)
     near, compressed = ([x[:, :slots] for x in (k, v)] for slots in (512, tokens // 16 - 1))
+    sketch = k.new_empty(1, tokens, 1, width // 2, dtype=torch.uint8), torch.empty(1, tokens, 1, 2)
+    top_p.choose(q, *sketch, lengths, listed, 16, 0.9, 1.0)
+    top_p.choose(q, *sketch, lengths, None, 1, 0.9, 1.0)
     gate = q.new_zeros(1, heads, 3)
     native_sparse_decode.attention(q, [*compressed, k, v, *near], gate, lengths, 32, 16, 64, 16, 1, 2, 1.0)
     index = q.new_zeros(1, 64, 128), q.new_empty(1, tokens, 128), torch.zeros(1, 64)
@@ -165,6 +171,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = {(1, False): " of a run", (0, True): " of lists", (2, True): " of all"}[
                     kwargs["RUNS"], kwargs["LISTED"]
                 ]
+            elif module == "top_p":
+                of = " of lists" if kwargs["LISTED"] else " of all"
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
             elif "TERMS" in kwargs:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
-from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens
+from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens, top_p
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
@@ -304,6 +304,29 @@ def quest_pages(
 ) -> Tensor:  # fmt: skip
     """As `nsa.ops.quest_pages`."""
     return _quest_pages(q.contiguous(), low, high, lengths, page_size, topk, num_initial, num_local, over_group)
+
+
+@torch.library.custom_op("nsa::top_p_tokens", mutates_args=())
+def _top_p_tokens(
+    q: Tensor, codes: Tensor, ranges: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int, p: float,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return top_p.choose(q, codes, ranges, lengths, pages, page_size, p, scale)
+
+
+@_top_p_tokens.register_fake
+def _top_p_tokens_fake(q, codes, ranges, lengths, pages, page_size, p, scale):
+    slots = codes.shape[1] if pages is None else pages.shape[2] * page_size
+    return q.new_empty(len(q), codes.shape[2], slots, dtype=torch.int32)
+
+
+def top_p_tokens(
+    q: Tensor, codes: Tensor, ranges: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int, p: float,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """As `nsa.ops.top_p_tokens`."""
+    pages = None if pages is None else pages.contiguous()
+    return _top_p_tokens(q.contiguous(), codes, ranges, lengths, pages, page_size, p, scale)
 
 
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())
