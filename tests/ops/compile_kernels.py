@@ -155,6 +155,14 @@ def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     index_topk.topk_decode(*index, lengths, 2048, 0, 0)
 
 
+def latent_decoding(heads: int, tokens: int) -> None:
+    """Decoding from latents of 512 columns and 64 rotary ones, of which the values are a view."""
+    q, lengths = torch.zeros(1, heads, 576, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    latent = q.new_empty(1, tokens, 1, 576)
+    decode.attention(q, latent, latent[..., :512], lengths, None, 1, None, None, 1.0)
+    decode.attention(q, latent, latent[..., :512], lengths, lengths.new_empty(1, 1, 2048), 1, None, None, 1.0)
+
+
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -260,6 +268,9 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)
+    for heads in (16, 128):
+        shape_name = f"latents, {heads} heads"
+        latent_decoding(heads, 2**16)
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"
         x = torch.zeros(1, 256, 2 * 192, dtype=torch.bfloat16, requires_grad=True)

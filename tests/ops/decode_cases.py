@@ -35,6 +35,13 @@ CASES = [
 ]
 
 
+LATENT_CASES = [  # the values are the first columns of the keys
+    Case(6, 1, 24, 16, (70, 0, 33)),
+    Case(20, 1, 48, 32, (60, 9), pages=37),
+    Case(4, 2, 80, 64, (45, 3), pages=9, page_size=5, weighted=True),
+]
+
+
 def case_of(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
     """(q, k, v, lengths), options. Pages may lie behind a sequence, and memory behind it holds NaN."""
     generator = torch.Generator().manual_seed(sum(case[:4]))

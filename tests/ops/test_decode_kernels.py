@@ -16,6 +16,7 @@ from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
     INDEX_CASES,
+    LATENT_CASES,
     QUEST_CASES,
     SPARSE_CASES,
     TIES,
@@ -41,6 +42,32 @@ def test_attention(case: Case) -> None:
     found, expected = (ops.decode_attention(*inputs, **options, backend=b) for b in ("triton", "naive"))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+def test_values_that_are_columns_of_the_keys(case: Case) -> None:
+    (q, k, _, lengths), options = case_of(case, torch.float32, DEVICE)
+    v = k[..., : case.v_width]
+    found = ops.decode_attention(q, k, v, lengths, **options, backend="triton")
+    expected = ops.decode_attention(q, k, v.clone(), lengths, **options, backend="naive")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_which_values_may_be_columns_of_the_keys() -> None:
+    (q, k, _, lengths), _ = case_of(Case(2, 1, 48, 32, (9,), terms=3), torch.float32, DEVICE)
+    other = torch.zeros_like(k)
+    for v, message in ((k[..., :40], "the first 32"), (other[..., :32], "contiguous"), (k[..., 8:40], "contiguous")):
+        with pytest.raises(ValueError, match=message):
+            ops.decode_attention(q, k, v, lengths, backend="triton")
+    terms = ops.Terms(other, other[..., :32], lengths[:, None, None], torch.zeros(1, 1, 1, device=DEVICE))
+    with pytest.raises(ValueError, match="no terms"):
+        ops.decode_attention(q, k, k[..., :32], lengths, terms=terms, backend="triton")
+    wide = torch.zeros(1, 9, 1, 320, device=DEVICE)  # 1,280 bytes of fp32
+    with pytest.raises(ValueError, match="at most 1152"):
+        ops.decode_attention(wide[:, :2, 0], wide, wide[..., :256], lengths, backend="triton")
 
 
 @needs_kernels
@@ -211,6 +238,21 @@ def test_in_bf16(case: Case) -> None:
         graph.replay()
         expected = ops.decode_attention(q.float(), k.float(), v.float(), lengths, **exact, backend="naive")[0]
         assert (out.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize("heads", [128, 16])
+@pytest.mark.parametrize("listed", [0, 2048])
+def test_latents_in_bf16(heads: int, listed: int) -> None:
+    """512 columns and 64 rotary ones, of which the values are a view."""
+    (q, k, _, lengths), options = case_of(Case(heads, 1, 576, 512, (5000, 700), pages=listed), torch.float32, DEVICE)
+    q, k = q.bfloat16(), k.bfloat16()
+    out, lse = ops.decode_attention(q, k, k[..., :512], lengths, **options, backend="triton")
+    exact = q.float(), k.float(), k[..., :512].float(), lengths
+    expected, expected_lse = ops.decode_attention(*exact, **options, backend="naive")
+    assert (out.float() - expected).norm() < 0.01 * expected.norm()
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

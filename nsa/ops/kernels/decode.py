@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.geometry import memory_rows
+from nsa.ops.geometry import first_columns, memory_rows
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_row_parts, load_rows, scores, store_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 MOST_ROWS = 64  # heads of a program
@@ -38,13 +38,14 @@ def place(LISTS: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl
 @triton.jit
 def attend_chunk(q1, q2, K, V, Pages, LogWeights, Scores, row, row_ok, begin, end, length, key_row, num_keys,
                  scale_log2, group, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
-                 PAGE: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
-                 D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 SHARED: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                 D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """(sums [BM, DV1], maxima [BM] to base 2, sums of probabilities [BM]) of slots ``begin .. end - 1``.
 
     Slot s is token s; or with LISTED token ``s % PAGE`` of page ``Pages[s // PAGE]``, which has LogWeights if WEIGHTED.
     Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, num_keys).
+    SHARED: values are the first D1 columns of the keys, DV1 = D1, and are not loaded again.
     """
     acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
@@ -72,7 +73,10 @@ def attend_chunk(q1, q2, K, V, Pages, LogWeights, Scores, row, row_ok, begin, en
         p = tl.exp2(s - base[:, None])  # [BM, BN]
         rescale = tl.exp2(row_max - base)  # [BM]
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = load_rows(V, k_row, ok, tl.arange(0, DV1), DV)  # [BN, DV1]
+        if SHARED:
+            v = k1  # [BN, DV1]
+        else:
+            v = load_rows(V, k_row, ok, tl.arange(0, DV1), DV)  # [BN, DV1]
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -112,9 +116,10 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
 def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices, TermWeights, Parts, PartLse,
                  num_rows, num_keys, num_pages, num_splits, num_term_keys, num_terms, first_part, num_parts, scale_log2,
                  LISTS: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, TERMS: tl.constexpr,
-                 PAGE: tl.constexpr, CHUNK: tl.constexpr, TERM_CHUNK: tl.constexpr, GROUPS: tl.constexpr,
-                 HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                 DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 SHARED: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, TERM_CHUNK: tl.constexpr,
+                 GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                 D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """Part ``first_part`` + program of some heads: a chunk of the keys, or with TERMS after these one of the terms.
 
     Q (B, H, D); K, V (B, S, G, D or Dv), of which the sequences are ``num_rows`` tokens apart; Lengths (B,) int32;
@@ -138,7 +143,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
             end = tl.minimum(end, tl.minimum(length, num_keys))
         acc, row_max, row_sum = attend_chunk(
             q1, q2, K, V, Pages, LogWeights, PartLse, row, ok, begin, end, length, batch * num_rows, num_keys,
-            scale_log2, group, LISTED, WEIGHTED, False, PAGE, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
+            scale_log2, group, LISTED, WEIGHTED, False, SHARED, PAGE, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
         )  # fmt: skip
         store_part(
             Parts, PartLse, row, ok, first_part + split, num_parts, acc, row_max, row_sum, DV, DV1
@@ -151,8 +156,8 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
             TermWeights += (batch * LISTS + index) * num_terms
             acc, row_max, row_sum = attend_chunk(
                 q1, q2, TermK, TermV, TermIndices, TermWeights, PartLse, row, ok, begin, end, num_term_keys,
-                batch * num_term_keys, num_term_keys, scale_log2, group, True, True, False, 1, GROUPS, D, DV, D1, D2,
-                DV1, BM, BN, PRECISION,
+                batch * num_term_keys, num_term_keys, scale_log2, group, True, True, False, False, 1, GROUPS, D, DV, D1,
+                D2, DV1, BM, BN, PRECISION,
             )  # fmt: skip
             store_part(Parts, PartLse, row, ok, first_part + split, num_parts, acc, row_max, row_sum, DV, DV1)
 
@@ -205,6 +210,8 @@ def tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int]
     if INTERPRETED:
         return {"BM": rows, "BN": 16}, {}
     bytes_ = max(int(constants["D1"]) + int(constants["D2"]), int(constants["DV1"])) * itemsize
+    if bytes_ > MAX_ROW_BYTES:  # latents: their sums take all registers of two warpgroups
+        return {"BM": rows, "BN": 64}, {"num_warps": 8, "num_stages": 2}
     return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, {"num_warps": 4, "num_stages": 3 if bytes_ <= 256 else 2}
 
 
@@ -241,13 +248,15 @@ def write_parts(
     Args:
         q (B, H, D), k (B, S, G, D), v (B, S, G, Dv), lengths (B,) int32, pages (B, N, P) int32, log_weights (B, N, P)
             fp32, terms (keys, values, indices int32, log weights fp32): contiguous, but for k and v from sequence to
-            sequence. parts: from `parts_of`.
+            sequence; v may be the first columns of k, at most D1. parts: from `parts_of`.
     """
     batch, heads, groups = len(q), q.shape[1], k.shape[2]
     chunk, splits = list_splits(k, pages, page_size)
     term_chunk, term_splits = (1, 0) if terms is None else splits_of(terms[2].shape[2])
     lists = groups if pages is None and terms is None else (terms[2] if pages is None else pages).shape[1]
     constants = shape_constants(q[:, None], k, v) | {"HEADS": heads // lists}
+    if shared := first_columns(v, k):
+        constants["DV1"] = constants["D1"]
     sizes, options = tile(constants, q.element_size())
     term_k, term_v, term_indices, term_weights = terms or (k, v, lengths, lengths)
     rows = lists * triton.cdiv(heads // lists, sizes["BM"])
@@ -259,7 +268,7 @@ def write_parts(
         0 if pages is None else pages.shape[2], splits, term_k.shape[1],
         0 if terms is None else term_indices.shape[2], first_part, parts[1].shape[2], scale * LOG2_E,
         LISTS=lists, LISTED=pages is not None, WEIGHTED=log_weights is not None, TERMS=terms is not None,
-        PAGE=page_size, CHUNK=chunk, TERM_CHUNK=term_chunk, **constants, **sizes, **options,
+        SHARED=shared, PAGE=page_size, CHUNK=chunk, TERM_CHUNK=term_chunk, **constants, **sizes, **options,
     )  # fmt: skip
 
 

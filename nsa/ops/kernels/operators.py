@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
+from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, first_columns, visible_blocks
 from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens, top_p
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
@@ -207,26 +207,28 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float
 
 @torch.library.custom_op("nsa::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
+    q: Tensor, k: Tensor, v: Tensor | None, v_width: int, lengths: Tensor, pages: Tensor | None, page_size: int,
     log_weights: Tensor | None, terms: list[Tensor], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v = k[..., :v_width] if v is None else v
     return decode.attention(q, k, v, lengths, pages, page_size, log_weights, tuple(terms) or None, scale)
 
 
 @_decode_attention.register_fake
-def _decode_attention_fake(q, k, v, lengths, pages, page_size, log_weights, terms, scale):
-    return q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _decode_attention_fake(q, k, v, v_width, lengths, pages, page_size, log_weights, terms, scale):
+    return q.new_empty(*q.shape[:2], v_width), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
     log_weights: Tensor | None, terms: tuple[Tensor, ...] | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `nsa.ops.decode_attention`."""
+    """As `nsa.ops.decode_attention`. A view of k is passed as None, so that no compiler makes a copy of it."""
     pages = None if pages is None else pages.contiguous()
     log_weights = None if log_weights is None else log_weights.float().contiguous()
     more = [] if terms is None else [x.contiguous() for x in (*terms[:3], terms[3].float())]
-    return _decode_attention(q.contiguous(), k, v, lengths, pages, page_size, log_weights, more, scale)
+    own = None if first_columns(v, k) else v
+    return _decode_attention(q.contiguous(), k, own, v.shape[3], lengths, pages, page_size, log_weights, more, scale)
 
 
 @torch.library.custom_op("nsa::append_rows", mutates_args=("memories",))
