@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.geometry import first_columns, memory_rows
+from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_row_parts, load_rows, scores, store_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, tile_width
 from nsa.ops.kernels.ranges import shape_constants
@@ -211,7 +212,8 @@ def tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int]
         return {"BM": rows, "BN": 16}, {}
     bytes_ = max(int(constants["D1"]) + int(constants["D2"]), int(constants["DV1"])) * itemsize
     if bytes_ > MAX_ROW_BYTES:  # latents: their sums take all registers of two warpgroups
-        return {"BM": rows, "BN": 64}, {"num_warps": 8, "num_stages": 2}
+        keys = 64 if hardware.architecture() == "sm_90" else 32  # what shared memory holds
+        return {"BM": rows, "BN": keys}, {"num_warps": 8, "num_stages": 2}
     return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, {"num_warps": 4, "num_stages": 3 if bytes_ <= 256 else 2}
 
 
