@@ -14,12 +14,13 @@ from torch import Tensor
 from nsa.ops.geometry import first_columns, memory_rows
 from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_row_parts, load_rows, scores, store_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, MAX_WIDTH, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 MOST_ROWS = 64  # heads of a program
 SPLITS = 64  # chunks of a long list, unless they would be smaller or larger than these:
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # slots
+LEAST_LATENTS = 256  # slots; the sums of fewer would be more bytes than their rows
 COUNTS = ("num_terms", "num_term_keys", "num_parts", "first_part", "num_compressed", "num_pages")
 BASE_2 = tl.constexpr(LOG2_E)
 
@@ -198,11 +199,11 @@ def append(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
         )  # fmt: skip
 
 
-def chunk_of(slots: int) -> int:
+def chunk_of(slots: int, least: int) -> int:
     """Slots of a chunk: a function of the shape alone, so that results do not depend on what runs beside."""
     if INTERPRETED:
         return 32
-    return min(MOST_CHUNK, max(LEAST_CHUNK, triton.next_power_of_2(triton.cdiv(slots, SPLITS))))
+    return min(MOST_CHUNK, max(least, triton.next_power_of_2(triton.cdiv(slots, SPLITS))))
 
 
 def tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -229,15 +230,16 @@ def merge_options(number: int, v_width: int) -> dict[str, int]:
     return {"MOST": most, "SIDE": min(16, most), "DV": v_width, "DV1": tile_width(v_width)}
 
 
-def splits_of(slots: int) -> tuple[int, int]:
+def splits_of(slots: int, least: int = LEAST_CHUNK) -> tuple[int, int]:
     """(slots of a chunk, number of chunks)."""
-    chunk = chunk_of(slots)
+    chunk = chunk_of(slots, least)
     return chunk, triton.cdiv(slots, chunk)
 
 
 def list_splits(k: Tensor, pages: Tensor | None, page_size: int) -> tuple[int, int]:
     """`splits_of` a list of pages; None: of the whole memory k (B, S, G, D)."""
-    return splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size)
+    least = LEAST_CHUNK if k.shape[3] <= MAX_WIDTH else LEAST_LATENTS
+    return splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size, least)
 
 
 def write_parts(
