@@ -1,15 +1,23 @@
 """Times decoding: one query token per sequence on caches of several lengths, and steps of a whole decoder.
 
     python benchmarks/decode.py [--shapes A B] [--lengths 4096 65536] [--batches 1 8 32] [--out FILE]
-        [--decoder 1b] [--prompt 32768] [--no-decoder]
+        [--decoder 1b] [--prompt 32768] [--no-decoder] [--milliseconds 250] [--seconds 170]
 
 bf16; the median of replays of a CUDA graph with the L2 cache flushed between them. Dense decoding by torch's
 FlashAttention and cuDNN is timed beside ours. Sparse methods attend to 1/16 of the tokens: pages of 16 that Quest
-chooses (`quest`: with the estimation; `pages`: without) and single tokens (`tokens`). NSA has its own sizes (`nsa`: 16
-blocks of 64, window 512, compressed blocks of 32 at 16). `gb_per_s` and `floor_share` are of the bytes that a method
-must read at least, at the ceiling in benchmarks/measure.py. `over_dense`: the time of the fastest dense call over this
-one. The crossover is the shortest length from which on a method is faster than all dense calls. `error`: the relative
-error against the reference in fp32, at the shortest length.
+chooses (`quest`: with the estimation; `pages`: without) and single tokens (`tokens`). `twilight` estimates a quarter of
+the tokens, Quest's pages, from 4-bit keys; its p is set so that the heads of a KV head want 1/16 of all tokens together
+(`twilight_list`: the attention alone). NSA has its own sizes (`nsa`: 16 blocks of 64, window 512, compressed blocks of
+32 at 16). Latents are those of DeepSeek-V3.2 (128 heads, 512 + 64 columns): all (`latent`), 2,048 of them
+(`latent_tokens`), their choice by 64 index heads of 128 (`latent_index`), and both (`latent_dsa`).
+
+`gb_per_s` is of the bytes that a method must read at least; `floor_share` is the time that these, or the operations,
+take at the ceiling in benchmarks/measure.py. `over_dense`: the time of the fastest dense call over this one. The
+crossover is the shortest length from which on a method is faster than all dense calls. `error`: the relative error
+against the reference in fp32, at the shortest length.
+
+The longest memory comes first. A row that fails is reported with its error, and the others go on. With --seconds no row
+begins after that time; what is left out is named.
 
 The decoder: milliseconds of a token after a prompt, for each kind of attention, as steps that a CUDA graph replays
 (`nsa.models.DecodingSteps`) and with caches that grow (`new_caches`). All of it takes some minutes.
@@ -22,7 +30,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +48,8 @@ from nsa.models import Decoder, DecodingSteps
 
 ROOT = Path(__file__).parents[1]
 PAGE, SHARE = 16, 16  # tokens of a page; one of so many tokens is attended to
-DENSE = ("flash", "cudnn", "ours")
+CANDIDATES = 4  # one of so many tokens is estimated by Twilight
+DENSE = ("flash", "cudnn", "ours", "latent")
 ITEM = 2  # bytes of an element
 
 
@@ -69,6 +78,34 @@ class Memory:
 
     def quest_pages(self) -> Tensor:
         return ops.quest_pages(self.q, *self.bounds, self.lengths, page_size=PAGE, topk=self.topk)
+
+    @cached_property
+    def sketch(self) -> ops.KeySketch:
+        """One sequence at a time: what is made in between is in fp32."""
+        each = [ops.sketch_keys(k) for k in self.kv[0].split(1)]
+        return ops.KeySketch(*(torch.cat(parts) for parts in zip(*each, strict=True)))
+
+    def top_p(self, p: float) -> Tensor:
+        topk = max(1, self.tokens // CANDIDATES // PAGE)
+        pages = ops.quest_pages(self.q, *self.bounds, self.lengths, page_size=PAGE, topk=topk)
+        return ops.top_p_tokens(self.q, self.sketch, self.lengths, p=p, pages=pages, page_size=PAGE)
+
+    @cached_property
+    def p(self) -> float:
+        """With which a KV head gets a share of 1 / SHARE of the tokens, in the mean."""
+        low, high = 0.0, 1.0
+        for _ in range(12):
+            middle = (low + high) / 2
+            enough = (self.top_p(middle) >= 0).sum(-1).float().mean() >= self.tokens / SHARE
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        return self.top_p(self.p)
+
+    def twilight(self) -> Tensor:
+        return self.attend(pages=self.top_p(self.p))
 
     def library(self, backend: SDPBackend) -> Tensor:
         with sdpa_kernel([backend]):
@@ -102,49 +139,171 @@ class Memory:
                 each * (chosen * both + pages * 2 * shape.width),
             ),
             "nsa": (self.nsa, each * (blocks + near) * both),
+            "twilight_list": (lambda: self.attend(pages=self.chosen), each * listed * both),
+            "twilight": (
+                self.twilight,
+                each * (listed * both + pages * 2 * shape.width + self.tokens / CANDIDATES * (shape.width + 16) / 4),
+            ),
         }
         return calls
 
-    def errors(self) -> dict[str, float]:
+    def operations(self, name: str) -> float | None:
+        """Floating-point operations, where they may take longer than the bytes."""
+        return None
+
+    def facts(self, name: str) -> dict[str, float]:
+        """What else belongs into a row."""
+        if not name.startswith("twilight"):
+            return {}
+        return {"p": round(self.p, 4), "attended": round((self.chosen >= 0).sum(-1).float().mean().item(), 1)}
+
+    def errors(self) -> dict[str, float | str]:
         """Of ours against the reference, computed in fp32 from the same numbers."""
         exact = object.__new__(Memory)
         for name, value in vars(self).items():
             pair = isinstance(value, tuple) and isinstance(value[0], Tensor)
             value = tuple(x.float() for x in value) if pair else value
             setattr(exact, name, value.float() if isinstance(value, Tensor) and value.is_floating_point() else value)
-        found = {"nsa": relative_error(self.nsa(), exact.nsa("naive"))}
-        for name, lists in {
-            "ours": {},
-            "pages": {"pages": self.pages, "page_size": PAGE},
-            "tokens": {"pages": self.listed},
-        }.items():
-            found[name] = relative_error(self.attend(**lists), exact.attend("naive", **lists))
-        return {name: float(f"{error:.2g}") for name, error in found.items()}
+        checks: dict[str, Callable[[], float]] = {"nsa": lambda: relative_error(self.nsa(), exact.nsa("naive"))}
+        lists_of: dict[str, Callable[[], dict[str, Any]]] = {
+            "ours": lambda: {},
+            "pages": lambda: {"pages": self.pages, "page_size": PAGE},
+            "tokens": lambda: {"pages": self.listed},
+            "twilight": lambda: {"pages": self.chosen},
+        }
+        for name, lists in lists_of.items():
+            checks[name] = partial(self._error, exact, lists)
+        return {name: attempted(check) for name, check in checks.items()}
+
+    def _error(self, exact: "Memory", lists: Callable[[], dict[str, Any]]) -> float:
+        given = lists()
+        return relative_error(self.attend(**given), exact.attend("naive", **given))
 
 
-def rows_of(shape: Shape, batch: int, tokens: int, stream: torch.cuda.Stream) -> list[dict[str, Any]]:
-    memory, rows = Memory(shape, batch, tokens), []
-    for name, (call, elements) in memory.calls().items():
-        found: dict[str, Any] = {"shape": shape.name, "batch": batch, "tokens": tokens, "call": name}
+class Latents:
+    """Caches of one layer of DeepSeek-V3.2: latents, of which the values are a view, and keys of the indexer."""
+
+    name, heads, width, v_width, index_heads, index_width, topk = "latent", 128, 576, 512, 64, 128, 2048
+
+    def __init__(self, batch: int, tokens: int) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, device="cuda", dtype=torch.bfloat16)
+
+        self.batch, self.tokens = batch, tokens
+        self.q, self.latent = normal(self.heads, self.width), normal(tokens, 1, self.width)
+        self.q_idx, self.k_idx = normal(self.index_heads, self.index_width), normal(tokens, self.index_width)
+        self.weights = torch.rand(batch, self.index_heads, device="cuda")
+        self.lengths = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+
+    def index(self) -> Tensor:
+        return ops.index_topk_decode(self.q_idx, self.k_idx, self.weights, self.lengths, topk=self.topk)
+
+    @cached_property
+    def listed(self) -> Tensor:
+        return self.index()[:, None]
+
+    def attend(self, pages: Tensor | None = None) -> Tensor:
+        v = self.latent[..., : self.v_width]
+        return ops.decode_attention(self.q, self.latent, v, self.lengths, pages=pages)[0]
+
+    def calls(self) -> dict[str, tuple[Callable[[], Tensor], float]]:
+        """As `Memory.calls`."""
+        index = self.batch * self.tokens * self.index_width
+        chosen = self.batch * min(self.topk, self.tokens) * self.width
+        return {
+            "latent": (self.attend, self.batch * self.tokens * self.width),
+            "latent_tokens": (lambda: self.attend(self.listed), chosen),
+            "latent_index": (self.index, index),
+            "latent_dsa": (lambda: self.attend(self.index()[:, None]), chosen + index),
+        }
+
+    def operations(self, name: str) -> float | None:
+        """As `Memory.operations`."""
+        scored = 2.0 * self.batch * self.tokens * self.index_heads * self.index_width
+        attended = 2.0 * self.batch * self.heads * (self.width + self.v_width)
+        chosen = attended * min(self.topk, self.tokens)
+        return {
+            "latent": attended * self.tokens, "latent_tokens": chosen, "latent_index": scored,
+            "latent_dsa": chosen + scored,
+        }[name]  # fmt: skip
+
+    def facts(self, name: str) -> dict[str, float]:
+        """As `Memory.facts`."""
+        return {}
+
+    def errors(self) -> dict[str, float | str]:
+        """As `Memory.errors`."""
+
+        def error(pages: Callable[[], Tensor | None]) -> float:
+            given = pages()
+            q, k = self.q.float(), self.latent.float()
+            v = k[..., : self.v_width]
+            exact = ops.decode_attention(q, k, v, self.lengths, pages=given, backend="naive")[0]
+            return relative_error(self.attend(given), exact)
+
+        return {
+            "latent": attempted(lambda: error(lambda: None)),
+            "latent_tokens": attempted(lambda: error(lambda: self.listed)),
+        }
+
+
+def errors_of(make: Callable[[], Memory | Latents]) -> dict[str, float | str]:
+    """Of a memory; or why there is none."""
+    try:
+        return make().errors()
+    except Exception as error:
+        return {"all": _said(error)}
+
+
+def attempted(check: Callable[[], float]) -> float | str:
+    """The error, of two digits; or what went wrong: the others go on."""
+    try:
+        return float(f"{check():.2g}")
+    except Exception as error:
+        return _said(error)
+
+
+def _said(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''} {lines[-1] if len(lines) > 1 else ''}"[:300]
+
+
+def rows_of(
+    make: Callable[[], "Memory | Latents"], where: dict[str, Any], stream: torch.cuda.Stream, each: int, end: float
+) -> list[dict[str, Any]]:
+    """Rows of the calls of a memory; ``where`` names it. None begins after ``end`` (`time.monotonic`)."""
+    rows: list[dict[str, Any]] = []
+    if time.monotonic() > end:
+        return [where | {"call": "all", "left_out": True}]
+    try:
+        memory = make()
+        calls = memory.calls()
+    except Exception as error:
+        return [where | {"call": "all", "failed": _said(error)}]
+    for name, (call, elements) in calls.items():
+        found = where | {"call": name}
+        if time.monotonic() > end:
+            rows.append(found | {"left_out": True})
+            continue
         try:
             with torch.no_grad():
-                milliseconds, recorded = time_ms(call, stream)
-        except RuntimeError as error:  # a library that does not take these shapes
-            if name not in DENSE[:2]:
-                raise
-            rows.append(found | {"failed": str(error).splitlines()[0][:100]})
-            continue
-        rows.append(found | row(milliseconds, None, elements * ITEM) | {"recorded": recorded})
-    dense = min(x["ms"] for x in rows if x["call"] in DENSE and "ms" in x)
+                milliseconds, recorded = time_ms(call, stream, each=each)
+                found |= row(milliseconds, memory.operations(name), elements * ITEM) | {"recorded": recorded}
+                found |= memory.facts(name)
+        except Exception as error:
+            found["failed"] = _said(error)
+        rows.append(found)
+    dense = [x["ms"] for x in rows if x["call"] in DENSE and "ms" in x]
     for x in rows:
-        if "ms" in x:
-            x["over_dense"] = round(dense / max(x["ms"], 1e-6), 2)
+        if "ms" in x and dense:
+            x["over_dense"] = round(min(dense) / max(x["ms"], 1e-6), 2)
     return rows
 
 
 def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each shape, batch and sparse call: the shortest length from which on it is faster than all dense calls."""
     found = []
+    rows = [x for x in rows if "over_dense" in x]
     for key in dict.fromkeys((x["shape"], x["batch"], x["call"]) for x in rows if x["call"] not in DENSE):
         ours = sorted((x["tokens"], x["over_dense"]) for x in rows if (x["shape"], x["batch"], x["call"]) == key)
         since = None
@@ -196,26 +355,38 @@ def main() -> None:
     parser.add_argument("--decoder", default="1b", help="configuration of the decoder")
     parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--no-decoder", action="store_true", help="time the operators alone")
+    parser.add_argument("--milliseconds", type=int, default=250, help="of the warm-up and of the measuring of a row")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no row begins")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     need_gpu(parser)
     torch.manual_seed(0)
+    end = time.monotonic() + options.seconds
     stream, rows = torch.cuda.Stream(), []
     result: dict[str, Any] = {"errors": {}, "decoder": []}
-    for shape in (SHAPES[name] for name in options.shapes):
-        result["errors"][shape.name] = Memory(shape, 2, min(options.lengths)).errors()
-        print(shape, result["errors"][shape.name], flush=True)
-        for batch in options.batches:
-            for tokens in options.lengths:
-                for found in rows_of(shape, batch, tokens, stream):
+    kinds: dict[str, Callable[[int, int], Memory | Latents]] = {
+        **{name: partial(Memory, SHAPES[name]) for name in options.shapes},
+        Latents.name: Latents,
+    }
+    for name, kind in kinds.items():
+        result["errors"][name] = errors_of(partial(kind, 2, min(options.lengths)))
+        print(name, result["errors"][name], flush=True)
+    for tokens in sorted(options.lengths, reverse=True):
+        for batch in sorted(options.batches, reverse=True):
+            for name, kind in kinds.items():
+                where = {"shape": name, "batch": batch, "tokens": tokens}
+                for found in rows_of(partial(kind, batch, tokens), where, stream, options.milliseconds, end):
                     print(json.dumps(found), flush=True)
                     rows.append(found)
                 torch.cuda.empty_cache()
     result |= {"rows": rows, "crossovers": crossovers(rows)}
     for found in result["crossovers"]:
         print(json.dumps(found), flush=True)
-    for kind in () if options.no_decoder else ("nsa", "dense"):
-        result["decoder"].append(steps_of(options.decoder, kind, options.prompt))
+    for attention in () if options.no_decoder else ("nsa", "dense"):
+        if time.monotonic() > end:
+            print("left out: steps of the decoder", flush=True)
+            break
+        result["decoder"].append(steps_of(options.decoder, attention, options.prompt))
         print(json.dumps(result["decoder"][-1]), flush=True)
         torch.cuda.empty_cache()
     if options.out:

@@ -63,13 +63,15 @@ class Times(NamedTuple):
     recorded: bool
 
 
-def called_ms(call: Callable[[], object]) -> float:
+def called_ms(call: Callable[[], object], each: int = 250) -> float:
     """Median milliseconds of eager calls, with the L2 cache flushed between repeats.
+
+    ``each``: milliseconds of the warm-up, and of the measuring.
 
     Measured in a steady state, as in training: a GPU at its power limit takes some tenths of a second to settle at the
     clock that a kernel allows (H100: 1.98 GHz at first, then 1.5 to 1.8).
     """
-    return do_bench(call, warmup=250, rep=250, return_mode="median")
+    return do_bench(call, warmup=each, rep=each, return_mode="median")
 
 
 def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
@@ -93,11 +95,11 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
 
 
 def time_ms(
-    call: Callable[[], object], stream: torch.cuda.Stream | None = None, record: bool = True
+    call: Callable[[], object], stream: torch.cuda.Stream | None = None, record: bool = True, each: int = 250
 ) -> tuple[float, bool]:
     """(`called_ms` of a CUDA graph, True), as in training; (eager, False) for what cannot be captured."""
     graph = recording(call, stream or torch.cuda.Stream()) if record else None
-    return called_ms(graph.replay if graph else call), graph is not None
+    return called_ms(graph.replay if graph else call, each), graph is not None
 
 
 def forward_backward(call: Call, record: bool = True) -> Times:

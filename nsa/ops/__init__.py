@@ -18,9 +18,11 @@ from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.swiglu import swiglu
 from nsa.ops.token_sparse import token_sparse_attention
+from nsa.ops.top_p import KeySketch, extend_key_sketch, sketch_keys, top_p_tokens
 
 __all__ = [
     "Heads",
+    "KeySketch",
     "Terms",
     "add_rms_norm",
     "apply_rotary",
@@ -30,6 +32,7 @@ __all__ = [
     "dense_attention",
     "entmax",
     "entmax_attention",
+    "extend_key_sketch",
     "extend_page_bounds",
     "index_topk",
     "index_topk_decode",
@@ -41,7 +44,9 @@ __all__ = [
     "quest_pages",
     "select_blocks",
     "selected_attention",
+    "sketch_keys",
     "split_heads",
     "swiglu",
     "token_sparse_attention",
+    "top_p_tokens",
 ]

@@ -117,6 +117,12 @@ def memory_rows(x: Tensor) -> int:
     return x.stride(0) // row if x.stride(0) % row == 0 else -1
 
 
+def first_columns(v: Tensor, k: Tensor) -> bool:
+    """Whether v (B, S, G, Dv) is a view of the first columns of k (B, S, G, D), Dv < D: both are one memory."""
+    # What has other strides needs no address, which tensors that are only traced do not have.
+    return v.shape[3] < k.shape[3] and v.stride() == k.stride() and v.data_ptr() == k.data_ptr()
+
+
 @dataclass(frozen=True)
 class KnownLengths:
     """What the host knows of the lengths of the documents of a batch.

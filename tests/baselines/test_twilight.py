@@ -9,12 +9,13 @@ from sessions import HEADS, WIDTH, inputs
 
 from nsa.baselines import Budget
 from nsa.baselines.choose import cover
-from nsa.baselines.importance.nucleus import nucleus, quantised
+from nsa.baselines.importance.quantised import quantised
 from nsa.baselines.methods.oracle import OracleTopK
 from nsa.baselines.methods.quest import Quest
 from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.sparq import SparQ
 from nsa.baselines.methods.twilight import Twilight
+from nsa.ops.top_p import nucleus
 
 PADDING = torch.tensor([0, 5])
 

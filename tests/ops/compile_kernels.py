@@ -45,6 +45,7 @@ from nsa.ops.kernels import (
     selected,
     selection,
     swiglu,
+    top_p,
 )
 from nsa.ops.kernels import (
     tokens as listed,
@@ -112,13 +113,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Launches of decoding by a query of q (B, T, H, D): all keys; pages; pages with weights and terms; Quest; NSA."""
+    """Launches of decoding by a query of q (B, T, H, D): all keys; pages, weights and terms; Quest; Twilight; NSA."""
     q, lengths, pages = q[:, 0], torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 16, dtype=torch.int32)
     log_weights = torch.zeros(1, 1, 16)
     decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, log_weights, (k, v, pages, log_weights), 1.0)
     quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
+    sketch = k.new_zeros(*k.shape[:3], k.shape[3] // 2, dtype=torch.uint8), torch.zeros(*k.shape[:3], 2)
+    top_p.choose(q, *sketch, lengths, pages, 16, 0.9, 1.0)
     decode.append([k, v[:, :1]], [k[:, :1], v[:, :1]], lengths.long())
     rings, tables = [x[:, :32] for x in (k, v)], torch.zeros(2, 1, k.shape[3] // 2)
     weights = [[x.new_zeros(n or x.shape[3], x.shape[3] * m) for x in (k, v)] for n, m in ((0, 32), (32, 1))]
@@ -143,12 +146,29 @@ def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     for over_group in ("sum", "max"):
         quest.pages(q, low, low, lengths, 16, tokens // 256, 0, 1, over_group)
     near, compressed = ([x[:, :slots] for x in (k, v)] for slots in (512, tokens // 16 - 1))
+<<<<<<< HEAD
+=======
+    sketch = k.new_empty(1, tokens, 1, width // 2, dtype=torch.uint8), torch.empty(1, tokens, 1, 2)
+    top_p.choose(q, *sketch, lengths, listed, 16, 0.9, 1.0)
+    top_p.choose(q, *sketch, lengths, None, 1, 0.9, 1.0)
+>>>>>>> h-twi
     gate = q.new_zeros(1, heads, 3)
     native_sparse_decode.attention(q, [*compressed, k, v, *near], gate, lengths, 32, 16, 64, 16, 1, 2, 1.0)
     index = q.new_zeros(1, 64, 128), q.new_empty(1, tokens, 128), torch.zeros(1, 64)
     index_topk.topk_decode(*index, lengths, 2048, 0, 0)
 
 
+<<<<<<< HEAD
+=======
+def latent_decoding(heads: int, tokens: int) -> None:
+    """Decoding from latents of 512 columns and 64 rotary ones, of which the values are a view."""
+    q, lengths = torch.zeros(1, heads, 576, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    latent = q.new_empty(1, tokens, 1, 576)
+    decode.attention(q, latent, latent[..., :512], lengths, None, 1, None, None, 1.0)
+    decode.attention(q, latent, latent[..., :512], lengths, lengths.new_empty(1, 1, 2048), 1, None, None, 1.0)
+
+
+>>>>>>> h-twi
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -165,6 +185,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = {(1, False): " of a run", (0, True): " of lists", (2, True): " of all"}[
                     kwargs["RUNS"], kwargs["LISTED"]
                 ]
+            elif module == "top_p":
+                of = " of lists" if kwargs["LISTED"] else " of all"
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
             elif "TERMS" in kwargs:
@@ -252,6 +274,12 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)
+<<<<<<< HEAD
+=======
+    for heads in (16, 128):
+        shape_name = f"latents, {heads} heads"
+        latent_decoding(heads, 2**16)
+>>>>>>> h-twi
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"
         x = torch.zeros(1, 256, 2 * 192, dtype=torch.bfloat16, requires_grad=True)

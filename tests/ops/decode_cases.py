@@ -35,6 +35,13 @@ CASES = [
 ]
 
 
+LATENT_CASES = [  # the values are the first columns of the keys
+    Case(6, 1, 24, 16, (70, 0, 33)),
+    Case(20, 1, 48, 32, (60, 9), pages=37),
+    Case(4, 2, 80, 64, (45, 3), pages=9, page_size=5, weighted=True),
+]
+
+
 def case_of(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
     """(q, k, v, lengths), options. Pages may lie behind a sequence, and memory behind it holds NaN."""
     generator = torch.Generator().manual_seed(sum(case[:4]))
@@ -185,3 +192,49 @@ def quest_case_of(case: QuestCase, dtype: torch.dtype, device: str = "cpu") -> t
     options = {name: getattr(case, name) for name in ("page_size", "topk", "num_initial", "num_local")}
     bounds = ops.page_bounds(k, lengths, page_size=case.page_size)
     return [x.to(device) for x in (q, *bounds, lengths)], options
+
+
+class TopPCase(NamedTuple):
+    """Shapes of a call of `nsa.ops.top_p_tokens`. pages: of a list; 0: all tokens are candidates."""
+
+    heads: int
+    groups: int
+    width: int
+    lengths: tuple[int, ...]
+    p: float
+    pages: int = 0
+    page_size: int = 1
+    ties: bool = False
+
+
+TOP_P_CASES = [
+    TopPCase(4, 2, 16, (70, 1, 0), 0.8),
+    TopPCase(3, 1, 48, (90,), 0.5),
+    TopPCase(5, 1, 16, (53, 40), 0.9, 9, 4),  # holes, and pages behind a sequence
+    TopPCase(70, 1, 16, (33,), 0.6, 20),
+    TopPCase(2, 2, 16, (100,), 0.0, 12, 5),
+    TopPCase(4, 2, 16, (60, 9), 1.0, 5, 4),
+    TopPCase(4, 2, 16, (100, 20), 0.7, ties=True),
+    TopPCase(6, 2, 16, (50, 20), 0.3, 11, 4, ties=True),
+]
+
+
+def top_p_case_of(case: TopPCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Any], dict[str, Any]]:
+    """(q, sketch, lengths), options. With ties there are three keys; memory behind a sequence holds NaN."""
+    generator = torch.Generator().manual_seed(sum(case[:3]))
+    batch, memory = len(case.lengths), max(case.lengths) + 5
+    lengths = torch.tensor(case.lengths, dtype=torch.int32)
+    q = 2 * torch.randn(batch, case.heads, case.width, generator=generator, dtype=dtype)
+    k = torch.randn(batch, memory, case.groups, case.width, generator=generator, dtype=dtype)
+    if case.ties:
+        k = k[:, torch.arange(memory) % 3]
+    k[torch.arange(memory) >= lengths[:, None]] = torch.nan
+    options: dict[str, Any] = {"p": case.p}
+    if case.pages:
+        have = -(-memory // case.page_size)
+        order = torch.rand(batch, case.groups, max(have, case.pages), generator=generator).argsort(-1)
+        order = order[..., : case.pages].sort(-1).values
+        holes = torch.rand(order.shape, generator=generator) < 0.2
+        pages = order.masked_fill(holes | (order >= have), -1).int()
+        options |= {"pages": pages.to(device), "page_size": case.page_size}
+    return [q.to(device), ops.KeySketch(*(x.to(device) for x in ops.sketch_keys(k))), lengths.to(device)], options

@@ -16,17 +16,21 @@ from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
     INDEX_CASES,
+    LATENT_CASES,
     QUEST_CASES,
     SPARSE_CASES,
     TIES,
+    TOP_P_CASES,
     Case,
     IndexCase,
     QuestCase,
     SparseCase,
+    TopPCase,
     case_of,
     index_case_of,
     quest_case_of,
     sparse_case_of,
+    top_p_case_of,
 )
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal
 
@@ -38,6 +42,32 @@ def test_attention(case: Case) -> None:
     found, expected = (ops.decode_attention(*inputs, **options, backend=b) for b in ("triton", "naive"))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", LATENT_CASES, ids=str)
+def test_values_that_are_columns_of_the_keys(case: Case) -> None:
+    (q, k, _, lengths), options = case_of(case, torch.float32, DEVICE)
+    v = k[..., : case.v_width]
+    found = ops.decode_attention(q, k, v, lengths, **options, backend="triton")
+    expected = ops.decode_attention(q, k, v.clone(), lengths, **options, backend="naive")
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
+def test_which_values_may_be_columns_of_the_keys() -> None:
+    (q, k, _, lengths), _ = case_of(Case(2, 1, 48, 32, (9,), terms=3), torch.float32, DEVICE)
+    other = torch.zeros_like(k)
+    for v, message in ((k[..., :40], "the first 32"), (other[..., :32], "contiguous"), (k[..., 8:40], "contiguous")):
+        with pytest.raises(ValueError, match=message):
+            ops.decode_attention(q, k, v, lengths, backend="triton")
+    terms = ops.Terms(other, other[..., :32], lengths[:, None, None], torch.zeros(1, 1, 1, device=DEVICE))
+    with pytest.raises(ValueError, match="no terms"):
+        ops.decode_attention(q, k, k[..., :32], lengths, terms=terms, backend="triton")
+    wide = torch.zeros(1, 9, 1, 320, device=DEVICE)  # 1,280 bytes of fp32
+    with pytest.raises(ValueError, match="at most 1152"):
+        ops.decode_attention(wide[:, :2, 0], wide, wide[..., :256], lengths, backend="triton")
 
 
 @needs_kernels
@@ -110,6 +140,14 @@ def test_quest_pages(case: QuestCase, over_group: str) -> None:
 def test_index_sets(case: IndexCase) -> None:
     inputs, options = index_case_of(case, torch.float32, DEVICE)
     found, expected = (ops.index_topk_decode(*inputs, **options, backend=b) for b in ("triton", "naive"))
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", TOP_P_CASES, ids=str)
+def test_top_p_tokens(case: TopPCase) -> None:
+    inputs, options = top_p_case_of(case, torch.float32, DEVICE)
+    found, expected = (ops.top_p_tokens(*inputs, **options, backend=b) for b in ("triton", "naive"))
     assert torch.equal(found, expected)
 
 
@@ -204,6 +242,21 @@ def test_in_bf16(case: Case) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize("heads", [128, 16])
+@pytest.mark.parametrize("listed", [0, 2048])
+def test_latents_in_bf16(heads: int, listed: int) -> None:
+    """512 columns and 64 rotary ones, of which the values are a view."""
+    (q, k, _, lengths), options = case_of(Case(heads, 1, 576, 512, (5000, 700), pages=listed), torch.float32, DEVICE)
+    q, k = q.bfloat16(), k.bfloat16()
+    out, lse = ops.decode_attention(q, k, k[..., :512], lengths, **options, backend="triton")
+    exact = q.float(), k.float(), k[..., :512].float(), lengths
+    expected, expected_lse = ops.decode_attention(*exact, **options, backend="naive")
+    assert (out.float() - expected).norm() < 0.01 * expected.norm()
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
 @pytest.mark.parametrize("heads", [64, 12, 8])
 def test_native_sparse_in_bf16(heads: int) -> None:
     """The reference selects from bf16 scores' fp32 products, too: but for near ties the blocks are the same."""
@@ -228,3 +281,26 @@ def test_quest_pages_in_bf16() -> None:
     expected = ops.quest_pages(*(x.float() for x in rounded), inputs[3], **options, backend="naive")
     missing = (expected[..., None] != found[..., None, :]).all(-1).float().mean()
     assert missing < 0.01 and torch.equal(found, ops.quest_pages(*rounded, inputs[3], **options, backend="triton"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize(
+    "case", [TopPCase(32, 8, 128, (60000, 9000), 0.7), TopPCase(64, 4, 128, (9000,), 0.9, 200, 16)]
+)
+def test_top_p_tokens_in_bf16(case: TopPCase) -> None:
+    """As a CUDA graph. The share of the attention is reached, and the last tokens alone may differ by rounding."""
+    inputs, options = top_p_case_of(case, torch.float32, DEVICE)
+    q, sketch, lengths = inputs[0].bfloat16(), *inputs[1:]
+    ops.top_p_tokens(q, sketch, lengths, **options, backend="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.top_p_tokens(q, sketch, lengths, **options, backend="triton")
+    for share in (1, 2):
+        lengths.floor_divide_(share)
+        graph.replay()
+        expected = ops.top_p_tokens(q.float(), sketch, lengths, **options, backend="torch")
+        for ours, theirs in zip(found.flatten(0, 1).tolist(), expected.flatten(0, 1).tolist(), strict=True):
+            a, b = ({token for token in tokens if token >= 0} for tokens in (ours, theirs))
+            assert len(a ^ b) <= 2 + len(b) // 200
+            assert ours == sorted(a) + [-1] * (len(ours) - len(a))

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 import torch
 
 from nsa.baselines.importance.clusters import cluster, remember, tokens_of
-from nsa.baselines.importance.nucleus import nucleus
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Part, Plan, Terms, View
+from nsa.ops.top_p import nucleus
 
 
 @dataclass(frozen=True, kw_only=True)

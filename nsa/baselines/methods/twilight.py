@@ -8,10 +8,11 @@ from torch import Tensor
 
 from nsa.baselines.attention import kept
 from nsa.baselines.budget import Budget
-from nsa.baselines.importance.nucleus import nucleus, quantised
+from nsa.baselines.importance.quantised import quantised
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.methods.quest import Quest
 from nsa.baselines.plan import Estimate, Plan, View, score
+from nsa.ops.top_p import nucleus
 
 
 @dataclass(frozen=True, kw_only=True)

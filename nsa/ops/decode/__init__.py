@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dispatch import accumulation_dtype, autocasts, resolve_backend, softmax_scale
-from nsa.ops.geometry import memory_rows
+from nsa.ops.geometry import first_columns, memory_rows
+
+LATENT_BYTES = 1152  # the longest row of a latent that the kernels take: 576 columns in 16 bits
 
 
 class Terms(NamedTuple):
@@ -47,7 +49,9 @@ def decode_attention(
 
     Args:
         q: (B, H, D). k: (B, S, G, D). v: (B, S, G, Dv): the memory of a cache, contiguous for the kernels (or the first
-            S tokens of more); G divides H.
+            S tokens of more); G divides H. v may be the first columns of k, as a view: latents, from which both come
+            (MLA, DeepSeek-V2, arXiv 2405.04434, with W_UK in q, and W_UV after the output). The kernels then load them
+            once. They take D up to 576 in 16 bits, and Dv up to the greatest power of two below D.
         lengths: (B,) int32, tokens of each sequence, the new one included. What lies after them in memory is not read.
         pages: (B, N, P) int32 in any order, each page at most once; -1 is none. Page j has tokens
             ``page_size * j .. page_size * (j + 1) - 1``, as far as they are there. N is G (all heads of a KV head share
@@ -78,11 +82,16 @@ def decode_attention(
         _check_terms(terms, q, k, v, pages)
     scale = softmax_scale(scale, q.shape[2])
     others = () if terms is None else terms[:2]
-    implementation = resolve_backend(backend, q, k, v, *others)
+    latent = first_columns(v, k)
+    implementation = resolve_backend(backend, q, k, v, *others, heads=not latent)
+    if latent and implementation == "triton" and (obstacle := _latent_obstacle(k, v, terms)):
+        if backend == "triton":
+            raise ValueError(f"backend='triton': {obstacle}; or use 'auto' or 'torch'")
+        implementation = "torch"
     if implementation == "triton":
         from nsa.ops.kernels import operators
 
-        _check_memory(k, v)
+        _check_memory(k, k if latent else v)
         return operators.decode_attention(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
     if implementation == "naive":
         return _naive(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
@@ -127,6 +136,17 @@ def check_contiguous(**memory: Tensor) -> None:
     for name, x in memory.items():
         if not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous: give the whole memory of the cache, and lengths")
+
+
+def _latent_obstacle(k: Tensor, v: Tensor, terms: Terms | None) -> str | None:
+    """Why the kernels cannot take v as a view of k's first columns; None if they can."""
+    from nsa.ops.kernels.hardware import split_width
+
+    if k.shape[3] * k.element_size() > LATENT_BYTES or k.shape[3] * k.element_size() % 16:
+        return f"rows of latents must be multiples of 16 bytes, at most {LATENT_BYTES}"
+    if v.shape[3] > (most := split_width(k.shape[3])[0]):
+        return f"of {k.shape[3]} columns of k, v may be the first {most}, got {v.shape[3]}"
+    return None if terms is None else "latents have no terms"
 
 
 def _check_memory(k: Tensor, v: Tensor) -> None:

@@ -11,14 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.geometry import memory_rows
+from nsa.ops.geometry import first_columns, memory_rows
+from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL, load_row_parts, load_rows, scores, store_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, MAX_WIDTH, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 MOST_ROWS = 64  # heads of a program
 SPLITS = 64  # chunks of a long list, unless they would be smaller or larger than these:
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # slots
+LEAST_LATENTS = 256  # slots; the sums of fewer would be more bytes than their rows
 COUNTS = ("num_terms", "num_term_keys", "num_parts", "first_part", "num_compressed", "num_pages")
 BASE_2 = tl.constexpr(LOG2_E)
 
@@ -38,13 +40,14 @@ def place(LISTS: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl
 @triton.jit
 def attend_chunk(q1, q2, K, V, Pages, LogWeights, Scores, row, row_ok, begin, end, length, key_row, num_keys,
                  scale_log2, group, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, KEEP: tl.constexpr,
-                 PAGE: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
-                 D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 SHARED: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                 D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     """(sums [BM, DV1], maxima [BM] to base 2, sums of probabilities [BM]) of slots ``begin .. end - 1``.
 
     Slot s is token s; or with LISTED token ``s % PAGE`` of page ``Pages[s // PAGE]``, which has LogWeights if WEIGHTED.
     Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, num_keys).
+    SHARED: values are the first D1 columns of the keys, DV1 = D1, and are not loaded again.
     """
     acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
@@ -72,7 +75,10 @@ def attend_chunk(q1, q2, K, V, Pages, LogWeights, Scores, row, row_ok, begin, en
         p = tl.exp2(s - base[:, None])  # [BM, BN]
         rescale = tl.exp2(row_max - base)  # [BM]
         row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = load_rows(V, k_row, ok, tl.arange(0, DV1), DV)  # [BN, DV1]
+        if SHARED:
+            v = k1  # [BN, DV1]
+        else:
+            v = load_rows(V, k_row, ok, tl.arange(0, DV1), DV)  # [BN, DV1]
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -112,9 +118,10 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
 def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices, TermWeights, Parts, PartLse,
                  num_rows, num_keys, num_pages, num_splits, num_term_keys, num_terms, first_part, num_parts, scale_log2,
                  LISTS: tl.constexpr, LISTED: tl.constexpr, WEIGHTED: tl.constexpr, TERMS: tl.constexpr,
-                 PAGE: tl.constexpr, CHUNK: tl.constexpr, TERM_CHUNK: tl.constexpr, GROUPS: tl.constexpr,
-                 HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                 DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 SHARED: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, TERM_CHUNK: tl.constexpr,
+                 GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                 D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """Part ``first_part`` + program of some heads: a chunk of the keys, or with TERMS after these one of the terms.
 
     Q (B, H, D); K, V (B, S, G, D or Dv), of which the sequences are ``num_rows`` tokens apart; Lengths (B,) int32;
@@ -138,7 +145,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
             end = tl.minimum(end, tl.minimum(length, num_keys))
         acc, row_max, row_sum = attend_chunk(
             q1, q2, K, V, Pages, LogWeights, PartLse, row, ok, begin, end, length, batch * num_rows, num_keys,
-            scale_log2, group, LISTED, WEIGHTED, False, PAGE, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
+            scale_log2, group, LISTED, WEIGHTED, False, SHARED, PAGE, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
         )  # fmt: skip
         store_part(
             Parts, PartLse, row, ok, first_part + split, num_parts, acc, row_max, row_sum, DV, DV1
@@ -151,8 +158,8 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
             TermWeights += (batch * LISTS + index) * num_terms
             acc, row_max, row_sum = attend_chunk(
                 q1, q2, TermK, TermV, TermIndices, TermWeights, PartLse, row, ok, begin, end, num_term_keys,
-                batch * num_term_keys, num_term_keys, scale_log2, group, True, True, False, 1, GROUPS, D, DV, D1, D2,
-                DV1, BM, BN, PRECISION,
+                batch * num_term_keys, num_term_keys, scale_log2, group, True, True, False, False, 1, GROUPS, D, DV, D1,
+                D2, DV1, BM, BN, PRECISION,
             )  # fmt: skip
             store_part(Parts, PartLse, row, ok, first_part + split, num_parts, acc, row_max, row_sum, DV, DV1)
 
@@ -192,11 +199,11 @@ def append(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
         )  # fmt: skip
 
 
-def chunk_of(slots: int) -> int:
+def chunk_of(slots: int, least: int) -> int:
     """Slots of a chunk: a function of the shape alone, so that results do not depend on what runs beside."""
     if INTERPRETED:
         return 32
-    return min(MOST_CHUNK, max(LEAST_CHUNK, triton.next_power_of_2(triton.cdiv(slots, SPLITS))))
+    return min(MOST_CHUNK, max(least, triton.next_power_of_2(triton.cdiv(slots, SPLITS))))
 
 
 def tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -205,6 +212,9 @@ def tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int]
     if INTERPRETED:
         return {"BM": rows, "BN": 16}, {}
     bytes_ = max(int(constants["D1"]) + int(constants["D2"]), int(constants["DV1"])) * itemsize
+    if bytes_ > MAX_ROW_BYTES:  # latents: their sums take all registers of two warpgroups
+        keys = 64 if hardware.architecture() == "sm_90" else 32  # what shared memory holds
+        return {"BM": rows, "BN": keys}, {"num_warps": 8, "num_stages": 2}
     return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, {"num_warps": 4, "num_stages": 3 if bytes_ <= 256 else 2}
 
 
@@ -220,15 +230,16 @@ def merge_options(number: int, v_width: int) -> dict[str, int]:
     return {"MOST": most, "SIDE": min(16, most), "DV": v_width, "DV1": tile_width(v_width)}
 
 
-def splits_of(slots: int) -> tuple[int, int]:
+def splits_of(slots: int, least: int = LEAST_CHUNK) -> tuple[int, int]:
     """(slots of a chunk, number of chunks)."""
-    chunk = chunk_of(slots)
+    chunk = chunk_of(slots, least)
     return chunk, triton.cdiv(slots, chunk)
 
 
 def list_splits(k: Tensor, pages: Tensor | None, page_size: int) -> tuple[int, int]:
     """`splits_of` a list of pages; None: of the whole memory k (B, S, G, D)."""
-    return splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size)
+    least = LEAST_CHUNK if k.shape[3] <= MAX_WIDTH else LEAST_LATENTS
+    return splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size, least)
 
 
 def write_parts(
@@ -241,13 +252,15 @@ def write_parts(
     Args:
         q (B, H, D), k (B, S, G, D), v (B, S, G, Dv), lengths (B,) int32, pages (B, N, P) int32, log_weights (B, N, P)
             fp32, terms (keys, values, indices int32, log weights fp32): contiguous, but for k and v from sequence to
-            sequence. parts: from `parts_of`.
+            sequence; v may be the first columns of k, at most D1. parts: from `parts_of`.
     """
     batch, heads, groups = len(q), q.shape[1], k.shape[2]
     chunk, splits = list_splits(k, pages, page_size)
     term_chunk, term_splits = (1, 0) if terms is None else splits_of(terms[2].shape[2])
     lists = groups if pages is None and terms is None else (terms[2] if pages is None else pages).shape[1]
     constants = shape_constants(q[:, None], k, v) | {"HEADS": heads // lists}
+    if shared := first_columns(v, k):
+        constants["DV1"] = constants["D1"]
     sizes, options = tile(constants, q.element_size())
     term_k, term_v, term_indices, term_weights = terms or (k, v, lengths, lengths)
     rows = lists * triton.cdiv(heads // lists, sizes["BM"])
@@ -259,7 +272,7 @@ def write_parts(
         0 if pages is None else pages.shape[2], splits, term_k.shape[1],
         0 if terms is None else term_indices.shape[2], first_part, parts[1].shape[2], scale * LOG2_E,
         LISTS=lists, LISTED=pages is not None, WEIGHTED=log_weights is not None, TERMS=terms is not None,
-        PAGE=page_size, CHUNK=chunk, TERM_CHUNK=term_chunk, **constants, **sizes, **options,
+        SHARED=shared, PAGE=page_size, CHUNK=chunk, TERM_CHUNK=term_chunk, **constants, **sizes, **options,
     )  # fmt: skip
 
 

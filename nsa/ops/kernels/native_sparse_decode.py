@@ -65,7 +65,7 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, num_
         end = tl.minimum(chunk + NEAR_CHUNK, there)
     acc, row_max, row_sum = attend_chunk(
         q1, q2, K, V, Lengths, Lengths, Scores, row, ok & far, chunk, end, there, batch * memory, num_compressed,
-        scale_log2, group, False, False, True, 1, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
+        scale_log2, group, False, False, True, False, 1, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
     )  # fmt: skip
     store_part(Parts, PartLse, row, ok, split, num_parts, acc, row_max, row_sum, DV, DV1)
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
-from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens
+from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, first_columns, visible_blocks
+from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens, top_p
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
@@ -207,26 +207,28 @@ def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float
 
 @torch.library.custom_op("nsa::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
+    q: Tensor, k: Tensor, v: Tensor | None, v_width: int, lengths: Tensor, pages: Tensor | None, page_size: int,
     log_weights: Tensor | None, terms: list[Tensor], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v = k[..., :v_width] if v is None else v
     return decode.attention(q, k, v, lengths, pages, page_size, log_weights, tuple(terms) or None, scale)
 
 
 @_decode_attention.register_fake
-def _decode_attention_fake(q, k, v, lengths, pages, page_size, log_weights, terms, scale):
-    return q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _decode_attention_fake(q, k, v, v_width, lengths, pages, page_size, log_weights, terms, scale):
+    return q.new_empty(*q.shape[:2], v_width), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int,
     log_weights: Tensor | None, terms: tuple[Tensor, ...] | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `nsa.ops.decode_attention`."""
+    """As `nsa.ops.decode_attention`. A view of k is passed as None, so that no compiler makes a copy of it."""
     pages = None if pages is None else pages.contiguous()
     log_weights = None if log_weights is None else log_weights.float().contiguous()
     more = [] if terms is None else [x.contiguous() for x in (*terms[:3], terms[3].float())]
-    return _decode_attention(q.contiguous(), k, v, lengths, pages, page_size, log_weights, more, scale)
+    own = None if first_columns(v, k) else v
+    return _decode_attention(q.contiguous(), k, own, v.shape[3], lengths, pages, page_size, log_weights, more, scale)
 
 
 @torch.library.custom_op("nsa::append_rows", mutates_args=("memories",))
@@ -304,6 +306,29 @@ def quest_pages(
 ) -> Tensor:  # fmt: skip
     """As `nsa.ops.quest_pages`."""
     return _quest_pages(q.contiguous(), low, high, lengths, page_size, topk, num_initial, num_local, over_group)
+
+
+@torch.library.custom_op("nsa::top_p_tokens", mutates_args=())
+def _top_p_tokens(
+    q: Tensor, codes: Tensor, ranges: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int, p: float,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return top_p.choose(q, codes, ranges, lengths, pages, page_size, p, scale)
+
+
+@_top_p_tokens.register_fake
+def _top_p_tokens_fake(q, codes, ranges, lengths, pages, page_size, p, scale):
+    slots = codes.shape[1] if pages is None else pages.shape[2] * page_size
+    return q.new_empty(len(q), codes.shape[2], slots, dtype=torch.int32)
+
+
+def top_p_tokens(
+    q: Tensor, codes: Tensor, ranges: Tensor, lengths: Tensor, pages: Tensor | None, page_size: int, p: float,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """As `nsa.ops.top_p_tokens`."""
+    pages = None if pages is None else pages.contiguous()
+    return _top_p_tokens(q.contiguous(), codes, ranges, lengths, pages, page_size, p, scale)
 
 
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())
