@@ -146,20 +146,15 @@ def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     for over_group in ("sum", "max"):
         quest.pages(q, low, low, lengths, 16, tokens // 256, 0, 1, over_group)
     near, compressed = ([x[:, :slots] for x in (k, v)] for slots in (512, tokens // 16 - 1))
-<<<<<<< HEAD
-=======
     sketch = k.new_empty(1, tokens, 1, width // 2, dtype=torch.uint8), torch.empty(1, tokens, 1, 2)
     top_p.choose(q, *sketch, lengths, listed, 16, 0.9, 1.0)
     top_p.choose(q, *sketch, lengths, None, 1, 0.9, 1.0)
->>>>>>> h-twi
     gate = q.new_zeros(1, heads, 3)
     native_sparse_decode.attention(q, [*compressed, k, v, *near], gate, lengths, 32, 16, 64, 16, 1, 2, 1.0)
     index = q.new_zeros(1, 64, 128), q.new_empty(1, tokens, 128), torch.zeros(1, 64)
     index_topk.topk_decode(*index, lengths, 2048, 0, 0)
 
 
-<<<<<<< HEAD
-=======
 def latent_decoding(heads: int, tokens: int) -> None:
     """Decoding from latents of 512 columns and 64 rotary ones, of which the values are a view."""
     q, lengths = torch.zeros(1, heads, 576, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
@@ -168,7 +163,6 @@ def latent_decoding(heads: int, tokens: int) -> None:
     decode.attention(q, latent, latent[..., :512], lengths, lengths.new_empty(1, 1, 2048), 1, None, None, 1.0)
 
 
->>>>>>> h-twi
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -274,12 +268,9 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)
-<<<<<<< HEAD
-=======
     for heads in (16, 128):
         shape_name = f"latents, {heads} heads"
         latent_decoding(heads, 2**16)
->>>>>>> h-twi
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"
         x = torch.zeros(1, 256, 2 * 192, dtype=torch.bfloat16, requires_grad=True)

@@ -1,9 +1,12 @@
-"""The communication of context-parallel ranks overlaps with computation."""
+"""The communication of context- and tensor-parallel ranks overlaps with computation."""
 
 import dataclasses
 
 import torch
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa.layers.linear import joint_linear, parallel_linear
 from nsa.models import Decoder
 from nsa.ops.kernels import operators
 from nsa.parallel import collectives
@@ -12,21 +15,11 @@ from tests.parallel.test_grid import grid_of
 from tests.training.tiny import tiny_config
 
 
-def test_the_gather_of_selected_keys_overlaps_with_the_compressed_branch(tmp_path, monkeypatch):
-    """The reduce-scatter of their gradients overlaps with the backward pass of the compression. Checks the order of
-    starts, computations and waits on the meta device, in a fake process group."""
+def logged_transfers(monkeypatch) -> list[str]:
+    """Events, to which every collective adds when it starts and when it is waited for."""
     events: list[str] = []
 
-    def log_calls(module, name, event):
-        function = getattr(module, name)
-
-        def logged(*args, **kwargs):
-            events.append(event)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, logged)
-
-    def log_transfers(name, kind):
+    def log(name, kind):
         function = getattr(collectives, name)
 
         class Work:
@@ -44,8 +37,25 @@ def test_the_gather_of_selected_keys_overlaps_with_the_compressed_branch(tmp_pat
 
         monkeypatch.setattr(collectives, name, logged)
 
-    log_transfers("_begin_gather", "")
-    log_transfers("_begin_sum", "gradient of ")
+    log("_begin_gather", "")
+    log("_begin_sum", "gradient of ")
+    return events
+
+
+def test_the_gather_of_selected_keys_overlaps_with_the_compressed_branch(tmp_path, monkeypatch):
+    """The reduce-scatter of their gradients overlaps with the backward pass of the compression. Checks the order of
+    starts, computations and waits on the meta device, in a fake process group."""
+    events = logged_transfers(monkeypatch)
+
+    def log_calls(module, name, event):
+        function = getattr(module, name)
+
+        def logged(*args, **kwargs):
+            events.append(event)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, logged)
+
     log_calls(operators, "_compress_blocks", "compress")
     log_calls(operators, "_compress_blocks_backward", "compress backward")
     log_calls(operators, "_select_blocks", "select")
@@ -67,3 +77,34 @@ def test_the_gather_of_selected_keys_overlaps_with_the_compressed_branch(tmp_pat
     assert "attend to selected" not in hidden and events.count("attend to selected") == 2, "one for each chunk"
     hidden = between("gradient of selected out", "gradient of selected there")
     assert hidden.count("compress backward") == 2, events
+
+
+def test_the_sum_over_tensor_ranks_overlaps_with_the_gradients_of_weights(tmp_path, monkeypatch):
+    """The gradient of what a joint projection reads is sent before the gradients of its weights are computed. If
+    something else reads it, too, the sum of both gradients is sent, and nothing before."""
+    events = logged_transfers(monkeypatch)
+
+    class Product(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.mm.default:
+                events.append("product")
+            return function(*args, **kwargs or {})
+
+    with grid_of(rank=0, world_size=2, tensor=2) as grid, torch.device("meta"):
+        weights = [torch.empty(8, 4, requires_grad=True), torch.empty(8, 4, requires_grad=True)]
+        part = torch.empty(2, 3, 4, requires_grad=True)
+
+        def backward_of(read) -> list[str]:
+            out = read(collectives.all_gather(part, grid.tensor, None, "tokens"))
+            del events[:]
+            with Product():
+                out.sum().backward()
+            return list(events)
+
+        first = backward_of(lambda x: joint_linear(x, weights))
+        assert first == ["product", "gradient of tokens out", "product", "gradient of tokens there"]
+        second = backward_of(lambda x: torch.cat(parallel_linear(x, *weights)))
+        assert second == ["product", "gradient of tokens out", "product", "product", "gradient of tokens there"]
+        for other in (lambda x: joint_linear(x, weights[:1]), lambda x: linear(x, weights[0])):
+            both = backward_of(lambda x, other=other: joint_linear(x, weights[1:]) + other(x))
+            assert both.index("gradient of tokens there") > len(both) - 3, both
