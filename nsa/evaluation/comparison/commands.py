@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 
 import torch
@@ -159,7 +160,7 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
         seldom = 1 if sys.stderr.isatty() else 30
         with tqdm(total=comparison.most, unit="cell", desc=work.whole.name, mininterval=seldom) as bar:
             try:
-                comparison.run(folder, bar.update, lambda: end is not None and time.monotonic() >= end)
+                comparison.run(folder, bar.update, lambda: inf if end is None else end - time.monotonic())
             except TimeUpError:
                 return False
             except torch.OutOfMemoryError as error:

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from math import log
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf, log
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from nsa.baselines import Budget, BudgetError, Ledger, Method
+from nsa.baselines.methods.dense import DenseForOthers
 from nsa.data.tasks import Sample, Task, UnavailableError, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.calibration import fit
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
-from nsa.evaluation.comparison.decoding import AttachError, Reader
+from nsa.evaluation.comparison.decoding import AttachError, Prompts, Reader
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
 from nsa.evaluation.comparison.leaks import changes
@@ -26,6 +29,7 @@ CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 CALIBRATION = "calibration"  # the seed of samples that no result is measured on
 KEPT = 8  # lists of samples: those of one place of a sibling, and some
 DECIMALS = 5  # of figures: a folder of many cells stays small
+TOGETHER = 600.0  # seconds that cells are answered together, at most, if one alone takes less: a kill costs that much
 
 
 class TimeUpError(Exception):
@@ -85,6 +89,29 @@ class Block:
     samples: list[Sample]
 
 
+@dataclass
+class Asked:
+    """A cell while it is answered. seconds: that it took so far."""
+
+    arm: Arm
+    method: Method | None
+    ledger: Ledger
+    reader: Reader
+    batches: Iterator[list[Answer]]
+    answers: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def go_on(self) -> bool:
+        """Answer the next batch; True."""
+        begun = perf_counter()
+        self.answers += next(self.batches)
+        self.seconds += perf_counter() - begun
+        return True
+
+
+Made = TypeVar("Made")
+
+
 class Comparison:
     """See `run`.
 
@@ -101,6 +128,7 @@ class Comparison:
     ) -> None:
         self.config, self.candidates, self.say, self.device = config, candidates, say, device
         self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
+        self._prompts: Prompts | None = None  # of this model
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
         self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
 
@@ -133,17 +161,20 @@ class Comparison:
         )
         return arms * len(self.places())
 
-    def run(self, folder: ResultsFolder, progress: Callable[[int], None], up: Callable[[], bool] = bool) -> None:
+    def run(
+        self, folder: ResultsFolder, progress: Callable[[int], None], time_left: Callable[[], float] = lambda: inf
+    ) -> None:
         """Every cell that is not finished; cell by cell, so that an interruption changes no result.
 
-        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`).
+        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`). Methods that choose
+        only while decoding are asked in turns, batch by batch, and each batch is read once for all of them.
 
         Args:
             progress: called with a number of cells that are done or left out.
-            up: whether to stop before the next cell; not asked before the first.
+            time_left: seconds; no cell is begun without any, but for the first.
 
         Raises:
-            TimeUpError: ``up`` said so.
+            TimeUpError: there was no time left.
             ResultsError: the folder has answers of another training of a sibling.
             ValueError: siblings that are compared would be asked different questions, or all lengths are too short for
                 a task; this is found before anything runs.
@@ -161,9 +192,8 @@ class Comparison:
                         progress(len(arms))
                         continue
                     cells += len(arms)
-                    for arm in arms:
-                        self._if_missing(folder, left, arm, place, up)
-                        progress(1)
+                    for some in self._groups(arms):
+                        self._missing(folder, left, some, place, progress, time_left)
         folder.plan(cells)
 
     def _check_tokenizers(self) -> None:
@@ -189,19 +219,42 @@ class Comparison:
                 with suppress(UnavailableError):
                     task_named(task).sample(self._opened(model).tokenizer, max(self.config.lengths), CALIBRATION, 0)
 
-    def _if_missing(
-        self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]
+    def _groups(self, arms: Sequence[Arm]) -> Iterator[list[Arm]]:
+        """Those that are asked together, and each other one alone."""
+        together = [arm for arm in arms if self._reads_densely(arm)]
+        yield from ([arm] for arm in arms if arm not in together)
+        yield together
+
+    def _reads_densely(self, arm: Arm) -> bool:
+        return arm.choice is not None and arm.choice.build(Budget(share=1.0)).phases == ("decode",)
+
+    def _missing(
+        self,
+        folder: ResultsFolder,
+        left: dict[str, str],
+        arms: list[Arm],
+        place: Place,
+        progress: Callable[[int], None],
+        time_left: Callable[[], float],
     ) -> None:
-        what = f"{arm.told}@{arm.budget} {place}"
-        if what in left or self._has(folder, arm, place):
-            return
-        if self._begun and up():
-            raise TimeUpError
-        self._begun = True
+        """The cells of these arms that are not finished."""
+        while arms:
+            todo = [arm for arm in arms if _told(arm, place) not in left and not self._has(folder, arm, place)]
+            progress(len(arms) - len(todo))
+            if todo and self._begun and time_left() <= 0:
+                raise TimeUpError
+            if todo:
+                self._begun = True
+                self._cells(folder, left, todo, place, partial(_sooner, time_left, perf_counter() + TOGETHER))
+            arms = todo
+
+    def _tried(self, folder: ResultsFolder, left: dict[str, str], what: str, do: Callable[[], Made]) -> Made | None:
+        """What this returns; None: it cannot be done, and the folder says why."""
         try:
-            self._cell(folder, arm, self._block(arm.model, place))
+            return do()
         except (BudgetError, AttachError, NoSampleError) as error:
             self._leave_out(folder, left, what, str(error))
+            return None
 
     def _has(self, folder: ResultsFolder, arm: Arm, place: Place) -> bool:
         share = None if arm.budget is None else share_of(arm.budget, place.length)
@@ -229,10 +282,13 @@ class Comparison:
 
     def _opened(self, model: Candidate) -> Opened:
         if self._open is None or self._open[0] != model:
-            self._open = None  # before the next one is loaded
+            self._open = self._prompts = None  # before the next one is loaded
             opened = open_model(model.name, model.folder, self.device)
             if (longest := max(self.config.lengths)) > opened.reaches:
                 raise ValueError(f"{model.name} reaches {opened.reaches} tokens, lengths ask for {longest}")
+            self._prompts = Prompts(
+                lambda: opened.reader(DenseForOthers(), dense_layers=[], watch=False, ledger=Ledger())
+            )
             self._open = model, opened, export_digest(model.folder), tokenizer_digest(model.folder)
         return self._open[1]
 
@@ -261,15 +317,48 @@ class Comparison:
 
     # --------------------------------------------------------------------------------------------------- one cell
 
-    def _cell(self, folder: ResultsFolder, arm: Arm, block: Block) -> None:
-        model, method = self._opened(arm.model), self._method(arm, block)
+    def _cells(
+        self,
+        folder: ResultsFolder,
+        left: dict[str, str],
+        arms: Sequence[Arm],
+        place: Place,
+        time_left: Callable[[], float],
+    ) -> None:
+        """Answer and write cells, batch by batch in turns: as many as there is time for, the first in any case.
+
+        Whatever is begun and not written begins again when it is asked for again.
+        """
+        cells: list[Asked] = []
+        for arm in arms:
+            if not cells or time_left() > 0:
+                begun = self._tried(folder, left, _told(arm, place), partial(self._begin, folder, arm, place))
+                cells += [begun] if begun is not None else []
+        done, questions = 0, sum(len(s.queries) for s in self._block(arms[0].model, place).samples) if cells else 0
+        while cells and done < questions:
+            going: list[Asked] = []
+            for cell in cells:
+                if (not going or time_left() > 0) and self._tried(folder, left, _told(cell.arm, place), cell.go_on):
+                    going.append(cell)
+            cells, done = going, len(going[0].answers) if going else 0
+            cells = _in_time(cells, (questions - done) / done if done else 0.0, time_left())
+        for cell in cells:
+            self._tried(folder, left, _told(cell.arm, place), partial(self._write, folder, cell, place))
+
+    def _begin(self, folder: ResultsFolder, arm: Arm, place: Place) -> Asked:
+        block = self._block(arm.model, place)
+        method = self._method(arm, block)
         assert self._open is not None
         folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
         folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
-        watch = self.config.watch and method is not None
-        ledger, rows = Ledger(), []
-        found, reader = self._ask(arm, method, block, ledger, watch=watch)
-        counted = ledger.shares()
+        ledger = Ledger()
+        batches, reader = self._ask(arm, method, block, ledger, watch=self.config.watch and method is not None)
+        return Asked(arm, method, ledger, reader, batches)
+
+    def _write(self, folder: ResultsFolder, cell: Asked, place: Place) -> None:
+        arm, method, ledger, rows = cell.arm, cell.method, cell.ledger, []
+        model, block = self._opened(arm.model), self._block(arm.model, place)
+        assert self._open is not None
         vocabulary = as_vocabulary(model.tokenizer)
         shared: dict[str, Any] = {
             "arm": arm.label,
@@ -282,7 +371,7 @@ class Comparison:
             "phases": ["prefill", "decode"] if method is None else list(method.phases),
             "budget": None if arm.budget is None else share_of(arm.budget, block.length),
             "budget_tokens": arm.budget if isinstance(arm.budget, int) and arm.budget > 1 else None,
-            "counted": counted,
+            "counted": ledger.shares(),
             "task": block.task.name,
             "group": block.task.group,
             "scope": block.task.scope,
@@ -291,7 +380,7 @@ class Comparison:
             "dense_layers": self._dense_layers(method),
             "ran": method is None or self._ran(model, method, ledger),
         }
-        for answer in found:
+        for answer in cell.answers:
             bos = int(np.count_nonzero(block.samples[answer.sample].context == vocabulary.bos_id))
             rows.append(
                 Row(
@@ -303,18 +392,19 @@ class Comparison:
                     bos=bos,
                 )
             )
-        figures = self._figures(model, reader, ledger, block) | self._changes(folder, arm, method, block)
+        figures = self._figures(model, cell.reader, ledger, block) | self._changes(folder, arm, method, block)
         folder.write(rows, figures, self._open[2])
 
     def _ask(
         self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
-    ) -> tuple[list[Answer], Reader]:
-        """All answers, counted into the ledger."""
+    ) -> tuple[Iterator[list[Answer]], Reader]:
+        """All answers, batch by batch, counted into the ledger."""
         model = self._opened(arm.model)
         reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
         options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self.config.batch_tokens}
-        batches = ask(reader, model.tokenizer, block.task, block.samples, **options)
-        return [answer for batch in batches for answer in batch], reader
+        if self._reads_densely(arm):
+            options["prompts"] = self._prompts
+        return ask(reader, model.tokenizer, block.task, block.samples, **options), reader
 
     def _ran(self, model: Opened, method: Method, ledger: Ledger) -> bool:
         """Whether the method chose in each layer and phase that it claims."""
@@ -382,7 +472,8 @@ class Comparison:
         def spent(threshold: float) -> float:
             ledger = Ledger()
             trial = choice.build(method.budget, **{name: threshold})
-            self._ask(arm, trial, others, ledger, watch=False)
+            for _ in self._ask(arm, trial, others, ledger, watch=False)[0]:
+                pass
             return ledger.shares(beside=False)[axis] or 0.0
 
         return fit(spent, share, low, high)[0]
@@ -392,3 +483,22 @@ class Comparison:
             self.say(f"left out: {what}: {why}")
             folder.leave_out(what, why)
             left[what] = why
+
+
+def _told(arm: Arm, place: Place) -> str:
+    """A cell, for people."""
+    return f"{arm.told}@{arm.budget} {place}"
+
+
+def _sooner(time_left: Callable[[], float], end: float) -> float:
+    return min(time_left(), end - perf_counter())
+
+
+def _in_time(cells: list[Asked], rest: float, seconds: float) -> list[Asked]:
+    """The first of them, as many as will be done in so many seconds; ``rest``: what is left to do of what was done."""
+    total = 0.0
+    for number, cell in enumerate(cells):
+        total += cell.seconds * rest
+        if number and total > seconds:
+            return cells[:number]
+    return cells
