@@ -57,10 +57,14 @@ class Prompts:
         self._open = open_reader
         self._last: tuple[Tensor, Reader] | None = None
 
+    def forget(self) -> None:
+        """Give its memory back."""
+        self._last = None
+
     def read(self, ids: Tensor) -> Reader:
         """The reader that has read this prompt, (B, T) int64: for `Reader.follow`."""
         if self._last is None or not torch.equal(self._last[0], ids):
-            self._last = None  # before the next one is read: memory
+            self.forget()  # before the next one is read: memory
             reader = self._open()
             reader.begin()
             reader.read(ids)
