@@ -155,8 +155,8 @@ class Cells:
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
         """
-        alone = [[arm] for arm in arms if not arm.leaves_prompts_dense]
-        for some in [*alone, [arm for arm in arms if arm.leaves_prompts_dense]]:
+        together = [arm for arm in arms if arm.leaves_prompts_dense]
+        for some in [together, *([arm] for arm in arms if arm not in together)]:
             while some:
                 missing = [arm for arm in some if arm.told(place) not in self.left and not self._has(arm, place)]
                 progress(len(some) - len(missing))

@@ -206,11 +206,11 @@ def test_a_comparison_is_the_one_in_which_each_cell_reads_for_itself(
         return attend(self, layer, q, *more)
 
     monkeypatch.setattr(Session, "attend", counted)
-    once = run(compared(tmp_path / "once", folders, SOME, ("nsa", "llama")))
+    once = run(compared(tmp_path / "once", folders, SOME, ("dense", "nsa")))
     prompts = sum(read)
     read.clear()
     monkeypatch.setattr(Arm, "leaves_prompts_dense", False)
-    each = run(compared(tmp_path / "each", folders, SOME, ("nsa", "llama")))
+    each = run(compared(tmp_path / "each", folders, SOME, ("dense", "nsa")))
     assert once.keys() == each.keys() and len(once) > 100
     assert [name for name in once if once[name] != each[name]] == []
     assert 0 < len(once["left out"]) < 20  # 8 tokens are too few for some
