@@ -33,6 +33,20 @@ def kept(view: View, plan: Plan | None, rows: Tensor) -> Tensor:
     return found
 
 
+def is_dense(view: View, plan: Plan | None) -> bool:
+    """Whether each query attends to all tokens up to its own, whose weights are theirs: nothing was evicted, either.
+
+    A plan that leaves out padding is none.
+    """
+    if plan is not None:
+        plain = all(p.query_at is None and p.key_at is None and p.log_weight is None for p in plan.parts)
+        if len(plan.parts) != 1 or not plain or plan.terms is not None or plan.blend is not None:
+            return False
+        if not plan.parts[0].keep.all():
+            return False
+    return bool(((view.positions >= 0).sum(1) == view.seen[:, None]).all())
+
+
 def plan_scores(view: View, plan: Plan, rows: Tensor) -> Tensor:
     """(B, H, len(rows), S) fp32: scores of the keys that the queries ``rows`` attend to, -inf for the others."""
     shape = len(view.q), view.q.shape[2], len(rows), view.k.shape[1]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-from nsa.baselines.attention import kept
+from nsa.baselines.attention import is_dense, kept
 from nsa.baselines.plan import Plan, View, row_blocks
 
 
@@ -103,15 +103,19 @@ class Ledger:
 def _count(view: View, plan: Plan | None) -> Counts:
     groups = view.k.shape[2]
     counts, width = Counts.zero(groups), view.k.shape[3] + view.v.shape[3]
-    for rows in row_blocks(view):
-        mask = kept(view, plan, rows)
-        union = mask if mask.shape[1] == groups else view.per_group(mask).any(2)
-        pairs = mask.double().sum((0, 2, 3)).cpu()
-        counts.attended += pairs * view.group if mask.shape[1] == groups else pairs.view(groups, -1).sum(1)
-        counts.reads += union.double().sum((0, 2, 3)).cpu() * width
     seen = (view.query_positions + 1).clamp(min=0).double()  # each query sees all tokens so far, if they are kept
     counts.visible += float(seen.sum()) * view.group
     counts.dense_reads += float(seen.sum()) * width
+    if is_dense(view, plan):
+        counts.attended += counts.visible
+        counts.reads += counts.dense_reads
+    else:
+        for rows in row_blocks(view):
+            mask = kept(view, plan, rows)
+            union = mask if mask.shape[1] == groups else view.per_group(mask).any(2)
+            pairs = mask.double().sum((0, 2, 3)).cpu()
+            counts.attended += pairs * view.group if mask.shape[1] == groups else pairs.view(groups, -1).sum(1)
+            counts.reads += union.double().sum((0, 2, 3)).cpu() * width
     if plan is not None:
         batch = len(view.q)
         counts.scored += plan.estimate.pairs * batch

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.baselines.attention import attend, kept
+from nsa.baselines.attention import attend, is_dense, kept
 from nsa.baselines.ledger import Ledger
 from nsa.baselines.listed import attend_listed, can_list
 from nsa.baselines.method import Method, State
+from nsa.baselines.methods.dense import GIVEN
 from nsa.baselines.plan import Plan, Turn, View
 from nsa.cache.evicting import EvictingCache
 
@@ -62,6 +63,11 @@ class Session:
         """Tokens so far, padding and evicted ones included."""
         return self.lengths[-1]
 
+    @property
+    def batch(self) -> int:
+        """Sequences, once there is a token."""
+        return len(self.caches[0].positions)
+
     @contextmanager
     def more_to_come(self) -> Iterator[None]:
         """Within: chunks of a prompt that are not its last."""
@@ -81,20 +87,48 @@ class Session:
 
         Keys are rotated already, at positions that may differ from the true ones by a constant for each sequence.
         """
+        view, plan = self._planned(layer, q, k, v, scale)
+        listed = not self.prompt and q.is_cuda and can_list(view, plan)
+        out, lse = attend_listed(view, plan) if listed else attend(view, plan)
+        if self.watch:
+            self._watch(view, plan, lse)
+        self._settle(view, plan)
+        return out
+
+    @torch.no_grad()
+    def follow(self, other: "Session") -> None:
+        """Go on from a prompt that ``other`` has read by `DenseForOthers`, in one piece, as if it had been read here.
+
+        Attention is not computed again. The caches are copies.
+
+        Raises:
+            ValueError: the method does not leave the prompt dense.
+        """
+        self.begin(other.padding)
+        for state in other.states:
+            given: View = state.rest[GIVEN]
+            view, plan = self._planned(given.layer, given.q, given.k, given.v, given.scale)
+            if not is_dense(view, plan):
+                raise ValueError(f"{self.method.name} does not leave the prompt dense: it must read it by itself")
+            self._settle(view, plan)
+
+    def _planned(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[View, Plan | None]:
+        """What a layer sees once its new tokens are in the cache, and what the method says to it."""
         positions = self._positions(layer, q)
         cache, state = self.caches[layer], self.states[layer]
         cache.append(k, v, positions)
+        if self.watch:
+            self.all[layer].append(k, v, positions)
         self.lengths[layer] += q.shape[1]
         if state.slots:
             state.slots = cache.extra
-        seen = positions[:, -1] + 1
         view = View(
             q=q,
             k=cache.keys,
             v=cache.values,
             query_positions=positions,
             positions=cache.positions,
-            seen=seen,
+            seen=positions[:, -1] + 1,
             scale=scale,
             layer=layer,
             num_layers=self.num_layers,
@@ -102,29 +136,26 @@ class Session:
             last=self.last_chunk,
             turn=self.turn,
         )
-        plan = None
-        sparse = layer not in self.dense_layers
-        if sparse:
-            select = self.method.prefill_select if self.prompt else self.method.decode_select
-            plan = select(view, state)
-        listed = not self.prompt and q.is_cuda and can_list(view, plan)
-        out, lse = attend_listed(view, plan) if listed else attend(view, plan)
+        if layer in self.dense_layers:
+            return view, None
+        select = self.method.prefill_select if self.prompt else self.method.decode_select
+        return view, select(view, state)
+
+    def _settle(self, view: View, plan: Plan | None) -> None:
+        """Count what was attended to, let the method look at it, and forget what it evicts."""
+        cache, state = self.caches[view.layer], self.states[view.layer]
         self.ledger.record(view, plan)
-        if self.watch:
-            self.all[layer].append(k, v, positions)
-            self._watch(view, plan, lse)
-        if sparse:
+        if view.layer not in self.dense_layers:
             self.method.observe(view, plan, state)
             if state.slots:
                 cache.set_extra(state.slots)
             stays = self.method.evict(view, state)
             if stays is not None:
                 cache.keep(stays)
-                self.ledger.ran.add(("prefill" if self.prompt else "decode", layer))
+                self.ledger.ran.add(("prefill" if self.prompt else "decode", view.layer))
             if state.slots:
                 state.slots = cache.extra
         self.ledger.keep(view, cache.stored)
-        return out
 
     def take(self, sequences: Tensor) -> "Session":
         """A copy with these sequences of the batch, (B',) int64; one may stand several times. The ledger is shared."""

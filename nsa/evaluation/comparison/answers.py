@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa.data.tasks import Query, Sample, Task, as_vocabulary
-from nsa.evaluation.comparison.decoding import Reader
+from nsa.evaluation.comparison.decoding import Prompts, Reader
 
 
 class Answer(NamedTuple):
@@ -23,38 +23,53 @@ Item = TypeVar("Item")
 
 
 def ask(
-    reader: Reader, tokenizer: Any, task: Task, samples: Sequence[Sample], *, aware: bool, batch_tokens: int
+    reader: Reader,
+    tokenizer: Any,
+    task: Task,
+    samples: Sequence[Sample],
+    *,
+    aware: bool,
+    batch_tokens: int,
+    prompts: Prompts | None = None,
 ) -> Iterator[list[Answer]]:
-    """The answers to all queries of the samples, batch by batch.
+    """The answers to all queries of the samples, prompts after prompts. Between them the reader holds none.
 
     The last token of a prompt is decoded like those after it, so that no answer comes out of the prompt's pass alone.
 
     Args:
         aware: the question is part of the prompt, which is read again for each; else the prompt is the context alone,
             and its questions are decoded after it.
+        prompts: reads them, once for all readers that are asked in turns; None: this reader reads them itself.
     """
     pairs = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.queries))]
-    if aware:
-        prompts = {pair: np.concatenate([samples[pair[0]].context, query_of(samples, pair).tokens]) for pair in pairs}
-        for batch in _batches(pairs, lambda pair: len(prompts[pair]), batch_tokens):
+
+    def read(ids: Tensor) -> None:
+        if prompts is None:
             reader.begin()
-            ids = _ids([prompts[pair] for pair in batch])
             reader.read(ids[:, :-1])
-            reader.end_prompt()
-            yield _generated(reader, tokenizer, task, samples, batch, ids[:, -1:])
+        else:
+            reader.follow(prompts.read(ids[:, :-1]))
+        reader.end_prompt()
+
+    if aware:
+        whole = {pair: np.concatenate([samples[pair[0]].context, query_of(samples, pair).tokens]) for pair in pairs}
+        for batch in _batches(pairs, lambda pair: len(whole[pair]), batch_tokens):
+            ids = _ids([whole[pair] for pair in batch])
+            read(ids)
+            found = _generated(reader, tokenizer, task, samples, batch, ids[:, -1:])
+            reader.begin()
+            yield found
         return
     for few in _batches(range(len(samples)), lambda i: len(samples[i].context), batch_tokens):
-        reader.begin()
         ids = _ids([samples[i].context for i in few])
-        reader.read(ids[:, :-1])
-        reader.end_prompt()
-        mine = [(i, j) for i in few for j in range(len(samples[i].queries))]
+        read(ids)
+        mine, found = [(i, j) for i in few for j in range(len(samples[i].queries))], []
         for group in _batches(mine, lambda pair: len(query_of(samples, pair).tokens), None):
             rows = torch.tensor([few.index(i) for i, _ in group])
-            questions = _ids([query_of(samples, pair).tokens for pair in group])
-            yield _generated(
-                reader.take(rows), tokenizer, task, samples, group, torch.cat([ids[rows, -1:], questions], 1)
-            )
+            ahead = torch.cat([ids[rows, -1:], _ids([query_of(samples, pair).tokens for pair in group])], 1)
+            found += _generated(reader.take(rows), tokenizer, task, samples, group, ahead)
+        reader.begin()
+        yield found
 
 
 def query_of(samples: Sequence[Sample], pair: tuple[int, int]) -> Query:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 
 import torch
@@ -18,13 +19,14 @@ from tqdm import tqdm
 from nsa.baselines import METHODS, method_named
 from nsa.data.tasks import TASKS
 from nsa.evaluation.comparison import packed
+from nsa.evaluation.comparison.cells import TimeUpError
 from nsa.evaluation.comparison.config import ComparisonConfig, Training, load, trainings_of
 from nsa.evaluation.comparison.folder import MANIFEST, Manifest, ResultsFolder, read_manifest, read_results
 from nsa.evaluation.comparison.identity import code_digest
 from nsa.evaluation.comparison.models import candidate_of
 from nsa.evaluation.comparison.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
-from nsa.evaluation.comparison.runner import Comparison, TimeUpError
+from nsa.evaluation.comparison.runner import Comparison
 from nsa.exporting.folder import CONFIG
 
 
@@ -159,7 +161,7 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
         seldom = 1 if sys.stderr.isatty() else 30
         with tqdm(total=comparison.most, unit="cell", desc=work.whole.name, mininterval=seldom) as bar:
             try:
-                comparison.run(folder, bar.update, lambda: end is not None and time.monotonic() >= end)
+                comparison.run(folder, bar.update, lambda: inf if end is None else end - time.monotonic())
             except TimeUpError:
                 return False
             except torch.OutOfMemoryError as error:

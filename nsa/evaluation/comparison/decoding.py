@@ -1,6 +1,6 @@
 """One way to read a prompt and to decode, for every arm: a decoder as it was trained, or with a method put onto it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol, Self
@@ -35,8 +35,41 @@ class Reader(Protocol):
     def end_prompt(self) -> None:
         """What is read from now on is decoded, one token at a time."""
 
+    def follow(self, other: Self) -> None:
+        """Begin, and go on from a prompt that ``other`` has read (`Prompts`), as if it had been read here.
+
+        Raises:
+            ValueError: the method does not leave the prompt dense.
+        """
+
     def take(self, sequences: Tensor) -> Self:
         """A copy that goes on with these sequences of the batch, (B',) int64; one may stand several times."""
+
+
+class Prompts:
+    """Prompts that are read once for all readers of a model whose methods leave them dense. The last one is kept.
+
+    Args:
+        open_reader: with the method `nsa.baselines.methods.dense.DenseForOthers`, and a ledger of its own.
+    """
+
+    def __init__(self, open_reader: Callable[[], Reader]) -> None:
+        self._open = open_reader
+        self._last: tuple[Tensor, Reader] | None = None
+
+    def forget(self) -> None:
+        """Give its memory back."""
+        self._last = None
+
+    def read(self, ids: Tensor) -> Reader:
+        """The reader that has read this prompt, (B, T) int64: for `Reader.follow`."""
+        if self._last is None or not torch.equal(self._last[0], ids):
+            self.forget()  # before the next one is read: memory
+            reader = self._open()
+            reader.begin()
+            reader.read(ids)
+            self._last = ids, reader
+        return self._last[1]
 
 
 class DecoderReader:
@@ -78,12 +111,23 @@ class DecoderReader:
         if self.session is not None:
             self.session.end_prompt()
 
+    def follow(self, other: "DecoderReader") -> None:
+        self.begin()
+        assert self.session is not None and other.session is not None
+        self.session.follow(other.session)
+        for (phase, layer), counts in other.ledger.beside.items():
+            self.ledger.add(phase, layer, counts, beside=True)
+        self.length, self.caches = other.length, other._caches_of(torch.arange(other.session.batch))
+
     def take(self, sequences: Tensor) -> "DecoderReader":
         other = object.__new__(DecoderReader)
         other.decoder, other.ledger, other.prompt, other.length = self.decoder, self.ledger, self.prompt, self.length
         other.session = None if self.session is None else self.session.take(sequences)
-        other.caches = [None if c is None else c.take(sequences) for c in self.caches]
+        other.caches = self._caches_of(sequences)
         return other
+
+    def _caches_of(self, sequences: Tensor) -> list[Any]:
+        return [None if cache is None else cache.take(sequences) for cache in self.caches]
 
     # ------------------------------------------------------------------------------------------------ the layers
 

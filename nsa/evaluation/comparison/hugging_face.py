@@ -122,6 +122,9 @@ class TransformersReader:
     def end_prompt(self) -> None:
         self.session.end_prompt()
 
+    def follow(self, other: "TransformersReader") -> None:
+        self.session.follow(other.session)
+
     def take(self, sequences: Tensor) -> "TransformersReader":
         return TransformersReader(self.model, self.session.take(sequences))
 

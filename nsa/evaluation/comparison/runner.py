@@ -2,87 +2,21 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from math import log
-from typing import Any, NamedTuple
+from math import inf, log
 
 import numpy as np
 import torch
 
-from nsa.baselines import Budget, BudgetError, Ledger, Method
-from nsa.data.tasks import Sample, Task, UnavailableError, as_vocabulary, task_named
-from nsa.evaluation.comparison.answers import Answer, ask
-from nsa.evaluation.comparison.calibration import fit
-from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
-from nsa.evaluation.comparison.decoding import AttachError, Reader
+from nsa.baselines import Budget
+from nsa.data.tasks import UnavailableError, task_named
+from nsa.evaluation.comparison.cells import CALIBRATION, Arm, Cells, Place, places_of
+from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
-from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
-from nsa.evaluation.comparison.leaks import changes
-from nsa.evaluation.comparison.models import Candidate, Opened, open_model
-from nsa.evaluation.comparison.rows import DENSE, OWN, Cell, Row
-from nsa.exporting.folder import CONFIG
+from nsa.evaluation.comparison.identity import tokenizer_digest
+from nsa.evaluation.comparison.models import Candidate
+from nsa.evaluation.comparison.rows import DENSE, Cell
 
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
-CALIBRATION = "calibration"  # the seed of samples that no result is measured on
-KEPT = 8  # lists of samples: those of one place of a sibling, and some
-DECIMALS = 5  # of figures: a folder of many cells stays small
-
-
-class TimeUpError(Exception):
-    """The time that was given is over; everything that was answered is written."""
-
-
-class NoSampleError(ValueError):
-    """A task has no samples of this length."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A sibling with a method at a budget.
-
-    choice: None: as it was trained. budget: as configured; None: there is none to set.
-    """
-
-    model: Candidate
-    choice: MethodConfig | None
-    budget: float | int | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.model.name}+{self._method}"
-
-    def is_full(self, length: int) -> bool:
-        return self.budget is not None and share_of(self.budget, length) == 1
-
-    @property
-    def told(self) -> str:
-        """The label for messages, with the seed."""
-        return f"{self.model.label}+{self._method}"
-
-    @property
-    def _method(self) -> str:
-        return OWN if self.choice is None else self.choice.label
-
-
-class Place(NamedTuple):
-    """What a cell is asked. aware: the question is in the prompt."""
-
-    task: str
-    length: int
-    aware: bool
-
-    def __str__(self) -> str:
-        return f"{self.task} {self.length} {'aware' if self.aware else 'agnostic'}"
-
-
-@dataclass(frozen=True)
-class Block:
-    """The questions of one cell."""
-
-    task: Task
-    length: int
-    aware: bool
-    samples: list[Sample]
 
 
 class Comparison:
@@ -100,9 +34,6 @@ class Comparison:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config, self.candidates, self.say, self.device = config, candidates, say, device
-        self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
-        self._samples: dict[tuple[Any, ...], list[Sample]] = {}
-        self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
 
     def arms(self, model: Candidate, *, methods: bool) -> Iterator[Arm]:
         """Of a sibling: with ``methods`` those that choose, controls first; without, dense and as it was trained."""
@@ -113,17 +44,10 @@ class Comparison:
             yield Arm(model, None, None)
         for choice in choices:
             if (choice.name != DENSE) == methods:
-                fixed = not choice.build(Budget(share=1.0)).phases or self._threshold(choice) in choice.settings
+                method = choice.build(Budget(share=1.0))
+                fixed = not method.phases or (method.knob is not None and method.knob[0] in choice.settings)
                 for budget in [None] if fixed else self.config.budgets:
                     yield Arm(model, choice, budget)
-
-    def places(self) -> list[Place]:
-        return [
-            Place(task, length, question == "before")
-            for length in self.config.lengths
-            for task in self.config.tasks
-            for question in self.config.question
-        ]
 
     @property
     def most(self) -> int:
@@ -131,40 +55,41 @@ class Comparison:
         arms = sum(
             1 for model in self.candidates for methods in (False, True) for _ in self.arms(model, methods=methods)
         )
-        return arms * len(self.places())
+        return arms * len(places_of(self.config))
 
-    def run(self, folder: ResultsFolder, progress: Callable[[int], None], up: Callable[[], bool] = bool) -> None:
+    def run(
+        self, folder: ResultsFolder, progress: Callable[[int], None], time_left: Callable[[], float] = lambda: inf
+    ) -> None:
         """Every cell that is not finished; cell by cell, so that an interruption changes no result.
 
-        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`).
+        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`). Methods that choose
+        only while decoding are asked in turns, batch by batch, and each batch is read once for all of them.
 
         Args:
             progress: called with a number of cells that are done or left out.
-            up: whether to stop before the next cell; not asked before the first.
+            time_left: seconds; no cell is begun without any, but for the first.
 
         Raises:
-            TimeUpError: ``up`` said so.
+            TimeUpError: there was no time left.
             ResultsError: the folder has answers of another training of a sibling.
             ValueError: siblings that are compared would be asked different questions, or all lengths are too short for
                 a task; this is found before anything runs.
         """
+        cells, planned = Cells(self.config, folder, self.say, self.device, time_left), 0
         self._check_tokenizers()
-        self._check_lengths()
-        left, cells = folder.left_out(), 0
+        self._check_lengths(cells)
         for methods in (False, True):
             for model in self.candidates:
-                for place in self.places():
+                for place in places_of(self.config):
                     arms = list(self.arms(model, methods=methods))
                     if methods and (why := self._below(folder, model, place)):
-                        cells += 1
-                        self._leave_out(folder, left, f"methods on {model.label} {place}", why)
+                        planned += 1
+                        cells.leave_out(f"methods on {model.label} {place}", why)
                         progress(len(arms))
                         continue
-                    cells += len(arms)
-                    for arm in arms:
-                        self._if_missing(folder, left, arm, place, up)
-                        progress(1)
-        folder.plan(cells)
+                    planned += len(arms)
+                    cells.finish(arms, place, progress)
+        folder.plan(planned)
 
     def _check_tokenizers(self) -> None:
         """Questions are made of tokens: seeds of a sibling must have one tokenizer, and so must it and what it is
@@ -182,30 +107,12 @@ class Comparison:
                 "questions: train both with one (data.tokenizer.path)"
             )
 
-    def _check_lengths(self) -> None:
+    def _check_lengths(self, cells: Cells) -> None:
         """Raises ValueError if all lengths are too short for a task. Where only some are, cells are left out."""
         for model in {tokenizer_digest(model.folder): model for model in reversed(self.candidates)}.values():
             for task in self.config.tasks:
                 with suppress(UnavailableError):
-                    task_named(task).sample(self._opened(model).tokenizer, max(self.config.lengths), CALIBRATION, 0)
-
-    def _if_missing(
-        self, folder: ResultsFolder, left: dict[str, str], arm: Arm, place: Place, up: Callable[[], bool]
-    ) -> None:
-        what = f"{arm.told}@{arm.budget} {place}"
-        if what in left or self._has(folder, arm, place):
-            return
-        if self._begun and up():
-            raise TimeUpError
-        self._begun = True
-        try:
-            self._cell(folder, arm, self._block(arm.model, place))
-        except (BudgetError, AttachError, NoSampleError) as error:
-            self._leave_out(folder, left, what, str(error))
-
-    def _has(self, folder: ResultsFolder, arm: Arm, place: Place) -> bool:
-        share = None if arm.budget is None else share_of(arm.budget, place.length)
-        return folder.has(arm.label, share, *place, arm.model.train_seed)
+                    task_named(task).sample(cells.opened(model).tokenizer, max(self.config.lengths), CALIBRATION, 0)
 
     def _below(self, folder: ResultsFolder, model: Candidate, place: Place) -> str | None:
         """Why methods on a sibling need not be asked: its dense run is below the floor, by the mean over seeds.
@@ -226,169 +133,3 @@ class Comparison:
         nearest = min(others, key=lambda of: (of.name != model.name, round(abs(log(others[of].parameters / size)), 6)))
         mean = float(np.mean([cell.mean for of, cell in others.items() if of.name == nearest.name]))
         return None if mean >= self.config.floor else f"dense reaches {mean:.3f}, below {self.config.floor:g}"
-
-    def _opened(self, model: Candidate) -> Opened:
-        if self._open is None or self._open[0] != model:
-            self._open = None  # before the next one is loaded
-            opened = open_model(model.name, model.folder, self.device)
-            if (longest := max(self.config.lengths)) > opened.reaches:
-                raise ValueError(f"{model.name} reaches {opened.reaches} tokens, lengths ask for {longest}")
-            self._open = model, opened, export_digest(model.folder), tokenizer_digest(model.folder)
-        return self._open[1]
-
-    def _block(self, model: Candidate, place: Place, *, calibrate: bool = False) -> Block:
-        tokenizer = self._opened(model).tokenizer
-        assert self._open is not None
-        task, seed = task_named(place.task), CALIBRATION if calibrate else f"comparison {self.config.seed}"
-        count = self.config.calibration_samples if calibrate else self.config.samples
-        key = (self._open[3], place.task, place.length, seed)
-        if key not in self._samples:
-            try:
-                samples = [self._limited(task.sample(tokenizer, place.length, seed, i)) for i in range(count)]
-            except ValueError as error:
-                raise NoSampleError(str(error)) from None
-            while len(self._samples) >= KEPT:
-                del self._samples[next(iter(self._samples))]
-            self._samples[key] = samples
-        return Block(task, place.length, place.aware, self._samples[key])
-
-    def _limited(self, sample: Sample) -> Sample:
-        """With as many questions as are asked, spread over all of the sample's."""
-        there, asked = len(sample.queries), self.config.queries
-        if asked is None or there <= asked:
-            return sample
-        return replace(sample, queries=tuple(sample.queries[i * there // asked] for i in range(asked)))
-
-    # --------------------------------------------------------------------------------------------------- one cell
-
-    def _cell(self, folder: ResultsFolder, arm: Arm, block: Block) -> None:
-        model, method = self._opened(arm.model), self._method(arm, block)
-        assert self._open is not None
-        folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
-        folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
-        watch = self.config.watch and method is not None
-        ledger, rows = Ledger(), []
-        found, reader = self._ask(arm, method, block, ledger, watch=watch)
-        counted = ledger.shares()
-        vocabulary = as_vocabulary(model.tokenizer)
-        shared: dict[str, Any] = {
-            "arm": arm.label,
-            "model": model.name,
-            "trained": model.trained,
-            "parameters": model.parameters,
-            "train_seed": arm.model.train_seed,
-            "method": OWN if method is None else method.name,
-            "settings": {} if method is None else method.settings(),
-            "phases": ["prefill", "decode"] if method is None else list(method.phases),
-            "budget": None if arm.budget is None else share_of(arm.budget, block.length),
-            "budget_tokens": arm.budget if isinstance(arm.budget, int) and arm.budget > 1 else None,
-            "counted": counted,
-            "task": block.task.name,
-            "group": block.task.group,
-            "scope": block.task.scope,
-            "length": block.length,
-            "question_aware": block.aware,
-            "dense_layers": self._dense_layers(method),
-            "ran": method is None or self._ran(model, method, ledger),
-        }
-        for answer in found:
-            bos = int(np.count_nonzero(block.samples[answer.sample].context == vocabulary.bos_id))
-            rows.append(
-                Row(
-                    **shared,
-                    sample=answer.sample,
-                    query=answer.query,
-                    score=answer.score or 0.0,
-                    parsed=answer.score is not None,
-                    bos=bos,
-                )
-            )
-        figures = self._figures(model, reader, ledger, block) | self._changes(folder, arm, method, block)
-        folder.write(rows, figures, self._open[2])
-
-    def _ask(
-        self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
-    ) -> tuple[list[Answer], Reader]:
-        """All answers, counted into the ledger."""
-        model = self._opened(arm.model)
-        reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
-        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self.config.batch_tokens}
-        batches = ask(reader, model.tokenizer, block.task, block.samples, **options)
-        return [answer for batch in batches for answer in batch], reader
-
-    def _ran(self, model: Opened, method: Method, ledger: Ledger) -> bool:
-        """Whether the method chose in each layer and phase that it claims."""
-        sparse = set(range(model.num_layers)) - set(self.config.dense_layers)
-        return {(phase, layer) for phase in method.phases for layer in sparse} <= ledger.ran
-
-    def _dense_layers(self, method: Method | None) -> list[int]:
-        return [] if method is None or not method.phases else list(self.config.dense_layers)
-
-    def _figures(self, model: Opened, reader: Any, ledger: Ledger, block: Block) -> dict[str, Any]:
-        layers = range(model.num_layers)
-        figures: dict[str, Any] = {
-            "reads": [None if (r := ledger.shares([n])["reads"]) is None else round(r, DECIMALS) for n in layers],
-            "kv_bytes": model.kv_elements * block.length * 2,  # in bf16
-        }
-        seen = [f for f in getattr(getattr(reader, "session", None), "figures", []) if not f["prompt"]]
-        if seen:
-            by_layer = [[f for f in seen if f["layer"] == layer] for layer in layers]
-            for name in ("sink_mass", "kept_mass"):
-                figures[name] = [np.mean([f[name] for f in layer], 0).round(DECIMALS).tolist() for layer in by_layer]
-        return figures
-
-    def _changes(self, folder: ResultsFolder, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
-        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget."""
-        if not self.config.watch or method is None or not method.phases or arm.is_full(block.length):
-            return {}
-        budgets = [None] if arm.budget is None else self.config.budgets
-        same = [(replace(arm, budget=budget), place) for budget in budgets for place in self.places()]
-        if any(self._has(folder, one, place) for one, place in same if not one.is_full(place.length)):
-            return {}
-        model, dense = self._opened(arm.model), self._dense_layers(method)
-        ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
-        found = changes(
-            lambda ledger: model.reader(method, dense_layers=dense, watch=False, ledger=ledger), method, ids
-        )
-        return {"changes": found} if found else {}
-
-    # ------------------------------------------------------------------------------------------------- its method
-
-    def _threshold(self, choice: MethodConfig) -> str | None:
-        knob = choice.build(Budget(share=1.0)).knob
-        return None if knob is None else knob[0]
-
-    def _method(self, arm: Arm, block: Block) -> Method | None:
-        """The method of an arm; a threshold is fitted to its budget by what it spends on other samples."""
-        if arm.choice is None:
-            return None
-        if arm.budget is None:
-            return arm.choice.build(Budget(share=1.0))
-        method = arm.choice.build(budget_of(arm.budget, self.config.counts))
-        if method.knob is None:
-            return method
-        # Of this training alone, and never kept: the threshold does not depend on what ran before it.
-        return arm.choice.build(method.budget, **{method.knob[0]: self._fit(arm, method, block)})
-
-    def _fit(self, arm: Arm, method: Method, block: Block) -> float:
-        choice = arm.choice
-        assert method.knob is not None and choice is not None
-        name, low, high = method.knob
-        assert arm.budget is not None
-        share = share_of(arm.budget, block.length)
-        others = self._block(arm.model, Place(block.task.name, block.length, block.aware), calibrate=True)
-        axis = "prefill" if "decode" not in method.phases else self.config.counts
-
-        def spent(threshold: float) -> float:
-            ledger = Ledger()
-            trial = choice.build(method.budget, **{name: threshold})
-            self._ask(arm, trial, others, ledger, watch=False)
-            return ledger.shares(beside=False)[axis] or 0.0
-
-        return fit(spent, share, low, high)[0]
-
-    def _leave_out(self, folder: ResultsFolder, left: dict[str, str], what: str, why: str) -> None:
-        if what not in left:
-            self.say(f"left out: {what}: {why}")
-            folder.leave_out(what, why)
-            left[what] = why

@@ -16,7 +16,7 @@ from simulated import MANIFEST, cell, rows_of, write
 from nsa.compare import main
 from nsa.config import load_config
 from nsa.data.tasks import UnavailableError, task_named
-from nsa.evaluation.comparison import commands, runner
+from nsa.evaluation.comparison import cells, commands
 from nsa.evaluation.comparison.config import load, trainings_of
 from nsa.evaluation.comparison.folder import ResultsFolder, read_results
 from nsa.evaluation.comparison.identity import READERS, code_digest, export_digest
@@ -143,9 +143,9 @@ def test_an_interruption_anywhere_changes_no_answer(
 
 def test_every_run_gets_further(exports: Path, tmp_path: Path) -> None:
     path = configured(tmp_path, exports)
-    for cells in (1, 2):
+    for number in (1, 2):
         assert main([str(path), "--minutes", "0"]) == 75
-        assert len(list((tmp_path / "small/cells").iterdir())) == cells
+        assert len(list((tmp_path / "small/cells").iterdir())) == number
 
 
 @pytest.mark.usefixtures("unreported")
@@ -155,14 +155,14 @@ def test_methods_are_asked_where_dense_reaches_the_floor(
     """By the mean over the seeds of the dense sibling; others keep their dense run and their own."""
     path = configured(tmp_path, exports, "tasks: [mqar]", "tasks: [mqar, mqar_wide]\nfloor: 0.5")
     path.write_text(path.read_text().partition("stages:")[0])
-    ask = runner.ask
+    ask = cells.ask
 
     def answered(reader: Any, tokenizer: Any, task: Any, samples: Any, **options: Any) -> Any:
         right = {"mqar": 0.75, "mqar_wide": 0.2}[task.name]
         for batch in ask(reader, tokenizer, task, samples, **options):
             yield [answer._replace(score=right) for answer in batch]
 
-    monkeypatch.setattr(runner, "ask", answered)
+    monkeypatch.setattr(cells, "ask", answered)
     for _ in range(2):  # again: nothing is left out twice
         assert main([str(path)]) == 0
         results = read_results(tmp_path / "small")
@@ -226,7 +226,7 @@ def test_too_little_memory_is_said_with_what_to_do(
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("80 GiB")
 
-    monkeypatch.setattr(runner.Comparison, "_cell", full)
+    monkeypatch.setattr(cells.Cells, "_answer", full)
     assert main([str(configured(tmp_path, exports)), "batch_tokens=128"]) == 2
     assert "batch_tokens=64 (80 GiB)" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from nsa.config import load_config
 from nsa.data.tasks import task_named
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import ask
-from nsa.evaluation.comparison.calibration import fit
+from nsa.evaluation.comparison.cells import fit
 from nsa.evaluation.comparison.config import budget_of, load, trainings_of
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.models import OpenedDecoder, open_model
@@ -107,7 +107,7 @@ def test_what_is_counted_follows_the_budget(finished: Path) -> None:
 
 
 def test_a_finished_comparison_runs_nothing_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nsa.evaluation.comparison.runner.Comparison._cell", None)
+    monkeypatch.setattr("nsa.evaluation.comparison.cells.Cells._answer", None)
     assert main([str(finished / "small.yaml")]) == 0
     assert {"report.html", "report.md"} <= {path.name for path in (finished / "small").iterdir()}
 

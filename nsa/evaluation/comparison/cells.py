@@ -1,0 +1,407 @@
+"""Answers cells: all answers of one arm to one task. Cells whose methods leave prompts dense are answered together."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+
+from nsa.baselines import Budget, BudgetError, Ledger, Method
+from nsa.baselines.methods.dense import DenseForOthers
+from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
+from nsa.evaluation.comparison.answers import Answer, ask
+from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
+from nsa.evaluation.comparison.decoding import AttachError, Prompts, Reader
+from nsa.evaluation.comparison.folder import ResultsFolder
+from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
+from nsa.evaluation.comparison.leaks import changes
+from nsa.evaluation.comparison.models import Candidate, Opened, open_model
+from nsa.evaluation.comparison.rows import OWN, Row
+from nsa.exporting.folder import CONFIG
+
+CALIBRATION = "calibration"  # the seed of samples that no result is measured on
+KEPT = 8  # lists of samples: those of one place of a sibling, and some
+DECIMALS = 5  # of figures: a folder of many cells stays small
+TOGETHER = 600.0  # seconds that cells are answered together, at most, if one alone takes less: a kill costs that much
+STEPS = 12  # of bisection
+CLOSE = 0.01  # relative: of what is spent to the budget
+
+
+class TimeUpError(Exception):
+    """The time that was given is over; everything that was answered is written."""
+
+
+class NoSampleError(ValueError):
+    """A task has no samples of this length."""
+
+
+class Place(NamedTuple):
+    """What a cell is asked. aware: the question is in the prompt."""
+
+    task: str
+    length: int
+    aware: bool
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.length} {'aware' if self.aware else 'agnostic'}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A sibling with a method at a budget.
+
+    choice: None: as it was trained. budget: as configured; None: there is none to set.
+    """
+
+    model: Candidate
+    choice: MethodConfig | None
+    budget: float | int | None
+
+    @property
+    def label(self) -> str:
+        return f"{self.model.name}+{self._method}"
+
+    def is_full(self, length: int) -> bool:
+        return self.budget is not None and share_of(self.budget, length) == 1
+
+    def told(self, place: Place) -> str:
+        """A cell of it, for messages."""
+        return f"{self.model.label}+{self._method}@{self.budget} {place}"
+
+    @property
+    def leaves_prompts_dense(self) -> bool:
+        """Whether its method chooses only while decoding, so that all such arms read a prompt with the same result."""
+        return self.choice is not None and self.choice.build(Budget(share=1.0)).phases == ("decode",)
+
+    @property
+    def _method(self) -> str:
+        return OWN if self.choice is None else self.choice.label
+
+
+def places_of(config: ComparisonConfig) -> list[Place]:
+    return [
+        Place(task, length, question == "before")
+        for length in config.lengths
+        for task in config.tasks
+        for question in config.question
+    ]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The questions of one cell."""
+
+    task: Task
+    length: int
+    aware: bool
+    samples: list[Sample]
+
+
+@dataclass
+class Asked:
+    """A cell while it is answered. ``seconds``: that it took so far."""
+
+    arm: Arm
+    block: Block
+    method: Method | None
+    ledger: Ledger
+    reader: Reader
+    batches: Iterator[list[Answer]]
+    answers: list[Answer] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def go_on(self) -> bool:
+        """Answer the next batch. True."""
+        begun = perf_counter()
+        self.answers += next(self.batches)
+        self.seconds += perf_counter() - begun
+        return True
+
+
+Made = TypeVar("Made")
+
+
+class Cells:
+    """Answers cells into a folder, and says which cannot be.
+
+    Args:
+        say: called with what is left out. device: that answers are computed on. time_left: in seconds.
+    """
+
+    def __init__(
+        self,
+        config: ComparisonConfig,
+        folder: ResultsFolder,
+        say: Callable[[str], None],
+        device: torch.device | str,
+        time_left: Callable[[], float],
+    ) -> None:
+        self.config, self.folder, self.say, self.device, self.time_left = config, folder, say, device, time_left
+        self.left = folder.left_out()
+        self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
+        self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
+        self._prompts: Prompts | None = None  # of this model
+        self._samples: dict[tuple[Any, ...], list[Sample]] = {}
+
+    def finish(self, arms: Sequence[Arm], place: Place, progress: Callable[[int], None]) -> None:
+        """Answer what is missing of these arms; together those that leave prompts dense, each other one alone.
+
+        Args:
+            progress: called with a number of cells that are done or left out.
+
+        Raises:
+            TimeUpError: no time is left; not before the first cell of a run is done.
+        """
+        together = [arm for arm in arms if arm.leaves_prompts_dense]
+        for some in [together, *([arm] for arm in arms if arm not in together)]:
+            while some:
+                missing = [arm for arm in some if arm.told(place) not in self.left and not self._has(arm, place)]
+                progress(len(some) - len(missing))
+                if missing and self._begun and self.time_left() <= 0:
+                    raise TimeUpError
+                if missing:
+                    self._begun = True
+                    self._answer(missing, place)
+                some = missing
+
+    def leave_out(self, what: str, why: str) -> None:
+        if what not in self.left:
+            self.say(f"left out: {what}: {why}")
+            self.folder.leave_out(what, why)
+            self.left[what] = why
+
+    def _has(self, arm: Arm, place: Place) -> bool:
+        share = None if arm.budget is None else share_of(arm.budget, place.length)
+        return self.folder.has(arm.label, share, *place, arm.model.train_seed)
+
+    def opened(self, model: Candidate) -> Opened:
+        if self._open is None or self._open[0] != model:
+            self._open = self._prompts = None  # before the next one is loaded
+            opened = open_model(model.name, model.folder, self.device)
+            if (longest := max(self.config.lengths)) > opened.reaches:
+                raise ValueError(f"{model.name} reaches {opened.reaches} tokens, lengths ask for {longest}")
+            self._prompts = Prompts(
+                lambda: opened.reader(DenseForOthers(), dense_layers=[], watch=False, ledger=Ledger())
+            )
+            self._open = model, opened, export_digest(model.folder), tokenizer_digest(model.folder)
+        return self._open[1]
+
+    def _block(self, model: Candidate, place: Place, *, calibrate: bool = False) -> Block:
+        tokenizer = self.opened(model).tokenizer
+        assert self._open is not None
+        task, seed = task_named(place.task), CALIBRATION if calibrate else f"comparison {self.config.seed}"
+        count = self.config.calibration_samples if calibrate else self.config.samples
+        key = (self._open[3], place.task, place.length, seed)
+        if key not in self._samples:
+            try:
+                samples = [self._limited(task.sample(tokenizer, place.length, seed, i)) for i in range(count)]
+            except ValueError as error:
+                raise NoSampleError(str(error)) from None
+            while len(self._samples) >= KEPT:
+                del self._samples[next(iter(self._samples))]
+            self._samples[key] = samples
+        return Block(task, place.length, place.aware, self._samples[key])
+
+    def _limited(self, sample: Sample) -> Sample:
+        """With as many questions as are asked, spread over all of the sample's."""
+        there, asked = len(sample.queries), self.config.queries
+        if asked is None or there <= asked:
+            return sample
+        return replace(sample, queries=tuple(sample.queries[i * there // asked] for i in range(asked)))
+
+    # ------------------------------------------------------------------------------------------ cells, in turns
+
+    def _answer(self, arms: Sequence[Arm], place: Place) -> None:
+        """Answer and write cells, batch by batch in turns: as many as there is time for, the first in any case.
+
+        What is begun and not written here is begun again when it is asked for again.
+        """
+        end = perf_counter() + TOGETHER
+        cells: list[Asked] = []
+        for arm in arms:
+            if not cells or self._rest(end) > 0:
+                begun = self._tried(arm, place, partial(self._begin, arm, place))
+                cells += [begun] if begun is not None else []
+        questions = sum(len(sample.queries) for sample in cells[0].block.samples) if cells else 0
+        while cells and len(cells[0].answers) < questions:
+            answered: list[Asked] = []
+            for cell in cells:
+                if (not answered or self._rest(end) > 0) and self._tried(cell.arm, place, cell.go_on):
+                    answered.append(cell)
+            cells = in_time(answered, questions, self._rest(end))
+        if self._prompts is not None:
+            self._prompts.forget()
+        for cell in cells:
+            self._tried(cell.arm, place, partial(self._write, cell, place))
+
+    def _rest(self, end: float) -> float:
+        """Seconds until the time that was given is over, or the time for cells that are answered together."""
+        return min(self.time_left(), end - perf_counter())
+
+    def _tried(self, arm: Arm, place: Place, do: Callable[[], Made]) -> Made | None:
+        """What this returns; None: it cannot be done, and the folder says why."""
+        try:
+            return do()
+        except (BudgetError, AttachError, NoSampleError) as error:
+            self.leave_out(arm.told(place), str(error))
+            return None
+
+    def _begin(self, arm: Arm, place: Place) -> Asked:
+        block = self._block(arm.model, place)
+        method = self._method(arm, block)
+        assert self._open is not None
+        self.folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
+        self.folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
+        ledger = Ledger()
+        batches, reader = self._ask(arm, method, block, ledger, watch=self.config.watch and method is not None)
+        return Asked(arm, block, method, ledger, reader, batches)
+
+    def _write(self, cell: Asked, place: Place) -> None:
+        arm, block, method, ledger, rows = cell.arm, cell.block, cell.method, cell.ledger, []
+        model = self.opened(arm.model)
+        assert self._open is not None
+        vocabulary = as_vocabulary(model.tokenizer)
+        shared: dict[str, Any] = {
+            "arm": arm.label,
+            "model": model.name,
+            "trained": model.trained,
+            "parameters": model.parameters,
+            "train_seed": arm.model.train_seed,
+            "method": OWN if method is None else method.name,
+            "settings": {} if method is None else method.settings(),
+            "phases": ["prefill", "decode"] if method is None else list(method.phases),
+            "budget": None if arm.budget is None else share_of(arm.budget, block.length),
+            "budget_tokens": arm.budget if isinstance(arm.budget, int) and arm.budget > 1 else None,
+            "counted": ledger.shares(),
+            "task": block.task.name,
+            "group": block.task.group,
+            "scope": block.task.scope,
+            "length": block.length,
+            "question_aware": block.aware,
+            "dense_layers": self._dense_layers(method),
+            "ran": method is None or self._ran(model, method, ledger),
+        }
+        for answer in cell.answers:
+            bos = int(np.count_nonzero(block.samples[answer.sample].context == vocabulary.bos_id))
+            rows.append(
+                Row(
+                    **shared,
+                    sample=answer.sample,
+                    query=answer.query,
+                    score=answer.score or 0.0,
+                    parsed=answer.score is not None,
+                    bos=bos,
+                )
+            )
+        figures = self._figures(model, cell.reader, ledger, block) | self._changes(arm, method, block)
+        self.folder.write(rows, figures, self._open[2])
+
+    def _ask(
+        self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
+    ) -> tuple[Iterator[list[Answer]], Reader]:
+        """All answers, batch by batch, counted into the ledger."""
+        model = self.opened(arm.model)
+        reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
+        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self.config.batch_tokens}
+        if arm.leaves_prompts_dense:
+            options["prompts"] = self._prompts
+        return ask(reader, model.tokenizer, block.task, block.samples, **options), reader
+
+    def _ran(self, model: Opened, method: Method, ledger: Ledger) -> bool:
+        """Whether the method chose in each layer and phase that it claims."""
+        sparse = set(range(model.num_layers)) - set(self.config.dense_layers)
+        return {(phase, layer) for phase in method.phases for layer in sparse} <= ledger.ran
+
+    def _dense_layers(self, method: Method | None) -> list[int]:
+        return [] if method is None or not method.phases else list(self.config.dense_layers)
+
+    def _figures(self, model: Opened, reader: Any, ledger: Ledger, block: Block) -> dict[str, Any]:
+        layers = range(model.num_layers)
+        figures: dict[str, Any] = {
+            "reads": [None if (r := ledger.shares([n])["reads"]) is None else round(r, DECIMALS) for n in layers],
+            "kv_bytes": model.kv_elements * block.length * 2,  # in bf16
+        }
+        seen = [f for f in getattr(getattr(reader, "session", None), "figures", []) if not f["prompt"]]
+        if seen:
+            by_layer = [[f for f in seen if f["layer"] == layer] for layer in layers]
+            for name in ("sink_mass", "kept_mass"):
+                figures[name] = [np.mean([f[name] for f in layer], 0).round(DECIMALS).tolist() for layer in by_layer]
+        return figures
+
+    def _changes(self, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
+        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget."""
+        if not self.config.watch or method is None or not method.phases or arm.is_full(block.length):
+            return {}
+        budgets = [None] if arm.budget is None else self.config.budgets
+        same = [(replace(arm, budget=budget), place) for budget in budgets for place in places_of(self.config)]
+        if any(self._has(one, place) for one, place in same if not one.is_full(place.length)):
+            return {}
+        model, dense = self.opened(arm.model), self._dense_layers(method)
+        ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
+        found = changes(
+            lambda ledger: model.reader(method, dense_layers=dense, watch=False, ledger=ledger), method, ids
+        )
+        return {"changes": found} if found else {}
+
+    def _method(self, arm: Arm, block: Block) -> Method | None:
+        """The method of an arm; a threshold is fitted to its budget by what it spends on other samples."""
+        if arm.choice is None:
+            return None
+        if arm.budget is None:
+            return arm.choice.build(Budget(share=1.0))
+        method = arm.choice.build(budget_of(arm.budget, self.config.counts))
+        if method.knob is None:
+            return method
+        # Of this training alone, and never kept: the threshold does not depend on what ran before it.
+        return arm.choice.build(method.budget, **{method.knob[0]: self._fit(arm, method, block)})
+
+    def _fit(self, arm: Arm, method: Method, block: Block) -> float:
+        choice = arm.choice
+        assert method.knob is not None and choice is not None
+        name, low, high = method.knob
+        assert arm.budget is not None
+        share = share_of(arm.budget, block.length)
+        others = self._block(arm.model, Place(block.task.name, block.length, block.aware), calibrate=True)
+        axis = "prefill" if "decode" not in method.phases else self.config.counts
+
+        def spent(threshold: float) -> float:
+            ledger = Ledger()
+            trial = choice.build(method.budget, **{name: threshold})
+            for _ in self._ask(arm, trial, others, ledger, watch=False)[0]:
+                pass
+            return ledger.shares(beside=False)[axis] or 0.0
+
+        return fit(spent, share, low, high)[0]
+
+
+def in_time(cells: list[Asked], questions: int, seconds: float) -> list[Asked]:
+    """The first of them, as many as will be done within ``seconds`` by what they took so far; one at least."""
+    total = 0.0
+    for number, cell in enumerate(cells):
+        total += cell.seconds * (questions / len(cell.answers) - 1)
+        if number and total > seconds:
+            return cells[:number]
+    return cells
+
+
+def fit(spent: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:
+    """The threshold between ``low`` (spends least) and ``high`` (spends most) that spends about ``target``.
+
+    Args:
+        spent: of a threshold, the share that is counted; it rises from low to high, if low < high or not.
+
+    Returns:
+        The threshold, and what it spends: the nearest that bisection finds. It may be far off where the method jumps.
+    """
+    best = min((abs(value - target), at, value) for at in (low, high) for value in [spent(at)])
+    for _ in range(STEPS):
+        if best[0] <= CLOSE * target:
+            break
+        middle = (low + high) / 2
+        value = spent(middle)
+        best = min(best, (abs(value - target), middle, value))
+        low, high = (middle, high) if value < target else (low, middle)
+    return best[1], best[2]
