@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import load_base2_lse, load_row_parts, load_rows, scores, store_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
-from nsa.ops.kernels.index_topk import SCORE_TILES, score_kernel
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width, vector_of
+from nsa.ops.kernels.index_topk import score_kernel, score_tiles
 from nsa.ops.kernels.ranges import shape_constants
 
 SLAB_BYTES = 2**28  # of a slab: fp32 values of a chunk of queries with all keys
@@ -173,6 +173,7 @@ def divergence(
     precision, size = constants["PRECISION"], q_idx.element_size()
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
     targets, slab = (loss.new_empty(batch, rows, keys) for _ in range(2))
+    vector = vector_of(keys)
     index = {"HEADS": heads, "D": width, "D1": tile_width(width), "PRECISION": precision}
 
     def tiles(choice: dict[int, tuple[int, int, int]]) -> tuple[int, int, dict[str, int]]:
@@ -182,10 +183,10 @@ def divergence(
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
         where = (token, here, tokens, keys)
-        queries, columns = (16, 16) if INTERPRETED else SCORE_TILES[size]
-        score_kernel[triton.cdiv(keys, columns), triton.cdiv(here, queries), batch](
-            q_idx, k_idx, weights, first, own, slab, *where, keys, BM=queries, BN=columns, **index, num_warps=4,
-            num_stages=3,
+        queries, columns, run = score_tiles(q_idx)
+        score_kernel[triton.cdiv(keys, columns), triton.cdiv(here, queries * run), batch](
+            q_idx, k_idx, weights, first, own, slab, *where, keys // vector, VECTOR=vector, BM=queries, BN=columns,
+            TILES=run, **index, num_warps=4, num_stages=3,
         )  # fmt: skip
         queries, columns, options = tiles(TARGET_TILES if q.shape[3] <= 128 else WIDE_TARGET_TILES)
         target_kernel[triton.cdiv(keys, columns), triton.cdiv(here, queries), batch](
