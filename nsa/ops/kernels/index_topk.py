@@ -152,20 +152,6 @@ def _load_ordered(Scores, key, ok, first, own, num_initial, num_local):
 
 
 @triton.jit
-def _likely_bound(Scores, first, own, topk, num_initial, num_local, SAMPLE: tl.constexpr):
-    """A score that most likely somewhat more than topk scores reach, from a sample of the row."""
-    seen = own - first + 1
-    place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
-    key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
-    _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
-    share = topk * 1.0 / seen * SAMPLE
-    wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
-    bound, _ties = _kth_of_block(ordered, key <= own, wanted)
-    # The score itself again. FORCED becomes a NaN, which no score is below.
-    return tl.where((bound >> 31) == 1, bound ^ 0x80000000, bound ^ 0xFFFFFFFF).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
     """Store those of the keys that are selected; (taken, ties) with them counted."""
     tie = ok & (ordered == threshold)
@@ -188,15 +174,34 @@ def _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, ow
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
-def candidate_kernel(Scores, First, Own, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial, num_local,
-                     VECTOR: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
-                     MOST: tl.constexpr):  # fmt: skip
-    """Candidates (B, rows, MOST) int32: the keys that may be selected, ascending. Found (B, rows): how many they are.
+def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk, num_initial, num_local,
+                 VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
+    """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it."""
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
+    first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
+    seen = own - first + 1
+    if seen > topk:
+        place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
+        key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
+        _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        share = topk * 1.0 / seen * SAMPLE
+        wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
+        bound, _ties = _kth_of_block(ordered, key <= own, wanted)
+        # The score itself again. FORCED becomes a NaN, which no score is below.
+        bits = tl.where((bound >> 31) == 1, bound ^ 0x80000000, bound ^ 0xFFFFFFFF)
+        tl.store(Bounds + batch * num_rows + row, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
+def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial,
+                     num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+    """Candidates (B, rows, MOST) int32: the keys that reach the bound, ascending. Found (B, rows): how many they are.
 
     A row of Scores has ``row_vectors`` times VECTOR entries. The pass over it begins at a multiple of VECTOR and masks
     by the row's end alone: so the compiler knows that it may load several scores at once, and a thread counts
-    neighbouring ones by itself. This kernel is apart from `topk_kernel`, whose registers would leave room for one
-    program of a multiprocessor.
+    neighbouring ones by itself. This kernel is apart from the others because their registers would leave room for one
+    or two programs of a multiprocessor.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row_size = row_vectors * VECTOR
@@ -204,8 +209,7 @@ def candidate_kernel(Scores, First, Own, Candidates, Found, token0, num_rows, ro
     Candidates += (batch * num_rows + row) * MOST
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     if own - first + 1 > topk:
-        found = 0
-        bound = _likely_bound(Scores, first, own, topk, num_initial, num_local, SAMPLE)
+        found, bound = 0, tl.load(Bounds + batch * num_rows + row)
         for start in tl.range(first // VECTOR * VECTOR, own + 1, BLOCK):
             key = start + tl.arange(0, BLOCK)  # [BLOCK]
             score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
@@ -325,23 +329,26 @@ def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
     return (16, 16, 2) if INTERPRETED else (*SCORE_TILES[q_idx.element_size()], SCORE_RUN)
 
 
-def _room(topk: int, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Candidates (rows, MOST) int32 and their number (rows,)."""
-    return like.new_empty(rows, max(SMALLEST, triton.next_power_of_2(2 * topk))), like.new_empty(rows)
+def _room(topk: int, like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds (rows,) fp32, candidates (rows, MOST) int32 and their number (rows,) int32."""
+    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
+    return like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, most), like.new_empty(rows)
 
 
 def _select(
-    scores: Tensor, first: Tensor, own: Tensor, room: tuple[Tensor, Tensor], indices: Tensor, chosen: Tensor,
+    scores: Tensor, first: Tensor, own: Tensor, room: tuple[Tensor, Tensor, Tensor], indices: Tensor, chosen: Tensor,
     token: int, here: int, tokens: int, row_vectors: int, topk: int, num_initial: int, num_local: int, vector: int,
 ) -> None:  # fmt: skip
-    """Both kernels, of the ``here`` queries from ``token`` on, whose scores (B, here, S) lie in ``scores`` (B, ..)."""
-    batch, (candidates, found) = len(scores), room
+    """The three kernels, of the ``here`` queries from ``token`` on; ``scores`` (B, here, S) are theirs."""
+    batch, (bounds, candidates, found) = len(scores), room
     block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
+    where, forced = (token, here), (topk, num_initial, num_local, vector)
+    bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, num_warps=8)
     candidate_kernel[here, batch](
-        scores, first, own, candidates, found, token, here, row_vectors, topk, num_initial, num_local, vector, block,
-        sample, candidates.shape[1], num_warps=SELECT_WARPS,
+        scores, first, own, bounds, candidates, found, *where, row_vectors, *forced, block, candidates.shape[1],
+        num_warps=SELECT_WARPS,
     )  # fmt: skip
     topk_kernel[here, batch](
-        scores, first, own, candidates, found, indices, chosen, token, here, tokens, row_vectors, topk, num_initial,
-        num_local, vector, block, candidates.shape[1], num_warps=TOPK_WARPS,
+        scores, first, own, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced, block,
+        candidates.shape[1], num_warps=TOPK_WARPS,
     )  # fmt: skip
