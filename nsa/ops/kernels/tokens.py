@@ -100,7 +100,7 @@ def _store_part(Parts, at, ok, column, D, value):
 
 
 @triton.jit
-def _tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
+def tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
     """(query of the chunk, number within its tile, head, whether it exists), each [BM], of a tile of QUERIES queries.
 
     A query has ROWS rows, of which HEADS are heads.
@@ -111,7 +111,7 @@ def _tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEA
 
 
 @triton.jit
-def _united(Union, Members, start, count, key_row, BN: tl.constexpr):
+def united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
     """(int64 rows of the keys [BN], whether the slot has one [BN], the set of its queries [BN]) of slots on."""
     slot = start + tl.arange(0, BN)  # [BN]
     key = tl.load(Union + slot, mask=slot < count, other=0)  # [BN]
@@ -130,7 +130,7 @@ def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts,
     dV. Other arguments as in `forward_kernel`.
     """
     tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query, member, head, ok = _tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
     q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
     q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
     d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
@@ -143,7 +143,7 @@ def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts,
     dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
     for start in tl.range(0, count, BN):
-        row, listed, queries = _united(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
         row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
@@ -302,8 +302,9 @@ class Tiles(NamedTuple):
 
 
 def queries_of_tile(rows: int, slots: int, itemsize: int) -> int:
-    """How many queries share a tile, if each has ``rows`` rows in it; their slots must fit an int16."""
-    return max(1, min(MOST_UNITED, TILE_ROWS[itemsize] // rows, 2**15 // slots))
+    """How many queries share a tile, a power of two, if each has ``rows`` rows in it; their slots must fit an int16."""
+    most = max(1, min(MOST_UNITED, TILE_ROWS[itemsize] // rows, 2**15 // slots))
+    return 1 << (most.bit_length() - 1)
 
 
 def united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tiles]:
