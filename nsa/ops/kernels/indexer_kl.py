@@ -24,6 +24,8 @@ from nsa.ops.kernels.tokens import (
     united_slots,
 )
 
+# Rows of a tile of queries, by the bytes of an element, and stages of the loops over its keys.
+KL_ROWS, KL_STAGES = {2: 64, 4: 32}, 2
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # in place of a sum of 0
 
 
@@ -153,10 +155,10 @@ def divergence(
         constants = {name: value for name, value in constants.items() if name not in ("DV", "DV1")}
         rows = min(MOST_ROWS, triton.next_power_of_2(q.shape[2] // k.shape[2]))
         index_rows = triton.next_power_of_2(heads)
-        queries = queries_of_tile(max(rows, index_rows), slots, q.element_size())
+        queries = queries_of_tile(max(rows, index_rows), slots, KL_ROWS[q.element_size()])
         least = 16 // queries  # rows of a query, so that a tile has the 16 that tl.dot needs
         tile = {"QUERIES": queries, "BM": queries * max(rows, least), "BH": queries * max(index_rows, least)}
-        options = union_options(max(tile["BM"], tile["BH"]), q.shape[3] * q.element_size())
+        options = union_options(max(tile["BM"], tile["BH"]), q.shape[3] * q.element_size(), KL_STAGES)
         room: Tensor | None = None
         for tiles, parts in summed_parts(lists, total, k_idx.dtype, queries):
             number, width_of_union = tiles.union.shape[1:]

@@ -35,10 +35,9 @@ MOST_ROWS = 64  # heads of a program
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 GATHERED = 8192  # elements that such a program loads at once
 USERS = 2048  # keys times tiles of a program of `users_kernel`
-# Neighbouring queries list much the same keys. So many of them at most share a tile (a bit of a byte each), whose rows
-# are at most TILE_ROWS, by the bytes of an element.
+# Neighbouring queries list much the same keys. So many of them at most share a tile: a bit of a byte each.
 MOST_UNITED = 8
-TILE_ROWS = {2: 128, 4: 32}
+TILE_ROWS = {2: 128, 4: 32}  # rows of a tile, by the bytes of an element
 UNION_BLOCK = 4096  # slots, or keys, that a program of `union_kernel` loads at once
 UNION_KEYS, UNION_STAGES = 64, 2  # of the kernels over tiles
 
@@ -301,9 +300,9 @@ class Tiles(NamedTuple):
     count: Tensor
 
 
-def queries_of_tile(rows: int, slots: int, itemsize: int) -> int:
-    """How many queries share a tile, a power of two, if each has ``rows`` rows in it; their slots must fit an int16."""
-    most = max(1, min(MOST_UNITED, TILE_ROWS[itemsize] // rows, 2**15 // slots))
+def queries_of_tile(rows: int, slots: int, most_rows: int) -> int:
+    """How many queries share a tile, a power of two, if each has ``rows`` of its rows; their slots must fit an int16."""
+    most = max(1, min(MOST_UNITED, most_rows // rows, 2**15 // slots))
     return 1 << (most.bit_length() - 1)
 
 
@@ -385,9 +384,9 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
     rows = triton.next_power_of_2(heads // groups)
-    queries = queries_of_tile(rows, slots, q.element_size())
+    queries = queries_of_tile(rows, slots, TILE_ROWS[q.element_size()])
     tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
-    options = union_options(tile["BM"], max(width, v.shape[3]) * q.element_size())
+    options = union_options(tile["BM"], max(width, v.shape[3]) * q.element_size(), UNION_STAGES)
     for tiles, parts in summed_parts(lists, total.flatten(2), k.dtype, queries):
         backward_kernel[tiles.union.shape[1], groups, batch](
             q, k, v, tiles.union, tiles.members, tiles.count, d_out, lse, delta, dq, parts, tiles.token, tiles.here,
@@ -397,9 +396,9 @@ def backward(
     return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
 
 
-def union_options(rows: int, row_bytes: int) -> dict[str, int]:
+def union_options(rows: int, row_bytes: int, stages: int) -> dict[str, int]:
     """BN and launch options of a kernel over tiles of ``rows`` rows."""
     if INTERPRETED:
         return {"BN": 16}
     warps = 2 if rows == 16 else 8 if rows >= 64 else 4
-    return {"BN": 32 if row_bytes > 256 or rows < 64 else UNION_KEYS, "num_warps": warps, "num_stages": UNION_STAGES}
+    return {"BN": 32 if row_bytes > 256 or rows < 64 else UNION_KEYS, "num_warps": warps, "num_stages": stages}
