@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import load_base2_lse, load_row_parts, load_rows, scores, store_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 from nsa.ops.kernels.tokens import (
     MOST_ROWS,
@@ -71,9 +71,9 @@ def list_kl_kernel(Q, K, Lse, QIndex, KIndex, Weights, Union, Members, Count, Ta
     """Loss (B, T), DQuery (B, T, Hi, Di) and DWeights (B, T, Hi) of a tile of queries; its Parts of dK.
 
     Q (B, T, H, D); K (B, S, G, D); Lse (B, T, H) fp32; QIndex (B, T, Hi, Di); KIndex (B, S, Di); Weights (B, T, Hi)
-    fp32; Union, Members (B, tiles, slots), Count (B, tiles): see `nsa.ops.kernels.tokens.union_kernel`. Targets, Scores:
-    room for (B, tiles, QUERIES, slots) fp32. Parts (B, tiles, slots, Di). A query has BM / QUERIES rows of heads, and
-    BH / QUERIES of index heads.
+    fp32; Union, Members (B, tiles, slots), Count (B, tiles): see `nsa.ops.kernels.tokens.union_kernel`. Targets,
+    Scores: room for (B, tiles, QUERIES, slots) fp32. Parts (B, tiles, slots, Di). A query has BM / QUERIES rows of
+    heads, and BH / QUERIES of index heads.
     """
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     place = batch * tl.num_programs(0) + tile

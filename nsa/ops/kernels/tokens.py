@@ -1,12 +1,14 @@
 """Attention of each query to a list of tokens (DSA), forward and backward.
 
-A program takes one token and some heads of a KV head: the rows of its tile. All of them see the listed keys, which it
-gathers, BN at a time. Slots with -1 get the score -inf.
+Neighbouring queries list much the same tokens. So a program takes a tile of a few neighbouring queries, with all heads
+of a KV head, and goes through the union of their lists, BN keys at a time. A byte for each key of the union tells which
+queries list it; for the others its score is -inf. Queries that share little cost more products, not more than their
+number times.
 
 dK and dV of a key are sums over the queries that list it. Atomic adds would make their order, and so their bits, depend
-on chance. Instead each query writes its part for each slot (the sum over its heads). For each key, the slots that list
-it are found in the order of the queries, and one program adds their parts up. This goes in chunks of queries, so that
-the parts take PART_BYTES at most.
+on chance. Instead each tile writes its part for each slot of its union (the sum over its heads and queries). For each
+key, the slots that have it are found in the order of the tiles, and one program adds their parts up. This goes in
+chunks of queries, so that the parts take PART_BYTES at most.
 """
 
 from collections.abc import Iterator
@@ -40,62 +42,9 @@ MOST_UNITED = 8
 TILE_ROWS = {2: 128, 4: 32}  # rows of a tile, by the bytes of an element
 UNION_BLOCK = 4096  # slots, or keys, that a program of `union_kernel` loads at once
 UNION_KEYS, UNION_STAGES = 64, 2  # of the kernels over tiles
-
-
-@triton.jit
-def _place(num_tokens, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
-    """(token of the launch, batch, KV head, head [BM] of the group, whether it exists [BM]) of this program."""
-    tiles: tl.constexpr = (HEADS + BM - 1) // BM
-    group = tl.program_id(1) // tiles
-    head = tl.program_id(1) % tiles * BM + tl.arange(0, BM)  # [BM]
-    return tl.program_id(0), tl.program_id(2).to(tl.int64), group, head, head < HEADS
-
-
-@triton.jit
-def _listed(Lists, start, num_slots, key_row, GROUPS: tl.constexpr, group, BN: tl.constexpr):
-    """(int64 rows of K and V [BN], whether the slot lists a key [BN]) of slots ``start`` on."""
-    slot = start + tl.arange(0, BN)  # [BN]
-    key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BN]
-    return (key_row + key) * GROUPS + group, key >= 0
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def forward_kernel(Q, K, V, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale_log2, GROUPS: tl.constexpr,
-                   HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                   DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Output and LSE of some heads of a token.
-
-    Q, Out (B, T, H, D or Dv); K, V (B, S, G, D or Dv); Lists (B, T, slots) int32; Lse (B, T, H) fp32.
-    """
-    token, batch, group, head, ok = _place(num_tokens, GROUPS, HEADS, BM)
-    q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + head  # [BM]
-    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
-    Lists += (batch * num_tokens + token) * num_slots
-    acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
-    row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
-    row_sum = tl.zeros([BM], tl.float32)  # [BM]
-    for start in tl.range(0, num_slots, BN):
-        row, listed = _listed(Lists, start, num_slots, batch * num_keys, GROUPS, group, BN)  # [BN]
-        k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
-        s = scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2  # [BM, BN]
-        s = tl.where(listed[None, :], s, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
-        # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
-        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # [BM]
-        p = tl.exp2(s - base[:, None])  # [BM, BN]
-        rescale = tl.exp2(row_max - base)  # [BM]
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
-        row_max = new_max
-    store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, DV1)
-
-
-@triton.jit
-def _store_part(Parts, at, ok, column, D, value):
-    """Rows (rows, columns) of which the first column lies at ``at``."""
-    value = value.to(Parts.dtype.element_ty)
-    tl.store(Parts + at[:, None] + column[None, :], value, mask=ok[:, None] & (column[None, :] < D))
+UNION_BYTES = 2**27  # of the unions of a chunk of queries in the forward pass
+FORWARD_ROWS, FORWARD_STAGES = {2: 128, 4: 32}, 2
+UNITE_FORWARD = True
 
 
 @triton.jit
@@ -115,6 +64,56 @@ def united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
     slot = start + tl.arange(0, BN)  # [BN]
     key = tl.load(Union + slot, mask=slot < count, other=0)  # [BN]
     return key_row + key, slot < count, tl.load(Members + slot, mask=slot < count, other=0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
+def forward_kernel(Q, K, V, Union, Members, Count, Out, Lse, token0, num_queries, num_tokens, num_keys, num_slots,
+                   scale_log2, QUERIES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
+                   D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Output and LSE of ROWS heads of a KV head, of a tile of queries.
+
+    Q, Out (B, T, H, D or Dv); K, V (B, S, G, D or Dv); Union, Members (B, tiles, slots), Count (B, tiles): see
+    `union_kernel`; Lse (B, T, H) fp32.
+    """
+    tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = (HEADS + ROWS - 1) // ROWS
+    group = tl.program_id(1) // parts
+    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    head += tl.program_id(1) % parts * ROWS
+    ok = ok & (head < HEADS)
+    q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    place = batch * tl.num_programs(0) + tile
+    Union += place * num_slots
+    Members += place * num_slots
+    count = tl.load(Count + place)
+    acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
+    row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
+    row_sum = tl.zeros([BM], tl.float32)  # [BM]
+    for start in tl.range(0, count, BN):
+        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row = row * GROUPS + group  # [BN]
+        k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
+        s = scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2  # [BM, BN]
+        s = tl.where(((queries[None, :] >> member[:, None]) & 1) == 1, s, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
+        # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # [BM]
+        p = tl.exp2(s - base[:, None])  # [BM, BN]
+        rescale = tl.exp2(row_max - base)  # [BM]
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
+    store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, DV1)
+
+
+@triton.jit
+def _store_part(Parts, at, ok, column, D, value):
+    """Rows (rows, columns) of which the first column lies at ``at``."""
+    value = value.to(Parts.dtype.element_ty)
+    tl.store(Parts + at[:, None] + column[None, :], value, mask=ok[:, None] & (column[None, :] < D))
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
@@ -256,32 +255,29 @@ def sum_kernel(Parts, Users, Number, Listed, Total, num_keys, num_slots, num_til
         tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
 
 
-def _tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
-    """(tile constants, launch options): rows for the heads of a KV head, and as many keys as fit beside them."""
-    rows = min(MOST_ROWS, tile_width(int(constants["HEADS"])))
-    if INTERPRETED:
-        return {"BM": rows, "BN": 16}, {}
-    wide = int(constants["D1"]) * itemsize > 256
-    return {"BM": rows, "BN": 32 if wide else 64}, {"num_warps": 4, "num_stages": 1 if wide else 2}
-
-
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, T, H, Dv) in q's dtype and lse (B, T, H) fp32.
 
     Args:
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), lists (B, T, slots) int32: contiguous.
     """
-    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    (batch, tokens, heads, width), (keys, groups), slots = q.shape, k.shape[1:3], lists.shape[2]
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not (q.numel() and k.numel() and lists.numel()):
         return out.zero_(), lse.fill_(-torch.inf)
-    constants = shape_constants(q, k, v)
-    tile, options = _tile(constants, q.element_size())
-    grid = (tokens, groups * triton.cdiv(heads // groups, tile["BM"]), batch)
-    forward_kernel[grid](
-        q, k, v, lists, out, lse, tokens, keys, lists.shape[2], scale * LOG2_E, **constants, **tile, **options
-    )
+    constants, of_group = shape_constants(q, k, v), heads // groups
+    row_bytes = max(width, v.shape[3]) * q.element_size()
+    rows = min(MOST_ROWS, triton.next_power_of_2(of_group))
+    queries = queries_of_tile(rows, slots, FORWARD_ROWS[q.element_size()] // (2 if row_bytes > 256 else 1))
+    tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
+    options = union_options(tile["BM"], row_bytes, FORWARD_STAGES)
+    chunk = UNION_BYTES // (batch * (5 * slots + keys // queries)) // queries * queries
+    for tiles in united(lists, keys, max(queries, min(tokens, chunk)), queries):
+        forward_kernel[tiles.union.shape[1], groups * triton.cdiv(of_group, rows), batch](
+            q, k, v, tiles.union, tiles.members, tiles.count, out, lse, tiles.token, tiles.here, tokens, keys,
+            tiles.union.shape[2], scale * LOG2_E, **constants, **tile, **options,
+        )  # fmt: skip
     return out, lse
 
 
@@ -301,7 +297,7 @@ class Tiles(NamedTuple):
 
 
 def queries_of_tile(rows: int, slots: int, most_rows: int) -> int:
-    """How many queries share a tile, a power of two, if each has ``rows`` of its rows; their slots must fit an int16."""
+    """How many queries share a tile, a power of two, if each has ``rows`` rows; their slots must fit an int16."""
     most = max(1, min(MOST_UNITED, most_rows // rows, 2**15 // slots))
     return 1 << (most.bit_length() - 1)
 
