@@ -25,7 +25,7 @@ from nsa.ops.kernels.tokens import (
 )
 
 # Rows of a tile of queries, by the bytes of an element, and stages of the loops over its keys.
-KL_ROWS, KL_STAGES = {2: 64, 4: 32}, 2
+KL_ROWS, KL_STAGES = {2: 64, 4: 16}, 2
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # in place of a sum of 0
 
 

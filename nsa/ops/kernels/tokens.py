@@ -39,11 +39,11 @@ GATHERED = 8192  # elements that such a program loads at once
 USERS = 2048  # keys times tiles of a program of `users_kernel`
 # Neighbouring queries list much the same keys. So many of them at most share a tile: a bit of a byte each.
 MOST_UNITED = 8
-TILE_ROWS = {2: 128, 4: 32}  # rows of a tile, by the bytes of an element
+TILE_ROWS = {2: 128, 4: 16}  # rows of a tile, by the bytes of an element
 UNION_BLOCK = 4096  # slots, or keys, that a program of `union_kernel` loads at once
 UNION_KEYS, UNION_STAGES = 64, 2  # of the kernels over tiles
 UNION_BYTES = 2**27  # of the unions of a chunk of queries in the forward pass
-FORWARD_ROWS, FORWARD_STAGES = {2: 128, 4: 32}, 2
+FORWARD_ROWS, FORWARD_STAGES = {2: 128, 4: 16}, 2
 UNITE_FORWARD = True
 
 
@@ -380,9 +380,10 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
     rows = triton.next_power_of_2(heads // groups)
-    queries = queries_of_tile(rows, slots, TILE_ROWS[q.element_size()])
+    row_bytes = max(width, v.shape[3]) * q.element_size()
+    queries = queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (4 if row_bytes > 256 else 1))
     tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
-    options = union_options(tile["BM"], max(width, v.shape[3]) * q.element_size(), UNION_STAGES)
+    options = union_options(tile["BM"], row_bytes, UNION_STAGES)
     for tiles, parts in summed_parts(lists, total.flatten(2), k.dtype, queries):
         backward_kernel[tiles.union.shape[1], groups, batch](
             q, k, v, tiles.union, tiles.members, tiles.count, d_out, lse, delta, dq, parts, tiles.token, tiles.here,
