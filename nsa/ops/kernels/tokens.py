@@ -397,5 +397,8 @@ def union_options(rows: int, row_bytes: int, stages: int) -> dict[str, int]:
     """BN and launch options of a kernel over tiles of ``rows`` rows."""
     if INTERPRETED:
         return {"BN": 16}
-    warps = 2 if rows == 16 else 8 if rows >= 64 else 4
-    return {"BN": 32 if row_bytes > 256 or rows < 64 else UNION_KEYS, "num_warps": warps, "num_stages": stages}
+    return {
+        "BN": 32 if row_bytes > 256 or rows < 64 else UNION_KEYS,
+        "num_warps": 8 if rows >= 64 else 4,
+        "num_stages": stages,
+    }
