@@ -62,11 +62,12 @@ def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_
             q_row = (batch * num_tokens + token0 + row) * HEADS + head  # [BM]
             q = load_rows(Q, q_row, ok, tl.arange(0, D1), D)  # [BM, D1]
             weight = tl.load(W + q_row, mask=ok, other=0.0)  # [BM]
-            s = tl.maximum(tl.dot(q, k.T, input_precision=PRECISION), 0.0) * weight[:, None]  # [BM, BN]
-            total = tl.where(head == 0, s, total + s)
+            s = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
+            total += tl.maximum(s, 0.0) * weight[:, None]
             if head == HEADS - 1:
                 at = (batch * num_rows + row)[:, None] * row_size + key[None, :]
                 tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < row_size))
+                total = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk"])

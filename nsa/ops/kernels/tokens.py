@@ -44,7 +44,6 @@ UNION_BLOCK = 4096  # slots, or keys, that a program of `union_kernel` loads at 
 UNION_KEYS, UNION_STAGES = 64, 2  # of the kernels over tiles
 UNION_BYTES = 2**27  # of the unions of a chunk of queries in the forward pass
 FORWARD_ROWS, FORWARD_STAGES = {2: 128, 4: 16}, 2
-UNITE_FORWARD = True
 
 
 @triton.jit
