@@ -18,7 +18,7 @@ from nsa.ops.kernels.ranges import shape_constants
 
 SLAB_BYTES = 2**28  # of a slab: fp32 values of a chunk of queries with all keys
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # in place of a sum of 0
-EDGE = 128  # a row of a slab is a multiple of it; no tile below is longer
+EDGE = 16 if INTERPRETED else 128  # a row of a slab is a multiple of it; no tile below is longer
 ROW_BLOCK = 2048  # values of a row that a program of `row_kernel` loads at once
 # (queries, keys, warps, stages) of a program, by the bytes of an element.
 TARGET_TILES = {2: (64, 128, 4, 3), 4: (32, 64, 4, 3)}
