@@ -7,6 +7,7 @@ only sizes vary that no kernel is compiled for: tokens, documents, batch, lists,
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def memory_of_nan(backend: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def topk_of(index: list[Tensor], backend: str, **options) -> tuple[Tensor, Tensor]:
+def topk_of(index: list[Tensor], backend: str, **options: Any) -> tuple[Tensor, Tensor]:
     with memory_of_nan(backend):
         return ops.index_topk(*index, **options, backend=backend)
 
@@ -67,7 +68,7 @@ def check_case(number: int, family: tuple[int, ...], patch: Callable[..., None])
     patch(tokens, "MOST_QUERIES", 16)
     index = [quarters(batch, count, index_heads, index_width, of=of), quarters(batch, count, index_width, of=of)]
     index.append(quarters(batch, count, index_heads, of=of))
-    options = {"topk": topk, "num_initial": num_initial, "num_local": num_local, "cu_seqlens": packed}
+    options: dict[str, Any] = {"topk": topk, "num_initial": num_initial, "num_local": num_local, "cu_seqlens": packed}
     found, lists = (topk_of(index, backend, **options) for backend in ("triton", "naive"))
     assert torch.equal(found[0], lists[0]), "tokens"
     assert torch.equal(found[1], lists[1]), "scores"
