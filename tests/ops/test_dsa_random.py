@@ -90,7 +90,7 @@ def check_case(number: int, family: tuple[int, ...], patch: Callable[..., None])
             results.append([out, lse, *torch.autograd.grad(total, (q, k, v))])
     compare("attention", *results)
     lse = results[1][1].detach() + choose.choice([0.0, 2.5])
-    trained = [x.requires_grad_() for x in index]
+    trained = q_idx, k_idx, w = [x.requires_grad_() for x in index]
     for where in (listed, None):
         if where is None:
             _, lse = ops.dense_attention(q, k, v, cu_seqlens=packed, return_lse=True, backend="naive")
@@ -98,7 +98,7 @@ def check_case(number: int, family: tuple[int, ...], patch: Callable[..., None])
         for backend in ("triton", "naive"):
             with memory_of_nan(backend):
                 options = {"token_indices": where, "cu_seqlens": packed, "backend": backend}
-                loss = ops.indexer_kl(*trained, q, k, lse.detach(), **options)
+                loss = ops.indexer_kl(q_idx, k_idx, w, q, k, lse.detach(), **options)
                 results.append([loss, *torch.autograd.grad(loss, trained)])
         compare("loss over all" if where is None else "loss over lists", *results)
 
