@@ -15,45 +15,59 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import load_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, tile_width, vector_of
 
 SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
 SCORE_TILES = {2: (64, 128), 4: (32, 64)}
-SELECT_BLOCK = 2048  # scores that a program of `topk_kernel` loads at once
+SCORE_RUN = 4  # tiles of queries that it goes through
+SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` and `topk_kernel` loads at once
+SELECT_WARPS, TOPK_WARPS = 8, 8
 SAMPLE = 2048  # scores of the sample
 SMALLEST = 64  # room for candidates at least
 FILL = 256  # entries that a program fills at once
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_stride"])
-def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_keys, row_stride,
-                 HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """Scores (B, rows, S) fp32 of queries ``token0 .. token0 + num_rows - 1`` with the keys that some of them sees.
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors"])
+def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_keys, row_vectors,
+                 VECTOR: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Scores (B, rows, row) fp32 of queries ``token0 .. token0 + num_rows - 1`` with the keys that some of them sees.
 
-    Q (B, T, Hi, Di); K (B, S, Di); W (B, T, Hi) fp32; First, Own (T,) int32: the first and the last visible key.
+    Q (B, T, Hi, Di); K (B, S, Di); W (B, T, Hi) fp32; First, Own (T,) int32: the first and the last visible key. A row
+    of Scores has ``row_vectors`` times VECTOR entries. A program holds BN keys and goes through TILES tiles of BM
+    queries, in one loop over tiles and heads, so that the next queries are loaded while these are multiplied.
     """
     batch = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    ok = row < num_rows  # [BM]
-    token = token0 + row  # [BM]
     key0 = tl.program_id(0) * BN
-    begin = tl.load(First + token0 + tl.program_id(1) * BM)
-    end = tl.load(Own + token0 + tl.minimum(tl.program_id(1) * BM + BM, num_rows) - 1)
-    if (key0 <= end) & (key0 + BN > begin):
+    row_size = row_vectors * VECTOR
+    row0 = tl.program_id(1) * (BM * TILES)
+    rows = tl.minimum(BM * TILES, num_rows - row0)
+    # First and Own do not fall, so the tiles that see some of these keys follow each other.
+    before, until = 0, 0
+    for tile in tl.static_range(TILES):
+        begin = tl.load(First + token0 + tl.minimum(row0 + tile * BM, num_rows - 1))
+        end = tl.load(Own + token0 + tl.minimum(row0 + tile * BM + BM, num_rows) - 1)
+        before += (end < key0).to(tl.int32)
+        until += ((begin < key0 + BN) & (tile * BM < rows)).to(tl.int32)
+    if before < until:
         key = key0 + tl.arange(0, BN)  # [BN]
         k = load_rows(K, batch * num_keys + key, key < num_keys, tl.arange(0, D1), D)  # [BN, D1]
         total = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
-        for head in tl.range(0, HEADS):
-            q_row = (batch * num_tokens + token) * HEADS + head  # [BM]
+        for step in tl.range(before * HEADS, until * HEADS):
+            head = step % HEADS
+            row = row0 + step // HEADS * BM + tl.arange(0, BM)  # [BM]
+            ok = row < num_rows  # [BM]
+            q_row = (batch * num_tokens + token0 + row) * HEADS + head  # [BM]
             q = load_rows(Q, q_row, ok, tl.arange(0, D1), D)  # [BM, D1]
             weight = tl.load(W + q_row, mask=ok, other=0.0)  # [BM]
             s = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
             total += tl.maximum(s, 0.0) * weight[:, None]
-        at = (batch * num_rows + row)[:, None] * row_stride + key[None, :]
-        tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < num_keys))
+            if head == HEADS - 1:
+                at = (batch * num_rows + row)[:, None] * row_size + key[None, :]
+                tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < row_size))
+                total = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk"])
@@ -139,19 +153,6 @@ def _load_ordered(Scores, key, ok, first, own, num_initial, num_local):
 
 
 @triton.jit
-def _likely_bound(Scores, first, own, topk, num_initial, num_local, SAMPLE: tl.constexpr):
-    """What most likely somewhat more than topk scores reach, from a sample of the row."""
-    seen = own - first + 1
-    place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
-    key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
-    _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
-    share = topk * 1.0 / seen * SAMPLE
-    wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
-    bound, _ties = _kth_of_block(ordered, key <= own, wanted)
-    return bound
-
-
-@triton.jit
 def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
     """Store those of the keys that are selected; (taken, ties) with them counted."""
     tie = ok & (ordered == threshold)
@@ -173,31 +174,70 @@ def _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, ow
     _emit(Indices, Chosen, key, score, ordered, place < found, threshold, missing, 0, 0)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_stride", "topk"])
-def topk_kernel(Scores, First, Own, Candidates, Indices, Chosen, token0, num_rows, num_tokens, row_stride, topk,
-                num_initial, num_local, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
-    """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
+def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk, num_initial, num_local,
+                 VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
+    """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it."""
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
+    first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
+    seen = own - first + 1
+    if seen > topk:
+        place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
+        key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
+        _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        share = topk * 1.0 / seen * SAMPLE
+        wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
+        bound, _ties = _kth_of_block(ordered, key <= own, wanted)
+        # The score itself again. FORCED becomes a NaN, which no score is below.
+        bits = tl.where((bound >> 31) == 1, bound ^ 0x80000000, bound ^ 0xFFFFFFFF)
+        tl.store(Bounds + batch * num_rows + row, bits.to(tl.float32, bitcast=True))
 
-    Candidates (B, rows, MOST) int32: room for the keys that may be selected.
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
+def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial,
+                     num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+    """Candidates (B, rows, MOST) int32: the keys that reach the bound, ascending. Found (B, rows): how many they are.
+
+    A row of Scores has ``row_vectors`` times VECTOR entries. The pass over it begins at a multiple of VECTOR and masks
+    by the row's end alone: so the compiler knows that it may load several scores at once, and a thread counts
+    neighbouring ones by itself. This kernel is apart from the others because their registers would leave room for one
+    or two programs of a multiprocessor.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    Scores += (batch * num_rows + row) * row_stride
+    row_size = row_vectors * VECTOR
+    Scores += (batch * num_rows + row) * row_size
     Candidates += (batch * num_rows + row) * MOST
+    first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
+    if own - first + 1 > topk:
+        found, bound = 0, tl.load(Bounds + batch * num_rows + row)
+        for start in tl.range(first // VECTOR * VECTOR, own + 1, BLOCK):
+            key = start + tl.arange(0, BLOCK)  # [BLOCK]
+            score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
+            forced = (key < first + num_initial) | (key > own - num_local)  # [BLOCK]
+            reaches = (key >= first) & (key <= own) & (forced | ((score < bound) == 0))  # [BLOCK]
+            slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
+            tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
+            found += tl.sum(reaches.to(tl.int32))
+        tl.store(Found + batch * num_rows + row, found)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
+def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens, row_vectors, topk,
+                num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+    """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
+
+    Scores, Candidates and Found are those of `candidate_kernel`.
+    """
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     Indices += (batch * num_tokens + token0 + row) * topk
     Chosen += (batch * num_tokens + token0 + row) * topk
     # Of a query that sees at most k tokens all are taken: the threshold is below every score.
-    threshold, missing = tl.full([], 0, tl.uint32), topk
-    found = 0
+    threshold, missing, found = tl.full([], 0, tl.uint32), topk, 0
     if own - first + 1 > topk:
-        bound = _likely_bound(Scores, first, own, topk, num_initial, num_local, SAMPLE)
-        for start in tl.range(first, own + 1, BLOCK):
-            key = start + tl.arange(0, BLOCK)  # [BLOCK]
-            _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
-            reaches = (key <= own) & (ordered >= bound)
-            slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
-            tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
-            found += tl.sum(reaches.to(tl.int32))
+        found = tl.load(Found + batch * num_rows + row)
         if (found < topk) | (found > MOST):  # the sample misled: search the whole row
             for step in tl.static_range(4):
                 counts = tl.zeros([256], tl.int32)  # [256]
@@ -207,7 +247,7 @@ def topk_kernel(Scores, First, Own, Candidates, Indices, Chosen, token0, num_row
                     counts += _counts(ordered, key <= own, threshold, step)
                 threshold, missing = _next_byte(counts, threshold, missing)
     if (found >= topk) & (found <= MOST):
-        tl.debug_barrier()  # what other threads of the program stored is there
+        Candidates += (batch * num_rows + row) * MOST
         _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local, MOST)
     else:
         taken, ties = 0, 0
@@ -234,20 +274,20 @@ def topk(
     if not (indices.numel() and keys):
         return indices, chosen
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
-    slab = q_idx.new_empty(batch, rows, keys, dtype=torch.float32)
-    most = _room(topk)
-    candidates = q_idx.new_empty(batch, rows, most, dtype=torch.int32)
+    row_vectors = triton.cdiv(keys, VECTOR)
+    slab = q_idx.new_empty(batch, rows, row_vectors * VECTOR, dtype=torch.float32)
+    room = _room(topk, indices, batch * rows)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
-    queries, block = (16, 16) if INTERPRETED else SCORE_TILES[q_idx.element_size()]
+    queries, block, tiles = score_tiles(q_idx)
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
-        score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries), batch](
-            q_idx, k_idx, weights, first, own, slab, token, here, tokens, keys, keys, heads, width, tile_width(width),
-            queries, block, precision, num_warps=4, num_stages=3,
+        score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries * tiles), batch](
+            q_idx, k_idx, weights, first, own, slab, token, here, tokens, keys, row_vectors, VECTOR, heads, width,
+            tile_width(width), queries, block, tiles, precision, num_warps=4, num_stages=3,
         )  # fmt: skip
-        topk_kernel[here, batch](
-            slab, first, own, candidates, indices, chosen, token, here, tokens, keys, topk, num_initial, num_local,
-            *_select_sizes(), most, num_warps=8,
+        _select(
+            slab, first, own, room, indices, chosen, token, here, tokens, row_vectors, topk, num_initial, num_local,
+            VECTOR,
         )  # fmt: skip
     return indices, chosen
 
@@ -278,20 +318,38 @@ def choose_rows(
 
     ``seen``: (2, R) int32, the first and the last entry of each row; what is forced is counted from these.
     """
-    most = _room(topk)
-    candidates = indices.new_empty(len(scores), most)
-    chosen = scores.new_empty(len(scores), topk)
-    topk_kernel[len(scores), 1](
-        scores, seen[0], seen[1], candidates, indices, chosen, 0, len(scores), len(scores), scores.shape[1], topk,
-        num_initial, num_local, *_select_sizes(), most, num_warps=8,
+    chosen, vector = scores.new_empty(len(scores), topk), vector_of(scores.shape[1])
+    _select(
+        scores[None], seen[0], seen[1], _room(topk, indices, len(scores)), indices, chosen, 0, len(scores), len(scores),
+        scores.shape[1] // vector, topk, num_initial, num_local, vector,
     )  # fmt: skip
 
 
-def _room(topk: int) -> int:
-    """For candidates of a row."""
-    return max(SMALLEST, triton.next_power_of_2(2 * topk))
+def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
+    """BM, BN and TILES of `score_kernel`."""
+    return (16, 16, 2) if INTERPRETED else (*SCORE_TILES[q_idx.element_size()], SCORE_RUN)
 
 
-def _select_sizes() -> tuple[int, int]:
-    """BLOCK and SAMPLE of `topk_kernel`."""
-    return (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
+def _room(topk: int, like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds (rows,) fp32, candidates (rows, MOST) int32 and their number (rows,) int32."""
+    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
+    return like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, most), like.new_empty(rows)
+
+
+def _select(
+    scores: Tensor, first: Tensor, own: Tensor, room: tuple[Tensor, Tensor, Tensor], indices: Tensor, chosen: Tensor,
+    token: int, here: int, tokens: int, row_vectors: int, topk: int, num_initial: int, num_local: int, vector: int,
+) -> None:  # fmt: skip
+    """The three kernels, of the ``here`` queries from ``token`` on; ``scores`` (B, here, S) are theirs."""
+    batch, (bounds, candidates, found) = len(scores), room
+    block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
+    where, forced = (token, here), (topk, num_initial, num_local, vector)
+    bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, num_warps=8)
+    candidate_kernel[here, batch](
+        scores, first, own, bounds, candidates, found, *where, row_vectors, *forced, block, candidates.shape[1],
+        num_warps=SELECT_WARPS,
+    )  # fmt: skip
+    topk_kernel[here, batch](
+        scores, first, own, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced, block,
+        candidates.shape[1], num_warps=TOPK_WARPS,
+    )  # fmt: skip

@@ -2,8 +2,8 @@
 
 Queries are taken in chunks. For a chunk, two slabs of SLAB_BYTES hold the target (the attention, summed over all heads)
 and the index scores of all keys. A program per query then turns its row of scores into the gradient with respect to
-them, and adds up its loss. From the slab come the gradients of the chunk's index queries and weights, by tiles of
-queries, and those of the index keys: a program owns a tile of keys, so the chunks add to it in their order.
+them, a third slab, and adds up its loss. From that one come the gradients of the chunk's index queries and weights, by
+tiles of queries, and those of the index keys: a program owns a tile of keys, so the chunks add to it in their order.
 """
 
 import torch
@@ -13,17 +13,18 @@ from torch import Tensor
 
 from nsa.ops.kernels.device_functions import load_base2_lse, load_row_parts, load_rows, scores, store_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
-from nsa.ops.kernels.index_topk import SCORE_TILES, score_kernel
+from nsa.ops.kernels.index_topk import score_kernel, score_tiles
 from nsa.ops.kernels.ranges import shape_constants
 
 SLAB_BYTES = 2**28  # of a slab: fp32 values of a chunk of queries with all keys
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # in place of a sum of 0
+EDGE = 16 if INTERPRETED else 128  # a row of a slab is a multiple of it; no tile below is longer
 ROW_BLOCK = 2048  # values of a row that a program of `row_kernel` loads at once
-# (queries, keys, warps) of a program, by the bytes of an element.
-TARGET_TILES = {2: (64, 128, 4), 4: (32, 64, 4)}
-WIDE_TARGET_TILES = {2: (64, 64, 4), 4: (32, 32, 4)}  # of heads wider than 128
-QUERY_TILES = {2: (64, 128, 4), 4: (32, 32, 4)}
-KEY_TILES = {2: (64, 128, 8), 4: (32, 32, 4)}
+# (queries, keys, warps, stages) of a program, by the bytes of an element.
+TARGET_TILES = {2: (64, 128, 4, 3), 4: (32, 64, 4, 3)}
+WIDE_TARGET_TILES = {2: (64, 64, 4, 3), 4: (32, 32, 4, 3)}  # of heads wider than 128
+QUERY_TILES = {2: (64, 128, 4, 2), 4: (32, 32, 4, 3)}
+KEY_TILES = {2: (64, 128, 8, 3), 4: (32, 32, 4, 3)}
 
 
 @triton.jit
@@ -34,11 +35,13 @@ def _sees(First, Own, token0, row0, rows, num_rows, key0, keys):
     return (key0 <= end) & (key0 + keys > begin)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_rows"])
-def target_kernel(Q, K, Lse, First, Own, Targets, token0, num_rows, num_tokens, num_keys, scale_log2,
-                  GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Targets (B, rows, S) fp32: the sum over all heads of exp(score - lse). What is not visible means nothing.
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_tiles"])
+def target_kernel(Q, K, Lse, First, Own, Targets, token0, num_rows, num_tokens, num_keys, row_tiles, scale_log2,
+                  EDGE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+                  D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Targets (B, rows, row_tiles * EDGE) fp32: the sum over all heads of exp(score - lse).
+
+    What is not visible means nothing.
 
     Q (B, T, H, D); K (B, S, G, D); Lse (B, T, H) fp32; First, Own (T,) int32: the first and the last visible key.
     """
@@ -57,53 +60,61 @@ def target_kernel(Q, K, Lse, First, Own, Targets, token0, num_rows, num_tokens, 
                 q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
                 lse = load_base2_lse(Lse, q_row, ok)  # [BM]
                 total += tl.exp2(scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])
-        at = (batch * num_rows + row)[:, None] * num_keys + key[None, :]
-        tl.store(Targets + at, total, mask=ok[:, None] & (key[None, :] < num_keys))
+        at = (batch * num_rows + row)[:, None] * (row_tiles * EDGE) + key[None, :]
+        tl.store(Targets + at, total, mask=ok[:, None] & (key[None, :] < row_tiles * EDGE))
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_rows"])
-def row_kernel(Targets, Scores, First, Own, Loss, token0, num_rows, num_tokens, num_keys, BLOCK: tl.constexpr):
-    """The Loss (B, T) of a query; its row of Scores becomes the gradient of the loss with respect to the scores."""
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_tiles"])
+def row_kernel(Targets, Scores, DScores, First, Own, Loss, token0, num_rows, num_tokens, row_tiles,
+               EDGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """The Loss (B, T) of a query, and the gradient of the loss with respect to its scores: its row of DScores.
+
+    Targets, Scores (B, rows, row_tiles * EDGE) fp32; DScores likewise, in the dtype of the index queries. Tiles of EDGE
+    queries and keys, or of a divisor of it, are all that is read of DScores: it is 0 there where the key is not seen.
+    """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    Targets += (batch * num_rows + row) * num_keys
-    Scores += (batch * num_rows + row) * num_keys
+    row_size = row_tiles * EDGE
+    at = (batch * num_rows + row) * row_size
+    Targets += at
+    Scores += at
+    DScores += at
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
+    tile = row // EDGE * EDGE
+    begin = tl.load(First + token0 + tile) // EDGE * EDGE
+    end = tl.load(Own + token0 + tl.minimum(tile + EDGE, num_rows) - 1) // EDGE * EDGE + EDGE
     mass, largest, exponentials = 0.0, float("-inf"), 0.0
-    for start in tl.range(first, own + 1, BLOCK):
+    # Loads are masked by the row's end alone, so that the compiler may load several values at once.
+    for start in tl.range(first // EDGE * EDGE, own + 1, BLOCK):
         key = start + tl.arange(0, BLOCK)  # [BLOCK]
-        mass += tl.sum(tl.load(Targets + key, mask=key <= own, other=0.0))
-        score = tl.load(Scores + key, mask=key <= own, other=float("-inf"))  # [BLOCK]
+        seen = (key >= first) & (key <= own)  # [BLOCK]
+        mass += tl.sum(tl.where(seen, tl.load(Targets + key, mask=key < row_size, other=0.0), 0.0))
+        score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
+        score = tl.where(seen, score, float("-inf"))
         new = tl.maximum(largest, tl.max(score))
         exponentials = exponentials * tl.exp(largest - new) + tl.sum(tl.exp(score - new))
         largest = new
     log_sum = largest + tl.log(tl.maximum(exponentials, TINY))
     some = tl.where(mass > 0, 1.0, 0.0)  # the sum of the target
     loss = 0.0
-    for start in tl.range(first, own + 1, BLOCK):
+    for start in tl.range(begin, end, BLOCK):
         key = start + tl.arange(0, BLOCK)  # [BLOCK]
-        target = tl.load(Targets + key, mask=key <= own, other=0.0) / tl.maximum(mass, TINY)  # [BLOCK]
-        log_q = tl.load(Scores + key, mask=key <= own, other=0.0) - log_sum  # [BLOCK]
+        seen = (key >= first) & (key <= own)  # [BLOCK]
+        target = tl.load(Targets + key, mask=key < row_size, other=0.0)  # [BLOCK]
+        target = tl.where(seen, target, 0.0) / tl.maximum(mass, TINY)
+        log_q = tl.load(Scores + key, mask=key < row_size, other=0.0) - log_sum  # [BLOCK]
         loss += tl.sum(tl.where(target > 0, target * (tl.log(tl.maximum(target, TINY)) - log_q), 0.0))
-        tl.store(Scores + key, tl.exp(log_q) * some - target, mask=key <= own)
+        gradient = tl.where(seen, tl.exp(log_q) * some - target, 0.0)  # [BLOCK]
+        tl.store(DScores + key, gradient.to(DScores.dtype.element_ty), mask=key < row_size)
     tl.store(Loss + batch * num_tokens + token0 + row, loss)
 
 
-@triton.jit
-def _gradient_tile(DScores, First, Own, token0, batch, row, key, ok, num_rows, num_keys):
-    """[BM, BN] of the slab: the gradient of the scores, 0 where the query does not see the key."""
-    first = tl.load(First + token0 + row, mask=ok, other=0)  # [BM]
-    own = tl.load(Own + token0 + row, mask=ok, other=-1)  # [BM]
-    visible = (key[None, :] >= first[:, None]) & (key[None, :] <= own[:, None])  # [BM, BN]
-    return tl.load(DScores + (batch * num_rows + row)[:, None] * num_keys + key[None, :], mask=visible, other=0.0)
-
-
-@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_rows"])
-def query_kernel(Q, K, W, DScores, First, Own, DQ, DW, token0, num_rows, num_tokens, num_keys, HEADS: tl.constexpr,
-                 D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_tiles"])
+def query_kernel(Q, K, W, DScores, First, Own, DQ, DW, token0, num_rows, num_tokens, num_keys, row_tiles,
+                 EDGE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+                 BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """DQ (B, T, Hi, Di) and DW (B, T, Hi) of BM queries and one index head. Q, K, W: as in `score_kernel`."""
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row0 = tl.program_id(0) * BM
+    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)  # neighbours read the same of K and DScores
+    row0 = tl.program_id(1) * BM
     row = row0 + tl.arange(0, BM)  # [BM]
     ok = row < num_rows  # [BM]
     q_row = (batch * num_tokens + token0 + row) * HEADS + head  # [BM]
@@ -113,11 +124,13 @@ def query_kernel(Q, K, W, DScores, First, Own, DQ, DW, token0, num_rows, num_tok
     end = tl.load(Own + token0 + tl.minimum(row0 + BM, num_rows) - 1) + 1
     dq = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dw = tl.zeros([BM], tl.float32)  # [BM]
+    d_row = (batch * num_rows + row) * (row_tiles * EDGE)  # [BM]
     for key0 in tl.range(begin, end, BN):
         key = key0 + tl.arange(0, BN)  # [BN]
         k = load_rows(K, batch * num_keys + key, key < num_keys, tl.arange(0, D1), D)  # [BN, D1]
         a = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
-        d = _gradient_tile(DScores, First, Own, token0, batch, row, key, ok, num_rows, num_keys)  # [BM, BN]
+        d_scores = tl.load(DScores + d_row[:, None] + key[None, :], mask=ok[:, None], other=0.0)  # [BM, BN]
+        d = d_scores.to(tl.float32)
         dw += tl.sum(tl.maximum(a, 0.0) * d, 1)
         da = tl.where(a > 0, d * weight[:, None], 0.0).to(k.dtype)  # [BM, BN]
         dq = tl.dot(da, k, dq, input_precision=PRECISION)
@@ -125,10 +138,10 @@ def query_kernel(Q, K, W, DScores, First, Own, DQ, DW, token0, num_rows, num_tok
     tl.store(DW + q_row, dw, mask=ok)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_rows"])
-def key_kernel(Q, K, W, DScores, First, Own, DK, token0, num_rows, num_tokens, num_keys, HEADS: tl.constexpr,
-               D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               PRECISION: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_tiles"])
+def key_kernel(Q, K, W, DScores, First, Own, DK, token0, num_rows, num_tokens, num_keys, row_tiles,
+               EDGE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Adds to DK (B, S, Di) fp32, of BN keys, what the queries of the chunk give. Q, K, W: as in `score_kernel`."""
     batch = tl.program_id(1).to(tl.int64)
     key0 = tl.program_id(0) * BN
@@ -141,14 +154,16 @@ def key_kernel(Q, K, W, DScores, First, Own, DK, token0, num_rows, num_tokens, n
             if _sees(First, Own, token0, row0, BM, num_rows, key0, BN):
                 row = row0 + tl.arange(0, BM)  # [BM]
                 ok = row < num_rows  # [BM]
-                d = _gradient_tile(DScores, First, Own, token0, batch, row, key, ok, num_rows, num_keys)  # [BM, BN]
+                at = (batch * num_rows + row)[:, None] * (row_tiles * EDGE) + key[None, :]
+                d = tl.load(DScores + at, mask=ok[:, None], other=0.0)  # [BM, BN]
+                d = tl.trans(d).to(tl.float32)  # [BN, BM]: so the products are, and none of them needs to be turned
                 for head in tl.range(0, HEADS):
                     q_row = (batch * num_tokens + token0 + row) * HEADS + head  # [BM]
                     q = load_rows(Q, q_row, ok, tl.arange(0, D1), D)  # [BM, D1]
                     weight = tl.load(W + q_row, mask=ok, other=0.0)  # [BM]
-                    a = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
-                    da = tl.where(a > 0, d * weight[:, None], 0.0).to(q.dtype)  # [BM, BN]
-                    dk = tl.dot(tl.trans(da), q, dk, input_precision=PRECISION)
+                    a = tl.dot(k, q.T, input_precision=PRECISION)  # [BN, BM]
+                    da = tl.where(a > 0, d * weight[None, :], 0.0).to(q.dtype)  # [BN, BM]
+                    dk = tl.dot(da, q, dk, input_precision=PRECISION)
         store_rows(DK, k_row, key < num_keys, tl.arange(0, D1), D, dk)
 
 
@@ -172,32 +187,37 @@ def divergence(
     constants = {name: x for name, x in shape_constants(q, k, k).items() if name not in ("DV", "DV1")}
     precision, size = constants["PRECISION"], q_idx.element_size()
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
-    targets, slab = (loss.new_empty(batch, rows, keys) for _ in range(2))
+    row_tiles = triton.cdiv(keys, EDGE)
+    targets, slab = (loss.new_empty(batch, rows, row_tiles * EDGE) for _ in range(2))
+    d_scores = torch.empty_like(slab, dtype=q_idx.dtype)
     index = {"HEADS": heads, "D": width, "D1": tile_width(width), "PRECISION": precision}
 
-    def tiles(choice: dict[int, tuple[int, int, int]]) -> tuple[int, int, dict[str, int]]:
-        queries, columns, warps = (16, 16, 4) if INTERPRETED else choice[size]
-        return queries, columns, {"BM": queries, "BN": columns, "num_warps": warps}
+    def tiles(choice: dict[int, tuple[int, int, int, int]]) -> tuple[int, int, dict[str, int]]:
+        queries, columns, warps, stages = (16, 16, 4, 2) if INTERPRETED else choice[size]
+        return queries, columns, {"BM": queries, "BN": columns, "num_warps": warps, "num_stages": stages}
 
     for token in range(0, tokens, rows):
         here = min(rows, tokens - token)
         where = (token, here, tokens, keys)
-        queries, columns = (16, 16) if INTERPRETED else SCORE_TILES[size]
-        score_kernel[triton.cdiv(keys, columns), triton.cdiv(here, queries), batch](
-            q_idx, k_idx, weights, first, own, slab, *where, keys, BM=queries, BN=columns, **index, num_warps=4,
-            num_stages=3,
+        queries, columns, run = score_tiles(q_idx)
+        score_kernel[triton.cdiv(keys, columns), triton.cdiv(here, queries * run), batch](
+            q_idx, k_idx, weights, first, own, slab, *where, row_tiles, VECTOR=EDGE, BM=queries, BN=columns,
+            TILES=run, **index, num_warps=4, num_stages=3,
         )  # fmt: skip
         queries, columns, options = tiles(TARGET_TILES if q.shape[3] <= 128 else WIDE_TARGET_TILES)
         target_kernel[triton.cdiv(keys, columns), triton.cdiv(here, queries), batch](
-            q, k, lse, first, own, targets, *where, scale * LOG2_E, **constants, **options
+            q, k, lse, first, own, targets, *where, row_tiles, scale * LOG2_E, EDGE, **constants, **options
         )
-        row_kernel[here, batch](targets, slab, first, own, loss, *where, 64 if INTERPRETED else ROW_BLOCK, num_warps=4)
+        row_kernel[here, batch](
+            targets, slab, d_scores, first, own, loss, token, here, tokens, row_tiles, EDGE,
+            EDGE if INTERPRETED else ROW_BLOCK, num_warps=4,
+        )  # fmt: skip
         queries, columns, options = tiles(QUERY_TILES)
-        query_kernel[triton.cdiv(here, queries), heads, batch](
-            q_idx, k_idx, weights, slab, first, own, d_query, d_weights, *where, **index, **options
+        query_kernel[heads, triton.cdiv(here, queries), batch](
+            q_idx, k_idx, weights, d_scores, first, own, d_query, d_weights, *where, row_tiles, EDGE, **index, **options
         )
         queries, columns, options = tiles(KEY_TILES)
         key_kernel[triton.cdiv(keys, columns), batch](
-            q_idx, k_idx, weights, slab, first, own, d_key, *where, **index, **options
+            q_idx, k_idx, weights, d_scores, first, own, d_key, *where, row_tiles, EDGE, **index, **options
         )
     return loss.sum(), d_query, d_key.to(k_idx.dtype), d_weights

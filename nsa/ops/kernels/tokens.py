@@ -1,15 +1,18 @@
 """Attention of each query to a list of tokens (DSA), forward and backward.
 
-A program takes one token and some heads of a KV head: the rows of its tile. All of them see the listed keys, which it
-gathers, BN at a time. Slots with -1 get the score -inf.
+Neighbouring queries list much the same tokens. So a program takes a tile of a few neighbouring queries, with all heads
+of a KV head, and goes through the union of their lists, BN keys at a time. A byte for each key of the union tells which
+queries list it; for the others its score is -inf. Queries that share little cost more products, not more than their
+number times.
 
 dK and dV of a key are sums over the queries that list it. Atomic adds would make their order, and so their bits, depend
-on chance. Instead each query writes its part for each slot (the sum over its heads). For each key, the slots that list
-it are found in the order of the queries, and one program adds their parts up. This goes in chunks of queries, so that
-the parts take PART_BYTES at most.
+on chance. Instead each tile writes its part for each slot of its union (the sum over its heads and queries). For each
+key, the slots that have it are found in the order of the tiles, and one program adds their parts up. This goes in
+chunks of queries, so that the parts take PART_BYTES at most.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -33,46 +36,66 @@ MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 GATHERED = 8192  # elements that such a program loads at once
-KEYS = 8  # keys of a program of `users_kernel`, one after the other
+USERS = 2048  # keys times tiles of a program of `users_kernel`
+# Neighbouring queries list much the same keys. So many of them at most share a tile: a bit of a byte each.
+MOST_UNITED = 8
+TILE_ROWS = {2: 128, 4: 16}  # rows of a tile, by the bytes of an element
+UNION_BLOCK = 4096  # slots, or keys, that a program of `union_kernel` loads at once
+UNION_KEYS, UNION_STAGES = 64, 2  # of the kernels over tiles
+UNION_BYTES = 2**27  # of the unions of a chunk of queries in the forward pass
+FORWARD_ROWS, FORWARD_STAGES = {2: 128, 4: 16}, 2
 
 
 @triton.jit
-def _place(num_tokens, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
-    """(token of the launch, batch, KV head, head [BM] of the group, whether it exists [BM]) of this program."""
-    tiles: tl.constexpr = (HEADS + BM - 1) // BM
-    group = tl.program_id(1) // tiles
-    head = tl.program_id(1) % tiles * BM + tl.arange(0, BM)  # [BM]
-    return tl.program_id(0), tl.program_id(2).to(tl.int64), group, head, head < HEADS
+def tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
+    """(query of the chunk, number within its tile, head, whether it exists), each [BM], of a tile of QUERIES queries.
 
-
-@triton.jit
-def _listed(Lists, start, num_slots, key_row, GROUPS: tl.constexpr, group, BN: tl.constexpr):
-    """(int64 rows of K and V [BN], whether the slot lists a key [BN]) of slots ``start`` on."""
-    slot = start + tl.arange(0, BN)  # [BN]
-    key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BN]
-    return (key_row + key) * GROUPS + group, key >= 0
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def forward_kernel(Q, K, V, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale_log2, GROUPS: tl.constexpr,
-                   HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                   DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Output and LSE of some heads of a token.
-
-    Q, Out (B, T, H, D or Dv); K, V (B, S, G, D or Dv); Lists (B, T, slots) int32; Lse (B, T, H) fp32.
+    A query has ROWS rows, of which HEADS are heads.
     """
-    token, batch, group, head, ok = _place(num_tokens, GROUPS, HEADS, BM)
-    q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + head  # [BM]
+    member, head = tl.arange(0, BM) // ROWS, tl.arange(0, BM) % ROWS  # [BM]
+    query = tile * QUERIES + member  # [BM]
+    return query, member, head, (head < HEADS) & (member < QUERIES) & (query < num_queries)
+
+
+@triton.jit
+def united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
+    """(int64 rows of the keys [BN], whether the slot has one [BN], the set of its queries [BN]) of slots on."""
+    slot = start + tl.arange(0, BN)  # [BN]
+    key = tl.load(Union + slot, mask=slot < count, other=0)  # [BN]
+    return key_row + key, slot < count, tl.load(Members + slot, mask=slot < count, other=0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
+def forward_kernel(Q, K, V, Union, Members, Count, Out, Lse, token0, num_queries, num_tokens, num_keys, num_slots,
+                   scale_log2, QUERIES: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
+                   D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr,
+                   BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Output and LSE of ROWS heads of a KV head, of a tile of queries.
+
+    Q, Out (B, T, H, D or Dv); K, V (B, S, G, D or Dv); Union, Members (B, tiles, slots), Count (B, tiles): see
+    `union_kernel`; Lse (B, T, H) fp32.
+    """
+    tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    parts: tl.constexpr = (HEADS + ROWS - 1) // ROWS
+    group = tl.program_id(1) // parts
+    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    head += tl.program_id(1) % parts * ROWS
+    ok = ok & (head < HEADS)
+    q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
     q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
-    Lists += (batch * num_tokens + token) * num_slots
+    place = batch * tl.num_programs(0) + tile
+    Union += place * num_slots
+    Members += place * num_slots
+    count = tl.load(Count + place)
     acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
     row_sum = tl.zeros([BM], tl.float32)  # [BM]
-    for start in tl.range(0, num_slots, BN):
-        row, listed = _listed(Lists, start, num_slots, batch * num_keys, GROUPS, group, BN)  # [BN]
+    for start in tl.range(0, count, BN):
+        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         s = scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2  # [BM, BN]
-        s = tl.where(listed[None, :], s, float("-inf"))
+        s = tl.where(((queries[None, :] >> member[:, None]) & 1) == 1, s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
         # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)  # [BM]
@@ -92,35 +115,40 @@ def _store_part(Parts, at, ok, column, D, value):
     tl.store(Parts + at[:, None] + column[None, :], value, mask=ok[:, None] & (column[None, :] < D))
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0"])
-def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, Parts, token0, num_tokens, num_keys, num_slots,
-                    scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                    D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
+def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts, token0, num_queries, num_tokens,
+                    num_keys, num_slots, scale_log2, scale, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+                    GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                    D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
-    """DQ of all heads of a KV head of token ``token0`` + program, and its parts of dK and dV.
+    """DQ of all heads of a KV head of a tile of queries, and the tile's parts of dK and dV.
 
-    Parts (B, tokens of the launch, slots, G, D + Dv): dK, then dV. Other arguments as in `forward_kernel`.
+    Union, Members (B, tiles, slots), Count (B, tiles): see `union_kernel`. Parts (B, tiles, slots, G, D + Dv): dK, then
+    dV. Other arguments as in `forward_kernel`.
     """
-    local, batch, group, head, ok = _place(num_tokens, GROUPS, HEADS, BM)
-    token = token0 + local
-    q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + head  # [BM]
+    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
     q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
     d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
     lse = load_base2_lse(Lse, q_row, ok)  # [BM]
     delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
-    Lists += (batch * num_tokens + token) * num_slots
-    part_row = (batch * tl.num_programs(0) + local) * num_slots
+    place = batch * tl.num_programs(0) + tile
+    Union += place * num_slots
+    Members += place * num_slots
+    count = tl.load(Count + place)
     dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
-    for start in tl.range(0, num_slots, BN):
-        row, listed = _listed(Lists, start, num_slots, batch * num_keys, GROUPS, group, BN)  # [BN]
+    for start in tl.range(0, count, BN):
+        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
         p = tl.exp2(scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])  # [BM, BN]
-        p = tl.where(listed[None, :], p, 0.0)
+        p = tl.where(((queries[None, :] >> member[:, None]) & 1) == 1, p, 0.0)
         ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)  # [BM, BN]
         dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
-        part = ((part_row + start + tl.arange(0, BN)) * GROUPS + group) * (D + DV)  # [BN]
+        part = ((place * num_slots + start + tl.arange(0, BN)) * GROUPS + group) * (D + DV)  # [BN]
         dk1 = tl.dot(tl.trans(ds), q1, input_precision=PRECISION) * scale  # [BN, D1]
         _store_part(Parts, part, listed, tl.arange(0, D1), D, dk1)
         if D2 > 0:
@@ -132,66 +160,98 @@ def backward_kernel(Q, K, V, Lists, DOut, Lse, Delta, DQ, Parts, token0, num_tok
     store_query_gradient(DQ, q_row, ok, dq1, dq2, scale, D, D1, D2, False)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "token0"])
-def invert_kernel(Lists, Slots, token0, num_tokens, num_keys, num_slots, QUERIES: tl.constexpr, BLOCK: tl.constexpr):
-    """Slots (B, S, QUERIES) int16: the slot in which query ``token0`` + i of the chunk lists key s. Filled with -1."""
-    query, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    Lists += (batch * num_tokens + token0 + query) * num_slots
-    for start in tl.range(0, num_slots, BLOCK):
-        slot = start + tl.arange(0, BLOCK)  # [BLOCK]
-        key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BLOCK]
-        tl.store(Slots + (batch * num_keys + key) * QUERIES + query, slot.to(tl.int16), mask=key >= 0)
+@triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
+def union_kernel(Lists, Seen, Union, Members, Count, token0, num_queries, num_tokens, num_keys, num_slots,
+                 QUERIES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Union (B, tiles, QUERIES * slots) int32: the keys that a tile of QUERIES queries lists, ascending.
+
+    Members, likewise, uint8: bit i is set where query i of the tile lists the key. Count (B, tiles) int32: of the keys.
+    Seen (B, tiles, S) uint8 is 0, before and afterwards.
+    """
+    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place = batch * tl.num_programs(0) + tile
+    Seen += place * num_keys
+    Union += place * num_slots * QUERIES
+    Members += place * num_slots * QUERIES
+    Lists += (batch * num_tokens + token0 + tile * QUERIES) * num_slots
+    least, most = num_keys, -1
+    for query in tl.range(0, tl.minimum(QUERIES, num_queries - tile * QUERIES)):
+        for start in tl.range(0, num_slots, BLOCK):
+            slot = start + tl.arange(0, BLOCK)  # [BLOCK]
+            key = tl.load(Lists + query * num_slots + slot, mask=slot < num_slots, other=-1)  # [BLOCK]
+            bits = tl.load(Seen + key, mask=key >= 0, other=0).to(tl.int32) | (1 << query)  # [BLOCK]
+            tl.store(Seen + key, bits.to(tl.uint8), mask=key >= 0)
+            least = tl.minimum(least, tl.min(tl.where(key >= 0, key, num_keys)))
+            most = tl.maximum(most, tl.max(key))
+        tl.debug_barrier()  # the next query sees what other threads of the program stored
+    count = 0
+    for start in tl.range(least // 16 * 16, most + 1, BLOCK):
+        key = start + tl.arange(0, BLOCK)  # [BLOCK]
+        bits = tl.load(Seen + key, mask=key < num_keys, other=0)  # [BLOCK]
+        some = bits != 0  # [BLOCK]
+        slot = count + tl.cumsum(some.to(tl.int32), 0) - 1  # [BLOCK]
+        tl.store(Union + slot, key, mask=some)
+        tl.store(Members + slot, bits, mask=some)
+        tl.store(Seen + key, tl.zeros([BLOCK], tl.uint8), mask=some)
+        count += tl.sum(some.to(tl.int32))
+    tl.store(Count + place, count)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def users_kernel(Slots, Users, Count, Listed, num_keys, num_slots, QUERIES: tl.constexpr,
+def invert_kernel(Union, Count, Slots, num_keys, num_slots, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """Slots (B, S, TILES) int16: the slot in which each tile of the chunk lists key s. Filled with -1."""
+    tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place = batch * tl.num_programs(0) + tile
+    count = tl.load(Count + place)
+    for start in tl.range(0, count, BLOCK):
+        slot = start + tl.arange(0, BLOCK)  # [BLOCK]
+        key = tl.load(Union + place * num_slots + slot, mask=slot < count, other=0)  # [BLOCK]
+        tl.store(Slots + (batch * num_keys + key) * TILES + tile, slot.to(tl.int16), mask=slot < count)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def users_kernel(Slots, Users, Number, Listed, num_keys, num_slots, TILES: tl.constexpr,
                  KEYS: tl.constexpr):  # fmt: skip
-    """Users (B, S, QUERIES) int32: the numbers query * slots + slot that list each key. Count (B, S): of them.
+    """Users (B, S, TILES) int32: the numbers tile * slots + slot that list each key. Number (B, S): of them.
 
     A program takes KEYS keys, as far as they lie among those that the chunk lists: Listed (2,), the least and the most.
     Slots is -1 again afterwards, for the next chunk.
     """
-    query = tl.arange(0, QUERIES)  # [QUERIES]
-    first = tl.maximum(tl.program_id(0) * KEYS, tl.load(Listed))
-    end = tl.minimum(tl.program_id(0) * KEYS + KEYS, tl.load(Listed + 1) + 1)
-    for number in tl.range(first, end):
-        key = tl.program_id(1).to(tl.int64) * num_keys + number
-        slot = tl.load(Slots + key * QUERIES + query).to(tl.int32)  # [QUERIES]
+    first = tl.program_id(0) * KEYS
+    least, most = tl.load(Listed), tl.load(Listed + 1)
+    if (first <= most) & (first + KEYS > least):
+        tile, key = tl.arange(0, TILES), first + tl.arange(0, KEYS)  # [TILES], [KEYS]
+        ok = (key >= least) & (key <= most)  # [KEYS]
+        row = tl.program_id(1).to(tl.int64) * num_keys + key  # [KEYS]
+        at = row[:, None] * TILES + tile[None, :]  # [KEYS, TILES]
+        slot = tl.load(Slots + at, mask=ok[:, None], other=-1).to(tl.int32)
         lists = slot >= 0
-        rank = tl.cumsum(lists.to(tl.int32), 0) - 1  # [QUERIES]
-        tl.store(Users + key * QUERIES + rank, query * num_slots + slot, mask=lists)
-        tl.store(Slots + key * QUERIES + query, tl.full([QUERIES], -1, tl.int16), mask=lists)
-        tl.store(Count + key, tl.sum(lists.to(tl.int32)))
+        rank = tl.cumsum(lists.to(tl.int32), 1) - 1
+        tl.store(Users + row[:, None] * TILES + rank, tile[None, :] * num_slots + slot, mask=lists)
+        tl.store(Slots + at, tl.full([KEYS, TILES], -1, tl.int16), mask=lists)
+        tl.store(Number + row, tl.sum(lists.to(tl.int32), 1), mask=ok)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "num_queries"])
-def sum_kernel(Parts, Users, Count, Listed, Total, num_keys, num_slots, num_queries, WIDTH: tl.constexpr,
-               COLUMNS: tl.constexpr, QUERIES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
-    """Adds Parts (B, queries of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
+@triton.jit(do_not_specialize=INTEGERS)
+def sum_kernel(Parts, Users, Number, Listed, Total, num_keys, num_slots, num_tiles, WIDTH: tl.constexpr,
+               COLUMNS: tl.constexpr, TILES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
+    """Adds Parts (B, tiles of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
     key, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     at = batch * num_keys + key
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    if (key >= tl.load(Listed)) & (key <= tl.load(Listed + 1)):  # others have no count
+    number = 0
+    if (key >= tl.load(Listed)) & (key <= tl.load(Listed + 1)):  # others have no number
+        number = tl.load(Number + at)
+    if number > 0:
         total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
-        count = tl.load(Count + at)
-        for start in tl.range(0, count, GATHERED):
-            number = start + tl.arange(0, GATHERED)  # [GATHERED]
-            ok = number < count  # [GATHERED]
-            user = tl.load(Users + at * QUERIES + number, mask=ok, other=0)  # [GATHERED]
-            row = batch * num_queries * num_slots + user  # [GATHERED]
-            total += tl.sum(load_rows(Parts, row, ok, column, WIDTH).to(tl.float32), 0)
+        for start in tl.range(0, number, GATHERED):
+            rank = start + tl.arange(0, GATHERED)  # [GATHERED]
+            user = tl.load(Users + at * TILES + rank, mask=rank < number, other=0)  # [GATHERED]
+            row = batch * num_tiles * num_slots + user  # [GATHERED]
+            total += tl.sum(load_rows(Parts, row, rank < number, column, WIDTH).to(tl.float32), 0)
         place = at * WIDTH + column  # [COLUMNS]
         here = column < WIDTH
         tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
-
-
-def _tile(constants: dict[str, int | str], itemsize: int) -> tuple[dict[str, int], dict[str, int]]:
-    """(tile constants, launch options): rows for the heads of a KV head, and as many keys as fit beside them."""
-    rows = min(MOST_ROWS, tile_width(int(constants["HEADS"])))
-    if INTERPRETED:
-        return {"BM": rows, "BN": 16}, {}
-    wide = int(constants["D1"]) * itemsize > 256
-    return {"BM": rows, "BN": 32 if wide else 64}, {"num_warps": 4, "num_stages": 1 if wide else 2}
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -200,58 +260,101 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tup
     Args:
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), lists (B, T, slots) int32: contiguous.
     """
-    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    (batch, tokens, heads, width), (keys, groups), slots = q.shape, k.shape[1:3], lists.shape[2]
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     if not (q.numel() and k.numel() and lists.numel()):
         return out.zero_(), lse.fill_(-torch.inf)
-    constants = shape_constants(q, k, v)
-    tile, options = _tile(constants, q.element_size())
-    grid = (tokens, groups * triton.cdiv(heads // groups, tile["BM"]), batch)
-    forward_kernel[grid](
-        q, k, v, lists, out, lse, tokens, keys, lists.shape[2], scale * LOG2_E, **constants, **tile, **options
-    )
+    constants, of_group = shape_constants(q, k, v), heads // groups
+    row_bytes = max(width, v.shape[3]) * q.element_size()
+    rows = min(MOST_ROWS, triton.next_power_of_2(of_group))
+    queries = queries_of_tile(rows, slots, FORWARD_ROWS[q.element_size()] // (2 if row_bytes > 256 else 1))
+    tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
+    options = union_options(tile["BM"], row_bytes, FORWARD_STAGES)
+    chunk = UNION_BYTES // (batch * (5 * slots + keys // queries)) // queries * queries
+    for tiles in united(lists, keys, max(queries, min(tokens, chunk)), queries):
+        forward_kernel[tiles.union.shape[1], groups * triton.cdiv(of_group, rows), batch](
+            q, k, v, tiles.union, tiles.members, tiles.count, out, lse, tiles.token, tiles.here, tokens, keys,
+            tiles.union.shape[2], scale * LOG2_E, **constants, **tile, **options,
+        )  # fmt: skip
     return out, lse
 
 
-def summed_parts(lists: Tensor, total: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Adds to ``total`` (B, S, columns) fp32 what the caller writes for each slot of ``lists`` (B, T, slots) int32.
+class Tiles(NamedTuple):
+    """Tiles of neighbouring queries with the keys that one of them lists.
+
+    Attributes:
+        token: the first query of the chunk. here: the number of its queries.
+        union (B, tiles, slots) int32, members (B, tiles, slots) uint8, count (B, tiles) int32: see `union_kernel`.
+    """
+
+    token: int
+    here: int
+    union: Tensor
+    members: Tensor
+    count: Tensor
+
+
+def queries_of_tile(rows: int, slots: int, most_rows: int) -> int:
+    """How many queries share a tile, a power of two, if each has ``rows`` rows; their slots must fit an int16."""
+    most = max(1, min(MOST_UNITED, most_rows // rows, 2**15 // slots))
+    return 1 << (most.bit_length() - 1)
+
+
+def united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tiles]:
+    """Tiles of ``queries`` queries, for each ``chunk`` of the queries of lists (B, T, slots) int32."""
+    batch, tokens, slots = lists.shape
+    tiles = triton.cdiv(chunk, queries)
+    seen = lists.new_zeros(batch, tiles, keys, dtype=torch.uint8)
+    union, members = (lists.new_empty(batch * tiles * queries * slots, dtype=x) for x in (torch.int32, torch.uint8))
+    count = lists.new_empty(batch * tiles)
+    for token in range(0, tokens, chunk):
+        here = min(chunk, tokens - token)
+        number = triton.cdiv(here, queries)
+        union_kernel[number, batch](
+            lists, seen, union, members, count, token, here, tokens, keys, slots, queries,
+            64 if INTERPRETED else UNION_BLOCK, num_warps=8,
+        )  # fmt: skip
+        shape = (batch, number, queries * slots)
+        size = batch * number * queries * slots
+        yield Tiles(token, here, union[:size].view(shape), members[:size].view(shape), count)
+
+
+def summed_parts(
+    lists: Tensor, total: Tensor, dtype: torch.dtype, queries: int
+) -> Iterator[tuple[Tiles, Tensor]]:  # fmt: skip
+    """Adds to ``total`` (B, S, columns) fp32 what the caller writes for each slot of the union of a tile's lists.
+
+    Args:
+        lists: (B, T, slots) int32. queries: of a tile.
 
     Yields:
-        the first query of a chunk, the number of its queries, and room for their parts (B, queries, slots, columns) in
-        ``dtype``. They are summed before the next chunk.
+        the tiles of a chunk of queries, and room for their parts (B, tiles, slots, columns) in ``dtype``. They are
+        summed before the next chunk.
     """
     (batch, tokens, slots), (_, keys, columns) = lists.shape, total.shape
     chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
-    queries = triton.next_power_of_2(chunk)
-    inverse = lists.new_full((batch, keys, queries), -1, dtype=torch.int16)
+    chunk = triton.cdiv(chunk, queries) * queries
+    most = triton.next_power_of_2(chunk // queries)
+    inverse = lists.new_full((batch, keys, most), -1, dtype=torch.int16)
     listed = _least_and_most(lists, chunk, keys)
-    users, count = lists.new_empty(batch, keys, queries), lists.new_empty(batch, keys)
+    users, number = lists.new_empty(batch, keys, most), lists.new_empty(batch, keys)
     parts = total.new_empty(batch * chunk * slots * columns, dtype=dtype)
     at_once = min(MOST_COLUMNS, tile_width(columns))
-    for number, token in enumerate(range(0, tokens, chunk)):
-        here = min(chunk, tokens - token)
-        invert_kernel[here, batch](
-            lists, inverse, token, tokens, keys, slots, queries, 64 if INTERPRETED else 512, num_warps=4
+    keys_at_once = max(1, USERS // most)
+    for bounds, tiles in zip(listed, united(lists, keys, chunk, queries), strict=True):
+        tile_count, width = tiles.union.shape[1:]
+        invert_kernel[tile_count, batch](
+            tiles.union, tiles.count, inverse, keys, width, most, 64 if INTERPRETED else 512, num_warps=4
         )
-        programs = triton.cdiv(keys, KEYS)
-        users_kernel[programs, batch](inverse, users, count, listed[number], keys, slots, queries, KEYS, num_warps=4)
-        yield token, here, parts
+        users_kernel[triton.cdiv(keys, keys_at_once), batch](
+            inverse, users, number, bounds, keys, width, most, keys_at_once, num_warps=4
+        )
+        yield tiles, parts
         sum_kernel[keys, triton.cdiv(columns, at_once), batch](
-            parts,
-            users,
-            count,
-            listed[number],
-            total,
-            keys,
-            slots,
-            here,
-            columns,
-            at_once,
-            queries,
-            min(64, GATHERED // at_once),
-            num_warps=4,
-        )
+            parts, users, number, bounds, total, keys, width, tile_count, columns, at_once, most,
+            min(64, GATHERED // at_once), num_warps=4,
+        )  # fmt: skip
 
 
 def _least_and_most(lists: Tensor, chunk: int, keys: int) -> Tensor:
@@ -275,14 +378,26 @@ def backward(
     if not (q.numel() and k.numel() and lists.numel()):
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
-    tile, options = _tile(constants, q.element_size())
-    if not INTERPRETED:
-        tile["BN"], options["num_warps"] = 32, 2 if tile["BM"] == 16 else 4
-    tile["BM"] = tile_width(heads // groups)
-    for token, here, parts in summed_parts(lists, total.flatten(2), k.dtype):
-        backward_kernel[here, groups, batch](
-            q, k, v, lists, d_out, lse, delta, dq, parts, token, tokens, keys, slots, scale * LOG2_E, scale,
-            **constants, **tile, **options,
+    rows = triton.next_power_of_2(heads // groups)
+    row_bytes = max(width, v.shape[3]) * q.element_size()
+    queries = queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (4 if row_bytes > 256 else 1))
+    tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
+    options = union_options(tile["BM"], row_bytes, UNION_STAGES)
+    for tiles, parts in summed_parts(lists, total.flatten(2), k.dtype, queries):
+        backward_kernel[tiles.union.shape[1], groups, batch](
+            q, k, v, tiles.union, tiles.members, tiles.count, d_out, lse, delta, dq, parts, tiles.token, tiles.here,
+            tokens, keys, tiles.union.shape[2], scale * LOG2_E, scale, **constants, **tile, **options,
         )  # fmt: skip
     dk, dv = total.split([width, v.shape[3]], -1)
     return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
+
+
+def union_options(rows: int, row_bytes: int, stages: int) -> dict[str, int]:
+    """BN and launch options of a kernel over tiles of ``rows`` rows."""
+    if INTERPRETED:
+        return {"BN": 16}
+    return {
+        "BN": 32 if row_bytes > 256 or rows < 64 else UNION_KEYS,
+        "num_warps": 8 if rows >= 64 else 4,
+        "num_stages": stages,
+    }
