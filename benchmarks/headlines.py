@@ -26,6 +26,10 @@ AIMS = {
 STEP_AIMS = {("1b", 2, 8192): 1.0, ("1b", 1, 16384): 1.35, ("1b", 1, 32768): 1.9, ("1b", 1, 65536): 3.0}
 MFU_AIMS = {("125m", 1, 8192): 0.27}
 TWO_AIMS = {"data": 1.9, "tensor": 1.6, "context": 1.7}
+# Aims of the project: the fastest dense call over this one, at 65,536 tokens and batch 8; milliseconds of a token.
+DECODE_AIMS = {("B", "quest"): 6.0, ("B", "twilight"): 6.0, ("A", "nsa"): 6.0, ("latent", "latent_dsa"): 3.0}
+TOKEN_AIMS = {"nsa": 1.3, "dense": 1.4}
+DECODED = {"A": "64 query heads on 4 of 128", "B": "32 on 8 of 128", "latent": "latents, 128 heads"}
 SHAPES = {
     "A": "64 query heads, 4 KV heads, head dimension 128",
     "B": "32 / 8, 128",
@@ -36,7 +40,7 @@ SHAPES = {
     "long": "32 / 2, 128",
     "hN": "4 N / 4, 128: N query heads to a KV head",
 }
-SCALING = "scaling-h200-2026-11-30"
+SCALING, DECODE = "scaling-h200-2026-11-30", "decode-h200-2026-11-30"
 PEERS = {
     "xunhao": "XunhaoLai/native-sparse-attention-triton",
     "sfnsa": "mdy666/Scalable-Flash-Native-Sparse-Attention",
@@ -111,6 +115,7 @@ def page(results: dict[str, dict]) -> str:
         *steps(results),
         *trainer(results),
         *several(results),
+        *decoding(results),
         "## Targets missed\n",
         "The targets were set by the project before the work.\n",
         *(words(f"- {line}", indent="  ") for line in aims),
@@ -347,6 +352,34 @@ def several(results: dict[str, dict]) -> Iterator[str]:
     ]
     yield from table(["NSA", "one GPU, tokens/s", "two GPUs", "over one", "target"], rows)
     yield source(results, SCALING)
+
+
+def decoding(results: dict[str, dict]) -> Iterator[str]:
+    """One token a sequence: what was aimed at."""
+    result = results[DECODE]["decode"]
+    yield "## Decoding\n"
+    found = {(row["shape"], row["call"]): row for row in result["rows"] if row["batch"] == 8 and row["tokens"] == 65536}
+    cells: list[list[object]] = []
+    for (shape, call), aim in DECODE_AIMS.items():
+        row = found[shape, call]
+        name = f"{call}, {DECODED[shape]}, 64K, batch 8"
+        cells.append([name, f"{row['ms'] * 1e3:.0f} us", row["over_dense"], aim])
+    yield from table(["one token", "time", "dense over it", "target"], cells)
+    steps = [
+        f"{row['steps_ms']:.2f} ms with {'NSA' if row['kind'] == 'nsa' else 'dense attention'} (target "
+        f"{TOKEN_AIMS[row['kind']]:g})"
+        for row in result["decoder"]
+    ]
+    grown = [f"{row['growing_ms']:.0f}" for row in result["decoder"]]
+    yield words(
+        f"A token of {result['decoder'][0]['decoder']} after a prompt of 32K tokens, batch 1, as a CUDA graph:",
+        f"{' and '.join(steps)}. With caches that grow, Python takes",
+        f"{' and '.join(grown)} ms.\n",
+    )
+    slower = [f"{x['call']} ({DECODED[x['shape']]}, batch {x['batch']})" for x in result["crossovers"]]
+    never = [name for name, x in zip(slower, result["crossovers"], strict=True) if x["faster_from"] is None]
+    yield words(f"**Slower than dense at all lengths measured**: {'; '.join(never)}.\n")
+    yield source(results, DECODE)
 
 
 def missed_by_steps(result: dict) -> Iterator[str]:

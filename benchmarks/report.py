@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import headlines
 from benchmarks.headlines import AIMS, NAMES, SHAPES, length, ms, table, words
 from benchmarks.recall import draw as draw_recall
+from benchmarks.report_decode import decode
 from benchmarks.report_dsa import dsa
 from benchmarks.report_trainer import preparing, recall, scaling, steady, training
 from nsa.planning import measured
@@ -62,6 +63,7 @@ def section(result: dict, figure: Path) -> Iterator[str]:
     yield from dense(result.get("dense_attention", []))
     yield from steady(result.get("steady"))
     yield from dsa(result.get("dsa"))
+    yield from decode(result.get("decode"))
     yield from training(result.get("training", []))
     yield from scaling(result.get("scaling", []))
     yield from recall(result.get("recall", []))

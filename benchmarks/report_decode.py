@@ -1,0 +1,59 @@
+"""The tables of benchmarks/decode.py, for benchmarks/report.py."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.headlines import DECODED, length, table, words
+
+
+def cells_of(rows: list[dict[str, Any]]) -> Iterator[list[object]]:
+    """A row of the table for each shape, batch and call: microseconds and the ratio at each length."""
+    lengths = sorted({row["tokens"] for row in rows})
+    by: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        by.setdefault((row["shape"], row["batch"], row["call"]), {})[row["tokens"]] = row
+    for (shape, batch, call), found in sorted(by.items(), key=lambda item: item[0][:2]):
+        cells: list[object] = [shape, batch, call]
+        for tokens in lengths:
+            row = found.get(tokens, {})
+            cells += [f"{row['ms'] * 1e3:.0f}" if "ms" in row else row.get("failed"), row.get("over_dense")]
+        last = found.get(lengths[-1], {})
+        yield [*cells, last.get("floor_share")]
+
+
+def decode(result: dict[str, Any] | None) -> Iterator[str]:
+    """The result of benchmarks/decode.py."""
+    if not result:
+        return
+    lengths = sorted({row["tokens"] for row in result["rows"]})
+    yield "### Attention of one query token a sequence\n"
+    described = "; ".join(f"{name}: {what}" for name, what in DECODED.items())
+    yield words(
+        f"{described}. Sparse calls attend to 1/16 of the tokens, NSA to its own sizes, `latent_dsa` to 2,048. What",
+        "each call does is in `benchmarks/decode.py`. Over dense: the time of the fastest of FlashAttention, cuDNN and",
+        "ours (`latent`: of ours) over this one.\n",
+    )
+    header = ["shape", "batch", "call"]
+    for tokens in lengths:
+        header += [f"us, {length(tokens)}", "over dense"]
+    yield from table([*header, f"share of the floor, {length(lengths[-1])}"], list(cells_of(result["rows"])))
+    slower = [x for x in result["crossovers"] if x["faster_from"] != lengths[0] and x["call"] != "ours"]
+    if slower:
+        yield "Slower than dense at the shortest length, and faster from:\n"
+        yield from table(
+            ["shape", "batch", "call", "tokens"],
+            [[x["shape"], x["batch"], x["call"], x["faster_from"] or "none of these"] for x in slower],
+        )
+    yield words("Relative errors against fp32 at the shortest length:", _errors(result["errors"]) + ".\n")
+    if result["decoder"]:
+        yield "### A token of a whole decoder, batch 1\n"
+        cells = [
+            [row["decoder"], row["kind"], row["prompt"], row["weights_gb"], row["steps_ms"], row["growing_ms"]]
+            for row in result["decoder"]
+        ]
+        header = ["model", "attention", "prompt", "GB of weights", "ms, CUDA graph", "ms, caches that grow"]
+        yield from table(header, cells)
+
+
+def _errors(errors: dict[str, dict[str, float]]) -> str:
+    return "; ".join(f"{shape} {', '.join(f'{k} {v:g}' for k, v in found.items())}" for shape, found in errors.items())
