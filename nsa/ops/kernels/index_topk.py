@@ -24,6 +24,7 @@ SCORE_RUN = 4  # tiles of queries that it goes through
 SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` and `topk_kernel` loads at once
 SELECT_WARPS, TOPK_WARPS = 8, 8
 SAMPLE = 2048  # scores of the sample
+PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST = 64  # room for candidates at least
 FILL = 256  # entries that a program fills at once
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
@@ -196,8 +197,12 @@ def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial,
-                     num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
-    """Candidates (B, rows, MOST) int32: the keys that reach the bound, ascending. Found (B, rows): how many they are.
+                     num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr,
+                     WRITE: tl.constexpr):  # fmt: skip
+    """Candidates (B, rows, MOST) int32: the keys that reach the bound, ascending. Found (B, rows, SPLITS): how many.
+
+    A row has SPLITS programs, each with a part of it. If there are several, they first count, without WRITE, and then
+    each begins behind what those before it found.
 
     A row of Scores has ``row_vectors`` times VECTOR entries. The pass over it begins at a multiple of VECTOR and masks
     by the row's end alone: so the compiler knows that it may load several scores at once, and a thread counts
@@ -208,23 +213,35 @@ def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_
     row_size = row_vectors * VECTOR
     Scores += (batch * num_rows + row) * row_size
     Candidates += (batch * num_rows + row) * MOST
+    Found += (batch * num_rows + row) * SPLITS
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     if own - first + 1 > topk:
         found, bound = 0, tl.load(Bounds + batch * num_rows + row)
-        for start in tl.range(first // VECTOR * VECTOR, own + 1, BLOCK):
+        begin, end, split = first // VECTOR * VECTOR, own + 1, tl.program_id(2)
+        if SPLITS > 1:
+            part = tl.cdiv(tl.cdiv(end - begin, BLOCK), SPLITS) * BLOCK
+            begin += split * part
+            end = tl.minimum(end, begin + part)
+            if WRITE:
+                other = tl.arange(0, SPLITS)  # [SPLITS]
+                found += tl.sum(tl.load(Found + other, mask=other < split, other=0))
+        for start in tl.range(begin, end, BLOCK):
             key = start + tl.arange(0, BLOCK)  # [BLOCK]
             score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
             forced = (key < first + num_initial) | (key > own - num_local)  # [BLOCK]
             reaches = (key >= first) & (key <= own) & (forced | ((score < bound) == 0))  # [BLOCK]
-            slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
-            tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
+            if WRITE:
+                slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
+                tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
             found += tl.sum(reaches.to(tl.int32))
-        tl.store(Found + batch * num_rows + row, found)
+        if (SPLITS == 1) | (not WRITE):
+            tl.store(Found + split, found)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens, row_vectors, topk,
-                num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):  # fmt: skip
+                num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
+                SPLITS: tl.constexpr):  # fmt: skip
     """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
 
     Scores, Candidates and Found are those of `candidate_kernel`.
@@ -237,7 +254,7 @@ def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, 
     # Of a query that sees at most k tokens all are taken: the threshold is below every score.
     threshold, missing, found = tl.full([], 0, tl.uint32), topk, 0
     if own - first + 1 > topk:
-        found = tl.load(Found + batch * num_rows + row)
+        found = tl.sum(tl.load(Found + (batch * num_rows + row) * SPLITS + tl.arange(0, SPLITS)))
         if (found < topk) | (found > MOST):  # the sample misled: search the whole row
             for step in tl.static_range(4):
                 counts = tl.zeros([256], tl.int32)  # [256]
@@ -276,7 +293,7 @@ def topk(
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
     row_vectors = triton.cdiv(keys, VECTOR)
     slab = q_idx.new_empty(batch, rows, row_vectors * VECTOR, dtype=torch.float32)
-    room = _room(topk, indices, batch * rows)
+    room = _room(topk, indices, batch * rows, 1)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
     queries, block, tiles = score_tiles(q_idx)
     for token in range(0, tokens, rows):
@@ -318,11 +335,20 @@ def choose_rows(
 
     ``seen``: (2, R) int32, the first and the last entry of each row; what is forced is counted from these.
     """
-    chosen, vector = scores.new_empty(len(scores), topk), vector_of(scores.shape[1])
+    (rows, size), vector = scores.shape, vector_of(scores.shape[1])
+    chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)
     _select(
-        scores[None], seen[0], seen[1], _room(topk, indices, len(scores)), indices, chosen, 0, len(scores), len(scores),
-        scores.shape[1] // vector, topk, num_initial, num_local, vector,
+        scores[None], seen[0], seen[1], _room(topk, indices, rows, splits), indices, chosen, 0, rows, rows,
+        size // vector, topk, num_initial, num_local, vector,
     )  # fmt: skip
+
+
+def splits_of(rows: int, size: int) -> int:
+    """Programs that look for the candidates of a row, so that few long rows keep a GPU busy. A power of two."""
+    if INTERPRETED:
+        return 4
+    wanted = min(PROGRAMS // max(1, rows), size // SELECT_BLOCK)
+    return 1 << max(0, wanted.bit_length() - 1)
 
 
 def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
@@ -330,10 +356,10 @@ def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
     return (16, 16, 2) if INTERPRETED else (*SCORE_TILES[q_idx.element_size()], SCORE_RUN)
 
 
-def _room(topk: int, like: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds (rows,) fp32, candidates (rows, MOST) int32 and their number (rows,) int32."""
+def _room(topk: int, like: Tensor, rows: int, splits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds (rows,) fp32, candidates (rows, MOST) int32 and their number (rows, splits) int32."""
     most = max(SMALLEST, triton.next_power_of_2(2 * topk))
-    return like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, most), like.new_empty(rows)
+    return like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, most), like.new_empty(rows, splits)
 
 
 def _select(
@@ -342,14 +368,16 @@ def _select(
 ) -> None:  # fmt: skip
     """The three kernels, of the ``here`` queries from ``token`` on; ``scores`` (B, here, S) are theirs."""
     batch, (bounds, candidates, found) = len(scores), room
+    splits = found.shape[1]
     block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
     where, forced = (token, here), (topk, num_initial, num_local, vector)
     bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, num_warps=8)
-    candidate_kernel[here, batch](
-        scores, first, own, bounds, candidates, found, *where, row_vectors, *forced, block, candidates.shape[1],
-        num_warps=SELECT_WARPS,
-    )  # fmt: skip
+    for write in (False, True) if splits > 1 else (True,):
+        candidate_kernel[here, batch, splits](
+            scores, first, own, bounds, candidates, found, *where, row_vectors, *forced, block, candidates.shape[1],
+            splits, write, num_warps=SELECT_WARPS,
+        )  # fmt: skip
     topk_kernel[here, batch](
         scores, first, own, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced, block,
-        candidates.shape[1], num_warps=TOPK_WARPS,
+        candidates.shape[1], splits, num_warps=TOPK_WARPS,
     )  # fmt: skip
