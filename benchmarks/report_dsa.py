@@ -10,15 +10,25 @@ def dsa(result: dict | None) -> Iterator[str]:
     if not result:
         return
     yield "### DSA: top-k of the indexer\n"
-    cells = [[r["heads"], r["tokens"], ms(r["ms"]), r["tflops"], r["extra_mib"]] for r in result["topk"]]
+    cells = [
+        [r["heads"], r["tokens"], ms(r["ms"]), round(r["tflops"], 1), round(r["extra_mib"], 1)] for r in result["topk"]
+    ]
     yield from table(["index heads", "tokens", "ms", "TFLOP/s", "extra MiB"], cells)
     yield "### DSA: attention to the selected tokens, against causal attention by cuDNN\n"
-    cells = []
+    cells, seen = [], set()
+    kinds = any("lists" in row for row in result["attention"])
+    if kinds:
+        yield "`union`: how many tokens eight neighbouring queries list together, on average, over k.\n"
     for row in result["attention"]:
-        for name in ("ours", "cudnn"):
-            ratios = row["dense_over_ours"] if name == "ours" else [1, 1, 1]
-            cells.append([row["tokens"], name, *map(ms, row[name].values()), *ratios])
-    yield from table(["tokens", "", "forward ms", "backward ms", "cuDNN over it: forward", "backward", "both"], cells)
+        sharing = [row["lists"], row["union_over_topk"]] if kinds else []
+        cells.append([row["tokens"], "ours", *sharing, *map(ms, row["ours"].values()), *row["dense_over_ours"]])
+        if row["tokens"] not in seen:  # does not depend on the lists
+            cells.append([row["tokens"], "cudnn", *[None] * len(sharing), *map(ms, row["cudnn"].values()), 1, 1, 1])
+        seen.add(row["tokens"])
+    names = ["lists", "union"] if kinds else []
+    yield from table(
+        ["tokens", "", *names, "forward ms", "backward ms", "cuDNN over it: forward", "backward", "both"], cells
+    )
     yield "### DSA: the indexer's loss with its gradients\n"
     columns = ["phase", "index_heads", "tokens", "kl_ms", "forward_ms", "over_dense", "extra_mib"]
     names = ["phase", "index heads", "tokens", "loss ms", "dense forward ms", "over cuDNN's both passes", "extra MiB"]
@@ -26,9 +36,14 @@ def dsa(result: dict | None) -> Iterator[str]:
     yield "### DSA: a layer's operators in the sparse phase, 16 index heads\n"
     columns = ["topk", "forward_ms", "backward_ms", "kl"]
     cells = [
-        [r["tokens"], *(ms(r["parts_ms"][c]) for c in columns), r["dense_over_ours"], r["kl_share"]]
+        [
+            r["tokens"],
+            *[r["lists"]] * kinds,
+            *(ms(r["parts_ms"][c]) for c in columns),
+            r["dense_over_ours"],
+            r["kl_share"],
+        ]
         for r in result["layer"]
     ]
-    yield from table(
-        ["tokens", "top-k ms", "forward ms", "backward ms", "loss ms", "cuDNN over all", "loss, share"], cells
-    )
+    header = ["tokens", *["lists"] * kinds, "top-k ms", "forward ms", "backward ms", "loss ms", "cuDNN over all"]
+    yield from table([*header, "loss, share"], cells)
