@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import (
     SMALLEST_DOT,
     load_base2_lse,
@@ -407,8 +408,10 @@ def _union_options(rows: int, row_bytes: int) -> dict[str, int]:
     """BN and launch options of a kernel over tiles of ``rows`` rows."""
     if INTERPRETED:
         return {"BN": 16}
+    few = row_bytes > 256 or rows < 64
+    few |= hardware.architecture() == "sm_80"  # 64 would spill many registers, and not fit small GPUs
     return {
-        "BN": 32 if row_bytes > 256 or rows < 64 else 64,
+        "BN": 32 if few else 64,
         "num_warps": 8 if rows >= 64 else 4,
         "num_stages": 2,
     }
