@@ -91,7 +91,8 @@ def row_of_topk(heads: int, tokens: int) -> dict[str, object]:
 def rows_of_attention(heads: int, tokens: int) -> list[dict[str, Any]]:
     """A row for each kind of LISTS. cuDNN is timed once."""
     q, k, v = normal(1, tokens, heads, WIDTH), normal(1, tokens, KV_HEADS, WIDTH), normal(1, tokens, KV_HEADS, WIDTH)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+    for x in (q, k, v):
+        x.requires_grad_()
 
     def times(call: Callable[[], Tensor]) -> tuple[dict[str, float], bool]:
         """ms of both passes, and whether the gradients have the same bits twice."""
@@ -99,20 +100,24 @@ def rows_of_attention(heads: int, tokens: int) -> list[dict[str, Any]]:
         gradient = torch.randn_like(out)
 
         def backward() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+            return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
         with torch.no_grad():
             found = {"forward_ms": called_ms(call)}
         found["backward_ms"] = called_ms(backward)
         return found, all(torch.equal(a, b) for a, b in zip(backward(), backward(), strict=True))
 
-    cudnn, _ = times(lambda: ops.dense_attention(*inputs, backend="cudnn"))
+    cudnn, _ = times(lambda: ops.dense_attention(q, k, v, backend="cudnn"))
     rows = []
     for name, kind in LISTS.items():
         lists, _ = ops.index_topk(*indexer(tokens, *kind), topk=TOPK)
         row: dict[str, Any] = {"heads": heads, "kv_heads": KV_HEADS, "tokens": tokens, "lists": name}
         row["union_over_topk"] = union_over_topk(lists, tokens)
-        ours, row["repeats"] = times(lambda lists=lists: ops.token_sparse_attention(*inputs, lists))
+
+        def attention(lists: Tensor = lists) -> Tensor:
+            return ops.token_sparse_attention(q, k, v, lists)
+
+        ours, row["repeats"] = times(attention)
         row |= {"ours": ours, "cudnn": cudnn}
         ratios = [cudnn[x] / ours[x] for x in ours]
         row["dense_over_ours"] = [*ratios, sum(cudnn.values()) / sum(ours.values())]
@@ -150,7 +155,13 @@ def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) ->
         loss()
         extra = torch.cuda.max_memory_allocated() - before
         ms = called_ms(loss)
-        row = {"phase": phase, "heads": heads, "index_heads": index_heads, "tokens": tokens, "kl_ms": ms}
+        row: dict[str, object] = {
+            "phase": phase,
+            "heads": heads,
+            "index_heads": index_heads,
+            "tokens": tokens,
+            "kl_ms": ms,
+        }
         row |= {"forward_ms": forward_ms, "over_dense": (forward_ms + ms) / dense, "extra_mib": extra / 2**20}
         rows.append(row)
     return rows
