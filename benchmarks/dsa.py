@@ -3,17 +3,20 @@
     python benchmarks/dsa.py [--tokens 32768 65536] [--out FILE]
 
 bf16, batch 1, top-k 2048, one document; the median of eager calls with the L2 cache flushed. `extra_mib`: memory beyond
-the result. `tflops`: of the scores that are computed. The index queries are running means, so neighbouring queries
-select much the same tokens, and the attention is that of `--heads` with four KV heads of width 128. `dense_over_ours`:
-time of causal attention by cuDNN over the attention's, for the forward pass, the backward pass and both; the indexer is
-not in it. `training` is the indexer's loss with all its gradients; `over_dense`: its time and, in the warm-up, that
-of the dense forward pass, over cuDNN's forward and backward pass. `layer`: top-k with 16 heads, attention and loss.
+the result. `tflops`: of the scores that are computed. The attention is that of `--heads` with four KV heads of width
+128. Its time depends on how much the lists of neighbouring queries share, so it is timed on the three kinds of LISTS.
+`union_over_topk`: how many tokens eight neighbouring queries list together, on average, over 2048: 1 if they list the
+same tokens, 8 if none twice. `dense_over_ours`: time of causal attention by cuDNN over the attention's, for the forward
+pass, the backward pass and both; the indexer is not in it. `training` is the indexer's loss with all its gradients,
+over lists of slow queries; `over_dense`: its time and, in the warm-up, that of the dense forward pass, over cuDNN's
+forward and backward pass. `layer`: top-k with 16 heads, attention on each kind of list, and loss.
 """
 
 import argparse
 import json
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,51 @@ from benchmarks.measure import called_ms, environment, need_gpu
 from nsa import ops
 
 TOPK, WIDTH, KV_HEADS = 2048, 128, 4
+NEIGHBOURS = 8  # queries whose lists are counted together: as many as share a tile of the kernels at most
+# Index heads, their width, whether the queries change slowly, whether the heads have random weights.
+LISTS = {
+    "slow, 4 heads": (4, 64, True, False),
+    "slow, 16 heads": (16, WIDTH, True, True),
+    "independent": (16, WIDTH, False, True),
+}
 
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+def indexer(tokens: int, heads: int, width: int, slow: bool, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Index queries (1, T, Hi, Di), keys (1, T, Di), bf16, and weights (1, T, Hi), fp32.
+
+    Slow queries are running means of normal ones, so neighbours select much the same tokens.
+    """
+    queries, weights = normal(1, tokens, heads, width), torch.ones(1, tokens, heads, device="cuda")
+    if slow:
+        means = queries.float().cumsum(1)
+        means /= torch.arange(1, tokens + 1, device="cuda")[:, None, None] ** 0.5
+        queries = means.bfloat16()
+    if weighted:
+        weights = torch.rand(1, tokens, heads, device="cuda") * (heads * width) ** -0.5
+    return queries, normal(1, tokens, width), weights
+
+
+def union_over_topk(lists: Tensor, tokens: int, neighbours: int = NEIGHBOURS, at_once: int = 256) -> float:
+    """How many tokens ``neighbours`` neighbouring queries list together, on average, over the length of a list.
+
+    Queries that are left over after whole groups do not count.
+
+    Args:
+        lists: (B, T, slots) int, with -1 where there is no token. tokens: more than any number in it.
+        at_once: groups that are counted at a time, in ``at_once`` * ``tokens`` bytes.
+    """
+    batch, queries, slots = lists.shape
+    groups = queries // neighbours
+    listed, total = lists[:, : groups * neighbours].reshape(batch * groups, neighbours * slots), 0
+    for part in listed.split(at_once):
+        there = torch.zeros(len(part), tokens + 1, dtype=torch.bool, device=lists.device)
+        there.scatter_(1, part.long().masked_fill(part < 0, tokens), True)
+        total += int(there[:, :tokens].sum())
+    return total / max(1, batch * groups * slots)
 
 
 def row_of_topk(heads: int, tokens: int) -> dict[str, object]:
@@ -44,35 +88,41 @@ def row_of_topk(heads: int, tokens: int) -> dict[str, object]:
     return {"heads": heads, "tokens": tokens, "ms": ms, "tflops": flops / ms / 1e9, "extra_mib": extra / 2**20}
 
 
-def row_of_attention(heads: int, tokens: int) -> dict[str, Any]:
+def rows_of_attention(heads: int, tokens: int) -> list[dict[str, Any]]:
+    """A row for each kind of LISTS. cuDNN is timed once."""
     q, k, v = normal(1, tokens, heads, WIDTH), normal(1, tokens, KV_HEADS, WIDTH), normal(1, tokens, KV_HEADS, WIDTH)
-    inputs = [x.requires_grad_() for x in (q, k, v)]
-    queries = normal(1, tokens, 4, 64).float().cumsum(1)
-    queries /= torch.arange(1, tokens + 1, device="cuda")[:, None, None] ** 0.5
-    index = queries.bfloat16(), normal(1, tokens, 64), torch.ones(1, tokens, 4, device="cuda")
-    lists, _ = ops.index_topk(*index, topk=TOPK)
-    calls = {
-        "ours": lambda: ops.token_sparse_attention(*inputs, lists),
-        "cudnn": lambda: ops.dense_attention(*inputs, backend="cudnn"),
-    }
-    row: dict[str, Any] = {"heads": heads, "kv_heads": KV_HEADS, "tokens": tokens}
-    times = {}
-    for name, call in calls.items():
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def times(call: Callable[[], Tensor]) -> tuple[dict[str, float], bool]:
+        """ms of both passes, and whether the gradients have the same bits twice."""
         out = call()
         gradient = torch.randn_like(out)
 
-        def backward(out: Tensor = out, gradient: Tensor = gradient) -> object:
-            return torch.autograd.grad(out, inputs, gradient, retain_graph=True)
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
 
         with torch.no_grad():
-            forward_ms = called_ms(call)
-        times[name] = forward_ms, called_ms(backward)
-        row[name] = {"forward_ms": times[name][0], "backward_ms": times[name][1]}
-        if name == "ours":
-            row["repeats"] = all(torch.equal(a, b) for a, b in zip(backward(), backward(), strict=True))
-    ratios = [dense / ours for dense, ours in zip(times["cudnn"], times["ours"], strict=True)]
-    row["dense_over_ours"] = [*ratios, sum(times["cudnn"]) / sum(times["ours"])]
-    return row
+            found = {"forward_ms": called_ms(call)}
+        found["backward_ms"] = called_ms(backward)
+        return found, all(torch.equal(a, b) for a, b in zip(backward(), backward(), strict=True))
+
+    cudnn, _ = times(lambda: ops.dense_attention(q, k, v, backend="cudnn"))
+    rows = []
+    for name, kind in LISTS.items():
+        lists, _ = ops.index_topk(*indexer(tokens, *kind), topk=TOPK)
+        row: dict[str, Any] = {"heads": heads, "kv_heads": KV_HEADS, "tokens": tokens, "lists": name}
+        row["union_over_topk"] = union_over_topk(lists, tokens)
+
+        def attention(lists: Tensor = lists) -> Tensor:
+            return ops.token_sparse_attention(q, k, v, lists)
+
+        ours, row["repeats"] = times(attention)
+        row |= {"ours": ours, "cudnn": cudnn}
+        ratios = [cudnn[x] / ours[x] for x in ours]
+        row["dense_over_ours"] = [*ratios, sum(cudnn.values()) / sum(ours.values())]
+        rows.append(row)
+    return rows
 
 
 def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) -> list[dict[str, object]]:
@@ -82,10 +132,9 @@ def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) ->
         dense: ms of dense attention by cuDNN, forward and backward.
     """
     q, k = normal(1, tokens, heads, WIDTH), normal(1, tokens, KV_HEADS, WIDTH)
-    queries = normal(1, tokens, index_heads, WIDTH).float().cumsum(1)
-    queries /= torch.arange(1, tokens + 1, device="cuda")[:, None, None] ** 0.5
-    weights = torch.rand(1, tokens, index_heads, device="cuda") * (index_heads * WIDTH) ** -0.5
-    index = queries.bfloat16().requires_grad_(), normal(1, tokens, WIDTH).requires_grad_(), weights.requires_grad_()
+    index = indexer(tokens, index_heads, WIDTH, True, True)
+    for x in index:
+        x.requires_grad_()
     rows: list[dict[str, object]] = []
     for phase in ("sparse", "warm-up"):
         if phase == "sparse":
@@ -106,7 +155,13 @@ def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) ->
         loss()
         extra = torch.cuda.max_memory_allocated() - before
         ms = called_ms(loss)
-        row = {"phase": phase, "heads": heads, "index_heads": index_heads, "tokens": tokens, "kl_ms": ms}
+        row: dict[str, object] = {
+            "phase": phase,
+            "heads": heads,
+            "index_heads": index_heads,
+            "tokens": tokens,
+            "kl_ms": ms,
+        }
         row |= {"forward_ms": forward_ms, "over_dense": (forward_ms + ms) / dense, "extra_mib": extra / 2**20}
         rows.append(row)
     return rows
@@ -125,20 +180,23 @@ def main() -> None:
         for heads in (16, 64):
             result["topk"].append(row_of_topk(heads, tokens))
             print(result["topk"][-1], flush=True)
-        attention = row_of_attention(options.heads, tokens)
-        print(attention, flush=True)
-        result["attention"].append(attention)
-        dense = sum(attention["cudnn"].values())
+        attention = rows_of_attention(options.heads, tokens)
+        for row in attention:
+            print(row, flush=True)
+        result["attention"] += attention
+        dense = sum(attention[0]["cudnn"].values())
         for index_heads in (16, 64):
             for row in rows_of_training(options.heads, index_heads, tokens, dense):
                 result["training"].append(row)
                 print(row, flush=True)
         topk = next(row["ms"] for row in result["topk"] if (row["heads"], row["tokens"]) == (16, tokens))
         kl = next(row for row in result["training"] if row["tokens"] == tokens and row["index_heads"] == 16)["kl_ms"]
-        parts = {"topk": topk, **attention["ours"], "kl": kl}
-        whole = {"tokens": tokens, "parts_ms": parts, "dense_over_ours": dense / sum(parts.values())}
-        result["layer"].append(whole | {"kl_share": kl / sum(parts.values())})
-        print(result["layer"][-1], flush=True)
+        for row in attention:
+            parts = {"topk": topk, **row["ours"], "kl": kl}
+            whole = {"tokens": tokens, "lists": row["lists"], "parts_ms": parts}
+            whole["dense_over_ours"] = dense / sum(parts.values())
+            result["layer"].append(whole | {"kl_share": kl / sum(parts.values())})
+            print(result["layer"][-1], flush=True)
     if options.out:
         report = environment() | {"command": shlex.join(["python", *sys.argv]), "dsa": result}
         options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -5,30 +5,40 @@ from collections.abc import Iterator
 from benchmarks.headlines import ms, table
 
 
+def short(value: object) -> object:
+    """A float with four digits."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def dsa(result: dict | None) -> Iterator[str]:
-    """The result of benchmarks/dsa.py."""
+    """The result of benchmarks/dsa.py. Older ones have one kind of lists, which they do not name."""
     if not result:
         return
     yield "### DSA: top-k of the indexer\n"
-    cells = [[r["heads"], r["tokens"], ms(r["ms"]), r["tflops"], r["extra_mib"]] for r in result["topk"]]
+    cells = [[r["heads"], r["tokens"], ms(r["ms"]), short(r["tflops"]), short(r["extra_mib"])] for r in result["topk"]]
     yield from table(["index heads", "tokens", "ms", "TFLOP/s", "extra MiB"], cells)
     yield "### DSA: attention to the selected tokens, against causal attention by cuDNN\n"
-    cells = []
+    kinds, cells, seen = any("lists" in row for row in result["attention"]), [], set()
+    if kinds:
+        yield "`union`: how many tokens eight neighbouring queries list together, on average, over k.\n"
     for row in result["attention"]:
-        for name in ("ours", "cudnn"):
-            ratios = row["dense_over_ours"] if name == "ours" else [1, 1, 1]
-            cells.append([row["tokens"], name, *map(ms, row[name].values()), *ratios])
-    yield from table(["tokens", "", "forward ms", "backward ms", "cuDNN over it: forward", "backward", "both"], cells)
+        sharing = [row["lists"], short(row["union_over_topk"])] if kinds else []
+        ratios = map(short, row["dense_over_ours"])
+        cells.append([row["tokens"], "ours", *sharing, *map(ms, row["ours"].values()), *ratios])
+        if row["tokens"] not in seen:  # cuDNN's do not depend on the lists
+            cells.append([row["tokens"], "cudnn", *[None] * len(sharing), *map(ms, row["cudnn"].values()), 1, 1, 1])
+        seen.add(row["tokens"])
+    names = ["tokens", "", *["lists", "union"][: 2 * kinds], "forward ms", "backward ms"]
+    yield from table([*names, "cuDNN over it: forward", "backward", "both"], cells)
     yield "### DSA: the indexer's loss with its gradients\n"
     columns = ["phase", "index_heads", "tokens", "kl_ms", "forward_ms", "over_dense", "extra_mib"]
     names = ["phase", "index heads", "tokens", "loss ms", "dense forward ms", "over cuDNN's both passes", "extra MiB"]
-    yield from table(names, [[row[c] for c in columns] for row in result["training"]])
+    yield from table(names, [[short(row[c]) for c in columns] for row in result["training"]])
     yield "### DSA: a layer's operators in the sparse phase, 16 index heads\n"
-    columns = ["topk", "forward_ms", "backward_ms", "kl"]
-    cells = [
-        [r["tokens"], *(ms(r["parts_ms"][c]) for c in columns), r["dense_over_ours"], r["kl_share"]]
-        for r in result["layer"]
-    ]
-    yield from table(
-        ["tokens", "top-k ms", "forward ms", "backward ms", "loss ms", "cuDNN over all", "loss, share"], cells
-    )
+    cells = []
+    for row in result["layer"]:
+        times = [ms(row["parts_ms"][c]) for c in ("topk", "forward_ms", "backward_ms", "kl")]
+        lists = [row["lists"]] if kinds else []
+        cells.append([row["tokens"], *lists, *times, short(row["dense_over_ours"]), short(row["kl_share"])])
+    names = ["tokens", *["lists"][:kinds], "top-k ms", "forward ms", "backward ms", "loss ms"]
+    yield from table([*names, "cuDNN over all", "loss, share"], cells)

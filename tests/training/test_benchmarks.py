@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 from tiny import start
 
 from tests.conftest import HAS_GPU, ROOT
@@ -51,6 +52,26 @@ def test_a_crossover_is_the_length_from_which_on_a_call_is_faster() -> None:
         for tokens, ratio in found.items()
     ]
     assert {x["call"]: x["faster_from"] for x in crossovers(rows)} == {"quest": 16, "nsa": None}
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 8])
+def test_how_much_the_lists_of_neighbours_share(neighbours: int) -> None:
+    """Against sets; a query that is left over, and slots without a token, do not count."""
+    pytest.importorskip("triton")
+    from benchmarks.dsa import union_over_topk
+
+    tokens, slots, queries = 40, 5, 25
+    lists = torch.stack([torch.randperm(tokens)[:slots] for _ in range(2 * queries)]).view(2, queries, slots)
+    lists[:, ::4, 3:] = -1
+    groups = [
+        {int(x) for row in sequence[start : start + neighbours] for x in row if x >= 0}
+        for sequence in lists
+        for start in range(0, queries - neighbours + 1, neighbours)
+    ]
+    expected = sum(map(len, groups)) / len(groups) / slots
+    assert union_over_topk(lists.int(), tokens, neighbours, at_once=2) == pytest.approx(expected)
+    same = torch.arange(slots).int().expand(1, 16, slots)
+    assert union_over_topk(same, tokens) == 1 and union_over_topk(torch.arange(80).view(1, 16, 5), 80) == 8
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what the kernel of Linux does")

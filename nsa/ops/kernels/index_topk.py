@@ -20,12 +20,12 @@ from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, tile_width, 
 SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
 SCORE_TILES = {2: (64, 128), 4: (32, 64)}
-SCORE_RUN = 4  # tiles of queries that it goes through
+SCORE_RUN = 2  # tiles of queries that it goes through
 SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` and `topk_kernel` loads at once
-SELECT_WARPS, TOPK_WARPS = 8, 8
 SAMPLE = 2048  # scores of the sample
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST = 64  # room for candidates at least
+MANY = 4096  # candidates in the room, from which on `topk_kernel` takes 16 warps
 FILL = 256  # entries that a program fills at once
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
@@ -375,9 +375,9 @@ def _select(
     for write in (False, True) if splits > 1 else (True,):
         candidate_kernel[here, batch, splits](
             scores, first, own, bounds, candidates, found, *where, row_vectors, *forced, block, candidates.shape[1],
-            splits, write, num_warps=SELECT_WARPS,
+            splits, write, num_warps=8,
         )  # fmt: skip
     topk_kernel[here, batch](
         scores, first, own, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced, block,
-        candidates.shape[1], splits, num_warps=TOPK_WARPS,
+        candidates.shape[1], splits, num_warps=16 if candidates.shape[1] >= MANY else 8,
     )  # fmt: skip

@@ -23,8 +23,8 @@ ROW_BLOCK = 2048  # values of a row that a program of `row_kernel` loads at once
 # (queries, keys, warps, stages) of a program, by the bytes of an element.
 TARGET_TILES = {2: (64, 128, 4, 3), 4: (32, 64, 4, 3)}
 WIDE_TARGET_TILES = {2: (64, 64, 4, 3), 4: (32, 32, 4, 3)}  # of heads wider than 128
-QUERY_TILES = {2: (64, 128, 4, 2), 4: (32, 32, 4, 3)}
-KEY_TILES = {2: (64, 128, 8, 3), 4: (32, 32, 4, 3)}
+QUERY_TILES = {2: (128, 64, 8, 3), 4: (32, 32, 4, 3)}
+KEY_TILES = {2: (64, 64, 4, 3), 4: (32, 32, 4, 3)}
 
 
 @triton.jit

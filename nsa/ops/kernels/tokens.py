@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import (
     SMALLEST_DOT,
     load_base2_lse,
@@ -39,15 +40,13 @@ GATHERED = 8192  # elements that such a program loads at once
 USERS = 2048  # keys times tiles of a program of `users_kernel`
 # Neighbouring queries list much the same keys. So many of them at most share a tile: a bit of a byte each.
 MOST_UNITED = 8
-TILE_ROWS = {2: 128, 4: 16}  # rows of a tile, by the bytes of an element
+TILE_ROWS = {2: 128, 4: 16}  # rows of a tile at most, by the bytes of an element
 UNION_BLOCK = 4096  # slots, or keys, that a program of `union_kernel` loads at once
-UNION_KEYS, UNION_STAGES = 64, 2  # of the kernels over tiles
 UNION_BYTES = 2**27  # of the unions of a chunk of queries in the forward pass
-FORWARD_ROWS, FORWARD_STAGES = {2: 128, 4: 16}, 2
 
 
 @triton.jit
-def tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
+def _tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
     """(query of the chunk, number within its tile, head, whether it exists), each [BM], of a tile of QUERIES queries.
 
     A query has ROWS rows, of which HEADS are heads.
@@ -58,7 +57,7 @@ def tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEAD
 
 
 @triton.jit
-def united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
+def _united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
     """(int64 rows of the keys [BN], whether the slot has one [BN], the set of its queries [BN]) of slots on."""
     slot = start + tl.arange(0, BN)  # [BN]
     key = tl.load(Union + slot, mask=slot < count, other=0)  # [BN]
@@ -78,7 +77,7 @@ def forward_kernel(Q, K, V, Union, Members, Count, Out, Lse, token0, num_queries
     tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = (HEADS + ROWS - 1) // ROWS
     group = tl.program_id(1) // parts
-    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    query, member, head, ok = _tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
     head += tl.program_id(1) % parts * ROWS
     ok = ok & (head < HEADS)
     q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
@@ -91,7 +90,7 @@ def forward_kernel(Q, K, V, Union, Members, Count, Out, Lse, token0, num_queries
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
     row_sum = tl.zeros([BM], tl.float32)  # [BM]
     for start in tl.range(0, count, BN):
-        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row, listed, queries = _united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
         row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         s = scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2  # [BM, BN]
@@ -127,7 +126,7 @@ def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts,
     dV. Other arguments as in `forward_kernel`.
     """
     tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    query, member, head, ok = _tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
     q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
     q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
     d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
@@ -140,7 +139,7 @@ def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts,
     dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
     for start in tl.range(0, count, BN):
-        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row, listed, queries = _united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
         row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
@@ -197,16 +196,23 @@ def union_kernel(Lists, Seen, Union, Members, Count, token0, num_queries, num_to
     tl.store(Count + place, count)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def invert_kernel(Union, Count, Slots, num_keys, num_slots, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """Slots (B, S, TILES) int16: the slot in which each tile of the chunk lists key s. Filled with -1."""
+@triton.jit(do_not_specialize=[*INTEGERS, "row0", "num_rows"])
+def invert_kernel(Lists, Count, Slots, row0, num_rows, num_keys, num_slots, TILES: tl.constexpr,
+                  BLOCK: tl.constexpr):  # fmt: skip
+    """Slots (B, S, TILES) int16: the slot in which each tile of the chunk lists key s. Filled with -1.
+
+    Lists (B, rows, slots) int32: the keys of a tile, row ``row0`` + i for tile i, or -1. Count (B, tiles) int32: how
+    many slots have a key; None: any of them may have one.
+    """
     tile, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    place = batch * tl.num_programs(0) + tile
-    count = tl.load(Count + place)
+    Lists += (batch * num_rows + row0 + tile) * num_slots
+    count = num_slots
+    if Count is not None:
+        count = tl.load(Count + batch * tl.num_programs(0) + tile)
     for start in tl.range(0, count, BLOCK):
         slot = start + tl.arange(0, BLOCK)  # [BLOCK]
-        key = tl.load(Union + place * num_slots + slot, mask=slot < count, other=0)  # [BLOCK]
-        tl.store(Slots + (batch * num_keys + key) * TILES + tile, slot.to(tl.int16), mask=slot < count)
+        key = tl.load(Lists + slot, mask=slot < count, other=-1)  # [BLOCK]
+        tl.store(Slots + (batch * num_keys + key) * TILES + tile, slot.to(tl.int16), mask=key >= 0)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -268,11 +274,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tup
     constants, of_group = shape_constants(q, k, v), heads // groups
     row_bytes = max(width, v.shape[3]) * q.element_size()
     rows = min(MOST_ROWS, triton.next_power_of_2(of_group))
-    queries = queries_of_tile(rows, slots, FORWARD_ROWS[q.element_size()] // (2 if row_bytes > 256 else 1))
+    queries = _queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (2 if row_bytes > 256 else 1))
     tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
-    options = union_options(tile["BM"], row_bytes, FORWARD_STAGES)
+    options = _union_options(tile["BM"], row_bytes)
     chunk = UNION_BYTES // (batch * (5 * slots + keys // queries)) // queries * queries
-    for tiles in united(lists, keys, max(queries, min(tokens, chunk)), queries):
+    for tiles in _united(lists, keys, max(queries, min(tokens, chunk)), queries):
         forward_kernel[tiles.union.shape[1], groups * triton.cdiv(of_group, rows), batch](
             q, k, v, tiles.union, tiles.members, tiles.count, out, lse, tiles.token, tiles.here, tokens, keys,
             tiles.union.shape[2], scale * LOG2_E, **constants, **tile, **options,
@@ -286,22 +292,23 @@ class Tiles(NamedTuple):
     Attributes:
         token: the first query of the chunk. here: the number of its queries.
         union (B, tiles, slots) int32, members (B, tiles, slots) uint8, count (B, tiles) int32: see `union_kernel`.
+            If each query is alone: the lists of all queries (B, T, slots), None and None.
     """
 
     token: int
     here: int
     union: Tensor
-    members: Tensor
-    count: Tensor
+    members: Tensor | None
+    count: Tensor | None
 
 
-def queries_of_tile(rows: int, slots: int, most_rows: int) -> int:
+def _queries_of_tile(rows: int, slots: int, most_rows: int) -> int:
     """How many queries share a tile, a power of two, if each has ``rows`` rows; their slots must fit an int16."""
     most = max(1, min(MOST_UNITED, most_rows // rows, 2**15 // slots))
     return 1 << (most.bit_length() - 1)
 
 
-def united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tiles]:
+def _united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tiles]:
     """Tiles of ``queries`` queries, for each ``chunk`` of the queries of lists (B, T, slots) int32."""
     batch, tokens, slots = lists.shape
     tiles = triton.cdiv(chunk, queries)
@@ -321,32 +328,37 @@ def united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tiles
 
 
 def summed_parts(
-    lists: Tensor, total: Tensor, dtype: torch.dtype, queries: int
+    lists: Tensor, total: Tensor, dtype: torch.dtype, queries: int | None
 ) -> Iterator[tuple[Tiles, Tensor]]:  # fmt: skip
     """Adds to ``total`` (B, S, columns) fp32 what the caller writes for each slot of the union of a tile's lists.
 
     Args:
-        lists: (B, T, slots) int32. queries: of a tile.
+        lists: (B, T, slots) int32.
+        queries: of a tile. None: each query has parts for the slots of its own list, and there is no union.
 
     Yields:
         the tiles of a chunk of queries, and room for their parts (B, tiles, slots, columns) in ``dtype``. They are
         summed before the next chunk.
     """
     (batch, tokens, slots), (_, keys, columns) = lists.shape, total.shape
+    of_tile = queries or 1
     chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
-    chunk = triton.cdiv(chunk, queries) * queries
-    most = triton.next_power_of_2(chunk // queries)
+    chunk = triton.cdiv(chunk, of_tile) * of_tile
+    most = triton.next_power_of_2(chunk // of_tile)
     inverse = lists.new_full((batch, keys, most), -1, dtype=torch.int16)
     listed = _least_and_most(lists, chunk, keys)
     users, number = lists.new_empty(batch, keys, most), lists.new_empty(batch, keys)
     parts = total.new_empty(batch * chunk * slots * columns, dtype=dtype)
     at_once = min(MOST_COLUMNS, tile_width(columns))
     keys_at_once = max(1, USERS // most)
-    for bounds, tiles in zip(listed, united(lists, keys, chunk, queries), strict=True):
-        tile_count, width = tiles.union.shape[1:]
+    alone = (Tiles(token, min(chunk, tokens - token), lists, None, None) for token in range(0, tokens, chunk))
+    chunks = alone if queries is None else _united(lists, keys, chunk, queries)
+    for bounds, tiles in zip(listed, chunks, strict=True):
+        width, tile_count = tiles.union.shape[2], triton.cdiv(tiles.here, of_tile)
         invert_kernel[tile_count, batch](
-            tiles.union, tiles.count, inverse, keys, width, most, 64 if INTERPRETED else 512, num_warps=4
-        )
+            tiles.union, tiles.count, inverse, tiles.token if queries is None else 0, tiles.union.shape[1], keys, width,
+            most, 64 if INTERPRETED else 512, num_warps=4,
+        )  # fmt: skip
         users_kernel[triton.cdiv(keys, keys_at_once), batch](
             inverse, users, number, bounds, keys, width, most, keys_at_once, num_warps=4
         )
@@ -380,9 +392,9 @@ def backward(
     dq, constants = torch.empty_like(q), shape_constants(q, k, v)
     rows = triton.next_power_of_2(heads // groups)
     row_bytes = max(width, v.shape[3]) * q.element_size()
-    queries = queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (4 if row_bytes > 256 else 1))
+    queries = _queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (4 if row_bytes > 256 else 1))
     tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
-    options = union_options(tile["BM"], row_bytes, UNION_STAGES)
+    options = _union_options(tile["BM"], row_bytes)
     for tiles, parts in summed_parts(lists, total.flatten(2), k.dtype, queries):
         backward_kernel[tiles.union.shape[1], groups, batch](
             q, k, v, tiles.union, tiles.members, tiles.count, d_out, lse, delta, dq, parts, tiles.token, tiles.here,
@@ -392,12 +404,14 @@ def backward(
     return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
 
 
-def union_options(rows: int, row_bytes: int, stages: int) -> dict[str, int]:
+def _union_options(rows: int, row_bytes: int) -> dict[str, int]:
     """BN and launch options of a kernel over tiles of ``rows`` rows."""
     if INTERPRETED:
         return {"BN": 16}
+    few = row_bytes > 256 or rows < 64
+    few |= hardware.architecture() == "sm_80"  # 64 would spill many registers, and not fit small GPUs
     return {
-        "BN": 32 if row_bytes > 256 or rows < 64 else UNION_KEYS,
+        "BN": 32 if few else 64,
         "num_warps": 8 if rows >= 64 else 4,
-        "num_stages": stages,
+        "num_stages": 2,
     }
