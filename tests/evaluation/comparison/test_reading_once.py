@@ -13,7 +13,7 @@ import transformers
 from nsa.baselines import METHODS, Budget, Ledger, Method, Session, method_named
 from nsa.baselines.methods.dense import DenseForOthers
 from nsa.evaluation.comparison import commands
-from nsa.evaluation.comparison.cells import Arm, Asked, TimeUpError, in_time
+from nsa.evaluation.comparison.cells import Arm, Asked, TimeUpError, seconds_for
 from nsa.evaluation.comparison.decoding import Prompts
 from nsa.evaluation.comparison.models import open_model
 from tests.small_run import small_export
@@ -226,15 +226,15 @@ def test_the_time_may_end_anywhere(folders: dict[str, Path], whole: dict[str, An
     """Each run finishes a cell or more; what was half done begins again."""
     work, done, several = compared(tmp_path / "parts", folders, *SMALLER), 0, 0
     for looks in range(100):  # at the clock until it is over
-        clock = iter(range(looks, 0, -1))
+        clock = iter([1e6] * looks)
         try:
-            found = run(work, lambda clock=clock: float(next(clock, 0)))  # type: ignore[misc]
+            found = run(work, lambda clock=clock: next(clock, 0.0))  # type: ignore[misc]
             break
         except TimeUpError:
             there = len(list((tmp_path / "parts/small/cells").iterdir()))
             assert there > done
             several, done = several + (there > done + 1), there
-    assert looks > 4 and several > 1 and found == whole
+    assert looks > 3 and several > 0 and found == whole
 
 
 def test_what_was_killed_begins_again(
@@ -279,8 +279,9 @@ def test_one_batch_is_kept_at_a_time(folders: dict[str, Path], tmp_path: Path, m
     assert len(holding) > 10 and set(holding) == {2}
 
 
-def test_as_many_cells_go_on_as_there_is_time_for() -> None:
-    """Half of the questions took 3, 2 and 4 seconds, and the other half will."""
-    cells: list[Any] = [Asked(*[None] * 6, answers=[None] * 5, seconds=seconds) for seconds in (3.0, 2.0, 4.0)]  # type: ignore
-    assert [len(in_time(cells, 10, seconds)) for seconds in (-1.0, 2.0, 4.0, 5.5, 8.5, 9.5)] == [1, 1, 1, 2, 2, 3]
-    assert in_time(cells, 5, 0.0) == cells and in_time([], 5, 1.0) == []
+def test_how_long_cells_will_take_is_known_from_those_that_have_begun() -> None:
+    """Five of ten questions took 3 and 2 seconds; the last one has not begun."""
+    begun: list[Any] = [Asked(*[None] * 6, answers=[None] * 5, seconds=seconds) for seconds in (3.0, 2.0)]  # type: ignore
+    fresh = Asked(*[None] * 6)  # type: ignore[arg-type]
+    assert [seconds_for(cells, 10) for cells in ([], begun[:1], begun, [*begun, fresh])] == [0, 3, 5, 5 + 4]
+    assert seconds_for(begun, 5) == 0
