@@ -16,7 +16,7 @@ from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.cells import Arm, Asked, TimeUpError, seconds_for
 from nsa.evaluation.comparison.decoding import Prompts
 from nsa.evaluation.comparison.models import open_model
-from tests.small_run import small_export
+from tests.small_run import small_config, small_export
 
 WHILE_DECODING = [kind for kind in METHODS if kind.phases == ("decode",)]
 CONFIG = """
@@ -41,6 +41,9 @@ SMALLER: Any = ("{name: quest, page: 4}, h2o", ("dense",), "question=[after]", "
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
+    folder = tmp_path_factory.mktemp("ungrouped")
+    shape = {"num_kv_heads": 4, "head_dim": 16, "v_head_dim": 16, "hidden_size": 64}
+    found["ungrouped"] = small_export(folder, "dense", small_config(folder, "dense", **shape))
     tokenizer = transformers.AutoTokenizer.from_pretrained(found["dense"], trust_remote_code=True)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -79,11 +82,9 @@ def gone_through(model: Any, method: Method, read: Callable[[Any], None]) -> dic
     reader = model.reader(method, dense_layers=[1], watch=True, ledger=ledger)
     read(reader)
     reader.end_prompt()
-    after = torch.randint(2, 60, (4, 8), generator=torch.Generator().manual_seed(2))
-    copied = reader.take(torch.tensor([0, 1, 1, 2]))
-    logits = [copied.read(after[:, t : t + 1]) for t in range(8)] + [
-        reader.read(after[:3, t : t + 1]) for t in range(8)
-    ]
+    after = torch.randint(2, 60, (7, 8), generator=torch.Generator().manual_seed(2))
+    copied = reader.take(torch.tensor([0, 1, 1, 2, 6, 5, 4]))
+    logits = [copied.read(after[:, t : t + 1]) for t in range(8)] + [reader.read(after[:, t : t + 1]) for t in range(8)]
     return {
         "logits": torch.stack([row for step in logits for row in step]),
         "counts": {key: vars(counts) for key, counts in ledger.counts.items()},
@@ -101,7 +102,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-IDS = torch.randint(2, 60, (3, 56), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(2, 60, (7, 93), generator=torch.Generator().manual_seed(1))
 
 
 def by_itself(reader: Any) -> None:
@@ -109,7 +110,7 @@ def by_itself(reader: Any) -> None:
     reader.read(IDS)
 
 
-@pytest.mark.parametrize("model", ["dense", "nsa", "llama"])
+@pytest.mark.parametrize("model", ["dense", "ungrouped", "nsa", "llama"])
 @pytest.mark.parametrize("kind", WHILE_DECODING, ids=lambda kind: kind.name)
 def test_a_method_goes_on_from_a_prompt_that_was_read_for_others(
     kind: type[Method], model: str, opened: dict[str, Any], monkeypatch: pytest.MonkeyPatch
