@@ -89,7 +89,9 @@ class Session:
         """
         view, plan = self._planned(layer, q, k, v, scale)
         listed = not self.prompt and q.is_cuda and can_list(view, plan)
-        out, lse = attend_listed(view, plan) if listed else attend(view, plan)
+        # A prompt that is left dense has the same bits whether a plan says so or none, so that others can `follow` it.
+        same = self.prompt and is_dense(view, plan)
+        out, lse = attend_listed(view, plan) if listed else attend(view, None if same else plan)
         if self.watch:
             self._watch(view, plan, lse)
         self._settle(view, plan)

@@ -229,9 +229,11 @@ class Cells:
         while cells and len(cells[0].answers) < questions:
             answered: list[Asked] = []
             for cell in cells:
-                if (not answered or self._rest(end) > 0) and self._tried(cell.arm, place, cell.go_on):
+                if answered and seconds_for([*answered, cell], questions) > self._rest(end):
+                    break
+                if self._tried(cell.arm, place, cell.go_on):
                     answered.append(cell)
-            cells = in_time(answered, questions, self._rest(end))
+            cells = answered
         if self._prompts is not None:
             self._prompts.forget()
         for cell in cells:
@@ -377,14 +379,14 @@ class Cells:
         return fit(spent, share, low, high)[0]
 
 
-def in_time(cells: list[Asked], questions: int, seconds: float) -> list[Asked]:
-    """The first of them, as many as will be done within ``seconds`` by what they took so far; one at least."""
-    total = 0.0
-    for number, cell in enumerate(cells):
-        total += cell.seconds * (questions / len(cell.answers) - 1)
-        if number and total > seconds:
-            return cells[:number]
-    return cells
+def seconds_for(cells: Sequence[Asked], questions: int) -> float:
+    """What is left to do will take so long, by what it took so far; one that has not begun takes what another takes."""
+    left = whole = 0.0
+    for cell in cells:
+        if cell.answers:
+            whole = cell.seconds * questions / len(cell.answers)
+        left += whole - cell.seconds
+    return left
 
 
 def fit(spent: Callable[[float], float], target: float, low: float, high: float) -> tuple[float, float]:

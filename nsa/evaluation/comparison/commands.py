@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from nsa.baselines import METHODS, method_named
 from nsa.data.tasks import TASKS
-from nsa.evaluation.comparison import packed
 from nsa.evaluation.comparison.cells import TimeUpError
 from nsa.evaluation.comparison.config import ComparisonConfig, Training, load, trainings_of
 from nsa.evaluation.comparison.folder import MANIFEST, Manifest, ResultsFolder, read_manifest, read_results
 from nsa.evaluation.comparison.identity import code_digest
 from nsa.evaluation.comparison.models import candidate_of
-from nsa.evaluation.comparison.report import write_report
+from nsa.evaluation.comparison.reading import packed
+from nsa.evaluation.comparison.reading.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
 from nsa.evaluation.comparison.runner import Comparison
 from nsa.exporting.folder import CONFIG

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsa.evaluation.comparison import packed
+from nsa.evaluation.comparison.reading import packed
 from nsa.evaluation.comparison.rows import Cell, ResultsError, Row, build_cell, cell_id, cell_of, digest, tidy
 from nsa.untrusted import UntrustedError, parse_json, read_bytes, read_json
 
@@ -185,7 +185,7 @@ class ResultsFolder:
 
 
 def read_results(path: Path | str) -> Results:
-    """All cells of a finished folder, or of one that `nsa.evaluation.comparison.packed` wrote.
+    """All cells of a finished folder, or of one that `nsa.evaluation.comparison.reading.packed` wrote.
 
     Raises:
         ResultsError: it is no such folder, it is half written, or its cells come from two commits or configurations, or

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import nsa
 
-# Modules of this package that read results and make none: a better report of the same results is no other result.
-READERS = ("alarms", "analysis", "cards", "figures", "internals", "packed", "pages", "report", "statistics")
+READERS = "evaluation/comparison/reading/"  # what reads results and makes none: a better report is no other result
 CODE = (".py", ".json")  # and the tables that it reads
 PREPARED = "data/cache/"  # texts that were prepared, by default: each export says by itself what it was trained on
 DIGITS = 12
@@ -28,8 +27,7 @@ def code_digest(root: Path | None = None) -> str:
         for path in folder.rglob("*")
         if path.suffix in CODE and path.is_file()
     }
-    readers = {f"evaluation/comparison/{name}.py" for name in READERS}
-    return _digest({n: path for n, path in files.items() if n not in readers and not n.startswith(PREPARED)})
+    return _digest({name: path for name, path in files.items() if not name.startswith((READERS, PREPARED))})
 
 
 def export_digest(folder: Path) -> str:

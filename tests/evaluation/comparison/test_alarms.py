@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from simulated import LAYERS, cell
 
-from nsa.evaluation.comparison import alarms
-from nsa.evaluation.comparison.alarms import ALARMS
-from nsa.evaluation.comparison.analysis import Table
+from nsa.evaluation.comparison.reading import alarms
+from nsa.evaluation.comparison.reading.alarms import ALARMS
+from nsa.evaluation.comparison.reading.analysis import Table
 
 DENSE = cell("dense", dense_score=0.9)
 QUEST = [cell("quest", budget=budget) for budget in (1.0, 0.25, 0.1)]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from simulated import MANIFEST, cell, cells, rows_of, write
 
-from nsa.evaluation.comparison import cards, statistics
-from nsa.evaluation.comparison.analysis import Table
 from nsa.evaluation.comparison.folder import ResultsFolder
-from nsa.evaluation.comparison.report import write_report
+from nsa.evaluation.comparison.reading import cards, statistics
+from nsa.evaluation.comparison.reading.analysis import Table
+from nsa.evaluation.comparison.reading.report import write_report
 from nsa.evaluation.comparison.rows import Cell, ResultsError
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from nsa.evaluation.comparison import statistics
-from nsa.evaluation.comparison.statistics import Clusters
+from nsa.evaluation.comparison.reading import statistics
+from nsa.evaluation.comparison.reading.statistics import Clusters
 
 
 def one_seed(sums, counts=None) -> Clusters:

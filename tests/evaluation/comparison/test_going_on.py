@@ -20,7 +20,7 @@ from nsa.evaluation.comparison import cells, commands
 from nsa.evaluation.comparison.config import load, trainings_of
 from nsa.evaluation.comparison.folder import ResultsFolder, read_results
 from nsa.evaluation.comparison.identity import READERS, code_digest, export_digest
-from nsa.evaluation.comparison.report import write_report
+from nsa.evaluation.comparison.reading.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
 from nsa.strict_yaml import ConfigError
 from tests.conftest import ROOT
@@ -267,7 +267,7 @@ def test_results_are_of_one_code_and_not_of_one_commit(tmp_path: Path) -> None:
 
 def test_the_code_is_all_that_can_change_an_answer(tmp_path: Path) -> None:
     package, data = tmp_path / "nsa", tmp_path / "data"
-    (package / "evaluation/comparison").mkdir(parents=True)
+    (package / READERS).mkdir(parents=True)
     (data / "cache/a").mkdir(parents=True)  # where texts are prepared by default
     (package / "data").symlink_to(data)
     files = [
@@ -277,7 +277,7 @@ def test_the_code_is_all_that_can_change_an_answer(tmp_path: Path) -> None:
         package / "evaluation/comparison/runner.py",
     ]
     prepared = [data / "cache/a/manifest.json", data / "cache/a/tokens-00000.bin", package / "ops.cpython-311.pyc"]
-    others = [package / "README.md", *prepared, *(package / f"evaluation/comparison/{name}.py" for name in READERS)]
+    others = [package / "README.md", *prepared, package / READERS / "report.py", package / READERS / "new.py"]
     for path in (*files, *others):
         path.write_text("one")
     first = code_digest(package)
@@ -291,7 +291,7 @@ def test_the_code_is_all_that_can_change_an_answer(tmp_path: Path) -> None:
     assert code_digest(package) == first
     (package / "new.py").touch()
     assert code_digest(package) != first
-    assert all((ROOT / f"nsa/evaluation/comparison/{name}.py").is_file() for name in READERS)
+    assert (ROOT / "nsa" / READERS / "report.py").is_file()
 
 
 def test_what_only_reads_results_is_not_used_to_make_them() -> None:
@@ -301,7 +301,8 @@ def test_what_only_reads_results_is_not_used_to_make_them() -> None:
         used.add(name := look.pop())
         look += [other for other in IMPORTS.get(name, ()) if other.startswith(package) and other not in used]
     assert f"{package}answers" in used
-    assert used & {package + name for name in READERS} == {f"{package}packed"}  # finished results are read with it
+    readers = {name for name in used if name.startswith(f"{package}reading.")}
+    assert readers == {f"{package}reading.packed"}  # finished results are read with it
 
 
 def test_lists_grow_and_do_not_shrink(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from nsa.baselines import METHODS, Budget, Ledger, method_named
+from nsa.baselines.methods.dense import DenseForOthers
 from nsa.data.tasks import task_named
 from nsa.evaluation.comparison.answers import ask
+from nsa.evaluation.comparison.decoding import Prompts
 from nsa.evaluation.comparison.leaks import changes
 from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from tests.small_run import small_export
@@ -53,7 +55,12 @@ def test_answers_are_those_of_the_cpu(kind: str, name: str, models: dict[str, An
 
     def answers() -> Any:
         ledger = Ledger()
-        batches = ask(open_reader(ledger), opened.tokenizer, task, samples, aware=False, batch_tokens=999)
+        options: dict[str, Any] = {"aware": False, "batch_tokens": 999}
+        if method is not None and method.phases == ("decode",):
+            options["prompts"] = Prompts(
+                lambda: opened.reader(DenseForOthers(), dense_layers=[], watch=False, ledger=Ledger())
+            )
+        batches = ask(open_reader(ledger), opened.tokenizer, task, samples, **options)
         found = changes(open_reader, method, ids) if method is not None and method.phases else {}
         return [answer for batch in batches for answer in batch], ledger.shares(), found
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nsa.baselines import METHODS
-from nsa.evaluation.comparison import figures
+from nsa.evaluation.comparison.reading import figures
 
 NAMES = [method.name for method in METHODS if method.phases]
 

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nsa.evaluation.comparison.analysis import Required
+from nsa.evaluation.comparison.reading.analysis import Required
 from nsa.evaluation.comparison.rows import OWN, RANDOM
 
 COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]

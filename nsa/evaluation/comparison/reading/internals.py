@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from nsa.evaluation.comparison import figures
-from nsa.evaluation.comparison.analysis import Point, Table
-from nsa.evaluation.comparison.pages import Grid, Picture, Section
+from nsa.evaluation.comparison.reading import figures
+from nsa.evaluation.comparison.reading.analysis import Point, Table
+from nsa.evaluation.comparison.reading.pages import Grid, Picture, Section
 from nsa.evaluation.comparison.rows import OWN
 
 BATCHES = (1, 64)  # of the isoCost pictures: weights are read once for all sequences

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nsa.evaluation.comparison import statistics
-from nsa.evaluation.comparison.analysis import MARGIN, Point, Table, paired
+from nsa.evaluation.comparison.reading import statistics
+from nsa.evaluation.comparison.reading.analysis import MARGIN, Point, Table, paired
 from nsa.evaluation.comparison.rows import DENSE, OWN, RANDOM, Cell
 
 AGREES, DISAGREES, UNDECIDED, ABSENT = "agrees", "disagrees", "undecided", "not measured here"

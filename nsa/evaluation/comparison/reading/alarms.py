@@ -10,8 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
-from nsa.evaluation.comparison import statistics
-from nsa.evaluation.comparison.analysis import LEVEL, Point, Table, paired
+from nsa.evaluation.comparison.reading import statistics
+from nsa.evaluation.comparison.reading.analysis import LEVEL, Point, Table, paired
 from nsa.evaluation.comparison.rows import DENSE, OWN, Cell
 
 NOMINAL = 0.02  # by which counted reads may differ from the nominal budget, of it

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from nsa.evaluation.comparison import alarms, cards, figures
-from nsa.evaluation.comparison.analysis import EFFECTIVE, FLOOR, MARGIN, TOLERANCE, Point, Table
 from nsa.evaluation.comparison.folder import Results, read_results
-from nsa.evaluation.comparison.internals import internals, iso_cost
-from nsa.evaluation.comparison.pages import Grid, Note, Picture, Section, write_html, write_markdown
+from nsa.evaluation.comparison.reading import alarms, cards, figures
+from nsa.evaluation.comparison.reading.analysis import EFFECTIVE, FLOOR, MARGIN, TOLERANCE, Point, Table
+from nsa.evaluation.comparison.reading.internals import internals, iso_cost
+from nsa.evaluation.comparison.reading.pages import Grid, Note, Picture, Section, write_html, write_markdown
 from nsa.evaluation.comparison.rows import DENSE, OWN, RANDOM, digest
 
 TITLE = "Trained against training-free sparse attention"

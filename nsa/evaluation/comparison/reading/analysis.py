@@ -8,9 +8,9 @@ from functools import cached_property, partial
 import numpy as np
 
 from nsa.evaluation import recall
-from nsa.evaluation.comparison import statistics
+from nsa.evaluation.comparison.reading import statistics
+from nsa.evaluation.comparison.reading.statistics import Clusters, Law
 from nsa.evaluation.comparison.rows import RANDOM, Cell, ResultsError
-from nsa.evaluation.comparison.statistics import Clusters, Law
 
 MARGIN = 0.02  # of non-inferiority, in score
 FLOOR = 0.80  # cells count only where dense reaches it
