@@ -120,6 +120,6 @@ def test_a_layout_that_cannot_work_is_refused(tmp_path):
 def test_a_dry_run_fails_for_a_broken_layer(tmp_path, monkeypatch):
     from nsa.parallel import tensor
 
-    monkeypatch.setattr(tensor, "_gather_tokens", lambda axis, module, args: args)
+    monkeypatch.setattr(tensor, "_gather_tokens", lambda axis, tokens, module, args: args)
     with pytest.raises((RuntimeError, ConfigError)):
         dry_run(tiny_config(tmp_path, *BASE, "parallel.tensor=2"), 2)
