@@ -40,7 +40,7 @@ SHAPES = {
     "long": "32 / 2, 128",
     "hN": "4 N / 4, 128: N query heads to a KV head",
 }
-SCALING, DECODE = "scaling-h200-2026-11-30", "decode-h200-2026-11-30"
+SCALING, DECODE, DSA = "scaling-h200-2026-11-30", "decode-h200-2026-11-30", "dsa-h200-2026-11-30"
 PEERS = {
     "xunhao": "XunhaoLai/native-sparse-attention-triton",
     "sfnsa": "mdy666/Scalable-Flash-Native-Sparse-Attention",
@@ -114,6 +114,7 @@ def page(results: dict[str, dict]) -> str:
         *dense(results),
         *steps(results),
         *trainer(results),
+        *sparse_tokens(results),
         *several(results),
         *decoding(results),
         "## Targets missed\n",
@@ -325,6 +326,31 @@ def trainer(results: dict[str, dict]) -> Iterator[str]:
         f"{steady['last']:,} in steps 2,500 to 3,000 (ratio {steady['ratio']:.3f}).\n",
     )
     yield source(results, TRAINER, BARE, STEADY, PACKED, LONG)
+
+
+def sparse_tokens(results: dict[str, dict]) -> Iterator[str]:
+    """DSA's operators at 64K tokens, and what was aimed at."""
+    result = results[DSA]["dsa"]
+    layer, attention = result["layer"][0], result["attention"][0]
+    warm = {row["index_heads"]: row for row in result["training"] if row["phase"] == "warm-up"}
+    topk = {row["heads"]: row for row in result["topk"]}
+    yield "## DSA's operators, 64K tokens\n"
+    yield words(
+        "64 query heads on 4 KV heads of 128, 2,048 tokens chosen, index heads of 128. Dense attention is cuDNN's,",
+        "forward and backward. The lists are those of queries that change slowly: eight neighbours share nearly all",
+        "tokens. The tokens that a small trained model attends to most have a union of two to three lists for eight",
+        "neighbours, and then the attention takes about twice as long ([log](log/2026-11.md)).\n",
+    )
+    rows: list[list[object]] = [
+        ["top-k, 16 index heads", f"{topk[16]['ms']:.1f} ms", 35],
+        ["attention, dense over it", f"{attention['dense_over_ours'][2]:.1f}", None],
+        ["with top-k and the indexer's loss, dense over it", f"{layer['dense_over_ours']:.2f}", 1.5],
+        ["share of the loss in that", f"{layer['kl_share']:.0%}", "15%"],
+        ["warm-up with 16 index heads, over dense", f"{warm[16]['over_dense']:.2f}", 1.0],
+        ["warm-up with 64 index heads, over dense", f"{warm[64]['over_dense']:.2f}", 1.4],
+    ]
+    yield from table(["", "measured", "target"], rows)
+    yield source(results, DSA)
 
 
 def several(results: dict[str, dict]) -> Iterator[str]:
