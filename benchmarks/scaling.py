@@ -148,6 +148,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.join:
+        if not options.out:
+            parser.error("--join needs --out: the file that gets the rows of all")
         files = [json.loads(path.read_text()) for path in options.join]
         write(files[0] | {"scaling": [row for file in files for row in file["scaling"]]}, options.out)
         return
