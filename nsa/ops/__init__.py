@@ -1,5 +1,6 @@
 """The operators: pure functions on tensors. Each folder's README has the definition and derivation."""
 
+from nsa.ops.block_sparse import block_sparse_attention
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
@@ -26,6 +27,7 @@ __all__ = [
     "Terms",
     "add_rms_norm",
     "apply_rotary",
+    "block_sparse_attention",
     "compress_blocks",
     "compressed_attention",
     "decode_attention",

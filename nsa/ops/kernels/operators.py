@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, first_columns, visible_blocks
-from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens, top_p
+from nsa.ops.kernels import block_sparse, compression, decode, quest, ranges, selected, selection, tokens, top_p
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
@@ -581,3 +581,27 @@ def compress_blocks(
     layout = compression_layout(documents, length, stride)
     tensors = (w.contiguous() for w in (x, inner, position, outer))
     return _compress_blocks(*tensors, list(layout), length, stride)[0]
+
+
+@torch.library.custom_op("nsa::block_sparse_attention", mutates_args=())
+def _block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, columns: Tensor | None, tile_size: int,
+    block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return block_sparse.forward(q, k, v, blocks, counts, columns, tile_size, block_size, scale)
+
+
+@_block_sparse_attention.register_fake
+def _block_sparse_attention_fake(q, k, v, *rest):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, columns: Tensor | None, tile_size: int,
+    block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `nsa.ops.block_sparse_attention` with ``return_lse``."""
+    columns = None if columns is None else columns.contiguous()
+    given = [x.contiguous() for x in (q, k, v, blocks, counts)]
+    out, lse = _block_sparse_attention(*given, columns, tile_size, block_size, scale)
+    return out, lse.transpose(1, 2)
