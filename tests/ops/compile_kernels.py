@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.geometry import Documents, Heads, RotaryLayout, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     accumulate,
+    block_sparse,
     compression,
     cross_entropy,
     decode,
@@ -37,6 +38,7 @@ from nsa.ops.kernels import (
     index_topk,
     indexer_kl,
     indexer_kl_dense,
+    mass,
     native_sparse_decode,
     norm,
     quest,
@@ -131,6 +133,16 @@ def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
 
 
+def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Launches of a prompt's attention to blocks, with columns and without, and of the choice of both."""
+    blocks, counts = block_sparse.lists_of(torch.zeros(1, 1, len(q[0]) // 64, 4, dtype=torch.bool))
+    for columns in (None, torch.zeros(1, 1, 16, dtype=torch.int32)):
+        block_sparse.forward(q, k, v, blocks, counts, columns, 64, 64, 1.0)
+    mass.lines(mass.probabilities(q[:, -64:].contiguous(), k, 1.0))
+    if q.dtype != torch.float32:  # of means
+        mass.probabilities(q.float(), k.float(), 1.0)
+
+
 def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     """As `decoding`, of memory that has more parts than a merge takes at once; lists with weights alone, too."""
     q, lengths = torch.zeros(1, heads, width, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
@@ -181,6 +193,10 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 ]
             elif module == "top_p":
                 of = " of lists" if kwargs["LISTED"] else " of all"
+            elif module.endswith("block_sparse") and "COLUMNS" in kwargs:
+                of = " with columns" if kwargs["COLUMNS"] else ""
+            elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
+                of = " of means"
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
             elif "TERMS" in kwargs:
@@ -230,6 +246,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )
+        prefill(q, k, v)
         decoding(q, k, v)
         parts = [
             Heads(heads, width, "rotate"),

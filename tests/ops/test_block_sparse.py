@@ -160,3 +160,112 @@ def test_what_is_wrong_is_said() -> None:
         ops.block_sparse_attention(*inputs, **options, columns=torch.zeros(1, 1, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="must be positive"):
         ops.block_sparse_attention(*inputs, tile_size=0, block_size=8)
+
+
+# Tokens, query heads, KV heads, batch.
+PROMPTS = [(1, 1, 1, 1), (17, 4, 2, 2), (64, 2, 2, 1), (83, 6, 2, 1)]
+
+
+def prompt(tokens: int, heads: int, groups: int, batch: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(tokens)
+    return tuple(
+        (2 * torch.randn(batch, tokens, n, 16, dtype=dtype, generator=made)).to(device) for n in (heads, groups)
+    )
+
+
+def best(scores: list[float], count: int) -> list[int]:
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+
+
+def group_attention(q: Tensor, k: Tensor, b: int, g: int, first: int) -> Tensor:
+    """(R, S): probabilities of the queries, at positions from ``first`` on, summed over the heads of one KV head."""
+    share = q.shape[2] // k.shape[2]
+    scores = torch.stack([q[b, :, g * share + j] @ k[b, :, g].T for j in range(share)]) / q.shape[3] ** 0.5
+    after = torch.arange(k.shape[1]) > first + torch.arange(q.shape[1])[:, None]
+    return scores.masked_fill(after, -torch.inf).softmax(-1).sum(0)
+
+
+def check_pooled(backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    for sizes, (block, number, initial, local) in itertools.product(
+        PROMPTS, [(8, 3, 0, 1), (5, 4, 1, 2), (4, 99, 0, 1)]
+    ):
+        q, k = prompt(*sizes, dtype, device)
+        blocks, counts = ops.pooled_blocks(
+            q, k, block_size=block, num_blocks=number, num_initial=initial, num_local=local, backend=backend
+        )
+        assert blocks.dtype == counts.dtype == torch.int32
+        q, k = (torch.stack([x.mean(1) for x in y.cpu().double().split(block, 1)], 1) for y in (q, k))
+        for b, g in itertools.product(range(len(k)), range(k.shape[2])):
+            mass = group_attention(q, k, b, g, 0)
+            for row in range(k.shape[1]):
+                scores = mass[row, : row + 1].tolist()
+                forced = [j for j in range(row + 1) if j < initial or row - j < local]
+                scores = [float("inf") if j in forced else s for j, s in enumerate(scores)]
+                assert blocks[b, g, row, : counts[b, g, row]].tolist() == best(scores, number), (sizes, b, g, row)
+
+
+def check_lines(backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    for sizes, (number, columns, diagonals) in itertools.product(PROMPTS, [(16, 5, 7), (100, 1, 1), (3, 99, 20)]):
+        q, k = prompt(*sizes, dtype, device)
+        found = ops.vertical_slash_lines(
+            q, k, num_columns=columns, num_diagonals=diagonals, num_queries=number, num_initial=2, num_near=3,
+            backend=backend,
+        )  # fmt: skip
+        q, k = q.cpu().double()[:, -number:], k.cpu().double()
+        keys = k.shape[1]
+        for b, g in itertools.product(range(len(k)), range(k.shape[2])):
+            mass = group_attention(q, k, b, g, keys - q.shape[1])
+            down = [float("inf") if key < 2 else float(mass[:, key].sum()) for key in range(keys)]
+            along = [float(mass.diagonal(keys - len(mass) - d).sum()) for d in range(keys)]
+            along = [float("inf") if d < 3 else x for d, x in enumerate(along)]
+            assert found[0][b, g].tolist() == best(down, columns), sizes
+            assert found[1][b, g].tolist() == best(along, diagonals), sizes
+
+
+@pytest.mark.parametrize("check", [check_pooled, check_lines])
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_a_choice_is_that_of_sorting(check, backend: str) -> None:
+    check(backend, torch.float64)
+
+
+@needs_kernels
+@pytest.mark.parametrize("check", [check_pooled, check_lines])
+def test_a_choice_by_kernels_is_that_of_sorting(check) -> None:
+    check("triton", torch.float32, DEVICE)
+
+
+def check_lists(backend: str, device: str = "cpu") -> None:
+    keep = torch.rand(2, 3, 4, 9, generator=torch.Generator().manual_seed(0)) < 0.4
+    keep[0, 1, 2], keep[1, 2, 3] = False, True
+    blocks, counts = ops.block_lists(keep.to(device), backend=backend)
+    for place in itertools.product(range(2), range(3), range(4)):
+        assert blocks[place][: counts[place]].tolist() == keep[place].nonzero()[:, 0].tolist()
+
+
+def test_lists_are_the_mask() -> None:
+    check_lists("torch")
+
+
+@needs_kernels
+def test_lists_of_the_kernel_are_the_mask() -> None:
+    check_lists("triton", DEVICE)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(1, 4), (23, 4), (32, 8), (30, 7)])
+def test_blocks_of_slashes_are_those_that_a_diagonal_crosses(tokens: int, block: int) -> None:
+    """Each pair of a query and a key on a diagonal lies in a listed block, and each listed block has such a pair.
+
+    Or would have one, were the last block whole.
+    """
+    made = torch.Generator().manual_seed(tokens)
+    diagonals = torch.stack([torch.randperm(tokens, generator=made)[: max(1, tokens // 8)] for _ in range(2)])[None]
+    blocks, counts = ops.slash_blocks(diagonals.sort(-1).values.int(), tokens=tokens, block_size=block)
+    for n in range(2):
+        for row in range(-(-tokens // block)):
+            crossed = {
+                (t - d) // block
+                for t in range(row * block, (row + 1) * block)
+                for d in diagonals[0, n].tolist()
+                if t >= d
+            }
+            assert blocks[0, n, row, : counts[0, n, row]].tolist() == sorted(crossed)

@@ -211,7 +211,8 @@ def forward(
     if on_hopper(q, k, v, lists, tile_size, block_size, scale):
         from nsa.ops.kernels.hopper import block_sparse as hopper
 
-        hopper.forward(q, k, v, blocks, counts, beside, tile_size, block_size, scale, out, lse)
+        masked = masked_steps(tile_size, block_size, block_size // HOPPER_BLOCK, offset)
+        hopper.forward(q, k, v, blocks, counts, beside, tile_size, block_size, masked, scale, out, lse)
         return out, lse
     share = heads // lists
     constants = shape_constants(q, k, v) | {"GROUPS": lists, "HEADS": share}

@@ -13,7 +13,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from nsa.ops.kernels.block_sparse import HOPPER_BLOCK, SIZES, masked_steps
 from nsa.ops.kernels.device_functions import LSE_TO_NATURAL
 from nsa.ops.kernels.hardware import INTEGERS, LOG2_E, tile_sizes
 from nsa.ops.kernels.hopper import (
@@ -46,6 +45,8 @@ from nsa.ops.kernels.hopper.ranges import first_scores, load_queries, softmax_st
 
 HALF = gl.constexpr(64)  # keys, and columns of a head, of one box of a listed block
 BOTH = gl.constexpr(128)  # keys of a step
+# Integers of `forward_kernel` beside INTEGERS that differ between calls.
+SIZES = ("slots", "num_rows", "num_listed", "num_columns", "tile_size", "block_size", "offset", "num_masked")
 NEVER = gl.constexpr(0x7FFFFFFF)  # a position after every query
 
 
@@ -283,7 +284,7 @@ def _compute(memory, o_desc, Out, Lse, Blocks, Counts, Keys, ColumnCounts, num_t
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=[*INTEGERS, *SIZES, "slots", "num_listed"])
+@gluon.jit(do_not_specialize=[*INTEGERS, *SIZES])
 def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, k_part, v_part, o_desc, Out, Lse, Blocks, Counts, Keys,
                    ColumnCounts, num_tokens, num_keys, num_tiles, slots, num_rows, num_listed, num_columns, tile_size,
                    block_size, offset, num_masked, scale_log2, SHARE: gl.constexpr, LISTS: gl.constexpr,
@@ -317,16 +318,18 @@ def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, k_part, v_part, o_d
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, beside: Any, tile_size: int, block_size: int,
-    scale: float, out: Tensor, lse: Tensor,
+    num_masked: int, scale: float, out: Tensor, lse: Tensor,
 ) -> None:  # fmt: skip
     """As `nsa.ops.kernels.block_sparse.forward`, into out (B, T, H, Dv) and lse (B, T, H) fp32.
 
-    ``beside``: `nsa.ops.kernels.block_sparse.Columns`; None: there are none.
+    Args:
+        beside: `nsa.ops.kernels.block_sparse.Columns`; None: there are none.
+        num_masked: as from `nsa.ops.kernels.block_sparse.masked_steps`, for steps of 64 keys.
     """
     tile, options = tile_sizes("hopper_forward", q, k, v)
     assert tile.pop("BN") == BOTH.value, "the kernel takes 128 keys at a time"
     (batch, tokens, heads, width), (keys, groups), lists = q.shape, k.shape[1:3], blocks.shape[1]
-    share, splits = heads // lists, block_size // HOPPER_BLOCK
+    share, splits = heads // lists, block_size // HALF.value
     tiles, slots, offset = triton.cdiv(tokens, tokens_per_tile(share)), batch * lists, keys - tokens
     box = [1, tokens_per_warpgroup(share), rows_per_token(share)]
     flat = [(x, [batch * keys, groups * x.shape[3]]) for x in (k, v)]
@@ -339,6 +342,6 @@ def forward(
         key_descriptor(near_v, BOTH.value), *(box_descriptor(x, shape, [HALF.value] * 2) for x, shape in flat),
         box_descriptor(out, list(out.shape), [*box, v.shape[3]]), out, lse, blocks, counts, column_keys, column_counts,
         tokens, keys, tiles, slots, blocks.shape[2], blocks.shape[3], columns, tile_size, block_size, offset,
-        masked_steps(tile_size, block_size, splits, offset), scale * LOG2_E, SHARE=lists // groups, LISTS=lists,
+        num_masked, scale * LOG2_E, SHARE=lists // groups, LISTS=lists,
         HEADS=share, D=width, DV=v.shape[3], SPLITS=splits, COLUMNS=beside is not None, **tile, **options,
     )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Attention of a prompt to plans of blocks and columns, and the choice of both, by the kernels of block lists."""
+
+import torch
+from torch import Tensor
+
+from nsa import ops
+from nsa.baselines.plan import Part, Plan, View
+
+
+def whole(view: View) -> bool:
+    """Whether these are all tokens of their sequences: a prompt in one piece, without padding or an eviction."""
+    same = view.prompt and view.q.shape[1] == view.k.shape[1]
+    return same and bool((view.query_positions >= 0).all() and (view.positions >= 0).all())
+
+
+def by_kernels(view: View) -> bool:
+    """Whether a method chooses by kernels: those of the prompt want it `whole`, and on a GPU."""
+    return view.q.is_cuda and whole(view)
+
+
+def can_list(view: View, plan: Plan | None) -> bool:
+    """Whether `attend_blocks` computes this: parts of blocks for tiles of queries, of one size, and of columns."""
+    if plan is None or plan.terms is not None or plan.blend is not None or not whole(view):
+        return False
+    if any(p.query_at is not None or p.key_at is not None or p.log_weight is not None for p in plan.parts):
+        return False
+    blocks, columns = _sorted(plan)
+    return len(blocks) == 1 and len(columns) <= 1 and len(blocks) + len(columns) == len(plan.parts)
+
+
+def attend_blocks(view: View, plan: Plan, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """As `nsa.baselines.attention.attend`, where `can_list`. The host waits for the number of columns."""
+    (part,), columns = _sorted(plan)
+    lists = max(p.keep.shape[1] for p in plan.parts)  # one for each query head, if some part has that
+    keep = _expanded(part.keep, lists)
+    rows, units = (torch.arange(n, device=keep.device) for n in keep.shape[2:])
+    seen = units * part.unit < ((rows + 1) * part.tile).clamp(max=view.k.shape[1])[:, None]
+    blocks, counts = ops.block_lists(keep & seen, backend=backend)
+    listed = None
+    if columns:
+        each = _expanded(columns[0].keep, lists)  # (B, N, 1, S)
+        number = int(each.sum(-1).max())
+        found, there = ops.block_lists(each, backend=backend)
+        found = found[:, :, 0, :number]
+        listed = found.masked_fill(torch.arange(number, device=found.device) >= there, -1)
+    out, lse = ops.block_sparse_attention(
+        view.q, view.k, view.v, blocks, counts, tile_size=part.tile, block_size=part.unit, columns=listed,
+        scale=view.scale, return_lse=True, backend=backend,
+    )  # fmt: skip
+    return out, lse
+
+
+def mask_of(numbers: Tensor, size: int) -> Tensor:
+    """Lists of numbers (..., n) int32, -1 for none, as a mask (..., size) bool."""
+    mask = torch.zeros(*numbers.shape[:-1], size + 1, dtype=torch.bool, device=numbers.device)
+    return mask.scatter_(-1, numbers.masked_fill(numbers < 0, size).long(), True)[..., :size]
+
+
+def _sorted(plan: Plan) -> tuple[list[Part], list[Part]]:
+    """The parts of blocks for tiles of queries, and those of single keys for all queries."""
+    columns = [part for part in plan.parts if part.unit == 1 and part.keep.shape[2] == 1]
+    return [part for part in plan.parts if part.unit > 1 and part.tile > 1], columns
+
+
+def _expanded(keep: Tensor, lists: int) -> Tensor:
+    return keep.repeat_interleave(lists // keep.shape[1], 1) if keep.shape[1] != lists else keep
