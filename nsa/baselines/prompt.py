@@ -13,9 +13,14 @@ def whole(view: View) -> bool:
     return same and bool((view.query_positions >= 0).all() and (view.positions >= 0).all())
 
 
+def on_gpu(view: View) -> bool:
+    """Whether there is anything to gain: on a CPU the portable path is as fast."""
+    return view.q.is_cuda
+
+
 def by_kernels(view: View) -> bool:
     """Whether a method chooses by kernels: those of the prompt want it `whole`, and on a GPU."""
-    return view.q.is_cuda and whole(view)
+    return on_gpu(view) and whole(view)
 
 
 def can_list(view: View, plan: Plan | None) -> bool:

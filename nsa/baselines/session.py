@@ -94,7 +94,7 @@ class Session:
         same = self.prompt and is_dense(view, plan)
         if listed:
             out, lse = attend_listed(view, plan)
-        elif plan is not None and not same and not self.watch and q.is_cuda and prompt.can_list(view, plan):
+        elif not (plan is None or same or self.watch) and prompt.on_gpu(view) and prompt.can_list(view, plan):
             out, lse = prompt.attend_blocks(view, plan)
         else:
             out, lse = attend(view, None if same else plan)

@@ -1,7 +1,7 @@
 """The operators: pure functions on tensors. Each folder's README has the definition and derivation."""
 
 from nsa.ops.block_sparse import block_sparse_attention
-from nsa.ops.block_sparse.choice import block_lists, pooled_blocks, slash_blocks, slash_mask, vertical_slash_lines
+from nsa.ops.block_sparse.choice import block_lists, pooled_blocks, slash_blocks, vertical_slash_lines
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
@@ -51,7 +51,6 @@ __all__ = [
     "selected_attention",
     "sketch_keys",
     "slash_blocks",
-    "slash_mask",
     "split_heads",
     "swiglu",
     "token_sparse_attention",

@@ -138,10 +138,10 @@ def slash_blocks(diagonals: Tensor, *, tokens: int, block_size: int, backend: st
         blocks (B, N, R, R) int32 ascending, R = ceil(tokens / block_size), and counts (B, N, R) int32: `blocks` and
         `counts` of `block_sparse_attention`.
     """
-    return block_lists(slash_mask(diagonals, tokens=tokens, block_size=block_size), backend=backend)
+    return block_lists(_slash_mask(diagonals, tokens=tokens, block_size=block_size), backend=backend)
 
 
-def slash_mask(diagonals: Tensor, *, tokens: int, block_size: int) -> Tensor:
+def _slash_mask(diagonals: Tensor, *, tokens: int, block_size: int) -> Tensor:
     """`slash_blocks` as a mask (B, N, R, R) bool."""
     rows = -(-tokens // block_size)
     crossed = torch.zeros(*diagonals.shape[:2], rows + 1, dtype=torch.bool, device=diagonals.device)
