@@ -13,7 +13,7 @@ def prefill(result: dict[str, Any] | None) -> Iterator[str]:
     yield "### Attention of a prompt to chosen blocks and lines\n"
     yield words(
         "32 query heads on 8 KV heads of 128. A density is the share of the visible pairs of a query and a key that",
-        "are attended to. The ratios are the time of dense attention over the choice and attention together. The error is",
+        "are attended to. The ratios are the time of dense attention over choice and attention together. The error is",
         "that of a few tiles of queries against fp32. How the inputs are made is in `benchmarks/prefill.py`.\n",
     )
     cells: list[list[object]] = []
