@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,19 +38,12 @@ from torch.nn.functional import scaled_dot_product_attention
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.measure import ceilings, environment, need_gpu, relative_error, row, time_ms
 from nsa import ops
+from nsa.baselines.prompt import BlockLists, mask_of, pairs
 
 HEADS, GROUPS, WIDTH, BLOCK = 32, 8, 128, 64
 COLUMNS = 1000 / 7096  # share of the lines that are columns
 TURNING = 32  # pairs of dims that turn with the position
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-
-
-class Lists(NamedTuple):
-    """What a method attends to, as `nsa.ops.block_sparse_attention` takes it."""
-
-    blocks: Tensor
-    counts: Tensor
-    columns: Tensor | None = None
 
 
 class Prompt:
@@ -78,22 +71,22 @@ class Prompt:
             q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    def attend(self, lists: Lists) -> Tensor:
+    def attend(self, lists: BlockLists) -> Tensor:
         return ops.block_sparse_attention(
             self.q, self.k, self.v, lists.blocks, lists.counts, columns=lists.columns, tile_size=BLOCK, block_size=BLOCK
         )
 
-    def block_sparse(self, size: int, backend: str = "auto") -> Lists:
-        return Lists(*ops.pooled_blocks(self.q, self.k, block_size=BLOCK, num_blocks=size, backend=backend))
+    def block_sparse(self, size: int, backend: str = "auto") -> BlockLists:
+        return BlockLists(*ops.pooled_blocks(self.q, self.k, block_size=BLOCK, num_blocks=size, backend=backend))
 
-    def vertical_slash(self, size: int, backend: str = "auto") -> Lists:
+    def vertical_slash(self, size: int, backend: str = "auto") -> BlockLists:
         columns = min(size - 1, max(1, round(COLUMNS * size)))
         lines = ops.vertical_slash_lines(
             self.q, self.k, num_columns=columns, num_diagonals=size - columns, backend=backend
         )
-        return Lists(*ops.slash_blocks(lines[1], tokens=self.tokens, block_size=BLOCK, backend=backend), lines[0])
+        return BlockLists(*ops.slash_blocks(lines[1], tokens=self.tokens, block_size=BLOCK, backend=backend), lines[0])
 
-    def error(self, lists: Lists) -> float:
+    def error(self, lists: BlockLists) -> float:
         """Of a few tiles of queries, over all keys that they see, in fp32 from the same numbers."""
         tiles = -(-self.tokens // BLOCK)
         out, worst = self.attend(lists), 0.0
@@ -107,37 +100,23 @@ class Prompt:
         return float(f"{worst:.2g}")
 
 
-METHODS: dict[str, Callable[..., Lists]] = {
+METHODS: dict[str, Callable[..., BlockLists]] = {
     "block_sparse": Prompt.block_sparse,
     "vertical_slash": Prompt.vertical_slash,
 }
 
 
-def attended(lists: Lists, tokens: int) -> float:
+def attended(lists: BlockLists, tokens: int) -> float:
     """Pairs of a query and a key of one query head, mean over the KV heads."""
-    rows = lists.blocks.shape[2]
-    device = lists.blocks.device
-    place = torch.arange(lists.blocks.shape[3], device=device)
-    there = place < lists.counts[..., None]  # (B, N, R, L)
-    row = torch.arange(rows, device=device)
-    queries = (tokens - row * BLOCK).clamp(max=BLOCK)  # of each tile
-    own = (there & (lists.blocks == row[:, None])).any(-1)  # (B, N, R)
-    pairs = ((lists.counts - own.int()) * queries * BLOCK + own * (queries * (queries + 1) // 2)).sum().double()
-    if lists.columns is not None:
-        keep = torch.zeros(*lists.blocks.shape[:3], rows + 1, dtype=torch.bool, device=device)
-        keep = keep.scatter_(3, torch.where(there, lists.blocks, rows).long(), True)[..., :rows]
-        key = lists.columns[:, :, None].long().expand(-1, -1, rows, -1)  # (B, N, R, C)
-        seeing = (row[:, None] * BLOCK + queries[:, None] - key).clamp(min=0).minimum(queries[:, None])
-        pairs = pairs + (seeing * ~keep.gather(3, key.clamp(min=0) // BLOCK) * (key >= 0)).sum().double()
-    return float(pairs) / lists.blocks[:, :, 0, 0].numel()
+    return float(pairs(lists, tokens, BLOCK).mean())
 
 
-def density(lists: Lists, tokens: int) -> float:
+def density(lists: BlockLists, tokens: int) -> float:
     """The share of all visible pairs."""
     return attended(lists, tokens) / (tokens * (tokens + 1) / 2)
 
 
-def size_of(choose: Callable[[int], Lists], wanted: float, tokens: int, most: int) -> int:
+def size_of(choose: Callable[[int], BlockLists], wanted: float, tokens: int, most: int) -> int:
     """The setting in 2 .. ``most`` whose density is closest to the wanted one; density rises with it."""
     low, high = 2, most
     while low < high:
@@ -151,21 +130,19 @@ def size_of(choose: Callable[[int], Lists], wanted: float, tokens: int, most: in
 
 def missing(method: str, tokens: int) -> float:
     """The share of the portable path's blocks that kernels do not choose."""
-    prompt, choose = Prompt(tokens), METHODS[method]
+    prompt, choose, masks = Prompt(tokens), METHODS[method], []
     size = tokens // BLOCK // 8 if method == "block_sparse" else tokens // 16
-    masks = []
     for backend in ("auto", "torch"):
         blocks, counts, _ = choose(prompt, size, backend)
         there = torch.arange(blocks.shape[3], device=blocks.device) < counts[..., None]
-        mask = torch.zeros(*blocks.shape[:3], tokens // BLOCK + 1, dtype=torch.bool, device=blocks.device)
-        masks.append(mask.scatter_(3, torch.where(there, blocks, tokens // BLOCK).long(), True)[..., :-1])
+        masks.append(mask_of(blocks.masked_fill(~there, -1), tokens // BLOCK))
     return float(f"{(masks[1] & ~masks[0]).sum() / masks[1].sum():.2g}")
 
 
 def rows_of(options: argparse.Namespace, tokens: int, stream: torch.cuda.Stream, end: float) -> list[dict[str, Any]]:
     """Rows of one length. None begins after ``end`` (`time.monotonic`)."""
     prompt, rows = Prompt(tokens), []
-    pairs = tokens * (tokens + 1) / 2
+    visible = tokens * (tokens + 1) / 2
     flops = 4.0 * HEADS * WIDTH
     once = 2.0 * tokens * WIDTH * (2 * HEADS + 2 * GROUPS)  # bytes of q, k, v and the output
 
@@ -188,14 +165,14 @@ def rows_of(options: argparse.Namespace, tokens: int, stream: torch.cuda.Stream,
         rows.append(found)
 
     for name, backend in DENSE.items():
-        add({"method": "dense", "call": name, "density": 1.0}, partial(prompt.dense, backend), flops * pairs)
+        add({"method": "dense", "call": name, "density": 1.0}, partial(prompt.dense, backend), flops * visible)
     for method in options.methods:
         for wanted in options.densities:
             found: dict[str, Any] = {"method": method, "wanted": wanted}
             try:
                 choose = partial(METHODS[method], prompt)
-                most = -(-tokens // BLOCK) if method == "block_sparse" else tokens
-                size = size_of(choose, wanted, tokens, most)
+                most = -(-tokens // BLOCK) if method == "block_sparse" else max(3, int(wanted * tokens))
+                size = size_of(partial(choose, backend="torch"), wanted, tokens, most)  # kernels compile for a size
                 lists = choose(size)
                 found |= {"size": size, "density": round(density(lists, tokens), 4), "error": prompt.error(lists)}
             except Exception as error:  # the others go on

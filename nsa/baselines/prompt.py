@@ -1,10 +1,20 @@
 """Attention of a prompt to plans of blocks and columns, and the choice of both, by the kernels of block lists."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from nsa import ops
 from nsa.baselines.plan import Part, Plan, View
+
+
+class BlockLists(NamedTuple):
+    """What `nsa.ops.block_sparse_attention` attends to: blocks, counts and columns, as it takes them."""
+
+    blocks: Tensor
+    counts: Tensor
+    columns: Tensor | None = None
 
 
 def whole(view: View) -> bool:
@@ -35,24 +45,55 @@ def can_list(view: View, plan: Plan | None) -> bool:
 
 def attend_blocks(view: View, plan: Plan, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """As `nsa.baselines.attention.attend`, where `can_list`. The host waits for the number of columns."""
+    (part,), _ = _sorted(plan)
+    blocks, counts, columns = lists_of(view, plan, backend=backend)
+    out, lse = ops.block_sparse_attention(
+        view.q, view.k, view.v, blocks, counts, tile_size=part.tile, block_size=part.unit, columns=columns,
+        scale=view.scale, return_lse=True, backend=backend,
+    )  # fmt: skip
+    return out, lse
+
+
+def lists_of(view: View, plan: Plan, *, backend: str = "auto") -> BlockLists:
+    """The lists of a plan, where `can_list`."""
     (part,), columns = _sorted(plan)
     lists = max(p.keep.shape[1] for p in plan.parts)  # one for each query head, if some part has that
     keep = _expanded(part.keep, lists)
     rows, units = (torch.arange(n, device=keep.device) for n in keep.shape[2:])
     seen = units * part.unit < ((rows + 1) * part.tile).clamp(max=view.k.shape[1])[:, None]
     blocks, counts = ops.block_lists(keep & seen, backend=backend)
-    listed = None
-    if columns:
-        each = _expanded(columns[0].keep, lists)  # (B, N, 1, S)
-        number = int(each.sum(-1).max())
-        found, there = ops.block_lists(each, backend=backend)
-        found = found[:, :, 0, :number]
-        listed = found.masked_fill(torch.arange(number, device=found.device) >= there, -1)
-    out, lse = ops.block_sparse_attention(
-        view.q, view.k, view.v, blocks, counts, tile_size=part.tile, block_size=part.unit, columns=listed,
-        scale=view.scale, return_lse=True, backend=backend,
-    )  # fmt: skip
-    return out, lse
+    if not columns:
+        return BlockLists(blocks, counts)
+    each = _expanded(columns[0].keep, lists)  # (B, N, 1, S)
+    number = int(each.sum(-1).max())
+    found, there = ops.block_lists(each, backend=backend)
+    found = found[:, :, 0, :number]
+    return BlockLists(blocks, counts, found.masked_fill(torch.arange(number, device=found.device) >= there, -1))
+
+
+def pairs_of(view: View, plan: Plan) -> Tensor | None:
+    """(B, G) fp64: pairs of a query and a key of each KV head; None: only a mask of all pairs could tell."""
+    if not can_list(view, plan) or any(part.keep.shape[1] != view.k.shape[2] for part in plan.parts):
+        return None
+    (part,), _ = _sorted(plan)
+    return pairs(lists_of(view, plan), view.q.shape[1], part.unit) if part.unit == part.tile else None
+
+
+def pairs(lists: BlockLists, tokens: int, block: int) -> Tensor:
+    """(B, N) fp64: pairs of a query and a key, of a whole prompt whose queries and keys are cut into equal blocks."""
+    blocks, counts, columns = lists
+    row = torch.arange(blocks.shape[2], device=blocks.device)
+    there = torch.arange(blocks.shape[3], device=blocks.device) < counts[..., None]  # (B, N, R, L)
+    queries = (tokens - row * block).clamp(max=block)  # of each tile
+    own = (there & (blocks == row[:, None])).any(-1)  # (B, N, R)
+    found = ((counts - own.int()) * queries * block + own * (queries * (queries + 1) // 2)).sum(-1)
+    if columns is not None:
+        keep = mask_of(blocks.masked_fill(~there, -1), len(row))
+        key = columns[:, :, None].long().expand(-1, -1, len(row), -1)  # (B, N, R, C)
+        seeing = (row[:, None] * block + queries[:, None] - key).clamp(min=0).minimum(queries[:, None])
+        beside = (key >= 0) & ~keep.gather(3, key.clamp(min=0) // block)
+        found = found + (seeing * beside).sum((2, 3))
+    return found.double()
 
 
 def mask_of(numbers: Tensor, size: int) -> Tensor:

@@ -58,6 +58,7 @@ def test_kernels_choose_what_the_portable_path_chooses(
         assert len(called) == 1
         masks = [kept(view, plan, torch.arange(tokens)) for plan in (found, expected)]
         assert torch.equal(*masks) and found.estimate == expected.estimate
+        assert torch.equal(prompt.pairs_of(view, found), masks[0].double().sum((2, 3)))
 
 
 def _noted(called: list[str], name: str, choice: Any, backend: str, *given: Any, **options: Any) -> Any:

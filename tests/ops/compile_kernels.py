@@ -282,6 +282,9 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 64, 0, 0)
         index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
+    shape_name = "short rows"
+    seen = torch.zeros(2, 512, dtype=torch.int32)
+    index_topk.choose_rows(torch.zeros(512, 1024), seen, torch.zeros(512, 64, dtype=torch.int32), 64, 0, 1)
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)

@@ -113,7 +113,7 @@ def test_the_kernel_equals_sets_of_keys(case: Case) -> None:
     inputs, options = case_of(case, torch.float32, DEVICE)
     found = ops.block_sparse_attention(*inputs, **options, return_lse=True, backend="triton")
     for ours, theirs in zip(found, brute_force(inputs, options), strict=True):
-        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.cpu().double(), theirs, rtol=1e-4, atol=1e-5)
 
 
 HOPPER_CASES = [

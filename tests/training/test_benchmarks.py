@@ -93,8 +93,9 @@ def test_no_process_of_a_benchmark_outlives_its_parent():
 def test_the_density_of_a_prompts_lists() -> None:
     """Against a mask of all pairs; the tokens do not fill the last block, and columns lie in listed blocks, too."""
     pytest.importorskip("triton")
-    from benchmarks.prefill import BLOCK, Lists, density, size_of
+    from benchmarks.prefill import BLOCK, density, size_of
     from nsa import ops
+    from nsa.baselines.prompt import BlockLists
 
     tokens = 3 * BLOCK + 11
     made = torch.Generator().manual_seed(0)
@@ -106,12 +107,12 @@ def test_the_density_of_a_prompts_lists() -> None:
             for column in () if lists is None else lists[0, n].tolist():
                 found[0, n, :, column] |= column >= 0
         expected = found.tril().sum() / 2 / (tokens * (tokens + 1) / 2)
-        assert density(Lists(*ops.block_lists(keep), lists), tokens) == pytest.approx(float(expected))
+        assert density(BlockLists(*ops.block_lists(keep), lists), tokens) == pytest.approx(float(expected))
 
-    def nearest(size: int) -> Lists:
+    def nearest(size: int) -> BlockLists:
         number = torch.arange(8)
         back = number[:, None] - number
-        return Lists(*ops.block_lists(((back >= 0) & (back < size))[None, None]))
+        return BlockLists(*ops.block_lists(((back >= 0) & (back < size))[None, None]))
 
     densities = {size: density(nearest(size), 8 * BLOCK) for size in range(2, 9)}
     for wanted in (0.0, 0.31, 0.5, 0.72, 1.0):
