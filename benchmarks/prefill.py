@@ -17,7 +17,7 @@ scores depend on the distance, as with rotary embedding, and the chosen diagonal
 blocks of scattered diagonals would cost is not measured: they cover nearly everything.
 
 `error`: the relative error of a few tiles of queries at this length against fp32. `missing`: the share of the blocks
-that the portable path chooses and the kernels do not, at up to 4096 tokens.
+that the portable path chooses and the kernels do not.
 """
 
 import argparse
@@ -128,15 +128,18 @@ def size_of(choose: Callable[[int], BlockLists], wanted: float, tokens: int, mos
     return min((low, max(2, low - 1)), key=lambda size: abs(density(choose(size), tokens) - wanted))
 
 
-def missing(method: str, tokens: int) -> float:
-    """The share of the portable path's blocks that kernels do not choose."""
-    prompt, choose, masks = Prompt(tokens), METHODS[method], []
-    size = tokens // BLOCK // 8 if method == "block_sparse" else tokens // 16
-    for backend in ("auto", "torch"):
-        blocks, counts, _ = choose(prompt, size, backend)
+def missing(lists: BlockLists, exact: BlockLists) -> float:
+    """The share of the blocks of ``exact`` that ``lists`` lacks."""
+    rows = exact.blocks.shape[2]
+    masks = []
+    for blocks, counts, _ in (exact, lists):
         there = torch.arange(blocks.shape[3], device=blocks.device) < counts[..., None]
-        masks.append(mask_of(blocks.masked_fill(~there, -1), tokens // BLOCK))
-    return float(f"{(masks[1] & ~masks[0]).sum() / masks[1].sum():.2g}")
+        masks.append(mask_of(blocks.masked_fill(~there, -1), rows))
+    return float(f"{(masks[0] & ~masks[1]).sum() / masks[0].sum():.2g}")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def rows_of(options: argparse.Namespace, tokens: int, stream: torch.cuda.Stream, end: float) -> list[dict[str, Any]]:
@@ -156,7 +159,7 @@ def rows_of(options: argparse.Namespace, tokens: int, stream: torch.cuda.Stream,
                     milliseconds, recorded = time_ms(call, stream, each=options.milliseconds)
                 found |= row(milliseconds, operations, once if operations else None) | {"recorded": recorded}
             except Exception as error:  # the others go on
-                found["failed"] = f"{type(error).__name__}: {error}"[:300]
+                found["failed"] = _said(error)
         for name in DENSE:
             theirs = [x["ms"] for x in rows if x["method"] == "dense" and x["call"] == name and "ms" in x]
             if theirs and "ms" in found:
@@ -172,11 +175,13 @@ def rows_of(options: argparse.Namespace, tokens: int, stream: torch.cuda.Stream,
             try:
                 choose = partial(METHODS[method], prompt)
                 most = -(-tokens // BLOCK) if method == "block_sparse" else max(3, int(wanted * tokens))
-                size = size_of(partial(choose, backend="torch"), wanted, tokens, most)  # kernels compile for a size
+                portable = partial(choose, backend="torch")  # the kernels compile for a size
+                size = size_of(portable, wanted, tokens, most)
                 lists = choose(size)
                 found |= {"size": size, "density": round(density(lists, tokens), 4), "error": prompt.error(lists)}
+                found["missing"] = missing(lists, portable(size))
             except Exception as error:  # the others go on
-                found |= {"call": "both", "tokens": tokens, "failed": f"{type(error).__name__}: {error}"[:300]}
+                found |= {"call": "both", "tokens": tokens, "failed": _said(error)}
                 print(json.dumps(found), flush=True)
                 rows.append(found)
                 continue
@@ -201,12 +206,9 @@ def main() -> None:
     for tokens in sorted(options.tokens):
         rows += rows_of(options, tokens, stream, end)
         torch.cuda.empty_cache()
-    least = min(4096, *options.tokens)
-    result = {"rows": rows, "missing": {method: missing(method, least) for method in options.methods}}
-    print(json.dumps(result["missing"]), flush=True)
     if options.out:
         report = environment() | {"command": shlex.join(["python", *sys.argv])}
-        report |= {"measured_ceiling": ceilings(), "prefill": result}
+        report |= {"measured_ceiling": ceilings(), "prefill": {"rows": rows}}
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
