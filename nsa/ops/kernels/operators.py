@@ -1,12 +1,13 @@
 """The kernels as torch operators, with gradients, and with fakes so that `torch.compile` sees no graph break."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, first_columns, visible_blocks
-from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, tokens, top_p
+from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, token_tiles, tokens, top_p
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
@@ -153,7 +154,12 @@ def index_topk_decode(
 
 @torch.library.custom_op("nsa::token_attention", mutates_args=())
 def _token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return tokens.forward(q, k, v, lists, scale)
+    return _listed(q, k, v, lists).forward(q, k, v, lists, scale)
+
+
+def _listed(q: Tensor, k: Tensor, v: Tensor, lists: Tensor) -> ModuleType:
+    """The kernels of attention to these lists."""
+    return token_tiles if token_tiles.pays(q, k, v, lists) else tokens
 
 
 @_token_attention.register_fake
@@ -169,7 +175,7 @@ def _token_attention_backward(
     delta = ranges.delta(out, d_out)
     if d_lse is not None:
         delta -= d_lse
-    return tokens.backward(q, k, v, lists, d_out, lse, delta, scale)
+    return _listed(q, k, v, lists).backward(q, k, v, lists, d_out, lse, delta, scale)
 
 
 @_token_attention_backward.register_fake
@@ -336,8 +342,8 @@ def _indexer_kl(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor | None,
     first: Tensor, own: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if lists is None:
-        return dense_kl.divergence(q_idx, k_idx, weights, q, k, lse, first, own, scale)
+    if lists is None or _listed(q, k, k, lists) is token_tiles:
+        return dense_kl.divergence(q_idx, k_idx, weights, q, k, lse, first, own, scale, lists)
     return list_kl.divergence(q_idx, k_idx, weights, q, k, lse, lists, scale)
 
 
