@@ -24,7 +24,8 @@ LISTS = [  # batch, documents, heads, groups, D, Dv, tokens of a list
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Listed keys are gathered, in chunks of 16 queries; or tiles of all keys are gone through."""
     monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
-    monkeypatch.setattr(token_tiles, "PRODUCTS_OF_GATHER", 0 if request.param == "gathered" else 1e9)
+    for limit in ("PRODUCTS_OF_GATHER", "KEYS_OF_GATHER"):
+        monkeypatch.setattr(token_tiles, limit, 0 if request.param == "gathered" else 1e9)
 
 
 def indexer(batch: int, count: int, heads: int = 3, width: int = 8, whole: bool = True) -> list[Tensor]:

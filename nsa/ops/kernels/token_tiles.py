@@ -29,9 +29,11 @@ from nsa.ops.kernels.device_functions import (
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E
 from nsa.ops.kernels.ranges import shape_constants
 
-# Gathering a key for a KV head takes as long as so many products with a query of width 128 in a dense tile, about.
-PRODUCTS_OF_GATHER = 96
-MOST_BYTES = 2**28  # of the bits of all queries
+# Gathering a key for a KV head takes as long as so many products with a query of width 128 in a dense tile, about; for
+# the indexer's loss, which gathers for each query alone, as long as a dense row of so many keys (H200, docs/log).
+PRODUCTS_OF_GATHER = 16
+KEYS_OF_GATHER = 10
+MOST_BYTES = 2**29  # of the bits of all queries
 WIDEST = 256  # bytes of a head
 TILES = {2: (128, 64), 4: (64, 32)}  # (queries, keys) of a tile, by the bytes of an element
 SLOTS = 1024  # that a program of `bits_kernel` loads at once
@@ -57,17 +59,27 @@ def tile_shape(itemsize: int) -> tuple[int, int]:
     return (16, 16) if INTERPRETED else TILES[itemsize]
 
 
-def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor) -> bool:
+def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
     """Whether tiles of all keys take less time than gathering the listed ones.
 
     Args:
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), lists (B, T, slots).
+        longest: tokens of the longest document, or an upper bound.
     """
-    (batch, tokens, heads, width), (keys, groups), slots = q.shape, k.shape[1:3], lists.shape[2]
-    if max(width, v.shape[3]) * q.element_size() > WIDEST or batch * tokens * keys > 8 * MOST_BYTES:
+    (heads, width), groups = q.shape[2:], k.shape[2]
+    if max(width, v.shape[3]) * q.element_size() > WIDEST or not _fits(lists, k.shape[1]):
         return False
-    products = keys / 2 * (heads // groups) * max(width, v.shape[3]) / 128  # half of the keys lie behind a query
-    return products <= PRODUCTS_OF_GATHER * slots
+    products = longest / 2 * (heads // groups) * max(width, v.shape[3]) / 128  # half of the keys lie behind a query
+    return products <= PRODUCTS_OF_GATHER * lists.shape[2]
+
+
+def pays_for_loss(keys: int, lists: Tensor, longest: int) -> bool:
+    """Whether the indexer's loss over lists (B, T, slots) of ``keys`` keys takes less time by tiles of all of them."""
+    return longest <= KEYS_OF_GATHER * lists.shape[2] and _fits(lists, keys)
+
+
+def _fits(lists: Tensor, keys: int) -> bool:
+    return lists.shape[0] * lists.shape[1] * keys <= 8 * MOST_BYTES
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -232,6 +244,7 @@ def tiles_of(lists: Tensor, keys: int, itemsize: int) -> Tiles:
 
 def _numbers(occupied: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of (B, m, n): the numbers of the columns that are not 0, ascending, then the others; the count."""
+    occupied = occupied.contiguous()  # a sort keeps the strides of what it sorts
     order = occupied.sort(dim=-1, descending=True, stable=True).indices
     return order.int(), occupied.sum(-1, dtype=torch.int64)
 
