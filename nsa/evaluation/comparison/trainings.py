@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -103,9 +103,13 @@ class Children:
             child.send_signal(number)
 
     def start(
-        self, command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None
+        self, command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] = MappingProxyType({})
     ) -> "subprocess.Popen[bytes]":
-        """A process that ends on a signal, and if this one ends. ``log``: of its output; None: ours."""
+        """A process that ends on a signal, and if this one ends.
+
+        Args:
+            log: gets its output; None: it has ours. environment: what it has besides ours.
+        """
         child = _start(command, log, environment, partial(die_with_parent, signal.SIGTERM))
         self._started = [*(other for other in self._started if other.poll() is None), child]
         if self.asked is not None:  # a signal that came meanwhile
@@ -121,7 +125,7 @@ class Children:
 
 
 def _start(
-    command: Sequence[str], log: Path | None, environment: Mapping[str, str] | None, prepare: Any = None
+    command: Sequence[str], log: Path | None, environment: Mapping[str, str], prepare: Any = None
 ) -> "subprocess.Popen[bytes]":
     out = None
     if log is not None:
@@ -133,7 +137,7 @@ def _start(
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=None if out is None else subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **environment},
             process_group=0,
             preexec_fn=prepare,
         )
@@ -144,12 +148,16 @@ def _start(
 
 @dataclass
 class Running:
-    """A training that runs. slot: its number among those that run. log: None: it prints where this process does."""
+    """A training that runs. slot: its number among those that run. log: None: it prints where this process does.
+
+    environment: what it has besides ours.
+    """
 
     run: Path
     slot: int
     process: "subprocess.Popen[bytes]"
     log: Path | None
+    environment: Mapping[str, str]
     begun: float
     exports: bool = False
 
@@ -202,7 +210,7 @@ class Trainings:
                 ended = self.children.code_of(one.process)
                 if not ended and not one.exports:
                     export = [sys.executable, "-m", "nsa.export", str(one.run)]
-                    one.process, one.exports = _start(export, one.log, None), True  # no signal interrupts it
+                    one.process, one.exports = _start(export, one.log, one.environment), True  # no signal interrupts it
                     continue
                 running.remove(one)
                 self._tell(one, ended)
@@ -221,19 +229,19 @@ class Trainings:
         if self.end is not None:
             command.append(f"training.max_hours={max(LEAST, minutes_left(self.end)) / 60:.6f}")
         self.began = True
-        if not self.several:
-            say(f"training {training.run}")
-            return Running(training.run, slot, self.children.start(command), None, time.monotonic())
-        log = training.run.with_name(f"{training.run.name}.log")
-        environment = {"MASTER_PORT": ""}  # each finds one
-        where = ""
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
-            where = f" on GPU {self.gpus[slot]}"
-        elif "OMP_NUM_THREADS" not in os.environ:
-            environment["OMP_NUM_THREADS"] = str(self.threads)
-        say(f"training {training.run}{where}, its output is in {log}")
-        return Running(training.run, slot, self.children.start(command, log, environment), log, time.monotonic())
+        log, environment, where = None, dict[str, str](), ""
+        if self.several:
+            log = training.run.with_name(f"{training.run.name}.log")
+            environment["MASTER_PORT"] = ""  # each finds one
+            if self.gpus:
+                environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
+                where = f" on GPU {self.gpus[slot]}"
+            elif "OMP_NUM_THREADS" not in os.environ:
+                environment["OMP_NUM_THREADS"] = str(self.threads)
+            where += f", its output is in {log}"
+        say(f"training {training.run}{where}")
+        process = self.children.start(command, log, environment)
+        return Running(training.run, slot, process, log, environment, time.monotonic())
 
     def _tell(self, one: Running, code: int) -> None:
         """That it ended, if it did not print by itself."""
@@ -266,14 +274,10 @@ def needed(trainings: Sequence[Training]) -> dict[Path, set[Path]]:
     for run, training in runs.items():
         assert training.arguments is not None
         config = load_config(training.arguments[0], training.arguments[1:])
-        paths = [Path(text) for text in _texts(config.model_dump(mode="json"))]
-        found[run] = {other for other in runs if other != run and any(_within(path, other) for path in paths)}
+        named = [Path(text).resolve() for text in _texts(config.model_dump(mode="json"))]
+        folders = {folder for path in named for folder in (path, *path.parents)}
+        found[run] = {other for other in runs if other != run and other.resolve() in folders}
     return found
-
-
-def _within(path: Path, folder: Path) -> bool:
-    path, folder = path.absolute(), folder.absolute()
-    return path == folder or folder in path.parents
 
 
 def _texts(value: Any) -> Iterator[str]:
