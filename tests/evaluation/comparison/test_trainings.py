@@ -1,4 +1,4 @@
-"""What `bash launch.sh compare` starts, by stand-ins for a training, an export and a comparison that say what they do."""
+"""What `bash launch.sh compare` starts. Stand-ins for trainings, exports and comparisons say what happens."""
 
 import os
 import signal

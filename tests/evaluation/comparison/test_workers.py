@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,9 +28,9 @@ output_dir: {out}
 siblings:
   - {{name: dense, export: {dense}}}
   - {{name: nsa, export: {nsa}}}
-methods: [{{name: quest, page: 4}}, twilight, streaming_llm]
-budgets: [1.0, 0.5, 8]  # 8 tokens are too few for twilight
-tasks: [mqar, mqar_wide]
+methods: [{{name: quest, page: 4}}, twilight]
+budgets: [1.0, 8]  # 8 tokens are too few for twilight
+tasks: [mqar]
 lengths: [48, 64]
 samples: 2
 queries: 1
@@ -75,8 +75,8 @@ def whole(siblings: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         patch.setattr(Workers, "_started", None)  # no other process
         assert main([str(configured(out, siblings)), f"output_dir={out}/results"]) == 0
     found = told(out / "results/small")
-    assert len([name for name in found if name.endswith("answers.jsonl")]) == found["planned"] - 8 > 150
-    assert len(json.loads(found["left_out.json"])) == 8 and "siblings/nsa.yaml" in found
+    assert len([name for name in found if name.endswith("answers.jsonl")]) == found["planned"] - 4 > 45
+    assert len(json.loads(found["left_out.json"])) == 4 and "siblings/nsa.yaml" in found
     return found
 
 
@@ -97,14 +97,15 @@ def test_two_workers_that_are_killed_and_stopped_give_what_one_process_gives(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """First a worker is killed, then the time is over at once; then they go on."""
+    """First a worker is killed, then the time is over at once, then they go on. Only the last ones import torch again:
+    the others are forked, which takes less time."""
     command = [str(configured(tmp_path, siblings)), f"output_dir={tmp_path}/results", "--workers", "2"]
     folder, hear, started = tmp_path / "results/small", Workers._hear, list[Worker]()
 
     def heard(self: Workers, worker: Worker, *more: Any) -> bool:
         """Which kills one that answers, after the first cells."""
         started[:] = self._workers
-        if len(list((folder / "cells").glob("[!.]*"))) > 4 and len(started) == 2:
+        if len(list((folder / "cells").glob("[!.]*"))) > 2 and len(started) == 2:
             os.kill(worker.process.pid or 0, signal.SIGKILL)
             while worker.connection.poll(5):  # what it has said so far
                 with suppress(EOFError):
@@ -113,19 +114,23 @@ def test_two_workers_that_are_killed_and_stopped_give_what_one_process_gives(
                 break
         return hear(self, worker, *more)
 
+    forked = get_context("fork")
     with monkeypatch.context() as patch:
+        patch.setattr(workers, "get_context", lambda kind: forked)
         patch.setattr(Workers, "_hear", heard)
         assert main(command) == 85
     error = capsys.readouterr().err
     assert "was killed (signal SIGKILL)" in error and "fewer --workers than 2" in error and "goes on" in error
     assert len(started) == 2 and not any(process.process.is_alive() for process in started if process.process._popen)
     there = set((folder / "cells").glob("[!.]*"))
-    assert len(there) > 4
+    assert len(there) > 2
 
-    assert main([*command, "--minutes", "0"]) == 75
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "get_context", lambda kind: forked)
+        assert main([*command, "--minutes", "0"]) == 75
     more = set((folder / "cells").glob("[!.]*"))
     assert len(more) > len(there) and there < more, "each run gets further"
-    assert len(more) < whole["planned"] - 8
+    assert len(more) < whole["planned"] - 4
 
     assert main(command) == 0
     assert same(told(folder), whole)
@@ -140,7 +145,7 @@ def test_the_order_of_answers_changes_nothing(
     """Backwards, with an interruption: leaks are looked for in more cells than in the end say so."""
 
     def backwards(self: Workers, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
-        for unit in [part for unit in units for part in shared_out([unit], 3)][::-1]:
+        for unit in [part for one in units for part in shared_out([one], 3)][::-1]:
             self.cells.finish(unit, progress)
             if self.cells.time_left() < 0:
                 raise TimeUpError
@@ -155,9 +160,10 @@ def test_the_order_of_answers_changes_nothing(
     assert main([str(path), f"output_dir={tmp_path}/results"]) == 0
     assert same(told(tmp_path / "results/small"), whole)
     arms = [arm for arm, budget, length in changed(whole)]
-    assert len(arms) == len(set(arms)) >= 12 and {length for *_, length in changed(whole)} == {48}
+    assert len(arms) == len(set(arms)) >= 9 and {length for *_, length in changed(whole)} == {48}
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_process_that_started_them(siblings: dict[str, Path], tmp_path: Path) -> None:
     path = configured(tmp_path, siblings)
     path.write_text(path.read_text().replace("samples: 2", "samples: 400"))  # longer than this test
@@ -213,8 +219,9 @@ def test_a_mistake_of_a_worker_is_sent(
     work = commands.work_of(str(configured(tmp_path, siblings)), [])
     comparison = work.comparison()
     start = workers.Start(work.config, work.folder(comparison), "cpu", 1, 0.0, os.getppid())
-    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
-    monkeypatch.setattr(workers, "ignore", lambda: None)
+    prepared: list[str] = []
+    monkeypatch.setattr(workers, "die_with_parent", lambda: prepared.append("ends with its parent"))
+    monkeypatch.setattr(workers, "ignore", lambda: prepared.append("hears no signal"))
     ends = iter([None, TimeUpError(), torch.OutOfMemoryError("full"), ValueError("wrong"), KeyError("fault")])
 
     def finish(self: Cells, unit: Unit, progress: Callable[[int], None]) -> None:
@@ -241,6 +248,7 @@ def test_a_mistake_of_a_worker_is_sent(
     its.recv = received  # type: ignore[method-assign]
     workers._work(start, its)
     torch.set_num_threads(threads)
+    assert prepared == ["ends with its parent", "hears no signal"]
     while mine.poll(0):
         said.append(mine.recv())
     assert [what for what, *_ in said] == [
