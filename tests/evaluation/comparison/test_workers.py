@@ -19,7 +19,7 @@ from nsa.compare import main
 from nsa.evaluation.comparison import commands, workers
 from nsa.evaluation.comparison.cells import Cells, Place, TimeUpError, Unit
 from nsa.evaluation.comparison.folder import read_results
-from nsa.evaluation.comparison.workers import Worker, Workers, next_of, shared_out
+from nsa.evaluation.comparison.workers import Worker, WorkerLostError, Workers, next_of, shared_out
 from tests.small_run import small_export
 
 CONFIG = """
@@ -125,9 +125,12 @@ def test_two_workers_that_are_killed_and_stopped_give_what_one_process_gives(
     there = set((folder / "cells").glob("[!.]*"))
     assert len(there) > 2
 
+    begun, start = list[int](), Workers._started
     with monkeypatch.context() as patch:
         patch.setattr(workers, "get_context", lambda kind: forked)
+        patch.setattr(Workers, "_started", lambda self, number: begun.append(number) or start(self, number))
         assert main([*command, "--minutes", "0"]) == 75
+    assert begun == [0], "one unit is begun, and no second one"
     more = set((folder / "cells").glob("[!.]*"))
     assert len(more) > len(there) and there < more, "each run gets further"
     assert len(more) < whole["planned"] - 4
@@ -199,6 +202,22 @@ def test_what_a_worker_raises_is_raised_here(said: Any, kind: type[Exception], t
     its.send(said)
     with pytest.raises(kind, match=text):
         Workers._hear(cast(Any, None), Worker(3, cast(Any, None), mine), lambda number: None)
+
+
+def test_a_worker_that_says_no_more_was_killed() -> None:
+    class Process:
+        exitcode = -9
+
+        def join(self, timeout: float) -> None: ...
+
+    class Two:
+        count = 2
+        _lost = Workers._lost
+
+    mine, its = Pipe()
+    its.close()
+    with pytest.raises(WorkerLostError, match=r"worker 1 was killed \(signal SIGKILL\)"):
+        Workers._hear(cast(Any, Two()), Worker(1, cast(Any, Process()), mine), lambda number: None)
 
 
 def test_too_little_memory_for_several_is_said(
