@@ -21,6 +21,7 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
   compare [CONFIG] [KEY=VALUE ...]  train the siblings that CONFIG describes, put every method onto them, and write a
                                     report (without CONFIG: a small one, within half an hour on two CPU cores).
                                     --minutes N: begin nothing new after that, exit with 75; the same command goes on
+                                    --workers N: train and answer in N processes at once, spread over the GPUs
   compare --report FOLDER [--pack OUT]
                                     the report again from its results, or of committed results (docs/results); with
                                     OUT: results and report in few files, for git
@@ -261,71 +262,22 @@ demo() {
     echo "watch the curves: bash launch.sh tensorboard"
 }
 
-# Every training of a sibling is a run of its own; those that have an export are done. Then come the cells. With stages in
-# the configuration: one stage after the other. With --minutes nothing new begins after so long (exit code 75).
+# Each training of a sibling is a `launch.sh train`. Python passes signals on to it.
 compare() {
-    local arguments=() minutes='' report='' pack=()
-    while [[ $# -gt 0 ]]; do
-        case $1 in
-            --minutes=* | --report=* | --pack=*)
-                set -- "${1%%=*}" "${1#*=}" "${@:2}"
-                continue
-                ;;
-            --minutes | --report | --pack)
-                [[ $# -ge 2 ]] || fail "$1 needs a value"
-                case $1 in
-                    --minutes) minutes=$2 ;;
-                    --report) report=$2 ;;
-                    --pack) pack=(--pack "$2") ;;
-                esac
-                shift
-                ;;
-            *) arguments+=("$1") ;;
-        esac
-        shift
+    local command=(python -m nsa.compare) argument before='' config=''
+    case ${1:-} in
+        --report) exec "${command[@]}" report "${@:2}" ;;
+        --report=*) exec "${command[@]}" report "${1#*=}" "${@:2}" ;;
+    esac
+    command+=(--launch "$ROOT/launch.sh")
+    for argument in "$@"; do
+        [[ $argument == -* || $before == --minutes || $before == --workers ]] || config=$argument
+        before=$argument
     done
-    if [[ -n $report ]]; then exec python -m nsa.compare report "$report" "${pack[@]}"; fi
-    [[ -z $minutes || $minutes =~ ^[0-9]+([.][0-9]+)?$ ]] || fail "--minutes needs a number, not $minutes"
-    if [[ ${#arguments[@]} -eq 0 ]]; then
-        stay_inside
-        arguments=("$ROOT/configs/compare/demo.yaml")
-    fi
-    began=$SECONDS
-    local stages stage trained=
-    stages=$(python -m nsa.compare "${arguments[@]}" --stages) || return
-    for stage in ${stages:-all}; do
-        [[ -z $stages ]] || say "stage $stage"
-        train_siblings "$minutes" "${arguments[@]}" || return
-        say "comparing"
-        attend python -m nsa.compare "${arguments[@]}" ${minutes:+--minutes "$(minutes_left "$minutes")"} || return
-    done
+    [[ -z $config ]] || exec "${command[@]}" "$@"
+    stay_inside
+    attend "${command[@]}" "$ROOT/configs/compare/demo.yaml" "$@"
 }
-
-train_siblings() {
-    local minutes=$1 untrained line left=
-    shift
-    untrained=$(python -m nsa.compare "$@" --untrained) || return
-    while IFS= read -r line; do
-        [[ -n $line ]] || continue
-        local parts
-        IFS=$'\t' read -r -a parts <<<"$line"
-        if [[ -n $minutes ]]; then
-            left=$(minutes_left "$minutes")
-            if [[ $left == 0 && -n $trained ]]; then
-                say "the time is over: run the same command again"
-                return 75
-            fi # else every run trains for a step at least, and gets further
-            left=training.max_hours=$(awk "BEGIN {print ($left > 0.01 ? $left : 0.01) / 60}")
-        fi
-        trained=1
-        say "training ${parts[0]}"
-        train "${parts[@]:1}" $left || return
-        python -m nsa.export "${parts[0]}" </dev/null || return
-    done <<<"$untrained"
-}
-
-# Of so many minutes since the command began; 0: none.
-minutes_left() { awk "BEGIN {left = $1 - ($SECONDS - $began) / 60; print (left > 0 ? left : 0)}"; }
 
 run_tests() {
     local pytest=(pytest --numprocesses "$(python -c 'import os; print(min(8, os.cpu_count()))')")

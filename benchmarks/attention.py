@@ -36,7 +36,6 @@ from benchmarks.measure import (
     Times,
     agreement,
     called_ms,
-    die_with_parent,
     forward_backward,
     memory_mb,
     need_gpu,
@@ -45,6 +44,7 @@ from benchmarks.measure import (
 from nsa import ops
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import selection
+from nsa.training.signals import die_with_parent
 
 BRANCHES = ("compressed", "selected", "window")
 

@@ -1,12 +1,9 @@
 """Measures time, memory and error of differentiable calls, and the speed limits of the hardware."""
 
 import argparse
-import ctypes
 import datetime
 import platform
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,13 +35,6 @@ def need_gpu(parser: argparse.ArgumentParser) -> None:
     """End the program with a usage error where there is no GPU: on a CPU its sizes take days."""
     if not torch.cuda.is_available():
         parser.error("needs an NVIDIA GPU, and a torch that is built for it")
-
-
-def die_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it ends, however it ends. Linux alone can."""
-    if sys.platform == "linux":
-        set_death_signal = 1
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 @dataclass(frozen=True)

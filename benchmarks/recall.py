@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measure import die_with_parent, environment
+from benchmarks.measure import environment
 from benchmarks.training import ROOT
 from nsa.config import Config, load_config
 from nsa.data.load_tokenizer import load_tokenizer
 from nsa.data.prepare import prepare
 from nsa.data.tasks import task_named
+from nsa.training.signals import die_with_parent
 
 CONFIG = ROOT / "configs" / "25m-recall.yaml"
 KINDS = {"nsa": [], "dense": ["attention.kind=dense", "model.intermediate_size=1344"]}  # of as many parameters

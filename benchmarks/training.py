@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.measure import die_with_parent, environment, need_gpu
+from benchmarks.measure import environment, need_gpu
 from nsa.config import Config, load_config
 from nsa.models import training_flops_per_token
 from nsa.planning.measured import ALONE, compare, error_lines, table
+from nsa.training.signals import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ["nsa:32768:30", "dense:32768:30"]  # longer ones of 1b: with engine.activation_checkpointing=full

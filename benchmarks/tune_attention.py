@@ -25,10 +25,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.attention_inputs import REGIMES, SHAPES, Shape, block_indices, distinct_blocks, normal
-from benchmarks.measure import called_ms, die_with_parent, need_gpu
+from benchmarks.measure import called_ms, need_gpu
 from nsa.ops.compressed import compressed_ranges
 from nsa.ops.geometry import Documents, window_ranges
 from nsa.ops.kernels import hardware, ranges, selected, selection
+from nsa.training.signals import die_with_parent
 
 TABLE = Path(hardware.__file__).with_name("tiles.json")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")

@@ -3,6 +3,7 @@
 Command:
     python -m nsa.compare configs/compare/demo.yaml [key=value ...]   # goes on where it was interrupted
     python -m nsa.compare CONFIG --minutes 8                          # stops after so long with exit code 75
+    python -m nsa.compare CONFIG --workers 8                          # in eight processes, spread over the GPUs
     python -m nsa.compare report checkpoints/compare-demo             # the report again, from its results
     python -m nsa.compare report checkpoints/compare-demo --pack OUT  # and results and report in few files
     python -m nsa.compare list                                        # methods and tasks
@@ -10,14 +11,15 @@ Command:
 
 `bash launch.sh compare CONFIG` trains the siblings that a configuration describes first.
 
-Exit codes: 0 done; 2 something to fix, said in one message; 75 stopped, and every finished cell is written: run the
-same command again.
+Exit codes: 0 done; 2 something to fix, said in one message; 75 stopped, 85 a worker was killed: every finished cell is
+written, run the same command again.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -27,16 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nsa.compare", description="Compare ways of being sparse.")
     parser.add_argument("what", help="a comparison's YAML file; or list, explain, report")
     parser.add_argument("rest", nargs="*", metavar="key=value", help="overrides, or what to explain or report")
-    parser.add_argument("--untrained", action="store_true", help="print how to train what is not trained yet, and stop")
-    parser.add_argument("--stages", action="store_true", help="print the stages that are not finished, and stop")
     parser.add_argument("--minutes", type=float, help="stop before the cell that would begin after so long")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once, spread over the GPUs")
+    parser.add_argument("--launch", type=Path, metavar="LAUNCH_SH", help="train what is not trained, stage by stage")
     parser.add_argument("--pack", metavar="OUT", help="of report: also write the results in few files into this folder")
     options = parser.parse_intermixed_args(arguments)
     if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
         parser.error("--pack goes with report and one folder of results")
+    if options.workers < 1:
+        parser.error("--workers needs a number of processes, 1 or more")
 
     from nsa.evaluation.comparison import commands
-    from nsa.training.exit_codes import REQUEUE, USER
+    from nsa.evaluation.comparison.workers import WorkerLostError
+    from nsa.training.exit_codes import LOST, REQUEUE, USER
     from nsa.training.signals import Stopped
 
     try:
@@ -47,17 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.what == "report":
             for folder in options.rest or [""]:
                 commands.report(folder, options.pack)
-        elif options.untrained:
-            for line in commands.untrained(options.what, options.rest):
-                print("\t".join(line))
-        elif options.stages:
-            print("\n".join(commands.stages_left(options.what, options.rest)))
-        elif not commands.compare(options.what, options.rest, options.minutes):
+        elif options.launch is not None:
+            from nsa.evaluation.comparison import trainings
+
+            return trainings.run(options.launch, options.what, options.rest, options.minutes, options.workers)
+        elif not commands.compare(options.what, options.rest, options.minutes, options.workers):
             print("the time is over, every finished cell is written: the same command goes on", file=sys.stderr)
             return REQUEUE
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER
+    except WorkerLostError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
     except Stopped as stop:
         print(f"stopped ({stop.name}), every finished cell is written: the same command goes on", file=sys.stderr)
         return stop.code

@@ -164,6 +164,12 @@ def known_lengths(cu_seqlens: Tensor) -> KnownLengths | None:
     return lengths if version == cu_seqlens._version else None
 
 
+def longest_document(cu_seqlens: Tensor | None, num_keys: int) -> int:
+    """Tokens of the longest document, or an upper bound, as far as the host knows."""
+    lengths = None if cu_seqlens is None else known_lengths(cu_seqlens)
+    return num_keys if lengths is None else min(lengths.longest, num_keys)
+
+
 def clip_borders(cu_seqlens: Tensor, start: int, stop: int) -> Tensor:
     """Boundaries (N+1,) int32 of the documents within tokens ``start .. stop - 1``. Documents outside become empty."""
     return derived(cu_seqlens, _clip_borders, start, stop)

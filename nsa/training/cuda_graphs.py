@@ -71,12 +71,19 @@ class GraphedDecoder(Around):
     for any lengths.
 
     Args:
+        longest: tokens of a document at most; None: of all.
         traffic: counter of the bytes that the ranks of a sharded decoder send.
     """
 
-    def __init__(self, inside: nn.Module, traffic: Traffic | None = None, sinks: Sinks | None = None) -> None:
+    def __init__(
+        self,
+        inside: nn.Module,
+        longest: int | None = None,
+        traffic: Traffic | None = None,
+        sinks: Sinks | None = None,
+    ) -> None:
         super().__init__(inside)
-        self.traffic, self.sinks = traffic or Traffic(), sinks
+        self.longest, self.traffic, self.sinks = longest, traffic or Traffic(), sinks
         self.trained = [p for p in inside.parameters() if p.requires_grad]
         self.recorded: _Recording | None = None
         self.by_lengths = any(getattr(module, "asks_for_lengths", False) for module in inside.modules())
@@ -142,6 +149,7 @@ class _Recording:
     ) -> None:
         self.inputs, self.traffic = [x.clone() for x in (ids, targets, borders)], decoder.traffic
         self.lengths, self.sinks = lengths, decoder.sinks
+        self.told = KnownLengths(decoder.longest, False) if lengths is None and decoder.longest else lengths
         self.parameters = decoder.trained
         # Stand-ins that share the parameters' memory: autograd accumulates a parameter's gradient on the stream on
         # which it was first used, and that stream cannot be captured.
@@ -163,8 +171,8 @@ class _Recording:
         def write_borders() -> None:
             """Write the boundaries again, so that what is derived from them is computed again, inside the capture."""
             self.inputs[2].copy_(borders)
-            if self.lengths is not None:
-                tell_lengths(self.inputs[2], self.lengths)
+            if self.told is not None:
+                tell_lengths(self.inputs[2], self.told)
 
         stream = torch.cuda.Stream()  # warm-up: what the first pass sets up (compiled kernels, handles) is not captured
         stream.wait_stream(torch.cuda.current_stream())

@@ -55,7 +55,9 @@ def build_engine(config: Config, ranks: Ranks, grid: Grid, deepspeed_json: dict[
 
     optimizer.gate.close()  # to allocate, DeepSpeed takes a step with zero gradients, which would decay the weights
     mpu = ModelParallelUnit(grid)
-    graphed = GraphedDecoder(model, grid.traffic) if graphs_serve(config, ranks.device) else None
+    graphed = None
+    if graphs_serve(config, ranks.device):
+        graphed = GraphedDecoder(model, config.data.sequence_length, grid.traffic)
     with _quiet():
         engine, *_ = deepspeed.initialize(model=graphed or model, optimizer=optimizer, config=deepspeed_json, mpu=mpu)
     optimizer.gate.reset()

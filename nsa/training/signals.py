@@ -1,6 +1,7 @@
 """Who may ask a run to stop: signals, a STOP file, the clock, a launcher or reader that goes away. It then saves its
 state and says so by its exit code."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -56,6 +57,13 @@ def ignore() -> None:
     """The process is about to exit: no signal changes its code any more."""
     for number in CODES:
         signal.signal(number, signal.SIG_IGN)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel send this process a signal when the one that started it ends, however it ends. Linux alone can."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, int(number))
 
 
 def reader_gone() -> None:

@@ -403,7 +403,8 @@ class Trainer:
         device = self.ranks.device
         inputs, targets, borders = (micro_batch[k].to(device, non_blocking=True) for k in ON_DEVICE)
         if borders.is_cuda:
-            tell_lengths(borders, KnownLengths.of(micro_batch["cu_seqlens"]))
+            known = KnownLengths.of(micro_batch["cu_seqlens"])  # else the bound, which is the same in each batch
+            tell_lengths(borders, known if known.equal else KnownLengths(self.config.data.sequence_length, False))
         model = self.engine.module if self.pipeline else self.engine
         return model(inputs, targets=targets, cu_seqlens=borders)
 

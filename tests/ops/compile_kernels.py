@@ -47,6 +47,7 @@ from nsa.ops.kernels import (
     selected,
     selection,
     swiglu,
+    token_tiles,
     top_p,
 )
 from nsa.ops.kernels import (
@@ -191,6 +192,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = {(1, False): " of a run", (0, True): " of lists", (2, True): " of all"}[
                     kwargs["RUNS"], kwargs["LISTED"]
                 ]
+            elif kwargs.get("Bits") is not None:
+                of = " of lists"
             elif module == "top_p":
                 of = " of lists" if kwargs["LISTED"] else " of all"
             elif module.endswith("block_sparse") and "COLUMNS" in kwargs:
@@ -234,10 +237,14 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         lists = torch.zeros(1, tokens, 64, dtype=torch.int32)
         listed.forward(q, k, v, lists, 1.0)
         listed.backward(q, k, v, lists, out, lse, delta, 1.0)
+        if max(width, v_width) * q.element_size() <= token_tiles.WIDEST:
+            token_tiles.forward(q, k, v, lists, 1.0)
+            token_tiles.backward(q, k, v, lists, out, lse, delta, 1.0)
         index = torch.zeros(1, tokens, 4, 128, dtype=dtype), torch.zeros(1, tokens, 128, dtype=dtype)
         indexer_kl.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, lists, 1.0)
         seen = documents.bounds[documents.query_document].int(), documents.query_position.int()
         indexer_kl_dense.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, *seen, 1.0)
+        indexer_kl_dense.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, *seen, 1.0, lists)
         weights = torch.zeros(1, tokens, heads, 3, dtype=dtype)
         gates.combine(weights, [out] * 3)
         gates.combine_backward(weights, out, [out] * 3, [lse] * 3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.ops.kernels import index_topk, indexer_kl_dense, tokens
+from nsa.ops.kernels import index_topk, indexer_kl_dense, token_tiles, tokens
 from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
 
@@ -18,6 +18,14 @@ LISTS = [  # batch, documents, heads, groups, D, Dv, tokens of a list
     (1, [9, 1, 0, 12], 3, 3, 16, 48, 20),
     (1, [9], 20, 1, 48, 16, 16),
 ]
+
+
+@pytest.fixture(params=["gathered", "tiles"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listed keys are gathered, in chunks of 16 queries; or tiles of all keys are gone through."""
+    monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
+    for limit in ("PRODUCTS_OF_GATHER", "KEYS_OF_GATHER"):
+        monkeypatch.setattr(token_tiles, limit, 0 if request.param == "gathered" else 1e9)
 
 
 def indexer(batch: int, count: int, heads: int = 3, width: int = 8, whole: bool = True) -> list[Tensor]:
@@ -61,9 +69,8 @@ def test_topk_in_chunks_and_where_the_sample_misleads(scores: str, monkeypatch: 
 
 @needs_kernels
 @pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
-def test_attention(batch, documents, heads, groups, width, v_width, slots, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output, LSE and all gradients; chunks of 16 queries; lists with holes, and empty ones."""
-    monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
+def test_attention(batch, documents, heads, groups, width, v_width, slots, way: None) -> None:
+    """Output, LSE and all gradients; lists with holes, and empty ones."""
     count = sum(documents)
     lists, _ = ops.index_topk(*indexer(batch, count), topk=slots, cu_seqlens=packing(documents), backend="naive")
     holes = torch.rand(lists.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.2
@@ -82,9 +89,8 @@ def test_attention(batch, documents, heads, groups, width, v_width, slots, monke
 
 @needs_kernels
 @pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
-def test_indexer_kl(batch, documents, heads, groups, width, v_width, slots, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_indexer_kl(batch, documents, heads, groups, width, v_width, slots, way: None) -> None:
     """Loss and gradients over lists with holes; a target that is joint with something else, and no visible token."""
-    monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
     count = sum(documents)
     index = [x.requires_grad_() for x in indexer(batch, count, whole=False)]
     lists, _ = ops.index_topk(*index, topk=slots, cu_seqlens=packing(documents), backend="naive")
@@ -122,9 +128,8 @@ def test_dense_indexer_kl(
 
 @needs_kernels
 @pytest.mark.parametrize(("documents", "ratio", "offset"), [([21], 4, 0), ([3], 4, 0), ([9, 1, 0, 4, 17], 3, 10)])
-def test_compressed_entries(documents: list[int], ratio: int, offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compressed_entries(documents: list[int], ratio: int, offset: int, way: None) -> None:
     """Top-k and both losses over entries, some of which no query sees; and queries that see none."""
-    monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
     for whole in (True, False):
         case = case_of(documents, ratio, offset, torch.float32, whole, surplus=0 if documents == [3] else 2)
         index = [x.detach().to(DEVICE).requires_grad_() for x in case.index]
@@ -147,7 +152,7 @@ def test_compressed_entries(documents: list[int], ratio: int, offset: int, monke
 
 
 @needs_kernels
-def test_gradients_have_the_same_bits_twice() -> None:
+def test_gradients_have_the_same_bits_twice(way: None) -> None:
     lists, _ = ops.index_topk(*indexer(1, 20, whole=False), topk=8)
     q, k, v = normal(1, 20, 4, 16), normal(1, 20, 2, 16, seed=1), normal(1, 20, 2, 16, seed=2)
 
@@ -160,7 +165,7 @@ def test_gradients_have_the_same_bits_twice() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
-def test_in_bf16() -> None:
+def test_in_bf16(way: None) -> None:
     """Against the reference in fp32 on the same rounded inputs."""
     lists, _ = ops.index_topk(*indexer(2, 300, whole=False), topk=64)
     inputs = [normal(2, 300, h, 128, seed=i).detach().bfloat16().requires_grad_() for i, h in enumerate((32, 2, 2))]

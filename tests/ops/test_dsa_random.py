@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.ops.kernels import index_topk, indexer_kl_dense, tokens
+from nsa.ops.kernels import index_topk, indexer_kl_dense, token_tiles, tokens
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, packing
 
 # heads, groups, D, Dv, index heads, index width. Tiles have eight queries, two, and one.
@@ -66,6 +66,8 @@ def check_case(number: int, family: tuple[int, ...], patch: Callable[..., None])
     patch(index_topk, "SLAB_BYTES", 4 * (count + 8) * batch * rows)
     patch(indexer_kl_dense, "SLAB_BYTES", 4 * count * batch * max(rows, 7))
     patch(tokens, "MOST_QUERIES", 16)
+    for limit in ("PRODUCTS_OF_GATHER", "KEYS_OF_GATHER"):  # tiles of all keys, or listed keys are gathered
+        patch(token_tiles, limit, 1e9 if number % 2 else 0)
     index = [quarters(batch, count, index_heads, index_width, of=of), quarters(batch, count, index_width, of=of)]
     index.append(quarters(batch, count, index_heads, of=of))
     options: dict[str, Any] = {"topk": topk, "num_initial": num_initial, "num_local": num_local, "cu_seqlens": packed}

@@ -19,7 +19,7 @@ NEED_A_GPU = (
 
 CHILD = """
 import time
-from benchmarks.measure import die_with_parent
+from nsa.training.signals import die_with_parent
 die_with_parent()
 print("ready", flush=True)
 time.sleep(100)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
+from nsa.layers.dsa.config import DsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.models.config import MoEConfig
 from nsa.ops.geometry import KnownLengths
@@ -99,16 +100,17 @@ def packed(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "experts"), [("nsa", False), ("dense", False), ("dense", True)])
+@pytest.mark.parametrize(("kind", "experts"), [("nsa", False), ("dense", False), ("dense", True), ("dsa", False)])
 def test_losses_and_gradients_have_the_bits_of_the_decoder(kind, experts):
     torch.manual_seed(0)
     moe = MoEConfig(num_experts=8, top_k=2, expert_size=64, loss_weight=0.1) if experts else None
     sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64}
     config = ModelConfig(vocab_size=64, intermediate_size=256, max_position=4096, moe=moe, **sizes)
     with torch.device("cuda"):
-        model = Decoder(config, AttentionConfig(kind=kind), dense_attention="triton").bfloat16()
+        attention = AttentionConfig(kind=kind, dsa=DsaConfig(topk=256, index_heads=4, index_head_dim=64))
+        model = Decoder(config, attention, dense_attention="triton").bfloat16()
     auxiliary = [module for module in model.modules() if isinstance(module, AuxiliaryLoss)]
-    assert len(auxiliary) == experts * 1
+    assert len(auxiliary) == (2 if kind == "dsa" else experts * 1)
     graphed = GraphedDecoder(model)
     generator = torch.Generator("cuda").manual_seed(1)
     # Few documents, others, more than there was room for, few again; the third has other shapes.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import takewhile
 from time import perf_counter
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,6 +73,11 @@ class Arm:
         return f"{self.model.label}+{self._method}@{self.budget} {place}"
 
     @property
+    def key(self) -> tuple[Candidate, str]:
+        """The same at all of its budgets."""
+        return self.model, self.label
+
+    @property
     def leaves_prompts_dense(self) -> bool:
         """Whether its method chooses only while decoding, so that all such arms read a prompt with the same result."""
         return self.choice is not None and self.choice.build(Budget(share=1.0)).phases == ("decode",)
@@ -88,6 +94,24 @@ def places_of(config: ComparisonConfig) -> list[Place]:
         for task in config.tasks
         for question in config.question
     ]
+
+
+class Unit(NamedTuple):
+    """Cells of one sibling and place: those that are answered together, or one that is answered alone."""
+
+    arms: tuple[Arm, ...]
+    place: Place
+
+    @property
+    def model(self) -> Candidate:
+        return self.arms[0].model
+
+
+def units_of(arms: Sequence[Arm], place: Place) -> list[Unit]:
+    """Those of a sibling's arms that leave prompts dense together, each other one alone."""
+    together = tuple(arm for arm in arms if arm.leaves_prompts_dense)
+    groups = [together, *((arm,) for arm in arms if arm not in together)]
+    return [Unit(group, place) for group in groups if group]
 
 
 @dataclass(frozen=True)
@@ -128,26 +152,26 @@ class Cells:
     """Answers cells into a folder, and says which cannot be.
 
     Args:
-        say: called with what is left out. device: that answers are computed on. time_left: in seconds.
+        note: called with what is left out, and why. device: that answers are computed on. time_left: in seconds.
     """
 
     def __init__(
         self,
         config: ComparisonConfig,
         folder: ResultsFolder,
-        say: Callable[[str], None],
+        note: Callable[[str, str], None],
         device: torch.device | str,
         time_left: Callable[[], float],
     ) -> None:
-        self.config, self.folder, self.say, self.device, self.time_left = config, folder, say, device, time_left
+        self.config, self.folder, self.note, self.device, self.time_left = config, folder, note, device, time_left
         self.left = folder.left_out()
         self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
         self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
         self._prompts: Prompts | None = None  # of this model
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
 
-    def finish(self, arms: Sequence[Arm], place: Place, progress: Callable[[int], None]) -> None:
-        """Answer what is missing of these arms; together those that leave prompts dense, each other one alone.
+    def finish(self, unit: Unit, progress: Callable[[int], None]) -> None:
+        """Answer what is missing of these cells.
 
         Args:
             progress: called with a number of cells that are done or left out.
@@ -155,27 +179,29 @@ class Cells:
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
         """
-        together = [arm for arm in arms if arm.leaves_prompts_dense]
-        for some in [together, *([arm] for arm in arms if arm not in together)]:
-            while some:
-                missing = [arm for arm in some if arm.told(place) not in self.left and not self._has(arm, place)]
-                progress(len(some) - len(missing))
-                if missing and self._begun and self.time_left() <= 0:
-                    raise TimeUpError
-                if missing:
-                    self._begun = True
-                    self._answer(missing, place)
-                some = missing
+        some = unit.arms
+        while some:
+            missing = self.missing(Unit(some, unit.place))
+            progress(len(some) - len(missing))
+            if missing and self._begun and self.time_left() <= 0:
+                raise TimeUpError
+            if missing:
+                self._begun = True
+                self._answer(missing, unit.place)
+            some = missing
+
+    def missing(self, unit: Unit) -> tuple[Arm, ...]:
+        """Arms whose cells are neither finished nor left out."""
+        place = unit.place
+        return tuple(arm for arm in unit.arms if arm.told(place) not in self.left and not self._has(arm, place))
 
     def leave_out(self, what: str, why: str) -> None:
         if what not in self.left:
-            self.say(f"left out: {what}: {why}")
-            self.folder.leave_out(what, why)
+            self.note(what, why)
             self.left[what] = why
 
     def _has(self, arm: Arm, place: Place) -> bool:
-        share = None if arm.budget is None else share_of(arm.budget, place.length)
-        return self.folder.has(arm.label, share, *place, arm.model.train_seed)
+        return self.folder.has(*_key(arm, place))
 
     def opened(self, model: Candidate) -> Opened:
         if self._open is None or self._open[0] != model:
@@ -334,12 +360,15 @@ class Cells:
         return figures
 
     def _changes(self, arm: Arm, method: Method | None, block: Block) -> dict[str, Any]:
-        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget."""
+        """Whether the arm reads what its plans leave out, on one sample of its first cell below a full budget.
+
+        It is looked at unless a cell before this one is there. With several processes a cell before this one may come
+        later: `keep_first_changes` takes out what is too much.
+        """
         if not self.config.watch or method is None or not method.phases or arm.is_full(block.length):
             return {}
-        budgets = [None] if arm.budget is None else self.config.budgets
-        same = [(replace(arm, budget=budget), place) for budget in budgets for place in places_of(self.config)]
-        if any(self._has(one, place) for one, place in same if not one.is_full(place.length)):
+        here = arm, Place(block.task.name, block.length, block.aware)
+        if any(self._has(*cell) for cell in takewhile(lambda cell: cell != here, self._below_full(arm))):
             return {}
         model, dense = self.opened(arm.model), self._dense_layers(method)
         ids = torch.from_numpy(block.samples[0].context.astype(np.int64))[None]
@@ -347,6 +376,18 @@ class Cells:
             lambda ledger: model.reader(method, dense_layers=dense, watch=False, ledger=ledger), method, ids
         )
         return {"changes": found} if found else {}
+
+    def _below_full(self, arm: Arm) -> list[tuple[Arm, Place]]:
+        """The cells of an arm at all budgets, without full ones, in the order in which one process answers them."""
+        budgets = [None] if arm.budget is None else self.config.budgets
+        cells = [(replace(arm, budget=budget), place) for place in places_of(self.config) for budget in budgets]
+        return [(one, place) for one, place in cells if not one.is_full(place.length)]
+
+    def keep_first_changes(self, units: Sequence[Unit]) -> None:
+        """Of all cells of an arm only the first has ``changes``, in whichever order they were answered."""
+        for arm in {arm.key: arm for unit in units for arm in unit.arms}.values():
+            for cell in [cell for cell in self._below_full(arm) if self._has(*cell)][1:]:
+                self.folder.drop_figure("changes", *_key(*cell))
 
     def _method(self, arm: Arm, block: Block) -> Method | None:
         """The method of an arm; a threshold is fitted to its budget by what it spends on other samples."""
@@ -377,6 +418,12 @@ class Cells:
             return ledger.shares(beside=False)[axis] or 0.0
 
         return fit(spent, share, low, high)[0]
+
+
+def _key(arm: Arm, place: Place) -> tuple[str, float | None, str, int, bool, int]:
+    """By which a folder knows a cell."""
+    share = None if arm.budget is None else share_of(arm.budget, place.length)
+    return arm.label, share, *place, arm.model.train_seed
 
 
 def seconds_for(cells: Sequence[Asked], questions: int) -> float:

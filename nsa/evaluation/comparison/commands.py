@@ -98,9 +98,9 @@ class Work:
         )
         return ResultsFolder(self.whole.folder, manifest)
 
-    def comparison(self, device: str = "cpu") -> Comparison:
+    def comparison(self, device: str = "cpu", workers: int = 1) -> Comparison:
         candidates = [candidate_of(training) for training in self.trainings if training.sibling.compared]
-        return Comparison(self.config, candidates, lambda text: tqdm.write(text, file=sys.stderr), device)
+        return Comparison(self.config, candidates, lambda text: tqdm.write(text, file=sys.stderr), device, workers)
 
 
 def work_of(path: str, overrides: list[str]) -> Work:
@@ -120,8 +120,8 @@ def stages_left(path: str, overrides: list[str]) -> list[str]:
     return work_of(path, overrides).left
 
 
-def untrained(path: str, overrides: list[str]) -> Iterator[list[str]]:
-    """For each training that has no export yet: its run folder, and the arguments of `nsa.train`.
+def untrained(path: str, overrides: list[str]) -> list[Training]:
+    """The trainings that have no export yet.
 
     Raises:
         ResultsError: the results folder is of other code or another configuration. It is begun here, so that trainings
@@ -131,20 +131,21 @@ def untrained(path: str, overrides: list[str]) -> Iterator[list[str]]:
     todo = [t for t in work.trainings if t.arguments is not None and not (t.export / CONFIG).is_file()]
     if todo:
         work.folder(work.comparison())
-    for training in todo:
-        yield [str(training.run), *(training.arguments or [])]
+    return todo
 
 
-def compare(path: str, overrides: list[str], minutes: float | None = None) -> bool:
+def compare(path: str, overrides: list[str], minutes: float | None = None, workers: int = 1) -> bool:
     """Run the next stage of a comparison and write its report; goes on where it was interrupted.
 
     Args:
         minutes: stop before the cell that would begin after so long, but for the first; None: when all is done.
+        workers: processes that answer at once, spread over the GPUs; they change no answer.
 
     Returns:
         Whether the stage is done.
 
     Raises:
+        WorkerLostError: a worker was killed.
         ValueError: a mistake in the configuration, or a model that is not there.
     """
     end = None if minutes is None else time.monotonic() + 60 * minutes
@@ -155,7 +156,7 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
                 f"sibling {training.sibling.name} is not trained yet: bash launch.sh compare {path}; or python -m "
                 f"nsa.train {' '.join(training.arguments)}, then python -m nsa.export {training.run}"
             )
-    comparison = work.comparison("cuda" if torch.cuda.is_available() else "cpu")
+    comparison = work.comparison("cuda" if torch.cuda.is_available() else "cpu", workers)
     with alone_in(work.whole.folder):
         folder = work.folder(comparison)
         seldom = 1 if sys.stderr.isatty() else 30
@@ -166,7 +167,10 @@ def compare(path: str, overrides: list[str], minutes: float | None = None) -> bo
                 return False
             except torch.OutOfMemoryError as error:
                 tokens = work.whole.batch_tokens
-                raise ValueError(f"out of memory: read less at once, batch_tokens={tokens // 2} ({error})") from None
+                fewer = f", or start fewer --workers than {workers}" if workers > 1 else ""
+                raise ValueError(
+                    f"out of memory: read less at once, batch_tokens={tokens // 2}{fewer} ({error})"
+                ) from None
         folder.finish(_now())
         report(work.whole.folder)
     if len(work.left) > 1:

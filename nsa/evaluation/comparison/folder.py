@@ -153,6 +153,24 @@ class ResultsFolder:
         temporary.rename(final)
         return cell
 
+    def drop_figure(
+        self,
+        name: str,
+        arm: str,
+        budget: float | None,
+        task: str,
+        length: int,
+        question_aware: bool,
+        train_seed: int = 0,
+    ) -> None:
+        """Take a figure out of a finished cell, if it has it."""
+        path = self._place(arm, budget, task, length, question_aware, train_seed) / CELL
+        with suppress(UntrustedError, OSError, KeyError, TypeError):  # a damaged cell is told of when it is read
+            head = read_json(path)
+            if name in head["figures"]:
+                del head["figures"][name]
+                _write(path, json.dumps(head, indent=1) + "\n")
+
     def keep_training(self, name: str, config: Path) -> None:
         """Keep a copy of the configuration that a sibling was trained with, if it has one."""
         copy = self.path / SIBLINGS / f"{name}.yaml"
@@ -162,7 +180,8 @@ class ResultsFolder:
 
     def leave_out(self, what: str, why: str) -> None:
         """Note that a planned cell cannot be, and why."""
-        _write(self.path / LEFT_OUT, json.dumps({**self.left_out(), what: why}, indent=1) + "\n")
+        left = {**self.left_out(), what: why}
+        _write(self.path / LEFT_OUT, json.dumps(left, indent=1, sort_keys=True) + "\n")
 
     def left_out(self) -> dict[str, str]:
         """Which cells cannot be -> why, in words."""

@@ -5,16 +5,16 @@ from contextlib import suppress
 from math import inf, log
 
 import numpy as np
-import torch
 
 from nsa.baselines import Budget
 from nsa.data.tasks import UnavailableError, task_named
-from nsa.evaluation.comparison.cells import CALIBRATION, Arm, Cells, Place, places_of
+from nsa.evaluation.comparison.cells import CALIBRATION, Arm, Cells, Place, Unit, places_of, units_of
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import tokenizer_digest
 from nsa.evaluation.comparison.models import Candidate
 from nsa.evaluation.comparison.rows import DENSE, Cell
+from nsa.evaluation.comparison.workers import Workers
 
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 
@@ -23,7 +23,8 @@ class Comparison:
     """See `run`.
 
     Args:
-        candidates: the siblings. device: that answers are computed on. say: called with what is left out.
+        candidates: the siblings. say: called with what is left out. device: that answers are computed on; "cuda": on
+            all GPUs, if there are several workers. workers: processes that answer at once; 1: this one answers.
     """
 
     def __init__(
@@ -31,9 +32,11 @@ class Comparison:
         config: ComparisonConfig,
         candidates: Sequence[Candidate],
         say: Callable[[str], None],
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
+        workers: int = 1,
     ) -> None:
-        self.config, self.candidates, self.say, self.device = config, candidates, say, device
+        self.config, self.candidates, self.say = config, candidates, say
+        self.device, self.workers = device, workers
 
     def arms(self, model: Candidate, *, methods: bool) -> Iterator[Arm]:
         """Of a sibling: with ``methods`` those that choose, controls first; without, dense and as it was trained."""
@@ -60,7 +63,7 @@ class Comparison:
     def run(
         self, folder: ResultsFolder, progress: Callable[[int], None], time_left: Callable[[], float] = lambda: inf
     ) -> None:
-        """Every cell that is not finished; cell by cell, so that an interruption changes no result.
+        """Every cell that is not finished; cell by cell, so that an interruption changes no result. Nor do workers.
 
         Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`). Methods that choose
         only while decoding are asked in turns, batch by batch, and each batch is read once for all of them.
@@ -71,24 +74,35 @@ class Comparison:
 
         Raises:
             TimeUpError: there was no time left.
+            WorkerLostError: a worker was killed.
             ResultsError: the folder has answers of another training of a sibling.
             ValueError: siblings that are compared would be asked different questions, or all lengths are too short for
                 a task; this is found before anything runs.
         """
-        cells, planned = Cells(self.config, folder, self.say, self.device, time_left), 0
+
+        def note(what: str, why: str) -> None:
+            self.say(f"left out: {what}: {why}")
+            folder.leave_out(what, why)
+
+        here = self.device if self.workers == 1 else "cpu"
+        cells, planned = Cells(self.config, folder, note, here, time_left), 0
         self._check_tokenizers()
         self._check_lengths(cells)
-        for methods in (False, True):
-            for model in self.candidates:
-                for place in places_of(self.config):
-                    arms = list(self.arms(model, methods=methods))
-                    if methods and (why := self._below(folder, model, place)):
-                        planned += 1
-                        cells.leave_out(f"methods on {model.label} {place}", why)
-                        progress(len(arms))
-                        continue
-                    planned += len(arms)
-                    cells.finish(arms, place, progress)
+        with Workers(self.workers, cells, self.device) as workers:
+            for methods in (False, True):
+                units: list[Unit] = []
+                for model in self.candidates:
+                    for place in places_of(self.config):
+                        arms = list(self.arms(model, methods=methods))
+                        if methods and (why := self._below(folder, model, place)):
+                            planned += 1
+                            cells.leave_out(f"methods on {model.label} {place}", why)
+                            progress(len(arms))
+                            continue
+                        planned += len(arms)
+                        units += units_of(arms, place)
+                workers.finish(units, progress)
+        cells.keep_first_changes(units)
         folder.plan(planned)
 
     def _check_tokenizers(self) -> None:

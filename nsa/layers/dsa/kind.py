@@ -137,7 +137,7 @@ DSA: Kind = Kind(
     priced_as="nsa",
     lists=False,
     dense_library=False,
-    recordable=False,
+    recordable=True,
     options=("qkv_bias", "qk_norm", "mla", "v_head_dim"),
     parts=lambda shape, config: parts_of(shape, whole=("indexer",)),
     exchanges=exchanges,

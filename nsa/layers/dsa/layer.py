@@ -131,9 +131,7 @@ class IndexedAttention(nn.Module):
             out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options, return_lse=True)
         else:
             tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens, offset=offset)
-            out, lse = ops.token_sparse_attention(
-                q, k, v, tokens, scale=self.scale, return_lse=True, backend=self.backend
-            )
+            out, lse = ops.token_sparse_attention(q, k, v, tokens, scale=self.scale, **options, return_lse=True)
         if not (out.requires_grad or q_idx.requires_grad):
             return out
         divergence = ops.indexer_kl(

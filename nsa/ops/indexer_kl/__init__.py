@@ -15,7 +15,7 @@ from nsa.ops.dispatch import (
     resolve_backend,
     softmax_scale,
 )
-from nsa.ops.geometry import Documents, Ranges
+from nsa.ops.geometry import Documents, Ranges, longest_document
 from nsa.ops.index_topk import check_indexer, naive_scores
 from nsa.ops.tiles import Lists, Pattern, Runs, add, take
 from nsa.ops.token_sparse import naive_mask as listed
@@ -81,7 +81,8 @@ def indexer_kl(
         mask = naive_mask(documents, k.shape[1], token_indices, ratio)
         return naive_kl(q_idx, k_idx, weights, head_sum(q, k, lse, scale), mask)
     if implementation == "triton":
-        return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, visible, scale)
+        longest = longest_document(cu_seqlens, k.shape[1])
+        return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, visible, longest, scale)
     pattern: Pattern = Runs(visible)
     if token_indices is not None:
         pattern = Lists(token_indices.long())
@@ -125,18 +126,18 @@ class _FusedKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor,
-        lists: Tensor | None, visible: Ranges, scale: float,
+        lists: Tensor | None, visible: Ranges, longest: int, scale: float,
     ) -> Tensor:  # fmt: skip
         from nsa.ops.kernels import operators
 
-        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, visible, scale)
+        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, visible, longest, scale)
         ctx.save_for_backward(d_q, d_k, d_w.to(weights.dtype))
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
-        return *(x * d_total.to(x.dtype) for x in ctx.saved_tensors), None, None, None, None, None, None
+        return *(x * d_total.to(x.dtype) for x in ctx.saved_tensors), *(None,) * 7
 
 
 class _IndexerKL(torch.autograd.Function):

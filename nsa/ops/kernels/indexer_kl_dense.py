@@ -1,5 +1,7 @@
 """The loss of DSA's indexer over all visible tokens (the dense warm-up), with its gradients, in linear memory.
 
+Where lists hold a large part of the tokens, this is also the way of the loss over lists: their bits say which count.
+
 Queries are taken in chunks. For a chunk, two slabs of SLAB_BYTES hold the target (the attention, summed over all heads)
 and the index scores of all keys. A program per query then turns its row of scores into the gradient with respect to
 them, a third slab, and adds up its loss. From that one come the gradients of the chunk's index queries and weights, by
@@ -15,6 +17,7 @@ from nsa.ops.kernels.device_functions import load_base2_lse, load_row_parts, loa
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.index_topk import score_kernel, score_tiles
 from nsa.ops.kernels.ranges import shape_constants
+from nsa.ops.kernels.token_tiles import tile_shape, tiles_of
 
 SLAB_BYTES = 2**28  # of a slab: fp32 values of a chunk of queries with all keys
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)  # in place of a sum of 0
@@ -64,15 +67,28 @@ def target_kernel(Q, K, Lse, First, Own, Targets, token0, num_rows, num_tokens, 
         tl.store(Targets + at, total, mask=ok[:, None] & (key[None, :] < row_tiles * EDGE))
 
 
+@triton.jit
+def _seen(key, first, own, Bits, KEYS: tl.constexpr, num_tokens, num_tiles):
+    """Whether the query whose words are at Bits sees each key."""
+    seen = (key >= first) & (key <= own)
+    if Bits is not None:
+        word = tl.load(Bits + (key // KEYS).to(tl.int64) * num_tokens, mask=seen & (key // KEYS < num_tiles), other=0)
+        seen = ((word >> (key % KEYS).to(tl.int64)) & 1) == 1
+    return seen
+
+
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_tiles"])
-def row_kernel(Targets, Scores, DScores, First, Own, Loss, token0, num_rows, num_tokens, row_tiles,
-               EDGE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def row_kernel(Targets, Scores, DScores, First, Own, Loss, token0, num_rows, num_tokens, row_tiles, Bits, num_tiles,
+               EDGE: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """The Loss (B, T) of a query, and the gradient of the loss with respect to its scores: its row of DScores.
 
     Targets, Scores (B, rows, row_tiles * EDGE) fp32; DScores likewise, in the dtype of the index queries. Tiles of EDGE
     queries and keys, or of a divisor of it, are all that is read of DScores: it is 0 there where the key is not seen.
+    Bits (B, num_tiles, T) int64: a query sees key i of a tile of KEYS keys only if bit i is set. None: all visible ones.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if Bits is not None:
+        Bits += batch * num_tiles * num_tokens + token0 + row
     row_size = row_tiles * EDGE
     at = (batch * num_rows + row) * row_size
     Targets += at
@@ -86,19 +102,20 @@ def row_kernel(Targets, Scores, DScores, First, Own, Loss, token0, num_rows, num
     # Loads are masked by the row's end alone, so that the compiler may load several values at once.
     for start in tl.range(first // EDGE * EDGE, own + 1, BLOCK):
         key = start + tl.arange(0, BLOCK)  # [BLOCK]
-        seen = (key >= first) & (key <= own)  # [BLOCK]
+        seen = _seen(key, first, own, Bits, KEYS, num_tokens, num_tiles)  # [BLOCK]
         mass += tl.sum(tl.where(seen, tl.load(Targets + key, mask=key < row_size, other=0.0), 0.0))
         score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
         score = tl.where(seen, score, float("-inf"))
         new = tl.maximum(largest, tl.max(score))
-        exponentials = exponentials * tl.exp(largest - new) + tl.sum(tl.exp(score - new))
+        base = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf would be NaN
+        exponentials = exponentials * tl.exp(largest - base) + tl.sum(tl.exp(score - base))
         largest = new
-    log_sum = largest + tl.log(tl.maximum(exponentials, TINY))
+    log_sum = tl.where(exponentials > 0, largest + tl.log(tl.maximum(exponentials, TINY)), 0.0)
     some = tl.where(mass > 0, 1.0, 0.0)  # the sum of the target
     loss = 0.0
     for start in tl.range(begin, end, BLOCK):
         key = start + tl.arange(0, BLOCK)  # [BLOCK]
-        seen = (key >= first) & (key <= own)  # [BLOCK]
+        seen = _seen(key, first, own, Bits, KEYS, num_tokens, num_tiles)  # [BLOCK]
         target = tl.load(Targets + key, mask=key < row_size, other=0.0)  # [BLOCK]
         target = tl.where(seen, target, 0.0) / tl.maximum(mass, TINY)
         log_q = tl.load(Scores + key, mask=key < row_size, other=0.0) - log_sum  # [BLOCK]
@@ -169,7 +186,7 @@ def key_kernel(Q, K, W, DScores, First, Own, DK, token0, num_rows, num_tokens, n
 
 def divergence(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, first: Tensor, own: Tensor,
-    scale: float,
+    scale: float, lists: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss (), fp32, and its gradients with respect to q_idx, k_idx (in their dtypes) and weights (fp32).
 
@@ -177,6 +194,7 @@ def divergence(
         q_idx (B, T, Hi, Di), k_idx (B, S, Di), q (B, T, H, D), k (B, S, G, D): contiguous.
         weights (B, T, Hi), lse (B, T, H): contiguous, fp32.
         first, own: (T,) int32, the first and the last key that each query sees; nondecreasing.
+        lists: (B, T, slots) int32, contiguous: only these keys count, -1 for none; None: all visible ones.
     """
     (batch, tokens, heads, width), keys = q_idx.shape, k_idx.shape[1]
     loss = torch.zeros(batch, tokens, dtype=torch.float32, device=q.device)
@@ -190,6 +208,7 @@ def divergence(
     row_tiles = triton.cdiv(keys, EDGE)
     targets, slab = (loss.new_empty(batch, rows, row_tiles * EDGE) for _ in range(2))
     d_scores = torch.empty_like(slab, dtype=q_idx.dtype)
+    bits = None if lists is None else tiles_of(lists, keys, size).bits
     index = {"HEADS": heads, "D": width, "D1": tile_width(width), "PRECISION": precision}
 
     def tiles(choice: dict[int, tuple[int, int, int, int]]) -> tuple[int, int, dict[str, int]]:
@@ -209,8 +228,9 @@ def divergence(
             q, k, lse, first, own, targets, *where, row_tiles, scale * LOG2_E, EDGE, **constants, **options
         )
         row_kernel[here, batch](
-            targets, slab, d_scores, first, own, loss, token, here, tokens, row_tiles, EDGE,
-            EDGE if INTERPRETED else ROW_BLOCK, num_warps=4,
+            targets, slab, d_scores, first, own, loss, token, here, tokens, row_tiles, Bits=bits,
+            num_tiles=0 if bits is None else bits.shape[1], EDGE=EDGE, KEYS=tile_shape(size)[1],
+            BLOCK=EDGE if INTERPRETED else ROW_BLOCK, num_warps=4,
         )  # fmt: skip
         queries, columns, options = tiles(QUERY_TILES)
         query_kernel[heads, triton.cdiv(here, queries), batch](

@@ -1,6 +1,7 @@
 """The kernels as torch operators, with gradients, and with fakes so that `torch.compile` sees no graph break."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from nsa.ops.kernels import (
     ranges,
     selected,
     selection,
+    token_tiles,
     tokens,
     top_p,
 )
@@ -163,56 +165,68 @@ def index_topk_decode(
 
 
 @torch.library.custom_op("nsa::token_attention", mutates_args=())
-def _token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return tokens.forward(q, k, v, lists, scale)
+def _token_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _listed(q, k, v, lists, longest).forward(q, k, v, lists, scale)
+
+
+def _listed(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> ModuleType:
+    """The kernels of attention to these lists."""
+    return token_tiles if token_tiles.pays(q, k, v, lists, longest) else tokens
 
 
 @_token_attention.register_fake
-def _token_attention_fake(q, k, v, lists, scale):
+def _token_attention_fake(q, k, v, lists, longest, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("nsa::token_attention_backward", mutates_args=())
 def _token_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, d_lse: Tensor | None, lists: Tensor,
-    scale: float,
+    longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     delta = ranges.delta(out, d_out)
     if d_lse is not None:
         delta -= d_lse
-    return tokens.backward(q, k, v, lists, d_out, lse, delta, scale)
+    return _listed(q, k, v, lists, longest).backward(q, k, v, lists, d_out, lse, delta, scale)
 
 
 @_token_attention_backward.register_fake
-def _token_attention_backward_fake(q, k, v, out, d_out, lse, d_lse, lists, scale):
+def _token_attention_backward_fake(q, k, v, out, d_out, lse, d_lse, lists, longest, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save_tokens(ctx, inputs, output):
-    q, k, v, lists, ctx.scale = inputs
+    q, k, v, lists, ctx.longest, ctx.scale = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, lists)
 
 
 def _differentiate_tokens(ctx, d_out, d_lse):
     if d_out is None and d_lse is None:
-        return (None,) * 5
+        return (None,) * 6
     q, k, v, out, lse, lists = ctx.saved_tensors
     d_out = torch.zeros_like(out) if d_out is None else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
-    return *_token_attention_backward(q, k, v, out, d_out, lse, d_lse, lists, ctx.scale), None, None
+    sizes = ctx.longest, ctx.scale
+    return *_token_attention_backward(q, k, v, out, d_out, lse, d_lse, lists, *sizes), None, None, None
 
 
 _token_attention.register_autograd(_differentiate_tokens, setup_context=_save_tokens)
 
 
-def token_attention(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def token_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of each query to the keys of its list (B, T, slots) int32, -1 for none.
+
+    ``longest``: tokens of the longest document at most. The fastest way depends on it.
 
     Returns:
         out (B, T, H, Dv) in q's dtype; lse (B, H, T) fp32.
     """
-    out, lse = _token_attention(*(x.contiguous() for x in (q, k, v, lists)), scale)
+    out, lse = _token_attention(*(x.contiguous() for x in (q, k, v, lists)), longest, scale)
     return out, lse.transpose(1, 2)
 
 
@@ -345,30 +359,30 @@ def top_p_tokens(
 @torch.library.custom_op("nsa::indexer_kl", mutates_args=())
 def _indexer_kl(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor | None,
-    first: Tensor, own: Tensor, scale: float,
+    first: Tensor, own: Tensor, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if lists is None:
-        return dense_kl.divergence(q_idx, k_idx, weights, q, k, lse, first, own, scale)
+    if lists is None or token_tiles.pays_for_loss(k_idx.shape[1], lists, longest):
+        return dense_kl.divergence(q_idx, k_idx, weights, q, k, lse, first, own, scale, lists)
     return list_kl.divergence(q_idx, k_idx, weights, q, k, lse, lists, scale)
 
 
 @_indexer_kl.register_fake
-def _indexer_kl_fake(q_idx, k_idx, weights, q, k, lse, lists, first, own, scale):
+def _indexer_kl_fake(q_idx, k_idx, weights, q, k, lse, lists, first, own, longest, scale):
     return weights.new_empty(()), torch.empty_like(q_idx), torch.empty_like(k_idx), torch.empty_like(weights)
 
 
 def indexer_kl(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor, lists: Tensor | None,
-    visible: Ranges, scale: float,
+    visible: Ranges, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss over lists (None: over what is visible) and its gradients with respect to q_idx, k_idx and weights.
 
-    ``lse``: (B, H, T).
+    ``lse``: (B, H, T). ``longest``: as for `token_attention`.
     """
     return _indexer_kl(
         q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous(), q.contiguous(), k.contiguous(),
         lse.transpose(1, 2).float().contiguous(), None if lists is None else lists.contiguous(),
-        *_first_and_own(visible), scale,
+        *_first_and_own(visible), longest, scale,
     )  # fmt: skip
 
 

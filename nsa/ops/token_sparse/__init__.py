@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa.ops.dense import dense_attention
 from nsa.ops.dispatch import autocasts, check_attention, resolve_backend, softmax_scale
+from nsa.ops.geometry import longest_document
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Lists, tiled_attention
 
@@ -68,7 +69,8 @@ def token_sparse_attention(
         window: (k_win (B, S', G, D), v_win (B, S', G, Dv), w): query t attends also to the last w of these, its own
             included, in the same softmax; as in `dense_attention`. A list with a window holds compressed entries (CSA).
         scale: factor of the scores; None: D ** -0.5.
-        cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1. The window needs them.
+        cu_seqlens: (N+1,) int32 boundaries of packed documents, with B = 1. The window needs them; the kernels are
+            faster for lists that hold a large part of a document if the host knows its length.
         return_lse: also return the log-sum-exp of the scores, with the sink and the window.
         backend: auto, triton, torch or naive.
 
@@ -89,7 +91,7 @@ def token_sparse_attention(
     if implementation == "triton":
         from nsa.ops.kernels import operators
 
-        out, lse = operators.token_attention(q, k, v, token_indices, scale)
+        out, lse = operators.token_attention(q, k, v, token_indices, longest_document(cu_seqlens, k.shape[1]), scale)
     elif implementation == "naive":
         out, lse = masked_attention(q, k, v, naive_mask(token_indices, k.shape[1]), scale)
     else:

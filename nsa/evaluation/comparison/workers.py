@@ -1,0 +1,246 @@
+"""Answers cells in several processes at once, spread over the GPUs of this machine.
+
+The process that starts them deals out units of work, and alone writes what they share: cells that are left out, and how
+siblings were trained. A worker writes its cells. Which cells there are, and what they say, does not depend on who
+answers them.
+"""
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import ceil
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from nsa.evaluation.comparison.cells import Cells, Place, TimeUpError, Unit
+from nsa.evaluation.comparison.config import ComparisonConfig
+from nsa.evaluation.comparison.folder import ResultsFolder
+from nsa.evaluation.comparison.models import Candidate
+from nsa.exporting.folder import CONFIG
+from nsa.training.signals import die_with_parent, ignore
+
+# What a worker says: of a unit that it answers, and how that ended.
+PROGRESS, LEFT_OUT = "progress", "left out"
+DONE, TIME_UP, MISTAKE, MEMORY, FAULT = "done", "time up", "mistake", "memory", "fault"
+
+
+class WorkerLostError(Exception):
+    """A worker was killed from outside; everything that was answered is written."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a worker is started with. threads: of the CPU. end: when the time is over, by `time.monotonic`."""
+
+    config: ComparisonConfig
+    folder: ResultsFolder
+    device: str
+    threads: int
+    end: float
+    parent: int
+
+
+@dataclass
+class Worker:
+    """A process. unit: that it answers; None: it waits. model, place: of its last unit, still in its memory."""
+
+    number: int
+    process: SpawnProcess
+    connection: Connection
+    unit: Unit | None = None
+    model: Candidate | None = None
+    place: Place | None = None
+
+
+@dataclass
+class Workers:
+    """Within a ``with``: so many processes, which are killed at its end; with a count of 1 this process answers.
+
+    Args:
+        cells: of this process. device: "cuda" (worker i computes on GPU i modulo their number) or another one for all.
+    """
+
+    count: int
+    cells: Cells
+    device: str
+    _begun: bool = False
+    _workers: list[Worker] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._start = Start(
+            config=self.cells.config,
+            folder=self.cells.folder,
+            device=self.device,
+            threads=max(1, torch.get_num_threads() // self.count),
+            end=time.monotonic() + self.cells.time_left() if self.count > 1 else 0.0,
+            parent=os.getpid(),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for worker in self._workers:
+            worker.process.kill()  # a cell is there whole or not at all
+        for worker in self._workers:
+            worker.process.join()
+            worker.connection.close()
+
+    def finish(self, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
+        """Answer what is missing.
+
+        Args:
+            progress: called with a number of cells that are done or left out.
+
+        Raises:
+            TimeUpError: no time is left; not before the first cell of a run is done.
+            WorkerLostError: a worker was killed.
+            torch.OutOfMemoryError, ValueError: what a worker raised.
+        """
+        if self.count == 1:
+            for unit in units:
+                self.cells.finish(unit, progress)
+            return
+        waiting = []
+        for unit in units:
+            missing = self.cells.missing(unit)
+            progress(len(unit.arms) - len(missing))
+            waiting += [Unit(missing, unit.place)] if missing else []
+        waiting = shared_out(waiting, self.count)
+        whole = True
+        while True:
+            self._deal(waiting)
+            busy = [worker for worker in self._workers if worker.unit is not None]
+            if not busy:
+                break
+            ready = wait([worker.connection for worker in busy])
+            for worker in (worker for worker in busy if worker.connection in ready):
+                whole = self._hear(worker, progress) and whole
+        if waiting or not whole:
+            raise TimeUpError
+
+    def _deal(self, waiting: list[Unit]) -> None:
+        """Give units to workers that have none, while there is time."""
+        while waiting and (not self._begun or self.cells.time_left() > 0):
+            worker = next((worker for worker in self._workers if worker.unit is None), None)
+            if worker is None and len(self._workers) < self.count:
+                worker = self._started(len(self._workers))
+            if worker is None:
+                return
+            self._begun = True
+            worker.unit = unit = next_of(waiting, worker.model, worker.place)
+            worker.model, worker.place = unit.model, unit.place
+            waiting.remove(unit)
+            self.cells.folder.keep_training(unit.model.label, unit.model.folder / CONFIG)
+            try:
+                worker.connection.send(unit)
+            except OSError:
+                raise self._lost(worker) from None
+
+    def _hear(self, worker: Worker, progress: Callable[[int], None]) -> bool:
+        """Take one message of a worker. Returns False if the time was over before it had answered its unit."""
+        try:
+            what, *said = worker.connection.recv()
+        except (EOFError, OSError):
+            raise self._lost(worker) from None
+        if what == PROGRESS:
+            progress(*said)
+        elif what == LEFT_OUT:
+            self.cells.leave_out(*said)
+        elif what == MISTAKE:
+            raise ValueError(*said)
+        elif what == MEMORY:
+            raise torch.OutOfMemoryError(*said)
+        elif what == FAULT:
+            raise RuntimeError(f"worker {worker.number} failed:\n{said[0]}")
+        else:
+            worker.unit = None
+        return bool(what != TIME_UP)
+
+    def _started(self, number: int) -> Worker:
+        context = get_context("spawn")  # this process may have threads, which a forked one would lack
+        mine, its = context.Pipe()
+        device = self.device
+        if device == "cuda":
+            device = f"cuda:{number % torch.cuda.device_count()}"
+        start = Start(**{**vars(self._start), "device": device})
+        process = context.Process(target=_work, args=(start, its), name=f"worker {number}")
+        process.start()
+        its.close()  # so that its end is seen here
+        worker = Worker(number, process, mine)
+        self._workers.append(worker)
+        return worker
+
+    def _lost(self, worker: Worker) -> WorkerLostError:
+        worker.process.join(10)
+        code = worker.process.exitcode
+        how = f"exit code {code}"
+        if code is not None and code < 0:
+            how = f"signal {signal.Signals(-code).name}"
+        return WorkerLostError(
+            f"worker {worker.number} was killed ({how}). If the machine ran out of memory, start fewer --workers than "
+            f"{self.count}, or lower batch_tokens. What is answered is written: the same command goes on"
+        )
+
+
+def shared_out(units: Sequence[Unit], workers: int) -> list[Unit]:
+    """Units of at most as many cells as a worker has on average: else all others would wait for a large one."""
+    most = ceil(sum(len(unit.arms) for unit in units) / workers)
+    return [
+        Unit(unit.arms[first : first + most], unit.place) for unit in units for first in range(0, len(unit.arms), most)
+    ]
+
+
+def next_of(units: Sequence[Unit], model: Candidate | None, place: Place | None) -> Unit:
+    """Which unit comes next: many cells and long samples first, and what this worker has in memory.
+
+    Args:
+        units: those that wait, at least one. model, place: of the worker's last unit; None: it had none.
+    """
+    return min(
+        units,
+        key=lambda unit: (-len(unit.arms), unit.place != place, unit.model != model, -unit.place.length),
+    )
+
+
+def _work(start: Start, connection: Connection) -> None:
+    """What a worker does: answers units until the process that started it ends."""
+    die_with_parent()
+    ignore()  # of a signal the other process decides
+    if os.getppid() != start.parent:
+        return
+    torch.set_num_threads(start.threads)
+    if start.device.startswith("cuda"):
+        torch.cuda.set_device(start.device)
+
+    def send(what: str, *said: Any) -> None:
+        connection.send((what, *said))
+
+    def note(what: str, why: str) -> None:
+        send(LEFT_OUT, what, why)
+
+    cells = Cells(start.config, start.folder, note, start.device, lambda: start.end - time.monotonic())
+    while True:
+        try:
+            unit = connection.recv()
+        except EOFError:
+            return
+        try:
+            cells.finish(unit, lambda number: send(PROGRESS, number))
+            send(DONE)
+        except TimeUpError:
+            send(TIME_UP)
+        except torch.OutOfMemoryError as error:
+            send(MEMORY, str(error))
+        except ValueError as error:
+            send(MISTAKE, str(error))
+        except Exception:
+            send(FAULT, traceback.format_exc())

@@ -1,0 +1,292 @@
+"""Attention of each query to a list of tokens (DSA) by tiles of all keys, where lists hold a large part of the keys.
+
+The programs are those of dense attention. A word for each query and tile of keys has a bit for each key that the query
+lists; the scores of the others are -inf. Tiles of keys that no query of a tile lists are left out. The time is that of
+dense attention at most, however little neighbouring queries share, and no part of dK and dV goes through memory.
+`nsa.ops.kernels.tokens` gathers the listed keys instead: `pays` says which of the two a case takes.
+
+Algorithm: FlashAttention-2 (arXiv 2307.08691), with two passes backward, as in `nsa.ops.kernels.ranges`. Nothing is
+added by atomics but bits, whose order does not matter, so the results have the same bits each time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.device_functions import (
+    SMALLEST_DOT,
+    load_base2_lse,
+    load_row_parts,
+    load_rows,
+    scores,
+    store_key_gradients,
+    store_output,
+    store_query_gradient,
+)
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E
+from nsa.ops.kernels.ranges import shape_constants
+
+# Gathering a key for a KV head takes as long as so many products with a query of width 128 in a dense tile, about; for
+# the indexer's loss, which gathers for each query alone, as long as a dense row of so many keys (H200, docs/log).
+PRODUCTS_OF_GATHER = 16
+KEYS_OF_GATHER = 10
+MOST_BYTES = 2**29  # of the bits of all queries
+WIDEST = 256  # bytes of a head
+TILES = {2: (128, 64), 4: (64, 32)}  # (queries, keys) of a tile, by the bytes of an element
+SLOTS = 1024  # that a program of `bits_kernel` loads at once
+
+
+class Tiles(NamedTuple):
+    """Which tiles of BM queries and BN keys have a listed key, and which of their keys are listed.
+
+    bits (B, key tiles, T) int64: bit i is set where the query lists key i of the tile. of_queries (B, query tiles, key
+    tiles) int32: the numbers of the tiles of keys, ascending, of which the first query_count (B, query tiles) int64
+    have a listed key. of_keys (B, key tiles, query tiles), key_count: the same from the side of the keys.
+    """
+
+    bits: Tensor
+    of_queries: Tensor
+    query_count: Tensor
+    of_keys: Tensor
+    key_count: Tensor
+
+
+def tile_shape(itemsize: int) -> tuple[int, int]:
+    """(queries, keys) of a tile."""
+    return (16, 16) if INTERPRETED else TILES[itemsize]
+
+
+def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
+    """Whether tiles of all keys take less time than gathering the listed ones.
+
+    Args:
+        q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv), lists (B, T, slots).
+        longest: tokens of the longest document, or an upper bound.
+    """
+    (heads, width), groups = q.shape[2:], k.shape[2]
+    if max(width, v.shape[3]) * q.element_size() > WIDEST or not _fits(lists, k.shape[1]):
+        return False
+    products = longest / 2 * (heads // groups) * max(width, v.shape[3]) / 128  # half of the keys lie behind a query
+    return products <= PRODUCTS_OF_GATHER * lists.shape[2]
+
+
+def pays_for_loss(keys: int, lists: Tensor, longest: int) -> bool:
+    """Whether the indexer's loss over lists (B, T, slots) of ``keys`` keys takes less time by tiles of all of them."""
+    return longest <= KEYS_OF_GATHER * lists.shape[2] and _fits(lists, keys)
+
+
+def _fits(lists: Tensor, keys: int) -> bool:
+    return lists.shape[0] * lists.shape[1] * keys <= 8 * MOST_BYTES
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def bits_kernel(Lists, Bits, Occupied, num_tokens, num_slots, num_tiles, BM: tl.constexpr, BN: tl.constexpr,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """Sets the bits of one query. Bits (B, key tiles, T) int64, Occupied (B, query tiles, key tiles) uint8: 0 before.
+
+    Lists (B, T, slots) int32.
+    """
+    token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    Lists += (batch * num_tokens + token) * num_slots
+    Bits += batch * num_tiles * num_tokens + token
+    Occupied += (batch * tl.cdiv(num_tokens, BM) + token // BM) * num_tiles
+    one = tl.full([BLOCK], 1, tl.int64)  # [BLOCK]
+    for start in tl.range(0, num_slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)  # [BLOCK]
+        key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BLOCK]
+        tile = tl.maximum(key, 0) // BN  # [BLOCK]
+        bit = one << (tl.maximum(key, 0) % BN).to(tl.int64)  # [BLOCK]
+        tl.atomic_or(Bits + tile.to(tl.int64) * num_tokens, bit, mask=key >= 0, sem="relaxed")  # in any order
+        tl.store(Occupied + tile, tl.full([BLOCK], 1, tl.uint8), mask=key >= 0)
+
+
+@triton.jit
+def is_listed(word, BN: tl.constexpr):
+    """[BM, BN]: bit i of each word [BM]."""
+    return ((word[:, None] >> tl.arange(0, BN).to(tl.int64)[None, :]) & 1) == 1
+
+
+@triton.jit
+def _query_tile(Tiles, Count, num_tiles):
+    """(number of the tile, its list of tiles of keys, their number). The last tiles see the most keys: they start."""
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    place = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tile
+    return tile, Tiles + place * num_tiles, tl.load(Count + place).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def forward_kernel(Q, K, V, Bits, Tiles, Count, Out, Lse, num_tokens, num_keys, num_tiles, scale_log2,
+                   GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                   D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """Output and LSE of one head of BM queries.
+
+    Q, Out (B, T, H, D or Dv); K, V (B, S, G, D or Dv); Lse (B, T, H) fp32; Bits, Tiles, Count: see `Tiles`.
+    """
+    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    tile, Tiles, count = _query_tile(Tiles, Count, num_tiles)
+    token = tile * BM + tl.arange(0, BM)  # [BM]
+    ok = token < num_tokens  # [BM]
+    q_row = (batch * num_tokens + token) * (GROUPS * HEADS) + head  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    Bits += batch * num_tiles * num_tokens
+    acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
+    row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
+    row_sum = tl.zeros([BM], tl.float32)  # [BM]
+    for i in tl.range(0, count):
+        at = tl.load(Tiles + i)
+        key = at * BN + tl.arange(0, BN)  # [BN]
+        k_row = (batch * num_keys + key) * GROUPS + head // HEADS  # [BN]
+        k1, k2 = load_row_parts(K, k_row, key < num_keys, D, D1, D2)  # [BN, D1], [BN, D2]
+        v = load_rows(V, k_row, key < num_keys, tl.arange(0, DV1), DV)  # [BN, DV1]
+        word = tl.load(Bits + at.to(tl.int64) * num_tokens + token, mask=ok, other=0)  # [BM]
+        s = tl.where(is_listed(word, BN), scores(q1, q2, k1, k2, D2, PRECISION), float("-inf"))  # [BM, BN]
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)  # [BM]
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)  # [BM]: -inf - -inf would be NaN
+        p = tl.exp2(s * scale_log2 - base[:, None])  # [BM, BN]
+        rescale = tl.exp2(row_max - base)  # [BM]
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        row_max = new_max
+    store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, DV1)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def query_kernel(Q, K, V, DOut, Lse, Delta, Bits, Tiles, Count, DQ, num_tokens, num_keys, num_tiles, scale_log2, scale,
+                 GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+                 D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """DQ (B, T, H, D) of one head of BM queries. Arguments as in `forward_kernel`; Delta (B, T, H) fp32."""
+    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    tile, Tiles, count = _query_tile(Tiles, Count, num_tiles)
+    token = tile * BM + tl.arange(0, BM)  # [BM]
+    ok = token < num_tokens  # [BM]
+    q_row = (batch * num_tokens + token) * (GROUPS * HEADS) + head  # [BM]
+    q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
+    lse = load_base2_lse(Lse, q_row, ok)  # [BM]
+    delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
+    Bits += batch * num_tiles * num_tokens
+    dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
+    dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
+    for i in tl.range(0, count):
+        at = tl.load(Tiles + i)
+        key = at * BN + tl.arange(0, BN)  # [BN]
+        k_row = (batch * num_keys + key) * GROUPS + head // HEADS  # [BN]
+        k1, k2 = load_row_parts(K, k_row, key < num_keys, D, D1, D2)  # [BN, D1], [BN, D2]
+        v = load_rows(V, k_row, key < num_keys, tl.arange(0, DV1), DV)  # [BN, DV1]
+        word = tl.load(Bits + at.to(tl.int64) * num_tokens + token, mask=ok, other=0)  # [BM]
+        p = tl.exp2(scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - lse[:, None])  # [BM, BN]
+        p = tl.where(is_listed(word, BN), p, 0.0)
+        ds = (p * (tl.dot(d_out, v.T, input_precision=PRECISION) - delta[:, None])).to(k1.dtype)  # [BM, BN]
+        dq1 = tl.dot(ds, k1, dq1, input_precision=PRECISION)
+        if D2 > 0:
+            dq2 = tl.dot(ds, k2, dq2, input_precision=PRECISION)
+    store_query_gradient(DQ, q_row, ok, dq1, dq2, scale, D, D1, D2, False)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def key_kernel(Q, K, V, DOut, Lse, Delta, Bits, Tiles, Count, DK, DV_, num_tokens, num_keys, num_tiles, scale_log2,
+               scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
+               D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
+    """DK, DV_ (B, S, G, D or Dv) of BN keys of a KV head.
+
+    It goes through BM queries at a time. ``num_tiles``: tiles of queries, of PARTS times as many.
+    """
+    tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    place = batch * tl.num_programs(0) + tile
+    Tiles += place * num_tiles
+    Bits += place * num_tokens
+    key = tile * BN + tl.arange(0, BN)  # [BN]
+    k_row = (batch * num_keys + key) * GROUPS + group  # [BN]
+    k1, k2 = load_row_parts(K, k_row, key < num_keys, D, D1, D2)  # [BN, D1], [BN, D2]
+    v = load_rows(V, k_row, key < num_keys, tl.arange(0, DV1), DV)  # [BN, DV1]
+    dk1 = tl.zeros([BN, D1], tl.float32)  # [BN, D1]
+    dk2 = tl.zeros([BN, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BN, D2], unused if D2 is 0
+    dv = tl.zeros([BN, DV1], tl.float32)  # [BN, DV1]
+    for i in tl.range(0, tl.load(Count + place).to(tl.int32) * (PARTS * HEADS)):
+        part = tl.load(Tiles + i // (PARTS * HEADS)) * PARTS + i // HEADS % PARTS
+        token = part * BM + tl.arange(0, BM)  # [BM]
+        ok = token < num_tokens  # [BM]
+        q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + i % HEADS  # [BM]
+        q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+        d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
+        lse = load_base2_lse(Lse, q_row, ok)  # [BM]
+        delta = tl.load(Delta + q_row, mask=ok, other=0.0)  # [BM]
+        word = tl.load(Bits + token, mask=ok, other=0)  # [BM]
+        p = tl.exp2(scores(k1, k2, q1, q2, D2, PRECISION) * scale_log2 - lse[None, :])  # [BN, BM]
+        p = tl.where(((word[None, :] >> tl.arange(0, BN).to(tl.int64)[:, None]) & 1) == 1, p, 0.0)
+        dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
+        ds = (p * (tl.dot(v, d_out.T, input_precision=PRECISION) - delta[None, :])).to(q1.dtype)  # [BN, BM]
+        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+        if D2 > 0:
+            dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+    store_key_gradients(DK, DV_, k_row, key < num_keys, dk1, dk2, dv, scale, D, DV, D1, D2, DV1)
+
+
+def tiles_of(lists: Tensor, keys: int, itemsize: int) -> Tiles:
+    """lists (B, T, slots) int32 of ``keys`` keys, for tensors with elements of so many bytes."""
+    batch, tokens, slots = lists.shape
+    queries, of_tile = tile_shape(itemsize)
+    query_tiles, key_tiles = triton.cdiv(tokens, queries), triton.cdiv(keys, of_tile)
+    bits = lists.new_zeros(batch, key_tiles, tokens, dtype=torch.int64)
+    occupied = lists.new_zeros(batch, query_tiles, key_tiles, dtype=torch.uint8)
+    if lists.numel():
+        bits_kernel[tokens, batch](
+            lists, bits, occupied, tokens, slots, key_tiles, queries, of_tile, 16 if INTERPRETED else SLOTS, num_warps=4
+        )
+    return Tiles(bits, *_numbers(occupied), *_numbers(occupied.transpose(1, 2)))
+
+
+def _numbers(occupied: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row of (B, m, n): the numbers of the columns that are not 0, ascending, then the others; the count."""
+    occupied = occupied.contiguous()  # a sort keeps the strides of what it sorts
+    order = occupied.sort(dim=-1, descending=True, stable=True).indices
+    return order.int(), occupied.sum(-1, dtype=torch.int64)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.kernels.tokens.forward`."""
+    (batch, tokens, heads, _), keys = q.shape, k.shape[1]
+    out = q.new_empty(batch, tokens, heads, v.shape[3])
+    lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
+    if not (q.numel() and k.numel() and lists.numel()):
+        return out.zero_(), lse.fill_(-torch.inf)
+    tiles, (queries, of_tile) = tiles_of(lists, keys, q.element_size()), tile_shape(q.element_size())
+    forward_kernel[heads, tiles.of_queries.shape[1], batch](
+        q, k, v, tiles.bits, tiles.of_queries, tiles.query_count, out, lse, tokens, keys, tiles.of_queries.shape[2],
+        scale * LOG2_E, **shape_constants(q, k, v), BM=queries, BN=of_tile, **_options(8),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `nsa.ops.kernels.tokens.backward`."""
+    (batch, tokens, heads, _), (keys, groups) = q.shape, k.shape[1:3]
+    if not (q.numel() and k.numel() and lists.numel()):
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    tiles, (queries, of_tile) = tiles_of(lists, keys, q.element_size()), tile_shape(q.element_size())
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    inputs = (q, k, v, d_out, lse, delta, tiles.bits)
+    constants = {**shape_constants(q, k, v), "BN": of_tile}
+    query_tiles, key_tiles = tiles.of_queries.shape[1:]
+    query_kernel[heads, query_tiles, batch](
+        *inputs, tiles.of_queries, tiles.query_count, dq, tokens, keys, key_tiles, scale * LOG2_E, scale, **constants,
+        BM=queries, **_options(8),
+    )  # fmt: skip
+    parts = 1 if INTERPRETED else 2
+    key_kernel[key_tiles, groups, batch](
+        *inputs, tiles.of_keys, tiles.key_count, dk, dv, tokens, keys, query_tiles, scale * LOG2_E, scale, **constants,
+        BM=queries // parts, PARTS=parts, **_options(4),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _options(warps: int) -> dict[str, int]:
+    return {} if INTERPRETED else {"num_warps": warps, "num_stages": 2}

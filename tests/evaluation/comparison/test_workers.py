@@ -1,0 +1,332 @@
+"""A comparison that several processes answer at once is the one that a single process answers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe, get_context
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from nsa.compare import main
+from nsa.evaluation.comparison import commands, workers
+from nsa.evaluation.comparison.cells import Cells, Place, TimeUpError, Unit
+from nsa.evaluation.comparison.folder import read_results
+from nsa.evaluation.comparison.workers import Worker, WorkerLostError, Workers, next_of, shared_out
+from tests.small_run import small_export
+
+CONFIG = """
+name: small
+output_dir: {out}
+siblings:
+  - {{name: dense, export: {dense}}}
+  - {{name: nsa, export: {nsa}}}
+methods: [{{name: quest, page: 4}}, twilight]
+budgets: [1.0, 8]  # 8 tokens are too few for twilight
+tasks: [mqar]
+lengths: [48, 64]
+samples: 2
+queries: 1
+calibration_samples: 1
+"""
+
+
+@pytest.fixture(scope="module")
+def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
+
+
+def configured(out: Path, siblings: dict[str, Path]) -> Path:
+    path = out / "small.yaml"
+    path.write_text(CONFIG.format(out=out, **siblings))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take time."""
+    monkeypatch.setattr(commands, "write_report", lambda folder: None)
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """All that a folder says, by file, but for when it was made."""
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml")
+    }
+    manifest = json.loads(found.pop("manifest.json"))
+    return {**found, "planned": manifest["planned"]}
+
+
+@pytest.fixture(scope="module")
+def whole(siblings: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Answered by one process."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(commands, "write_report", lambda folder: None)
+        patch.setattr(Workers, "_started", None)  # no other process
+        assert main([str(configured(out, siblings)), f"output_dir={out}/results"]) == 0
+    found = told(out / "results/small")
+    assert len([name for name in found if name.endswith("answers.jsonl")]) == found["planned"] - 4 > 45
+    assert len(json.loads(found["left_out.json"])) == 4 and "siblings/nsa.yaml" in found
+    return found
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
+
+
+def changed(found: dict[str, Any]) -> list[tuple[str, Any, int]]:
+    """Cells in which leaks were looked for: arm, budget, length."""
+    heads = [json.loads(text) for name, text in found.items() if name.endswith("cell.json")]
+    return [(head["arm"], head["budget"], head["length"]) for head in heads if "changes" in head["figures"]]
+
+
+def test_two_workers_that_are_killed_and_stopped_give_what_one_process_gives(
+    siblings: dict[str, Path],
+    whole: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """First a worker is killed, then the time is over at once, then they go on. Only the last ones import torch again:
+    the others are forked, which takes less time."""
+    command = [str(configured(tmp_path, siblings)), f"output_dir={tmp_path}/results", "--workers", "2"]
+    folder, hear, started = tmp_path / "results/small", Workers._hear, list[Worker]()
+
+    def heard(self: Workers, worker: Worker, *more: Any) -> bool:
+        """Which kills one that answers, after the first cells."""
+        started[:] = self._workers
+        if len(list((folder / "cells").glob("[!.]*"))) > 2 and len(started) == 2:
+            os.kill(worker.process.pid or 0, signal.SIGKILL)
+            while worker.connection.poll(5):  # what it has said so far
+                with suppress(EOFError):
+                    worker.connection.recv()
+                    continue
+                break
+        return hear(self, worker, *more)
+
+    forked = get_context("fork")
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "get_context", lambda kind: forked)
+        patch.setattr(Workers, "_hear", heard)
+        assert main(command) == 85
+    error = capsys.readouterr().err
+    assert "was killed (signal SIGKILL)" in error and "fewer --workers than 2" in error and "goes on" in error
+    assert len(started) == 2 and not any(process.process.is_alive() for process in started if process.process._popen)
+    there = set((folder / "cells").glob("[!.]*"))
+    assert len(there) > 2
+
+    begun, start = list[int](), Workers._started
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "get_context", lambda kind: forked)
+        patch.setattr(Workers, "_started", lambda self, number: begun.append(number) or start(self, number))
+        assert main([*command, "--minutes", "0"]) == 75
+    assert begun == [0], "one unit is begun, and no second one"
+    more = set((folder / "cells").glob("[!.]*"))
+    assert len(more) > len(there) and there < more, "each run gets further"
+    assert len(more) < whole["planned"] - 4
+
+    assert main(command) == 0
+    assert same(told(folder), whole)
+    assert read_results(folder).manifest.finished is not None
+    monkeypatch.setattr(Workers, "_started", None)
+    assert main(command) == 0, "a finished comparison starts no process"
+
+
+def test_the_order_of_answers_changes_nothing(
+    siblings: dict[str, Path], whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backwards, with an interruption: leaks are looked for in more cells than in the end say so."""
+
+    def backwards(self: Workers, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
+        for unit in [part for one in units for part in shared_out([one], 3)][::-1]:
+            self.cells.finish(unit, progress)
+            if self.cells.time_left() < 0:
+                raise TimeUpError
+
+    monkeypatch.setattr(Workers, "finish", backwards)
+    path = configured(tmp_path, siblings)
+    looks = iter(range(60))
+    work = commands.work_of(str(path), [f"output_dir={tmp_path}/results"])
+    comparison = work.comparison()
+    with pytest.raises(TimeUpError):
+        comparison.run(work.folder(comparison), lambda cells: None, lambda: 60 - next(looks, 100))
+    assert main([str(path), f"output_dir={tmp_path}/results"]) == 0
+    assert same(told(tmp_path / "results/small"), whole)
+    arms = [arm for arm, budget, length in changed(whole)]
+    assert len(arms) == len(set(arms)) >= 9 and {length for *_, length in changed(whole)} == {48}
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_started_them(siblings: dict[str, Path], tmp_path: Path) -> None:
+    path = configured(tmp_path, siblings)
+    path.write_text(path.read_text().replace("samples: 2", "samples: 400"))  # longer than this test
+    command = [sys.executable, "-m", "nsa.compare", str(path), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    cells = tmp_path / "small/cells"
+    while process.poll() is None and not list(cells.glob("[!.]*")):
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = [pid for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    process.kill()
+    process.wait()
+    assert len(found) == 2
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
+
+
+# ---------------------------------------------------------------------------------------------- what a worker says
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "text"),
+    [
+        ((workers.MISTAKE, "two trainings"), ValueError, "two trainings"),
+        ((workers.MEMORY, "80 GiB"), torch.OutOfMemoryError, "80 GiB"),
+        ((workers.FAULT, "Traceback"), RuntimeError, "worker 3 failed:\nTraceback"),
+    ],
+)
+def test_what_a_worker_raises_is_raised_here(said: Any, kind: type[Exception], text: str) -> None:
+    mine, its = Pipe()
+    its.send(said)
+    with pytest.raises(kind, match=text):
+        Workers._hear(cast(Any, None), Worker(3, cast(Any, None), mine), lambda number: None)
+
+
+def test_a_worker_that_says_no_more_was_killed() -> None:
+    class Process:
+        exitcode = -9
+
+        def join(self, timeout: float) -> None: ...
+
+    class Two:
+        count = 2
+        _lost = Workers._lost
+
+    mine, its = Pipe()
+    its.close()
+    with pytest.raises(WorkerLostError, match=r"worker 1 was killed \(signal SIGKILL\)"):
+        Workers._hear(cast(Any, Two()), Worker(1, cast(Any, Process()), mine), lambda number: None)
+
+
+def test_too_little_memory_for_several_is_said(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("80 GiB")
+
+    monkeypatch.setattr(Workers, "finish", full)
+    assert main([str(configured(tmp_path, siblings)), "batch_tokens=128", "--workers", "4"]) == 2
+    assert "batch_tokens=64, or start fewer --workers than 4 (80 GiB)" in capsys.readouterr().err
+
+
+def test_a_mistake_of_a_worker_is_sent(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: what `_work` says of units that end in different ways, and that it ends without more of them."""
+    work = commands.work_of(str(configured(tmp_path, siblings)), [])
+    comparison = work.comparison()
+    start = workers.Start(work.config, work.folder(comparison), "cpu", 1, 0.0, os.getppid())
+    prepared: list[str] = []
+    monkeypatch.setattr(workers, "die_with_parent", lambda: prepared.append("ends with its parent"))
+    monkeypatch.setattr(workers, "ignore", lambda: prepared.append("hears no signal"))
+    ends = iter([None, TimeUpError(), torch.OutOfMemoryError("full"), ValueError("wrong"), KeyError("fault")])
+
+    def finish(self: Cells, unit: Unit, progress: Callable[[int], None]) -> None:
+        progress(len(unit.arms))
+        self.leave_out("a cell", "why")
+        if (end := next(ends)) is not None:
+            raise end
+
+    monkeypatch.setattr(Cells, "finish", finish)
+    mine, its = Pipe()
+    model = comparison.candidates[0]
+    unit = Unit(tuple(comparison.arms(model, methods=False)), Place("mqar", 64, False))
+    for _ in range(5):
+        mine.send(unit)
+    threads = torch.get_num_threads()
+    said: list[Any] = []
+    closes = its.recv
+
+    def received() -> Any:
+        if not its.poll(0):
+            raise EOFError
+        return closes()
+
+    its.recv = received  # type: ignore[method-assign]
+    workers._work(start, its)
+    torch.set_num_threads(threads)
+    assert prepared == ["ends with its parent", "hears no signal"]
+    while mine.poll(0):
+        said.append(mine.recv())
+    assert [what for what, *_ in said] == [
+        *("progress", "left out", "done", "progress", "time up", "progress", "memory", "progress", "mistake"),
+        *("progress", "fault"),
+    ]
+    assert said[1] == ("left out", "a cell", "why") and said[6] == ("memory", "full") and said[8][1] == "wrong"
+    assert "KeyError: 'fault'" in said[10][1]
+
+
+# ----------------------------------------------------------------------------------------------------------- order
+
+
+def test_units_are_dealt_out() -> None:
+    def unit(arms: int, model: str, length: int, task: str = "mqar") -> Unit:
+        return Unit(tuple(cast(Any, Stub(model)) for _ in range(arms)), Place(task, length, False))
+
+    class Stub:
+        def __init__(self, model: str) -> None:
+            self.model = model
+
+    units = [unit(1, "a", 64), unit(7, "a", 64), unit(1, "b", 64), unit(1, "b", 128), unit(7, "b", 128)]
+    assert next_of(units, None, None) is units[4]  # many cells of long samples
+    alone = [u for u in units if len(u.arms) == 1]
+    assert next_of(alone, cast(Any, "b"), alone[0].place) is alone[1]  # place and sibling are in memory
+    assert next_of(alone, cast(Any, "b"), None) is alone[2]
+    assert next_of(alone[:2], cast(Any, "c"), None) is alone[0]
+    # 17 cells for three: at most six together.
+    assert [len(u.arms) for u in shared_out(units, 3)] == [1, 6, 1, 1, 1, 6, 1]
+    assert [u.place for u in shared_out(units, 3)] == [units[i].place for i in (0, 1, 1, 2, 3, 4, 4)]
+    assert shared_out(units, 1) == list(units) and shared_out([], 3) == []
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_workers_are_spread_over_the_gpus(
+    gpus: int, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str, int]] = []
+
+    class Process:
+        def __init__(self, args: tuple[workers.Start, Any], **_: Any) -> None:
+            begun.append((args[0].device, args[0].threads))
+
+        def start(self) -> None: ...
+
+    work = commands.work_of(str(configured(tmp_path, siblings)), [])
+    comparison = work.comparison()
+    cells = Cells(work.config, work.folder(comparison), lambda *_: None, "cpu", lambda: 1.0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
+    monkeypatch.setattr(workers, "get_context", lambda kind: type("", (), {"Pipe": Pipe, "Process": Process}))
+    four = Workers(4, cells, "cuda")
+    for number in range(4):
+        four._started(number)
+    assert begun == [(f"cuda:{number % gpus}", 2) for number in range(4)]
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_number_of_workers_is_one_or_more(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["small.yaml", f"--workers={number}"])
+    assert "--workers" in capsys.readouterr().err
