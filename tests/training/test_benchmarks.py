@@ -121,6 +121,7 @@ def test_the_density_of_a_prompts_lists() -> None:
 
 
 def test_the_tables_of_a_prompts_benchmark() -> None:
+    from benchmarks.headlines import PREFILL, prefilling
     from benchmarks.report_prefill import prefill
 
     dense = {"tokens": 65536, "method": "dense", "density": 1.0, "over_cudnn": 1.0}
@@ -134,3 +135,14 @@ def test_the_tables_of_a_prompts_benchmark() -> None:
     assert "| 64K | dense, flash | 1 | - | no | no | - | 1.0 | - | - | - |" in text
     assert "| 64K | block_sparse | 0.1 | 0.50 | 6.00 | 6.50 | 586 | 9.2 | - | 0.002 | 0.0 |" in text
     assert not list(prefill(None))
+    found = {
+        "device": "NVIDIA H200",
+        "torch": "2",
+        "triton": "3",
+        "cuda": "13",
+        "commit": "0123456789",
+        "date": "today",
+    }
+    text = "\n".join(prefilling({PREFILL: found | {"prefill": {"rows": rows}}}))
+    assert "| block_sparse, 64K | 0.50 | 6.00 | 9.2 | - | 9 |" in text
+    assert not list(prefilling({}))
