@@ -19,6 +19,7 @@ from benchmarks.headlines import AIMS, NAMES, SHAPES, length, ms, table, words
 from benchmarks.recall import draw as draw_recall
 from benchmarks.report_decode import decode
 from benchmarks.report_dsa import dsa
+from benchmarks.report_prefill import prefill
 from benchmarks.report_trainer import preparing, recall, scaling, steady, training
 from nsa.planning import measured
 
@@ -64,6 +65,7 @@ def section(result: dict, figure: Path) -> Iterator[str]:
     yield from steady(result.get("steady"))
     yield from dsa(result.get("dsa"))
     yield from decode(result.get("decode"))
+    yield from prefill(result.get("prefill"))
     yield from training(result.get("training", []))
     yield from scaling(result.get("scaling", []))
     yield from recall(result.get("recall", []))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nsa.baselines.attention import is_dense, kept
 from nsa.baselines.plan import Plan, View, row_blocks
+from nsa.baselines.prompt import pairs_of
 
 
 @dataclass
@@ -109,6 +110,9 @@ def _count(view: View, plan: Plan | None) -> Counts:
     if is_dense(view, plan):
         counts.attended += counts.visible
         counts.reads += counts.dense_reads
+    elif plan is not None and (pairs := pairs_of(view, plan)) is not None:
+        counts.attended += pairs.sum(0).cpu() * view.group
+        counts.reads += pairs.sum(0).cpu() * width
     else:
         for rows in row_blocks(view):
             mask = kept(view, plan, rows)

@@ -89,7 +89,7 @@ class Plan:
     """What T queries attend to.
 
     Attributes:
-        parts: disjoint sets of keys, of one softmax.
+        parts: sets of keys, of one softmax. A key counts once; in several parts it has the same position and weight.
         terms: see `Terms`.
         blend: (share, value): share (B, H, T) of the output, the rest is value (B, G, Dv) or (B, T, G, Dv).
         estimate: what choosing has cost.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa.baselines import prompt
 from nsa.baselines.attention import attend, is_dense, kept
 from nsa.baselines.ledger import Ledger
 from nsa.baselines.listed import attend_listed, can_list
@@ -91,7 +92,12 @@ class Session:
         listed = not self.prompt and q.is_cuda and can_list(view, plan)
         # A prompt that is left dense has the same bits whether a plan says so or none, so that others can `follow` it.
         same = self.prompt and is_dense(view, plan)
-        out, lse = attend_listed(view, plan) if listed else attend(view, None if same else plan)
+        if listed:
+            out, lse = attend_listed(view, plan)
+        elif not (plan is None or same or self.watch) and prompt.on_gpu(view) and prompt.can_list(view, plan):
+            out, lse = prompt.attend_blocks(view, plan)
+        else:
+            out, lse = attend(view, None if same else plan)
         if self.watch:
             self._watch(view, plan, lse)
         self._settle(view, plan)

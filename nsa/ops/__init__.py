@@ -1,5 +1,7 @@
 """The operators: pure functions on tensors. Each folder's README has the definition and derivation."""
 
+from nsa.ops.block_sparse import block_sparse_attention
+from nsa.ops.block_sparse.choice import block_lists, pooled_blocks, slash_blocks, vertical_slash_lines
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
@@ -26,6 +28,8 @@ __all__ = [
     "Terms",
     "add_rms_norm",
     "apply_rotary",
+    "block_lists",
+    "block_sparse_attention",
     "compress_blocks",
     "compressed_attention",
     "decode_attention",
@@ -41,12 +45,15 @@ __all__ = [
     "native_sparse_attention",
     "native_sparse_decode",
     "page_bounds",
+    "pooled_blocks",
     "quest_pages",
     "select_blocks",
     "selected_attention",
     "sketch_keys",
+    "slash_blocks",
     "split_heads",
     "swiglu",
     "token_sparse_attention",
     "top_p_tokens",
+    "vertical_slash_lines",
 ]

@@ -43,10 +43,10 @@ class Case:
 @contextmanager
 def few_programs() -> Iterator[None]:
     """Run Hopper's persistent kernels in three programs, so that each computes several tiles of small inputs, too."""
-    from nsa.ops.kernels.hopper import gradient, ranges, selected, selection
+    from nsa.ops.kernels.hopper import block_sparse, gradient, ranges, selected, selection
 
     with ExitStack() as patches:
-        for module in (gradient, ranges, selected, selection):
+        for module in (block_sparse, gradient, ranges, selected, selection):
             patches.enter_context(mock.patch.object(module, "multiprocessors", lambda _: 3))
         yield
 

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from nsa.ops.geometry import Documents, Heads, RotaryLayout, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     accumulate,
+    block_sparse,
     compression,
     cross_entropy,
     decode,
@@ -37,6 +38,7 @@ from nsa.ops.kernels import (
     index_topk,
     indexer_kl,
     indexer_kl_dense,
+    mass,
     native_sparse_decode,
     norm,
     quest,
@@ -132,6 +134,16 @@ def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
 
 
+def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Launches of a prompt's attention to blocks, with columns and without, and of the choice of both."""
+    blocks, counts = block_sparse.lists_of(torch.zeros(1, 1, len(q[0]) // 64, 4, dtype=torch.bool))
+    for columns in (None, torch.zeros(1, 1, 16, dtype=torch.int32)):
+        block_sparse.forward(q, k, v, blocks, counts, columns, 64, 64, 1.0)
+    mass.lines(mass.probabilities(q[:, -64:].contiguous(), k, 1.0))
+    if q.dtype != torch.float32:  # of means
+        mass.probabilities(q.float(), k.float(), 1.0)
+
+
 def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     """As `decoding`, of memory that has more parts than a merge takes at once; lists with weights alone, too."""
     q, lengths = torch.zeros(1, heads, width, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
@@ -184,6 +196,10 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " of lists"
             elif module == "top_p":
                 of = " of lists" if kwargs["LISTED"] else " of all"
+            elif module.endswith("block_sparse") and "COLUMNS" in kwargs:
+                of = " with columns" if kwargs["COLUMNS"] else ""
+            elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
+                of = " of means"
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
             elif "TERMS" in kwargs:
@@ -237,6 +253,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             gradient.query_gradient(
                 q, [k, v] * 3, out, *[torch.stack([lse] * 3)] * 2, runs, lists, layout.position, 1.0, q
             )
+        prefill(q, k, v)
         decoding(q, k, v)
         parts = [
             Heads(heads, width, "rotate"),
@@ -272,6 +289,9 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 64, 0, 0)
         index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
+    shape_name = "short rows"
+    seen = torch.zeros(2, 512, dtype=torch.int32)
+    index_topk.choose_rows(torch.zeros(512, 1024), seen, torch.zeros(512, 64, dtype=torch.int32), 64, 0, 1)
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)

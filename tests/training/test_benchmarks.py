@@ -13,7 +13,8 @@ from tiny import start
 from tests.conftest import HAS_GPU, ROOT
 
 NEED_A_GPU = (
-    *("attention", "decode", "dense_attention", "layer", "models", "scaling", "steady", "training", "tune_attention"),
+    *("attention", "decode", "dense_attention", "layer", "models", "prefill", "scaling", "steady", "training"),
+    "tune_attention",
 )
 
 CHILD = """
@@ -87,3 +88,61 @@ def test_no_process_of_a_benchmark_outlives_its_parent():
         time.sleep(0.05)
     os.kill(child, signal.SIGKILL)
     raise AssertionError("it lives on")
+
+
+def test_the_density_of_a_prompts_lists() -> None:
+    """Against a mask of all pairs; the tokens do not fill the last block, and columns lie in listed blocks, too."""
+    pytest.importorskip("triton")
+    from benchmarks.prefill import BLOCK, density, size_of
+    from nsa import ops
+    from nsa.baselines.prompt import BlockLists
+
+    tokens = 3 * BLOCK + 11
+    made = torch.Generator().manual_seed(0)
+    keep = (torch.rand(1, 2, 4, 4, generator=made) < 0.6).tril()
+    columns = torch.tensor([[[0, 5, 70, 150, 200], [1, 64, 65, 202, -1]]], dtype=torch.int32)
+    mask = keep.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[:, :, :tokens, :tokens]
+    for lists, found in ((None, mask.clone()), (columns, mask.clone())):
+        for n in range(2):
+            for column in () if lists is None else lists[0, n].tolist():
+                found[0, n, :, column] |= column >= 0
+        expected = found.tril().sum() / 2 / (tokens * (tokens + 1) / 2)
+        assert density(BlockLists(*ops.block_lists(keep), lists), tokens) == pytest.approx(float(expected))
+
+    def nearest(size: int) -> BlockLists:
+        number = torch.arange(8)
+        back = number[:, None] - number
+        return BlockLists(*ops.block_lists(((back >= 0) & (back < size))[None, None]))
+
+    densities = {size: density(nearest(size), 8 * BLOCK) for size in range(2, 9)}
+    for wanted in (0.0, 0.31, 0.5, 0.72, 1.0):
+        best = min(densities, key=lambda size: abs(densities[size] - wanted))
+        assert size_of(nearest, wanted, 8 * BLOCK, 8) == best
+
+
+def test_the_tables_of_a_prompts_benchmark() -> None:
+    from benchmarks.headlines import PREFILL, prefilling
+    from benchmarks.report_prefill import prefill
+
+    dense = {"tokens": 65536, "method": "dense", "density": 1.0, "over_cudnn": 1.0}
+    row = {"tokens": 65536, "method": "block_sparse", "wanted": 0.1, "size": 52, "density": 0.1}
+    row |= {"error": 0.002, "missing": 0.0}
+    rows = [dense | {"call": "cudnn", "ms": 60.0, "tflops": 586}, dense | {"call": "flash", "failed": "no"}]
+    rows += [row | {"call": "choose", "ms": 0.5}, row | {"call": "attend", "ms": 6.0, "tflops": 586}]
+    rows += [row | {"call": "both", "ms": 6.5, "over_cudnn": 9.2}]
+    text = "\n".join(prefill({"rows": rows}))
+    assert "| 64K | dense, cudnn | 1 | - | 60.0 | 60.0 | 586 | 1.0 | - | - | - |" in text
+    assert "| 64K | dense, flash | 1 | - | no | no | - | 1.0 | - | - | - |" in text
+    assert "| 64K | block_sparse | 0.1 | 0.50 | 6.00 | 6.50 | 586 | 9.2 | - | 0.002 | 0.0 |" in text
+    assert not list(prefill(None))
+    found = {
+        "device": "NVIDIA H200",
+        "torch": "2",
+        "triton": "3",
+        "cuda": "13",
+        "commit": "0123456789",
+        "date": "today",
+    }
+    text = "\n".join(prefilling({PREFILL: found | {"prefill": {"rows": rows}}}))
+    assert "| block_sparse, 64K | 0.50 | 6.00 | 9.2 | - | 9 |" in text
+    assert not list(prefilling({}))

@@ -43,15 +43,20 @@ def lines(view: View, columns: Tensor, diagonals: Tensor) -> Tensor:
 
 def block_lines(view: View, columns: Tensor, diagonals: Tensor, block: int) -> Tensor:
     """As `lines`, but all of each block of ``block`` queries and keys that a chosen diagonal crosses."""
+    either = crossed_blocks(diagonals, block)
+    back = (view.query_positions // block)[:, None, :, None] - (view.positions // block).transpose(1, 2)[:, :, None]
+    on = either[:, :, None].expand(*back.shape[:3], -1).gather(3, back.clamp(0, either.shape[-1] - 1))
+    return on | columns[:, :, None]
+
+
+def crossed_blocks(diagonals: Tensor, block: int) -> Tensor:
+    """(B, N, U + 1) bool: how many blocks back the diagonals (B, N, S) bool cross, for U = ceil(S / block)."""
     blocks = -(-diagonals.shape[-1] // block) + 1
     # Diagonal d crosses the blocks that are d // block and ceil(d / block) back.
     ends = [(0, blocks * block - diagonals.shape[-1])]
     ends.append((block - 1, ends[0][1] - block + 1))
     crossed = [torch.nn.functional.pad(diagonals, end).unflatten(-1, (blocks, block)).any(-1) for end in ends]
-    back = (view.query_positions // block)[:, None, :, None] - (view.positions // block).transpose(1, 2)[:, :, None]
-    either = crossed[0] | crossed[1]
-    on = either[:, :, None].expand(*back.shape[:3], -1).gather(3, back.clamp(0, blocks - 1))
-    return on | columns[:, :, None]
+    return crossed[0] | crossed[1]
 
 
 def first_and_near(view: View, first: int, near: int) -> tuple[Tensor, Tensor]:

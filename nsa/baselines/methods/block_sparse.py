@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import torch
 
+from nsa import ops
 from nsa.baselines.choose import top
 from nsa.baselines.importance.blocks import by_blocks, pooled_attention
 from nsa.baselines.importance.lines import keys_once
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
+from nsa.baselines.prompt import by_kernels, mask_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class BlockSparse(Method):
     small = {"block": 8}  # noqa: RUF012 - never changed
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
+        if by_kernels(view) and not self.budget.full:
+            return self.by_kernels(view)
         attention, there = pooled_attention(view, self.block)
         blocks = attention.shape[-1]
         number = torch.arange(blocks, device=view.q.device)
@@ -55,6 +59,17 @@ class BlockSparse(Method):
         pairs = float(((back >= 0) & there).double().sum() / len(view.q)) * view.group
         cost = Estimate(read=keys_once(view), pairs=pairs)
         return Plan((by_blocks(view, top(mass, count), self.block),), estimate=cost)
+
+    def by_kernels(self, view: View) -> Plan:
+        """The same of a whole prompt: all sequences have the same budget."""
+        tokens, blocks = view.q.shape[1], -(-view.q.shape[1] // self.block)
+        budget = self.budget.of(tokens, least=self.block * (1 + self.first + self.near))
+        found, _ = ops.pooled_blocks(
+            view.q, view.k, block_size=self.block, num_blocks=blocks if budget >= tokens else budget // self.block,
+            num_initial=self.first, num_local=1 + self.near, scale=view.scale,
+        )  # fmt: skip
+        cost = Estimate(read=keys_once(view), pairs=blocks * (blocks + 1) / 2 * view.group)
+        return Plan.of(mask_of(found, blocks), cost, unit=self.block, tile=self.block)
 
 
 @dataclass(frozen=True, kw_only=True)

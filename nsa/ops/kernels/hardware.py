@@ -74,10 +74,14 @@ def vector_of(*counts: int) -> int:
 
 
 def warpgroups(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES
-) -> bool:
-    """Whether the kernels for Hopper's warpgroups (nsa/ops/kernels/hopper) support these tensors."""
-    heads = q.shape[2] // k.shape[2]
+    q: Tensor, k: Tensor, v: Tensor, scale: float, widths: tuple[tuple[int, int], ...] = BOTH_PASSES,
+    heads: int | None = None,
+) -> bool:  # fmt: skip
+    """Whether the kernels for Hopper's warpgroups (nsa/ops/kernels/hopper) support these tensors.
+
+    ``heads``: query heads that are rows of one token; None: those of a KV head.
+    """
+    heads = q.shape[2] // k.shape[2] if heads is None else heads
     rows = triton.next_power_of_2(heads)  # of a token
     # With three eighths of the rows idle, the Triton kernels are about as fast.
     fits = heads == rows <= 64 or (rows <= 16 and 8 * heads >= 5 * rows)

@@ -27,6 +27,9 @@ PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST = 64  # room for candidates at least
 MANY = 4096  # candidates in the room, from which on `topk_kernel` takes 16 warps
 FILL = 256  # entries that a program fills at once
+MANY_ROWS = (
+    8 if INTERPRETED else 256
+)  # from which on a program takes a whole row, if it has at most SELECT_BLOCK scores
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
 
@@ -274,6 +277,24 @@ def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, 
             taken, ties = _emit(Indices, Chosen, key, score, ordered, key <= own, threshold, missing, taken, ties)
 
 
+@triton.jit(do_not_specialize=[*INTEGERS, "topk", "size"])
+def short_row_kernel(Scores, Seen, Indices, Chosen, num_rows, size, topk, num_initial, num_local,
+                     WIDTH: tl.constexpr):  # fmt: skip
+    """Indices (rows, topk) int32 ascending, and Chosen, their scores, of one row of Scores (rows, size), at once.
+
+    Seen (2, rows) int32: the first and the last entry of each row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first, own = tl.load(Seen + row), tl.load(Seen + num_rows + row)
+    key = tl.arange(0, WIDTH)  # [WIDTH]
+    ok = (key >= first) & (key <= own)  # [WIDTH]
+    score, ordered = _load_ordered(Scores + row * size, key, ok, first, own, num_initial, num_local)
+    threshold, missing = tl.full([], 0, tl.uint32), topk
+    if own - first + 1 > topk:
+        threshold, missing = _kth_of_block(ordered, ok, topk)
+    _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, 0, 0)
+
+
 def topk(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, topk: int, num_initial: int,
     num_local: int,
@@ -337,6 +358,12 @@ def choose_rows(
     """
     (rows, size), vector = scores.shape, vector_of(scores.shape[1])
     chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)
+    if rows >= MANY_ROWS and size <= SELECT_BLOCK:
+        width = triton.next_power_of_2(size)
+        short_row_kernel[(rows,)](
+            scores, seen, indices, chosen, rows, size, topk, num_initial, num_local, WIDTH=width, num_warps=4
+        )  # fmt: skip
+        return
     _select(
         scores[None], seen[0], seen[1], _room(topk, indices, rows, splits), indices, chosen, 0, rows, rows,
         size // vector, topk, num_initial, num_local, vector,

@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, first_columns, visible_blocks
-from nsa.ops.kernels import compression, decode, quest, ranges, selected, selection, token_tiles, tokens, top_p
+from nsa.ops.kernels import (
+    block_sparse,
+    compression,
+    decode,
+    mass,
+    quest,
+    ranges,
+    selected,
+    selection,
+    token_tiles,
+    tokens,
+    top_p,
+)
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
@@ -594,3 +606,87 @@ def compress_blocks(
     layout = compression_layout(documents, length, stride)
     tensors = (w.contiguous() for w in (x, inner, position, outer))
     return _compress_blocks(*tensors, list(layout), length, stride)[0]
+
+
+@torch.library.custom_op("nsa::block_sparse_attention", mutates_args=())
+def _block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, columns: Tensor | None, tile_size: int,
+    block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return block_sparse.forward(q, k, v, blocks, counts, columns, tile_size, block_size, scale)
+
+
+@_block_sparse_attention.register_fake
+def _block_sparse_attention_fake(q, k, v, *rest):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, blocks: Tensor, counts: Tensor, columns: Tensor | None, tile_size: int,
+    block_size: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `nsa.ops.block_sparse_attention` with ``return_lse``."""
+    columns = None if columns is None else columns.contiguous()
+    given = [x.contiguous() for x in (q, k, v, blocks, counts)]
+    out, lse = _block_sparse_attention(*given, columns, tile_size, block_size, scale)
+    return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("nsa::block_lists", mutates_args=())
+def _block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    return block_sparse.lists_of(keep)
+
+
+@_block_lists.register_fake
+def _block_lists_fake(keep):
+    return keep.new_empty(keep.shape, dtype=torch.int32), keep.new_empty(keep.shape[:3], dtype=torch.int32)
+
+
+def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.block_lists`."""
+    return _block_lists(keep.contiguous())
+
+
+@torch.library.custom_op("nsa::group_probabilities", mutates_args=())
+def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return mass.probabilities(q, k, scale)
+
+
+@_probabilities.register_fake
+def _probabilities_fake(q, k, scale):
+    return q.new_empty(len(q), k.shape[2], q.shape[1], k.shape[1], dtype=torch.float32)
+
+
+def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """As `nsa.ops.kernels.mass.probabilities`."""
+    return _probabilities(q.contiguous(), k.contiguous(), scale)
+
+
+@torch.library.custom_op("nsa::mass_along_lines", mutates_args=())
+def lines(found: Tensor) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.kernels.mass.lines`."""
+    return mass.lines(found)
+
+
+@lines.register_fake
+def _lines_fake(found):
+    return found.new_empty(*found.shape[:2], found.shape[3]), found.new_empty(*found.shape[:2], found.shape[3])
+
+
+@torch.library.custom_op("nsa::top_of_rows", mutates_args=())
+def top_of_rows(scores: Tensor, last: Tensor, topk: int, num_initial: int, num_local: int) -> Tensor:
+    """(B, N, R, topk) int32, ascending, then -1: of the entries up to ``last`` (R,) of each row of scores (B, N, R, S).
+
+    scores: fp32, contiguous. The first num_initial and the last num_local of these entries are in.
+    """
+    indices = scores.new_full((*scores.shape[:3], topk), -1, dtype=torch.int32)
+    if indices.numel():
+        ends = last.int().expand(scores.shape[:3]).flatten()
+        seen = torch.stack([torch.zeros_like(ends), ends])
+        indexer.choose_rows(scores.flatten(0, 2), seen, indices.flatten(0, 2), topk, num_initial, num_local)
+    return indices
+
+
+@top_of_rows.register_fake
+def _top_of_rows_fake(scores, last, topk, num_initial, num_local):
+    return scores.new_empty(*scores.shape[:3], topk, dtype=torch.int32)

@@ -71,7 +71,7 @@ def _tile_and_ranges(index, First, Last, num_tokens, num_tiles, slots, WARPGROUP
 
 
 @gluon.jit
-def _load_queries(q_descs, memory, batch, group, token0, tiles_done, HEADS: gl.constexpr, QUEUE: gl.constexpr):
+def load_queries(q_descs, memory, batch, group, token0, tiles_done, HEADS: gl.constexpr, QUEUE: gl.constexpr):
     for warpgroup in gl.static_range(WARPGROUPS):
         stage = warpgroup * QUEUE + tiles_done % QUEUE
         mbarrier.wait(memory.q_free.index(stage), ((tiles_done // QUEUE) & 1) ^ 1)
@@ -88,7 +88,7 @@ def _producer(q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_key
     tiles_done = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         batch, group, token0, begin, count = _tile(index, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
-        _load_queries(q_descs, memory, batch, group, token0, tiles_done, HEADS, QUEUE)
+        load_queries(q_descs, memory, batch, group, token0, tiles_done, HEADS, QUEUE)
         for j in range(count):
             row = batch * num_keys + begin + j * BN
             load_keys_and_values(k_descs, v_desc, memory, row, group, step, D, STAGES)
@@ -97,12 +97,12 @@ def _producer(q_descs, k_descs, v_desc, memory, First, Last, num_tokens, num_key
     if QUEUE > 1:  # the warpgroups start the scores of one more tile, and drop them
         end = num_tiles * slots - 1
         batch, group, token0, begin, count = _tile(end, First, Last, num_tokens, num_tiles, slots, GROUPS, HEADS, BN)
-        _load_queries(q_descs, memory, batch, group, token0, tiles_done, HEADS, QUEUE)
+        load_queries(q_descs, memory, batch, group, token0, tiles_done, HEADS, QUEUE)
         load_keys(k_descs, memory, batch * num_keys + begin, group, step, D, STAGES)
 
 
 @gluon.jit
-def _softmax(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
+def softmax_step(s, row_max, row_sum, scale_log2, MASKED: gl.constexpr):
     """A step of the online softmax over scores s (64, N).
 
     Returns:
@@ -135,7 +135,7 @@ def _step(acc, p_before, row_max, row_sum, q, memory, first, last, begin, step, 
     mbarrier.arrive(memory.k_free.index(stage), count=1)
     if MASKED:
         s = mask_scores(s, first, last, begin + j * BN, N)
-    p, row_max, row_sum, rescale = _softmax(s, row_max, row_sum, scale_log2, MASKED)  # [64, N], [64], [64], [64]
+    p, row_max, row_sum, rescale = softmax_step(s, row_max, row_sum, scale_log2, MASKED)  # [64, N], [64], [64], [64]
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(memory.v_free.index(before), count=1)
     acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
@@ -176,7 +176,7 @@ def _finish(acc, p, row_max, row_sum, q, memory, first, last, begin, step, j, co
 
 
 @gluon.jit
-def _first_scores(memory, tiles_done, step, WARPGROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+def first_scores(memory, tiles_done, step, WARPGROUP: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
                   QUEUE: gl.constexpr):  # fmt: skip
     """Start the scores (64, BN) of a tile's first keys, once queries and keys are there."""
     q_stage, stage = WARPGROUP * QUEUE + tiles_done % QUEUE, step % STAGES
@@ -203,7 +203,7 @@ def _compute(memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, slots
         index, First, Last, num_tokens, num_tiles, slots, WARPGROUP, GROUPS, HEADS, BN, s_rows
     )  # first, last: [64]  # fmt: skip
     if QUEUE > 1:
-        s = _first_scores(memory, tiles_done, step, WARPGROUP, BN, STAGES, QUEUE)  # [64, BN]
+        s = first_scores(memory, tiles_done, step, WARPGROUP, BN, STAGES, QUEUE)  # [64, BN]
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
         # What the next tile needs to know is loaded while this one is computed.
         after = gl.minimum(index + gl.num_programs(0), num_tiles * slots - 1)
@@ -216,7 +216,7 @@ def _compute(memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, slots
             after, First, Last, num_tokens, num_tiles, slots, WARPGROUP, GROUPS, HEADS, BN, s_rows
         )  # fmt: skip
         if QUEUE == 1:
-            s = _first_scores(memory, tiles_done, step, WARPGROUP, BN, STAGES, QUEUE)  # [64, BN]
+            s = first_scores(memory, tiles_done, step, WARPGROUP, BN, STAGES, QUEUE)  # [64, BN]
         q_stage = WARPGROUP * QUEUE + tiles_done % QUEUE
         q = tiles_of_stage(memory.q, q_stage, ROWS)  # parts of [64, D]
         s = warpgroup_mma_wait(0, deps=(s,))
@@ -224,7 +224,9 @@ def _compute(memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, slots
         none = gl.full([ROWS], float("-inf"), gl.float32, s_rows)  # [64]
         masked = mask_scores(s, first, last, begin, BN)  # [64, BN]
         # [64, BN], [64], [64], [64]
-        p, row_max, row_sum, _rescale = _softmax(masked, none, gl.zeros([ROWS], gl.float32, s_rows), scale_log2, True)
+        p, row_max, row_sum, _rescale = softmax_step(
+            masked, none, gl.zeros([ROWS], gl.float32, s_rows), scale_log2, True
+        )
         p_operand = gl.convert_layout(p.to(dtype), left_operand_layout(o_layout))  # [64, BN]
         acc = gl.zeros([ROWS, DV], gl.float32, o_layout)  # [64, DV]
         if QUEUE > 1 and tiles_done > 0:  # the tile before has left its output in the memory of its queries
@@ -247,7 +249,7 @@ def _compute(memory, o_desc, Out, Lse, First, Last, num_tokens, num_tiles, slots
         step += count
         tiles_done += 1
         if QUEUE > 1:
-            s = _first_scores(memory, tiles_done, step, WARPGROUP, BN, STAGES, QUEUE)
+            s = first_scores(memory, tiles_done, step, WARPGROUP, BN, STAGES, QUEUE)
 
         # Epilogue.
         row = gl.arange(0, ROWS, s_rows)  # [64]
