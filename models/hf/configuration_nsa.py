@@ -29,6 +29,8 @@ class NSAConfig(PreTrainedConfig):
             these are its "first" or "last"; whether their pairs are "half-split", (i, i + half), or "interleaved",
             (2i, 2i + 1).
         index_phase: "sparse"; "warm-up": the indexer was being trained, and queries attend to all tokens.
+        index_share_layers, index_share_from: DSA layers in a group, of which the first has the indexer and the others
+            attend to the tokens that it chooses; DSA layers before the first group, each with an indexer of its own.
         entmax_alpha, entmax_scaling: of entmax layers: 2 is sparsemax; the factor of the scores, "none", "asentmax" or
             "ssmax".
         entmax_nope_heads: their last query heads, which know no positions; entmax_position: of the others, "rotary" or
@@ -80,6 +82,8 @@ class NSAConfig(PreTrainedConfig):
         index_rotary_place: str = "first",
         index_rotary_pairs: str = "half-split",
         index_phase: str = "sparse",
+        index_share_layers: int = 1,
+        index_share_from: int = 0,
         entmax_alpha: float = 1.5,
         entmax_scaling: str = "asentmax",
         entmax_nope_heads: int = 0,
@@ -136,6 +140,8 @@ class NSAConfig(PreTrainedConfig):
         self.index_rotary_place = index_rotary_place
         self.index_rotary_pairs = index_rotary_pairs
         self.index_phase = index_phase
+        self.index_share_layers = index_share_layers
+        self.index_share_from = index_share_from
         self.entmax_alpha = entmax_alpha
         self.entmax_scaling = entmax_scaling
         self.entmax_nope_heads = entmax_nope_heads
@@ -157,3 +163,11 @@ class NSAConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = use_cache
         super().__init__(**kwargs)
+
+    def indexer_layer(self, number: int) -> int:
+        """The layer whose indexer chooses the tokens of DSA layer ``number``: this one, or the first of its group."""
+        layers = [i for i, kind in enumerate(self.attention_kinds) if kind == "dsa"]
+        place = layers.index(number)
+        if place >= self.index_share_from:
+            place -= (place - self.index_share_from) % self.index_share_layers
+        return layers[place]

@@ -27,10 +27,10 @@ from .attention_nsa import (
     RotaryTables,
     rotary_tables,
 )
-from .cache_nsa import NSACache, Step
+from .cache_nsa import ChosenTokens, NSACache, Step
 from .configuration_nsa import NSAConfig
 from .entmax_nsa import EntmaxAttention
-from .indexer_nsa import LightningIndexer
+from .indexer_nsa import indexer_of
 from .latent_nsa import LatentAttention
 
 try:  # parts that LoRA adapts if none are named, as for other models: queries and values
@@ -125,7 +125,7 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         projected = DenseAttention if config.projection == "gqa" else LatentAttention
         self.attention = {
             "dense": lambda: projected(config, number),
-            "dsa": lambda: projected(config, number, LightningIndexer(config, number)),
+            "dsa": lambda: projected(config, number, indexer_of(config, number)),
             "nsa": lambda: NativeSparseAttention(config, number),
             "entmax": lambda: EntmaxAttention(config, number),
         }[kind]()
@@ -299,7 +299,7 @@ class NSAModel(NSAPreTrainedModel):
         if cache is not None:
             cache.seen = real if seen is None else torch.cat((seen, real), 1)
         slots = before[:, None] + torch.arange(shape[1], device=x.device)
-        step = Step(slots, int(slots.max()) + 1, int(before.min()), int(after.min()))
+        step = Step(slots, int(slots.max()) + 1, int(before.min()), int(after.min()), ChosenTokens())
         if shape == (rows, tokens) and bool(real.all()):
             return x, cache, step, lambda y: y
 
