@@ -62,7 +62,8 @@ class Span:
 class NSACache:
     """What decoding keeps: of a dense layer all keys and values; of an indexer its index keys, too; of an NSA layer
     its compressed blocks, the tail of tokens whose blocks are not complete, all tokens for selection, and the last
-    window (section 3.3.3: each branch has keys and values of its own). Rows may hold different numbers of tokens.
+    window (section 3.3.3: each branch has keys and values of its own); of a CSA layer its entries, the tail, and the
+    last window. Rows may hold different numbers of tokens.
 
     Layers get the whole cache and their number: accelerate copies dictionaries and lists that a layer is called with.
 

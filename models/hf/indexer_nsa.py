@@ -62,16 +62,11 @@ class LightningIndexer(nn.Module):
     def choose(self, q: Tensor, keys: Span, weights: Tensor, slots: Tensor) -> Tensor:
         """(B, c, K): the tokens of queries q (B, c, I, E) with head weights (B, c, I), -1 where there are fewer; of
         equal scores the first."""
-        c = self.config
-        with torch.autocast(q.device.type, enabled=False):  # rounded, other tokens would be chosen
-            products = torch.einsum("bcie,bse->bcis", q.to(weights.dtype), keys.keys[:, :, 0].to(weights.dtype))
-            scores = torch.einsum("bci,bcis->bcs", weights, products.relu())
+        c, scores = self.config, index_scores(q, keys.keys[:, :, 0], weights)
         visible, own = causal(slots, keys)[:, 0], slots[:, :, None]
         token = torch.arange(scores.shape[-1], device=q.device)
         forced = (token < c.index_num_initial) | (token > own - c.index_num_local)
-        scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : c.index_topk]
-        return order.masked_fill(~visible.gather(-1, order), -1)
+        return highest(scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf), visible, c.index_topk)
 
     def rotate(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """Rotate the first or last dims of x (B, T, heads, E). Pairs (2i, 2i + 1) are put at (i, i + half), as in
@@ -82,6 +77,20 @@ class LightningIndexer(nn.Module):
         if c.index_rotary_pairs == "interleaved":
             part = torch.cat((part[..., 0::2], part[..., 1::2]), -1)
         return torch.cat((before, rotary.rotate(part), after), -1)
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """(B, c, S): of queries q (B, c, I, E), keys (B, S, E) and head weights (B, c, I)."""
+    with torch.autocast(q.device.type, enabled=False):  # rounded, others would be chosen
+        products = torch.einsum("bcie,bse->bcis", q.to(weights.dtype), keys.to(weights.dtype))
+        return torch.einsum("bci,bcis->bcs", weights, products.relu())
+
+
+def highest(scores: Tensor, visible: Tensor, number: int) -> Tensor:
+    """The indices (B, c, K) of the highest ``scores`` (B, c, S), K at most ``number``, -1 for those not ``visible``; of
+    equal scores the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :number]
+    return order.masked_fill(~visible.gather(-1, order), -1)
 
 
 class SharedTokens(nn.Module):

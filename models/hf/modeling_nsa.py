@@ -30,6 +30,7 @@ from .attention_nsa import (
 from .cache_nsa import ChosenTokens, NSACache, Step
 from .configuration_nsa import NSAConfig
 from .entmax_nsa import EntmaxAttention
+from .entries_nsa import CompressedSparseAttention, Compressor
 from .indexer_nsa import indexer_of
 from .latent_nsa import LatentAttention
 
@@ -39,6 +40,7 @@ except ImportError:
     pass
 else:
     values = ["attention.value", "compressed.value", "selected.value", "window.value", "query_up", "key_value_up"]
+    values += ["attention.key_value"]
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["attention.query", *values])
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before
@@ -127,6 +129,7 @@ class NSADecoderLayer(GradientCheckpointingLayer):
             "dense": lambda: projected(config, number),
             "dsa": lambda: projected(config, number, indexer_of(config, number)),
             "nsa": lambda: NativeSparseAttention(config, number),
+            "csa": lambda: CompressedSparseAttention(config, number),
             "entmax": lambda: EntmaxAttention(config, number),
         }[kind]()
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -173,8 +176,10 @@ class NSAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, BlockCompression):
+        if isinstance(module, BlockCompression | Compressor):
             nn.init.zeros_(module.position)
+        elif isinstance(module, CompressedSparseAttention):
+            nn.init.zeros_(module.sink)
         elif isinstance(module, Router | Experts):
             for weight in module.parameters(recurse=False):
                 nn.init.normal_(weight, std=self.config.initializer_range)

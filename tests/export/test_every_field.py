@@ -47,7 +47,8 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 # Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
-NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own
+NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own,
+NOT_EXPORTED += ("attention.csa",)  # and this has one in tests/export/test_entries_nsa.py
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)

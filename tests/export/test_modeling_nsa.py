@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from nsa.layers.csa.config import CsaConfig
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.entmax.config import EntmaxConfig
 from nsa.layers.kinds import KINDS
@@ -42,6 +43,7 @@ def pair(
     phase="sparse",
     share=(),
     entmax=ENTMAX,
+    csa=None,
     **changes,
 ) -> tuple[Decoder, NSAForCausalLM]:
     """A decoder and the exported model with its weights, both float64."""
@@ -51,7 +53,7 @@ def pair(
     names = ("topk", "num_initial", "num_local", "index_heads", "index_head_dim")
     names += ("index_rotary_dims", "index_rotary_place", "index_rotary_pairs")
     dsa = DsaConfig(phase=phase, **dict(zip(names, indexer, strict=True)), **dict(share))
-    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa, entmax=entmax)
+    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa, entmax=entmax, csa=csa or CsaConfig())
     moe = changes.get("moe")
     rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
     model = ModelConfig(
@@ -72,7 +74,7 @@ def pair(
     decoder = Decoder(model, attention, backend="naive")
     with torch.no_grad():  # weights that start at a constant would hide a mistake
         for name, parameter in decoder.named_parameters():
-            if name.endswith(("position", "norm.weight", "bias")):
+            if name.endswith(("position", "norm.weight", "bias", "sink")):
                 parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.5)
         for buffer in decoder.buffers():
             buffer.normal_(0.0, 0.1)
