@@ -277,8 +277,6 @@ class Config(Section):
             raise ValueError(f"train: {self.train} needs layers that have one: set attention.kind to {having}")
         if self.start_from is None:
             raise ValueError(f"train: {self.train} needs start_from: there is nothing to learn from random weights")
-        if (stages := self.parallel.pipeline) > 1:
-            raise ValueError(f"train: {self.train} does not go with parallel.pipeline ({stages}) yet: use 1")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -67,7 +67,6 @@ def test_the_command_lists_stages(file, tmp_path, capsys):
         ("[{name: a}, {name: a}]", ["stage=a"], "two stages 'a'"),
         ("[{name: a, trainings: {steps: 3}}]", ["stage=a"], "training"),
         ("[{name: a, train: indexer}]", ["stage=a"], "needs start_from"),
-        ("[{name: a}, {name: b, train: indexer, parallel: {pipeline: 2}}]", ["stage=b"], "does not go with parallel"),
         ("[{name: a}, {name: b, train: indexer, attention: {kind: dense}}]", ["stage=b"], "attention.kind to dsa"),
         ("[{name: a, attention: {dsa: {topk: 65}}}]", ["stage=a"], "topk \\(65\\) exceeds the sample"),
     ],

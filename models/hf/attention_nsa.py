@@ -73,8 +73,11 @@ class RotaryTables(NamedTuple):
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def rotary_tables(config: NSAConfig, positions: Tensor, width: int | None = None) -> RotaryTables:
-    """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071). ``width``: rotated dims; None: those of a head."""
+def rotary_tables(
+    config: NSAConfig, positions: Tensor, width: int | None = None, tempered: bool = True
+) -> RotaryTables:
+    """Of integer ``positions`` (B, T), with YaRN (arXiv 2309.00071). ``width``: rotated dims; None: those of a head.
+    ``tempered``: with the temperatures; without, it is a rotation alone."""
     width = width or (config.head_dim if config.projection == "gqa" else config.qk_rope_head_dim)
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
     frequencies = config.rotary_base**-exponents
@@ -87,7 +90,7 @@ def rotary_tables(config: NSAConfig, positions: Tensor, width: int | None = None
         keep = keep.clamp(0, 1)
         frequencies = frequencies * (keep + (1 - keep) / config.yarn_factor)
     angles = positions[..., None].float() * frequencies
-    temperature *= yarn_temperature(config)
+    temperature = temperature * yarn_temperature(config) if tempered else 1.0
     return RotaryTables(angles.cos() * temperature, angles.sin() * temperature)
 
 

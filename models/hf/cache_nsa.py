@@ -8,17 +8,30 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+class ChosenTokens:
+    """What indexers choose in one forward pass, for later layers that attend to the same tokens: by the number of the
+    indexer's layer, (B, c, K) int64 of each chunk of queries, in order; -1 fills the rest.
+
+    It is no dictionary, of which accelerate would give every layer a copy. A layer that is recomputed in a backward
+    pass finds the choice of the first pass.
+    """
+
+    def __init__(self):
+        self.of_layer: dict[int, list[Tensor]] = {}
+
+
 class Step(NamedTuple):
     """Where the T tokens of one forward pass go; a tuple, so that accelerate moves it to the device of a layer.
 
     slots: (B, T) int64, the slot of each token in its row. stop: slots of the longest row, these tokens included.
-    shortest_before, shortest: real tokens of the shortest row without and with these.
+    shortest_before, shortest: real tokens of the shortest row without and with these. chosen: by the indexers so far.
     """
 
     slots: Tensor
     stop: int
     shortest_before: int
     shortest: int
+    chosen: ChosenTokens
 
 
 @dataclass
@@ -47,9 +60,10 @@ class Span:
 
 
 class NSACache:
-    """What decoding keeps: of a dense layer all keys and values; of a DSA layer its index keys, too; of an NSA layer
+    """What decoding keeps: of a dense layer all keys and values; of an indexer its index keys, too; of an NSA layer
     its compressed blocks, the tail of tokens whose blocks are not complete, all tokens for selection, and the last
-    window (section 3.3.3: each branch has keys and values of its own). Rows may hold different numbers of tokens.
+    window (section 3.3.3: each branch has keys and values of its own); of a CSA layer its entries, the tail, and the
+    last window. Rows may hold different numbers of tokens.
 
     Layers get the whole cache and their number: accelerate copies dictionaries and lists that a layer is called with.
 

@@ -16,7 +16,7 @@ class NSAConfig(PreTrainedConfig):
         q_lora_rank, kv_lora_rank: of the latents of queries (None: there is none), and of keys and values.
         qk_nope_head_dim, qk_rope_head_dim: of a query or key: dims that are not rotated, and those that are.
         rope_interleave: whether their pairs are (2i, 2i + 1).
-        attention_kinds: "dense", "nsa", "dsa" or "entmax" for each layer.
+        attention_kinds: "dense", "nsa", "dsa", "csa" or "entmax" for each layer.
         compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
         compress_hidden: hidden width of the compression MLP; None: the head's.
         block_size, num_blocks: tokens in a selection block (l'), blocks that a query selects (n).
@@ -29,6 +29,18 @@ class NSAConfig(PreTrainedConfig):
             these are its "first" or "last"; whether their pairs are "half-split", (i, i + half), or "interleaved",
             (2i, 2i + 1).
         index_phase: "sparse"; "warm-up": the indexer was being trained, and queries attend to all tokens.
+        index_share_layers, index_share_from: DSA layers in a group, of which the first has the indexer and the others
+            attend to the tokens that it chooses; DSA layers before the first group, each with an indexer of its own.
+        csa_ratio, csa_overlap: of CSA layers: tokens per entry (m); whether an entry is made of the m tokens before
+            them, too.
+        csa_topk: entries that a query attends to (k); None: all, without an indexer.
+        csa_heavy_ratio: tokens per entry in every second CSA layer, which has no overlap and attends to all its
+            entries; None: all are alike.
+        csa_window: tokens that a query sees as they are, its own included.
+        csa_rotary_dims: dims of a head that are rotated, the last ones; None: all.
+        csa_q_lora_rank: of the latent of queries; None: there is none.
+        csa_index_heads, csa_index_head_dim, csa_index_rotary_dims: of the indexer that chooses entries.
+        csa_phase: "sparse"; "warm-up": the indexer was being trained, and queries attend to all entries.
         entmax_alpha, entmax_scaling: of entmax layers: 2 is sparsemax; the factor of the scores, "none", "asentmax" or
             "ssmax".
         entmax_nope_heads: their last query heads, which know no positions; entmax_position: of the others, "rotary" or
@@ -80,6 +92,19 @@ class NSAConfig(PreTrainedConfig):
         index_rotary_place: str = "first",
         index_rotary_pairs: str = "half-split",
         index_phase: str = "sparse",
+        index_share_layers: int = 1,
+        index_share_from: int = 0,
+        csa_ratio: int = 4,
+        csa_overlap: bool = True,
+        csa_topk: int | None = 512,
+        csa_heavy_ratio: int | None = None,
+        csa_window: int = 128,
+        csa_rotary_dims: int | None = None,
+        csa_q_lora_rank: int | None = None,
+        csa_index_heads: int = 64,
+        csa_index_head_dim: int = 128,
+        csa_index_rotary_dims: int = 64,
+        csa_phase: str = "sparse",
         entmax_alpha: float = 1.5,
         entmax_scaling: str = "asentmax",
         entmax_nope_heads: int = 0,
@@ -136,6 +161,19 @@ class NSAConfig(PreTrainedConfig):
         self.index_rotary_place = index_rotary_place
         self.index_rotary_pairs = index_rotary_pairs
         self.index_phase = index_phase
+        self.index_share_layers = index_share_layers
+        self.index_share_from = index_share_from
+        self.csa_ratio = csa_ratio
+        self.csa_overlap = csa_overlap
+        self.csa_topk = csa_topk
+        self.csa_heavy_ratio = csa_heavy_ratio
+        self.csa_window = csa_window
+        self.csa_rotary_dims = csa_rotary_dims
+        self.csa_q_lora_rank = csa_q_lora_rank
+        self.csa_index_heads = csa_index_heads
+        self.csa_index_head_dim = csa_index_head_dim
+        self.csa_index_rotary_dims = csa_index_rotary_dims
+        self.csa_phase = csa_phase
         self.entmax_alpha = entmax_alpha
         self.entmax_scaling = entmax_scaling
         self.entmax_nope_heads = entmax_nope_heads
@@ -157,3 +195,11 @@ class NSAConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = use_cache
         super().__init__(**kwargs)
+
+    def indexer_layer(self, number: int) -> int:
+        """The layer whose indexer chooses the tokens of DSA layer ``number``: this one, or the first of its group."""
+        layers = [i for i, kind in enumerate(self.attention_kinds) if kind == "dsa"]
+        place = layers.index(number)
+        if place >= self.index_share_from:
+            place -= (place - self.index_share_from) % self.index_share_layers
+        return layers[place]

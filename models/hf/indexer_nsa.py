@@ -6,6 +6,7 @@ index heads, E their width.
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from .attention_nsa import Masks, RotaryTables, all_before, causal, rotary_tables
 from .cache_nsa import NSACache, Span, Step, extend
@@ -21,6 +22,8 @@ class LightningIndexer(nn.Module):
     def __init__(self, config: NSAConfig, number: int):
         super().__init__()
         self.config, self.number, self.heads = config, number, config.index_heads
+        later = range(number + 1, config.num_hidden_layers)
+        self.serves = any(config.attention_kinds[i] == "dsa" and config.indexer_layer(i) == number for i in later)
         c, latent = config, config.q_lora_rank if config.projection == "mla" else None
         self.query = nn.Linear(latent or c.hidden_size, c.index_heads * c.index_head_dim, bias=False)
         self.key = nn.Linear(c.hidden_size, c.index_head_dim, bias=False)
@@ -45,21 +48,25 @@ class LightningIndexer(nn.Module):
         keys = extend(spans, "index", k, k[..., :0], step)  # (B, n, 1, E), without values
         if spans is not None:
             spans["index"] = keys
-        return lambda rows, seen: self.choose(q[:, rows], keys.between(0, seen), weights[:, rows], step.slots[:, rows])
+        handed = step.chosen.of_layer[self.number] = []  # anew, where a layer is recomputed
+
+        def masks(rows: slice, stop: int) -> Tensor:
+            chosen = self.choose(q[:, rows], keys.between(0, stop), weights[:, rows], step.slots[:, rows])
+            if self.serves:
+                handed.append(pad(chosen, (0, min(c.index_topk, step.stop) - chosen.shape[-1]), value=-1))
+            return mask_of(chosen, stop)
+
+        return masks
 
     @torch.no_grad()
     def choose(self, q: Tensor, keys: Span, weights: Tensor, slots: Tensor) -> Tensor:
-        """(B, 1, c, S): the tokens of queries q (B, c, I, E) with head weights (B, c, I); equal scores: the first."""
-        c = self.config
-        with torch.autocast(q.device.type, enabled=False):  # rounded, other tokens would be chosen
-            products = torch.einsum("bcie,bse->bcis", q.to(weights.dtype), keys.keys[:, :, 0].to(weights.dtype))
-            scores = torch.einsum("bci,bcis->bcs", weights, products.relu())
+        """(B, c, K): the tokens of queries q (B, c, I, E) with head weights (B, c, I), -1 where there are fewer; of
+        equal scores the first."""
+        c, scores = self.config, index_scores(q, keys.keys[:, :, 0], weights)
         visible, own = causal(slots, keys)[:, 0], slots[:, :, None]
         token = torch.arange(scores.shape[-1], device=q.device)
         forced = (token < c.index_num_initial) | (token > own - c.index_num_local)
-        scores = scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : c.index_topk]
-        return (torch.zeros_like(visible).scatter(-1, order, True) & visible).unsqueeze(1)
+        return highest(scores.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf), visible, c.index_topk)
 
     def rotate(self, x: Tensor, rotary: RotaryTables) -> Tensor:
         """Rotate the first or last dims of x (B, T, heads, E). Pairs (2i, 2i + 1) are put at (i, i + half), as in
@@ -70,3 +77,47 @@ class LightningIndexer(nn.Module):
         if c.index_rotary_pairs == "interleaved":
             part = torch.cat((part[..., 0::2], part[..., 1::2]), -1)
         return torch.cat((before, rotary.rotate(part), after), -1)
+
+
+def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
+    """(B, c, S): of queries q (B, c, I, E), keys (B, S, E) and head weights (B, c, I)."""
+    with torch.autocast(q.device.type, enabled=False):  # rounded, others would be chosen
+        products = torch.einsum("bcie,bse->bcis", q.to(weights.dtype), keys.to(weights.dtype))
+        return torch.einsum("bci,bcis->bcs", weights, products.relu())
+
+
+def highest(scores: Tensor, visible: Tensor, number: int) -> Tensor:
+    """The indices (B, c, K) of the highest ``scores`` (B, c, S), K at most ``number``, -1 for those not ``visible``; of
+    equal scores the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :number]
+    return order.masked_fill(~visible.gather(-1, order), -1)
+
+
+class SharedTokens(nn.Module):
+    """In the place of an indexer: the tokens that the indexer of layer ``source`` chose in this pass."""
+
+    heads = 0
+
+    def __init__(self, config: NSAConfig, source: int):
+        super().__init__()
+        self.config, self.source = config, source
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, asking: Tensor, step: Step, cache: NSACache | None) -> Masks:
+        """As that of `LightningIndexer`."""
+        if self.config.index_phase == "warm-up":
+            return all_before(step)
+        chosen = torch.cat(step.chosen.of_layer[self.source], 1).to(x.device)
+        return lambda rows, stop: mask_of(chosen[:, rows], stop)
+
+
+def mask_of(chosen: Tensor, stop: int) -> Tensor:
+    """Of the first ``stop`` tokens, whether they are chosen (B, c, K): (B, 1, c, stop)."""
+    mask = chosen.new_zeros(*chosen.shape[:2], stop + 1, dtype=torch.bool)
+    return mask.scatter(-1, chosen.masked_fill(chosen < 0, stop), True)[..., :stop].unsqueeze(1)
+
+
+def indexer_of(config: NSAConfig, number: int) -> nn.Module:
+    """What chooses the tokens of the DSA layer ``number``."""
+    source = config.indexer_layer(number)
+    return LightningIndexer(config, number) if source == number else SharedTokens(config, source)

@@ -27,10 +27,11 @@ from .attention_nsa import (
     RotaryTables,
     rotary_tables,
 )
-from .cache_nsa import NSACache, Step
+from .cache_nsa import ChosenTokens, NSACache, Step
 from .configuration_nsa import NSAConfig
 from .entmax_nsa import EntmaxAttention
-from .indexer_nsa import LightningIndexer
+from .entries_nsa import CompressedSparseAttention, Compressor
+from .indexer_nsa import indexer_of
 from .latent_nsa import LatentAttention
 
 try:  # parts that LoRA adapts if none are named, as for other models: queries and values
@@ -39,6 +40,7 @@ except ImportError:
     pass
 else:
     values = ["attention.value", "compressed.value", "selected.value", "window.value", "query_up", "key_value_up"]
+    values += ["attention.key_value"]
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["attention.query", *values])
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before
@@ -125,8 +127,9 @@ class NSADecoderLayer(GradientCheckpointingLayer):
         projected = DenseAttention if config.projection == "gqa" else LatentAttention
         self.attention = {
             "dense": lambda: projected(config, number),
-            "dsa": lambda: projected(config, number, LightningIndexer(config, number)),
+            "dsa": lambda: projected(config, number, indexer_of(config, number)),
             "nsa": lambda: NativeSparseAttention(config, number),
+            "csa": lambda: CompressedSparseAttention(config, number),
             "entmax": lambda: EntmaxAttention(config, number),
         }[kind]()
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -173,8 +176,10 @@ class NSAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, BlockCompression):
+        if isinstance(module, BlockCompression | Compressor):
             nn.init.zeros_(module.position)
+        elif isinstance(module, CompressedSparseAttention):
+            nn.init.zeros_(module.sink)
         elif isinstance(module, Router | Experts):
             for weight in module.parameters(recurse=False):
                 nn.init.normal_(weight, std=self.config.initializer_range)
@@ -299,7 +304,7 @@ class NSAModel(NSAPreTrainedModel):
         if cache is not None:
             cache.seen = real if seen is None else torch.cat((seen, real), 1)
         slots = before[:, None] + torch.arange(shape[1], device=x.device)
-        step = Step(slots, int(slots.max()) + 1, int(before.min()), int(after.min()))
+        step = Step(slots, int(slots.max()) + 1, int(before.min()), int(after.min()), ChosenTokens())
         if shape == (rows, tokens) and bool(real.all()):
             return x, cache, step, lambda y: y
 

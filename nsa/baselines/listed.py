@@ -14,13 +14,23 @@ def can_list(view: View, plan: Plan | None) -> bool:
     return view.q.shape[1] == 1 and all(part.query_at is None and part.key_at is None for part in parts)
 
 
+def lists_of(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """The slots that are kept, of a mask (B, N, S), as lists (B, N, L); L is the length of the longest.
+
+    Returns:
+        order: int64; behind the end of a list other slots. pages: int32, -1 there: as `nsa.ops.decode_attention` takes
+        them. The host waits for L.
+    """
+    order = keep.byte().argsort(dim=-1, descending=True, stable=True)[..., : int(keep.sum(-1).max())]
+    return order, order.masked_fill(~keep.gather(-1, order), -1).int()
+
+
 def attend_listed(view: View, plan: Plan | None, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """As `nsa.baselines.attention.attend`. It reads the keys of the lists alone; the host waits for their lengths."""
     row = torch.zeros(1, dtype=torch.int64, device=view.q.device)
     keep = kept(view, plan, row)[:, :, 0]  # (B, N, S)
     lengths = torch.full((len(keep),), keep.shape[2], dtype=torch.int32, device=keep.device)
-    order = keep.byte().argsort(dim=-1, descending=True, stable=True)[..., : int(keep.sum(-1).max())]
-    pages = order.masked_fill(~keep.gather(-1, order), -1).int()
+    order, pages = lists_of(keep)
     weights = None if plan is None else _log_weights(view, plan.parts, keep)
     if weights is not None:
         weights = weights.gather(-1, order)

@@ -117,8 +117,17 @@ def write_folder(
 
 
 def _family_config(form: Format, config: Config, tokenizer: BaseTokenizer) -> transformers.PreTrainedConfig:
-    """The configuration of an export without code."""
+    """The configuration of an export without code.
+
+    Raises:
+        ExportError: the family does not have such models.
+    """
     assert form.family is not None
+    if (own := format_of(config)).family is not form.family:
+        raise ExportError(
+            f"this model cannot be written as {form.family.architecture}: {own.why or 'it has other layers'}. Leave "
+            "the format to the export, which then carries code of its own"
+        )
     fields = {"architectures": [form.family.architecture], **form.family.fields(config), **form.attention}
     return transformers.AutoConfig.for_model(form.family.model_type, **fields, **_special_tokens(tokenizer))
 

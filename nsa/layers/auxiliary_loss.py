@@ -21,8 +21,8 @@ class AuxiliaryLoss(nn.Module):
         share: of this rank, if ranks compute parts of the loss, whose sum is the loss.
         scale: factor of each token's loss; None: 1 / tokens of the pass, for a mean over it. The trainer sets it such
             that the mean is over the global batch.
-        kept: a loss that could not be attached, since nothing before the layer is trained, times weight, share and
-            scale; `take` hands it out.
+        kept: losses that could not be attached, since nothing before the layer is trained, times weight, share and
+            scale. A context-parallel rank has one for each of its chunks. `take` hands their sum out.
         tally: (1 + counts,) fp64, sums over the backward passes since the last `clear`: of the loss over tokens, and of
             the counts. None before the first backward pass.
     """
@@ -46,12 +46,12 @@ class AuxiliaryLoss(nn.Module):
             loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
             return _Attach.apply(x, loss, counts, scale, self)
         if loss is not None and loss.requires_grad:
-            self.kept = loss * scale
+            self.kept = loss * scale if self.kept is None else self.kept + loss * scale
             self.add(loss.detach(), counts)
         return x
 
     def take(self) -> Tensor | None:
-        """The loss that was kept in the last pass, a scalar; None: it was attached, or there was none."""
+        """The sum of the losses kept since the last call, a scalar; None: they were attached, or there were none."""
         kept, self.kept = self.kept, None
         return kept
 

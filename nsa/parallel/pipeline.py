@@ -11,7 +11,7 @@ summed over their ranks once per step, before DeepSpeed averages over the replic
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -111,7 +111,7 @@ class Pipeline:
     ) -> None:
         self.engine, self.axis, self.stage, self.shape = engine, axis, stage, shape
         self.first, self.last = axis.rank == 0, axis.rank == axis.size - 1
-        self.parameters = list(engine.module.parameters())
+        self.parameters = [p for p in engine.module.parameters() if p.requires_grad]
         self.dtype = self.parameters[0].dtype
         self.device = self.parameters[0].device
 
@@ -132,7 +132,7 @@ class Pipeline:
             The sum of the losses (fp64) on the last stage, zero on the others.
         """
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        sums = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+        sums = self._no_gradients()
         waiting: deque[tuple[Tensor | None, Tensor]] = deque()  # (input, output) of the backward passes still to run
         shape, warm_up = self.shape(batches[0]), min(self.axis.size - 1 - self.axis.rank, len(batches))
 
@@ -151,9 +151,7 @@ class Pipeline:
             wanted = self.parameters if x is None else [x, *self.parameters]
             gradients = list(torch.autograd.grad(out, wanted, gradient, allow_unused=True))
             d_x = None if x is None else gradients.pop(0)
-            for total_gradient, part in zip(sums, gradients, strict=True):
-                if part is not None:
-                    total_gradient += part
+            _add(sums, gradients)
             return d_x
 
         for batch in batches[:warm_up]:
@@ -172,10 +170,36 @@ class Pipeline:
         for _ in range(warm_up):
             d_out, _ = self._exchange(receive_backward=not self.last, shape=shape)
             self._exchange(send_backward=backward(d_out))
+        self._hand_over(sums)
+        return total
+
+    def backward_within(self, batches: list[Any], take: Callable[[], Tensor]) -> None:
+        """As `backward`, for a stage that trains by losses of its own layers alone: no gradient goes to another stage.
+
+        So each stage has one micro batch under way, and is idle only while the first one comes and the last one goes.
+
+        Args:
+            take: the sum of these losses in the last forward pass, as the objective has it: a scalar, without a
+                gradient if the stage trains nothing.
+        """
+        sums, shape = self._no_gradients(), self.shape(batches[0])
+        for batch in batches:
+            _, x = self._exchange(receive_forward=not self.first, shape=shape)
+            out = self._run(batch, x)
+            self._exchange(send_forward=None if self.last else out.detach())
+            loss = take()
+            if loss.requires_grad:
+                _add(sums, torch.autograd.grad(loss, self.parameters, allow_unused=True))
+        self._hand_over(sums)
+
+    def _no_gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
+
+    def _hand_over(self, sums: list[Tensor]) -> None:
+        """Give the engine the gradients of all micro batches."""
         for parameter, gradient in zip(self.parameters, sums, strict=True):
             add_up(gradient, axes_of(parameter))
         self.engine.backward(_Gradient.apply(sums, *self.parameters), scale_wrt_gas=False)
-        return total
 
     def _run(self, batch: Any, x: Tensor | None) -> Tensor:
         if x is not None:
@@ -221,6 +245,13 @@ class Pipeline:
             for work in dist.batch_isend_irecv(moves):
                 work.wait()
         return from_after, from_before
+
+
+def _add(sums: list[Tensor], parts: Iterable[Tensor | None]) -> None:
+    """In place; None: no gradient."""
+    for total, part in zip(sums, parts, strict=True):
+        if part is not None:
+            total += part
 
 
 class _Gradient(torch.autograd.Function):

@@ -31,10 +31,10 @@ class AttentionLosses:
             self.here[number] = loss
 
     def take(self) -> Tensor:
-        """The sum of the losses of the last pass over this rank's layers, as the objective has it: a scalar. For a
-        model of which nothing else is trained."""
-        kept = [loss.take() for loss in self.here.values()]
-        return torch.stack([loss for loss in kept if loss is not None]).sum()
+        """The sum of the losses of this rank's layers since the last call, as the objective has it: a scalar, without
+        a gradient if there were none. For a model of which nothing else is trained."""
+        kept = [loss for loss in (each.take() for each in self.here.values()) if loss is not None]
+        return torch.stack(kept).sum() if kept else torch.zeros((), device=self.ranks.device)
 
     @torch.no_grad()
     def end_step(self) -> dict[str, float]:

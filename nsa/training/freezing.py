@@ -1,10 +1,13 @@
 """Training of the indexer alone: everything else is frozen."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from nsa.config import Config
 from nsa.layers.around import Around
+from nsa.parallel.pipeline import Elsewhere
 from nsa.training.optimizer import trained_apart
 
 
@@ -36,6 +39,16 @@ class WithGradient(Around):
         return x.requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
 
 
+def add_placeholders(model: nn.Module) -> None:
+    """Give a stage of a pipeline that trains nothing two parameters that it does not use: a matrix and a vector.
+
+    DeepSpeed's ranks must have the same groups of parameters, and an indexer has one with weight decay and one without.
+    Checkpoints do not have them, since no stage has such names in the whole model.
+    """
+    like = next(model.parameters())
+    model.idle = nn.ParameterList(nn.Parameter(like.new_zeros(shape)) for shape in ((1, 1), (1,)))
+
+
 def freeze_others(model: nn.Module, config: Config) -> None:
     """Freeze all but what is trained apart (`nsa.layers.kind.Kind.apart`).
 
@@ -44,6 +57,12 @@ def freeze_others(model: nn.Module, config: Config) -> None:
     trained = trained_apart(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)
-    model.head = NoHead(model.head)  # type: ignore[arg-type]
+    if not isinstance(model.head, Elsewhere):
+        model.head = NoHead(model.head)  # type: ignore[arg-type]
+    if hasattr(model, "everywhere"):
+        stages: Any = model.everywhere
+        model.everywhere = {name: (*about[:2], name in trained) for name, about in stages.items()}  # type: ignore[assignment]
+        if not any(p.requires_grad for p in model.parameters()):
+            add_placeholders(model)
     if attached(config):
         model.embedding = WithGradient(model.embedding)  # type: ignore[arg-type]

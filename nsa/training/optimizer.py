@@ -76,11 +76,15 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.startswith("embedding.") and not name.endswith(".position")
 
 
-def trained_apart(model: nn.Module) -> set[str]:
-    """Names of the parameters that only their layer's auxiliary loss trains (`nsa.layers.kind.Kind.apart`)."""
-    layers = [(number, layer) for number, layer in enumerate(model.layers) if hasattr(layer, "kind")]  # type: ignore[arg-type]
-    prefixes = tuple(f"layers.{number}.attention.{path}." for number, layer in layers for path in layer.kind.apart)
-    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)} if prefixes else set()
+def trained_apart(model: Any) -> set[str]:
+    """Names of the parameters that only their layer's auxiliary loss trains (`nsa.layers.kind.Kind.apart`).
+
+    Of a pipeline's stage: those of all stages.
+    """
+    kinds = enumerate(model.attention.kinds(model.config.num_layers))
+    prefixes = tuple(f"layers.{number}.attention.{path}." for number, kind in kinds for path in kind.apart)
+    names = [name for name, _ in model.named_parameters()]
+    return {name for name in (*names, *getattr(model, "everywhere", ())) if name.startswith(prefixes)}
 
 
 def build_optimizer(

@@ -383,6 +383,9 @@ class Trainer:
 
     def _backward(self, batches: list[Batch], scale: float) -> Tensor:
         """Forward and backward pass of one micro batch (of all of a step, by the pipeline): the sum of its losses."""
+        if self.pipeline and self.config.train != "all":
+            self.pipeline.backward_within(batches, self.attention_losses.take)
+            return torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         if self.pipeline:
             return self.pipeline.backward(batches, scale)
         (micro_batch,) = batches

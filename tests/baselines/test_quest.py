@@ -6,6 +6,7 @@ from decoding import Step, attention, decoded
 from sessions import HEADS, inputs
 
 from nsa.baselines import Budget, BudgetError
+from nsa.baselines.choose import top
 from nsa.baselines.importance import pages
 from nsa.baselines.method import State
 from nsa.baselines.methods.quest import Quest, QuestEval
@@ -50,6 +51,25 @@ def test_quest_is_its_definition(over_group: str) -> None:
                     torch.testing.assert_close(
                         step.out[row, head], attention(step, row, head, sorted(chosen)), atol=1e-5, rtol=1e-5
                     )
+
+
+@pytest.mark.parametrize("over_group", ["sum", "max"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_operator_chooses_what_bounds_and_a_sort_do(over_group: str, seed: int) -> None:
+    """Pages of sequences that differ in length, and in their number of pages; the bounds are times the scale here."""
+    budget, page = Budget(share=0.4), 4
+    method, given = Quest(budget=budget, page=page, over_group=over_group), inputs(60, layers=1, seed=seed)
+    steps, states = decoded(method, given, 40, torch.tensor([0, 17]))
+    low, high = (states[0].rest[name] for name in ("low", "high"))
+    view, mask = steps[-1].view, steps[-1].mask
+    bounds = view.per_group(pages.upper(view, low, high))
+    bounds = bounds.sum(2) if over_group == "sum" else bounds.amax(2)
+    current, number = (view.seen - 1)[:, None, None] // page, torch.arange(low.shape[1])
+    others = (budget.each(view.seen, least=page) - (view.seen[:, None, None] - current * page)) // page
+    chosen = top(bounds.masked_fill(number >= current, -torch.inf), others[..., 0]) | (number == current)
+    expected = view.per_head(pages.tokens_of(view, chosen, page))[:, :, 0]
+    assert torch.equal(mask, expected & view.per_head(view.visible)[:, :, 0])
+    assert len(set(mask.sum(-1).flatten().tolist())) > 1
 
 
 @pytest.mark.parametrize("budget", [8, 20])

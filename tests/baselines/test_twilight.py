@@ -7,14 +7,17 @@ import torch
 from decoding import Step, attention, decoded
 from sessions import HEADS, WIDTH, inputs
 
-from nsa.baselines import Budget
+from nsa import ops
+from nsa.baselines import Budget, Method, Session
 from nsa.baselines.choose import cover
 from nsa.baselines.importance.quantised import quantised
+from nsa.baselines.methods.h2o import H2O
 from nsa.baselines.methods.oracle import OracleTopK
 from nsa.baselines.methods.quest import Quest
 from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.sparq import SparQ
 from nsa.baselines.methods.twilight import Twilight
+from nsa.baselines.plan import score
 from nsa.ops.top_p import nucleus
 
 PADDING = torch.tensor([0, 5])
@@ -38,6 +41,38 @@ def test_twilight_is_its_definition(bits: int) -> None:
                 assert set(step.mask[row, head].nonzero()[:, 0].tolist()) == union
                 out = attention(step, row, head, sorted(union))
                 torch.testing.assert_close(step.out[row, head], out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("base", [Quest(page=4), H2O(), OracleTopK(), SparQ(dims=4)], ids=lambda base: base.name)
+@pytest.mark.parametrize("p", [0.0, 0.7, 1.0])
+def test_the_operator_chooses_what_the_formula_does(base: Method, p: float) -> None:
+    """The same tokens, bit by bit of the sketch; also while H2O evicts, which moves the slots."""
+    budget, given = Budget(share=0.5), inputs(60, layers=1)
+    steps, _ = decoded(Twilight(base=base, budget=budget, p=p), given, 40, PADDING)
+    wholes, _ = decoded(replace(base, budget=budget), given, 40, PADDING)
+    assert len(steps) == 20
+    for step, whole in zip(steps, wholes, strict=True):
+        view, among = step.view, whole.mask[:, :, None]
+        assert view.k.shape == whole.view.k.shape, "both see the same slots"
+        scores = score(view.q, quantised(view.k, 4), view.scale).masked_fill(~among, -torch.inf)
+        chosen = nucleus(torch.nan_to_num(scores.softmax(-1)), p, among)
+        assert torch.equal(step.mask, view.per_head(view.per_group(chosen).any(2))[:, :, 0])
+
+
+def test_the_sketch_follows_the_cache() -> None:
+    """It grows by the new tokens, also where a session goes on with its sequences in another order."""
+    given = inputs(60, layers=1)
+    session = Session(Twilight(base=Quest(page=4), budget=Budget(share=0.5)), 1, turn=given.turn)
+    for start, stop in [(0, 20), *((t, t + 1) for t in range(20, 60))]:
+        session.attend(0, *given.cut(start, stop)[0], WIDTH**-0.5)
+        session.end_prompt()
+        if start:
+            sketch, whole = session.states[0].rest["sketch"], ops.sketch_keys(session.caches[0].keys)
+            for name, kept in sketch.items():
+                assert torch.equal(kept[:, :stop], getattr(whole, name)) and kept.shape[1] <= 90
+        if start == 50:
+            session = session.take(torch.tensor([1, 0]))
+            given = replace(given, layers=[tuple(x.flip(0) for x in layer) for layer in given.layers])
 
 
 def of_head(step: Step, candidates: torch.Tensor, row: int, head: int, p: float, bits: int) -> set[int]:

@@ -27,7 +27,7 @@ from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.models.hf.modeling_nsa import CACHE, NSAForCausalLM, NSAForSequenceClassification, NSAModel, rows_of_documents
 
 VOCABULARY = 97
-KINDS = ("llama", "nsa", "dsa", "experts")
+KINDS = ("llama", "nsa", "dsa", "shared", "csa", "experts")
 EXPERTS = {"num_experts": 5, "num_experts_per_token": 2, "num_shared_experts": 1, "expert_size": 7, "first_dense": 1}
 
 
@@ -42,8 +42,12 @@ def model(kind: str, classes: int = 0, **changes: Any) -> PreTrainedModel:
         return (LlamaForSequenceClassification if classes else LlamaForCausalLM)(LlamaConfig(**shape)).eval()
     sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 3, "window": 6}
     sizes |= {"index_topk": 10, "index_heads": 5, "index_head_dim": 8, "index_rotary_dims": 4}
+    sizes |= {"csa_topk": 3, "csa_window": 6, "csa_index_heads": 5, "csa_index_head_dim": 8, "csa_index_rotary_dims": 4}
+    sizes |= {"csa_heavy_ratio": 5}
     experts = EXPERTS if kind == "experts" else {}
-    config = NSAConfig(attention_kinds=["dense", "dsa" if kind == "dsa" else "nsa"], **sizes, **experts, **shape)
+    sizes |= {"index_share_layers": 2} if kind == "shared" else {}
+    kinds = {"dsa": ["dense", "dsa"], "shared": ["dsa", "dsa"], "csa": ["csa", "csa"]}.get(kind, ["dense", "nsa"])
+    config = NSAConfig(attention_kinds=kinds, **sizes, **experts, **shape)
     return (NSAForSequenceClassification if classes else NSAForCausalLM)(config).eval()
 
 
@@ -421,7 +425,8 @@ def test_lora_adapts_the_usual_parts_and_can_be_merged(kind: str) -> None:
     plain = m(ids).logits
     tuned = peft.get_peft_model(m, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2))
     adapted = {name.split(".lora_A")[0] for name, _ in tuned.named_parameters() if "lora_A" in name}
-    assert len(adapted) == (4 if kind in ("llama", "dsa") else 2 + 1 + 3)  # queries and values, those of every branch
+    one = kind in ("llama", "dsa", "shared", "csa")
+    assert len(adapted) == (4 if one else 2 + 1 + 3)  # queries and values, those of every branch
     changed = tuned(ids, labels=ids)
     changed.loss.backward()
     assert (changed.logits - plain).abs().max() > 0.01

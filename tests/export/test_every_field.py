@@ -36,6 +36,8 @@ NAMES = {
     "attention.dsa.topk": "index_topk",
     "attention.dsa.num_initial": "index_num_initial",
     "attention.dsa.num_local": "index_num_local",
+    "attention.dsa.share_layers": "index_share_layers",
+    "attention.dsa.share_from": "index_share_from",
     **{f"attention.entmax.{name}": f"entmax_{name}" for name in ("alpha", "scaling", "nope_heads", "position")},
 }
 TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight", "attention.dsa.kl_weight"}
@@ -45,8 +47,8 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 # Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
-NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own
-NOT_EXPORTED += ("attention.dsa.share_layers", "attention.dsa.share_from")  # no export has shared index sets
+NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own,
+NOT_EXPORTED += ("attention.csa",)  # and this has one in tests/export/test_entries_nsa.py
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
     (key, field)
@@ -62,7 +64,7 @@ MODEL = {
     "rope": {"theta": 50.0, "yarn_factor": 2.0, "yarn_beta_fast": 5.0, "yarn_beta_slow": 0.5},
     "rope_scaling": {"rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 60, "beta_fast": 4.0},
     "moe": {"num_experts": 5, "top_k": 3, "num_shared": 2, "expert_size": 9, "first_dense": 2},
-    "num_layers": 3,
+    "num_layers": 5,
     "num_heads": 6,
     "norm_eps": 0.05,
     "tie_embeddings": False,
@@ -94,7 +96,7 @@ def others(value: Any) -> list[Any]:
 
 def unlike_defaults(folder: Path) -> Config:
     """A configuration of which no field of the two sections has its default."""
-    config = small_config(folder, ["entmax", "nsa", "dsa"], **MODEL)
+    config = small_config(folder, ["entmax", "nsa", "dsa", "dsa", "dsa"], **MODEL)
     tree = with_value(config.model_dump(), "attention.nsa", config.attention.nsa.model_dump() | NSA)
     tree = with_value(tree, "attention.dsa", config.attention.dsa.model_dump() | DSA)
     tree = with_value(tree, "attention.entmax", ENTMAX)

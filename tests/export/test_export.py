@@ -44,6 +44,7 @@ def test_folder_is_complete(run: Path) -> None:
         "cache_nsa.py",
         "configuration_nsa.py",
         "entmax_nsa.py",
+        "entries_nsa.py",
         "indexer_nsa.py",
         "latent_nsa.py",
         "modeling_nsa.py",

@@ -11,7 +11,8 @@ from small_run import small_config, small_export, small_run
 from transformers import AutoModelForCausalLM
 
 from nsa import export as command_of_export
-from nsa.config import Config
+from nsa.config import Config, load_saved
+from nsa.data.load_tokenizer import load_tokenizer
 from nsa.exporting import ExportError, export, families, folder, load_decoder, proof
 from nsa.exporting.families import FAMILIES, format_of
 from nsa.models import Decoder
@@ -110,6 +111,7 @@ UNLIKE = [
     ({"indexer": {"index_rotary_place": "last"}}, "no attention.dsa.index_rotary_place last"),
     ({"indexer": {"index_rotary_pairs": "interleaved"}}, "no attention.dsa.index_rotary_pairs interleaved"),
     ({"indexer": {"phase": "warm-up"}}, "no attention.dsa.phase warm-up"),
+    ({"indexer": {"share_layers": 2}}, "no index sets that layers share (attention.dsa.share_layers 2)"),
     ({"norm_eps": 1e-5, "moe": MOE}, "no model.norm_eps 1e-05, no model.moe"),
     ({"rope": {"yarn_factor": 2.0}}, "no model.rope.yarn_factor 2"),
 ]
@@ -120,6 +122,21 @@ def test_what_the_family_has_not_is_named(tmp_path: Path, changes: dict[str, Any
     found = format_of(config_of(tmp_path, **changes))
     assert found.family is None
     assert str(found) == f"code of its own (trust_remote_code): deepseek_v32 has {what}"
+
+
+def test_a_model_is_not_written_as_what_it_is_not(tmp_path: Path) -> None:
+    """A caller may choose the format, not what it can express."""
+    asked = format_of(config_of(tmp_path / "asked"))
+    run = small_run(tmp_path, config=config_of(tmp_path, indexer={"share_layers": 2}))
+    weights, written = checkpoint.load_weights(run / "step_00000003"), tmp_path / "written"
+    config, tokenizer = load_saved(run / "step_00000003/config.yaml"), load_tokenizer(run / "step_00000003")
+    with pytest.raises(
+        ExportError, match=r"as DeepseekV32ForCausalLM: deepseek_v32 has no index sets .* code of its own"
+    ):
+        folder.write_folder(written, config, weights, tokenizer, asked)
+    with pytest.raises(ExportError, match="as DeepseekV32ForCausalLM: it has other layers"):
+        folder.write_folder(written, small_config(tmp_path / "other", "nsa"), weights, tokenizer, asked)
+    assert not written.exists()
 
 
 def test_other_models_come_near_no_family(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from nsa.layers.csa.config import CsaConfig
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.entmax.config import EntmaxConfig
 from nsa.layers.kinds import KINDS
@@ -12,7 +13,7 @@ from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.rotary_scaling import RopeScaling
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig, RopeConfig, hf
 from nsa.models.hf import attention_nsa
-from nsa.models.hf.cache_nsa import Step
+from nsa.models.hf.cache_nsa import ChosenTokens, Step
 from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.models.hf.modeling_nsa import NSAForCausalLM
 
@@ -34,7 +35,16 @@ LENGTHS = [1, 2, 17, 63, 129]
 
 
 def pair(
-    kind, shape=SHAPES[1], sizes=SIZES[0], seed=0, indexer=INDEXERS[0], phase="sparse", entmax=ENTMAX, **changes
+    kind,
+    shape=SHAPES[1],
+    sizes=SIZES[0],
+    seed=0,
+    indexer=INDEXERS[0],
+    phase="sparse",
+    share=(),
+    entmax=ENTMAX,
+    csa=None,
+    **changes,
 ) -> tuple[Decoder, NSAForCausalLM]:
     """A decoder and the exported model with its weights, both float64."""
     heads, groups, head_dim, v_head_dim = shape
@@ -42,8 +52,8 @@ def pair(
     nsa = NsaConfig(compress_hidden=5, **dict(zip(names, sizes, strict=True)))
     names = ("topk", "num_initial", "num_local", "index_heads", "index_head_dim")
     names += ("index_rotary_dims", "index_rotary_place", "index_rotary_pairs")
-    dsa = DsaConfig(phase=phase, **dict(zip(names, indexer, strict=True)))
-    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa, entmax=entmax)
+    dsa = DsaConfig(phase=phase, **dict(zip(names, indexer, strict=True)), **dict(share))
+    attention = AttentionConfig(kind=kind, nsa=nsa, dsa=dsa, entmax=entmax, csa=csa or CsaConfig())
     moe = changes.get("moe")
     rope = RopeConfig(theta=100.0, yarn_factor=changes.pop("yarn_factor", 1.0), yarn_beta_fast=4.0)
     model = ModelConfig(
@@ -64,7 +74,7 @@ def pair(
     decoder = Decoder(model, attention, backend="naive")
     with torch.no_grad():  # weights that start at a constant would hide a mistake
         for name, parameter in decoder.named_parameters():
-            if name.endswith(("position", "norm.weight", "bias")):
+            if name.endswith(("position", "norm.weight", "bias", "sink")):
                 parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.5)
         for buffer in decoder.buffers():
             buffer.normal_(0.0, 0.1)
@@ -85,6 +95,8 @@ def pair(
         rotary_scaling=model.rope_scaling.model_dump() if model.rope_scaling else None,
         qkv_bias=model.qkv_bias,
         qk_norm=model.qk_norm,
+        projection=model.projection,
+        **(model.mla.model_dump(exclude={"v_head_dim"}) if model.mla else {}),
         rms_norm_eps=model.norm_eps,
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=1,
@@ -172,7 +184,9 @@ def test_equal_index_scores_go_to_the_first_tokens() -> None:
     indexer = exported.layers[0].attention.indexer
     indexer.head_weight.weight.zero_()
     slots = torch.arange(50)[None]
-    masks = indexer(torch.randn(1, 50, 24).double(), torch.randn(1, 50, 24).double(), Step(slots, 50, 0, 50), None)
+    masks = indexer(
+        torch.randn(1, 50, 24).double(), torch.randn(1, 50, 24).double(), Step(slots, 50, 0, 50, ChosenTokens()), None
+    )
     token, query = torch.arange(50), torch.arange(50)[:, None]
     expected = ((token < 19) | (token == query) | (token == 19) & (query < 20)) & (token <= query)
     assert torch.equal(masks(slice(0, 50), 50)[0, 0], expected)

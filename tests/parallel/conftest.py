@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.layouts import BASE, CLIPPED, MOE, RANKS, SCRIPT, SGD, layout, references
+from tests.parallel.layouts import BASE, CLIPPED, MOE, RANKS, SCRIPT, SGD, layout, learned, references
 from tests.training.tiny import on_ranks
 
 FEW_STEPS = 4  # of a curve; the table in docs/parallelism.md has more
@@ -52,6 +52,26 @@ EXPERT_CASES = [
     for zero in range(3 if "pipeline" in spread else 4)
     for optimizer in (SGD, CLIPPED)
 ]
+# `train: indexer`. Where only some layers have indexers, some stages of a pipeline train nothing.
+START = ["attention.kind=dense", "model.num_layers=4", "model.init_std=0.3"]  # attention that is not flat
+INDEXERS = [*BASE, *START, *DSA, "train=indexer", "optimizer.warmup_steps=0"]
+WARM_UP, ALL, SOME = "attention.dsa.phase=warm-up", "attention.kind=dsa", "attention.kind=[dsa, dense]"
+FASTER = "optimizer.learning_rate=0.02"
+TAUGHT = [
+    [*INDEXERS, *SGD, ALL, WARM_UP, *layout(pipeline=2, zero=1), FASTER],
+    [*INDEXERS, *CLIPPED, ALL, *layout(pipeline=2, context=2, zero=0)],
+    [*INDEXERS, *CLIPPED, ALL, *layout(context=2, zero=1)],
+    [*INDEXERS, *CLIPPED, SOME, WARM_UP, *layout(pipeline=4, zero=2)],
+    [*INDEXERS, *SGD, SOME, *layout(pipeline=4, zero=0), FASTER],
+    [*INDEXERS, *CLIPPED, ALL, "attention.dsa.share_layers=2", *layout(pipeline=2, zero=2)],
+    [*INDEXERS, *CLIPPED, CSA[0], *CSA[1:], "attention.csa.heavy_ratio=null", *layout(pipeline=2, tensor=2, zero=1)],
+    [*INDEXERS, *SGD, ALL, WARM_UP, *layout(pipeline=2, tensor=2, zero=1), FASTER],
+]
+TAUGHT_CHAINED = 3  # the case that also goes on in other layouts
+TAUGHT_ROUNDED = [
+    [*INDEXERS, *CLIPPED, SOME, *layout(pipeline=4, zero=zero), "engine.precision=bf16"] for zero in (0, 1)
+]
+TAUGHT_LINKS = [(2, layout(pipeline=4, zero=2)), (3, layout(pipeline=2, zero=1)), (4, layout(context=2, zero=0))]
 SENT = [
     [*BASE, *layout(tensor=2, context=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SPARSE, *layout(tensor=4, zero=0)],
@@ -97,6 +117,26 @@ def reference(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def four_ranks(tmp_path_factory):
+def dense_run(tmp_path_factory):
+    """What runs that train indexers start from."""
+    folder = tmp_path_factory.mktemp("dense_run")
+    on_ranks(1, folder, {"dense": ("go_on", {"overrides": [*BASE, *START, "training.steps=2"]})}, SCRIPT, gpus=RANKS)
+    return f"start_from={folder}/dense/runs/run"
+
+
+@pytest.fixture(scope="session")
+def taught_alone(tmp_path_factory, dense_run):
+    """As the checks "taught" of `four_ranks`, in one process."""
+    cases = [learned([*case, dense_run]) for case in [*TAUGHT, *TAUGHT_ROUNDED]]
+    checks = {"taught": ("taught", {"cases": cases, "steps": FEW_STEPS})}
+    return on_ranks(1, tmp_path_factory.mktemp("taught_alone"), checks, SCRIPT, gpus=RANKS)["taught"]
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory, dense_run):
     folder = tmp_path_factory.mktemp("four_ranks")
-    return folder, on_ranks(RANKS, folder, CHECKS, SCRIPT, timeout=1800)
+    cases = [[*case, dense_run] for case in [*TAUGHT, *TAUGHT_ROUNDED]]
+    checks = CHECKS | {"taught": ("taught", {"cases": cases, "steps": FEW_STEPS})}
+    chained = [*learned(TAUGHT[TAUGHT_CHAINED]), dense_run, "checkpoint.every=1"]
+    checks["taught_on"] = ("chain", {"overrides": chained, "links": TAUGHT_LINKS})
+    return folder, on_ranks(RANKS, folder, checks, SCRIPT, timeout=1800)

@@ -1,10 +1,13 @@
 """The checks that tests of parallelism run on several ranks: `parallel_checks.py FOLDER WORLD_SIZE`, by on_ranks."""
 
+import itertools
 import random
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -24,6 +27,7 @@ from nsa.layers.kinds import CSA, DSA
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
+from nsa.models.head import LanguageModelHead
 from nsa.models.moe import MixtureOfExperts
 from nsa.parallel import Grid, ParallelConfig
 from nsa.parallel.chunks import Chunks
@@ -140,6 +144,46 @@ def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[s
         answer.append(ranks.gather(trainer.train_step(StopRequest()).sent))
         close(trainer)
     return answer
+
+
+def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[dict[str, Any]]:
+    """For each case, a run that trains its indexers: of every step the loss, the norm of the gradient and the loss of
+    each layer; of the run, what has moments, which weights changed, and whether stages sent each other gradients. The
+    output head must not be called."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        config = tiny_config(folder, f"name=taught{number}-{ranks.world_size}", f"training.steps={steps}", *overrides)
+        trainer, stop, curve, sent = Trainer(config, ranks), StopRequest(), [], Counter()
+        before = dict(whole(trainer, ("weight",)))
+        keys = STATE_KEYS[config.optimizer.kind]
+        with patch.object(LanguageModelHead, "forward", side_effect=AssertionError("no loss is wanted")):
+            for _ in range(steps):
+                result = trainer.train_step(stop)
+                layers = [value for key, value in sorted(result.figures.items()) if "indexer_kl" in key]
+                curve.append([result.loss, result.grad_norm, *layers])
+                sent.update(result.sent)
+        after = dict(whole(trainer, ("weight", *keys)))
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        found = {
+            "curve": curve,
+            "changed": everywhere(ranks, changed),
+            "moments": everywhere(ranks, [name for name in after if not name.startswith("weight ")]),
+            "gradients sent": any(ranks.gather(sent["pipeline/gradients"])),
+        }
+        close(trainer)
+        answer.append(found)
+    return answer
+
+
+def everywhere(ranks: Ranks, names: list[str]) -> list[str]:
+    """Those of all ranks, sorted."""
+    return sorted(itertools.chain.from_iterable(ranks.gather(names)))
+
+
+def whole(trainer: Trainer, keys: tuple[str, ...]) -> list[tuple[str, torch.Tensor]]:
+    """What a checkpoint would hold of each parameter, as far as this rank would write it: "key name" and tensor."""
+    tensors = gather(local_shards(trainer.engine, keys[1:]), keys)
+    return [(f"{key} {name}", tensor.clone()) for key, name, tensor in tensors]
 
 
 def chain(ranks: Ranks, folder: Path, overrides: list[str], links: list[tuple[int, list[str]]]) -> list[float]:

@@ -7,7 +7,17 @@ import pytest
 
 from nsa.planning.dry_run import dry_run
 from tests.parallel import matrix
-from tests.parallel.conftest import CASES, EXPERT_CASES, ROUNDED, SENT, SPREADS
+from tests.parallel.conftest import (
+    CASES,
+    CSA,
+    EXPERT_CASES,
+    ROUNDED,
+    SENT,
+    SPREADS,
+    TAUGHT,
+    TAUGHT_CHAINED,
+    TAUGHT_ROUNDED,
+)
 from tests.parallel.layouts import BASE, MOE, RANKS, SCRIPT, STEPS, difference, learned, references
 from tests.training.tiny import on_ranks, tiny_config
 
@@ -30,6 +40,23 @@ def test_curves_equal_one_process(four_ranks, reference):
 def test_curves_in_bf16_follow_fp32(four_ranks, reference):
     for case, curve in zip(ROUNDED, four_ranks[1]["rounded"], strict=True):
         assert difference(curve, reference[str(learned(case))]) < 0.03, case
+
+
+def test_indexers_alone_train_as_in_one_process(four_ranks, taught_alone):
+    """Their losses by layer, the gradient norm and what has moments; no gradient goes from stage to stage. With tensor
+    parallelism DSA's reported loss is that of each rank's heads, and larger."""
+    cases = [*TAUGHT, *TAUGHT_ROUNDED]
+    for case, found, expected in zip(cases, four_ranks[1]["taught"], taught_alone, strict=True):
+        bound = 0.03 if case in TAUGHT_ROUNDED else 1e-5
+        curve, alone = found["curve"], expected["curve"]
+        if "parallel.tensor=2" in case and CSA[0] not in case:
+            assert all(step[0] > one[0] for step, one in zip(curve, alone, strict=True))
+            curve, alone = ([[step[1]] for step in steps] for steps in (curve, alone))
+        assert difference(curve, alone) < bound, case
+        assert found["moments"] == expected["moments"] and all(".indexer." in name for name in found["moments"]), case
+        assert found["changed"] == expected["changed"] and found["changed"], case
+        assert all(".indexer." in name for name in found["changed"]), case
+        assert not found["gradients sent"], case
 
 
 def test_sent_bytes_equal_the_dry_runs(four_ranks, tmp_path):
@@ -75,6 +102,12 @@ def test_a_run_resumes_in_any_layout(four_ranks, tmp_path):
         assert len(losses[f"{name}-straight"]) == 8
         assert losses[f"{name}-on"] == pytest.approx(losses[f"{name}-straight"], rel=1e-5)
         assert losses[f"{name}-on"][:6] == answers[name]
+
+
+def test_indexers_alone_resume_in_any_layout(four_ranks, taught_alone):
+    """Four stages, of which two train nothing -> two -> none."""
+    expected = [step[0] for step in taught_alone[TAUGHT_CHAINED]["curve"]]
+    assert four_ranks[1]["taught_on"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_expert_metrics_are_logged_in_every_layout(four_ranks):

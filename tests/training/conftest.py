@@ -51,13 +51,15 @@ def two_ranks(tmp_path_factory, one_rank):
     curves += engines("fp32", *ADAMW, stages=[0, 2])
     curves += engines("fp32", *ADAMW, OFFLOAD, stages=[3])
     resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3]) + engines("bf16", OFFLOAD, stages=[1])
+    staged = learning("bf16", stages=[1]) + learning("bf16", *MOE, stages=[3])
+    staged += learning("bf16", "parallel.pipeline=2", stages=[1])
     checks = {
         "curves": ("curves", {"cases": curves, "steps": STEPS}),
         "resume": ("resume", {"cases": resumed, "after": [2]}),
         "elsewhere": ("go_on", {"overrides": elsewhere, "checkpoint_of": begun}),
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
         "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),
-        "stages": ("stages", {"cases": learning("bf16", stages=[1]) + learning("bf16", *MOE, stages=[3])}),
+        "stages": ("stages", {"cases": staged}),
         "sections": ("sections", {"cases": engines("bf16", stages=[1]) + engines("fp32", stages=[1, 3])}),
         "stopped": ("stop_one_rank", {}),
         "experts": ("resume", {"cases": engines("bf16", "parallel.expert=2", *MOE, stages=[1]), "after": [2]}),

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nsa import ops
 from nsa.baselines.method import State
 from nsa.baselines.plan import View
 
@@ -40,6 +41,24 @@ def upper(view: View, low: Tensor, high: Tensor) -> Tensor:
     most = most + torch.einsum("bgjd,bpgd->bgjp", q.clamp(max=0), low.float())
     empty = (low > high).all(-1).transpose(1, 2)[:, :, None]
     return (most * view.scale).masked_fill(empty, -torch.inf).flatten(1, 2)
+
+
+def best(view: View, state: State, counts: Tensor, size: int, over_group: str) -> Tensor:
+    """(B, G, P) bool: of each KV head the current page and the others with the highest bounds, ``counts`` (B,) in all.
+
+    By `nsa.ops.quest_pages`, after `fold`. Sequences of equal counts are one call.
+    """
+    low, high = state.rest["low"], state.rest["high"]
+    chosen = torch.zeros(len(low), low.shape[2], low.shape[1] + 1, dtype=torch.bool, device=low.device)
+    lengths, numbers = view.seen.int(), counts.unique().tolist()
+    for number in numbers:
+        rows = slice(None) if len(numbers) == 1 else (counts == number).nonzero()[:, 0]
+        pages = ops.quest_pages(
+            view.q[rows, 0], low[rows], high[rows], lengths[rows], page_size=size, topk=number, over_group=over_group
+        )
+        some = torch.zeros_like(chosen[rows])
+        chosen[rows] = some.scatter_(-1, torch.where(pages < 0, low.shape[1], pages).long(), True)
+    return chosen[..., : -(-int(view.seen.max()) // size)]
 
 
 def tokens_of(view: View, pages: Tensor, size: int) -> Tensor:

@@ -46,29 +46,23 @@ class Quest(Method):
             raise ValueError(f"bounds are joined over a group by sum or max, not {self.over_group!r}")
 
     def decode_select(self, view: View, state: State) -> Plan | None:
-        low, high = pages.fold(view, state, self.page)
-        current = (view.seen - 1)[:, None, None] // self.page
-        number = torch.arange(low.shape[1], device=low.device)
-        bounds = self._joined(view, pages.upper(view, low, high)).masked_fill(number >= current, -torch.inf)
-        budget = self.budget.each(view.seen, least=self.page, overhead=self._overhead(view))
-        others = (budget - (view.seen[:, None, None] - current * self.page)) // self.page
-        chosen = top(bounds, others[..., 0]) | (number == current)
+        pages.fold(view, state, self.page)
+        current = (view.seen - 1) // self.page
+        budget = self.budget.each(view.seen, least=self.page, overhead=self._overhead(view))[:, 0, 0]
+        others = (budget - (view.seen - current * self.page)) // self.page
+        chosen = pages.best(view, state, 1 + others, self.page, self.over_group)
         return Plan.of(pages.tokens_of(view, chosen, self.page), self._cost(view, current))
 
     def observe(self, view: View, plan: Plan | None, state: State) -> None:
         if view.prompt:
             pages.fold(view, state, self.page)
 
-    def _joined(self, view: View, bounds: Tensor) -> Tensor:
-        grouped = view.per_group(bounds)
-        return grouped.sum(2) if self.over_group == "sum" else grouped.amax(2)
-
     def _overhead(self, view: View) -> float:
         width = view.k.shape[3]
         return 2 * width / self.page / (width + view.v.shape[3])
 
     def _cost(self, view: View, scored: Tensor) -> Estimate:
-        """``scored``: (B, 1, 1), pages whose bounds are read; a bound is two products."""
+        """``scored``: (B, ...), pages whose bounds are read; a bound is two products."""
         number, width = float(scored.double().mean()), view.k.shape[3]
         held = float((-(-view.seen // self.page)).double().mean())
         return Estimate(2 * width * number, 2 * view.group * number, 2 * width * held)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa.baselines.attention import kept
 from nsa.baselines.budget import Budget
-from nsa.baselines.importance.quantised import quantised
+from nsa.baselines.importance.quantised import forget_sketch, nucleus_of_sketch, quantised
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.methods.quest import Quest
 from nsa.baselines.plan import Estimate, Plan, View, score
@@ -55,17 +55,23 @@ class Twilight(Method):
     def decode_select(self, view: View, state: State) -> Plan | None:
         plan = replace(self.base, budget=self.budget).decode_select(view, state)
         first = torch.zeros(1, dtype=torch.int64, device=view.q.device)
-        candidates = view.per_head(kept(view, plan, first))
+        among = kept(view, plan, first)
+        candidates = view.per_head(among)
+        estimate = self._cost(view, candidates) + (plan.estimate if plan is not None else Estimate())
+        if self.bits == 4 and among.shape[1] == view.k.shape[2] and view.k.shape[3] % 2 == 0:
+            return Plan.of(nucleus_of_sketch(view, state, among[:, :, 0], self.p)[:, :, None], estimate)
         scores = score(view.q, quantised(view.k, self.bits), view.scale).masked_fill(~candidates, -torch.inf)
         chosen = nucleus(torch.nan_to_num(scores.softmax(-1)), self.p, candidates)
-        estimate = self._cost(view, candidates) + (plan.estimate if plan is not None else Estimate())
         return Plan.of(view.per_group(chosen).any(2), estimate)
 
     def observe(self, view: View, plan: Plan | None, state: State) -> None:
         self.base.observe(view, plan, state)
 
     def evict(self, view: View, state: State) -> Tensor | None:
-        return replace(self.base, budget=self.budget).evict(view, state)
+        stays = replace(self.base, budget=self.budget).evict(view, state)
+        if stays is not None:
+            forget_sketch(state)
+        return stays
 
     def _cost(self, view: View, candidates: Tensor) -> Estimate:
         rows = len(view.q) * view.k.shape[2]

@@ -27,6 +27,7 @@ from nsa.training.signals import CODES, die_with_parent
 
 LEAST = 0.01  # minutes of a training: a step at least, so that every run gets further
 LOOK = 0.1  # seconds between two looks at what runs
+STEP = re.compile(r"^step +(\d+/\d+)  \|  loss (\S+)", re.MULTILINE)  # as `nsa.training.console` prints it
 SAID = 5  # last lines of a log that are shown if it ended in an error
 
 
@@ -248,7 +249,7 @@ class Trainings:
         if one.log is None:
             return
         text = one.log.read_text(errors="replace")
-        losses = re.findall(r"step +(\d+/\d+) +loss (\S+)", text)
+        losses = STEP.findall(text)
         last = "" if not losses else f", loss {losses[-1][1]} at step {losses[-1][0]}"
         minutes = (time.monotonic() - one.begun) / 60
         if code == 0:

@@ -156,7 +156,7 @@ CSA: Kind = Kind(
     problem=problem,
     figures=measure,
     guest=GUEST,
-    export=None,
+    export=lambda config: {f"csa_{name}": value for name, value in config.model_dump(exclude={"kl_weight"}).items()},
     known=lambda shape, config: None,
     card=card,
 )

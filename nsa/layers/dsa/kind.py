@@ -96,7 +96,7 @@ def card(config: DsaConfig) -> dict[str, str]:
 
 def export(config: DsaConfig) -> dict[str, Any]:
     """NSA has fields of some of these names, in blocks."""
-    fields = config.model_dump(exclude={"kl_weight", "share_layers", "share_from"})
+    fields = config.model_dump(exclude={"kl_weight"})
     return {f"index_{name.removeprefix('index_')}": value for name, value in fields.items()}
 
 
@@ -106,9 +106,10 @@ def known(shape: Shape, config: DsaConfig) -> Known | None:
         return None
     theirs: dict[str, Any] = {"num_initial": 0, "num_local": 0, "index_rotary_dims": shape.mla.qk_rope_head_dim}
     theirs |= {"index_rotary_place": "first", "index_rotary_pairs": "half-split", "phase": "sparse"}
-    theirs |= {"share_layers": 1}
     ours = config.model_dump()
     unlike = [f"attention.dsa.{name} {ours[name]}" for name in theirs if ours[name] != theirs[name]]
+    if config.share_layers > 1:
+        unlike.append(f"index sets that layers share (attention.dsa.share_layers {config.share_layers})")
     unlike += ["model.mla.q_lora_rank null"] if shape.mla.q_lora_rank is None else []
     unlike += [] if shape.mla.rope_interleave else ["model.mla.rope_interleave false"]
     unlike += [f"model.norm_eps {shape.norm_eps:g}"] if shape.norm_eps != 1e-6 else []
@@ -171,5 +172,4 @@ SERVED: Kind = replace(
     borrows=True,
     twin=lambda config: config.model_copy(update={"share_layers": 2, "share_from": 0}),
     apart=(),
-    export=None,
 )

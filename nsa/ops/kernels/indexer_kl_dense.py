@@ -84,7 +84,7 @@ def row_kernel(Targets, Scores, DScores, First, Own, Loss, token0, num_rows, num
 
     Targets, Scores (B, rows, row_tiles * EDGE) fp32; DScores likewise, in the dtype of the index queries. Tiles of EDGE
     queries and keys, or of a divisor of it, are all that is read of DScores: it is 0 there where the key is not seen.
-    Bits (B, num_tiles, T) int64: a query sees key i of a tile of KEYS keys only if bit i is set. None: all visible ones.
+    Bits (B, num_tiles, T) int64: a query sees key i of a tile of KEYS keys if bit i is set. None: it sees all.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if Bits is not None:

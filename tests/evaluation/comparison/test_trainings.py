@@ -14,6 +14,8 @@ import small_study
 
 from nsa.evaluation.comparison import trainings
 from nsa.evaluation.comparison.config import load, trainings_of
+from nsa.training.console import Console
+from tests.small_run import small_config
 
 # $HAPPENED gets a line for each beginning and end. $ENDS_NAME is the exit code of the training with that name.
 LAUNCH = """
@@ -21,8 +23,8 @@ name=${3#name=}
 echo "begins $* gpu=$CUDA_VISIBLE_DEVICES port=$MASTER_PORT" >>"$HAPPENED"
 trap 'echo "asked $name" >>"$HAPPENED"; exit 75' TERM
 trap 'echo "asked INT $name" >>"$HAPPENED"; exit 130' INT
-echo "step   1/20  loss 5.5000  lr"
-echo "step  20/20  loss 1.2500  lr"
+echo "step  1/20  |  loss 5.5000  |  lr 1.00e-03  grad 0.100"
+echo "step 20/20  |  loss 1.2500  |  lr 1.00e-03  grad 0.100  |  validation loss 6.2946  bpb 5.1777"
 for i in $(seq "${LOOPS:-2}"); do sleep 0.1; done
 ends=ENDS_${name//[.-]/_}
 [[ ${!ends:-0} == 0 ]] || echo "error: what must be fixed"
@@ -211,6 +213,14 @@ def test_trainings_that_wait_for_one_another_are_refused(tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match="each of these trainings starts from another one"):
         around.run()
     assert not around.happened
+
+
+def test_the_line_of_a_step_is_that_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is read from what the console prints, so that both change together."""
+    ranks: Any = type("Ranks", (), {"is_main": True})
+    result: Any = type("Result", (), {"loss": 1.25, "learning_rate": 1e-3, "grad_norm": 0.1})
+    Console(small_config(tmp_path), ranks, tmp_path).step(2, result, {})
+    assert trainings.STEP.findall("before\n" + capsys.readouterr().out) == [("2/3", "1.2500")]
 
 
 def test_several_machines_have_no_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
