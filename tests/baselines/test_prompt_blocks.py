@@ -13,6 +13,7 @@ from nsa.baselines import Budget, Method, Part, Plan, prompt
 from nsa.baselines.attention import attend, kept
 from nsa.baselines.method import State
 from nsa.baselines.methods.block_sparse import BlockSparse, BlockSparseFrontier
+from nsa.baselines.methods.flexprefill_released import FlexPrefillReleased
 from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.methods.vertical_slash_blocks import VerticalSlashBlocks
 from tests.ops.test_kernels import INTERPRETED
@@ -26,11 +27,15 @@ METHODS = (
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRETED, reason="in the interpreter"))]
 SIZES = [(65, 1), (33, 2)]
 CHOICES = ("pooled_blocks", "vertical_slash_lines")
-by_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.name}, {method.budget}")
+RELEASED = FlexPrefillReleased(gamma=0.8, **FlexPrefillReleased.small)  # a list for each query head
+
+
+def by_method(*methods: Method) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("method", methods, ids=lambda method: f"{method.name}, {method.budget}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@by_method
+@by_method(*METHODS, RELEASED)
 def test_blocks_give_what_the_plan_means(method: Method, backend: str) -> None:
     for tokens, batch in SIZES:
         view = view_of(tokens, batch=batch)
@@ -42,7 +47,7 @@ def test_blocks_give_what_the_plan_means(method: Method, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@by_method
+@by_method(*METHODS)
 def test_kernels_choose_what_the_portable_path_chooses(
     method: Method, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +71,7 @@ def _noted(called: list[str], name: str, choice: Any, backend: str, *given: Any,
     return choice(*given, **options, backend=backend)
 
 
-@by_method
+@by_method(*METHODS, RELEASED)
 def test_a_session_answers_a_prompt_by_blocks(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one with padding, and not one that is watched. Answers and the ledger stay what they were."""
     given = inputs(52, layers=2)

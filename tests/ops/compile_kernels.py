@@ -140,8 +140,9 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for columns in (None, torch.zeros(1, 1, 16, dtype=torch.int32)):
         block_sparse.forward(q, k, v, blocks, counts, columns, 64, 64, 1.0)
     mass.lines(mass.probabilities(q[:, -64:].contiguous(), k, 1.0))
-    if q.dtype != torch.float32:  # of means
-        mass.probabilities(q.float(), k.float(), 1.0)
+    means = mass.means(q, 64), mass.means(k, 64)
+    if q.dtype != torch.float32:
+        mass.probabilities(*means, 1.0)
 
 
 def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:

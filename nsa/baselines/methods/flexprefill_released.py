@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa.baselines.choose import top
 from nsa.baselines.importance.agreement import divergence, mean_query_attention
-from nsa.baselines.importance.blocks import num_blocks, of_tokens, pooled_attention, summed
+from nsa.baselines.importance.blocks import by_blocks, num_blocks, pooled_attention, summed
 from nsa.baselines.importance.lines import column_mass, diagonal_mass, last_rows, probabilities
 from nsa.baselines.method import State
 from nsa.baselines.methods.flexprefill import FlexPrefill
@@ -65,5 +65,5 @@ class FlexPrefillReleased(FlexPrefill):
         below = torch.zeros_like(ordered, dtype=torch.bool).scatter_(2, order, ordered.cumsum(-1) <= limit)
         keep |= below.view_as(means) & aware[..., None, None]
         dense = view.seen <= max(2 * self.block, least * self.block)
-        mask = of_tokens(view, keep, self.block) | dense[:, None, None, None]
-        return Plan.of(mask, self.cost(view, rows, there, aware))
+        blocks_kept = by_blocks(view, keep | dense[:, None, None, None], self.block)
+        return Plan((blocks_kept,), estimate=self.cost(view, rows, there, aware))

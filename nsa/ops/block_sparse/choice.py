@@ -46,17 +46,16 @@ def pooled_blocks(
             f"need block_size >= 1, num_local >= 1 and num_blocks >= num_initial + num_local, got {block_size}, "
             f"{num_local}, {num_blocks}, {num_initial}"
         )
-    scale, (means_q, means_k) = scale_of(scale, q.shape[3]), (_means(x, block_size) for x in (q, k))
-    rows = means_q.shape[1]
+    scale, rows = scale_of(scale, q.shape[3]), -(-q.shape[1] // block_size)
     number = torch.arange(rows, device=q.device)
     size = min(num_blocks, rows)
     counts = (number + 1).clamp(max=size).int().expand(len(q), k.shape[2], rows).contiguous()
     if resolve_backend(backend, q, k) == "triton":
         from nsa.ops.kernels import operators
 
-        mass = operators.probabilities(means_q, means_k, scale)
+        mass = operators.probabilities(operators.means(q, block_size), operators.means(k, block_size), scale)
         return operators.top_of_rows(mass, number, size, num_initial, num_local), counts
-    mass = _probabilities(means_q, means_k, scale)
+    mass = _probabilities(_means(q, block_size), _means(k, block_size), scale)
     back = number[:, None] - number
     forced = (number < num_initial) | (back < num_local)
     return _top(mass.masked_fill(forced, torch.inf).masked_fill(back < 0, -torch.inf), size), counts

@@ -10,13 +10,31 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels import hardware
-from nsa.ops.kernels.device_functions import load_row_parts, scores
+from nsa.ops.kernels.device_functions import load_row_parts, load_rows, scores
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, split_width
 
 PROGRAMS = 528  # target number of programs of `lse_kernel`
 MOST_SPLITS = 64
 LINES = 256  # of a program
-COUNTS = ("num_queries", "offset", "part")
+COUNTS = ("num_queries", "offset", "part", "block_size")
+MEAN_ROWS, MEAN_COLUMNS = 64, 128  # tokens that a program of `means_kernel` loads at once, and its columns
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
+def means_kernel(X, Means, num_tokens, num_blocks, block_size, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    """Means (B, num_blocks, WIDTH) fp32 of X (B, T, WIDTH) over blocks of tokens; the last block may be shorter."""
+    block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+    first = block * block_size
+    count = tl.minimum(block_size, num_tokens - first)
+    total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
+    for start in tl.range(0, count, ROWS):
+        token = start + tl.arange(0, ROWS)  # [ROWS]
+        x = load_rows(X, batch * num_tokens + first + token, token < count, column, WIDTH)  # [ROWS, COLUMNS]
+        total += tl.sum(x.to(tl.float32), 0)
+    row = batch * num_blocks + block
+    tl.store(Means + row * WIDTH + column, total / count, mask=column < WIDTH)
 
 
 @triton.jit
@@ -108,6 +126,19 @@ def line_kernel(Mass, Columns, Diagonals, num_queries, num_keys, BLOCK: tl.const
         diagonal += tl.load(row + last - line, mask=ok & (line <= last), other=0.0)
     tl.store(Columns + slot * num_keys + line, column, mask=ok)
     tl.store(Diagonals + slot * num_keys + line, diagonal, mask=ok)
+
+
+def means(x: Tensor, block_size: int) -> Tensor:
+    """(B, R, N, D) fp32: means of x (B, T, N, D), contiguous, over blocks of tokens; R = ceil(T / block_size)."""
+    batch, tokens, heads, width = x.shape
+    blocks = triton.cdiv(tokens, block_size)
+    found = x.new_empty(batch, blocks, heads, width, dtype=torch.float32)
+    if found.numel():
+        rows = min(MEAN_ROWS, triton.next_power_of_2(block_size))
+        means_kernel[blocks, triton.cdiv(heads * width, MEAN_COLUMNS), batch](
+            x, found, tokens, blocks, block_size, WIDTH=heads * width, ROWS=rows, COLUMNS=MEAN_COLUMNS, num_warps=4
+        )  # fmt: skip
+    return found
 
 
 def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -647,6 +647,21 @@ def block_lists(keep: Tensor) -> tuple[Tensor, Tensor]:
     return _block_lists(keep.contiguous())
 
 
+@torch.library.custom_op("nsa::means_of_blocks", mutates_args=())
+def _means(x: Tensor, block_size: int) -> Tensor:
+    return mass.means(x, block_size)
+
+
+@_means.register_fake
+def _means_fake(x, block_size):
+    return x.new_empty(len(x), -(-x.shape[1] // block_size), *x.shape[2:], dtype=torch.float32)
+
+
+def means(x: Tensor, block_size: int) -> Tensor:
+    """As `nsa.ops.kernels.mass.means`."""
+    return _means(x.contiguous(), block_size)
+
+
 @torch.library.custom_op("nsa::group_probabilities", mutates_args=())
 def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return mass.probabilities(q, k, scale)

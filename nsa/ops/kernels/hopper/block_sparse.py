@@ -56,15 +56,16 @@ def _list_of_tile(index, Counts, ColumnCounts, num_tiles, slots, num_rows, tile_
     """The ``index``-th tile.
 
     Returns:
-        batch, list of the sequence, slot, first token, row of the lists, listed parts of 64 keys, columns.
+        batch, number of the list in its sequence, slot, first token, row of the lists, listed parts of 64 keys,
+        columns.
     """
-    batch, of, slot, _, token0 = tile_of(index, num_tiles, slots, LISTS, HEADS)
+    batch, number, slot, _, token0 = tile_of(index, num_tiles, slots, LISTS, HEADS)
     row = slot * num_rows + token0 // tile_size
     count = gl.load(Counts + row) * SPLITS
     columns = count * 0
     if COLUMNS:
         columns = gl.load(ColumnCounts + row)
-    return batch, of, slot, token0, row, count, columns
+    return batch, number, slot, token0, row, count, columns
 
 
 @gluon.jit
@@ -104,20 +105,20 @@ def _bytes(memory):
 
 
 @gluon.jit
-def _producer(q_descs, k_descs, v_desc, k_part, v_part, memory, Blocks, Counts, ColumnCounts, num_tokens, num_keys,
-              num_tiles, slots, num_rows, num_listed, num_columns, tile_size, block_size, SHARE: gl.constexpr,
+def _producer(q_descs, k_descs, v_desc, k_part, v_part, memory, Blocks, Counts, ColumnCounts, num_keys, num_tiles,
+              slots, num_rows, num_listed, num_columns, tile_size, block_size, SHARE: gl.constexpr,
               LISTS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, STAGES: gl.constexpr,
               QUEUE: gl.constexpr, SPLITS: gl.constexpr, COLUMNS: gl.constexpr):  # fmt: skip
     """The producer warp: it loads the queries of each tile, its columns and its blocks."""
     step = 0  # steps loaded so far
     tiles_done = 0
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
-        batch, of, slot, token0, row, count, columns = _list_of_tile(
+        batch, number, slot, token0, row, count, columns = _list_of_tile(
             index, Counts, ColumnCounts, num_tiles, slots, num_rows, tile_size, LISTS, HEADS, SPLITS, COLUMNS
         )  # fmt: skip
         before, total = _steps(count, columns)
         listed = Blocks + row.to(gl.int64) * num_listed
-        load_queries(q_descs, memory, batch, of, token0, tiles_done, HEADS, QUEUE)
+        load_queries(q_descs, memory, batch, number, token0, tiles_done, HEADS, QUEUE)
         if COLUMNS:
             for j in range(before):
                 load_keys_and_values(k_descs, v_desc, memory, slot * num_columns + j * BOTH, 0, step, D, STAGES)
@@ -127,14 +128,14 @@ def _producer(q_descs, k_descs, v_desc, k_part, v_part, memory, Blocks, Counts, 
             key, key2 = batch * num_keys + first, batch * num_keys + second
             first = _start(listed, 2 * j + 2, count, block_size, SPLITS)  # one step ahead
             second = _start(listed, 2 * j + 3, count, block_size, SPLITS)
-            group = of // SHARE
+            group = number // SHARE
             _load_parts(k_part, memory.k, memory.k_ready, memory.k_free, key, key2, group * D, step, STAGES)
             _load_parts(v_part, (memory.v,), memory.v_ready, memory.v_free, key, key2, group * DV, step, STAGES)
             step += 1
         tiles_done += 1
     if QUEUE > 1:  # the warpgroups start the scores of one more tile, and drop them
-        batch, of, _, _, token0 = tile_of(num_tiles * slots - 1, num_tiles, slots, LISTS, HEADS)
-        load_queries(q_descs, memory, batch, of, token0, tiles_done, HEADS, QUEUE)
+        batch, number, _, _, token0 = tile_of(num_tiles * slots - 1, num_tiles, slots, LISTS, HEADS)
+        load_queries(q_descs, memory, batch, number, token0, tiles_done, HEADS, QUEUE)
         load_keys(k_descs, memory, 0, 0, step, D, STAGES)
 
 
@@ -215,7 +216,7 @@ def _compute(memory, o_desc, Out, Lse, Blocks, Counts, Keys, ColumnCounts, num_t
     if QUEUE > 1:
         s = first_scores(memory, tiles_done, step, WARPGROUP, BOTH, STAGES, QUEUE)  # [64, 128]
     for index in range(gl.program_id(0), num_tiles * slots, gl.num_programs(0)):
-        batch, of, _, token0, list_row, count, columns = _list_of_tile(
+        batch, number, _, token0, list_row, count, columns = _list_of_tile(
             index, Counts, ColumnCounts, num_tiles, slots, num_rows, tile_size, LISTS, HEADS, SPLITS, COLUMNS
         )  # fmt: skip
         before, total = _steps(count, columns)
@@ -271,10 +272,10 @@ def _compute(memory, o_desc, Out, Lse, Blocks, Counts, Keys, ColumnCounts, num_t
             s = first_scores(memory, tiles_done, step, WARPGROUP, BOTH, STAGES, QUEUE)
 
         # Epilogue.
-        out_row, ok = query_rows(batch, token, of, row, num_tokens, LISTS, HEADS)  # [64], [64]
+        out_row, ok = query_rows(batch, token, number, row, num_tokens, LISTS, HEADS)  # [64], [64]
         gl.store(Lse + out_row, (row_max + gl.log2(row_sum)) * LSE_TO_NATURAL, mask=ok)
         acc = acc * gl.convert_layout(1.0 / gl.where(row_sum == 0, 1.0, row_sum), o_rows)[:, None]
-        at = (batch, token_of_warpgroup(token0, WARPGROUP, HEADS), of * HEADS)
+        at = (batch, token_of_warpgroup(token0, WARPGROUP, HEADS), number * HEADS)
         store_rows(o_desc, Out, memory.q[0].index(q_stage), acc.to(dtype), at, out_row, ok, HEADS)
         if QUEUE == 1:
             tma.store_wait(0)
@@ -307,8 +308,8 @@ def forward_kernel(q_desc, q2_desc, k_desc, k2_desc, v_desc, k_part, v_part, o_d
             (_compute, (memory, o_desc, Out, Lse, Blocks, Counts, Keys, ColumnCounts, num_tokens, num_tiles, slots,
                         num_rows, num_listed, num_columns, tile_size, block_size, offset, num_masked, scale_log2, 1,
                         LISTS, HEADS, DV, STAGES, QUEUE, SPLITS, COLUMNS)),
-            (_producer, (q_descs, k_descs, v_desc, k_part, v_part, memory, Blocks, Counts, ColumnCounts, num_tokens,
-                         num_keys, num_tiles, slots, num_rows, num_listed, num_columns, tile_size, block_size, SHARE,
+            (_producer, (q_descs, k_descs, v_desc, k_part, v_part, memory, Blocks, Counts, ColumnCounts, num_keys,
+                         num_tiles, slots, num_rows, num_listed, num_columns, tile_size, block_size, SHARE,
                          LISTS, HEADS, D, DV, STAGES, QUEUE, SPLITS, COLUMNS)),
         ],
         [4, 1],  # warps of the second and third
