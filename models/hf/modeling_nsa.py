@@ -34,13 +34,13 @@ from .entries_nsa import CompressedSparseAttention, Compressor
 from .indexer_nsa import indexer_of
 from .latent_nsa import LatentAttention
 
-try:  # parts that LoRA adapts if none are named, as for other models: queries and values
+try:  # parts that LoRA adapts if none are named, as for other models: queries and values (of CSA queries alone: its
+    # key_value has the name of a dictionary of NSA's)
     from peft.utils import constants
 except ImportError:
     pass
 else:
     values = ["attention.value", "compressed.value", "selected.value", "window.value", "query_up", "key_value_up"]
-    values += ["attention.key_value"]
     constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.setdefault("nsa", ["attention.query", *values])
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__annotations__ else "past_key_values"  # from 5.24 on, before

@@ -425,8 +425,8 @@ def test_lora_adapts_the_usual_parts_and_can_be_merged(kind: str) -> None:
     plain = m(ids).logits
     tuned = peft.get_peft_model(m, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, r=2))
     adapted = {name.split(".lora_A")[0] for name, _ in tuned.named_parameters() if "lora_A" in name}
-    one = kind in ("llama", "dsa", "shared", "csa")
-    assert len(adapted) == (4 if one else 2 + 1 + 3)  # queries and values, those of every branch
+    number = {"nsa": 2 + 1 + 3, "experts": 2 + 1 + 3, "csa": 2}.get(kind, 4)
+    assert len(adapted) == number  # queries and values, those of every branch; of CSA queries alone
     changed = tuned(ids, labels=ids)
     changed.loss.backward()
     assert (changed.logits - plain).abs().max() > 0.01
