@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nsa import ops
@@ -131,9 +132,12 @@ class IndexedAttention(nn.Module):
             out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options, return_lse=True)
         else:
             tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens, offset=offset)
-            out, lse = ops.token_sparse_attention(
-                q, k, v, tokens, scale=self.scale, return_lse=True, backend=self.backend
-            )
+            plain: dict[str, Any] = {"scale": self.scale, "backend": self.backend}
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+                # The attention has a backward pass, in which the indexer learns from the same probabilities.
+                factor = self.loss.factor(q, q.shape[0] * q.shape[1])
+                return ops.token_sparse_attention_kl(q, k, v, tokens, q_idx, index_keys, weights, factor, **plain)
+            out, lse = ops.token_sparse_attention(q, k, v, tokens, **plain, return_lse=True)
         if not (out.requires_grad or q_idx.requires_grad):
             return out
         divergence = ops.indexer_kl(
