@@ -132,11 +132,16 @@ def with_loss(attention: list[Tensor], lists: Tensor, index: list[Tensor], weigh
 
 @needs_kernels
 @pytest.mark.parametrize("index_heads", [1, 3, 21])
-@pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
+@pytest.mark.parametrize(
+    ("batch", "documents", "heads", "groups", "width", "v_width", "slots"), [*LISTS, (1, [44], 2, 2, 16, 16, 30)]
+)
 def test_attention_with_the_loss(
     batch, documents, heads, groups, width, v_width, slots, index_heads, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All gradients and the loss; index heads in one part and in several; lists with holes; chunks of 16 queries."""
+    """All gradients and the loss; index heads in one part and in several; lists with holes; chunks of 16 queries.
+
+    The union of the last lists is long enough to be split among programs.
+    """
     monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
     count = sum(documents)
     index = [x.requires_grad_() for x in indexer(batch, count, index_heads, whole=False)]

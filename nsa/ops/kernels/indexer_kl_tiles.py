@@ -126,8 +126,7 @@ def gradient_kernel(Q, K, Weights, Union, Members, Count, DScores, DQuery, DWeig
                     PRECISION: tl.constexpr):  # fmt: skip
     """DQuery (splits, B, queries, H, D) and DWeights (splits, B, queries, H), fp32: sums over a split's slots.
 
-    Parts (B, tiles, slots, D): of dK. DScores: what `row_kernel` made of Scores, 0 for a query that is not there.
-    Other arguments as in `score_kernel`.
+    Parts (B, tiles, slots, D): of dK. DScores: what `row_kernel` made of Scores. Other arguments as in `score_kernel`.
     """
     tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     place = batch * tl.num_programs(0) + tile
@@ -137,7 +136,6 @@ def gradient_kernel(Q, K, Weights, Union, Members, Count, DScores, DQuery, DWeig
     query, _member, of_query, ok = tile_rows(tile, num_queries, QUERIES, ROWS, ROWS, BM)
     of_tile = tl.arange(0, BM // ROWS)  # [BM / ROWS], of which QUERIES are queries
     room = (place * QUERIES + of_tile)[:, None] * num_slots  # [BM / ROWS, 1]
-    there = (of_tile < QUERIES) & (tile * QUERIES + of_tile < num_queries)  # [BM / ROWS]
     split_row = (tl.program_id(1) * tl.num_programs(2) + batch) * num_queries
     for head0 in tl.range(0, HEADS, ROWS):
         head = head0 + of_query  # [BM]
@@ -152,7 +150,9 @@ def gradient_kernel(Q, K, Weights, Union, Members, Count, DScores, DQuery, DWeig
             slot = start + tl.arange(0, BN)  # [BN]
             k = load_rows(K, row, listed, tl.arange(0, D1), D)  # [BN, D1]
             a = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
-            d_score = tl.load(DScores + room + slot[None, :], mask=there[:, None] & listed[None, :], other=0.0)
+            # Of a query that is not there they mean nothing; its rows of ``a`` are 0, and no gradient of it is stored.
+            there = (of_tile < QUERIES)[:, None] & listed[None, :]
+            d_score = tl.load(DScores + room + slot[None, :], mask=there, other=0.0)  # [BM / ROWS, BN]
             d_score = tl.broadcast_to(d_score[:, None, :], [BM // ROWS, ROWS, BN])
             d_score = tl.reshape(d_score, [BM, BN])  # [BM, BN], the same for all rows of a query
             d_weight += tl.sum(tl.maximum(a, 0.0) * d_score, 1)
