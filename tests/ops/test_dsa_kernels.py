@@ -140,9 +140,11 @@ def test_attention_with_the_loss(
 ) -> None:
     """All gradients and the loss; index heads in one part and in several; lists with holes; chunks of 16 queries.
 
-    The union of the last lists is long enough to be split among programs.
+    The union of the last lists is long enough to be split among programs. With three index heads a program sums the
+    parts of one key, else of several.
     """
     monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
+    monkeypatch.setattr(tokens, "SUMMED", 1 if index_heads == 3 else 512)
     count = sum(documents)
     index = [x.requires_grad_() for x in indexer(batch, count, index_heads, whole=False)]
     lists, _ = ops.index_topk(*index, topk=slots, cu_seqlens=packing(documents), backend="naive")

@@ -31,6 +31,7 @@ from nsa.ops.kernels.device_functions import (
     scores,
     store_output,
     store_query_gradient,
+    store_rows,
 )
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
@@ -40,6 +41,7 @@ MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 GATHERED = 8192  # elements that such a program loads at once
+SUMMED = 512  # keys times tiles of such a program, if it takes several keys
 USERS = 2048  # keys times tiles of a program of `users_kernel`
 # Neighbouring queries list much the same keys. So many of them at most share a tile: a bit of a byte each.
 MOST_UNITED = 8
@@ -65,6 +67,12 @@ def united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
     slot = start + tl.arange(0, BN)  # [BN]
     key = tl.load(Union + slot, mask=slot < count, other=0)  # [BN]
     return key_row + key, slot < count, tl.load(Members + slot, mask=slot < count, other=0).to(tl.int32)
+
+
+@triton.jit
+def add_rows(X, row, ok, column, D, value):
+    """Adds to rows of X (.., D) at int64 row numbers."""
+    store_rows(X, row, ok, column, D, load_rows(X, row, ok, column, D) + value)
 
 
 @triton.jit
@@ -255,24 +263,32 @@ def users_kernel(Slots, Users, Number, Listed, num_keys, num_slots, TILES: tl.co
 
 @triton.jit(do_not_specialize=INTEGERS)
 def sum_kernel(Parts, Users, Number, Listed, Total, num_keys, num_slots, num_tiles, WIDTH: tl.constexpr,
-               COLUMNS: tl.constexpr, TILES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
-    """Adds Parts (B, tiles of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
-    key, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    at = batch * num_keys + key
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    number = 0
-    if (key >= tl.load(Listed)) & (key <= tl.load(Listed + 1)):  # others have no number
-        number = tl.load(Number + at)
-    if number > 0:
-        total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
-        for start in tl.range(0, number, GATHERED):
-            rank = start + tl.arange(0, GATHERED)  # [GATHERED]
-            user = tl.load(Users + at * TILES + rank, mask=rank < number, other=0)  # [GATHERED]
+               COLUMNS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
+    """Adds Parts (B, tiles of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32.
+
+    A program takes KEYS keys, and loads GATHERED parts at a time, as many of each.
+    """
+    first, batch = tl.program_id(0) * KEYS, tl.program_id(2).to(tl.int64)
+    least, most = tl.load(Listed), tl.load(Listed + 1)
+    key = first + tl.arange(0, GATHERED) % KEYS  # [GATHERED]
+    if KEYS == 1:
+        number = tl.load(Number + batch * num_keys + first, mask=(first >= least) & (first <= most), other=0)
+        largest = number
+    else:
+        number = tl.load(Number + batch * num_keys + key, mask=(key >= least) & (key <= most), other=0)  # [GATHERED]
+        largest = tl.max(number)  # keys out of these bounds have no number
+    if largest > 0:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+        total = tl.zeros([KEYS, COLUMNS], tl.float32)  # [KEYS, COLUMNS]
+        for start in tl.range(0, largest, GATHERED // KEYS):
+            rank = start + tl.arange(0, GATHERED) // KEYS  # [GATHERED]
+            at = (batch * num_keys + key) * TILES + rank  # [GATHERED]
+            user = tl.load(Users + at, mask=rank < number, other=0)  # [GATHERED]
             row = batch * num_tiles * num_slots + user  # [GATHERED]
-            total += tl.sum(load_rows(Parts, row, rank < number, column, WIDTH).to(tl.float32), 0)
-        place = at * WIDTH + column  # [COLUMNS]
-        here = column < WIDTH
-        tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
+            parts = load_rows(Parts, row, rank < number, column, WIDTH).to(tl.float32)  # [GATHERED, COLUMNS]
+            total += tl.sum(tl.reshape(parts, [GATHERED // KEYS, KEYS, COLUMNS]), 0)
+        to = first + tl.arange(0, KEYS)  # [KEYS]
+        add_rows(Total, batch * num_keys + to, (to >= least) & (to <= most), column, WIDTH, total)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -349,14 +365,15 @@ def summed_parts(
 
     Args:
         lists: (B, T, slots) int32.
-        totals: each (B, S, columns) fp32. The parts of the first one are PART_BYTES at most.
+        totals: each (B, S, columns) fp32. The parts of each are PART_BYTES at most.
         queries: of a tile. None: each query has parts for the slots of its own list, and there is no union.
 
     Yields:
         the tiles of a chunk of queries, and for each total room for their parts (B, tiles, slots, columns) in
         ``dtype``. They are summed before the next chunk.
     """
-    (batch, tokens, slots), (_, keys, columns) = lists.shape, totals[0].shape
+    (batch, tokens, slots), keys = lists.shape, totals[0].shape[1]
+    columns = max(total.shape[2] for total in totals)
     of_tile = queries or 1
     chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
     chunk = triton.cdiv(chunk, of_tile) * of_tile
@@ -381,9 +398,11 @@ def summed_parts(
         for part, total in zip(parts, totals, strict=True):
             columns = total.shape[2]
             at_once = min(MOST_COLUMNS, tile_width(columns))
-            sum_kernel[keys, triton.cdiv(columns, at_once), batch](
-                part, users, number, bounds, total, keys, width, tile_count, columns, at_once, most,
-                min(64, GATHERED // at_once), num_warps=4,
+            gathered = min(64, GATHERED // at_once)
+            keys_of_sum = max(1, min(gathered // 8, SUMMED // most))
+            sum_kernel[triton.cdiv(keys, keys_of_sum), triton.cdiv(columns, at_once), batch](
+                part, users, number, bounds, total, keys, width, tile_count, columns, at_once, most, keys_of_sum,
+                gathered, num_warps=4,
             )  # fmt: skip
 
 
