@@ -96,7 +96,8 @@ class IndexedAttention(nn.Module):
     """The operators of the layer, as a module without parameters, so that hooks can see its inputs.
 
     Attributes:
-        choose: the selection. loss: the indexer's, which is attached to the output.
+        choose: the selection. loss: the indexer's, which is attached to the output. In the sparse phase it is computed
+            in the attention's backward pass, if there is one.
         scale: factor of the attention's scores; None: D ** -0.5.
     """
 
