@@ -7,9 +7,10 @@ the result. `tflops`: of the scores that are computed. The attention is that of 
 128. Its time depends on how much the lists of neighbouring queries share, so it is timed on the three kinds of LISTS.
 `union_over_topk`: how many tokens eight neighbouring queries list together, on average, over 2048: 1 if they list the
 same tokens, 8 if none twice. `dense_over_ours`: time of causal attention by cuDNN over the attention's, for the forward
-pass, the backward pass and both; the indexer is not in it. `training` is the indexer's loss with all its gradients,
-over lists of slow queries; `over_dense`: its time and, in the warm-up, that of the dense forward pass, over cuDNN's
-forward and backward pass. `layer`: top-k with 16 heads, attention on each kind of list, and loss.
+pass, the backward pass and both; the indexer is not in it. `with_loss_ms`: the backward pass in which the indexer, of
+16 heads, learns from the attention. `training` is the indexer's loss apart, with all its gradients, over lists of slow
+queries; `over_dense`: its time and, in the warm-up, that of the dense forward pass, over cuDNN's forward and backward
+pass. `layer`: top-k with 16 heads, and attention on each kind of list; `kl` is what the loss adds to its backward pass.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from benchmarks.measure import called_ms, environment, need_gpu
 from nsa import ops
 
 TOPK, WIDTH, KV_HEADS = 2048, 128, 4
+LAYER_HEADS = 16  # of the indexer of a layer
 NEIGHBOURS = 8  # queries whose lists are counted together: as many as share a tile of the kernels at most
 # Index heads, their width, whether the queries change slowly, whether the heads have random weights.
 LISTS = {
@@ -118,11 +120,20 @@ def rows_of_attention(heads: int, tokens: int) -> list[dict[str, Any]]:
             return ops.token_sparse_attention(q, k, v, lists)
 
         ours, row["repeats"] = times(attention)
-        row |= {"ours": ours, "cudnn": cudnn}
+        row |= {"ours": ours, "cudnn": cudnn, "with_loss_ms": backward_with_loss(q, k, v, lists)}
         ratios = [cudnn[x] / ours[x] for x in ours]
         row["dense_over_ours"] = [*ratios, sum(cudnn.values()) / sum(ours.values())]
         rows.append(row)
     return rows
+
+
+def backward_with_loss(q: Tensor, k: Tensor, v: Tensor, lists: Tensor) -> float:
+    """ms of the backward pass of the attention with the indexer's loss attached."""
+    index = indexer(q.shape[1], LAYER_HEADS, WIDTH, True, True)
+    inputs = [q, k, v, *(x.requires_grad_() for x in index), torch.ones((), device="cuda", requires_grad=True)]
+    out = ops.token_sparse_attention_kl(q, k, v, lists, *inputs[3:])
+    gradient = torch.randn_like(out)
+    return called_ms(lambda: torch.autograd.grad(out, inputs, gradient, retain_graph=True))
 
 
 def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) -> list[dict[str, object]]:
@@ -189,9 +200,9 @@ def main() -> None:
             for row in rows_of_training(options.heads, index_heads, tokens, dense):
                 result["training"].append(row)
                 print(row, flush=True)
-        topk = next(row["ms"] for row in result["topk"] if (row["heads"], row["tokens"]) == (16, tokens))
-        kl = next(row for row in result["training"] if row["tokens"] == tokens and row["index_heads"] == 16)["kl_ms"]
+        topk = next(row["ms"] for row in result["topk"] if (row["heads"], row["tokens"]) == (LAYER_HEADS, tokens))
         for row in attention:
+            kl = row["with_loss_ms"] - row["ours"]["backward_ms"]
             parts = {"topk": topk, **row["ours"], "kl": kl}
             whole = {"tokens": tokens, "lists": row["lists"], "parts_ms": parts}
             whole["dense_over_ours"] = dense / sum(parts.values())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nsa.ops.dispatch import accumulation_dtype
+
 
 class AuxiliaryLoss(nn.Module):
     """An auxiliary loss of one layer, and counts that are summed with it.
@@ -41,7 +43,7 @@ class AuxiliaryLoss(nn.Module):
             x: the layer's output, any shape. loss: a scalar, the sum over ``tokens`` tokens; None: only the counts are
                 summed. counts: (n,) integers; None: there are none.
         """
-        scale = self.weight * self.share * (1 / tokens if self.scale is None else self.scale)
+        scale = self._scale(tokens)
         if x.requires_grad:
             loss = x.new_zeros((), dtype=torch.float32) if loss is None else loss
             return _Attach.apply(x, loss, counts, scale, self)
@@ -50,10 +52,23 @@ class AuxiliaryLoss(nn.Module):
             self.add(loss.detach(), counts)
         return x
 
+    def factor(self, x: Tensor, tokens: int) -> Tensor:
+        """weight x scale as a tensor (), for an operator that attaches its loss to ``x`` itself, and whose loss is the
+        gradient of this factor (`nsa.ops.token_sparse_attention_kl`). That gradient is summed in the tally.
+
+        Args:
+            x: any tensor of the layer; the factor has its device, and fp32 (float64 for float64). tokens: of the pass.
+        """
+        scale = torch.full((), self._scale(tokens), dtype=accumulation_dtype(x), device=x.device)
+        return _Factor.apply(scale.requires_grad_(), self)
+
     def take(self) -> Tensor | None:
         """The sum of the losses kept since the last call, a scalar; None: they were attached, or there were none."""
         kept, self.kept = self.kept, None
         return kept
+
+    def _scale(self, tokens: int) -> float:
+        return self.weight * self.share * (1 / tokens if self.scale is None else self.scale)
 
     def add(self, loss: Tensor, counts: Tensor | None) -> None:
         """loss: a scalar. counts: (n,)."""
@@ -96,3 +111,15 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.auxiliary.add(ctx.loss, ctx.counts)
         return gradient, torch.full_like(ctx.loss, ctx.scale), None, None, None
+
+
+class _Factor(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, auxiliary: AuxiliaryLoss) -> Tensor:
+        ctx.auxiliary = auxiliary
+        return factor.view_as(factor)
+
+    @staticmethod
+    def backward(ctx: Any, loss: Tensor) -> tuple[None, None]:
+        ctx.auxiliary.add(loss, None)
+        return None, None

@@ -20,6 +20,7 @@ from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
 from nsa.ops.swiglu import swiglu
 from nsa.ops.token_sparse import token_sparse_attention
+from nsa.ops.token_sparse_kl import token_sparse_attention_kl
 from nsa.ops.top_p import KeySketch, extend_key_sketch, sketch_keys, top_p_tokens
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "split_heads",
     "swiglu",
     "token_sparse_attention",
+    "token_sparse_attention_kl",
     "top_p_tokens",
     "vertical_slash_lines",
 ]

@@ -38,6 +38,7 @@ from nsa.ops.kernels import (
     index_topk,
     indexer_kl,
     indexer_kl_dense,
+    indexer_kl_tiles,
     mass,
     native_sparse_decode,
     norm,
@@ -201,6 +202,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " with columns" if kwargs["COLUMNS"] else ""
             elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
                 of = " of means"
+            elif kwargs.get("Sums") is not None:
+                of = " with sums"
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
             elif "TERMS" in kwargs:
@@ -243,6 +246,11 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             token_tiles.backward(q, k, v, lists, out, lse, delta, 1.0)
         index = torch.zeros(1, tokens, 4, 128, dtype=dtype), torch.zeros(1, tokens, 128, dtype=dtype)
         indexer_kl.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, lists, 1.0)
+        for number in (16, 64) if name == "128" else (16,):
+            shape_name = f"{name}, 64 index heads" if number == 64 else name
+            wide = torch.zeros(1, tokens, number, 128, dtype=dtype), index[1], torch.zeros(1, tokens, number)
+            indexer_kl_tiles.attention_backward(q, k, v, lists, out, lse, delta, 1.0, *wide)
+        shape_name = name
         seen = documents.bounds[documents.query_document].int(), documents.query_position.int()
         indexer_kl_dense.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, *seen, 1.0)
         indexer_kl_dense.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, *seen, 1.0, lists)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.ops.kernels import index_topk, indexer_kl_dense, token_tiles, tokens
+from nsa.layers import DeepSeekSparseAttention
+from nsa.ops.geometry import RotaryLayout
+from nsa.ops.kernels import index_topk, indexer_kl_dense, operators, token_tiles, tokens
 from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
 
@@ -23,9 +25,18 @@ LISTS = [  # batch, documents, heads, groups, D, Dv, tokens of a list
 @pytest.fixture(params=["gathered", "tiles"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Listed keys are gathered, in chunks of 16 queries; or tiles of all keys are gone through."""
+    take(request.param, monkeypatch)
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    take("gathered", monkeypatch)
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "MOST_QUERIES", 16)
     for limit in ("PRODUCTS_OF_GATHER", "KEYS_OF_GATHER"):
-        monkeypatch.setattr(token_tiles, limit, 0 if request.param == "gathered" else 1e9)
+        monkeypatch.setattr(token_tiles, limit, 0 if way == "gathered" else 1e9)
 
 
 def indexer(batch: int, count: int, heads: int = 3, width: int = 8, whole: bool = True) -> list[Tensor]:
@@ -126,6 +137,80 @@ def test_dense_indexer_kl(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
 
 
+def with_loss(attention: list[Tensor], lists: Tensor, index: list[Tensor], weight: float, backend: str) -> list[Tensor]:
+    """Output and gradients of `token_sparse_attention_kl`, that of the weight (the loss) last."""
+    kl_weight = torch.tensor(weight, device=DEVICE, requires_grad=True)
+    out = ops.token_sparse_attention_kl(*attention, lists, *index, kl_weight, backend=backend)
+    total = (out * torch.arange(out.numel(), device=DEVICE).view_as(out).sin()).sum()
+    return [out, *torch.autograd.grad(total, [*attention, *index, kl_weight])]
+
+
+@needs_kernels
+@pytest.mark.parametrize("index_heads", [1, 3, 21])
+@pytest.mark.parametrize(
+    ("batch", "documents", "heads", "groups", "width", "v_width", "slots"), [*LISTS, (1, [44], 2, 2, 16, 16, 30)]
+)
+def test_attention_with_the_loss(
+    batch, documents, heads, groups, width, v_width, slots, index_heads, gathered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All gradients and the loss; index heads in one part and in several; lists with holes.
+
+    The union of the last lists is long enough to be split among programs. With three index heads a program sums the
+    parts of one key, else of several.
+    """
+    monkeypatch.setattr(tokens, "SUMMED", 1 if index_heads == 3 else 512)
+    count = sum(documents)
+    index = [x.requires_grad_() for x in indexer(batch, count, index_heads, whole=False)]
+    lists, _ = ops.index_topk(*index, topk=slots, cu_seqlens=packing(documents), backend="naive")
+    holes = torch.rand(lists.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE) < 0.2
+    lists = lists.masked_fill(holes, -1)
+    attention = [normal(batch, count, heads, width), normal(batch, count, groups, width, seed=1)]
+    attention.append(normal(batch, count, groups, v_width, seed=2))
+    results = [with_loss(attention, lists, index, 0.7, backend) for backend in ("triton", "naive")]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
+def test_attention_with_the_loss_has_the_same_bits_twice_and_whatever_the_weight(way: None) -> None:
+    """The weight scales the indexer's gradients; those of the attention are the same bits with and without a loss."""
+    index = [x.requires_grad_() for x in indexer(1, 20, 3, whole=False)]
+    lists, _ = ops.index_topk(*index, topk=8)
+    attention = [normal(1, 20, h, 16, seed=i) for i, h in enumerate((4, 2, 2))]
+    once, twice, none, much = (with_loss(attention, lists, index, weight, "triton") for weight in (1.0, 1.0, 0.0, 1e3))
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    for gradients in (none, much):
+        assert all(torch.equal(a, b) for a, b in zip([*once[:4], once[7]], [*gradients[:4], gradients[7]], strict=True))
+    assert all(x.eq(0).all() for x in none[4:7])
+    for ours, theirs in zip(much[4:7], once[4:7], strict=True):
+        torch.testing.assert_close(ours, 1e3 * theirs)
+    out = ops.token_sparse_attention(*attention, lists, backend="triton")
+    total = (out * torch.arange(out.numel(), device=DEVICE).view_as(out).sin()).sum()
+    alone = [out, *torch.autograd.grad(total, attention)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, once, strict=False))
+
+
+@needs_kernels
+def test_a_layer_learns_in_the_backward_pass(gathered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tally has the loss, once, and no second pass over the keys was made for it."""
+    layer = DeepSeekSparseAttention(32, 4, 2, 16, topk=6, index_heads=3, index_head_dim=16,
+                                    index_rotary=RotaryLayout(8), kl_weight=0.5)  # fmt: skip
+    layer = layer.to(DEVICE)
+    x = normal(2, 20, 32)
+    results = []
+    for backend in ("naive", "triton"):
+        layer.attend.backend = layer.attend.choose.backend = backend
+        if backend == "triton":
+            monkeypatch.setattr(operators, "indexer_kl", None)
+        layer.zero_grad(set_to_none=True)
+        layer.attend.loss.clear()
+        (layer(x) ** 2).sum().backward()
+        results.append([layer.attend.loss.tally.clone(), *(p.grad for p in layer.parameters())])
+    assert results[0][0] > 0
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
 @needs_kernels
 @pytest.mark.parametrize(("documents", "ratio", "offset"), [([21], 4, 0), ([3], 4, 0), ([9, 1, 0, 4, 17], 3, 10)])
 def test_compressed_entries(documents: list[int], ratio: int, offset: int, way: None) -> None:
@@ -165,10 +250,12 @@ def test_gradients_have_the_same_bits_twice(way: None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
-def test_in_bf16(way: None) -> None:
+@pytest.mark.parametrize(("heads", "groups", "width"), [(32, 2, 128), (8, 4, 64)])
+def test_in_bf16(heads: int, groups: int, width: int, way: None) -> None:
     """Against the reference in fp32 on the same rounded inputs."""
     lists, _ = ops.index_topk(*indexer(2, 300, whole=False), topk=64)
-    inputs = [normal(2, 300, h, 128, seed=i).detach().bfloat16().requires_grad_() for i, h in enumerate((32, 2, 2))]
+    sizes = enumerate((heads, groups, groups))
+    inputs = [normal(2, 300, h, width, seed=i).detach().bfloat16().requires_grad_() for i, h in sizes]
     exact = [x.detach().float().requires_grad_() for x in inputs]
     out = ops.token_sparse_attention(*inputs, lists, backend="triton")
     expected = ops.token_sparse_attention(*exact, lists, backend="naive")
@@ -177,3 +264,20 @@ def test_in_bf16(way: None) -> None:
     wanted = [expected, *torch.autograd.grad((expected * weights).sum(), exact)]
     for ours, theirs in zip(found, wanted, strict=True):
         assert (ours.float() - theirs).norm() < 0.01 * theirs.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
+@pytest.mark.parametrize("index_heads", [16, 64])
+def test_the_loss_in_bf16(index_heads: int, way: None) -> None:
+    """As above, with the loss attached."""
+    index = [normal(2, 300, index_heads, 128, seed=5), normal(2, 300, 1, 128, seed=6).squeeze(2)]
+    weights = normal(2, 300, index_heads, seed=7).detach() * (128 * index_heads) ** -0.5
+    index = [x.detach().bfloat16().requires_grad_() for x in index]
+    attention = [normal(2, 300, h, 128, seed=i).detach().bfloat16().requires_grad_() for i, h in enumerate((32, 2, 2))]
+    lists, _ = ops.index_topk(*index, weights, topk=64)
+    exact = [[x.detach().float().requires_grad_() for x in some] for some in (attention, index)]
+    found = with_loss(attention, lists, [*index, weights.requires_grad_()], 1.0, "triton")
+    wanted = with_loss(exact[0], lists, [*exact[1], weights], 1.0, "naive")
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (ours.float() - theirs).norm() < 0.02 * theirs.norm()

@@ -93,6 +93,13 @@ def check_case(number: int, family: tuple[int, ...], patch: Callable[..., None])
     compare("attention", *results)
     lse = results[1][1].detach() + choose.choice([0.0, 2.5])
     trained = q_idx, k_idx, w = [x.requires_grad_() for x in index]
+    results = []
+    for backend in ("triton", "naive"):
+        weight = torch.tensor(0.5, device=DEVICE, requires_grad=True)
+        with memory_of_nan(backend):
+            out = ops.token_sparse_attention_kl(q, k, v, listed, q_idx, k_idx, w, weight, backend=backend)
+            results.append([out, *torch.autograd.grad((out * d_out).sum(), (q, k, v, *trained, weight))])
+    compare("attention with the loss", *results)
     for where in (listed, None):
         if where is None:
             _, lse = ops.dense_attention(q, k, v, cu_seqlens=packed, return_lse=True, backend="naive")

@@ -246,6 +246,28 @@ def test_kl_equals_its_definition(backend: str, target: str) -> None:
         assert all(x is None for x in attention), "the target has no gradient"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_with_its_loss_attached_equals_the_definition(backend: str) -> None:
+    """The objective's gradients with weight x loss added, and the loss itself as the weight's gradient."""
+    for seed in range(24):
+        case = random_case(seed)
+        if case.q.shape[1] > 40:
+            continue
+        lists = some_lists(case, seed)
+        weight = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        inputs = [*case.attention, *case.index]
+        out = ops.token_sparse_attention_kl(*case.attention, lists, *case.index, weight, backend=backend)
+        expected, lse = ops.token_sparse_attention(*case.attention, lists, return_lse=True, backend="naive")
+        assert torch.allclose(out, expected), seed
+        loss = brute_force_kl(case, lse.detach(), lists)
+        found = torch.autograd.grad(out.sin().sum(), [*inputs, weight])
+        wanted = torch.autograd.grad(
+            expected.sin().sum() + 0.3 * loss, inputs, allow_unused=True, materialize_grads=True
+        )
+        for ours, theirs in zip(found, [*wanted, loss.detach()], strict=True):
+            torch.testing.assert_close(ours, theirs, msg=lambda m, seed=seed: f"seed {seed}: {m}")
+
+
 def test_a_tiny_target_is_not_clipped() -> None:
     """Joint with a window that takes nearly all: a floor of 1e-10 would change the target."""
     case = random_case(3)
@@ -297,3 +319,9 @@ def test_bad_input_of_the_attention_and_its_loss_is_named() -> None:
         ops.indexer_kl(*index, q, k, torch.zeros(1, 5, 4))
     with pytest.raises(ValueError, match="share batch and tokens"):
         ops.indexer_kl(*index, q[:, :4], k, torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match="share batch and tokens"):
+        ops.token_sparse_attention_kl(q[:, :4], k, k, lists[:, :4], *index, torch.zeros(()))
+    with pytest.raises(ValueError, match=r"kl_weight must be a tensor without dimensions, got \(1,\)"):
+        ops.token_sparse_attention_kl(q, k, k, lists, *index, torch.zeros(1))
+    with pytest.raises(ValueError, match=r"token_indices must be \(1, 5, 'K'\)"):
+        ops.token_sparse_attention_kl(q, k, k, lists[:, :4], *index, torch.zeros(()))

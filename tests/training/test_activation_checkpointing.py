@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers import DeepSeekSparseAttention, DenseAttention, NativeSparseAttention
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import NSA, kind_of
 from nsa.layers.rotary import Rotary
@@ -53,11 +53,14 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("mode", "again"), [("full", 1), ("selective", 0)])
-@pytest.mark.parametrize("kind", ["nsa", "dense"])
+@pytest.mark.parametrize("kind", ["nsa", "dense", "dsa"])
 def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
-    """On the meta device, where the kernels' operators exist without a GPU. Cutting and rotating heads is cheap."""
+    """On the meta device, where the kernels' operators exist without a GPU. Cutting and rotating heads is cheap.
+
+    The loss of DSA's indexer comes with the backward pass of the attention, so it is not computed again.
+    """
     with torch.device("meta"):
-        make = NativeSparseAttention if kind == "nsa" else DenseAttention
+        make = {"nsa": NativeSparseAttention, "dense": DenseAttention, "dsa": DeepSeekSparseAttention}[kind]
         layers = nn.ModuleList([Layer(make(64, 4, 2, 16, backend="triton"), kind_of(kind))])
         x = torch.empty(1, 128, 64, requires_grad=True)
         rotary = Rotary().at(torch.empty(128, dtype=torch.int64))
@@ -68,6 +71,7 @@ def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
     others = ("backward", "gated_sum", "split_heads", "join_heads")
     forward = {name: n for name, n in calls.counts.items() if not name.endswith(others)}
     once = {"nsa": {"range_attention": 2, "selected_attention": 1, "compress_blocks": 2}}
+    once["dsa"] = {"token_attention": 1}
     assert forward == ({} if not again else once.get(kind, {"range_attention": 1}))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nsa import ops
@@ -95,7 +96,8 @@ class IndexedAttention(nn.Module):
     """The operators of the layer, as a module without parameters, so that hooks can see its inputs.
 
     Attributes:
-        choose: the selection. loss: the indexer's, which is attached to the output.
+        choose: the selection. loss: the indexer's, which is attached to the output. In the sparse phase it is computed
+            in the attention's backward pass, if there is one.
         scale: factor of the attention's scores; None: D ** -0.5.
     """
 
@@ -131,7 +133,12 @@ class IndexedAttention(nn.Module):
             out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options, return_lse=True)
         else:
             tokens = self.choose(q_idx, index_keys, weights, cu_seqlens=cu_seqlens, offset=offset)
-            out, lse = ops.token_sparse_attention(q, k, v, tokens, scale=self.scale, **options, return_lse=True)
+            sparse: dict[str, Any] = {"scale": self.scale, **options}
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+                # The attention has a backward pass, in which the indexer learns from the same probabilities.
+                factor = self.loss.factor(q, q.shape[0] * q.shape[1])
+                return ops.token_sparse_attention_kl(q, k, v, tokens, q_idx, index_keys, weights, factor, **sparse)
+            out, lse = ops.token_sparse_attention(q, k, v, tokens, **sparse, return_lse=True)
         if not (out.requires_grad or q_idx.requires_grad):
             return out
         divergence = ops.indexer_kl(

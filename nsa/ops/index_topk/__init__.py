@@ -106,7 +106,7 @@ def index_topk_decode(
     Raises:
         ValueError: as `index_topk`; lengths that are not (B,) int32.
     """
-    _check_shapes(q_idx[:, None], k_idx, weights[:, None])
+    check_index_shapes(q_idx[:, None], k_idx, weights[:, None])
     _check_topk(topk, num_initial, num_local)
     if lengths.shape != q_idx.shape[:1] or lengths.dtype != torch.int32:
         raise ValueError(f"lengths must be ({len(q_idx)},) int32, got {tuple(lengths.shape)} {lengths.dtype}")
@@ -128,7 +128,7 @@ def check_indexer(
         ValueError: q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are not consistent, or there are fewer
             keys than the queries can see.
     """
-    _check_shapes(q_idx, k_idx, weights)
+    check_index_shapes(q_idx, k_idx, weights)
     if ratio < 1:
         raise ValueError(f"ratio must be at least 1 token per key, got {ratio}")
     if ratio == 1:
@@ -144,7 +144,8 @@ def check_indexer(
     return visible_blocks(Documents.of(q_idx.shape[1], first, cu_seqlens, q_idx.device), ratio, ratio)
 
 
-def _check_shapes(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> None:
+def check_index_shapes(q_idx: Tensor, k_idx: Tensor, weights: Tensor) -> None:
+    """Raise ValueError unless q_idx (B, T, Hi, Di), k_idx (B, S, Di) and weights (B, T, Hi) are consistent."""
     if q_idx.dim() != 4 or k_idx.dim() != 3:
         raise ValueError(
             "q_idx must be (batch, tokens, heads, width) and k_idx (batch, tokens, width); got "

@@ -18,6 +18,7 @@ from nsa.ops.dispatch import (
 from nsa.ops.geometry import Documents, Ranges, longest_document
 from nsa.ops.index_topk import check_indexer, naive_scores
 from nsa.ops.tiles import Lists, Pattern, Runs, add, take
+from nsa.ops.token_sparse import check_lists
 from nsa.ops.token_sparse import naive_mask as listed
 
 
@@ -64,15 +65,11 @@ def indexer_kl(
     visible = check_indexer(q_idx, k_idx, weights, cu_seqlens, ratio, offset)
     offset = k.shape[1] - q.shape[1] if ratio == 1 else offset or 0
     check_attention(q, k, k, cu_seqlens, offset)
-    if q.shape[:2] != q_idx.shape[:2] or k.shape[:2] != k_idx.shape[:2]:
-        raise ValueError(
-            f"attention and indexer must share batch and tokens: q {tuple(q.shape)}, q_idx {tuple(q_idx.shape)}, "
-            f"k {tuple(k.shape)}, k_idx {tuple(k_idx.shape)}"
-        )
+    check_together(q_idx, k_idx, q, k)
     if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise ValueError(f"lse must be {(q.shape[0], q.shape[2], q.shape[1])}, got {tuple(lse.shape)}")
-    if token_indices is not None and (token_indices.dim() != 3 or token_indices.shape[:2] != q.shape[:2]):
-        raise ValueError(f"token_indices must be {(*q.shape[:2], 'K')}, got {tuple(token_indices.shape)}")
+    if token_indices is not None:
+        check_lists(token_indices, q)
     scale = softmax_scale(scale, q.shape[3])
     q, k, lse = q.detach(), k.detach(), lse.detach()
     implementation = resolve_backend(backend, q_idx, k_idx, q, k)
@@ -87,6 +84,15 @@ def indexer_kl(
     if token_indices is not None:
         pattern = Lists(token_indices.long())
     return _IndexerKL.apply(q_idx, k_idx, weights, q, k, lse, pattern, scale)
+
+
+def check_together(q_idx: Tensor, k_idx: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless indexer and attention have the same sequences, queries and keys."""
+    if q.shape[:2] != q_idx.shape[:2] or k.shape[:2] != k_idx.shape[:2]:
+        raise ValueError(
+            f"attention and indexer must share batch and tokens: q {tuple(q.shape)}, q_idx {tuple(q_idx.shape)}, "
+            f"k {tuple(k.shape)}, k_idx {tuple(k_idx.shape)}"
+        )
 
 
 def naive_mask(documents: Documents, num_keys: int, token_indices: Tensor | None, ratio: int = 1) -> Tensor:

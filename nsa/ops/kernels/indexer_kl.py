@@ -118,7 +118,7 @@ def divergence(
         tile = {"BM": rows, "BH": tile_width(heads), "BN": 16 if INTERPRETED else 32}
         options = {} if INTERPRETED else {"num_warps": 4, "num_stages": 2}
         room: Tensor | None = None
-        for tiles, parts in summed_parts(lists, total, k_idx.dtype, None):
+        for tiles, (parts,) in summed_parts(lists, [total], k_idx.dtype, None):
             if room is None:
                 room = loss.new_empty(2, batch * tiles.here * slots)
             list_kl_kernel[tiles.here, batch](

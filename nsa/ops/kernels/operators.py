@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsa.ops.dispatch import differentiable_once
 from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, first_columns, visible_blocks
 from nsa.ops.kernels import (
     block_sparse,
@@ -24,6 +26,7 @@ from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
 from nsa.ops.kernels import indexer_kl_dense as dense_kl
+from nsa.ops.kernels import indexer_kl_tiles as tiled_kl
 from nsa.ops.kernels import native_sparse_decode as sparse_decode
 from nsa.ops.kernels.selected import BlockLayout
 
@@ -173,7 +176,12 @@ def _token_attention(
 
 def _listed(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> ModuleType:
     """The kernels of attention to these lists."""
-    return token_tiles if token_tiles.pays(q, k, v, lists, longest) else tokens
+    return token_tiles if by_tiles(q, k, v, lists, longest) else tokens
+
+
+def by_tiles(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
+    """Whether `token_attention` goes by tiles of all keys; else it gathers the listed ones."""
+    return token_tiles.pays(q, k, v, lists, longest)
 
 
 @_token_attention.register_fake
@@ -228,6 +236,58 @@ def token_attention(
     """
     out, lse = _token_attention(*(x.contiguous() for x in (q, k, v, lists)), longest, scale)
     return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("nsa::token_attention_kl_backward", mutates_args=())
+def _token_attention_kl_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, d_out: Tensor, lse: Tensor, lists: Tensor, q_idx: Tensor,
+    k_idx: Tensor, weights: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    delta = ranges.delta(out, d_out)
+    return tiled_kl.attention_backward(q, k, v, lists, d_out, lse, delta, scale, q_idx, k_idx, weights)
+
+
+@_token_attention_kl_backward.register_fake
+def _token_attention_kl_backward_fake(q, k, v, out, d_out, lse, lists, q_idx, k_idx, weights, scale):
+    index = torch.empty_like(q_idx), torch.empty_like(k_idx), torch.empty_like(weights)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), weights.new_empty(()), *index
+
+
+class _TokenAttentionKL(torch.autograd.Function):
+    """`_token_attention`, in whose backward pass the indexer learns from the attention's probabilities."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, lists: Tensor, q_idx: Tensor, k_idx: Tensor, weights: Tensor,
+        kl_weight: Tensor, longest: int, scale: float,
+    ) -> Tensor:  # fmt: skip
+        out, lse = _token_attention(q, k, v, lists, longest, scale)
+        ctx.save_for_backward(q, k, v, lists, q_idx, k_idx, weights, kl_weight, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lists, q_idx, k_idx, weights, kl_weight, out, lse = ctx.saved_tensors
+        index = q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous()
+        dq, dk, dv, loss, *d_index = _token_attention_kl_backward(
+            q, k, v, out, d_out.contiguous(), lse, lists, *index, ctx.scale
+        )
+        d_index = [d * kl_weight.to(d.dtype) for d in d_index]
+        return dq, dk, dv, None, *d_index[:2], d_index[2].to(weights.dtype), loss.to(kl_weight.dtype), None, None
+
+
+def token_attention_kl(
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, q_idx: Tensor, k_idx: Tensor, weights: Tensor, kl_weight: Tensor,
+    longest: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """The output of `token_attention`, (B, T, H, Dv), with the loss attached: `nsa.ops.token_sparse_attention_kl`.
+
+    Where `by_tiles` does not hold.
+    """
+    attention = (x.contiguous() for x in (q, k, v, lists))
+    return _TokenAttentionKL.apply(*attention, q_idx, k_idx, weights, kl_weight, longest, scale)
 
 
 @torch.library.custom_op("nsa::decode_attention", mutates_args=())

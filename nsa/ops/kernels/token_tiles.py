@@ -69,6 +69,8 @@ def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
     (heads, width), groups = q.shape[2:], k.shape[2]
     if max(width, v.shape[3]) * q.element_size() > WIDEST or not _fits(lists, k.shape[1]):
         return False
+    if not INTERPRETED and (q.element_size() != 2 or width != v.shape[3]):
+        return False  # an illegal access was seen on a GPU in fp32, for values wider or narrower than keys
     products = longest / 2 * (heads // groups) * max(width, v.shape[3]) / 128  # half of the keys lie behind a query
     return products <= PRODUCTS_OF_GATHER * lists.shape[2]
 
@@ -137,7 +139,7 @@ def forward_kernel(Q, K, V, Bits, Tiles, Count, Out, Lse, num_tokens, num_keys, 
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
     row_sum = tl.zeros([BM], tl.float32)  # [BM]
     for i in tl.range(0, count):
-        at = tl.load(Tiles + i)
+        at = tl.load(Tiles + i, mask=i < count, other=0)
         key = at * BN + tl.arange(0, BN)  # [BN]
         k_row = (batch * num_keys + key) * GROUPS + head // HEADS  # [BN]
         k1, k2 = load_row_parts(K, k_row, key < num_keys, D, D1, D2)  # [BN, D1], [BN, D2]
@@ -173,7 +175,7 @@ def query_kernel(Q, K, V, DOut, Lse, Delta, Bits, Tiles, Count, DQ, num_tokens, 
     dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
     for i in tl.range(0, count):
-        at = tl.load(Tiles + i)
+        at = tl.load(Tiles + i, mask=i < count, other=0)
         key = at * BN + tl.arange(0, BN)  # [BN]
         k_row = (batch * num_keys + key) * GROUPS + head // HEADS  # [BN]
         k1, k2 = load_row_parts(K, k_row, key < num_keys, D, D1, D2)  # [BN, D1], [BN, D2]
@@ -208,8 +210,9 @@ def key_kernel(Q, K, V, DOut, Lse, Delta, Bits, Tiles, Count, DK, DV_, num_token
     dk1 = tl.zeros([BN, D1], tl.float32)  # [BN, D1]
     dk2 = tl.zeros([BN, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BN, D2], unused if D2 is 0
     dv = tl.zeros([BN, DV1], tl.float32)  # [BN, DV1]
-    for i in tl.range(0, tl.load(Count + place).to(tl.int32) * (PARTS * HEADS)):
-        part = tl.load(Tiles + i // (PARTS * HEADS)) * PARTS + i // HEADS % PARTS
+    steps = tl.load(Count + place).to(tl.int32) * (PARTS * HEADS)
+    for i in tl.range(0, steps):
+        part = tl.load(Tiles + i // (PARTS * HEADS), mask=i < steps, other=0) * PARTS + i // HEADS % PARTS
         token = part * BM + tl.arange(0, BM)  # [BM]
         ok = token < num_tokens  # [BM]
         q_row = ((batch * num_tokens + token) * GROUPS + group) * HEADS + i % HEADS  # [BM]

@@ -9,10 +9,13 @@ dK and dV of a key are sums over the queries that list it. Atomic adds would mak
 on chance. Instead each tile writes its part for each slot of its union (the sum over its heads and queries). For each
 key, the slots that have it are found in the order of the tiles, and one program adds their parts up. This goes in
 chunks of queries, so that the parts take PART_BYTES at most.
+
+The backward pass also gives the sums of the probabilities over the heads, which are the target of DSA's indexer: see
+`nsa.ops.kernels.indexer_kl_tiles`.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import triton
@@ -28,6 +31,7 @@ from nsa.ops.kernels.device_functions import (
     scores,
     store_output,
     store_query_gradient,
+    store_rows,
 )
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
@@ -37,6 +41,7 @@ MOST_QUERIES = 1024  # of a chunk
 MOST_ROWS = 64  # heads of a program
 MOST_COLUMNS = 1024  # of a program of `sum_kernel`
 GATHERED = 8192  # elements that such a program loads at once
+SUMMED = 512  # keys times tiles of such a program, if it takes several keys
 USERS = 2048  # keys times tiles of a program of `users_kernel`
 # Neighbouring queries list much the same keys. So many of them at most share a tile: a bit of a byte each.
 MOST_UNITED = 8
@@ -46,7 +51,7 @@ UNION_BYTES = 2**27  # of the unions of a chunk of queries in the forward pass
 
 
 @triton.jit
-def _tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
+def tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, BM: tl.constexpr):
     """(query of the chunk, number within its tile, head, whether it exists), each [BM], of a tile of QUERIES queries.
 
     A query has ROWS rows, of which HEADS are heads.
@@ -57,11 +62,23 @@ def _tile_rows(tile, num_queries, QUERIES: tl.constexpr, ROWS: tl.constexpr, HEA
 
 
 @triton.jit
-def _united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
+def united_slots(Union, Members, start, count, key_row, BN: tl.constexpr):
     """(int64 rows of the keys [BN], whether the slot has one [BN], the set of its queries [BN]) of slots on."""
     slot = start + tl.arange(0, BN)  # [BN]
     key = tl.load(Union + slot, mask=slot < count, other=0)  # [BN]
     return key_row + key, slot < count, tl.load(Members + slot, mask=slot < count, other=0).to(tl.int32)
+
+
+@triton.jit
+def add_rows(X, row, ok, column, D, value):
+    """Adds to rows of X (.., D) at int64 row numbers."""
+    store_rows(X, row, ok, column, D, load_rows(X, row, ok, column, D) + value)
+
+
+@triton.jit
+def query_sum(x, ROWS: tl.constexpr):
+    """(BM / ROWS, BN): the sums over the ROWS rows of each query of x (BM, BN)."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, x.shape[1]]), 1)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
@@ -77,7 +94,7 @@ def forward_kernel(Q, K, V, Union, Members, Count, Out, Lse, token0, num_queries
     tile, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     parts: tl.constexpr = (HEADS + ROWS - 1) // ROWS
     group = tl.program_id(1) // parts
-    query, member, head, ok = _tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
     head += tl.program_id(1) % parts * ROWS
     ok = ok & (head < HEADS)
     q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
@@ -90,7 +107,7 @@ def forward_kernel(Q, K, V, Union, Members, Count, Out, Lse, token0, num_queries
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
     row_sum = tl.zeros([BM], tl.float32)  # [BM]
     for start in tl.range(0, count, BN):
-        row, listed, queries = _united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
         row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         s = scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2  # [BM, BN]
@@ -116,17 +133,18 @@ def _store_part(Parts, at, ok, column, D, value):
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "num_queries"])
 def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts, token0, num_queries, num_tokens,
-                    num_keys, num_slots, scale_log2, scale, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+                    num_keys, num_slots, scale_log2, scale, Sums, QUERIES: tl.constexpr, ROWS: tl.constexpr,
                     GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
                     D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     PRECISION: tl.constexpr):  # fmt: skip
     """DQ of all heads of a KV head of a tile of queries, and the tile's parts of dK and dV.
 
     Union, Members (B, tiles, slots), Count (B, tiles): see `union_kernel`. Parts (B, tiles, slots, G, D + Dv): dK, then
-    dV. Other arguments as in `forward_kernel`.
+    dV. Sums (G, B, tiles, QUERIES, slots) fp32: the probabilities, summed over the heads of each KV head; 0 where the
+    query does not list the key; None: they are not stored. Other arguments as in `forward_kernel`.
     """
     tile, group, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    query, member, head, ok = _tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
+    query, member, head, ok = tile_rows(tile, num_queries, QUERIES, ROWS, HEADS, BM)
     q_row = ((batch * num_tokens + token0 + query) * GROUPS + group) * HEADS + head  # [BM]
     q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
     d_out = load_rows(DOut, q_row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
@@ -139,7 +157,7 @@ def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts,
     dq1 = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     dq2 = tl.zeros([BM, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BM, D2], unused if D2 is 0
     for start in tl.range(0, count, BN):
-        row, listed, queries = _united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
+        row, listed, queries = united_slots(Union, Members, start, count, batch * num_keys, BN)  # [BN]
         row = row * GROUPS + group  # [BN]
         k1, k2 = load_row_parts(K, row, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         v = load_rows(V, row, listed, tl.arange(0, DV1), DV)  # [BN, DV1]
@@ -156,6 +174,11 @@ def backward_kernel(Q, K, V, Union, Members, Count, DOut, Lse, Delta, DQ, Parts,
             _store_part(Parts, part, listed, D1 + tl.arange(0, D2), D, dk2)
         dv = tl.dot(tl.trans(p.to(d_out.dtype)), d_out, input_precision=PRECISION)  # [BN, DV1]
         _store_part(Parts, part + D, listed, tl.arange(0, DV1), DV, dv)
+        if Sums is not None:
+            of_tile = tl.arange(0, BM // ROWS)  # [BM / ROWS], of which QUERIES are queries
+            at = (group * tl.num_programs(2) * tl.num_programs(0) + place) * QUERIES + of_tile
+            at = at[:, None] * num_slots + start + tl.arange(0, BN)[None, :]
+            tl.store(Sums + at, query_sum(p, ROWS), mask=(of_tile < QUERIES)[:, None] & listed[None, :])
     store_query_gradient(DQ, q_row, ok, dq1, dq2, scale, D, D1, D2, False)
 
 
@@ -240,24 +263,32 @@ def users_kernel(Slots, Users, Number, Listed, num_keys, num_slots, TILES: tl.co
 
 @triton.jit(do_not_specialize=INTEGERS)
 def sum_kernel(Parts, Users, Number, Listed, Total, num_keys, num_slots, num_tiles, WIDTH: tl.constexpr,
-               COLUMNS: tl.constexpr, TILES: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
-    """Adds Parts (B, tiles of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32."""
-    key, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    at = batch * num_keys + key
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-    number = 0
-    if (key >= tl.load(Listed)) & (key <= tl.load(Listed + 1)):  # others have no number
-        number = tl.load(Number + at)
-    if number > 0:
-        total = tl.zeros([COLUMNS], tl.float32)  # [COLUMNS]
-        for start in tl.range(0, number, GATHERED):
-            rank = start + tl.arange(0, GATHERED)  # [GATHERED]
-            user = tl.load(Users + at * TILES + rank, mask=rank < number, other=0)  # [GATHERED]
+               COLUMNS: tl.constexpr, TILES: tl.constexpr, KEYS: tl.constexpr, GATHERED: tl.constexpr):  # fmt: skip
+    """Adds Parts (B, tiles of the chunk, slots, WIDTH) of a key's users to COLUMNS of Total (B, S, WIDTH) fp32.
+
+    A program takes KEYS keys, and loads GATHERED parts at a time, as many of each.
+    """
+    first, batch = tl.program_id(0) * KEYS, tl.program_id(2).to(tl.int64)
+    least, most = tl.load(Listed), tl.load(Listed + 1)
+    key = first + tl.arange(0, GATHERED) % KEYS  # [GATHERED]
+    if KEYS == 1:
+        number = tl.load(Number + batch * num_keys + first, mask=(first >= least) & (first <= most), other=0)
+        largest = number
+    else:
+        number = tl.load(Number + batch * num_keys + key, mask=(key >= least) & (key <= most), other=0)  # [GATHERED]
+        largest = tl.max(number)  # keys out of these bounds have no number
+    if largest > 0:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+        total = tl.zeros([KEYS, COLUMNS], tl.float32)  # [KEYS, COLUMNS]
+        for start in tl.range(0, largest, GATHERED // KEYS):
+            rank = start + tl.arange(0, GATHERED) // KEYS  # [GATHERED]
+            at = (batch * num_keys + key) * TILES + rank  # [GATHERED]
+            user = tl.load(Users + at, mask=rank < number, other=0)  # [GATHERED]
             row = batch * num_tiles * num_slots + user  # [GATHERED]
-            total += tl.sum(load_rows(Parts, row, rank < number, column, WIDTH).to(tl.float32), 0)
-        place = at * WIDTH + column  # [COLUMNS]
-        here = column < WIDTH
-        tl.store(Total + place, tl.load(Total + place, mask=here, other=0.0) + total, mask=here)
+            parts = load_rows(Parts, row, rank < number, column, WIDTH).to(tl.float32)  # [GATHERED, COLUMNS]
+            total += tl.sum(tl.reshape(parts, [GATHERED // KEYS, KEYS, COLUMNS]), 0)
+        to = first + tl.arange(0, KEYS)  # [KEYS]
+        add_rows(Total, batch * num_keys + to, (to >= least) & (to <= most), column, WIDTH, total)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -276,7 +307,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tup
     rows = min(MOST_ROWS, triton.next_power_of_2(of_group))
     queries = _queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (2 if row_bytes > 256 else 1))
     tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
-    options = _union_options(tile["BM"], row_bytes)
+    options = union_options(tile["BM"], row_bytes)
     chunk = UNION_BYTES // (batch * (5 * slots + keys // queries)) // queries * queries
     for tiles in _united(lists, keys, max(queries, min(tokens, chunk)), queries):
         forward_kernel[tiles.union.shape[1], groups * triton.cdiv(of_group, rows), batch](
@@ -328,19 +359,21 @@ def _united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tile
 
 
 def summed_parts(
-    lists: Tensor, total: Tensor, dtype: torch.dtype, queries: int | None
-) -> Iterator[tuple[Tiles, Tensor]]:  # fmt: skip
-    """Adds to ``total`` (B, S, columns) fp32 what the caller writes for each slot of the union of a tile's lists.
+    lists: Tensor, totals: Sequence[Tensor], dtype: torch.dtype, queries: int | None
+) -> Iterator[tuple[Tiles, list[Tensor]]]:  # fmt: skip
+    """Adds to ``totals`` what the caller writes for each slot of the union of a tile's lists.
 
     Args:
         lists: (B, T, slots) int32.
+        totals: each (B, S, columns) fp32. The parts of each are PART_BYTES at most.
         queries: of a tile. None: each query has parts for the slots of its own list, and there is no union.
 
     Yields:
-        the tiles of a chunk of queries, and room for their parts (B, tiles, slots, columns) in ``dtype``. They are
-        summed before the next chunk.
+        the tiles of a chunk of queries, and for each total room for their parts (B, tiles, slots, columns) in
+        ``dtype``. They are summed before the next chunk.
     """
-    (batch, tokens, slots), (_, keys, columns) = lists.shape, total.shape
+    (batch, tokens, slots), keys = lists.shape, totals[0].shape[1]
+    columns = max(total.shape[2] for total in totals)
     of_tile = queries or 1
     chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
     chunk = triton.cdiv(chunk, of_tile) * of_tile
@@ -348,8 +381,7 @@ def summed_parts(
     inverse = lists.new_full((batch, keys, most), -1, dtype=torch.int16)
     listed = _least_and_most(lists, chunk, keys)
     users, number = lists.new_empty(batch, keys, most), lists.new_empty(batch, keys)
-    parts = total.new_empty(batch * chunk * slots * columns, dtype=dtype)
-    at_once = min(MOST_COLUMNS, tile_width(columns))
+    parts = [x.new_empty(batch * chunk * slots * x.shape[2], dtype=dtype) for x in totals]
     keys_at_once = max(1, USERS // most)
     alone = (Tiles(token, min(chunk, tokens - token), lists, None, None) for token in range(0, tokens, chunk))
     chunks = alone if queries is None else _united(lists, keys, chunk, queries)
@@ -363,10 +395,15 @@ def summed_parts(
             inverse, users, number, bounds, keys, width, most, keys_at_once, num_warps=4
         )
         yield tiles, parts
-        sum_kernel[keys, triton.cdiv(columns, at_once), batch](
-            parts, users, number, bounds, total, keys, width, tile_count, columns, at_once, most,
-            min(64, GATHERED // at_once), num_warps=4,
-        )  # fmt: skip
+        for part, total in zip(parts, totals, strict=True):
+            columns = total.shape[2]
+            at_once = min(MOST_COLUMNS, tile_width(columns))
+            gathered = min(64, GATHERED // at_once)
+            keys_of_sum = max(1, min(gathered // 8, SUMMED // most))
+            sum_kernel[triton.cdiv(keys, keys_of_sum), triton.cdiv(columns, at_once), batch](
+                part, users, number, bounds, total, keys, width, tile_count, columns, at_once, most, keys_of_sum,
+                gathered, num_warps=4,
+            )  # fmt: skip
 
 
 def _least_and_most(lists: Tensor, chunk: int, keys: int) -> Tensor:
@@ -377,9 +414,24 @@ def _least_and_most(lists: Tensor, chunk: int, keys: int) -> Tensor:
     return torch.stack(found)
 
 
+class Learner(Protocol):
+    """What learns from the probabilities of a chunk of queries, summed over the heads, in the backward pass.
+
+    Attributes:
+        total: (B, S, columns) fp32, to which its parts are added.
+    """
+
+    total: Tensor
+
+    def learn(self, tiles: Tiles, queries: int, sums: Tensor, parts: Tensor) -> None:
+        """sums: of `backward_kernel`, of tiles of ``queries`` queries. parts: room for (B, tiles, slots, columns), in
+        q's dtype."""
+
+
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, lists: Tensor, d_out: Tensor, lse: Tensor, delta: Tensor, scale: float,
+    learner: Learner | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv in the dtypes of q, k, v.
 
     Args:
@@ -394,17 +446,24 @@ def backward(
     row_bytes = max(width, v.shape[3]) * q.element_size()
     queries = _queries_of_tile(rows, slots, TILE_ROWS[q.element_size()] // (4 if row_bytes > 256 else 1))
     tile = {"QUERIES": queries, "ROWS": rows, "BM": tile_width(queries * rows)}
-    options = _union_options(tile["BM"], row_bytes)
-    for tiles, parts in summed_parts(lists, total.flatten(2), k.dtype, queries):
-        backward_kernel[tiles.union.shape[1], groups, batch](
-            q, k, v, tiles.union, tiles.members, tiles.count, d_out, lse, delta, dq, parts, tiles.token, tiles.here,
-            tokens, keys, tiles.union.shape[2], scale * LOG2_E, scale, **constants, **tile, **options,
+    options = union_options(tile["BM"], row_bytes)
+    totals = [total.flatten(2), *([] if learner is None else [learner.total])]
+    sums: Tensor | None = None
+    for tiles, parts in summed_parts(lists, totals, k.dtype, queries):
+        number, width_of_union = tiles.union.shape[1:]
+        if learner is not None and sums is None:  # the first chunk is the largest
+            sums = total.new_empty(groups * batch * number * queries * width_of_union)
+        backward_kernel[number, groups, batch](
+            q, k, v, tiles.union, tiles.members, tiles.count, d_out, lse, delta, dq, parts[0], tiles.token, tiles.here,
+            tokens, keys, width_of_union, scale * LOG2_E, scale, Sums=sums, **constants, **tile, **options,
         )  # fmt: skip
+        if learner is not None and sums is not None:
+            learner.learn(tiles, queries, sums, parts[1])
     dk, dv = total.split([width, v.shape[3]], -1)
     return dq, torch.empty_like(k).copy_(dk), torch.empty_like(v).copy_(dv)
 
 
-def _union_options(rows: int, row_bytes: int) -> dict[str, int]:
+def union_options(rows: int, row_bytes: int) -> dict[str, int]:
     """BN and launch options of a kernel over tiles of ``rows`` rows."""
     if INTERPRETED:
         return {"BN": 16}

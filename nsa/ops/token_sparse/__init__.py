@@ -82,8 +82,7 @@ def token_sparse_attention(
         ValueError: inconsistent shapes, unknown backend.
     """
     check_attention(q, k, v, None)
-    if token_indices.dim() != 3 or token_indices.shape[:2] != q.shape[:2]:
-        raise ValueError(f"token_indices must be {(*q.shape[:2], 'K')}, got {tuple(token_indices.shape)}")
+    check_lists(token_indices, q)
     if sink is not None and sink.shape != q.shape[2:3]:
         raise ValueError(f"sink must be ({q.shape[2]},), one logit per query head, got {tuple(sink.shape)}")
     scale = softmax_scale(scale, q.shape[3])
@@ -104,6 +103,12 @@ def token_sparse_attention(
     if sink is not None:
         out, lse = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
+
+
+def check_lists(token_indices: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless token_indices is (B, T, K) for q (B, T, H, D)."""
+    if token_indices.dim() != 3 or token_indices.shape[:2] != q.shape[:2]:
+        raise ValueError(f"token_indices must be {(*q.shape[:2], 'K')}, got {tuple(token_indices.shape)}")
 
 
 def naive_mask(token_indices: Tensor, num_keys: int) -> Tensor:
