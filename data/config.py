@@ -92,12 +92,22 @@ class DataConfig(Section):
     cache_dir: str = Field("data/cache", description="folder of the prepared tokenizer and token shards")
     sequence_length: int = Field(ge=8, description="tokens in one sample (sequence)")
     validation_fraction: float = Field(0.02, gt=0, lt=0.5, description="share of documents held out")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description="of what is held out, and of the text that a tokenizer is trained on; null: the run's. Runs with "
+        "other seeds that are compared, or start from one another, need one: else one is tested on what another read",
+    )
     workers: int = Field(2, ge=1, description="processes that prepare shards")
 
     @field_validator("cache_dir")
     @classmethod
     def _as_a_shell_reads_it(cls, value: str) -> str:
         return shell_path(value)
+
+    def seed_of(self, run: int) -> int:
+        """The seed of what is held out, for a run with this seed."""
+        return run if self.seed is None else self.seed
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataConfig":

@@ -63,6 +63,8 @@ class SampleStream:
     def __init__(self, prepared: PreparedData, config: DataConfig, split: str, seed: int):
         if split not in ("train", "validation"):
             raise ValueError(f"split must be train or validation, not {split!r}")
+        if split == "validation":
+            seed = config.seed_of(seed)
         self.prepared, self.sequence_length = prepared, config.sequence_length
         self._members: list[tuple[int, Windows | Episodes]] = []
         weights = []

@@ -44,6 +44,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
     Data that are there are verified by their sha256. They are found wherever their corpus lies; where it is gone, too.
 
     Args:
+        seed: of the run; the configuration may have one of its own.
         fingerprint: of the data that are wanted, if the corpus is gone; None: those made from a corpus of this path.
 
     Raises:
@@ -52,7 +53,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
     texts = [source for source in config.sources if source.kind != "synthetic"]
     if not texts:
         raise ValueError("data.sources: at least one source must be text (builtin, files or hub), not synthetic")
-    cache = Path(config.cache_dir)
+    cache, seed = Path(config.cache_dir), config.seed_of(seed)
     settings = {"format": FORMAT, "seed": seed, "validation_fraction": config.validation_fraction}
     tokenizer = None
     try:

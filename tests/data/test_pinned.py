@@ -10,7 +10,7 @@ import pytest
 from nsa.data import prepare as module
 from nsa.data.blend import Blend
 from nsa.data.config import DataConfig, SourceConfig, TokenizerConfig
-from nsa.data.loader import SampleStream, batch
+from nsa.data.loader import Sample, SampleStream, batch
 from nsa.data.permutation import permute, round_keys
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData, SourceWriter, write_manifest
@@ -129,6 +129,26 @@ def test_held_out_documents_hang_on_the_seed(make_config: Make, prepared: Prepar
         1: ["01", "02", "04", "14", "17", "19", "27"],
         2: ["05", "06", "14", "15", "22", "24", "26"],
     }
+
+
+def test_with_a_seed_of_the_data_runs_of_all_seeds_hold_out_the_same(
+    make_config: Make, corpus: Path, tmp_path: Path
+) -> None:
+    """The same documents and tokenizer, so a run that starts from another is not tested on what that one was trained
+    on. The order of the training samples stays the run's own, that of the held-out ones does not."""
+    config = make_config(corpus, seed=5)
+    one, other = (prepare(config, seed, progress=False) for seed in (1, 2))
+    assert one.folder == other.folder != prepare(make_config(corpus), 1, progress=False).folder
+    assert one.folder == prepare(make_config(corpus), 5, progress=False).folder
+    held_out = [[tuple(s.tokens) for s in first(one, config, "validation", seed)] for seed in (1, 2)]
+    assert held_out[0] == held_out[1]
+    ours, theirs = ([tuple(s.tokens) for s in first(one, config, "train", seed)] for seed in (1, 2))
+    assert ours != theirs
+
+
+def first(data: PreparedData, config: DataConfig, split: str, seed: int) -> list[Sample]:
+    stream = SampleStream(data, config, split, seed)
+    return [stream[i] for i in range(4)]
 
 
 @pytest.mark.parametrize("limit", [100_000, 10_000])
