@@ -275,7 +275,7 @@ def test_blocks_of_slashes_are_those_that_a_diagonal_crosses(tokens: int, block:
 @pytest.mark.parametrize(("tokens", "block"), [(1, 4), (23, 4), (64, 8), (230, 100)])
 def test_means_of_blocks(tokens: int, block: int) -> None:
     """The last block may be shorter."""
-    from nsa.ops.kernels import operators
+    from nsa.ops.kernels import inference_operators as operators
 
     x = torch.randn(2, tokens, 3, 8, generator=torch.Generator().manual_seed(tokens)).to(DEVICE)
     expected = torch.stack([part.mean(1) for part in x.split(block, 1)], 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention
 from nsa.ops.geometry import RotaryLayout
-from nsa.ops.kernels import index_topk, indexer_kl_dense, operators, token_tiles, tokens
+from nsa.ops.kernels import dsa_operators, index_topk, indexer_kl_dense, token_tiles, tokens
 from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
 
@@ -201,7 +201,7 @@ def test_a_layer_learns_in_the_backward_pass(gathered: None, monkeypatch: pytest
     for backend in ("naive", "triton"):
         layer.attend.backend = layer.attend.choose.backend = backend
         if backend == "triton":
-            monkeypatch.setattr(operators, "indexer_kl", None)
+            monkeypatch.setattr(dsa_operators, "indexer_kl", None)
         layer.zero_grad(set_to_none=True)
         layer.attend.loss.clear()
         (layer(x) ** 2).sum().backward()

@@ -76,7 +76,7 @@ def block_sparse_attention(
     scale = softmax_scale(scale, q.shape[3])
     implementation = resolve_backend(backend, q, k, v)
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         out, lse = operators.block_sparse_attention(q, k, v, blocks, counts, columns, tile_size, block_size, scale)
     elif implementation == "naive":

@@ -51,7 +51,7 @@ def pooled_blocks(
     size = min(num_blocks, rows)
     counts = (number + 1).clamp(max=size).int().expand(len(q), k.shape[2], rows).contiguous()
     if resolve_backend(backend, q, k) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         mass = operators.probabilities(operators.means(q, block_size), operators.means(k, block_size), scale)
         return operators.top_of_rows(mass, number, size, num_initial, num_local), counts
@@ -105,7 +105,7 @@ def vertical_slash_lines(
     last = q[:, max(0, q.shape[1] - num_queries) :]
     sizes = min(num_columns, keys), min(num_diagonals, keys)
     if resolve_backend(backend, q, k) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         masses = operators.lines(operators.probabilities(last, k, scale))
         whole = torch.full((1,), keys - 1, device=q.device)
@@ -171,7 +171,7 @@ def block_lists(keep: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]
     # The kernel reads bytes; the choice of a backend asks for a dtype of numbers.
     stand_in = torch.empty(0, dtype=torch.float32, device=keep.device)
     if resolve_backend(backend, stand_in, heads=False) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         return operators.block_lists(keep)
     return keep.byte().argsort(dim=-1, descending=True, stable=True).int(), keep.sum(-1).int()

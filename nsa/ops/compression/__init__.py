@@ -100,7 +100,7 @@ def extend_compressed(
     dtype = rings[0].dtype
     inner, position, outer = ([ours[i].to(dtype) for ours in weights] for i in range(3))
     if resolve_backend(backend, *rings, *memory) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         operators.extend_compressed(list(rings), inner, position, outer, list(memory), cos, sin, index, stride)
         return

@@ -89,7 +89,7 @@ def decode_attention(
             raise ValueError(f"backend='triton': {obstacle}; or use 'auto' or 'torch'")
         implementation = "torch"
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         _check_memory(k, k if latent else v)
         return operators.decode_attention(q, k, v, lengths, pages, page_size, log_weights, terms, scale)
@@ -108,7 +108,7 @@ def append_rows(memories: Sequence[Tensor], rows: Sequence[Tensor], index: Tenso
         backend: auto, triton, torch or naive.
     """
     if resolve_backend(backend, *memories, heads=False) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         operators.append_rows(list(memories), list(rows), index)
         return

@@ -64,7 +64,7 @@ def index_topk(
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     implementation = resolve_backend(backend, q_idx, k_idx)
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import dsa_operators as operators
 
         found = operators.index_topk(q_idx, k_idx, weights, visible, topk, num_initial, num_local)
         return found if order == "index" else _by_score(*found)
@@ -111,7 +111,7 @@ def index_topk_decode(
     if lengths.shape != q_idx.shape[:1] or lengths.dtype != torch.int32:
         raise ValueError(f"lengths must be ({len(q_idx)},) int32, got {tuple(lengths.shape)} {lengths.dtype}")
     if resolve_backend(backend, q_idx, k_idx) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         return operators.index_topk_decode(q_idx, k_idx, weights, lengths, topk, num_initial, num_local)
     scores = naive_scores(q_idx[:, None], k_idx, weights[:, None]).transpose(0, 1)  # sequences in place of queries

@@ -134,7 +134,7 @@ class _FusedKL(torch.autograd.Function):
         ctx: Any, q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor,
         lists: Tensor | None, visible: Ranges, longest: int, scale: float,
     ) -> Tensor:  # fmt: skip
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import dsa_operators as operators
 
         loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, visible, longest, scale)
         ctx.save_for_backward(d_q, d_k, d_w.to(weights.dtype))

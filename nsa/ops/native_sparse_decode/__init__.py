@@ -74,7 +74,7 @@ def native_sparse_decode(
     if implementation == "naive":
         return _naive(q, kv_cmp, kv_slc, kv_win, gates, lengths, sizes, scale)
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         check_contiguous(k_cmp=kv_cmp[0], v_cmp=kv_cmp[1], k_slc=kv_slc[0], v_slc=kv_slc[1], k_win=kv_win[0],
                          v_win=kv_win[1])  # fmt: skip

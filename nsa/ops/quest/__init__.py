@@ -103,7 +103,7 @@ def quest_pages(
         raise ValueError(f"bounds are joined over a group by sum or max, not {over_group!r}")
     implementation = resolve_backend(backend, q, low, high)
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         check_contiguous(low=low, high=high)
         return operators.quest_pages(q, low, high, lengths, page_size, topk, num_initial, num_local, over_group)

@@ -88,7 +88,7 @@ def token_sparse_attention(
     scale = softmax_scale(scale, q.shape[3])
     implementation = resolve_backend(backend, q, k, v)
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import dsa_operators as operators
 
         out, lse = operators.token_attention(q, k, v, token_indices, longest_document(cu_seqlens, k.shape[1]), scale)
     elif implementation == "naive":

@@ -55,7 +55,7 @@ def token_sparse_attention_kl(
         raise ValueError(f"kl_weight must be a tensor without dimensions, got {tuple(kl_weight.shape)}")
     scale = softmax_scale(scale, q.shape[3])
     if resolve_backend(backend, q_idx, k_idx, q, k, v) == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import dsa_operators as operators
 
         longest = longest_document(cu_seqlens, k.shape[1])
         if not operators.by_tiles(q, k, v, token_indices, longest):

@@ -94,7 +94,7 @@ def top_p_tokens(
     scale = softmax_scale(scale, q.shape[2])
     implementation = resolve_backend(backend, q)
     if implementation == "triton":
-        from nsa.ops.kernels import operators
+        from nsa.ops.kernels import inference_operators as operators
 
         check_contiguous(codes=sketch.codes, ranges=sketch.ranges)
         return operators.top_p_tokens(q, *sketch, lengths, pages, page_size, p, scale)
