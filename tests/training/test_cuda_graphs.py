@@ -41,6 +41,7 @@ def test_where_graphs_serve(tmp_path):
     assert serve("parallel.context=2", "parallel.tensor=2")
     for override in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
         assert not serve(override), override
+    assert serve("attention.kind=dsa", "attention.dsa.topk=8") and not serve("attention.kind=entmax")
     assert serve(*EXPERTS, "engine.precision=bf16") and serve(*EXPERTS, "engine.precision=bf16", "parallel.context=2")
     assert not serve(*EXPERTS, "engine.precision=fp32"), "a kernel for each expert"
     assert not serve(*EXPERTS, "engine.precision=bf16", "model.moe.expert_size=12")
