@@ -17,6 +17,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from nsa.data import builtin as builtin_module
 from nsa.data import files, sources
 from nsa.data.config import DataConfig, SourceConfig, TokenizerConfig
 from nsa.data.prepare import prepare
@@ -97,6 +98,19 @@ def test_builtin_is_real_text_in_a_fixed_order() -> None:
     assert [d.id for d in found] == sorted(d.id for d in found)
     assert not any("site-packages" in d.id for d in found)
     assert sources.describe(builtin) == sources.describe(builtin)
+
+
+def test_what_distributions_leave_out_of_the_library_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Notices texts that only some installations of a Python version have."""
+    everywhere = ["abc.py", "json/decoder.py", "unittest/case.py", "testing.py"]
+    for name in [*everywhere, "test/test_abc.py", "json/tests/test_it.py", "idlelib/run.py", "tkinter/__init__.py",
+                 "_sysconfigdata__linux.py", "sitecustomize.py", "site-packages/a.py"]:  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(builtin_module, "root", lambda: tmp_path)
+    assert [d.id for d in documents(SourceConfig(name="b", kind="builtin"))] == sorted(everywhere)
 
 
 def test_a_hub_data_set_without_network() -> None:

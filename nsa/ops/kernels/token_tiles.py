@@ -70,7 +70,7 @@ def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
     if max(width, v.shape[3]) * q.element_size() > WIDEST or not _fits(lists, k.shape[1]):
         return False
     if not INTERPRETED and (q.element_size() != 2 or width != v.shape[3]):
-        return False  # an illegal access was seen on a GPU in fp32, for values wider or narrower than keys
+        return False  # not proven on a GPU: an illegal access was seen there in fp32 (docs/log/2026-11.md)
     products = longest / 2 * (heads // groups) * max(width, v.shape[3]) / 128  # half of the keys lie behind a query
     return products <= PRODUCTS_OF_GATHER * lists.shape[2]
 
@@ -262,7 +262,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tup
     tiles, (queries, of_tile) = tiles_of(lists, keys, q.element_size()), tile_shape(q.element_size())
     forward_kernel[heads, tiles.of_queries.shape[1], batch](
         q, k, v, tiles.bits, tiles.of_queries, tiles.query_count, out, lse, tokens, keys, tiles.of_queries.shape[2],
-        scale * LOG2_E, **shape_constants(q, k, v), BM=queries, BN=of_tile, **_options(8),
+        scale * LOG2_E, **shape_constants(q, k, v), BM=queries, BN=of_tile, **_options(queries),
     )  # fmt: skip
     return out, lse
 
@@ -281,15 +281,16 @@ def backward(
     query_tiles, key_tiles = tiles.of_queries.shape[1:]
     query_kernel[heads, query_tiles, batch](
         *inputs, tiles.of_queries, tiles.query_count, dq, tokens, keys, key_tiles, scale * LOG2_E, scale, **constants,
-        BM=queries, **_options(8),
+        BM=queries, **_options(queries),
     )  # fmt: skip
     parts = 1 if INTERPRETED else 2
     key_kernel[key_tiles, groups, batch](
         *inputs, tiles.of_keys, tiles.key_count, dk, dv, tokens, keys, query_tiles, scale * LOG2_E, scale, **constants,
-        BM=queries // parts, PARTS=parts, **_options(4),
+        BM=queries // parts, PARTS=parts, **_options(of_tile),
     )  # fmt: skip
     return dq, dk, dv
 
 
-def _options(warps: int) -> dict[str, int]:
-    return {} if INTERPRETED else {"num_warps": warps, "num_stages": 2}
+def _options(rows: int) -> dict[str, int]:
+    """Of a kernel whose products have so many rows: a warpgroup for each 64 of them."""
+    return {} if INTERPRETED else {"num_warps": max(4, rows // 16), "num_stages": 2}
