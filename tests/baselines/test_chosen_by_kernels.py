@@ -46,7 +46,7 @@ def test_in_the_interpreter(run_python: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_kernels_choose_what_the_portable_path_does(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
     """With padding, and so with two budgets in a batch; after evictions."""
-    from nsa.ops.kernels import operators
+    from nsa.ops.kernels import inference_operators as operators
 
     given, padding, called = inputs(46, layers=2), torch.tensor([0, 5]), Counter[str]()
     expected = decoded(method, given, 40, padding)[0]

@@ -7,6 +7,7 @@ loader, watchdog, monitor and checkpoint_writer) or of a module of ours or DeepS
 import gc
 import json
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,15 @@ def lengths(roots: dict[str, Any]) -> Counter[str]:
     return found
 
 
+def native_threads() -> int:
+    """Those that stay: the fewest in a second. One that a library starts for a moment is not counted."""
+    counts = []
+    for _ in range(20):
+        counts.append(len(list(Path("/proc/self/task").iterdir())))
+        time.sleep(0.05)
+    return min(counts)
+
+
 def look(trainer: Trainer) -> dict[str, int]:
     """Counts of what this process holds, once the threads beside the training have nothing to do."""
     trainer.writer.wait()
@@ -101,7 +111,7 @@ def look(trainer: Trainer) -> dict[str, int]:
     hooks += [p._post_accumulate_grad_hooks for p in trainer.engine.module.parameters()]
     counts["hooks of parameters"] = sum(len(h or ()) for h in hooks)  # those of modules are within reach
     counts["threads"] = threading.active_count()
-    counts["native threads"] = len(list(Path("/proc/self/task").iterdir()))
+    counts["native threads"] = native_threads()
     counts["open files"] = len(list(Path("/proc/self/fd").iterdir()))
     gc.collect()
     return counts | Counter(f"objects: {type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects())
