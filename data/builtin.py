@@ -1,7 +1,7 @@
 """The Python standard library's sources on this machine: text that needs no network.
 
-Distributions leave parts of it out: its tests, the graphical parts, what is made when Python is built. These are left out
-everywhere, so that installations of one Python version have nearly the same text, 11 MB.
+Distributions leave parts of it out: its tests, the graphical parts, what is made when Python is built. These are left
+out everywhere, so that installations of one Python version have nearly the same text, 11 MB.
 """
 
 import sysconfig
