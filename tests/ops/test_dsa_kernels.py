@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention
-from nsa.ops.geometry import RotaryLayout
+from nsa.ops.geometry import KnownLengths, RotaryLayout, tell_lengths
 from nsa.ops.kernels import dsa_operators, index_topk, indexer_kl_dense, token_tiles, tokens
 from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
@@ -234,6 +234,46 @@ def test_compressed_entries(documents: list[int], ratio: int, offset: int, way: 
     attended = ops.token_sparse_attention(q, k, k, expected[0], backend="triton", return_lse=True)
     for ours, theirs in zip(attended, ops.token_sparse_attention(q, k, k, expected[0], return_lse=True), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("documents", "longest"), [([40], 40), ([8] * 5, 8), ([1, 0, 30, 9], 30)])
+def test_the_kernels_know_the_longest_document(
+    documents: list[int], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By it they choose between tiles of all keys and the listed ones."""
+    asked: list[int] = []
+    monkeypatch.setattr(token_tiles, "pays", lambda *inputs: asked.append(inputs[4]))
+    monkeypatch.setattr(token_tiles, "pays_for_loss", lambda *inputs: asked.append(inputs[2]))
+    index = [x.requires_grad_() for x in indexer(1, 40, whole=False)]
+    borders = torch.tensor([0, *documents]).cumsum(0).int()  # on the host
+    if DEVICE == "cuda":
+        tell_lengths(borders := borders.cuda(), KnownLengths.of(borders.cpu()))
+    lists, _ = ops.index_topk(*index, topk=4, cu_seqlens=borders)
+    q, k, v = normal(1, 40, 4, 16), normal(1, 40, 2, 16, seed=1), normal(1, 40, 2, 16, seed=2)
+    options = {"cu_seqlens": borders, "backend": "triton"}
+    _, lse = ops.token_sparse_attention(q, k, v, lists, **options, return_lse=True)
+    ops.indexer_kl(*index, q, k, lse, token_indices=lists, **options)
+    ops.token_sparse_attention_kl(q, k, v, lists, *index, torch.ones((), device=DEVICE), **options)
+    assert asked == [longest] * 4, "attention, loss, and both in one, which asks twice"
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("tokens", "heads", "groups", "width", "topk", "tiles", "loss"),
+    [
+        (4096, 8, 4, 64, 512, True, True),
+        (16384, 64, 4, 128, 2048, False, True),
+        (65536, 64, 4, 128, 2048, False, False),
+    ],
+)
+def test_what_pays(tokens, heads, groups, width, topk, tiles, loss) -> None:
+    """As it was timed (docs/log/2026-11.md)."""
+    q, k = (torch.empty(1, tokens, h, width, dtype=torch.bfloat16, device="meta") for h in (heads, groups))
+    lists = torch.empty(1, tokens, topk, dtype=torch.int32, device="meta")
+    assert token_tiles.pays(q, k, k, lists, tokens) is tiles
+    assert token_tiles.pays_for_loss(tokens, lists, tokens) is loss
+    assert not token_tiles.pays(q, k, k, lists, 64 * tokens), "documents that are much longer than the lists"
 
 
 @needs_kernels

@@ -36,6 +36,7 @@ KEYS_OF_GATHER = 10
 MOST_BYTES = 2**29  # of the bits of all queries
 WIDEST = 256  # bytes of a head
 TILES = {2: (128, 64), 4: (64, 32)}  # (queries, keys) of a tile, by the bytes of an element
+PARTS = 2  # of a tile of queries, which the kernel of the keys goes through one after the other
 SLOTS = 1024  # that a program of `bits_kernel` loads at once
 
 
@@ -56,7 +57,7 @@ class Tiles(NamedTuple):
 
 def tile_shape(itemsize: int) -> tuple[int, int]:
     """(queries, keys) of a tile."""
-    return (16, 16) if INTERPRETED else TILES[itemsize]
+    return (32, 16) if INTERPRETED else TILES[itemsize]
 
 
 def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
@@ -283,10 +284,9 @@ def backward(
         *inputs, tiles.of_queries, tiles.query_count, dq, tokens, keys, key_tiles, scale * LOG2_E, scale, **constants,
         BM=queries, **_options(queries),
     )  # fmt: skip
-    parts = 1 if INTERPRETED else 2
     key_kernel[key_tiles, groups, batch](
         *inputs, tiles.of_keys, tiles.key_count, dk, dv, tokens, keys, query_tiles, scale * LOG2_E, scale, **constants,
-        BM=queries // parts, PARTS=parts, **_options(of_tile),
+        BM=queries // PARTS, PARTS=PARTS, **_options(of_tile),
     )  # fmt: skip
     return dq, dk, dv
 
