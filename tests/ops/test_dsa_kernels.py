@@ -118,6 +118,33 @@ def test_indexer_kl(batch, documents, heads, groups, width, v_width, slots, way:
 
 
 @needs_kernels
+def test_tiles_that_nobody_lists_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query lists a few keys just before it and a few at the start; several tiles of queries and of keys, which
+    are no square; the loss in chunks of queries."""
+    take("tiles", monkeypatch)
+    count, queries = 300, 180
+    if INTERPRETED:
+        count, queries = 120, 90
+    monkeypatch.setattr(indexer_kl_dense, "SLAB_BYTES", 4 * count * 2 * (20 if INTERPRETED else 100))
+    position = torch.arange(count - queries, count, device=DEVICE)
+    near = position[:, None] - torch.arange(0, 12, 3, device=DEVICE)
+    lists = torch.cat((torch.arange(2, device=DEVICE).expand(queries, 2), near), 1).int().expand(2, -1, -1).contiguous()
+    index = [x.requires_grad_() for x in indexer(2, count, whole=False)]
+    index = [index[0][:, -queries:], index[1], index[2][:, -queries:]]
+    q, k = normal(2, queries, 4, 16), normal(2, count, 2, 16, seed=1)
+    v = normal(2, count, 2, 16, seed=2)
+    results = []
+    for backend in ("triton", "naive"):
+        out, lse = ops.token_sparse_attention(q, k, v, lists, return_lse=True, backend=backend)
+        weights = torch.arange(out.numel(), device=DEVICE).view_as(out).sin()
+        results.append([out, lse, *torch.autograd.grad((out * weights).sum(), (q, k, v))])
+        loss = ops.indexer_kl(*index, q, k, lse, token_indices=lists, backend=backend)
+        results[-1] += [loss, *torch.autograd.grad(loss, index)]
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
+
+
+@needs_kernels
 @pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
 def test_dense_indexer_kl(
     batch, documents, heads, groups, width, v_width, slots, monkeypatch: pytest.MonkeyPatch
