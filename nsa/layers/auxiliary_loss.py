@@ -57,10 +57,11 @@ class AuxiliaryLoss(nn.Module):
         gradient of this factor (`nsa.ops.token_sparse_attention_kl`). That gradient is summed in the tally.
 
         Args:
-            x: any tensor of the layer; the factor has its device, and fp32 (float64 for float64). tokens: of the pass.
+            x: a tensor of the layer through which gradients go on; the factor has its device, and fp32 (float64 for
+                float64). tokens: of the pass.
         """
         scale = torch.full((), self._scale(tokens), dtype=accumulation_dtype(x), device=x.device)
-        return _Factor.apply(scale.requires_grad_(), self)
+        return _Factor.apply(scale.requires_grad_(), x, self)
 
     def take(self) -> Tensor | None:
         """The sum of the losses kept since the last call, a scalar; None: they were attached, or there were none."""
@@ -114,12 +115,15 @@ class _Attach(torch.autograd.Function):
 
 
 class _Factor(torch.autograd.Function):
+    """``x`` is an input so that this backward pass is run, too, where gradients of some tensors alone are asked for
+    (`torch.autograd.grad`, as a recording of CUDA graphs does)."""
+
     @staticmethod
-    def forward(ctx: Any, factor: Tensor, auxiliary: AuxiliaryLoss) -> Tensor:
+    def forward(ctx: Any, factor: Tensor, x: Tensor, auxiliary: AuxiliaryLoss) -> Tensor:
         ctx.auxiliary = auxiliary
         return factor.view_as(factor)
 
     @staticmethod
-    def backward(ctx: Any, loss: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, loss: Tensor) -> tuple[None, None, None]:
         ctx.auxiliary.add(loss, None)
-        return None, None
+        return None, None, None

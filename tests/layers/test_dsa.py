@@ -118,6 +118,18 @@ def test_the_loss_is_a_mean_over_tokens_and_falls() -> None:
     assert curve[-1] < 0.8 * curve[0] and recalls[-1] > recalls[0]
 
 
+@pytest.mark.parametrize("phase", ["sparse", "warm-up"])
+def test_the_loss_is_counted_where_gradients_of_the_parameters_alone_are_asked_for(phase: str) -> None:
+    """As a recording of CUDA graphs does. Notices a tally that only ``backward()`` writes."""
+    layer, x = layer_of(phase=phase), some_input(20)
+    found = []
+    for ask in (lambda total: total.backward(), lambda total: torch.autograd.grad(total, [*layer.parameters()])):
+        layer.attend.loss.clear()
+        ask(layer(x.requires_grad_()).square().sum())
+        found.append(layer.attend.loss.tally.clone())
+    assert found[0] > 0 and torch.equal(*found)
+
+
 def test_figures_of_a_known_selection() -> None:
     """Uniform attention, whatever is selected: 4 of t + 1 tokens have that share of the probability."""
     tokens, k = 12, 4
