@@ -114,8 +114,23 @@ def source_of(config: Config, tokenizer: Path) -> Path:
             f"start_from: {folder} was trained with another tokenizer than {tokenizer}: set "
             f"data.tokenizer.path={folder}"
         )
+    else:
+        _say_other_split(folder, config)
     print(f"begins with the weights of {folder}", flush=True)
     return folder
+
+
+def _say_other_split(folder: Path, config: Config) -> None:
+    """Prints a note if the run of this checkpoint was trained on text that is held out here."""
+    before = load_saved(folder / "config.yaml")
+    texts = [{(s.kind, s.path) for s in data.sources if s.kind != "synthetic"} for data in (before.data, config.data)]
+    there, here = ((c.data.seed_of(c.seed), c.data.validation_fraction) for c in (before, config))
+    if there != here and not texts[0].isdisjoint(texts[1]):
+        print(
+            f"note: {folder} held out other text, so it was trained on text that is held out here: to validate on what "
+            f"neither read, set data.seed={there[0]} and data.validation_fraction={there[1]:g}",
+            flush=True,
+        )
 
 
 def _is_foreign(folder: Path) -> bool:

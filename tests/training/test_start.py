@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nsa.config import Config
+from nsa.config import Config, load_saved
 from nsa.importing import read_weights
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.kind import WITHOUT_INDEXER
@@ -38,6 +38,22 @@ def test_a_run_and_one_of_its_checkpoints_mean_the_same(tmp_path, dense):
     tokenizer = dense / "step_00000003/tokenizer.model"
     for given in (dense, dense / "step_00000003"):
         assert source_of(config_from(tmp_path, given), tokenizer) == dense / "step_00000003"
+
+
+def test_text_that_the_first_run_was_trained_on_is_not_held_out_in_silence(tmp_path, dense, capsys):
+    tokenizer = dense / "step_00000003/tokenizer.model"
+    tree = config_from(tmp_path, dense).model_dump()
+    other = tree["data"]["sources"]
+    tree["data"]["sources"] = load_saved(dense / "step_00000003/config.yaml").data.model_dump()["sources"]
+
+    def printed(**changes: object) -> str:
+        source_of(Config.model_validate(tree | changes), tokenizer)
+        return capsys.readouterr().out
+
+    assert "held out" not in printed()
+    assert f"set data.seed={tree['seed']} and data.validation_fraction=" in printed(seed=7)
+    assert "held out" not in printed(seed=7, data=tree["data"] | {"seed": tree["seed"]})
+    assert "held out" not in printed(seed=7, data=tree["data"] | {"sources": other}), "other text"
 
 
 @pytest.mark.parametrize(
