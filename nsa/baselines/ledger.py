@@ -117,9 +117,9 @@ def _count(view: View, plan: Plan | None) -> Counts:
         for rows in row_blocks(view):
             mask = kept(view, plan, rows)
             union = mask if mask.shape[1] == groups else view.per_group(mask).any(2)
-            pairs = mask.double().sum((0, 2, 3)).cpu()
+            pairs = mask.sum((0, 2, 3)).double().cpu()
             counts.attended += pairs * view.group if mask.shape[1] == groups else pairs.view(groups, -1).sum(1)
-            counts.reads += union.double().sum((0, 2, 3)).cpu() * width
+            counts.reads += union.sum((0, 2, 3)).double().cpu() * width
     if plan is not None:
         batch = len(view.q)
         counts.scored += plan.estimate.pairs * batch

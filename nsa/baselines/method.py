@@ -43,7 +43,7 @@ class Method:
     """A method of sparse attention. Its fields are its settings; a method is a short file in nsa/baselines/methods.
 
     A method has no memory of its own: what it remembers is in ``state``. It looks at one layer at a time, at all
-    sequences of the batch at once; it never mixes sequences. Ties go to the earlier key (`nsa.baselines.choose`).
+    sequences of the batch at once; it never mixes sequences. Ties go to the earlier key (`nsa.ops.choose`).
 
     Attributes:
         budget: see `Budget`.

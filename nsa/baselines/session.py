@@ -30,7 +30,7 @@ class Session:
         turn: rotates as the model does; None: it cannot be turned.
         dense_layers: layers whose attention stays dense, disclosed in every result.
         ledger: counts into this one; None: a new one.
-        watch: also measure, at the cost of dense attention: see `figures`.
+        watch: phases ("prefill", "decode") whose attention is also measured, at the cost of a dense one: `_watch`.
     """
 
     def __init__(
@@ -41,12 +41,12 @@ class Session:
         turn: Turn | None = None,
         dense_layers: Iterable[int] = (),
         ledger: Ledger | None = None,
-        watch: bool = False,
+        watch: Iterable[str] = (),
     ) -> None:
         self.method, self.num_layers, self.turn = method, num_layers, turn
         self.dense_layers = frozenset(dense_layers)
         self.ledger = Ledger() if ledger is None else ledger
-        self.watch = watch
+        self.watch = frozenset(watch)
         self.figures: list[dict[str, Any]] = []
         self.begin()
 
@@ -89,16 +89,17 @@ class Session:
         Keys are rotated already, at positions that may differ from the true ones by a constant for each sequence.
         """
         view, plan = self._planned(layer, q, k, v, scale)
+        watched = ("prefill" if self.prompt else "decode") in self.watch
         listed = not self.prompt and q.is_cuda and can_list(view, plan)
         # A prompt that is left dense has the same bits whether a plan says so or none, so that others can `follow` it.
         same = self.prompt and is_dense(view, plan)
         if listed:
             out, lse = attend_listed(view, plan)
-        elif not (plan is None or same or self.watch) and prompt.on_gpu(view) and prompt.can_list(view, plan):
+        elif not (plan is None or same or watched) and prompt.on_gpu(view) and prompt.can_list(view, plan):
             out, lse = prompt.attend_blocks(view, plan)
         else:
             out, lse = attend(view, None if same else plan)
-        if self.watch:
+        if watched:
             self._watch(view, plan, lse)
         self._settle(view, plan)
         return out

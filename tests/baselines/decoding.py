@@ -34,7 +34,7 @@ def decoded(
     method: Method, given: Inputs, prompt: int, padding: Tensor | None = None, chunks: tuple[int, ...] = ()
 ) -> tuple[list[Step], list[State]]:
     """All decoded queries of all layers, in order, and what the method remembers of each layer in the end."""
-    session = Kept(method, len(given.layers), turn=given.turn, watch=True)
+    session = Kept(method, len(given.layers), turn=given.turn, watch=("prefill", "decode"))
     session.begin(padding)
     steps: list[Step] = []
     tokens = given.layers[0][0].shape[1]

@@ -392,7 +392,7 @@ def test_a_batch_leaves_nothing_to_the_next(kind: type[Method]) -> None:
 def test_the_mass_that_was_evicted_is_missed(kind: type[Method]) -> None:
     """The watched mass is a share of the attention to all tokens, not of those that are left."""
     given = inputs(TOKENS, layers=1)
-    _, session = run(half(kind), given, prompt=PROMPT, decode=False, watch=True)
+    _, session = run(half(kind), given, prompt=PROMPT, decode=False, watch=["prefill", "decode"])
     q, k, _ = given.layers[0]
     kept = stays(session)
     session.attend(0, *(x[:, PROMPT : PROMPT + 1] for x in given.layers[0]), WIDTH**-0.5)

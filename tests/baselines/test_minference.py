@@ -62,7 +62,7 @@ def test_a_session_finds_patterns_for_all_layers_and_they_become_a_method() -> N
     best = MInference(budget=BUDGET, patterns=patterns, **lists)
     masses = []
     for method in (best, *(replace(best, patterns=((one,) * GROUPS,) * 3) for one in CANDIDATES)):
-        _, session = run(method, given, prompt=64, watch=True)
+        _, session = run(method, given, prompt=64, watch=["prefill"])
         masses.append(torch.tensor([figure["kept_mass"] for figure in session.figures]))
     assert (torch.stack(masses[1:]) <= masses[0] + 1e-5).all()
     assert MInference(**{**best.settings(), "patterns": [[list(p) for p in layer] for layer in patterns]}) == replace(

@@ -82,7 +82,7 @@ def test_a_session_answers_a_prompt_by_blocks(method: Method, monkeypatch: pytes
         answered.append(view.layer)
         return real(view, plan)
 
-    for options, layers in (({}, [0, 1]), ({"padding": torch.tensor([0, 5])}, []), ({"watch": True}, [])):
+    for options, layers in (({}, [0, 1]), ({"padding": torch.tensor([0, 5])}, []), ({"watch": ["prefill"]}, [])):
         expected, before = run(method, given, prompt=48, **options)
         with monkeypatch.context() as patch:
             patch.setattr(prompt, "on_gpu", lambda view: True)

@@ -6,10 +6,10 @@ from decoding import Step, attention, decoded
 from sessions import HEADS, inputs
 
 from nsa.baselines import Budget, BudgetError
-from nsa.baselines.choose import top
 from nsa.baselines.importance import pages
 from nsa.baselines.method import State
 from nsa.baselines.methods.quest import Quest, QuestEval
+from nsa.ops.choose import top
 
 PADDING = torch.tensor([0, 5])
 

@@ -9,7 +9,6 @@ from sessions import HEADS, WIDTH, inputs
 
 from nsa import ops
 from nsa.baselines import Budget, Method, Session
-from nsa.baselines.choose import cover
 from nsa.baselines.importance.quantised import quantised
 from nsa.baselines.methods.h2o import H2O
 from nsa.baselines.methods.oracle import OracleTopK
@@ -18,6 +17,7 @@ from nsa.baselines.methods.sink_window import SinkWindow
 from nsa.baselines.methods.sparq import SparQ
 from nsa.baselines.methods.twilight import Twilight
 from nsa.baselines.plan import score
+from nsa.ops.choose import cover
 from nsa.ops.top_p import nucleus
 
 PADDING = torch.tensor([0, 5])

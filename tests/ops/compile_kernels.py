@@ -45,6 +45,7 @@ from nsa.ops.kernels import (
     quest,
     ranges,
     rotary,
+    row_masks,
     selected,
     selection,
     swiglu,
@@ -301,6 +302,10 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
     shape_name = "short rows"
     seen = torch.zeros(2, 512, dtype=torch.int32)
     index_topk.choose_rows(torch.zeros(512, 1024), seen, torch.zeros(512, 64, dtype=torch.int32), 64, 0, 1)
+    for size in (4096, 16384):
+        shape_name = f"rows of {size}"
+        row_masks.top(torch.zeros(2, size), 3)
+        row_masks.cover(torch.zeros(2, size), 0.5)
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import top
 from nsa.baselines.method import State
 from nsa.baselines.plan import View
+from nsa.ops.choose import top
 
 
 def largest_dims(view: View, dims: int, *, temperature: bool) -> Tensor:

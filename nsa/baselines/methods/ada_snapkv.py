@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import top
 from nsa.baselines.method import Axes
 from nsa.baselines.methods.snapkv import SnapKV
 from nsa.baselines.plan import View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from nsa import ops
-from nsa.baselines.choose import top
 from nsa.baselines.importance.blocks import by_blocks, pooled_attention
 from nsa.baselines.importance.lines import keys_once
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
 from nsa.baselines.prompt import by_kernels, mask_of
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

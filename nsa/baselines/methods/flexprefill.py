@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import cover, top
 from nsa.baselines.importance.agreement import divergence, mean_query_attention
 from nsa.baselines.importance.blocks import of_tokens, pooled_attention
 from nsa.baselines.importance.lines import column_mass, diagonal_mass, estimate_of, last_rows, lines, probabilities
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
+from nsa.ops.choose import cover, top
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import top
 from nsa.baselines.importance.agreement import divergence, mean_query_attention
 from nsa.baselines.importance.blocks import by_blocks, num_blocks, pooled_attention, summed
 from nsa.baselines.importance.lines import column_mass, diagonal_mass, last_rows, probabilities
 from nsa.baselines.method import State
 from nsa.baselines.methods.flexprefill import FlexPrefill
 from nsa.baselines.plan import Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

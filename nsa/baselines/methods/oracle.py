@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import cover, top
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Part, Plan, View, row_blocks
+from nsa.ops.choose import cover, top
 
 
 def true_mass(view: View, rows: Tensor | None = None) -> Tensor:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa.baselines.choose import top
 from nsa.baselines.importance.draws import draws
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,7 @@ class RandomTokens(Method):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         queries, keys = view.query_positions[:, None, :, None], view.positions.transpose(1, 2)[:, :, None]
-        draw = draws(view, self.seed)
-        draw = draw.double().masked_fill(queries == keys, torch.inf)
+        draw = (draws(view, self.seed) >> 7).float().masked_fill(queries == keys, torch.inf)  # 24 bits: fp32 is exact
         return Plan.of(top(draw.masked_fill(~view.visible, -torch.inf), self.budget.each(view.seen)))
 
     decode_select = prefill_select

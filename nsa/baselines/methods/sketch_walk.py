@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa.baselines.choose import top
 from nsa.baselines.importance.blocks import num_blocks, of_tokens
 from nsa.baselines.importance.sketch import grow, hadamard_sketch, reached, step
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import top
 from nsa.baselines.importance.dims import add_values, largest_dims
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Part, Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import top
 from nsa.baselines.importance.observed import cost, probabilities
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

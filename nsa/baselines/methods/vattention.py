@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from nsa.baselines.budget import Budget
-from nsa.baselines.choose import top
 from nsa.baselines.importance import pages
 from nsa.baselines.importance.draws import draws
 from nsa.baselines.importance.sampling import BOUNDS, sample
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.methods.oracle import scored, true_mass
 from nsa.baselines.plan import Estimate, Part, Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nsa.baselines.choose import top
 from nsa.baselines.importance.lines import (
     column_mass,
     diagonal_mass,
@@ -17,6 +16,7 @@ from nsa.baselines.importance.lines import (
 )
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Plan, View
+from nsa.ops.choose import top
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,11 @@ class ComparisonConfig(Section):
     stages: list[StageConfig] = Field(
         default=[], description="the order of the work, with a report after each; empty: all at once"
     )
+    trainings_per_gpu: int = Field(
+        1,
+        ge=1,
+        description="siblings that one GPU trains at once if there are that many --workers: more for small ones",
+    )
     seed: int = Field(0, ge=0, description="of the samples")
 
     @field_validator("methods", mode="before")

@@ -90,7 +90,7 @@ def session_of(
     *,
     dense_layers: Iterable[int] = (),
     ledger: Ledger | None = None,
-    watch: bool = False,
+    watch: Iterable[str] = (),
 ) -> Session:
     """A session for `attached`. Raises AttachError as there."""
     return Session(

@@ -36,7 +36,7 @@ class Opened(Protocol):
     reaches: int
 
     def reader(self, method: Method | None, *, dense_layers: list[int], watch: bool, ledger: Ledger) -> Reader:
-        """A reader with the method put onto it; None: as it was trained.
+        """A reader with the method put onto it; None: as it was trained. ``watch``: measure what decoding attends to.
 
         Raises:
             AttachError: the method cannot be put onto this model.
@@ -64,7 +64,12 @@ class OpenedDecoder:
         if method is None:
             return DecoderReader(self.decoder, None, ledger)
         session = Session(
-            method, self.num_layers, turn=turn_of(self.decoder), dense_layers=dense_layers, ledger=ledger, watch=watch
+            method,
+            self.num_layers,
+            turn=turn_of(self.decoder),
+            dense_layers=dense_layers,
+            ledger=ledger,
+            watch=("decode",) if watch else (),
         )
         check(self.decoder, session)
         return DecoderReader(self.decoder, session)
@@ -88,7 +93,8 @@ class OpenedTransformers:
         self.kv_elements = 2 * config.num_hidden_layers * config.num_key_value_heads * width
 
     def reader(self, method: Method | None, *, dense_layers: list[int], watch: bool, ledger: Ledger) -> Reader:
-        session = session_of(self.model, method or Dense(), dense_layers=dense_layers, ledger=ledger, watch=watch)
+        watched = ("decode",) if watch else ()
+        session = session_of(self.model, method or Dense(), dense_layers=dense_layers, ledger=ledger, watch=watched)
         return TransformersReader(self.model, session)
 
 

@@ -21,7 +21,7 @@ import torch
 
 from nsa.config import load_config
 from nsa.evaluation.comparison.commands import stages_left, untrained
-from nsa.evaluation.comparison.config import Training
+from nsa.evaluation.comparison.config import Training, load
 from nsa.training.exit_codes import REQUEUE
 from nsa.training.signals import CODES, die_with_parent
 
@@ -36,8 +36,8 @@ def run(launch: Path, path: str, overrides: list[str], minutes: float | None, wo
 
     Args:
         launch: launch.sh, which trains. path, overrides: of the comparison. minutes: begin nothing new after so long.
-        workers: trainings at once, and processes that answer at once. 1: one training after the other, each on all
-            GPUs; else each on one GPU.
+        workers: trainings at once, at most, and processes that answer at once. 1: one training after the other, each
+            on all GPUs; else each on one GPU, which trains ``trainings_per_gpu`` at once.
 
     Returns:
         The exit code: of what did not end well, or 75 if the time is over, or that of a signal.
@@ -48,8 +48,9 @@ def run(launch: Path, path: str, overrides: list[str], minutes: float | None, wo
     if workers > 1 and os.environ.get("HOSTFILE"):
         raise ValueError("several --workers are processes of this machine: unset HOSTFILE, or leave --workers out")
     end = None if minutes is None else time.monotonic() + 60 * minutes
+    each = load(path, overrides).trainings_per_gpu
     with Children.attended() as children:
-        trainings = Trainings(children, launch, workers, end)
+        trainings = Trainings(children, launch, workers, each, end)
         for stage in stages_left(path, overrides) or [""]:
             if stage:
                 say(f"stage {stage}")
@@ -167,15 +168,15 @@ class Trainings:
     """Trains and exports, several at once.
 
     Args:
-        children: what is started. launch: launch.sh. workers: trainings at once. end: when the time is over, by
-            `time.monotonic`.
+        children: what is started. launch: launch.sh. workers: trainings at once, of which a GPU has ``each``.
+        end: when the time is over, by `time.monotonic`.
     """
 
-    def __init__(self, children: Children, launch: Path, workers: int, end: float | None) -> None:
+    def __init__(self, children: Children, launch: Path, workers: int, each: int, end: float | None) -> None:
         self.children, self.launch, self.end = children, launch, end
         self.gpus = [] if workers == 1 else visible_gpus()
         self.several = workers > 1
-        self.most = min(workers, len(self.gpus)) if self.gpus else workers  # a training keeps a GPU busy
+        self.most = min(workers, each * len(self.gpus)) if self.gpus else workers
         self.threads = max(1, len(os.sched_getaffinity(0)) // self.most)
         self.began = False
 
@@ -235,8 +236,9 @@ class Trainings:
             log = training.run.with_name(f"{training.run.name}.log")
             environment["MASTER_PORT"] = ""  # each finds one
             if self.gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot]
-                where = f" on GPU {self.gpus[slot]}"
+                gpu = self.gpus[slot % len(self.gpus)]
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
+                where = f" on GPU {gpu}"
             elif "OMP_NUM_THREADS" not in os.environ:
                 environment["OMP_NUM_THREADS"] = str(self.threads)
             where += f", its output is in {log}"

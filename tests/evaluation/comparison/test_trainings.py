@@ -60,8 +60,8 @@ class Started:
         monkeypatch.setattr(trainings, "untrained", lambda *what: self.todo)
         monkeypatch.setattr(trainings, "stages_left", lambda *what: ["first"])
 
-    def run(self, workers: int = 1, minutes: float | None = None) -> int:
-        return trainings.run(self.folder / "launch.sh", "study.yaml", ["samples=2"], minutes, workers)
+    def run(self, workers: int = 1, minutes: float | None = None, override: str = "samples=2") -> int:
+        return trainings.run(self.folder / "launch.sh", "study.yaml", [override], minutes, workers)
 
     @property
     def happened(self) -> list[str]:
@@ -114,29 +114,30 @@ def test_one_after_the_other_then_the_comparison(
     assert [line[7:-4] for line in err.splitlines()] == told
 
 
+@pytest.mark.parametrize("each", [1, 2])
 def test_several_at_once_wait_for_what_they_start_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     several = Started(tmp_path, monkeypatch, "dense", "staged-dense", "staged-indexer")
     monkeypatch.setattr(trainings, "visible_gpus", lambda: ["3", "5"])
-    assert several.run(workers=8) == 0
+    assert several.run(workers=8, override=f"trainings_per_gpu={each}") == 0
     exported, others = several.at("ends -m nsa.export checkpoints/study-tokenizer"), several.todo[1:]
     assert len(others) == 6 and all(several.begins(str(t.run).partition("/")[2]) > exported for t in others)
     for seed in (1, 2):
         before = several.at(f"ends -m nsa.export checkpoints/study-staged-dense-{seed}")
         assert several.begins(f"study-staged-indexer-{seed}") > before
-    used: dict[str, str] = {}  # by GPU: the run
+    used: dict[str, set[str]] = {"3": set(), "5": set()}  # by GPU: the runs
     most = 0
     for line in several.happened:
         gpu = line.partition("gpu=")[2].partition(" ")[0]
         if " name=" in line:
-            assert gpu in ("3", "5") and gpu not in used and line.endswith("port=")
-            used[gpu] = line.partition("name=")[2].partition(" ")[0]
-            most = max(most, len(used))
+            assert len(used[gpu]) < each and line.endswith("port=")
+            used[gpu].add(line.partition("name=")[2].partition(" ")[0])
+            most = max(most, sum(map(len, used.values())))
         elif line.startswith("ends -m nsa.export"):
-            assert f"checkpoints/{used.pop(gpu)} " in line
-    assert most == 2
-    assert several.happened[-1] == "ends -m nsa.compare study.yaml samples=2 --workers 8 gpu=all"
+            used[gpu].remove(line.partition("checkpoints/")[2].partition(" ")[0])
+    assert most == 2 * each
+    assert several.happened[-1] == f"ends -m nsa.compare study.yaml trainings_per_gpu={each} --workers 8 gpu=all"
     out, err = capfd.readouterr()
     log = tmp_path / "checkpoints/study-dense-1.log"
     assert out == "" and log.read_text().count("loss 1.2500") == 1

@@ -1,0 +1,90 @@
+"""Masks of the best of each row: so many of them, or those that hold a share of its sum. See `nsa.ops.choose`.
+
+A program holds a row. The threshold is the greatest bit pattern that enough entries reach; it is found bit by bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa.ops.kernels.hardware import INTEGERS
+
+WARP_ENTRIES = 512  # of a row, for each warp of its program
+
+
+@triton.jit
+def _in_order(x):
+    """uint32 that are in the order of these fp32 numbers; -0 is 0."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
+    return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
+
+
+@triton.jit
+def _with_first_ties(there, ordered, threshold, ties):
+    """What is above the threshold, and the first ``ties`` of those at it."""
+    tie = there & (ordered == threshold)
+    return (there & (ordered > threshold)) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= ties))
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "size"])
+def top_kernel(Scores, Counts, Masks, size, WIDTH: tl.constexpr):
+    """Masks (rows, size) of the Counts (rows,) int32 highest Scores of each row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)  # [WIDTH]
+    score = tl.load(Scores + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)  # [WIDTH]
+    there, count = score > float("-inf"), tl.load(Counts + row)
+    ordered = _in_order(score)
+    threshold, bit = tl.full([], 0, tl.uint32), tl.full([], 0x80000000, tl.uint32)
+    for _ in tl.range(0, 32):
+        middle = threshold | bit
+        enough = tl.sum((there & (ordered >= middle)).to(tl.int32), 0) >= count
+        threshold = tl.where(enough, middle, threshold)
+        bit = bit >> 1
+    missing = count - tl.sum((there & (ordered > threshold)).to(tl.int32), 0)
+    mask = _with_first_ties(there, ordered, threshold, missing)
+    tl.store(Masks + row * size + column, mask.to(tl.uint8), mask=column < size)
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "size"])
+def cover_kernel(Weights, Shares, Masks, size, WIDTH: tl.constexpr):
+    """Masks (rows, size) of the fewest Weights of each row that hold the Shares (rows,) fp64 of their sum."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, WIDTH)  # [WIDTH]
+    weight = tl.load(Weights + row * size + column, mask=column < size, other=0.0).to(tl.float32)  # [WIDTH]
+    there, share, exact = weight > 0, tl.load(Shares + row), weight.to(tl.float64)
+    wanted = share * tl.sum(exact, 0)
+    ordered = _in_order(weight)
+    threshold, bit = tl.full([], 0, tl.uint32), tl.full([], 0x80000000, tl.uint32)
+    for _ in tl.range(0, 32):
+        middle = threshold | bit
+        enough = tl.sum(tl.where(there & (ordered >= middle), exact, 0.0), 0) >= wanted
+        threshold = tl.where(enough, middle, threshold)
+        bit = bit >> 1
+    above = tl.sum(tl.where(there & (ordered > threshold), exact, 0.0), 0)
+    each = tl.max(tl.where(there & (ordered == threshold), exact, 0.0), 0)
+    ties = tl.ceil((wanted - above) / tl.where(each > 0, each, 1.0)).to(tl.int32)
+    mask = tl.where(share >= 1, there, _with_first_ties(there, ordered, threshold, ties))
+    tl.store(Masks + row * size + column, mask.to(tl.uint8), mask=column < size)
+
+
+def top(scores: Tensor, count: int | Tensor) -> Tensor:
+    """As `nsa.ops.choose.top`."""
+    return _masks(top_kernel, scores, torch.as_tensor(count, device=scores.device).clamp(max=2**31 - 1).int())
+
+
+def cover(weights: Tensor, share: float | Tensor) -> Tensor:
+    """As `nsa.ops.choose.cover`."""
+    return _masks(cover_kernel, weights, torch.as_tensor(share, dtype=torch.float64, device=weights.device))
+
+
+def _masks(kernel: triton.JITFunction, rows: Tensor, limits: Tensor) -> Tensor:
+    """(..., size) bool for rows (..., size) and a limit for each, (...) or broadcast."""
+    masks = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    if rows.numel():
+        width = triton.next_power_of_2(rows.shape[-1])
+        kernel[(rows.numel() // rows.shape[-1],)](
+            rows.contiguous(), limits.expand(rows.shape[:-1]).contiguous(), masks.view(torch.uint8), rows.shape[-1],
+            WIDTH=width, num_warps=max(1, min(32, width // WARP_ENTRIES)),
+        )  # fmt: skip
+    return masks
