@@ -167,6 +167,16 @@ def test_cards_of_the_study_tell_signs() -> None:
     assert told("What forgets", dense, quest, forgets[0], replace(forgets[1], score=dense.score)) == cards.UNDECIDED
 
 
+def test_trained_sparsity_has_rivals_length_by_length() -> None:
+    """What it reads is no fixed share: at 1,024 tokens no method is near, at 4,096 one is."""
+    made = [cell("dense", length=n, samples=50) for n in (1024, 4096)]
+    made += [cell("quest", budget=0.25, length=n, samples=50) for n in (1024, 4096)]
+    made += [cell("own", "nsa", share, length=n, samples=50) for share, n in ((0.8, 1024), (0.25, 4096))]
+    (card,) = [card for card in cards.CARDS if "Trained sparsity beats" in card.claim]
+    told, _ = card.measure(Table(made))
+    assert told.count("minus") == 1 and "minus dense+quest at 0.25, 4,096 tokens" in told
+
+
 def test_trained_sparsity_is_compared_with_methods_on_dense_of_its_size() -> None:
     made = [cell("dense", samples=50), cell("quest", budget=0.25, samples=50), cell("own", "nsa", 0.25, samples=50)]
     made += [replace(c, model="large", arm=f"large+{c.method}", parameters=100_000_000) for c in made[:2]]

@@ -119,13 +119,15 @@ def _columns_and_blocks(table: Table) -> Answer:
 def _trained_against_post_hoc(table: Table) -> Answer:
     """A sparse-trained sibling as it was trained, against the best post-hoc method on dense at about its budget.
 
-    The best is chosen on these very answers, which favours post-hoc.
+    Length by length: what a sibling reads is no fixed share, so another method is near at another length, or none. The
+    best is chosen on these very answers, which favours post-hoc.
     """
     answers = []
-    for arm in sorted({p.label for p in table.points if p.cell.method == OWN and p.cell.trained != DENSE}):
-        own = [p for p in table.informative(table.points) if p.label == arm]
+    own = [p for p in table.informative(table.points) if p.cell.method == OWN and p.cell.trained != DENSE]
+    for arm, length in sorted({(p.label, p.cell.length) for p in own}):
+        mine = [p for p in own if (p.label, p.cell.length) == (arm, length)]
         rivals: dict[str, Pairs] = {}
-        for p in own:
+        for p in mine:
             base = table.base(p)
             for q in table.points:
                 c = q.cell
@@ -137,10 +139,10 @@ def _trained_against_post_hoc(table: Table) -> Answer:
                 same = (c.task, c.length, c.question_aware) == (p.cell.task, p.cell.length, p.cell.question_aware)
                 if post_hoc and same and c.axis == p.cell.axis and 1 / NEAR <= q.cost / p.cost <= NEAR:
                     rivals.setdefault(f"{q.label} at {c.budget or q.cost:g}", []).append((p, q))
-        rivals = {name: pairs for name, pairs in rivals.items() if len(pairs) == len(own)}
+        rivals = {name: pairs for name, pairs in rivals.items() if len(pairs) == len(mine)}
         if rivals:
             best = max(rivals, key=lambda name: float(np.mean([q.mean for _, q in rivals[name]])))
-            answers.append((f"{arm} minus {best}", contrast(rivals[best])))
+            answers.append((f"{arm} minus {best}, {length:,} tokens", contrast(rivals[best])))
     return _all(answers) if answers else ("", ABSENT)
 
 
