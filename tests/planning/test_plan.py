@@ -91,6 +91,13 @@ def test_the_command_plans_the_configured_layout(capsys):
         assert words in output, words
 
 
+@pytest.mark.parametrize(("stage", "told"), [("indexer", 1), ("dense", 0)])
+def test_the_plan_says_that_it_is_of_training_all(stage, told, capsys):
+    assert main([str(ROOT / "configs/25m-dsa.yaml"), "--gpus", "1", f"stage={stage}"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("train: indexer: the plan is of training all parameters") == told
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
