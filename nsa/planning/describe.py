@@ -52,7 +52,7 @@ def describe(config: Config, gpus: int) -> str:
     if sent:
         lines += ["", "Sent by the first GPU in a step:", *_gib_lines(sent)]
     if config.train != "all":
-        lines += ["", f"train: {config.train}: the plan is of training all parameters, so these figures are upper bounds."]
+        lines += ["", f"train: {config.train}: the plan is of training all parameters, so these are upper bounds."]
     if limits := limits_of(config):
         lines += ["", limits]
     return "\n".join(lines)
