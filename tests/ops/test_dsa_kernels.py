@@ -61,20 +61,33 @@ def test_topk(documents: list[int], topk: int, forced: tuple[int, int], order: s
 
 
 @needs_kernels
-@pytest.mark.parametrize("scores", ["rising", "sampled", "equal"])
-def test_topk_in_chunks_and_where_the_sample_misleads(scores: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of three queries. "sampled": only the sampled tokens have high scores, so fewer than k reach the bound.
-    "equal": all tokens do, more than there is room for."""
+@pytest.mark.parametrize("forced", [(0, 0), (2, 3), (10, 6)])
+@pytest.mark.parametrize("scores", ["rising", "sampled", "unsampled", "equal", "plateau", "negative"])
+def test_topk_in_chunks_and_where_the_sample_misleads(
+    scores: str, forced: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of few queries. "sampled": only the sampled tokens have high scores, so fewer than k reach the bound.
+    "unsampled": all others have, so more reach it than there is room for, and in "equal" and "plateau" many are equal.
+    "negative": the heads' weights are."""
     count, topk, sample = 200, 16, 32
-    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 3)
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 5)
     monkeypatch.setattr(index_topk, "SMALLEST", 8)
     monkeypatch.setattr(index_topk, "SAMPLE", sample)
     value = torch.zeros(count) if scores == "equal" else torch.arange(count).float()
+    if scores == "plateau":
+        value = (value % 20).relu_() * (value > 100)
+    sampled = torch.arange(sample) * (count - 2) // sample  # of the third of the five queries
     if scores == "sampled":
-        value[torch.arange(sample) * count // sample] += 1000
+        value[sampled] += 1000
+    elif scores == "unsampled":
+        value += 1000
+        value[sampled] -= 1000
     q, weights = torch.ones(1, 5, 1, 8, device=DEVICE), torch.ones(1, 5, 1, device=DEVICE)
+    if scores == "negative":
+        weights = -weights
     k = value.to(DEVICE)[None, :, None].expand(-1, -1, 8).contiguous()
-    found, expected = (ops.index_topk(q, k, weights, topk=topk, backend=backend) for backend in ("triton", "naive"))
+    options = {"topk": topk, "num_initial": forced[0], "num_local": forced[1]}
+    found, expected = (ops.index_topk(q, k, weights, **options, backend=backend) for backend in ("triton", "naive"))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 

@@ -66,7 +66,8 @@ def index_topk(
     if implementation == "triton":
         from nsa.ops.kernels import dsa_operators as operators
 
-        found = operators.index_topk(q_idx, k_idx, weights, visible, topk, num_initial, num_local)
+        ahead = k_idx.shape[1] - (q_idx.shape[1] if ratio == 1 else 0)  # of a query's number is its last key at most
+        found = operators.index_topk(q_idx, k_idx, weights, visible, ahead, topk, num_initial, num_local)
         return found if order == "index" else _by_score(*found)
     if implementation == "naive":
         tiles = iter([(slice(0, q_idx.shape[1]), 0, naive_scores(q_idx, k_idx, weights))])

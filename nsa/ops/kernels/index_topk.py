@@ -4,10 +4,16 @@ Scores of SLAB_BYTES at most exist at a time: those of a chunk of queries with a
 top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over the row
 collects these candidates. If they are fewer than k, or too many, all scores are candidates.
 
-Among the candidates the k-th largest is found by radix (MSD radix select): a score becomes an integer of the same
-order, and four counts find its bytes. What lies above is taken, in the order of the keys, and as many equal ones as are
-missing. So the result is exact, ties go to the lower key, and it is ascending. Nothing depends on a sort.
+A score becomes an integer of the same order. Candidates stay in registers while bisection looks for an integer that
+exactly k of them reach: about as many counts as their number has bits, and 32 at most, where many are equal. A whole
+row is read for each count; where the bound is one of many equal scores, one is enough. What lies above is taken, in the
+order of the keys, and as many equal ones as are missing. So the result is exact, ties go to the lower key, and it is
+ascending. Nothing depends on a sort.
+
+Chunks alternate between streams: while one selects, which is limited by memory, the other multiplies.
 """
+
+import functools
 
 import torch
 import triton
@@ -17,15 +23,15 @@ from torch import Tensor
 from nsa.ops.kernels.device_functions import load_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, tile_width, vector_of
 
-SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
+SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time, of all lanes
+LANES = 2  # chunks of queries at a time, each on a stream of its own
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
 SCORE_TILES = {2: (64, 128), 4: (32, 64)}
 SCORE_RUN = 2  # tiles of queries that it goes through
-SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` and `topk_kernel` loads at once
+SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` loads at once, one of `topk_kernel` half of them
 SAMPLE = 2048  # scores of the sample
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST = 64  # room for candidates at least
-MANY = 4096  # candidates in the room, from which on `topk_kernel` takes 16 warps
 FILL = 256  # entries that a program fills at once
 MANY_ROWS = (
     8 if INTERPRETED else 256
@@ -111,41 +117,44 @@ def begin_rows(Seen, Indices, row, num_rows, last, topk, FILL: tl.constexpr):
 
 
 @triton.jit
+def _integer(score):
+    """uint32 of the same order as the score, above 0; +0 and -0 are equal."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
+    return tl.maximum(tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000), 1)
+
+
+@triton.jit
 def _ordered(score, key, first, own, num_initial, num_local):
-    """uint32 of the same order as the score; +0 and -0 are equal. Forced tokens are above all others."""
-    score = tl.where(score == 0, 0.0, score)
-    bits = score.to(tl.uint32, bitcast=True)
-    bits = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    """`_integer` of the score of a key. Forced tokens are above all others."""
     forced = (key < first + num_initial) | (key > own - num_local)
-    return tl.where(forced, FORCED, bits)
+    return tl.where(forced, FORCED, _integer(score))
 
 
 @triton.jit
-def _next_byte(counts, threshold, missing):
-    """The byte of the k-th largest, appended to ``threshold``, from the number of values by byte (256,).
+def _reached(ordered, k, number):
+    """(an integer that at least k of the values reach, how many do): k if there is one, else it is the k-th largest.
 
-    At least ``missing`` values have it or a larger one, and fewer a larger one. These are no longer missing.
+    ``ordered``: ``number`` values of `_ordered`, at least k, and 0 where there is none.
     """
-    at_least = tl.sum(counts) - tl.cumsum(counts, 0) + counts  # [256]
-    byte = tl.sum((at_least >= missing).to(tl.int32)) - 1
-    missing -= tl.sum(tl.where(tl.arange(0, 256) > byte, counts, 0))
-    return (threshold << 8) | byte.to(tl.uint32), missing
+    low = tl.min(tl.where(ordered == 0, FORCED, ordered))
+    high = tl.max(tl.where(ordered == FORCED, 0, ordered)) + 1  # bisection need not cross the gap below FORCED
+    while (low < high) & (number > k):
+        middle = low + (high - low) // 2 + 1
+        count = tl.sum((ordered >= middle).to(tl.int32))
+        if count >= k:
+            low, number = middle, count
+        else:
+            high = middle - 1
+    return low, number
 
 
 @triton.jit
-def _counts(ordered, ok, threshold, step: tl.constexpr):
-    """How many of the values have each next byte (256,), among those that begin with ``threshold``."""
-    if step > 0:
-        ok = ok & ((ordered >> (32 - 8 * step)) == threshold)
-    return tl.histogram(((ordered >> (24 - 8 * step)) & 0xFF).to(tl.int32), 256, mask=ok)
-
-
-@triton.jit
-def _kth_of_block(ordered, ok, k):
-    """(the k-th largest of the values, how many equal to it are among the k largest)."""
-    threshold, missing = tl.full([], 0, tl.uint32), k
-    for step in tl.static_range(4):
-        threshold, missing = _next_byte(_counts(ordered, ok, threshold, step), threshold, missing)
+def _threshold(ordered, k, number):
+    """(an integer that the k largest reach, how many of those equal to it are among them, or -1 for all)."""
+    threshold, reached = _reached(ordered, k, number)
+    missing = -1
+    if reached > k:
+        missing = k - tl.sum((ordered > threshold).to(tl.int32))
     return threshold, missing
 
 
@@ -157,25 +166,39 @@ def _load_ordered(Scores, key, ok, first, own, num_initial, num_local):
 
 
 @triton.jit
-def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
-    """Store those of the keys that are selected; (taken, ties) with them counted."""
-    tie = ok & (ordered == threshold)
-    take = ok & ((ordered > threshold) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= missing)))
-    slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(Indices + slot, key, mask=take)
-    tl.store(Chosen + slot, score, mask=take)
-    return taken + tl.sum(take.to(tl.int32)), ties + tl.sum(tie.to(tl.int32))
+def _above(Scores, value, first, own, num_initial, num_local, BLOCK: tl.constexpr):
+    """How many of a row's visible keys have an `_ordered` above ``value``."""
+    count = tl.zeros([BLOCK], tl.int32)  # [BLOCK]
+    for start in tl.range(first, own + 1, BLOCK):
+        key = start + tl.arange(0, BLOCK)  # [BLOCK]
+        _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        count += ((key <= own) & (ordered > value)).to(tl.int32)
+    return tl.sum(count)
 
 
 @triton.jit
-def _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local,
-                     MOST: tl.constexpr):  # fmt: skip
-    """Store the top-k of the first ``found`` candidates, which are ascending."""
-    place = tl.arange(0, MOST)  # [MOST]
-    key = tl.load(Candidates + place, mask=place < found, other=0)  # [MOST]
-    score, ordered = _load_ordered(Scores, key, place < found, first, own, num_initial, num_local)
-    threshold, missing = _kth_of_block(ordered, place < found, topk)
-    _emit(Indices, Chosen, key, score, ordered, place < found, threshold, missing, 0, 0)
+def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
+    """Store those of the keys that are selected; (taken, ties) with them counted.
+
+    ``missing``: how many of those equal to the threshold are selected; below 0: all of them.
+    """
+    take = ok & (ordered >= threshold)
+    if missing >= 0:
+        tie = ok & (ordered == threshold)
+        take = take & ((ordered > threshold) | (ties + tl.cumsum(tie.to(tl.int32), 0) <= missing))
+        ties += tl.sum(tie.to(tl.int32))
+    slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(Indices + slot, key, mask=take)
+    tl.store(Chosen + slot, score, mask=take)
+    return taken + tl.sum(take.to(tl.int32)), ties
+
+
+@triton.jit
+def _load_candidates(Candidates, place, found, first, own, num_initial, num_local):
+    """(keys, scores, their `_ordered`, 0 where there is none) of the candidates at ``place``."""
+    candidate = tl.load(Candidates + place, mask=place < found, other=0)
+    key, score = (candidate >> 32).to(tl.int32), candidate.to(tl.uint32).to(tl.float32, bitcast=True)
+    return key, score, tl.where(place < found, _ordered(score, key, first, own, num_initial, num_local), 0)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
@@ -192,35 +215,52 @@ def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk
         _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
         share = topk * 1.0 / seen * SAMPLE
         wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
-        bound, _ties = _kth_of_block(ordered, key <= own, wanted)
+        bound, _number = _reached(ordered, wanted, tl.full([], SAMPLE, tl.int32))
         # The score itself again. FORCED becomes a NaN, which no score is below.
         bits = tl.where((bound >> 31) == 1, bound ^ 0x80000000, bound ^ 0xFFFFFFFF)
         tl.store(Bounds + batch * num_rows + row, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _packed(key, score):
+    """int64 of a candidate: its key above the bits of its score."""
+    return (key.to(tl.int64) << 32) | score.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _reaches(Scores, key, bound, start, size, first, own, num_initial, num_local):
+    """(score, whether it is a candidate) of ``size`` keys from ``start`` on."""
+    score = tl.load(Scores + key, mask=key <= own, other=0.0)
+    reaches = (score < bound) == 0
+    if (start < first + num_initial) | (start + size > own - num_local + 1):  # one of the row's ends
+        forced = (key < first + num_initial) | (key > own - num_local)
+        reaches = (key <= own) & (forced | reaches)
+    return score, reaches
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial,
                      num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr,
                      WRITE: tl.constexpr):  # fmt: skip
-    """Candidates (B, rows, MOST) int32: the keys that reach the bound, ascending. Found (B, rows, SPLITS): how many.
+    """Candidates (B, rows, MOST) int64: the keys that reach the bound, ascending, above the bits of their scores.
+
+    Found (B, rows, SPLITS): how many they are.
 
     A row has SPLITS programs, each with a part of it. If there are several, they first count, without WRITE, and then
     each begins behind what those before it found.
 
-    A row of Scores has ``row_vectors`` times VECTOR entries. The pass over it begins at a multiple of VECTOR and masks
-    by the row's end alone: so the compiler knows that it may load several scores at once, and a thread counts
-    neighbouring ones by itself. This kernel is apart from the others because their registers would leave room for one
-    or two programs of a multiprocessor.
+    Two halves of BLOCK scores share a scan. A thread loads single scores: those of a wider load would be neighbours,
+    while a store wants them apart, and between the two they would pass through shared memory.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row_size = row_vectors * VECTOR
-    Scores += (batch * num_rows + row) * row_size
+    Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     Candidates += (batch * num_rows + row) * MOST
     Found += (batch * num_rows + row) * SPLITS
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     if own - first + 1 > topk:
         found, bound = 0, tl.load(Bounds + batch * num_rows + row)
-        begin, end, split = first // VECTOR * VECTOR, own + 1, tl.program_id(2)
+        begin, end, split = first, own + 1, tl.program_id(2)
+        HALF: tl.constexpr = BLOCK // 2
         if SPLITS > 1:
             part = tl.cdiv(tl.cdiv(end - begin, BLOCK), SPLITS) * BLOCK
             begin += split * part
@@ -229,22 +269,27 @@ def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_
                 other = tl.arange(0, SPLITS)  # [SPLITS]
                 found += tl.sum(tl.load(Found + other, mask=other < split, other=0))
         for start in tl.range(begin, end, BLOCK):
-            key = start + tl.arange(0, BLOCK)  # [BLOCK]
-            score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
-            forced = (key < first + num_initial) | (key > own - num_local)  # [BLOCK]
-            reaches = (key >= first) & (key <= own) & (forced | ((score < bound) == 0))  # [BLOCK]
+            key = start + tl.arange(0, HALF)  # [HALF]
+            score, reaches = _reaches(Scores, key, bound, start, HALF, first, own, num_initial, num_local)
+            key2 = key + HALF  # [HALF]
+            score2, reaches2 = _reaches(Scores, key2, bound, start + HALF, HALF, first, own, num_initial, num_local)
+            both = reaches.to(tl.int32) + (reaches2.to(tl.int32) << 16)  # [HALF], one scan for two counts
+            total = tl.sum(both)
             if WRITE:
-                slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
-                tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
-            found += tl.sum(reaches.to(tl.int32))
+                count = tl.cumsum(both, 0)  # [HALF]
+                slot = found - 1 + (count & 0xFFFF)  # [HALF]
+                slot2 = found - 1 + (total & 0xFFFF) + (count >> 16)  # [HALF]
+                tl.store(Candidates + slot, _packed(key, score), mask=reaches & (slot < MOST))
+                tl.store(Candidates + slot2, _packed(key2, score2), mask=reaches2 & (slot2 < MOST))
+            found += (total & 0xFFFF) + (total >> 16)
         if (SPLITS == 1) | (not WRITE):
             tl.store(Found + split, found)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
-def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens, row_vectors, topk,
-                num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-                SPLITS: tl.constexpr):  # fmt: skip
+def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens,
+                row_vectors, topk, num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+                MOST: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
 
     Scores, Candidates and Found are those of `candidate_kernel`.
@@ -255,22 +300,38 @@ def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, 
     Indices += (batch * num_tokens + token0 + row) * topk
     Chosen += (batch * num_tokens + token0 + row) * topk
     # Of a query that sees at most k tokens all are taken: the threshold is below every score.
-    threshold, missing, found = tl.full([], 0, tl.uint32), topk, 0
-    if own - first + 1 > topk:
+    threshold, missing, found, seen = tl.full([], 0, tl.uint32), -1, 0, own - first + 1
+    if seen > topk:
         found = tl.sum(tl.load(Found + (batch * num_rows + row) * SPLITS + tl.arange(0, SPLITS)))
-        if (found < topk) | (found > MOST):  # the sample misled: search the whole row
-            for step in tl.static_range(4):
-                counts = tl.zeros([256], tl.int32)  # [256]
-                for start in tl.range(first, own + 1, BLOCK):
-                    key = start + tl.arange(0, BLOCK)  # [BLOCK]
-                    _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
-                    counts += _counts(ordered, key <= own, threshold, step)
-                threshold, missing = _next_byte(counts, threshold, missing)
+        if (found < topk) | (found > MOST):  # the sample misled: bisect the whole row
+            bound = tl.load(Bounds + batch * num_rows + row)
+            low, high, number = tl.full([], 1, tl.uint32), tl.full([], FORCED, tl.uint32), seen
+            if (found > MOST) & (bound == bound):
+                low, number = _integer(bound), found
+            middle = low + 1  # first, since a bound that too many reach is often equal to many
+            while (low < high) & (number > topk):
+                count = _above(Scores, middle - 1, first, own, num_initial, num_local, BLOCK)
+                if count >= topk:
+                    low, number = middle, count
+                else:
+                    high = middle - 1
+                middle = low + (high - low) // 2 + 1
+            threshold = low
+            if number > topk:
+                missing = topk - _above(Scores, low, first, own, num_initial, num_local, BLOCK)
+    taken, ties = 0, 0
     if (found >= topk) & (found <= MOST):
         Candidates += (batch * num_rows + row) * MOST
-        _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local, MOST)
+        all_places = tl.arange(0, MOST)  # [MOST]
+        _key, _score, values = _load_candidates(Candidates, all_places, found, first, own, num_initial, num_local)
+        threshold, missing = _threshold(values, topk, found)
+        # They are loaded again, since their keys and scores would take most registers meanwhile.
+        for start in tl.range(0, found, BLOCK):
+            place = start + tl.arange(0, BLOCK)  # [BLOCK]
+            key, score, ordered = _load_candidates(Candidates, place, found, first, own, num_initial, num_local)
+            ok = place < found  # [BLOCK]
+            taken, ties = _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties)
     else:
-        taken, ties = 0, 0
         for start in tl.range(first, own + 1, BLOCK):
             key = start + tl.arange(0, BLOCK)  # [BLOCK]
             score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
@@ -289,14 +350,14 @@ def short_row_kernel(Scores, Seen, Indices, Chosen, num_rows, size, topk, num_in
     key = tl.arange(0, WIDTH)  # [WIDTH]
     ok = (key >= first) & (key <= own)  # [WIDTH]
     score, ordered = _load_ordered(Scores + row * size, key, ok, first, own, num_initial, num_local)
-    threshold, missing = tl.full([], 0, tl.uint32), topk
+    threshold, missing = tl.full([], 0, tl.uint32), -1
     if own - first + 1 > topk:
-        threshold, missing = _kth_of_block(ordered, ok, topk)
+        threshold, missing = _threshold(tl.where(ok, ordered, 0), topk, own - first + 1)
     _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, 0, 0)
 
 
 def topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, topk: int, num_initial: int,
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, ahead: int, topk: int, num_initial: int,
     num_local: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices (B, T, topk) int32, ascending, then -1; their scores (B, T, topk) fp32, -inf for the padding.
@@ -304,7 +365,8 @@ def topk(
     Args:
         q_idx (B, T, Hi, Di), k_idx (B, S, Di): contiguous. weights: (B, T, Hi) fp32, contiguous.
         first, own: (T,) int32, the first and the last key that each query sees; nondecreasing. If it sees none, the
-            last is before the first. The others are those of `nsa.ops.index_topk`.
+            last is before the first. ahead: query t sees no key behind t + ``ahead``. The others are those of
+            `nsa.ops.index_topk`.
     """
     (batch, tokens, heads, width), keys = q_idx.shape, k_idx.shape[1]
     indices = q_idx.new_full((batch, tokens, topk), -1, dtype=torch.int32)
@@ -312,22 +374,43 @@ def topk(
     if not (indices.numel() and keys):
         return indices, chosen
     rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
+    lanes = min(LANES, rows) if rows < tokens else 1
+    rows //= lanes
     row_vectors = triton.cdiv(keys, VECTOR)
-    slab = q_idx.new_empty(batch, rows, row_vectors * VECTOR, dtype=torch.float32)
-    room = _room(topk, indices, batch * rows, 1)
+    slabs = q_idx.new_empty(lanes, batch, rows, row_vectors * VECTOR, dtype=torch.float32)
+    rooms = [_room(topk, indices, batch * rows, 1) for _ in slabs]
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
     queries, block, tiles = score_tiles(q_idx)
-    for token in range(0, tokens, rows):
-        here = min(rows, tokens - token)
-        score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries * tiles), batch](
-            q_idx, k_idx, weights, first, own, slab, token, here, tokens, keys, row_vectors, VECTOR, heads, width,
-            tile_width(width), queries, block, tiles, precision, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        _select(
-            slab, first, own, room, indices, chosen, token, here, tokens, row_vectors, topk, num_initial, num_local,
-            VECTOR,
-        )  # fmt: skip
+    streams = _streams(q_idx.device, lanes)
+    for side in streams[1:]:
+        side.wait_stream(streams[0])
+    for number, token in enumerate(range(0, tokens, rows)):
+        here, lane = min(rows, tokens - token), number % lanes
+        visible = min(keys, token + here + ahead)
+        with torch.cuda.stream(streams[lane] if streams else None):
+            score_kernel[triton.cdiv(visible, block), triton.cdiv(here, queries * tiles), batch](
+                q_idx, k_idx, weights, first, own, slabs[lane], token, here, tokens, keys, row_vectors, VECTOR, heads,
+                width, tile_width(width), queries, block, tiles, precision, num_warps=4, num_stages=3,
+            )  # fmt: skip
+            _select(
+                slabs[lane], first, own, rooms[lane], indices, chosen, token, here, tokens, row_vectors, topk,
+                num_initial, num_local, VECTOR,
+            )  # fmt: skip
+    for side in streams[1:]:
+        streams[0].wait_stream(side)
     return indices, chosen
+
+
+def _streams(device: torch.device, number: int) -> list[torch.cuda.Stream]:
+    """The current stream and others, for so many chunks at a time; none without a GPU."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_stream(device), *(_side_stream(device, side) for side in range(1, number))]
+
+
+@functools.cache
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def topk_decode(
@@ -384,9 +467,9 @@ def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
 
 
 def _room(topk: int, like: Tensor, rows: int, splits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds (rows,) fp32, candidates (rows, MOST) int32 and their number (rows, splits) int32."""
-    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
-    return like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, most), like.new_empty(rows, splits)
+    """Bounds (rows,) fp32, candidates (rows, MOST) int64 and their number (rows, splits) int32."""
+    candidates = like.new_empty(rows, max(SMALLEST, triton.next_power_of_2(2 * topk)), dtype=torch.int64)
+    return like.new_empty(rows, dtype=torch.float32), candidates, like.new_empty(rows, splits)
 
 
 def _select(
@@ -405,6 +488,6 @@ def _select(
             splits, write, num_warps=8,
         )  # fmt: skip
     topk_kernel[here, batch](
-        scores, first, own, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced, block,
-        candidates.shape[1], splits, num_warps=16 if candidates.shape[1] >= MANY else 8,
+        scores, first, own, bounds, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced,
+        block // 2, candidates.shape[1], splits, num_warps=8,
     )  # fmt: skip
