@@ -92,6 +92,42 @@ def test_topk_in_chunks_and_where_the_sample_misleads(
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
+def test_topk_in_fp8(dtype: torch.dtype) -> None:
+    """Whole numbers that e4m3 keeps, with rows of other scales, and of zeros: on Hopper fp8 is multiplied as such."""
+    documents, magnitude = ([90, 0, 130], torch.tensor([1.0, 4.0, 0.125, 0.0], device=DEVICE))
+    q, k, weights = indexer(1, sum(documents), heads=5, width=32)
+    q = (q.clamp(-3, 3) * magnitude[torch.arange(5) % 4, None]).to(dtype)
+    k = (k.clamp(-3, 3) * magnitude[torch.arange(sum(documents)) % 4, None]).to(dtype)
+    options = {"topk": 20, "num_local": 1, "cu_seqlens": packing(documents)}
+    found = ops.index_topk(q, k, weights, **options, fp8=True, backend="triton")
+    for expected in (ops.index_topk(q, k, weights, **options, fp8=x, backend="naive") for x in (True, False)):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    rough = [x + 0.01 * x.sin() for x in (q, k)]
+    both = [ops.index_topk(*rough, weights, **options, fp8=True, backend=b)[1] for b in ("triton", "naive")]
+    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_topk_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks on two streams, and more than two of them."""
+    inputs = [x.to(DEVICE) for x in indexer(1, 3000, heads=4, width=64, whole=False)]
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * 3000 * 1000)
+    expected = ops.index_topk(*inputs, topk=100)
+    assert all(torch.equal(a, b) for a, b in zip(ops.index_topk(*inputs, topk=100), expected, strict=True))
+    monkeypatch.setattr(index_topk, "LANES", 1)
+    assert all(torch.equal(a, b) for a, b in zip(ops.index_topk(*inputs, topk=100), expected, strict=True))
+    monkeypatch.setattr(index_topk, "LANES", 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.index_topk(*inputs, topk=100)
+    for x in found:
+        x.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@needs_kernels
 @pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
 def test_attention(batch, documents, heads, groups, width, v_width, slots, way: None) -> None:
     """Output, LSE and all gradients; lists with holes, and empty ones."""

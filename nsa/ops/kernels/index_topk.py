@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.device_functions import load_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, tile_width, vector_of
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, architecture, tile_width, vector_of
 
 SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time, of all lanes
 LANES = 2  # chunks of queries at a time, each on a stream of its own
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
-SCORE_TILES = {2: (64, 128), 4: (32, 64)}
+SCORE_TILES = {1: (64, 128), 2: (64, 128), 4: (32, 64)}
 SCORE_RUN = 2  # tiles of queries that it goes through
 SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` loads at once, one of `topk_kernel` half of them
 SAMPLE = 2048  # scores of the sample
@@ -42,12 +42,14 @@ FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of ev
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors"])
 def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_keys, row_vectors,
                  VECTOR: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
-                 BN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, KScale=None):  # fmt: skip
     """Scores (B, rows, row) fp32 of queries ``token0 .. token0 + num_rows - 1`` with the keys that some of them sees.
 
-    Q (B, T, Hi, Di); K (B, S, Di); W (B, T, Hi) fp32; First, Own (T,) int32: the first and the last visible key. A row
-    of Scores has ``row_vectors`` times VECTOR entries. A program holds BN keys and goes through TILES tiles of BM
-    queries, in one loop over tiles and heads, so that the next queries are loaded while these are multiplied.
+    Q (B, T, Hi, Di); K (B, S, Di); W (B, T, Hi) fp32; First, Own (T,) int32: the first and the last visible key; KScale
+    (B, S) fp32: a factor of a key's scores, or None. A row of Scores has ``row_vectors`` times VECTOR entries.
+
+    A program holds BN keys and goes through TILES tiles of BM queries, in one loop over tiles and heads, so that the
+    next queries are loaded while these are multiplied.
     """
     batch = tl.program_id(2).to(tl.int64)
     key0 = tl.program_id(0) * BN
@@ -75,6 +77,8 @@ def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_
             s = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
             total += tl.maximum(s, 0.0) * weight[:, None]
             if head == HEADS - 1:
+                if KScale is not None:
+                    total *= tl.load(KScale + batch * num_keys + key, mask=key < num_keys, other=0.0)[None, :]
                 at = (batch * num_rows + row)[:, None] * row_size + key[None, :]
                 tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < row_size))
                 total = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
@@ -353,12 +357,13 @@ def short_row_kernel(Scores, Seen, Indices, Chosen, num_rows, size, topk, num_in
     threshold, missing = tl.full([], 0, tl.uint32), -1
     if own - first + 1 > topk:
         threshold, missing = _threshold(tl.where(ok, ordered, 0), topk, own - first + 1)
-    _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, 0, 0)
+    none = tl.full([], 0, tl.int32)
+    _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, none, none)
 
 
 def topk(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, ahead: int, topk: int, num_initial: int,
-    num_local: int,
+    num_local: int, k_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices (B, T, topk) int32, ascending, then -1; their scores (B, T, topk) fp32, -inf for the padding.
 
@@ -366,7 +371,7 @@ def topk(
         q_idx (B, T, Hi, Di), k_idx (B, S, Di): contiguous. weights: (B, T, Hi) fp32, contiguous.
         first, own: (T,) int32, the first and the last key that each query sees; nondecreasing. If it sees none, the
             last is before the first. ahead: query t sees no key behind t + ``ahead``. The others are those of
-            `nsa.ops.index_topk`.
+            `nsa.ops.index_topk`. k_scale: (B, S) fp32, factors of the keys' scores.
     """
     (batch, tokens, heads, width), keys = q_idx.shape, k_idx.shape[1]
     indices = q_idx.new_full((batch, tokens, topk), -1, dtype=torch.int32)
@@ -390,7 +395,7 @@ def topk(
         with torch.cuda.stream(streams[lane] if streams else None):
             score_kernel[triton.cdiv(visible, block), triton.cdiv(here, queries * tiles), batch](
                 q_idx, k_idx, weights, first, own, slabs[lane], token, here, tokens, keys, row_vectors, VECTOR, heads,
-                width, tile_width(width), queries, block, tiles, precision, num_warps=4, num_stages=3,
+                width, tile_width(width), queries, block, tiles, precision, k_scale, num_warps=4, num_stages=3,
             )  # fmt: skip
             _select(
                 slabs[lane], first, own, rooms[lane], indices, chosen, token, here, tokens, row_vectors, topk,
@@ -399,6 +404,11 @@ def topk(
     for side in streams[1:]:
         streams[0].wait_stream(side)
     return indices, chosen
+
+
+def multiplies_fp8(q_idx: Tensor) -> bool:
+    """Whether `topk` takes such index queries in fp8 (e4m3): on Hopper, from 16 bits, of rows that fill a product."""
+    return architecture() == "sm_90" and q_idx.element_size() == 2 and q_idx.shape[3] % 32 == 0
 
 
 def _streams(device: torch.device, number: int) -> list[torch.cuda.Stream]:
