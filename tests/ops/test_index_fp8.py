@@ -29,12 +29,16 @@ def by_hand(row: list[float]) -> list[float]:
 
 
 def rows(dtype: torch.dtype) -> Tensor:
-    """Of many magnitudes; one of zeros, one of tiny values, one whose largest is 448, and one just above."""
+    """Of many magnitudes; one of zeros, one of tiny values, one whose largest is 448, and one just above.
+
+    With the largest at 448 the scale decides what the smallest values become.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, 16, generator=generator) * 2.0 ** torch.arange(-12, 12)[:, None]
-    x[0], x[1] = 0, 1e-6
+    x[0], x[1] = 0, 1e-9 * torch.arange(16)
     x[2, 0], x[3, 0] = 448, 450
     x[2:4, 1:] /= x[2:4, 1:].abs().max()
+    x[2:4, 1:8] = 2**-9 * torch.arange(1, 8)
     return x.to(dtype)
 
 
