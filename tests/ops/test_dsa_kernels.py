@@ -66,11 +66,11 @@ def test_topk(documents: list[int], topk: int, forced: tuple[int, int], order: s
 def test_topk_in_chunks_and_where_the_sample_misleads(
     scores: str, forced: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of few queries. "sampled": only the sampled tokens have high scores, so fewer than k reach the bound.
+    """Chunks of three queries. "sampled": only the sampled tokens have high scores, so fewer than k reach the bound.
     "unsampled": all others have, so more reach it than there is room for, and in "equal" and "plateau" many are equal.
     "negative": the heads' weights are."""
     count, topk, sample = 200, 16, 32
-    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 5)
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * (4 * count + 8 * 2 * topk))
     monkeypatch.setattr(index_topk, "SMALLEST", 8)
     monkeypatch.setattr(index_topk, "SAMPLE", sample)
     value = torch.zeros(count) if scores == "equal" else torch.arange(count).float()
@@ -106,6 +106,24 @@ def test_topk_in_fp8(dtype: torch.dtype) -> None:
     rough = [x + 0.01 * x.sin() for x in (q, k)]
     both = [ops.index_topk(*rough, weights, **options, fp8=True, backend=b)[1] for b in ("triton", "naive")]
     torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_topk_of_chunks_in_two_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five chunks of one tile of queries, two of them at a time, whose last is not full."""
+    tile, topk = index_topk.score_tiles(torch.empty(0, dtype=torch.float32))[0], 7
+    count = 5 * tile - 3
+    monkeypatch.setattr(index_topk, "SMALLEST", 16)
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * tile * (4 * (count + 8) + 8 * 16) - 1)
+    calls, one = [], index_topk._select
+    monkeypatch.setattr(
+        index_topk, "_select", lambda *args: [calls.append((args[0].data_ptr(), args[6:8])), one(*args)]
+    )
+    inputs = indexer(1, count, heads=2)
+    found, expected = (ops.index_topk(*inputs, topk=topk, backend=b) for b in ("triton", "naive"))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert [where for _, where in calls] == [(i * tile, tile - 3 * (i == 4)) for i in range(5)]
+    assert calls[0][0] == calls[2][0] != calls[1][0] == calls[3][0]
 
 
 @pytest.mark.gpu

@@ -212,7 +212,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
         super().__init__(
             projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
         )
-        self.rope_theta = rope_theta
+        self.rope_theta, self.index_fp8 = rope_theta, index_fp8
         self.indexer: LightningIndexer | None = None
         self.share = IndexShare(kl_weight) if share is None else share
         sizes = {"topk": topk, "num_initial": num_initial, "num_local": num_local, "fp8": index_fp8}
@@ -263,7 +263,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
             k_idx = (index_keys,)
         q, rows, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, k_idx, weights)
         if isinstance(cache, IndexedCache):
-            if self.attend.choose.sizes["fp8"]:  # here, so that no step rounds all of them again
+            if self.index_fp8:  # here, so that no step rounds all of them again
                 k_idx = tuple(rounded_to_fp8(x) for x in k_idx)
             rows, k_idx = cache.append(rows, k_idx)
         elif cache is not None:

@@ -1,8 +1,8 @@
 """DSA's lightning indexer: index scores, and the exact top-k of each query.
 
-Scores of SLAB_BYTES at most exist at a time: those of a chunk of queries with all keys. A program then selects the
-top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over the row
-collects these candidates. If they are fewer than k, or too many, all scores are candidates.
+Scores and candidates of SLAB_BYTES exist at a time: those of a few chunks of queries with all keys. A program then
+selects the top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over
+the row collects these candidates. If they are fewer than k, or too many, all scores are candidates.
 
 A score becomes an integer of the same order. Candidates stay in registers while bisection looks for an integer that
 exactly k of them reach: about as many counts as their number has bits, and 32 at most, where many are equal. A whole
@@ -23,7 +23,7 @@ from torch import Tensor
 from nsa.ops.kernels.device_functions import load_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, architecture, tile_width, vector_of
 
-SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time, of all lanes
+SLAB_BYTES = 27 * 2**23  # of fp32 scores and of candidates at a time, of all lanes
 LANES = 2  # chunks of queries at a time, each on a stream of its own
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
 SCORE_TILES = {1: (64, 128), 2: (64, 128), 4: (32, 64)}
@@ -378,14 +378,15 @@ def topk(
     chosen = q_idx.new_full((batch, tokens, topk), -torch.inf, dtype=torch.float32)
     if not (indices.numel() and keys):
         return indices, chosen
-    rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
-    lanes = min(LANES, rows) if rows < tokens else 1
-    rows //= lanes
-    row_vectors = triton.cdiv(keys, VECTOR)
+    row_vectors, (queries, block, tiles) = triton.cdiv(keys, VECTOR), score_tiles(q_idx)
+    rows = max(1, min(tokens, SLAB_BYTES // (batch * (4 * row_vectors * VECTOR + 8 * _most(topk)))))
+    lanes = 1
+    if queries < rows < tokens:
+        lanes = min(LANES, rows // queries)
+        rows = rows // lanes // queries * queries  # whole tiles
     slabs = q_idx.new_empty(lanes, batch, rows, row_vectors * VECTOR, dtype=torch.float32)
     rooms = [_room(topk, indices, batch * rows, 1) for _ in slabs]
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
-    queries, block, tiles = score_tiles(q_idx)
     streams = _streams(q_idx.device, lanes)
     for side in streams[1:]:
         side.wait_stream(streams[0])
@@ -478,8 +479,13 @@ def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
 
 def _room(topk: int, like: Tensor, rows: int, splits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Bounds (rows,) fp32, candidates (rows, MOST) int64 and their number (rows, splits) int32."""
-    candidates = like.new_empty(rows, max(SMALLEST, triton.next_power_of_2(2 * topk)), dtype=torch.int64)
+    candidates = like.new_empty(rows, _most(topk), dtype=torch.int64)
     return like.new_empty(rows, dtype=torch.float32), candidates, like.new_empty(rows, splits)
+
+
+def _most(topk: int) -> int:
+    """Candidates of a query that there is room for."""
+    return max(SMALLEST, triton.next_power_of_2(2 * topk))
 
 
 def _select(
