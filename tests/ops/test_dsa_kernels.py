@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention
 from nsa.ops.geometry import KnownLengths, RotaryLayout, tell_lengths
+from nsa.ops.index_topk.fp8 import rounded_to_fp8, to_fp8
 from nsa.ops.kernels import dsa_operators, index_topk, indexer_kl_dense, token_tiles, tokens
 from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
@@ -71,7 +72,7 @@ def test_topk_in_chunks_and_where_the_sample_misleads(
     "negative": the heads' weights are."""
     count, topk, sample = 200, 16, 32
     monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * (4 * count + 8 * 2 * topk))
-    monkeypatch.setattr(index_topk, "SMALLEST", 8)
+    monkeypatch.setattr(index_topk, "SMALLEST_ROOM", 8)
     monkeypatch.setattr(index_topk, "SAMPLE", sample)
     value = torch.zeros(count) if scores == "equal" else torch.arange(count).float()
     if scores == "plateau":
@@ -91,11 +92,37 @@ def test_topk_in_chunks_and_where_the_sample_misleads(
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter rows are divided by their scales as on Hopper, but not rounded: it rounds to fp8 otherwise."""
+    if INTERPRETED:
+        monkeypatch.setattr(index_topk, "FP8", torch.float32)
+        monkeypatch.setattr(index_topk, "multiplies_fp8", lambda q_idx: True)
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no e4m3")
+def test_rows_in_fp8(multiplied: None) -> None:
+    """Some tokens of two sequences; a row of zeros, a tiny one, one whose largest is 448, and one just above."""
+    x = normal(2, 7, 3, 24).detach() * 2.0 ** torch.arange(-10, 11, device=DEVICE).view(7, 3, 1)
+    for (place, head), value in {(2, 0): 0.0, (2, 1): 1e-9, (3, 0): 448.0, (3, 1): 450.0}.items():
+        x[:, place, head] = value
+    weights = normal(2, 7, 3, seed=1).detach()
+    values, scales = index_topk._in_fp8(x, weights, 2, 4, 6)
+    expected, scale = to_fp8(x[:, 2:6])
+    assert torch.equal(scales[:, :4], scale * weights[:, 2:6])
+    if INTERPRETED:
+        assert torch.equal(values[:, :4], x[:, 2:6] / scale[..., None])
+    else:
+        assert torch.equal(values[:, :4].float(), expected.float())
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
-def test_topk_in_fp8(dtype: torch.dtype) -> None:
+def test_topk_in_fp8(dtype: torch.dtype, multiplied: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole numbers that e4m3 keeps, with rows of other scales, and of zeros: on Hopper fp8 is multiplied as such."""
     documents, magnitude = ([90, 0, 130], torch.tensor([1.0, 4.0, 0.125, 0.0], device=DEVICE))
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 100 * (4 * 224 + 8 * 64))
     q, k, weights = indexer(1, sum(documents), heads=5, width=32)
     q = (q.clamp(-3, 3) * magnitude[torch.arange(5) % 4, None]).to(dtype)
     k = (k.clamp(-3, 3) * magnitude[torch.arange(sum(documents)) % 4, None]).to(dtype)
@@ -103,7 +130,7 @@ def test_topk_in_fp8(dtype: torch.dtype) -> None:
     found = ops.index_topk(q, k, weights, **options, fp8=True, backend="triton")
     for expected in (ops.index_topk(q, k, weights, **options, fp8=x, backend="naive") for x in (True, False)):
         assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    rough = [x + 0.01 * x.sin() for x in (q, k)]
+    rough = [rounded_to_fp8(x + 0.01 * x.sin()) for x in (q, k)]
     both = [ops.index_topk(*rough, weights, **options, fp8=True, backend=b)[1] for b in ("triton", "naive")]
     torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
 
@@ -113,7 +140,7 @@ def test_topk_of_chunks_in_two_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five chunks of one tile of queries, two of them at a time, whose last is not full."""
     tile, topk = index_topk.score_tiles(torch.empty(0, dtype=torch.float32))[0], 7
     count = 5 * tile - 3
-    monkeypatch.setattr(index_topk, "SMALLEST", 16)
+    monkeypatch.setattr(index_topk, "SMALLEST_ROOM", 16)
     monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * tile * (4 * (count + 8) + 8 * 16) - 1)
     calls, one = [], index_topk._select
     monkeypatch.setattr(

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.device_functions import load_rows
+from nsa.ops.index_topk.fp8 import LARGEST, SMALLEST
+from nsa.ops.kernels.device_functions import load_rows, store_rows
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, architecture, tile_width, vector_of
 
 SLAB_BYTES = 27 * 2**23  # of fp32 scores and of candidates at a time, of all lanes
@@ -31,11 +32,13 @@ SCORE_RUN = 2  # tiles of queries that it goes through
 SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` loads at once, one of `topk_kernel` half of them
 SAMPLE = 2048  # scores of the sample
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
-SMALLEST = 64  # room for candidates at least
+SMALLEST_ROOM = 64  # for candidates
 FILL = 256  # entries that a program fills at once
 MANY_ROWS = (
     8 if INTERPRETED else 256
 )  # from which on a program takes a whole row, if it has at most SELECT_BLOCK scores
+LARGEST_FP8, SMALLEST_ROW = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
+FP8, FP8_ROWS = torch.float8_e4m3fn, 16  # rows that a program of `fp8_kernel` rounds
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
 
@@ -82,6 +85,30 @@ def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_
                 at = (batch * num_rows + row)[:, None] * row_size + key[None, :]
                 tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < row_size))
                 total = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0"])
+def fp8_kernel(X, W, Values, Scales, token0, num_rows, num_tokens, num_slots, HEADS: tl.constexpr, D: tl.constexpr,
+               D1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """Values (B, num_slots, HEADS, D) e4m3 and Scales (B, num_slots, HEADS) fp32 of the rows of ``num_rows`` tokens.
+
+    They are those of `nsa.ops.index_topk.fp8.to_fp8`. The tokens are those of X (B, T, HEADS, D) from ``token0`` on.
+    W (B, T, HEADS) fp32: factors of the scales, or None.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    ok, column = row < num_rows * HEADS, tl.arange(0, D1)
+    from_row, to_row = (batch * num_tokens + token0) * HEADS + row, batch * num_slots * HEADS + row  # [BM]
+    x = load_rows(X, from_row, ok, column, D).to(tl.float32)  # [BM, D1]
+    share = tl.math.div_rn(tl.maximum(tl.max(tl.abs(x), 1), SMALLEST_ROW), LARGEST_FP8)  # [BM]
+    # Of the next power of two, with its bias: a mantissa that is not 0 carries into it.
+    exponent = (share.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23  # [BM]
+    scale = (exponent << 23).to(tl.float32, bitcast=True)  # [BM]
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # [BM]
+    store_rows(Values, to_row, ok, column, D, x * inverse[:, None])
+    if W is not None:
+        scale *= tl.load(W + from_row, mask=ok, other=0.0)
+    tl.store(Scales + to_row, scale, mask=ok)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk"])
@@ -363,7 +390,7 @@ def short_row_kernel(Scores, Seen, Indices, Chosen, num_rows, size, topk, num_in
 
 def topk(
     q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, ahead: int, topk: int, num_initial: int,
-    num_local: int, k_scale: Tensor | None = None,
+    num_local: int, fp8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices (B, T, topk) int32, ascending, then -1; their scores (B, T, topk) fp32, -inf for the padding.
 
@@ -371,14 +398,17 @@ def topk(
         q_idx (B, T, Hi, Di), k_idx (B, S, Di): contiguous. weights: (B, T, Hi) fp32, contiguous.
         first, own: (T,) int32, the first and the last key that each query sees; nondecreasing. If it sees none, the
             last is before the first. ahead: query t sees no key behind t + ``ahead``. The others are those of
-            `nsa.ops.index_topk`. k_scale: (B, S) fp32, factors of the keys' scores.
+            `nsa.ops.index_topk`. fp8: whether to multiply in fp8, where `multiplies_fp8`.
     """
     (batch, tokens, heads, width), keys = q_idx.shape, k_idx.shape[1]
     indices = q_idx.new_full((batch, tokens, topk), -1, dtype=torch.int32)
     chosen = q_idx.new_full((batch, tokens, topk), -torch.inf, dtype=torch.float32)
     if not (indices.numel() and keys):
         return indices, chosen
-    row_vectors, (queries, block, tiles) = triton.cdiv(keys, VECTOR), score_tiles(q_idx)
+    row_vectors, k_scale = triton.cdiv(keys, VECTOR), None
+    if fp8:
+        k_idx, k_scale = _in_fp8(k_idx[:, :, None], None, 0, keys, keys)
+    queries, block, tiles = score_tiles(k_idx)
     rows = max(1, min(tokens, SLAB_BYTES // (batch * (4 * row_vectors * VECTOR + 8 * _most(topk)))))
     lanes = 1
     if queries < rows < tokens:
@@ -394,9 +424,13 @@ def topk(
         here, lane = min(rows, tokens - token), number % lanes
         visible = min(keys, token + here + ahead)
         with torch.cuda.stream(streams[lane] if streams else None):
+            scored = q_idx, k_idx, weights, first, own, slabs[lane], token, here, tokens
+            if fp8:
+                q8, w8 = _in_fp8(q_idx, weights, token, here, rows)
+                scored = q8, k_idx, w8, first[token:], own[token:], slabs[lane], 0, here, rows
             score_kernel[triton.cdiv(visible, block), triton.cdiv(here, queries * tiles), batch](
-                q_idx, k_idx, weights, first, own, slabs[lane], token, here, tokens, keys, row_vectors, VECTOR, heads,
-                width, tile_width(width), queries, block, tiles, precision, k_scale, num_warps=4, num_stages=3,
+                *scored, keys, row_vectors, VECTOR, heads, width, tile_width(width), queries, block, tiles, precision,
+                k_scale, num_warps=4, num_stages=3,
             )  # fmt: skip
             _select(
                 slabs[lane], first, own, rooms[lane], indices, chosen, token, here, tokens, row_vectors, topk,
@@ -409,7 +443,22 @@ def topk(
 
 def multiplies_fp8(q_idx: Tensor) -> bool:
     """Whether `topk` takes such index queries in fp8 (e4m3): on Hopper, from 16 bits, of rows that fill a product."""
-    return architecture() == "sm_90" and q_idx.element_size() == 2 and q_idx.shape[3] % 32 == 0
+    return q_idx.is_cuda and architecture() == "sm_90" and q_idx.element_size() == 2 and q_idx.shape[3] % 32 == 0
+
+
+def _in_fp8(x: Tensor, weights: Tensor | None, token: int, number: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Values (B, slots, H, D) and scales (B, slots, H) of ``number`` tokens of x (B, T, H, D) from ``token`` on.
+
+    ``weights`` (B, T, H) fp32, contiguous as x is: factors of the scales.
+    """
+    batch, tokens, heads, width = x.shape
+    values = x.new_empty(batch, slots, heads, width, dtype=FP8)
+    scales = x.new_empty(batch, slots, heads, dtype=torch.float32)
+    fp8_kernel[triton.cdiv(number * heads, FP8_ROWS), batch](
+        x, weights, values, scales, token, number, tokens, slots, heads, width, tile_width(width), FP8_ROWS,
+        num_warps=4,
+    )  # fmt: skip
+    return values, scales
 
 
 def _streams(device: torch.device, number: int) -> list[torch.cuda.Stream]:
@@ -485,7 +534,7 @@ def _room(topk: int, like: Tensor, rows: int, splits: int) -> tuple[Tensor, Tens
 
 def _most(topk: int) -> int:
     """Candidates of a query that there is room for."""
-    return max(SMALLEST, triton.next_power_of_2(2 * topk))
+    return max(SMALLEST_ROOM, triton.next_power_of_2(2 * topk))
 
 
 def _select(
