@@ -73,11 +73,11 @@ def test_topk_in_chunks_and_where_the_sample_misleads(
     count, topk, sample = 200, 16, 32
     monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * (4 * count + 8 * 2 * topk))
     monkeypatch.setattr(index_topk, "SMALLEST_ROOM", 8)
-    monkeypatch.setattr(index_topk, "SAMPLE", sample)
+    monkeypatch.setattr(index_topk, "SAMPLES", (sample, sample))
     value = torch.zeros(count) if scores == "equal" else torch.arange(count).float()
     if scores == "plateau":
         value = (value % 20).relu_() * (value > 100)
-    sampled = torch.arange(sample) * (count - 2) // sample  # of the third of the five queries
+    sampled = torch.arange(sample) // 2 * (count - 2) // (sample // 2) + torch.arange(sample) % 2  # by the third query
     if scores == "sampled":
         value[sampled] += 1000
     elif scores == "unsampled":

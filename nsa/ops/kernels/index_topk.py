@@ -30,7 +30,8 @@ LANES = 2  # chunks of queries at a time, each on a stream of its own
 SCORE_TILES = {1: (64, 128), 2: (64, 128), 4: (32, 64)}
 SCORE_RUN = 2  # tiles of queries that it goes through
 SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` loads at once, one of `topk_kernel` half of them
-SAMPLE = 2048  # scores of the sample
+SAMPLES = (2048, 16384)  # scores of a sample, at least and at most
+KEYS_PER_SAMPLE = 16  # for each score of a sample, in between
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST_ROOM = 64  # for candidates
 FILL = 256  # entries that a program fills at once
@@ -235,18 +236,23 @@ def _load_candidates(Candidates, place, found, first, own, num_initial, num_loca
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk, num_initial, num_local,
                  VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
-    """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it."""
+    """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it.
+
+    A sample is of pairs of neighbours, which come from memory together. Where the two are alike, it is worth half.
+    """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     seen = own - first + 1
     if seen > topk:
         place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
-        key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
+        key = first + (place // 2 * seen // (SAMPLE // 2) + place % 2).to(tl.int32)  # [SAMPLE]
         _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        ordered = tl.where(key <= own, ordered, 0)
+        there = tl.sum((key <= own).to(tl.int32))
         share = topk * 1.0 / seen * SAMPLE
-        wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
-        bound, _number = _reached(ordered, wanted, tl.full([], SAMPLE, tl.int32))
+        wanted = tl.minimum((share + 4 * tl.sqrt(2 * share)).to(tl.int32) + 1, there)
+        bound, _number = _reached(ordered, wanted, there)
         # The score itself again. FORCED becomes a NaN, which no score is below.
         bits = tl.where((bound >> 31) == 1, bound ^ 0x80000000, bound ^ 0xFFFFFFFF)
         tl.store(Bounds + batch * num_rows + row, bits.to(tl.float32, bitcast=True))
@@ -513,6 +519,11 @@ def choose_rows(
     )  # fmt: skip
 
 
+def sample_of(size: int) -> int:
+    """Scores of the sample of a row: a power of two."""
+    return min(max(SAMPLES[0], triton.next_power_of_2(size) // KEYS_PER_SAMPLE), SAMPLES[1])
+
+
 def splits_of(rows: int, size: int) -> int:
     """Programs that look for the candidates of a row, so that few long rows keep a GPU busy. A power of two."""
     if INTERPRETED:
@@ -544,7 +555,7 @@ def _select(
     """The three kernels, of the ``here`` queries from ``token`` on; ``scores`` (B, here, S) are theirs."""
     batch, (bounds, candidates, found) = len(scores), room
     splits = found.shape[1]
-    block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
+    block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, sample_of(row_vectors * vector))
     where, forced = (token, here), (topk, num_initial, num_local, vector)
     bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, num_warps=8)
     for write in (False, True) if splits > 1 else (True,):
