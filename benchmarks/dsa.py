@@ -3,8 +3,10 @@
     python benchmarks/dsa.py [--tokens 32768 65536] [--out FILE]
 
 bf16, batch 1, top-k 2048, one document; the median of eager calls with the L2 cache flushed. `extra_mib`: memory beyond
-the result. `tflops`: of the scores that are computed. The attention is that of `--heads` with four KV heads of width
-128. Its time depends on how much the lists of neighbouring queries share, so it is timed on the three kinds of LISTS.
+the result. `tflops`: of the scores that are computed. `fp8_ms`: with index queries and keys in fp8, rounding them
+included. `fp8_recall`, on each of LISTS: the share of the tokens that bf16 selects which fp8 selects, too, of queries
+that see more than k. The attention is that of `--heads` with four KV heads of width 128. Its time depends on how much
+the lists of neighbouring queries share, so it is timed on the three kinds of LISTS.
 `union_over_topk`: how many tokens eight neighbouring queries list together, on average, over 2048: 1 if they list the
 same tokens, 8 if none twice. `dense_over_ours`: time of causal attention by cuDNN over the attention's, for the forward
 pass, the backward pass and both; the indexer is not in it. `with_loss_ms`: the backward pass in which the indexer, of
@@ -77,6 +79,25 @@ def union_over_topk(lists: Tensor, tokens: int, neighbours: int = NEIGHBOURS, at
     return total / max(1, batch * groups * slots)
 
 
+def share_found(found: Tensor, wanted: Tensor, at_once: int = 1024) -> float:
+    """The share of the tokens in ``wanted`` (B, T, k), without -1, that the lists in ``found`` have; both ascending."""
+    common = 0
+    for ours, theirs in zip(found.split(at_once, 1), wanted.split(at_once, 1), strict=True):
+        place = torch.searchsorted(ours.contiguous(), theirs.contiguous()).clamp_max(ours.shape[2] - 1)
+        common += int((ours.gather(2, place) == theirs).sum())
+    return common / wanted.numel()
+
+
+def fp8_recall(tokens: int) -> dict[str, float]:
+    """By kind of LISTS."""
+    recall = {}
+    for name, kind in LISTS.items():
+        inputs = indexer(tokens, *kind)
+        found, wanted = (ops.index_topk(*inputs, topk=TOPK, fp8=fp8)[0][:, TOPK:] for fp8 in (True, False))
+        recall[name] = share_found(found, wanted)
+    return recall
+
+
 def row_of_topk(heads: int, tokens: int) -> dict[str, object]:
     inputs = normal(1, tokens, heads, WIDTH), normal(1, tokens, WIDTH), torch.rand(1, tokens, heads, device="cuda")
     ops.index_topk(*inputs, topk=TOPK)
@@ -85,9 +106,10 @@ def row_of_topk(heads: int, tokens: int) -> dict[str, object]:
     found = ops.index_topk(*inputs, topk=TOPK)
     extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in found)
     del found
-    ms = called_ms(lambda: ops.index_topk(*inputs, topk=TOPK))
+    ms, fp8_ms = (called_ms(lambda fp8=fp8: ops.index_topk(*inputs, topk=TOPK, fp8=fp8)) for fp8 in (False, True))
     flops = 2 * heads * WIDTH * tokens * (tokens + 1) / 2
-    return {"heads": heads, "tokens": tokens, "ms": ms, "tflops": flops / ms / 1e9, "extra_mib": extra / 2**20}
+    row = {"heads": heads, "tokens": tokens, "ms": ms, "tflops": flops / ms / 1e9, "extra_mib": extra / 2**20}
+    return row | {"fp8_ms": fp8_ms, "fp8_tflops": flops / fp8_ms / 1e9, "fp8_recall": fp8_recall(tokens)}
 
 
 def rows_of_attention(heads: int, tokens: int) -> list[dict[str, Any]]:

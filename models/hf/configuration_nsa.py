@@ -28,6 +28,7 @@ class NSAConfig(PreTrainedConfig):
         index_rotary_dims, index_rotary_place, index_rotary_pairs: how many dims of an index head are rotated; whether
             these are its "first" or "last"; whether their pairs are "half-split", (i, i + half), or "interleaved",
             (2i, 2i + 1).
+        index_fp8: whether index queries and keys are rounded to fp8 (e4m3), with a scale for each head and key.
         index_phase: "sparse"; "warm-up": the indexer was being trained, and queries attend to all tokens.
         index_share_layers, index_share_from: DSA layers in a group, of which the first has the indexer and the others
             attend to the tokens that it chooses; DSA layers before the first group, each with an indexer of its own.
@@ -91,6 +92,7 @@ class NSAConfig(PreTrainedConfig):
         index_rotary_dims: int = 64,
         index_rotary_place: str = "first",
         index_rotary_pairs: str = "half-split",
+        index_fp8: bool = False,
         index_phase: str = "sparse",
         index_share_layers: int = 1,
         index_share_from: int = 0,
@@ -160,6 +162,7 @@ class NSAConfig(PreTrainedConfig):
         self.index_rotary_dims = index_rotary_dims
         self.index_rotary_place = index_rotary_place
         self.index_rotary_pairs = index_rotary_pairs
+        self.index_fp8 = index_fp8
         self.index_phase = index_phase
         self.index_share_layers = index_share_layers
         self.index_share_from = index_share_from

@@ -42,6 +42,8 @@ class LightningIndexer(nn.Module):
         rotary = rotary_tables(c, step.slots, c.index_rotary_dims)
         q = self.rotate(self.query(asking).unflatten(-1, (c.index_heads, -1)), rotary)
         k = self.rotate(self.key_norm(self.key(x)).unsqueeze(2), rotary)
+        if c.index_fp8:
+            q, k = rounded_to_fp8(q), rounded_to_fp8(k)
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = self.head_weight(x).to(dtype) * (c.index_heads * c.index_head_dim) ** -0.5
         spans = None if cache is None else cache.layers[self.number]
@@ -84,6 +86,14 @@ def index_scores(q: Tensor, keys: Tensor, weights: Tensor) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):  # rounded, others would be chosen
         products = torch.einsum("bcie,bse->bcis", q.to(weights.dtype), keys.to(weights.dtype))
         return torch.einsum("bci,bcis->bcs", weights, products.relu())
+
+
+def rounded_to_fp8(x: Tensor) -> Tensor:
+    """x (.., E) as fp8 (e4m3) keeps it, whose largest value is 448, with a scale for each row: a power of two."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mantissa, exponent = torch.frexp(wide.abs().amax(-1, keepdim=True).clamp_min(1e-4) / 448)
+    scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return ((wide / scale).to(torch.float8_e4m3fn).to(wide.dtype) * scale).to(x.dtype)
 
 
 def highest(scores: Tensor, visible: Tensor, number: int) -> Tensor:

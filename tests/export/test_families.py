@@ -110,6 +110,7 @@ UNLIKE = [
     ({"indexer": {"index_rotary_dims": 4}}, "no attention.dsa.index_rotary_dims 4"),
     ({"indexer": {"index_rotary_place": "last"}}, "no attention.dsa.index_rotary_place last"),
     ({"indexer": {"index_rotary_pairs": "interleaved"}}, "no attention.dsa.index_rotary_pairs interleaved"),
+    ({"indexer": {"index_fp8": True}}, "no attention.dsa.index_fp8 True"),
     ({"indexer": {"phase": "warm-up"}}, "no attention.dsa.phase warm-up"),
     ({"indexer": {"share_layers": 2}}, "no index sets that layers share (attention.dsa.share_layers 2)"),
     ({"norm_eps": 1e-5, "moe": MOE}, "no model.norm_eps 1e-05, no model.moe"),

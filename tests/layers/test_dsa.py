@@ -23,16 +23,38 @@ def some_input(tokens: int, batch: int = 1) -> Tensor:
     return torch.randn(batch, tokens, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("steps", [[1] * 30, [20, 1, 1, 8], [3, 27]])
-def test_decoding_on_a_cache_equals_the_whole(steps: list[int]) -> None:
+def test_decoding_on_a_cache_equals_the_whole(steps: list[int], fp8: bool) -> None:
     """Beyond k tokens: then only an indexer that sees the same keys selects the same tokens."""
-    layer, x = layer_of(), some_input(30, batch=2)
+    layer, x = layer_of(index_fp8=fp8), some_input(30, batch=2)
     chosen: list[Tensor] = []
     layer.attend.choose.register_forward_hook(lambda module, inputs, tokens: chosen.append(tokens))
     whole, cache = layer(x), layer.new_cache()
     pieces = torch.cat([layer(piece, cache=cache) for piece in x.split(steps, 1)], 1)
     torch.testing.assert_close(pieces, whole)
     assert torch.equal(torch.cat(chosen[1:], 1), chosen[0])
+
+
+def test_fp8_is_of_the_selection_alone() -> None:
+    """It selects other tokens, and the loss over given tokens is the same."""
+    seen: list[tuple] = []
+    for fp8 in (False, True):
+        layer, x = layer_of(index_fp8=fp8, topk=10), some_input(60)
+        layer.attend.choose.register_forward_hook(lambda module, inputs, tokens: seen.append((*inputs, tokens)))
+        layer(x)
+    q_idx, k_idx, weights, tokens = seen[1]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(seen[0][:3], seen[1][:3], strict=True))
+    assert not torch.equal(seen[0][3], tokens)
+    assert torch.equal(ops.index_topk(q_idx, k_idx, weights, topk=10, fp8=True)[0], tokens)
+    layer = layer_of(index_fp8=True, topk=60)
+    losses = []
+    for choose_in_fp8 in (False, True):
+        layer.attend.choose.sizes["fp8"] = choose_in_fp8
+        layer.attend.loss.clear()
+        layer(x).sum().backward()
+        losses.append(layer.attend.loss.tally.clone())
+    assert torch.equal(*losses)
 
 
 def test_packed_documents_are_as_each_alone() -> None:

@@ -72,7 +72,10 @@ def dsa_decoder(changes: dict, **model) -> Decoder:
     return Decoder(config, attention).double().eval()
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_layers": 2, "share_from": 1}, {"phase": "warm-up"}], ids=str)
+CHANGES = [{}, {"share_layers": 2, "share_from": 1}, {"phase": "warm-up"}, {"index_fp8": True}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_steps_of_indexed_layers_equal_the_whole(changes: dict) -> None:
     """More tokens than a query selects; groups of layers that share their sets; also without a wait."""
     decoder, ids = dsa_decoder(changes), torch.randint(0, 97, (2, 24))

@@ -296,7 +296,11 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         cross_entropy.logit_gradients(logits, targets, row, row, 0)
         q_idx, k_idx = torch.zeros(1, 256, 4, 128, dtype=dtype), torch.zeros(1, 256, 128, dtype=dtype)
         seen = torch.zeros(256, dtype=torch.int32), torch.arange(256, dtype=torch.int32)
-        index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 64, 0, 0)
+        index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 0, 64, 0, 0, False)
+        if table == "sm_90" and dtype == torch.bfloat16:
+            shape_name = "fp8"
+            index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 0, 64, 0, 0, True)
+            shape_name = "bfloat16"
         index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     shape_name = "short rows"

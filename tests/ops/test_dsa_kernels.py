@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention
 from nsa.ops.geometry import KnownLengths, RotaryLayout, tell_lengths
+from nsa.ops.index_topk.fp8 import rounded_to_fp8, to_fp8
 from nsa.ops.kernels import dsa_operators, index_topk, indexer_kl_dense, token_tiles, tokens
 from tests.ops.test_entries import case_of
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
@@ -61,21 +62,114 @@ def test_topk(documents: list[int], topk: int, forced: tuple[int, int], order: s
 
 
 @needs_kernels
-@pytest.mark.parametrize("scores", ["rising", "sampled", "equal"])
-def test_topk_in_chunks_and_where_the_sample_misleads(scores: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("forced", [(0, 0), (2, 3), (10, 6)])
+@pytest.mark.parametrize("scores", ["rising", "sampled", "unsampled", "equal", "plateau", "negative"])
+def test_topk_in_chunks_and_where_the_sample_misleads(
+    scores: str, forced: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Chunks of three queries. "sampled": only the sampled tokens have high scores, so fewer than k reach the bound.
-    "equal": all tokens do, more than there is room for."""
+    "unsampled": all others have, so more reach it than there is room for, and in "equal" and "plateau" many are equal.
+    "negative": the heads' weights are."""
     count, topk, sample = 200, 16, 32
-    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * count * 3)
-    monkeypatch.setattr(index_topk, "SMALLEST", 8)
-    monkeypatch.setattr(index_topk, "SAMPLE", sample)
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * (4 * count + 8 * 2 * topk))
+    monkeypatch.setattr(index_topk, "SMALLEST_ROOM", 8)
+    monkeypatch.setattr(index_topk, "SAMPLES", (sample, sample))
     value = torch.zeros(count) if scores == "equal" else torch.arange(count).float()
+    if scores == "plateau":
+        value = (value % 20).relu_() * (value > 100)
+    sampled = torch.arange(sample) // 2 * (count - 2) // (sample // 2) + torch.arange(sample) % 2  # by the third query
     if scores == "sampled":
-        value[torch.arange(sample) * count // sample] += 1000
+        value[sampled] += 1000
+    elif scores == "unsampled":
+        value += 1000
+        value[sampled] -= 1000
     q, weights = torch.ones(1, 5, 1, 8, device=DEVICE), torch.ones(1, 5, 1, device=DEVICE)
+    if scores == "negative":
+        weights = -weights
     k = value.to(DEVICE)[None, :, None].expand(-1, -1, 8).contiguous()
-    found, expected = (ops.index_topk(q, k, weights, topk=topk, backend=backend) for backend in ("triton", "naive"))
+    options = {"topk": topk, "num_initial": forced[0], "num_local": forced[1]}
+    found, expected = (ops.index_topk(q, k, weights, **options, backend=backend) for backend in ("triton", "naive"))
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+@pytest.fixture
+def multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter rows are divided by their scales as on Hopper, but not rounded: it rounds to fp8 otherwise."""
+    if INTERPRETED:
+        monkeypatch.setattr(index_topk, "FP8", torch.float32)
+        monkeypatch.setattr(index_topk, "multiplies_fp8", lambda q_idx: True)
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9), reason="no e4m3")
+def test_rows_in_fp8(multiplied: None) -> None:
+    """Some tokens of two sequences; a row of zeros, a tiny one, one whose largest is 448, and one just above."""
+    x = normal(2, 7, 3, 24).detach() * 2.0 ** torch.arange(-10, 11, device=DEVICE).view(7, 3, 1)
+    for (place, head), value in {(2, 0): 0.0, (2, 1): 1e-9, (3, 0): 448.0, (3, 1): 450.0}.items():
+        x[:, place, head] = value
+    weights = normal(2, 7, 3, seed=1).detach()
+    values, scales = index_topk._in_fp8(x, weights, 2, 4, 6)
+    expected, scale = to_fp8(x[:, 2:6])
+    assert torch.equal(scales[:, :4], scale * weights[:, 2:6])
+    if INTERPRETED:
+        assert torch.equal(values[:, :4], x[:, 2:6] / scale[..., None])
+    else:
+        assert torch.equal(values[:, :4].float(), expected.float())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16, torch.float16])
+def test_topk_in_fp8(dtype: torch.dtype, multiplied: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole numbers that e4m3 keeps, with rows of other scales, and of zeros: on Hopper fp8 is multiplied as such."""
+    documents, magnitude = ([90, 0, 130], torch.tensor([1.0, 4.0, 0.125, 0.0], device=DEVICE))
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 100 * (4 * 224 + 8 * 64))
+    q, k, weights = indexer(1, sum(documents), heads=5, width=32)
+    q = (q.clamp(-3, 3) * magnitude[torch.arange(5) % 4, None]).to(dtype)
+    k = (k.clamp(-3, 3) * magnitude[torch.arange(sum(documents)) % 4, None]).to(dtype)
+    options = {"topk": 20, "num_local": 1, "cu_seqlens": packing(documents)}
+    found = ops.index_topk(q, k, weights, **options, fp8=True, backend="triton")
+    for expected in (ops.index_topk(q, k, weights, **options, fp8=x, backend="naive") for x in (True, False)):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    rough = [rounded_to_fp8(x + 0.01 * x.sin()) for x in (q, k)]
+    both = [ops.index_topk(*rough, weights, **options, fp8=True, backend=b)[1] for b in ("triton", "naive")]
+    torch.testing.assert_close(*both, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_topk_of_chunks_in_two_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five chunks of one tile of queries, two of them at a time, whose last is not full."""
+    tile, topk = index_topk.score_tiles(torch.empty(0, dtype=torch.float32))[0], 7
+    count = 5 * tile - 3
+    monkeypatch.setattr(index_topk, "SMALLEST_ROOM", 16)
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 3 * tile * (4 * (count + 8) + 8 * 16) - 1)
+    calls, one = [], index_topk._select
+    monkeypatch.setattr(
+        index_topk, "_select", lambda *args: [calls.append((args[0].data_ptr(), args[6:8])), one(*args)]
+    )
+    inputs = indexer(1, count, heads=2)
+    found, expected = (ops.index_topk(*inputs, topk=topk, backend=b) for b in ("triton", "naive"))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert [where for _, where in calls] == [(i * tile, tile - 3 * (i == 4)) for i in range(5)]
+    assert calls[0][0] == calls[2][0] != calls[1][0] == calls[3][0]
+
+
+@pytest.mark.gpu
+def test_topk_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks on two streams, and more than two of them."""
+    inputs = [x.to(DEVICE) for x in indexer(1, 3000, heads=4, width=64, whole=False)]
+    monkeypatch.setattr(index_topk, "SLAB_BYTES", 4 * 3000 * 1000)
+    expected = ops.index_topk(*inputs, topk=100)
+    assert all(torch.equal(a, b) for a, b in zip(ops.index_topk(*inputs, topk=100), expected, strict=True))
+    monkeypatch.setattr(index_topk, "LANES", 1)
+    assert all(torch.equal(a, b) for a, b in zip(ops.index_topk(*inputs, topk=100), expected, strict=True))
+    monkeypatch.setattr(index_topk, "LANES", 2)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = ops.index_topk(*inputs, topk=100)
+    for x in found:
+        x.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_kernels

@@ -62,8 +62,8 @@ def check_case(number: int, family: tuple[int, ...], patch: Callable[..., None])
     topk = choose.choice([1, choose.randint(1, 32), choose.randint(1, 64)])
     num_initial = choose.randint(0, min(topk, 3)) if choose.random() < 0.5 else 0
     num_local = choose.randint(0, min(topk - num_initial, 9)) if choose.random() < 0.5 else 0
-    rows = choose.choice([1, 7, 64, 1000])  # queries of a slab
-    patch(index_topk, "SLAB_BYTES", 4 * (count + 8) * batch * rows)
+    rows = choose.choice([1, 7, 64, 200, 1000])  # queries of a slab
+    patch(index_topk, "SLAB_BYTES", (4 * (count + 8) + 8 * index_topk._most(topk)) * batch * rows)
     patch(indexer_kl_dense, "SLAB_BYTES", 4 * count * batch * max(rows, 7))
     patch(tokens, "MOST_QUERIES", 16)
     for limit in ("PRODUCTS_OF_GATHER", "KEYS_OF_GATHER"):  # tiles of all keys, or listed keys are gathered

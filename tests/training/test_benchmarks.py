@@ -75,6 +75,18 @@ def test_how_much_the_lists_of_neighbours_share(neighbours: int) -> None:
     assert union_over_topk(same, tokens) == 1 and union_over_topk(torch.arange(80).view(1, 16, 5), 80) == 8
 
 
+def test_the_share_of_wanted_tokens_that_lists_have() -> None:
+    """Against sets; lists are ascending."""
+    pytest.importorskip("triton")
+    from benchmarks.dsa import share_found
+
+    lists = torch.stack([torch.randperm(30)[:7].sort().values for _ in range(40)]).int().view(2, 2, 10, 7)
+    pairs = zip(*(x.reshape(-1, 7).tolist() for x in lists), strict=True)
+    expected = sum(len({*ours} & {*theirs}) for ours, theirs in pairs) / 140
+    assert share_found(*lists, at_once=3) == pytest.approx(expected)
+    assert share_found(lists[0], lists[0]) == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="what the kernel of Linux does")
 def test_no_process_of_a_benchmark_outlives_its_parent():
     parent = start(["-c", PARENT])

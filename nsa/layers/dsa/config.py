@@ -20,6 +20,11 @@ class DsaConfig(Section):
     index_rotary_pairs: Literal["half-split", "interleaved"] = Field(
         "half-split", description="which of them are pairs: (i, i + half) or (2i, 2i + 1)"
     )
+    index_fp8: bool = Field(
+        False,
+        description="whether the selection takes index queries and keys in fp8 (e4m3), with a scale for each head of a "
+        "query and each key; the indexer's loss does not",
+    )
     phase: Literal["warm-up", "sparse"] = Field(
         "sparse",
         description="warm-up: queries attend to all tokens, and the indexer learns this attention; sparse: they attend "

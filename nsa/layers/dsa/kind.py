@@ -90,7 +90,8 @@ def card(config: DsaConfig) -> dict[str, str]:
     return groups | {
         "selection": f"{config.topk} tokens, {config.num_initial} initial and {config.num_local} local ones among them",
         "indexer": f"{config.index_heads} heads of width {config.index_head_dim}, "
-        f"{config.index_rotary_place} {config.index_rotary_dims} dims rotated ({config.index_rotary_pairs})",
+        f"{config.index_rotary_place} {config.index_rotary_dims} dims rotated ({config.index_rotary_pairs})"
+        + (", in fp8" if config.index_fp8 else ""),
     }
 
 
@@ -105,7 +106,7 @@ def known(shape: Shape, config: DsaConfig) -> Known | None:
     if shape.mla is None:
         return None
     theirs: dict[str, Any] = {"num_initial": 0, "num_local": 0, "index_rotary_dims": shape.mla.qk_rope_head_dim}
-    theirs |= {"index_rotary_place": "first", "index_rotary_pairs": "half-split", "phase": "sparse"}
+    theirs |= {"index_fp8": False, "index_rotary_place": "first", "index_rotary_pairs": "half-split", "phase": "sparse"}
     ours = config.model_dump()
     unlike = [f"attention.dsa.{name} {ours[name]}" for name in theirs if ours[name] != theirs[name]]
     if config.share_layers > 1:
@@ -151,7 +152,7 @@ DSA: Kind = Kind(
     apart=("indexer",),
     from_dense=lambda name, shape, config, read: None if name.startswith("indexer.") else read(name),
     holds_dense=True,
-    free=("topk", "num_initial", "num_local", "phase", "kl_weight", "share_layers", "share_from"),
+    free=("topk", "num_initial", "num_local", "index_fp8", "phase", "kl_weight", "share_layers", "share_from"),
     problem=problem,
     figures=measure,
     guest=GUEST,

@@ -17,6 +17,7 @@ from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.dispatch import accumulation_dtype
 from nsa.ops.geometry import Documents, RotaryLayout
+from nsa.ops.index_topk.fp8 import rounded_to_fp8
 
 Phase = Literal["warm-up", "sparse"]
 
@@ -172,6 +173,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
         head_dim: D of queries and keys, even. v_head_dim: Dv of values; None: D.
         topk, num_initial, num_local: tokens per query (k); among them the document's first, the query's most recent.
         index_heads, index_head_dim: Hi and Di of the indexer. index_rotary: which dims of an index head are rotated.
+        index_fp8: whether the selection takes index queries and keys in fp8. The loss does not.
         phase: "warm-up": queries attend to all tokens, and the indexer learns this attention. "sparse": they attend to
             the selected tokens, and the indexer learns the attention among these.
         kl_weight: weight of the indexer's loss.
@@ -199,6 +201,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
         index_heads: int = 64,
         index_head_dim: int = 128,
         index_rotary: RotaryLayout = RotaryLayout(64),  # noqa: B008 - a constant
+        index_fp8: bool = False,
         phase: Phase = "sparse",
         kl_weight: float = 1.0,
         share: IndexShare | None = None,
@@ -209,10 +212,10 @@ class DeepSeekSparseAttention(ProjectedLayer):
         super().__init__(
             projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
         )
-        self.rope_theta = rope_theta
+        self.rope_theta, self.index_fp8 = rope_theta, index_fp8
         self.indexer: LightningIndexer | None = None
         self.share = IndexShare(kl_weight) if share is None else share
-        sizes = {"topk": topk, "num_initial": num_initial, "num_local": num_local}
+        sizes = {"topk": topk, "num_initial": num_initial, "num_local": num_local, "fp8": index_fp8}
         loss = AuxiliaryLoss(kl_weight)
         number = self.share.join(loss)
         choose: IndexChoice
@@ -260,6 +263,8 @@ class DeepSeekSparseAttention(ProjectedLayer):
             k_idx = (index_keys,)
         q, rows, q_idx, k_idx, weights = self.exchange(q, rows, q_idx, k_idx, weights)
         if isinstance(cache, IndexedCache):
+            if self.index_fp8:  # here, so that no step rounds all of them again
+                k_idx = tuple(rounded_to_fp8(x) for x in k_idx)
             rows, k_idx = cache.append(rows, k_idx)
         elif cache is not None:
             rows = cache.append(*rows)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nsa.ops.dispatch import accumulation_dtype, autocasts, check_packing, check_positions, resolve_backend
 from nsa.ops.geometry import Documents, Ranges, visible_blocks
+from nsa.ops.index_topk.fp8 import rounded_to_fp8
 from nsa.ops.tiles import Runs
 
 ORDERS = ("index", "score")
@@ -27,6 +28,7 @@ def index_topk(
     cu_seqlens: Tensor | None = None,
     offset: int | None = None,
     order: Literal["index", "score"] = "index",
+    fp8: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The ``topk`` visible tokens of each query with the highest index scores.
@@ -48,6 +50,9 @@ def index_topk(
             the tokens up to the last query.
         offset: position of the first query, for a ratio above 1 (None: 0); else S tells it.
         order: of the result: ascending "index", or descending "score".
+        fp8: whether the scores are of q_idx and k_idx in fp8 (e4m3), with one scale per query's head and per key, a
+            power of two. On a Hopper GPU they are multiplied as such. Elsewhere they are rounded, and multiplied as
+            before, so the scores are the same but for the order of sums.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -63,10 +68,13 @@ def index_topk(
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     implementation = resolve_backend(backend, q_idx, k_idx)
+    if fp8 and implementation != "triton":
+        q_idx, k_idx = rounded_to_fp8(q_idx), rounded_to_fp8(k_idx)
     if implementation == "triton":
         from nsa.ops.kernels import dsa_operators as operators
 
-        found = operators.index_topk(q_idx, k_idx, weights, visible, topk, num_initial, num_local)
+        ahead = k_idx.shape[1] - (q_idx.shape[1] if ratio == 1 else 0)  # of a query's number is its last key at most
+        found = operators.index_topk(q_idx, k_idx, weights, visible, ahead, topk, num_initial, num_local, fp8)
         return found if order == "index" else _by_score(*found)
     if implementation == "naive":
         tiles = iter([(slice(0, q_idx.shape[1]), 0, naive_scores(q_idx, k_idx, weights))])
@@ -88,6 +96,7 @@ def index_topk_decode(
     topk: int,
     num_initial: int = 0,
     num_local: int = 0,
+    fp8: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """`index_topk` of the last token of each sequence, on the memory of a cache, without a wait for the host.
@@ -98,6 +107,8 @@ def index_topk_decode(
         q_idx: (B, Hi, Di). k_idx: (B, S, Di), memory of the index keys, contiguous for the kernels. weights: (B, Hi).
         lengths: (B,) int32, tokens of each sequence, the new one included.
         topk, num_initial, num_local: as for `index_topk`.
+        fp8: as for `index_topk`, which then selects the same, if the keys were rounded as they were written
+            (`nsa.ops.index_topk.fp8.rounded_to_fp8`): here only q_idx is.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -110,6 +121,8 @@ def index_topk_decode(
     _check_topk(topk, num_initial, num_local)
     if lengths.shape != q_idx.shape[:1] or lengths.dtype != torch.int32:
         raise ValueError(f"lengths must be ({len(q_idx)},) int32, got {tuple(lengths.shape)} {lengths.dtype}")
+    if fp8:
+        q_idx = rounded_to_fp8(q_idx)
     if resolve_backend(backend, q_idx, k_idx) == "triton":
         from nsa.ops.kernels import inference_operators as operators
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nsa.ops.dispatch import differentiable_once
 from nsa.ops.geometry import Ranges
+from nsa.ops.index_topk.fp8 import rounded_to_fp8
 from nsa.ops.kernels import index_topk as indexer
 from nsa.ops.kernels import indexer_kl as list_kl
 from nsa.ops.kernels import indexer_kl_dense as dense_kl
@@ -21,24 +22,31 @@ from nsa.ops.kernels import (
 
 @torch.library.custom_op("nsa::index_topk", mutates_args=())
 def _index_topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, topk: int, num_initial: int,
-    num_local: int,
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, ahead: int, topk: int, num_initial: int,
+    num_local: int, fp8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return indexer.topk(q_idx, k_idx, weights, first, own, topk, num_initial, num_local)
+    return indexer.topk(q_idx, k_idx, weights, first, own, ahead, topk, num_initial, num_local, fp8)
 
 
 @_index_topk.register_fake
-def _index_topk_fake(q_idx, k_idx, weights, first, own, topk, num_initial, num_local):
+def _index_topk_fake(q_idx, k_idx, weights, first, own, ahead, topk, num_initial, num_local, fp8):
     shape = (*q_idx.shape[:2], topk)
     return q_idx.new_empty(shape, dtype=torch.int32), q_idx.new_empty(shape, dtype=torch.float32)
 
 
 def index_topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, visible: Ranges, topk: int, num_initial: int, num_local: int
-) -> tuple[Tensor, Tensor]:
-    """As `nsa.ops.index_topk` with ascending indices. ``visible``: the keys that each query sees."""
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, visible: Ranges, ahead: int, topk: int, num_initial: int,
+    num_local: int, fp8: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `nsa.ops.index_topk` with ascending indices.
+
+    ``visible``: the keys that each query sees; query t none behind t + ``ahead``, which spares a wait for them.
+    """
+    multiplies = fp8 and indexer.multiplies_fp8(q_idx)
+    if fp8 and not multiplies:
+        q_idx, k_idx = rounded_to_fp8(q_idx), rounded_to_fp8(k_idx)
     tensors = q_idx.contiguous(), k_idx.contiguous(), weights.float().contiguous()
-    return _index_topk(*tensors, *_first_and_own(visible), topk, num_initial, num_local)
+    return _index_topk(*tensors, *_first_and_own(visible), ahead, topk, num_initial, num_local, multiplies)
 
 
 def _first_and_own(visible: Ranges) -> tuple[Tensor, Tensor]:

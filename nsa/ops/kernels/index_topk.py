@@ -1,47 +1,59 @@
 """DSA's lightning indexer: index scores, and the exact top-k of each query.
 
-Scores of SLAB_BYTES at most exist at a time: those of a chunk of queries with all keys. A program then selects the
-top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over the row
-collects these candidates. If they are fewer than k, or too many, all scores are candidates.
+Scores and candidates of SLAB_BYTES exist at a time: those of a few chunks of queries with all keys. A program then
+selects the top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over
+the row collects these candidates. If they are fewer than k, or too many, all scores are candidates.
 
-Among the candidates the k-th largest is found by radix (MSD radix select): a score becomes an integer of the same
-order, and four counts find its bytes. What lies above is taken, in the order of the keys, and as many equal ones as are
-missing. So the result is exact, ties go to the lower key, and it is ascending. Nothing depends on a sort.
+A score becomes an integer of the same order. Candidates stay in registers while bisection looks for an integer that
+exactly k of them reach: about as many counts as their number has bits, and 32 at most, where many are equal. A whole
+row is read for each count; where the bound is one of many equal scores, one is enough. What lies above is taken, in the
+order of the keys, and as many equal ones as are missing. So the result is exact, ties go to the lower key, and it is
+ascending. Nothing depends on a sort.
+
+Chunks alternate between streams: while one selects, which is limited by memory, the other multiplies.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.device_functions import load_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, tile_width, vector_of
+from nsa.ops.index_topk.fp8 import LARGEST, SMALLEST
+from nsa.ops.kernels.device_functions import load_rows, store_rows
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, architecture, tile_width, vector_of
 
-SLAB_BYTES = 3 * 2**26  # of fp32 scores at a time
+SLAB_BYTES = 27 * 2**23  # of fp32 scores and of candidates at a time, of all lanes
+LANES = 2  # chunks of queries at a time, each on a stream of its own
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
-SCORE_TILES = {2: (64, 128), 4: (32, 64)}
+SCORE_TILES = {1: (64, 128), 2: (64, 128), 4: (32, 64)}
 SCORE_RUN = 2  # tiles of queries that it goes through
-SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` and `topk_kernel` loads at once
-SAMPLE = 2048  # scores of the sample
+SELECT_BLOCK = 2048  # scores that a program of `candidate_kernel` loads at once, one of `topk_kernel` half of them
+SAMPLES = (2048, 16384)  # scores of a sample, at least and at most
+KEYS_PER_SAMPLE = 16  # for each score of a sample, in between
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
-SMALLEST = 64  # room for candidates at least
-MANY = 4096  # candidates in the room, from which on `topk_kernel` takes 16 warps
+SMALLEST_ROOM = 64  # for candidates
 FILL = 256  # entries that a program fills at once
 MANY_ROWS = (
     8 if INTERPRETED else 256
 )  # from which on a program takes a whole row, if it has at most SELECT_BLOCK scores
+LARGEST_FP8, SMALLEST_ROW = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
+FP8, FP8_ROWS = torch.float8_e4m3fn, 16  # rows that a program of `fp8_kernel` rounds
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors"])
 def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_keys, row_vectors,
                  VECTOR: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
-                 BN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BN: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, KScale=None):  # fmt: skip
     """Scores (B, rows, row) fp32 of queries ``token0 .. token0 + num_rows - 1`` with the keys that some of them sees.
 
-    Q (B, T, Hi, Di); K (B, S, Di); W (B, T, Hi) fp32; First, Own (T,) int32: the first and the last visible key. A row
-    of Scores has ``row_vectors`` times VECTOR entries. A program holds BN keys and goes through TILES tiles of BM
-    queries, in one loop over tiles and heads, so that the next queries are loaded while these are multiplied.
+    Q (B, T, Hi, Di); K (B, S, Di); W (B, T, Hi) fp32; First, Own (T,) int32: the first and the last visible key; KScale
+    (B, S) fp32: a factor of a key's scores, or None. A row of Scores has ``row_vectors`` times VECTOR entries.
+
+    A program holds BN keys and goes through TILES tiles of BM queries, in one loop over tiles and heads, so that the
+    next queries are loaded while these are multiplied.
     """
     batch = tl.program_id(2).to(tl.int64)
     key0 = tl.program_id(0) * BN
@@ -69,9 +81,35 @@ def score_kernel(Q, K, W, First, Own, Scores, token0, num_rows, num_tokens, num_
             s = tl.dot(q, k.T, input_precision=PRECISION)  # [BM, BN]
             total += tl.maximum(s, 0.0) * weight[:, None]
             if head == HEADS - 1:
+                if KScale is not None:
+                    total *= tl.load(KScale + batch * num_keys + key, mask=key < num_keys, other=0.0)[None, :]
                 at = (batch * num_rows + row)[:, None] * row_size + key[None, :]
                 tl.store(Scores + at, total, mask=ok[:, None] & (key[None, :] < row_size))
                 total = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "token0"])
+def fp8_kernel(X, W, Values, Scales, token0, num_rows, num_tokens, num_slots, HEADS: tl.constexpr, D: tl.constexpr,
+               D1: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """Values (B, num_slots, HEADS, D) e4m3 and Scales (B, num_slots, HEADS) fp32 of the rows of ``num_rows`` tokens.
+
+    They are those of `nsa.ops.index_topk.fp8.to_fp8`. The tokens are those of X (B, T, HEADS, D) from ``token0`` on.
+    W (B, T, HEADS) fp32: factors of the scales, or None.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    ok, column = row < num_rows * HEADS, tl.arange(0, D1)
+    from_row, to_row = (batch * num_tokens + token0) * HEADS + row, batch * num_slots * HEADS + row  # [BM]
+    x = load_rows(X, from_row, ok, column, D).to(tl.float32)  # [BM, D1]
+    share = tl.math.div_rn(tl.maximum(tl.max(tl.abs(x), 1), SMALLEST_ROW), LARGEST_FP8)  # [BM]
+    # Of the next power of two, with its bias: a mantissa that is not 0 carries into it.
+    exponent = (share.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23  # [BM]
+    scale = (exponent << 23).to(tl.float32, bitcast=True)  # [BM]
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # [BM]
+    store_rows(Values, to_row, ok, column, D, x * inverse[:, None])
+    if W is not None:
+        scale *= tl.load(W + from_row, mask=ok, other=0.0)
+    tl.store(Scales + to_row, scale, mask=ok)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk"])
@@ -111,41 +149,44 @@ def begin_rows(Seen, Indices, row, num_rows, last, topk, FILL: tl.constexpr):
 
 
 @triton.jit
+def _integer(score):
+    """uint32 of the same order as the score, above 0; +0 and -0 are equal."""
+    bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
+    return tl.maximum(tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000), 1)
+
+
+@triton.jit
 def _ordered(score, key, first, own, num_initial, num_local):
-    """uint32 of the same order as the score; +0 and -0 are equal. Forced tokens are above all others."""
-    score = tl.where(score == 0, 0.0, score)
-    bits = score.to(tl.uint32, bitcast=True)
-    bits = tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    """`_integer` of the score of a key. Forced tokens are above all others."""
     forced = (key < first + num_initial) | (key > own - num_local)
-    return tl.where(forced, FORCED, bits)
+    return tl.where(forced, FORCED, _integer(score))
 
 
 @triton.jit
-def _next_byte(counts, threshold, missing):
-    """The byte of the k-th largest, appended to ``threshold``, from the number of values by byte (256,).
+def _reached(ordered, k, number):
+    """(an integer that at least k of the values reach, how many do): k if there is one, else it is the k-th largest.
 
-    At least ``missing`` values have it or a larger one, and fewer a larger one. These are no longer missing.
+    ``ordered``: ``number`` values of `_ordered`, at least k, and 0 where there is none.
     """
-    at_least = tl.sum(counts) - tl.cumsum(counts, 0) + counts  # [256]
-    byte = tl.sum((at_least >= missing).to(tl.int32)) - 1
-    missing -= tl.sum(tl.where(tl.arange(0, 256) > byte, counts, 0))
-    return (threshold << 8) | byte.to(tl.uint32), missing
+    low = tl.min(tl.where(ordered == 0, FORCED, ordered))
+    high = tl.max(tl.where(ordered == FORCED, 0, ordered)) + 1  # bisection need not cross the gap below FORCED
+    while (low < high) & (number > k):
+        middle = low + (high - low) // 2 + 1
+        count = tl.sum((ordered >= middle).to(tl.int32))
+        if count >= k:
+            low, number = middle, count
+        else:
+            high = middle - 1
+    return low, number
 
 
 @triton.jit
-def _counts(ordered, ok, threshold, step: tl.constexpr):
-    """How many of the values have each next byte (256,), among those that begin with ``threshold``."""
-    if step > 0:
-        ok = ok & ((ordered >> (32 - 8 * step)) == threshold)
-    return tl.histogram(((ordered >> (24 - 8 * step)) & 0xFF).to(tl.int32), 256, mask=ok)
-
-
-@triton.jit
-def _kth_of_block(ordered, ok, k):
-    """(the k-th largest of the values, how many equal to it are among the k largest)."""
-    threshold, missing = tl.full([], 0, tl.uint32), k
-    for step in tl.static_range(4):
-        threshold, missing = _next_byte(_counts(ordered, ok, threshold, step), threshold, missing)
+def _threshold(ordered, k, number):
+    """(an integer that the k largest reach, how many of those equal to it are among them, or -1 for all)."""
+    threshold, reached = _reached(ordered, k, number)
+    missing = -1
+    if reached > k:
+        missing = k - tl.sum((ordered > threshold).to(tl.int32))
     return threshold, missing
 
 
@@ -157,70 +198,106 @@ def _load_ordered(Scores, key, ok, first, own, num_initial, num_local):
 
 
 @triton.jit
-def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
-    """Store those of the keys that are selected; (taken, ties) with them counted."""
-    tie = ok & (ordered == threshold)
-    take = ok & ((ordered > threshold) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= missing)))
-    slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(Indices + slot, key, mask=take)
-    tl.store(Chosen + slot, score, mask=take)
-    return taken + tl.sum(take.to(tl.int32)), ties + tl.sum(tie.to(tl.int32))
+def _above(Scores, value, first, own, num_initial, num_local, BLOCK: tl.constexpr):
+    """How many of a row's visible keys have an `_ordered` above ``value``."""
+    count = tl.zeros([BLOCK], tl.int32)  # [BLOCK]
+    for start in tl.range(first, own + 1, BLOCK):
+        key = start + tl.arange(0, BLOCK)  # [BLOCK]
+        _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        count += ((key <= own) & (ordered > value)).to(tl.int32)
+    return tl.sum(count)
 
 
 @triton.jit
-def _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local,
-                     MOST: tl.constexpr):  # fmt: skip
-    """Store the top-k of the first ``found`` candidates, which are ascending."""
-    place = tl.arange(0, MOST)  # [MOST]
-    key = tl.load(Candidates + place, mask=place < found, other=0)  # [MOST]
-    score, ordered = _load_ordered(Scores, key, place < found, first, own, num_initial, num_local)
-    threshold, missing = _kth_of_block(ordered, place < found, topk)
-    _emit(Indices, Chosen, key, score, ordered, place < found, threshold, missing, 0, 0)
+def _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties):
+    """Store those of the keys that are selected; (taken, ties) with them counted.
+
+    ``missing``: how many of those equal to the threshold are selected; below 0: all of them.
+    """
+    take = ok & (ordered >= threshold)
+    if missing >= 0:
+        tie = ok & (ordered == threshold)
+        take = take & ((ordered > threshold) | (ties + tl.cumsum(tie.to(tl.int32), 0) <= missing))
+        ties += tl.sum(tie.to(tl.int32))
+    slot = taken + tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(Indices + slot, key, mask=take)
+    tl.store(Chosen + slot, score, mask=take)
+    return taken + tl.sum(take.to(tl.int32)), ties
+
+
+@triton.jit
+def _load_candidates(Candidates, place, found, first, own, num_initial, num_local):
+    """(keys, scores, their `_ordered`, 0 where there is none) of the candidates at ``place``."""
+    candidate = tl.load(Candidates + place, mask=place < found, other=0)
+    key, score = (candidate >> 32).to(tl.int32), candidate.to(tl.uint32).to(tl.float32, bitcast=True)
+    return key, score, tl.where(place < found, _ordered(score, key, first, own, num_initial, num_local), 0)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk, num_initial, num_local,
                  VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
-    """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it."""
+    """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it.
+
+    A sample is of pairs of neighbours, which come from memory together. Where the two are alike, it is worth half.
+    """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     seen = own - first + 1
     if seen > topk:
         place = tl.arange(0, SAMPLE).to(tl.int64)  # [SAMPLE]
-        key = first + (place * seen // SAMPLE).to(tl.int32)  # [SAMPLE]
+        key = first + (place // 2 * seen // (SAMPLE // 2) + place % 2).to(tl.int32)  # [SAMPLE]
         _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
+        ordered = tl.where(key <= own, ordered, 0)
+        there = tl.sum((key <= own).to(tl.int32))
         share = topk * 1.0 / seen * SAMPLE
-        wanted = tl.minimum((share + 4 * tl.sqrt(share)).to(tl.int32) + 1, SAMPLE)
-        bound, _ties = _kth_of_block(ordered, key <= own, wanted)
+        wanted = tl.minimum((share + 4 * tl.sqrt(2 * share)).to(tl.int32) + 1, there)
+        bound, _number = _reached(ordered, wanted, there)
         # The score itself again. FORCED becomes a NaN, which no score is below.
         bits = tl.where((bound >> 31) == 1, bound ^ 0x80000000, bound ^ 0xFFFFFFFF)
         tl.store(Bounds + batch * num_rows + row, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _packed(key, score):
+    """int64 of a candidate: its key above the bits of its score."""
+    return (key.to(tl.int64) << 32) | score.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _reaches(Scores, key, bound, start, size, first, own, num_initial, num_local):
+    """(score, whether it is a candidate) of ``size`` keys from ``start`` on."""
+    score = tl.load(Scores + key, mask=key <= own, other=0.0)
+    reaches = (score < bound) == 0
+    if (start < first + num_initial) | (start + size > own - num_local + 1):  # one of the row's ends
+        forced = (key < first + num_initial) | (key > own - num_local)
+        reaches = (key <= own) & (forced | reaches)
+    return score, reaches
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial,
                      num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr,
                      WRITE: tl.constexpr):  # fmt: skip
-    """Candidates (B, rows, MOST) int32: the keys that reach the bound, ascending. Found (B, rows, SPLITS): how many.
+    """Candidates (B, rows, MOST) int64: the keys that reach the bound, ascending, above the bits of their scores.
+
+    Found (B, rows, SPLITS): how many they are.
 
     A row has SPLITS programs, each with a part of it. If there are several, they first count, without WRITE, and then
     each begins behind what those before it found.
 
-    A row of Scores has ``row_vectors`` times VECTOR entries. The pass over it begins at a multiple of VECTOR and masks
-    by the row's end alone: so the compiler knows that it may load several scores at once, and a thread counts
-    neighbouring ones by itself. This kernel is apart from the others because their registers would leave room for one
-    or two programs of a multiprocessor.
+    Two halves of BLOCK scores share a scan. A thread loads single scores: those of a wider load would be neighbours,
+    while a store wants them apart, and between the two they would pass through shared memory.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row_size = row_vectors * VECTOR
-    Scores += (batch * num_rows + row) * row_size
+    Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     Candidates += (batch * num_rows + row) * MOST
     Found += (batch * num_rows + row) * SPLITS
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
     if own - first + 1 > topk:
         found, bound = 0, tl.load(Bounds + batch * num_rows + row)
-        begin, end, split = first // VECTOR * VECTOR, own + 1, tl.program_id(2)
+        begin, end, split = first, own + 1, tl.program_id(2)
+        HALF: tl.constexpr = BLOCK // 2
         if SPLITS > 1:
             part = tl.cdiv(tl.cdiv(end - begin, BLOCK), SPLITS) * BLOCK
             begin += split * part
@@ -229,22 +306,27 @@ def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_
                 other = tl.arange(0, SPLITS)  # [SPLITS]
                 found += tl.sum(tl.load(Found + other, mask=other < split, other=0))
         for start in tl.range(begin, end, BLOCK):
-            key = start + tl.arange(0, BLOCK)  # [BLOCK]
-            score = tl.load(Scores + key, mask=key < row_size, other=0.0)  # [BLOCK]
-            forced = (key < first + num_initial) | (key > own - num_local)  # [BLOCK]
-            reaches = (key >= first) & (key <= own) & (forced | ((score < bound) == 0))  # [BLOCK]
+            key = start + tl.arange(0, HALF)  # [HALF]
+            score, reaches = _reaches(Scores, key, bound, start, HALF, first, own, num_initial, num_local)
+            key2 = key + HALF  # [HALF]
+            score2, reaches2 = _reaches(Scores, key2, bound, start + HALF, HALF, first, own, num_initial, num_local)
+            both = reaches.to(tl.int32) + (reaches2.to(tl.int32) << 16)  # [HALF], one scan for two counts
+            total = tl.sum(both)
             if WRITE:
-                slot = found + tl.cumsum(reaches.to(tl.int32), 0) - 1  # [BLOCK]
-                tl.store(Candidates + slot, key, mask=reaches & (slot < MOST))
-            found += tl.sum(reaches.to(tl.int32))
+                count = tl.cumsum(both, 0)  # [HALF]
+                slot = found - 1 + (count & 0xFFFF)  # [HALF]
+                slot2 = found - 1 + (total & 0xFFFF) + (count >> 16)  # [HALF]
+                tl.store(Candidates + slot, _packed(key, score), mask=reaches & (slot < MOST))
+                tl.store(Candidates + slot2, _packed(key2, score2), mask=reaches2 & (slot2 < MOST))
+            found += (total & 0xFFFF) + (total >> 16)
         if (SPLITS == 1) | (not WRITE):
             tl.store(Found + split, found)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
-def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens, row_vectors, topk,
-                num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr,
-                SPLITS: tl.constexpr):  # fmt: skip
+def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens,
+                row_vectors, topk, num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+                MOST: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
 
     Scores, Candidates and Found are those of `candidate_kernel`.
@@ -255,22 +337,38 @@ def topk_kernel(Scores, First, Own, Candidates, Found, Indices, Chosen, token0, 
     Indices += (batch * num_tokens + token0 + row) * topk
     Chosen += (batch * num_tokens + token0 + row) * topk
     # Of a query that sees at most k tokens all are taken: the threshold is below every score.
-    threshold, missing, found = tl.full([], 0, tl.uint32), topk, 0
-    if own - first + 1 > topk:
+    threshold, missing, found, seen = tl.full([], 0, tl.uint32), -1, 0, own - first + 1
+    if seen > topk:
         found = tl.sum(tl.load(Found + (batch * num_rows + row) * SPLITS + tl.arange(0, SPLITS)))
-        if (found < topk) | (found > MOST):  # the sample misled: search the whole row
-            for step in tl.static_range(4):
-                counts = tl.zeros([256], tl.int32)  # [256]
-                for start in tl.range(first, own + 1, BLOCK):
-                    key = start + tl.arange(0, BLOCK)  # [BLOCK]
-                    _score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
-                    counts += _counts(ordered, key <= own, threshold, step)
-                threshold, missing = _next_byte(counts, threshold, missing)
+        if (found < topk) | (found > MOST):  # the sample misled: bisect the whole row
+            bound = tl.load(Bounds + batch * num_rows + row)
+            low, high, number = tl.full([], 1, tl.uint32), tl.full([], FORCED, tl.uint32), seen
+            if (found > MOST) & (bound == bound):
+                low, number = _integer(bound), found
+            middle = low + 1  # first, since a bound that too many reach is often equal to many
+            while (low < high) & (number > topk):
+                count = _above(Scores, middle - 1, first, own, num_initial, num_local, BLOCK)
+                if count >= topk:
+                    low, number = middle, count
+                else:
+                    high = middle - 1
+                middle = low + (high - low) // 2 + 1
+            threshold = low
+            if number > topk:
+                missing = topk - _above(Scores, low, first, own, num_initial, num_local, BLOCK)
+    taken, ties = 0, 0
     if (found >= topk) & (found <= MOST):
         Candidates += (batch * num_rows + row) * MOST
-        _emit_candidates(Scores, Candidates, Indices, Chosen, found, topk, first, own, num_initial, num_local, MOST)
+        all_places = tl.arange(0, MOST)  # [MOST]
+        _key, _score, values = _load_candidates(Candidates, all_places, found, first, own, num_initial, num_local)
+        threshold, missing = _threshold(values, topk, found)
+        # They are loaded again, since their keys and scores would take most registers meanwhile.
+        for start in tl.range(0, found, BLOCK):
+            place = start + tl.arange(0, BLOCK)  # [BLOCK]
+            key, score, ordered = _load_candidates(Candidates, place, found, first, own, num_initial, num_local)
+            ok = place < found  # [BLOCK]
+            taken, ties = _emit(Indices, Chosen, key, score, ordered, ok, threshold, missing, taken, ties)
     else:
-        taken, ties = 0, 0
         for start in tl.range(first, own + 1, BLOCK):
             key = start + tl.arange(0, BLOCK)  # [BLOCK]
             score, ordered = _load_ordered(Scores, key, key <= own, first, own, num_initial, num_local)
@@ -289,45 +387,96 @@ def short_row_kernel(Scores, Seen, Indices, Chosen, num_rows, size, topk, num_in
     key = tl.arange(0, WIDTH)  # [WIDTH]
     ok = (key >= first) & (key <= own)  # [WIDTH]
     score, ordered = _load_ordered(Scores + row * size, key, ok, first, own, num_initial, num_local)
-    threshold, missing = tl.full([], 0, tl.uint32), topk
+    threshold, missing = tl.full([], 0, tl.uint32), -1
     if own - first + 1 > topk:
-        threshold, missing = _kth_of_block(ordered, ok, topk)
-    _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, 0, 0)
+        threshold, missing = _threshold(tl.where(ok, ordered, 0), topk, own - first + 1)
+    none = tl.full([], 0, tl.int32)
+    _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, none, none)
 
 
 def topk(
-    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, topk: int, num_initial: int,
-    num_local: int,
+    q_idx: Tensor, k_idx: Tensor, weights: Tensor, first: Tensor, own: Tensor, ahead: int, topk: int, num_initial: int,
+    num_local: int, fp8: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Indices (B, T, topk) int32, ascending, then -1; their scores (B, T, topk) fp32, -inf for the padding.
 
     Args:
         q_idx (B, T, Hi, Di), k_idx (B, S, Di): contiguous. weights: (B, T, Hi) fp32, contiguous.
         first, own: (T,) int32, the first and the last key that each query sees; nondecreasing. If it sees none, the
-            last is before the first. The others are those of `nsa.ops.index_topk`.
+            last is before the first. ahead: query t sees no key behind t + ``ahead``. The others are those of
+            `nsa.ops.index_topk`. fp8: whether to multiply in fp8, where `multiplies_fp8`.
     """
     (batch, tokens, heads, width), keys = q_idx.shape, k_idx.shape[1]
     indices = q_idx.new_full((batch, tokens, topk), -1, dtype=torch.int32)
     chosen = q_idx.new_full((batch, tokens, topk), -torch.inf, dtype=torch.float32)
     if not (indices.numel() and keys):
         return indices, chosen
-    rows = max(1, min(tokens, SLAB_BYTES // (4 * keys * batch)))
-    row_vectors = triton.cdiv(keys, VECTOR)
-    slab = q_idx.new_empty(batch, rows, row_vectors * VECTOR, dtype=torch.float32)
-    room = _room(topk, indices, batch * rows, 1)
+    row_vectors, k_scale = triton.cdiv(keys, VECTOR), None
+    if fp8:
+        k_idx, k_scale = _in_fp8(k_idx[:, :, None], None, 0, keys, keys)
+    queries, block, tiles = score_tiles(k_idx)
+    rows = max(1, min(tokens, SLAB_BYTES // (batch * (4 * row_vectors * VECTOR + 8 * _most(topk)))))
+    lanes = 1
+    if queries < rows < tokens:
+        lanes = min(LANES, rows // queries)
+        rows = rows // lanes // queries * queries  # whole tiles
+    slabs = q_idx.new_empty(lanes, batch, rows, row_vectors * VECTOR, dtype=torch.float32)
+    rooms = [_room(topk, indices, batch * rows, 1) for _ in slabs]
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
-    queries, block, tiles = score_tiles(q_idx)
-    for token in range(0, tokens, rows):
-        here = min(rows, tokens - token)
-        score_kernel[triton.cdiv(keys, block), triton.cdiv(here, queries * tiles), batch](
-            q_idx, k_idx, weights, first, own, slab, token, here, tokens, keys, row_vectors, VECTOR, heads, width,
-            tile_width(width), queries, block, tiles, precision, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        _select(
-            slab, first, own, room, indices, chosen, token, here, tokens, row_vectors, topk, num_initial, num_local,
-            VECTOR,
-        )  # fmt: skip
+    streams = _streams(q_idx.device, lanes)
+    for side in streams[1:]:
+        side.wait_stream(streams[0])
+    for number, token in enumerate(range(0, tokens, rows)):
+        here, lane = min(rows, tokens - token), number % lanes
+        visible = min(keys, token + here + ahead)
+        with torch.cuda.stream(streams[lane] if streams else None):
+            scored = q_idx, k_idx, weights, first, own, slabs[lane], token, here, tokens
+            if fp8:
+                q8, w8 = _in_fp8(q_idx, weights, token, here, rows)
+                scored = q8, k_idx, w8, first[token:], own[token:], slabs[lane], 0, here, rows
+            score_kernel[triton.cdiv(visible, block), triton.cdiv(here, queries * tiles), batch](
+                *scored, keys, row_vectors, VECTOR, heads, width, tile_width(width), queries, block, tiles, precision,
+                k_scale, num_warps=4, num_stages=3,
+            )  # fmt: skip
+            _select(
+                slabs[lane], first, own, rooms[lane], indices, chosen, token, here, tokens, row_vectors, topk,
+                num_initial, num_local, VECTOR,
+            )  # fmt: skip
+    for side in streams[1:]:
+        streams[0].wait_stream(side)
     return indices, chosen
+
+
+def multiplies_fp8(q_idx: Tensor) -> bool:
+    """Whether `topk` takes such index queries in fp8 (e4m3): on Hopper, from 16 bits, of rows that fill a product."""
+    return q_idx.is_cuda and architecture() == "sm_90" and q_idx.element_size() == 2 and q_idx.shape[3] % 32 == 0
+
+
+def _in_fp8(x: Tensor, weights: Tensor | None, token: int, number: int, slots: int) -> tuple[Tensor, Tensor]:
+    """Values (B, slots, H, D) and scales (B, slots, H) of ``number`` tokens of x (B, T, H, D) from ``token`` on.
+
+    ``weights`` (B, T, H) fp32, contiguous as x is: factors of the scales.
+    """
+    batch, tokens, heads, width = x.shape
+    values = x.new_empty(batch, slots, heads, width, dtype=FP8)
+    scales = x.new_empty(batch, slots, heads, dtype=torch.float32)
+    fp8_kernel[triton.cdiv(number * heads, FP8_ROWS), batch](
+        x, weights, values, scales, token, number, tokens, slots, heads, width, tile_width(width), FP8_ROWS,
+        num_warps=4,
+    )  # fmt: skip
+    return values, scales
+
+
+def _streams(device: torch.device, number: int) -> list[torch.cuda.Stream]:
+    """The current stream and others, for so many chunks at a time; none without a GPU."""
+    if device.type != "cuda":
+        return []
+    return [torch.cuda.current_stream(device), *(_side_stream(device, side) for side in range(1, number))]
+
+
+@functools.cache
+def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def topk_decode(
@@ -370,6 +519,11 @@ def choose_rows(
     )  # fmt: skip
 
 
+def sample_of(size: int) -> int:
+    """Scores of the sample of a row: a power of two."""
+    return min(max(SAMPLES[0], triton.next_power_of_2(size) // KEYS_PER_SAMPLE), SAMPLES[1])
+
+
 def splits_of(rows: int, size: int) -> int:
     """Programs that look for the candidates of a row, so that few long rows keep a GPU busy. A power of two."""
     if INTERPRETED:
@@ -384,9 +538,14 @@ def score_tiles(q_idx: Tensor) -> tuple[int, int, int]:
 
 
 def _room(topk: int, like: Tensor, rows: int, splits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Bounds (rows,) fp32, candidates (rows, MOST) int32 and their number (rows, splits) int32."""
-    most = max(SMALLEST, triton.next_power_of_2(2 * topk))
-    return like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, most), like.new_empty(rows, splits)
+    """Bounds (rows,) fp32, candidates (rows, MOST) int64 and their number (rows, splits) int32."""
+    candidates = like.new_empty(rows, _most(topk), dtype=torch.int64)
+    return like.new_empty(rows, dtype=torch.float32), candidates, like.new_empty(rows, splits)
+
+
+def _most(topk: int) -> int:
+    """Candidates of a query that there is room for."""
+    return max(SMALLEST_ROOM, triton.next_power_of_2(2 * topk))
 
 
 def _select(
@@ -396,7 +555,7 @@ def _select(
     """The three kernels, of the ``here`` queries from ``token`` on; ``scores`` (B, here, S) are theirs."""
     batch, (bounds, candidates, found) = len(scores), room
     splits = found.shape[1]
-    block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, SAMPLE)
+    block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, sample_of(row_vectors * vector))
     where, forced = (token, here), (topk, num_initial, num_local, vector)
     bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, num_warps=8)
     for write in (False, True) if splits > 1 else (True,):
@@ -405,6 +564,6 @@ def _select(
             splits, write, num_warps=8,
         )  # fmt: skip
     topk_kernel[here, batch](
-        scores, first, own, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced, block,
-        candidates.shape[1], splits, num_warps=16 if candidates.shape[1] >= MANY else 8,
+        scores, first, own, bounds, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced,
+        block // 2, candidates.shape[1], splits, num_warps=8,
     )  # fmt: skip
