@@ -359,7 +359,7 @@ def _united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tile
 
 
 def summed_parts(
-    lists: Tensor, totals: Sequence[Tensor], dtype: torch.dtype, queries: int | None
+    lists: Tensor, totals: Sequence[Tensor], dtype: torch.dtype, queries: int | None, beside: int = 0
 ) -> Iterator[tuple[Tiles, list[Tensor]]]:  # fmt: skip
     """Adds to ``totals`` what the caller writes for each slot of the union of a tile's lists.
 
@@ -367,6 +367,7 @@ def summed_parts(
         lists: (B, T, slots) int32.
         totals: each (B, S, columns) fp32. The parts of each are PART_BYTES at most.
         queries: of a tile. None: each query has parts for the slots of its own list, and there is no union.
+        beside: bytes of a query that the caller needs beside its parts; PART_BYTES are of both.
 
     Yields:
         the tiles of a chunk of queries, and for each total room for their parts (B, tiles, slots, columns) in
@@ -375,7 +376,7 @@ def summed_parts(
     (batch, tokens, slots), keys = lists.shape, totals[0].shape[1]
     columns = max(total.shape[2] for total in totals)
     of_tile = queries or 1
-    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
+    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * (slots * columns * dtype.itemsize + beside))))
     chunk = triton.cdiv(chunk, of_tile) * of_tile
     most = triton.next_power_of_2(chunk // of_tile)
     inverse = lists.new_full((batch, keys, most), -1, dtype=torch.int16)
