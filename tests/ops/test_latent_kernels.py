@@ -188,7 +188,7 @@ def test_nothing_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention, attention with the loss, and the loss apart: none of it calls the operators of other keys."""
     for name in ("token_attention", "token_attention_kl", "indexer_kl"):
         monkeypatch.setattr(dsa_operators, name, None)
-    monkeypatch.setattr(latents, "WIDEST", 144)
+    monkeypatch.setattr(latents, "WIDEST", 4 * 144)
     test_attention(1, [9], 2, 144, 128, 4)
     test_attention_with_the_loss(1, [9], 2, 144, 128, 4, 2)
     test_indexer_kl(1, [9], 2, 144, 128, 4)

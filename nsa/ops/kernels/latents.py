@@ -33,7 +33,7 @@ from nsa.ops.kernels.ranges import shape_constants
 from nsa.ops.kernels.tokens import Learner, summed_parts
 
 SLOT_BLOCK = 1024  # slots of which a program of `forward_kernel` looks for the last that has a key
-WIDEST = 512 + 64  # columns of a key
+WIDEST = 2 * (512 + 64) * (2 if INTERPRETED else 1)  # bytes of a key; wider ones in fp32 spill all registers
 
 
 @triton.jit
@@ -229,7 +229,7 @@ def fits(q: Tensor, k: Tensor, v_width: int) -> bool:
     Narrower keys are for `nsa.ops.kernels.tokens`, which has tiles of several queries.
     """
     width, row_bytes = k.shape[3], k.shape[3] * k.element_size()
-    served = row_bytes > hardware.MAX_ROW_BYTES and row_bytes % hardware.TMA_BYTES == 0 and width <= WIDEST
+    served = row_bytes > hardware.MAX_ROW_BYTES and row_bytes % hardware.TMA_BYTES == 0 and row_bytes <= WIDEST
     return k.shape[2] == 1 and served and v_width <= split_width(width)[0]
 
 
@@ -267,14 +267,22 @@ def _forward_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     if INTERPRETED:
         return {"BM": 16, "BN": 16}, {}
     if q.element_size() == 4:
-        return {"BM": _rows(q.shape[2], 16), "BN": 16}, {"num_warps": 4, "num_stages": 2}
-    rows = _rows(q.shape[2], 64)
-    keys = 64 if hardware.architecture() == "sm_90" else 32  # what shared memory holds
+        return {"BM": 16, "BN": 16}, {"num_warps": 8, "num_stages": 2}
+    rows = _rows(q, 64)
+    keys = 64 if rows == 64 and hardware.architecture() == "sm_90" else 32  # what shared memory and registers hold
     return {"BM": rows, "BN": keys}, {"num_warps": 8 if rows == 64 else 4, "num_stages": 2}
 
 
+def _rows(q: Tensor, most: int) -> int:
+    return min(most, max(16, triton.next_power_of_2(q.shape[2])))
+
+
 def _backward_rows(q: Tensor) -> int:
-    return 16 if INTERPRETED else _rows(q.shape[2], 128 if q.element_size() == 2 else 32)
+    if INTERPRETED:
+        return 16
+    if q.element_size() == 4:
+        return _rows(q, 32)
+    return _rows(q, 64 if hardware.architecture() == "sm_80" else 128)
 
 
 def head_blocks(q: Tensor) -> int:
@@ -290,19 +298,19 @@ def _weight_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     if q.element_size() == 4:
         return {"BM": rows, "BN": 64, "BK": 32}, {"num_warps": 4, "num_stages": 2}
     stages = 4 if hardware.architecture() == "sm_90" else 3
-    return {"BM": rows, "BN": 128, "BK": 64}, {"num_warps": 8 if rows == 128 else 4, "num_stages": stages}
+    return {"BM": rows, "BN": 128, "BK": 64}, {"num_warps": 8 if rows >= 64 else 4, "num_stages": stages}
 
 
-def _share_tile(q: Tensor, D1: int, D2: int) -> tuple[dict[str, int], dict[str, int]]:
+def _share_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """As `_forward_tile`, with the columns of a program, for the other kernels of the backward pass."""
-    rows = _backward_rows(q)
-    if INTERPRETED:
-        return {"BM": rows, "BN": 16, "C1": max(16, D1 // 2), "C2": 16 if D1 <= 16 else max(16, D2 // 2)}, {}
-    shares = max(1, D1 // 256)
-    columns = {"C1": D1 // shares, "C2": max(16, D2 // shares)}
-    if q.element_size() == 4:
-        return {"BM": rows, "BN": 16} | columns, {"num_warps": 4, "num_stages": 2}
-    return {"BM": rows, "BN": 64} | columns, {"num_warps": 8 if rows == 128 else 4, "num_stages": 2}
+    rows, (whole, rest) = _backward_rows(q), split_width(q.shape[3])
+    shares = 2 if INTERPRETED else max(1, whole // 256)
+    tile = {"BM": rows, "BN": 64, "C1": whole // shares, "C2": max(16, rest // shares)}
+    if INTERPRETED or q.element_size() == 4:
+        tile["BN"] = 16
+    elif hardware.architecture() == "sm_80":
+        tile["BN"] = 32
+    return tile, {} if INTERPRETED else {"num_warps": 8, "num_stages": 2}
 
 
 def backward(
@@ -319,7 +327,7 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k)
     dq, total = torch.empty_like(q), k.new_zeros(batch, keys, width, dtype=torch.float32)
     tile, options = _weight_tile(q)
-    share, share_options = _share_tile(q, *split_width(width))
+    share, share_options = _share_tile(q)
     shares = split_width(width)[0] // share["C1"]
     blocks, slot_blocks = head_blocks(q), triton.cdiv(slots, tile["BN"])
     rows = blocks * tile["BM"]
@@ -334,8 +342,9 @@ def backward(
             weights = q.new_empty(2, batch * here * room)
             sums = None if learner is None else total.new_empty(blocks * batch * here * slots)
         weight_kernel[blocks, here, batch](
-            q, k, d_out, lse, delta, tiles.union, tiles.count, *weights, sums, tiles.token, tokens, keys, slots,
-            slot_blocks, scale * LOG2_E, **_sizes(q, k, v_width, "DV"), ROOM=rows, **tile, **options,
+            q, k, d_out, lse, delta, tiles.union, tiles.count, P=weights[0], DS=weights[1], Sums=sums,
+            token0=tiles.token, num_tokens=tokens, num_keys=keys, num_slots=slots, num_blocks=slot_blocks,
+            scale_log2=scale * LOG2_E, **_sizes(q, k, v_width, "DV"), ROOM=rows, **tile, **options,
         )  # fmt: skip
         query_kernel[blocks * shares, here, batch](
             k, weights[1], tiles.union, tiles.count, dq, tiles.token, tokens, keys, slots, slot_blocks, scale, **sizes,
@@ -362,7 +371,8 @@ def learn(q: Tensor, k: Tensor, lists: Tensor, lse: Tensor, scale: float, learne
         if sums is None:  # the first chunk is the largest
             sums = learner.total.new_empty(head_blocks(q) * batch * tiles.here * slots)
         weight_kernel[head_blocks(q), tiles.here, batch](
-            q, k, None, lse, None, tiles.union, tiles.count, None, None, sums, tiles.token, tokens, keys, slots, 0,
-            scale * LOG2_E, **_sizes(q, k, 0, "DV"), ROOM=0, **tile, **options,
+            q, k, None, lse, None, tiles.union, tiles.count, P=None, DS=None, Sums=sums, token0=tiles.token,
+            num_tokens=tokens, num_keys=keys, num_slots=slots, num_blocks=0, scale_log2=scale * LOG2_E,
+            **_sizes(q, k, 0, "DV"), ROOM=0, **tile, **options,
         )  # fmt: skip
         learner.learn(tiles, 1, sums, parts[0])
