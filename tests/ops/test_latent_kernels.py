@@ -52,7 +52,9 @@ def views(row: Tensor, v_width: int) -> tuple[Tensor, Tensor]:
 
 def expect_close(found: list[Tensor], wanted: list[Tensor]) -> None:
     for index, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=3e-5, msg=lambda text, i=index: f"{i}: {text}")
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=1e-4, atol=3e-5, msg=lambda text, i=index: f"{i}: {text}"
+        )
 
 
 @needs_kernels
@@ -163,7 +165,12 @@ def test_which_values_share_the_gradient_of_the_keys(monkeypatch: pytest.MonkeyP
     assert share_gradient(row[..., :128], row) and share_gradient(row[..., :128], sibling)
     assert share_gradient(whole[..., :128], whole[..., :144])
     assert share_gradient(row.detach()[..., :128], row.detach()), "no gradient at all"
-    for other in (row.detach()[..., :128], row[..., :128].clone(), row[..., 16:], row.detach()[..., :128].requires_grad_()):
+    for other in (
+        row.detach()[..., :128],
+        row[..., :128].clone(),
+        row[..., 16:],
+        row.detach()[..., :128].requires_grad_(),
+    ):
         assert not share_gradient(other, row)
     with torch.no_grad():
         silent = row[..., :128]
@@ -211,7 +218,9 @@ def test_autocast_keeps_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
-@pytest.mark.parametrize(("heads", "width", "v_width", "slots"), [(128, 576, 512, 200), (64, 576, 512, 64), (20, 320, 256, 100)])
+@pytest.mark.parametrize(
+    ("heads", "width", "v_width", "slots"), [(128, 576, 512, 200), (64, 576, 512, 64), (20, 320, 256, 100)]
+)
 def test_in_bf16(heads: int, width: int, v_width: int, slots: int) -> None:
     """With the loss, against the reference in fp32 on the same rounded inputs; the bits twice."""
     lists = lists_of(2, [300], slots)

@@ -6,7 +6,7 @@ fill the rows of a tile that queries share none; a program takes one query.
 
 The backward pass is a row of products of matrices, each by a kernel that needs few registers for its sums:
 
-- `weight_kernel`: Q K^T and dO V^T, from these P and dS of all heads and slots, which go to memory in the inputs' dtype;
+- `weight_kernel`: Q K^T and dO V^T, from these P and dS of all heads and slots, which go to memory in Q's dtype;
 - `query_kernel`: dQ = dS K;
 - `part_kernel`: the query's part of dK for each slot, dS^T Q + P^T dO, the sum over its heads.
 
@@ -104,9 +104,9 @@ def weight_kernel(Q, K, DOut, Lse, Delta, Union, Count, P, DS, Sums, token0, num
                   BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """P and DS (B, queries, ROOM, num_blocks * BN) of BM heads of a query, over blocks of slots.
 
-    Union (B, queries, slots), Count (B, queries): see `nsa.ops.kernels.tokens.union_kernel`. P is 0 from Count on, up to
-    a whole block; behind that nothing is written. DOut, Delta (B, T, H, DV or 1), P and DS may be None: then only Sums
-    are wanted. Sums (head blocks, B, queries, slots) fp32: P, summed over these heads; or None.
+    Union (B, queries, slots), Count (B, queries): see `nsa.ops.kernels.tokens.union_kernel`. P is 0 from Count on, up
+    to a whole block; behind that nothing is written. DOut (B, T, H, DV), Delta (B, T, H), P and DS may be None: then
+    only Sums are wanted. Sums (head blocks, B, queries, slots) fp32: P, summed over these heads; or None.
     """
     query, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     place = batch * tl.num_programs(1) + query
