@@ -267,7 +267,7 @@ def _forward_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     if INTERPRETED:
         return {"BM": 16, "BN": 16}, {}
     if q.element_size() == 4:
-        return {"BM": 16, "BN": 16}, {"num_warps": 8, "num_stages": 2}
+        return {"BM": 16, "BN": 32}, {"num_warps": 8, "num_stages": 1}
     rows = _rows(q, 64)
     keys = 64 if rows == 64 and hardware.architecture() == "sm_90" else 32  # what shared memory and registers hold
     return {"BM": rows, "BN": keys}, {"num_warps": 8 if rows == 64 else 4, "num_stages": 2}
@@ -301,8 +301,8 @@ def _weight_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     return {"BM": rows, "BN": 128, "BK": 64}, {"num_warps": 8 if rows >= 64 else 4, "num_stages": stages}
 
 
-def _share_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """As `_forward_tile`, with the columns of a program, for the other kernels of the backward pass."""
+def _share_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """(rows, keys and columns of a tile, launch options of `query_kernel`, and of `part_kernel`)."""
     rows, (whole, rest) = _backward_rows(q), split_width(q.shape[3])
     shares = 2 if INTERPRETED else max(1, whole // 256)
     tile = {"BM": rows, "BN": 64, "C1": whole // shares, "C2": max(16, rest // shares)}
@@ -310,7 +310,10 @@ def _share_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
         tile["BN"] = 16
     elif hardware.architecture() == "sm_80":
         tile["BN"] = 32
-    return tile, {} if INTERPRETED else {"num_warps": 8, "num_stages": 2}
+    if INTERPRETED:
+        return tile, {}, {}
+    stages = 3 if hardware.architecture() == "sm_90" else 2  # the third is for the numbers of the keys
+    return tile, {"num_warps": 8, "num_stages": stages}, {"num_warps": 8, "num_stages": 2}
 
 
 def backward(
@@ -327,7 +330,7 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k)
     dq, total = torch.empty_like(q), k.new_zeros(batch, keys, width, dtype=torch.float32)
     tile, options = _weight_tile(q)
-    share, share_options = _share_tile(q)
+    share, query_options, part_options = _share_tile(q)
     shares = split_width(width)[0] // share["C1"]
     blocks, slot_blocks = head_blocks(q), triton.cdiv(slots, tile["BN"])
     rows = blocks * tile["BM"]
@@ -348,12 +351,12 @@ def backward(
         )  # fmt: skip
         query_kernel[blocks * shares, here, batch](
             k, weights[1], tiles.union, tiles.count, dq, tiles.token, tokens, keys, slots, slot_blocks, scale, **sizes,
-            **share_options,
+            **query_options,
         )  # fmt: skip
         for first_head in range(0, heads, tile["BM"]):
             part_kernel[shares, here, batch](
                 q, d_out, *weights, tiles.count, parts[0], tiles.token, first_head, tokens, slots, slot_blocks, scale,
-                DV=v_width, **sizes, **share_options,
+                DV=v_width, **sizes, **part_options,
             )  # fmt: skip
         if learner is not None and sums is not None:
             learner.learn(tiles, 1, sums, parts[-1])
