@@ -65,7 +65,7 @@ def forward_kernel(Q, K, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale
     count = _slots_with_keys(Lists, num_slots, BLOCK)
     acc = tl.zeros([BM, D1], tl.float32)  # [BM, D1]
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM], in units of log2
-    row_sum = tl.zeros([BM], tl.float32)  # [BM]
+    sums = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
     for start in tl.range(0, count, BN):
         slot = start + tl.arange(0, BN)  # [BN]
         key = tl.load(Lists + slot, mask=slot < num_slots, other=-1)  # [BN]
@@ -73,7 +73,7 @@ def forward_kernel(Q, K, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale
         k1, k2 = load_row_parts(K, batch * num_keys + key, listed, D, D1, D2)  # [BN, D1], [BN, D2]
         # Where a product's result goes to another product, Triton gives all warps all of its columns, which would be
         # twice the work. Results of a branch hide that. It is always taken, and what stands before it is of no use.
-        new_max, more = row_max, row_sum
+        new_max = row_max
         p = tl.broadcast_to(head[:, None], [BM, BN]).to(k1.dtype)  # [BM, BN]
         if count > 0:
             s = tl.dot(q1, k1.T, input_precision=PRECISION) * scale_log2  # [BM, BN]
@@ -82,14 +82,14 @@ def forward_kernel(Q, K, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale
             s = tl.where(listed[None, :], s, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
             # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
-            e = tl.exp2(s - tl.where(new_max == float("-inf"), 0.0, new_max)[:, None])  # [BM, BN]
-            more = tl.sum(e, 1)
+            base = tl.where(new_max == float("-inf"), 0.0, new_max)  # [BM]
+            e = tl.exp2(s - base[:, None])  # [BM, BN]
+            sums = sums * tl.exp2(row_max - base)[:, None] + e
             p = e.to(k1.dtype)
         rescale = tl.exp2(row_max - tl.where(new_max == float("-inf"), 0.0, new_max))  # [BM]
-        row_sum = row_sum * rescale + more
         acc = tl.dot(p, k1, acc * rescale[:, None], input_precision=PRECISION)
         row_max = new_max
-    store_output(Out, Lse, q_row, ok, acc, row_max, row_sum, DV, D1)
+    store_output(Out, Lse, q_row, ok, acc, row_max, tl.sum(sums, 1), DV, D1)
 
 
 @triton.jit
