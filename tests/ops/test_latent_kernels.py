@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.ops.geometry import share_gradient
+from nsa.layers import DeepSeekSparseAttention
+from nsa.layers.projections.config import MlaConfig
+from nsa.layers.projections.mla import Latent
+from nsa.ops.geometry import RotaryLayout, share_gradient
 from nsa.ops.kernels import dsa_operators, latent_operators, latents, tokens
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal, packing
 
@@ -143,6 +146,22 @@ def test_queries_of_the_last_tokens_of_many() -> None:
 
 
 @needs_kernels
+def test_scores_that_are_far_below_zero() -> None:
+    """exp(-lse) overflows: what lies behind a list must not get it as its probability."""
+    inputs = [-1 - normal(1, 7, 2, 144).detach().abs(), 1 + normal(1, 7, 1, 144, seed=1).detach().abs()]
+    lists = lists_of(1, [7], 5)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("naive", torch.float64)):
+        q, row = given = [x.to(dtype).requires_grad_() for x in inputs]
+        out = ops.token_sparse_attention(q, *views(row, 128), lists, backend=backend, scale=1.0)
+        weights = torch.arange(out.numel(), device=DEVICE).view_as(out).sin()
+        results.append([out, *torch.autograd.grad((out * weights).sum(), given)])
+    assert all(x.isfinite().all() for x in results[0])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
+@needs_kernels
 def test_the_same_bits_twice() -> None:
     lists = lists_of(1, [40], 12)
     inputs = [normal(1, 40, 18, 144), normal(1, 40, 1, 144, seed=1), *indexer(1, 40, 3)]
@@ -199,8 +218,32 @@ def test_nothing_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     test_attention(1, [9], 2, 144, 128, 4)
     test_attention_with_the_loss(1, [9], 2, 144, 128, 4, 2)
     test_indexer_kl(1, [9], 2, 144, 128, 4)
-    with pytest.raises(ValueError, match="head widths"):
-        test_attention(1, [9], 2, 160, 128, 4)
+    for width, v_width in ((160, 128), (144, 136)):  # too wide; values behind the first power of two
+        with pytest.raises(ValueError, match="head widths"):
+            test_attention(1, [9], 2, width, v_width, 4)
+
+
+@needs_kernels
+def test_a_layer_over_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of all weights and the loss that it learned from, in the backward pass of its attention."""
+    sizes = MlaConfig(q_lora_rank=16, kv_lora_rank=128, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=8)
+    layer = DeepSeekSparseAttention(
+        32, 3, 3, 24, 8, projection=Latent(32, 3, sizes), topk=6, index_heads=3, index_head_dim=16,
+        index_rotary=RotaryLayout(8), kl_weight=0.5,
+    ).to(DEVICE)  # fmt: skip
+    x = normal(2, 20, 32)
+    results = []
+    for backend in ("naive", "triton"):
+        layer.attend.backend = layer.attend.choose.backend = backend
+        for name in ("token_attention", "token_attention_kl", "indexer_kl"):
+            monkeypatch.setattr(dsa_operators, name, None)
+        layer.zero_grad(set_to_none=True)
+        layer.attend.loss.clear()
+        (layer(x) ** 2).sum().backward()
+        results.append([layer.attend.loss.tally.clone(), *(p.grad for p in layer.parameters())])
+    assert results[0][0] > 0
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=3e-5)
 
 
 @needs_kernels

@@ -51,13 +51,13 @@ def _slots_with_keys(Lists, num_slots, BLOCK: tl.constexpr):
 def forward_kernel(Q, K, Lists, Out, Lse, num_tokens, num_keys, num_slots, scale_log2, HEADS: tl.constexpr,
                    D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr,
                    BN: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Output and LSE of BM heads of a query.
+    """Output and LSE of BM heads of a query. The programs of a query's heads are neighbours.
 
     Q, Out (B, T, H, D or DV); K (B, S, D); Lists (B, T, slots) int32, -1 for none; Lse (B, T, H) fp32. DV <= D1.
     """
-    batch = tl.program_id(2).to(tl.int64)
-    token = batch * num_tokens + tl.program_id(1)
-    head = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    batch, blocks = tl.program_id(1).to(tl.int64), (HEADS + BM - 1) // BM
+    token = batch * num_tokens + tl.program_id(0) // blocks
+    head = tl.program_id(0) % blocks * BM + tl.arange(0, BM)  # [BM]
     ok = head < HEADS  # [BM]
     q_row = token * HEADS + head  # [BM]
     Lists += token * num_slots
@@ -245,7 +245,7 @@ def forward(q: Tensor, k: Tensor, v_width: int, lists: Tensor, scale: float) -> 
     if not (q.numel() and k.numel() and lists.numel()):
         return out.zero_(), lse.fill_(-torch.inf)
     tile, options = _forward_tile(q)
-    forward_kernel[triton.cdiv(heads, tile["BM"]), tokens, batch](
+    forward_kernel[triton.cdiv(heads, tile["BM"]) * tokens, batch](
         q, k, lists, out, lse, tokens, keys, slots, scale * LOG2_E, **_sizes(q, k, v_width, "D1", "D2", "DV"), **tile,
         BLOCK=64 if INTERPRETED else SLOT_BLOCK, **options,
     )  # fmt: skip
