@@ -183,8 +183,8 @@ def query_kernel(K, DS, Union, Count, DQ, token0, num_tokens, num_keys, num_slot
 def part_kernel(Q, DOut, P, DS, Count, Parts, token0, first_head, num_tokens, num_slots, num_blocks, scale,
                 HEADS: tl.constexpr, ROOM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
                 D2: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                BLOCK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Parts (B, queries, slots, D) of dK, of BM heads from ``first_head`` on; added to those of the heads before.
+                BLOCK: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Parts (B, queries, slots, D) of dK, of BM heads from ``first_head`` on; with ADD added to those that are there.
 
     A program takes a share of the columns, as in `query_kernel`. P, DS: see `weight_kernel`.
     """
@@ -213,12 +213,12 @@ def part_kernel(Q, DOut, P, DS, Count, Parts, token0, first_head, num_tokens, nu
         of_values = tl.dot(tl.trans(p), d_out, input_precision=PRECISION)  # [BN, C1]
         part += tl.where((slot < count)[:, None], of_values, 0.0)
         to = place * num_slots + slot  # [BN]
-        if first_head > 0:
+        if ADD:
             part += load_rows(Parts, to, slot < count, column1, D)
         store_rows(Parts, to, slot < count, column1, D, part)
         if D2 > 0:
             part2 = tl.dot(tl.trans(ds), q2, input_precision=PRECISION) * scale  # [BN, C2]
-            if first_head > 0:
+            if ADD:
                 part2 += load_rows(Parts, to, slot < count, column2, D)
             store_rows(Parts, to, slot < count, column2, D, part2)
 
@@ -269,8 +269,9 @@ def _forward_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     if q.element_size() == 4:
         return {"BM": 16, "BN": 32}, {"num_warps": 8, "num_stages": 1}
     rows = _rows(q, 64)
-    keys = 64 if rows == 64 and hardware.architecture() == "sm_90" else 32  # what shared memory and registers hold
-    return {"BM": rows, "BN": keys}, {"num_warps": 8 if rows == 64 else 4, "num_stages": 2}
+    if rows == 64:
+        return {"BM": rows, "BN": 32}, _stages(True, False)  # of 64 keys there would be room for two tiles
+    return {"BM": rows, "BN": 32}, {"num_warps": 4, "num_stages": 2}
 
 
 def _rows(q: Tensor, most: int) -> int:
@@ -301,19 +302,28 @@ def _weight_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     return {"BM": rows, "BN": 128, "BK": 64}, {"num_warps": 8 if rows >= 64 else 4, "num_stages": stages}
 
 
-def _share_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """(rows, keys and columns of a tile, launch options of `query_kernel`, and of `part_kernel`)."""
-    rows, (whole, rest) = _backward_rows(q), split_width(q.shape[3])
-    shares = 2 if INTERPRETED else max(1, whole // 256)
-    tile = {"BM": rows, "BN": 64, "C1": whole // shares, "C2": max(16, rest // shares)}
+def _share_tile(q: Tensor, most_columns: int) -> dict[str, int]:
+    """Rows, keys, and columns (so many at most, and some of the last) of a tile of `query_kernel` or `part_kernel`."""
+    whole, rest = split_width(q.shape[3])
+    shares = 2 if INTERPRETED else max(1, whole // most_columns)
+    tile = {"BM": _backward_rows(q), "BN": 64, "C1": whole // shares, "C2": max(16, rest // shares)}
     if INTERPRETED or q.element_size() == 4:
         tile["BN"] = 16
     elif hardware.architecture() == "sm_80":
         tile["BN"] = 32
+    return tile
+
+
+def _stages(gathers: bool, wide: bool) -> dict[str, int]:
+    """Launch options of a kernel of eight warps with three tiles in shared memory: one is used, two are on their way.
+
+    Triton starts a load at the end of a step, so one that was only a step ahead would be waited for at once. Loads of
+    rows whose numbers are loaded, too, take twice as many stages. ``wide``: there is no room for three.
+    """
     if INTERPRETED:
-        return tile, {}, {}
-    stages = 3 if hardware.architecture() == "sm_90" else 2  # the third is for the numbers of the keys
-    return tile, {"num_warps": 8, "num_stages": stages}, {"num_warps": 8, "num_stages": 2}
+        return {}
+    few = wide or hardware.architecture() != "sm_90"
+    return {"num_warps": 8, "num_stages": 2 if few else 5 if gathers else 3}
 
 
 def backward(
@@ -330,12 +340,12 @@ def backward(
         return torch.zeros_like(q), torch.zeros_like(k)
     dq, total = torch.empty_like(q), k.new_zeros(batch, keys, width, dtype=torch.float32)
     tile, options = _weight_tile(q)
-    share, query_options, part_options = _share_tile(q)
-    shares = split_width(width)[0] // share["C1"]
+    in_full = q.element_size() == 4
+    query_tile, part_tile = _share_tile(q, 256), _share_tile(q, 256 if in_full else 128)
     blocks, slot_blocks = head_blocks(q), triton.cdiv(slots, tile["BN"])
     rows = blocks * tile["BM"]
     room = rows * slot_blocks * tile["BN"]  # weights of a query
-    sizes = _sizes(q, k, v_width, "D1", "D2") | {"ROOM": rows, "BLOCK": tile["BN"]} | share
+    sizes = _sizes(q, k, v_width, "D1", "D2") | {"ROOM": rows, "BLOCK": tile["BN"]}
     totals = [total, *([] if learner is None else [learner.total])]
     weights: Tensor | None = None
     sums: Tensor | None = None
@@ -349,14 +359,14 @@ def backward(
             token0=tiles.token, num_tokens=tokens, num_keys=keys, num_slots=slots, num_blocks=slot_blocks,
             scale_log2=scale * LOG2_E, **_sizes(q, k, v_width, "DV"), ROOM=rows, **tile, **options,
         )  # fmt: skip
-        query_kernel[blocks * shares, here, batch](
+        query_kernel[blocks * (sizes["D1"] // query_tile["C1"]), here, batch](
             k, weights[1], tiles.union, tiles.count, dq, tiles.token, tokens, keys, slots, slot_blocks, scale, **sizes,
-            **query_options,
+            **query_tile, **_stages(True, in_full),
         )  # fmt: skip
         for first_head in range(0, heads, tile["BM"]):
-            part_kernel[shares, here, batch](
+            part_kernel[sizes["D1"] // part_tile["C1"], here, batch](
                 q, d_out, *weights, tiles.count, parts[0], tiles.token, first_head, tokens, slots, slot_blocks, scale,
-                DV=v_width, **sizes, **part_options,
+                DV=v_width, ADD=first_head > 0, **sizes, **part_tile, **_stages(False, in_full),
             )  # fmt: skip
         if learner is not None and sums is not None:
             learner.learn(tiles, 1, sums, parts[-1])
