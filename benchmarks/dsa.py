@@ -1,6 +1,6 @@
 """Times DSA's operators: the top-k of the indexer, and attention to the selected tokens against dense cuDNN.
 
-    python benchmarks/dsa.py [--tokens 32768 65536] [--out FILE]
+    python benchmarks/dsa.py [--tokens 32768 65536] [--latents] [--out FILE]
 
 bf16, batch 1, top-k 2048, one document; the median of eager calls with the L2 cache flushed. `extra_mib`: memory beyond
 the result. `tflops`: of the scores that are computed. `fp8_ms`: with index queries and keys in fp8, rounding them
@@ -13,9 +13,14 @@ pass, the backward pass and both; the indexer is not in it. `with_loss_ms`: the 
 16 heads, learns from the attention. `training` is the indexer's loss apart, with all its gradients, over lists of slow
 queries; `over_dense`: its time and, in the warm-up, that of the dense forward pass, over cuDNN's forward and backward
 pass. `layer`: top-k with 16 heads, and attention on each kind of list; `kl` is what the loss adds to its backward pass.
+
+With `--latents` only the attention over latents of 512 columns and 64 rotated ones is timed, with 128 heads, and the
+layer with 64 index heads (DeepSeek-V3.2): `tflops` are of the products with listed tokens, two forward and five
+backward. FlashMLA's forward kernel is timed on the same lists, where it is installed.
 """
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -32,6 +37,7 @@ from nsa import ops
 
 TOPK, WIDTH, KV_HEADS = 2048, 128, 4
 LAYER_HEADS = 16  # of the indexer of a layer
+LATENT, ROTATED, LATENT_HEADS, LATENT_INDEX_HEADS = 512, 64, 128, 64  # DeepSeek-V3.2
 NEIGHBOURS = 8  # queries whose lists are counted together: as many as share a tile of the kernels at most
 # Index heads, their width, whether the queries change slowly, whether the heads have random weights.
 LISTS = {
@@ -200,16 +206,78 @@ def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) ->
     return rows
 
 
+def rows_of_latents(tokens: int) -> list[dict[str, Any]]:
+    """Attention over latents on each kind of LISTS, with the loss and without, and the layer."""
+    width = LATENT + ROTATED
+    q, row = normal(1, tokens, LATENT_HEADS, width).requires_grad_(), normal(1, tokens, 1, width).requires_grad_()
+    index = indexer(tokens, LATENT_INDEX_HEADS, WIDTH, True, True)
+    topk_ms = called_ms(lambda: ops.index_topk(*index, topk=TOPK))
+    trained = [*(x.requires_grad_() for x in index), torch.ones((), device="cuda", requires_grad=True)]
+    rows = []
+    for name, kind in LISTS.items():
+        lists, _ = ops.index_topk(*indexer(tokens, *kind), topk=TOPK)
+        products = 2 * LATENT_HEADS * int((lists >= 0).sum()) * width
+
+        def attention(lists: Tensor = lists) -> Tensor:
+            return ops.token_sparse_attention(q, row, row[..., :LATENT], lists)
+
+        with torch.no_grad():
+            ms = {"forward": called_ms(attention)}
+        out = attention()
+        gradient = torch.randn_like(out)
+
+        def backward(out: Tensor = out, gradient: Tensor = gradient) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, (q, row), gradient, retain_graph=True)
+
+        ms["backward"] = called_ms(backward)
+        repeats = all(torch.equal(a, b) for a, b in zip(backward(), backward(), strict=True))
+        out = ops.token_sparse_attention_kl(q, row, row[..., :LATENT], lists, *trained)
+        ms["with_loss"] = called_ms(
+            lambda out=out, gradient=gradient: torch.autograd.grad(out, (q, row, *trained), gradient, retain_graph=True)
+        )
+        del out, backward, attention
+        values = LATENT / width  # of a product with values, as a share of one with keys
+        flops = {"forward": products * (1 + values), "backward": products * (3 + 2 * values)}
+        found: dict[str, Any] = {"heads": LATENT_HEADS, "tokens": tokens, "lists": name, "repeats": repeats, "ms": ms}
+        found["union_over_topk"] = union_over_topk(lists, tokens)
+        found["tflops"] = {key: flops[key] / ms[key] / 1e9 for key in flops}
+        found["layer_ms"] = topk_ms + ms["forward"] + ms["with_loss"]
+        rows.append(found | {"topk_ms": topk_ms, "peers": peers(q.detach(), row.detach(), lists)})
+    return rows
+
+
+def peers(q: Tensor, row: Tensor, lists: Tensor) -> dict[str, float | str]:
+    """ms of other implementations of the forward pass, or why there are none."""
+    found: dict[str, float | str] = {
+        "tilelang": "has no operator: its DSA kernels are examples, outside of the package"
+    }
+    if importlib.util.find_spec("flash_mla") is None:
+        return found | {"flash_mla": "not installed"}
+    try:
+        from flash_mla import flash_mla_sparse_fwd
+
+        inputs = q[0], row[0], lists[0][:, None]
+        return found | {"flash_mla": called_ms(lambda: flash_mla_sparse_fwd(*inputs, q.shape[3] ** -0.5))}
+    except Exception as error:  # another version, or built for another GPU
+        return found | {"flash_mla": f"{type(error).__name__}: {error}"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768, 65536])
     parser.add_argument("--heads", type=int, default=64, help="query heads of the attention")
+    parser.add_argument("--latents", action="store_true", help="time attention over latents, and nothing else")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     need_gpu(parser)
     torch.manual_seed(0)
-    result: dict[str, list[Any]] = {"topk": [], "attention": [], "training": [], "layer": []}
+    result: dict[str, list[Any]] = {"topk": [], "attention": [], "training": [], "layer": [], "latents": []}
     for tokens in options.tokens:
+        if options.latents:
+            result["latents"] += rows_of_latents(tokens)
+            for row in result["latents"][-len(LISTS) :]:
+                print(row, flush=True)
+            continue
         for heads in (16, 64):
             result["topk"].append(row_of_topk(heads, tokens))
             print(result["topk"][-1], flush=True)

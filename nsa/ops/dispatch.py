@@ -9,6 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from nsa.ops.geometry import share_gradient
+
 _Function = TypeVar("_Function", bound=Callable)
 
 BACKENDS = ("auto", "triton", "torch", "naive")
@@ -54,7 +56,8 @@ def autocasts(*names: str) -> Callable[[_Function], _Function]:
     """A decorator for an operator: under `torch.autocast` it computes like torch's matrix products.
 
     The arguments ``names`` (tensors, or pairs of them) are cast to autocast's dtype, and their gradients come back in
-    their own. Within the operator autocast is off: what it computes in fp32 stays in fp32.
+    their own. Values that are a view of the keys stay one. Within the operator autocast is off: what it computes in
+    fp32 stays in fp32.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -67,9 +70,13 @@ def autocasts(*names: str) -> Callable[[_Function], _Function]:
             if not _autocast_enabled(device):
                 return function(*args, **kwargs)
             dtype, given = torch.get_autocast_dtype(device), signature.bind(*args, **kwargs)
+            arguments = given.arguments
+            together = {"k", "v"} <= arguments.keys() & set(names) and share_gradient(arguments["v"], arguments["k"])
             for name in names:
-                if name in given.arguments:
-                    given.arguments[name] = _cast(given.arguments[name], dtype)
+                if name in arguments:
+                    arguments[name] = _cast(arguments[name], dtype)
+            if together:
+                arguments["v"] = arguments["k"][..., : arguments["v"].shape[-1]]
             with without_autocast(device):
                 return function(*given.args, **given.kwargs)
 

@@ -123,6 +123,20 @@ def first_columns(v: Tensor, k: Tensor) -> bool:
     return v.shape[3] < k.shape[3] and v.stride() == k.stride() and v.data_ptr() == k.data_ptr()
 
 
+def share_gradient(v: Tensor, k: Tensor) -> bool:
+    """Whether v is `first_columns` of k for autograd, too: both are views of one tensor, or neither has a gradient.
+
+    Then the gradient of v may be added to that of k's first columns: what both are views of gets the same sum.
+    """
+    if not first_columns(v, k):
+        return False
+    if not (torch.is_grad_enabled() and (v.requires_grad or k.requires_grad)):
+        return True
+    v_base, k_base = (x if x._base is None else x._base for x in (v, k))
+    known = all(x._base is None or x.grad_fn is not None for x in (v, k))  # not so for views made without gradients
+    return known and v.requires_grad and k.requires_grad and v_base is k_base
+
+
 @dataclass(frozen=True)
 class KnownLengths:
     """What the host knows of the lengths of the documents of a batch.

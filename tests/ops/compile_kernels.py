@@ -39,6 +39,7 @@ from nsa.ops.kernels import (
     indexer_kl,
     indexer_kl_dense,
     indexer_kl_tiles,
+    latents,
     mass,
     native_sparse_decode,
     norm,
@@ -179,6 +180,18 @@ def latent_decoding(heads: int, tokens: int) -> None:
     decode.attention(q, latent, latent[..., :512], lengths, lengths.new_empty(1, 1, 2048), 1, None, None, 1.0)
 
 
+def latent_training(heads: int, width: int, v_width: int, dtype: torch.dtype) -> None:
+    """Both passes over lists of latents, with the indexer's loss, without, and the loss apart."""
+    q, row = torch.zeros(1, 64, heads, width, dtype=dtype), torch.zeros(1, 64, 1, width, dtype=dtype)
+    out, lse, lists = q.new_zeros(1, 64, heads, v_width), torch.zeros(1, 64, heads), torch.zeros(1, 64, 2048).int()
+    index = q.new_zeros(1, 64, 64, 128), q.new_zeros(1, 64, 128), torch.zeros(1, 64, 64)
+    learner = indexer_kl_tiles.ListLearner(*index, latents.head_blocks(q), "tf32")
+    latents.forward(q, row, v_width, lists, 1.0)
+    latents.backward(q, row, v_width, lists, out, lse, lse, 1.0)
+    latents.backward(q, row, v_width, lists, out, lse, lse, 1.0, learner)
+    latents.learn(q, row, lists, lse, 1.0, learner)
+
+
 def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]:
     """Resources by kernel and shape; ``shapes``: those of SHAPES that are compiled."""
     driver.set_active(NamedOnly(arch))
@@ -203,6 +216,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " with columns" if kwargs["COLUMNS"] else ""
             elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
                 of = " of means"
+            elif "Sums" in kwargs and "P" in kwargs and kwargs["P"] is None:
+                of = " of sums alone"
             elif kwargs.get("Sums") is not None:
                 of = " with sums"
             elif kwargs.get("BACKWARD") is True:
@@ -316,6 +331,11 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
     for heads in (16, 128):
         shape_name = f"latents, {heads} heads"
         latent_decoding(heads, 2**16)
+        latent_training(heads, 576, 512, torch.bfloat16)
+    shape_name = "latents of 320, 20 heads"
+    latent_training(20, 320, 256, torch.bfloat16)
+    shape_name = "latents of 288, 40 heads, fp32"
+    latent_training(40, 288, 256, torch.float32)
     for place, pairs in itertools.product(("first", "last"), ("half-split", "interleaved")):
         shape_name = f"{place} 64 of 192, {pairs}"
         x = torch.zeros(1, 256, 2 * 192, dtype=torch.bfloat16, requires_grad=True)

@@ -193,6 +193,16 @@ def test_attention(batch, documents, heads, groups, width, v_width, slots, way: 
 
 
 @needs_kernels
+def test_parts_of_lists_that_are_longer_than_an_int16_counts() -> None:
+    lists = torch.full((1, 1, 2**15 + 40), -1, dtype=torch.int32, device=DEVICE)
+    lists[0, 0, 5], lists[0, 0, -1] = 2, 3
+    total = torch.zeros(1, 4, 16, device=DEVICE)
+    for _tiles, (parts,) in tokens.summed_parts(lists, [total], torch.float32, None):
+        parts.view(-1, lists.shape[2], 16)[0] = torch.arange(lists.shape[2], device=DEVICE)[:, None]
+    assert total[0, :, 0].tolist() == [0, 0, 5, lists.shape[2] - 1]
+
+
+@needs_kernels
 @pytest.mark.parametrize(("batch", "documents", "heads", "groups", "width", "v_width", "slots"), LISTS)
 def test_indexer_kl(batch, documents, heads, groups, width, v_width, slots, way: None) -> None:
     """Loss and gradients over lists with holes; a target that is joint with something else, and no visible token."""

@@ -117,6 +117,15 @@ def test_a_layout_that_cannot_work_is_refused(tmp_path):
     assert not dist.is_initialized()
 
 
+def test_wide_latents_have_kernels_in_16_bits(tmp_path):
+    """Lists of DeepSeek-V3.2's latents: 576 columns. In fp32 there are none."""
+    sizes = "q_lora_rank: 12, kv_lora_rank: 512, qk_nope_head_dim: 16, qk_rope_head_dim: 64, v_head_dim: 8"
+    wide = [*BASE, *LATENT, f"model.mla={{{sizes}}}", "model.head_dim=80"]
+    assert dry_run(tiny_config(tmp_path, *wide, "engine.precision=bf16"), 1).flops > 0
+    with pytest.raises(ConfigError, match="head widths"):
+        dry_run(tiny_config(tmp_path, *wide), 1)
+
+
 def test_a_dry_run_fails_for_a_broken_layer(tmp_path, monkeypatch):
     from nsa.parallel import tensor
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nsa.layers import DeepSeekSparseAttention, DenseAttention, NativeSparseAttention
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import NSA, kind_of
+from nsa.layers.projections.config import MlaConfig
+from nsa.layers.projections.mla import Latent
 from nsa.layers.rotary import Rotary
 from nsa.ops import selection
 from nsa.training.activation_checkpointing import checkpoint_layers
@@ -52,26 +55,35 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def over_latents(hidden_size: int, heads: int, *_: int, backend: str) -> DeepSeekSparseAttention:
+    """Keys so wide that lists of them have kernels of their own."""
+    sizes = MlaConfig(q_lora_rank=16, kv_lora_rank=128, qk_nope_head_dim=8, qk_rope_head_dim=16, v_head_dim=8)
+    projection = Latent(hidden_size, heads, sizes, backend=backend)
+    return DeepSeekSparseAttention(hidden_size, heads, heads, 24, 8, projection=projection, backend=backend)
+
+
 @pytest.mark.parametrize(("mode", "again"), [("full", 1), ("selective", 0)])
-@pytest.mark.parametrize("kind", ["nsa", "dense", "dsa"])
+@pytest.mark.parametrize("kind", ["nsa", "dense", "dsa", "dsa over latents"])
 def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
-    """On the meta device, where the kernels' operators exist without a GPU. Cutting and rotating heads is cheap.
+    """On the meta device, where the kernels' operators exist without a GPU. Norms, and cutting heads, are cheap.
 
     The loss of DSA's indexer comes with the backward pass of the attention, so it is not computed again.
     """
     with torch.device("meta"):
-        make = {"nsa": NativeSparseAttention, "dense": DenseAttention, "dsa": DeepSeekSparseAttention}[kind]
-        layers = nn.ModuleList([Layer(make(64, 4, 2, 16, backend="triton"), kind_of(kind))])
+        make: dict[str, Any] = {"nsa": NativeSparseAttention, "dense": DenseAttention, "dsa": DeepSeekSparseAttention}
+        make["dsa over latents"] = over_latents
+        attention = make[kind](64, 4, 2, 16, backend="triton")
+        layers = nn.ModuleList([Layer(attention, kind_of(kind.split()[0]))])
         x = torch.empty(1, 128, 64, requires_grad=True)
         rotary = Rotary().at(torch.empty(128, dtype=torch.int64))
     checkpoint_layers(layers, mode)
     out = layers[0](x, rotary)
     with Calls() as calls:
         out.sum().backward()
-    others = ("backward", "gated_sum", "split_heads", "join_heads")
+    others = ("backward", "gated_sum", "split_heads", "join_heads", "rms_norm")
     forward = {name: n for name, n in calls.counts.items() if not name.endswith(others)}
     once = {"nsa": {"range_attention": 2, "selected_attention": 1, "compress_blocks": 2}}
-    once["dsa"] = {"token_attention": 1}
+    once |= {"dsa": {"token_attention": 1}, "dsa over latents": {"latent_attention": 1}}
     assert forward == ({} if not again else once.get(kind, {"range_attention": 1}))
 
 

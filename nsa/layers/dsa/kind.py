@@ -147,7 +147,7 @@ DSA: Kind = Kind(
     placed=lambda config, place: SERVED if config.is_served(place) else DSA,
     borrows=False,
     twin=lambda config: config.model_copy(update={"share_layers": 1}),
-    expensive=("range_attention", "token_attention"),
+    expensive=("range_attention", "token_attention", "latent_attention"),
     loss=("attend.loss", "indexer_kl"),
     apart=("indexer",),
     from_dense=lambda name, shape, config, read: None if name.startswith("indexer.") else read(name),

@@ -18,7 +18,7 @@ from nsa.ops.dispatch import (
 from nsa.ops.geometry import Documents, Ranges, longest_document
 from nsa.ops.index_topk import check_indexer, naive_scores
 from nsa.ops.tiles import Lists, Pattern, Runs, add, take
-from nsa.ops.token_sparse import check_lists
+from nsa.ops.token_sparse import check_lists, takes_latents
 from nsa.ops.token_sparse import naive_mask as listed
 
 
@@ -72,11 +72,14 @@ def indexer_kl(
         check_lists(token_indices, q)
     scale = softmax_scale(scale, q.shape[3])
     q, k, lse = q.detach(), k.detach(), lse.detach()
-    implementation = resolve_backend(backend, q_idx, k_idx, q, k)
+    latent = token_indices is not None and takes_latents(backend, q, k, None)
+    implementation = resolve_backend(backend, q_idx, k_idx, q, *([] if latent else [k]), heads=not latent)
     if implementation == "naive":
         documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
         mask = naive_mask(documents, k.shape[1], token_indices, ratio)
         return naive_kl(q_idx, k_idx, weights, head_sum(q, k, lse, scale), mask)
+    if implementation == "triton" and latent:
+        return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, None, 0, scale)
     if implementation == "triton":
         longest = longest_document(cu_seqlens, k.shape[1])
         return _FusedKL.apply(q_idx, k_idx, weights, q, k, lse, token_indices, visible, longest, scale)
@@ -127,16 +130,21 @@ def normalised(attention: Tensor) -> Tensor:
 
 
 class _FusedKL(torch.autograd.Function):
-    """The kernels. As below, the gradients are computed along with the loss."""
+    """The kernels. As below, the gradients are computed along with the loss. ``visible``: None for lists of latents."""
 
     @staticmethod
     def forward(
         ctx: Any, q_idx: Tensor, k_idx: Tensor, weights: Tensor, q: Tensor, k: Tensor, lse: Tensor,
-        lists: Tensor | None, visible: Ranges, longest: int, scale: float,
+        lists: Tensor | None, visible: Ranges | None, longest: int, scale: float,
     ) -> Tensor:  # fmt: skip
-        from nsa.ops.kernels import dsa_operators as operators
+        from nsa.ops.kernels import dsa_operators, latent_operators
 
-        loss, d_q, d_k, d_w = operators.indexer_kl(q_idx, k_idx, weights, q, k, lse, lists, visible, longest, scale)
+        inputs = q_idx, k_idx, weights, q, k, lse
+        if visible is None:
+            assert lists is not None
+            loss, d_q, d_k, d_w = latent_operators.indexer_kl(*inputs, lists, scale)
+        else:
+            loss, d_q, d_k, d_w = dsa_operators.indexer_kl(*inputs, lists, visible, longest, scale)
         ctx.save_for_backward(d_q, d_k, d_w.to(weights.dtype))
         return loss
 

@@ -222,7 +222,7 @@ def union_kernel(Lists, Seen, Union, Members, Count, token0, num_queries, num_to
 @triton.jit(do_not_specialize=[*INTEGERS, "row0", "num_rows"])
 def invert_kernel(Lists, Count, Slots, row0, num_rows, num_keys, num_slots, TILES: tl.constexpr,
                   BLOCK: tl.constexpr):  # fmt: skip
-    """Slots (B, S, TILES) int16: the slot in which each tile of the chunk lists key s. Filled with -1.
+    """Slots (B, S, TILES) int16 or int32: the slot in which each tile of the chunk lists key s. Filled with -1.
 
     Lists (B, rows, slots) int32: the keys of a tile, row ``row0`` + i for tile i, or -1. Count (B, tiles) int32: how
     many slots have a key; None: any of them may have one.
@@ -235,7 +235,7 @@ def invert_kernel(Lists, Count, Slots, row0, num_rows, num_keys, num_slots, TILE
     for start in tl.range(0, count, BLOCK):
         slot = start + tl.arange(0, BLOCK)  # [BLOCK]
         key = tl.load(Lists + slot, mask=slot < count, other=-1)  # [BLOCK]
-        tl.store(Slots + (batch * num_keys + key) * TILES + tile, slot.to(tl.int16), mask=key >= 0)
+        tl.store(Slots + (batch * num_keys + key) * TILES + tile, slot.to(Slots.dtype.element_ty), mask=key >= 0)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -257,7 +257,7 @@ def users_kernel(Slots, Users, Number, Listed, num_keys, num_slots, TILES: tl.co
         lists = slot >= 0
         rank = tl.cumsum(lists.to(tl.int32), 1) - 1
         tl.store(Users + row[:, None] * TILES + rank, tile[None, :] * num_slots + slot, mask=lists)
-        tl.store(Slots + at, tl.full([KEYS, TILES], -1, tl.int16), mask=lists)
+        tl.store(Slots + at, tl.full([KEYS, TILES], -1, Slots.dtype.element_ty), mask=lists)
         tl.store(Number + row, tl.sum(lists.to(tl.int32), 1), mask=ok)
 
 
@@ -359,7 +359,7 @@ def _united(lists: Tensor, keys: int, chunk: int, queries: int) -> Iterator[Tile
 
 
 def summed_parts(
-    lists: Tensor, totals: Sequence[Tensor], dtype: torch.dtype, queries: int | None
+    lists: Tensor, totals: Sequence[Tensor], dtype: torch.dtype, queries: int | None, beside: int = 0
 ) -> Iterator[tuple[Tiles, list[Tensor]]]:  # fmt: skip
     """Adds to ``totals`` what the caller writes for each slot of the union of a tile's lists.
 
@@ -367,6 +367,7 @@ def summed_parts(
         lists: (B, T, slots) int32.
         totals: each (B, S, columns) fp32. The parts of each are PART_BYTES at most.
         queries: of a tile. None: each query has parts for the slots of its own list, and there is no union.
+        beside: bytes of a query that the caller needs beside its parts; PART_BYTES are of both.
 
     Yields:
         the tiles of a chunk of queries, and for each total room for their parts (B, tiles, slots, columns) in
@@ -375,10 +376,11 @@ def summed_parts(
     (batch, tokens, slots), keys = lists.shape, totals[0].shape[1]
     columns = max(total.shape[2] for total in totals)
     of_tile = queries or 1
-    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * slots * columns * dtype.itemsize)))
+    chunk = max(16, min(MOST_QUERIES, tokens, PART_BYTES // (batch * (slots * columns * dtype.itemsize + beside))))
     chunk = triton.cdiv(chunk, of_tile) * of_tile
     most = triton.next_power_of_2(chunk // of_tile)
-    inverse = lists.new_full((batch, keys, most), -1, dtype=torch.int16)
+    number_dtype = torch.int16 if of_tile * slots <= 2**15 else torch.int32
+    inverse = lists.new_full((batch, keys, most), -1, dtype=number_dtype)
     listed = _least_and_most(lists, chunk, keys)
     users, number = lists.new_empty(batch, keys, most), lists.new_empty(batch, keys)
     parts = [x.new_empty(batch * chunk * slots * x.shape[2], dtype=dtype) for x in totals]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nsa.ops.dense import dense_attention
 from nsa.ops.dispatch import autocasts, check_attention, resolve_backend, softmax_scale
-from nsa.ops.geometry import longest_document
+from nsa.ops.geometry import longest_document, share_gradient
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Lists, tiled_attention
 
@@ -62,7 +62,8 @@ def token_sparse_attention(
 
     Args:
         q: (B, T, H, D). k: (B, S, G, D). v: (B, S, G, Dv); G divides H. The latent of MLA is G = 1, D = 576, Dv = 512,
-            with v = k[..., :512].
+            with v = k[..., :512]. The kernels for such keys need v to be a view of k, or both of another tensor; then
+            all of the gradient goes to k, and v itself gets none.
         token_indices: (B, T, K) int32 positions among the S keys, in any order, each at most once; -1 is none. The
             caller lists visible keys only (`index_topk` does): nothing is masked here.
         sink: (H,) logits that take part in the denominator only.
@@ -86,8 +87,13 @@ def token_sparse_attention(
     if sink is not None and sink.shape != q.shape[2:3]:
         raise ValueError(f"sink must be ({q.shape[2]},), one logit per query head, got {tuple(sink.shape)}")
     scale = softmax_scale(scale, q.shape[3])
-    implementation = resolve_backend(backend, q, k, v)
-    if implementation == "triton":
+    latent = takes_latents(backend, q, k, v)
+    implementation = "triton" if latent else resolve_backend(backend, q, k, v)
+    if latent:
+        from nsa.ops.kernels import latent_operators
+
+        out, lse = latent_operators.attention(q, k, v.shape[3], token_indices, scale)
+    elif implementation == "triton":
         from nsa.ops.kernels import dsa_operators as operators
 
         out, lse = operators.token_attention(q, k, v, token_indices, longest_document(cu_seqlens, k.shape[1]), scale)
@@ -103,6 +109,20 @@ def token_sparse_attention(
     if sink is not None:
         out, lse = with_sink(out, lse, sink)
     return (out, lse) if return_lse else out
+
+
+def takes_latents(backend: str, q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+    """Whether the kernels of latents run: for keys wider than the others take, whose first columns are the values.
+
+    ``v``: None if only the scores are wanted.
+    """
+    if backend not in ("auto", "triton") or (v is not None and not share_gradient(v, k)):
+        return False
+    if resolve_backend(backend, q, k, heads=False) != "triton":
+        return False
+    from nsa.ops.kernels import latents
+
+    return latents.fits(q, k, 0 if v is None else v.shape[3])
 
 
 def check_lists(token_indices: Tensor, q: Tensor) -> None:

@@ -9,7 +9,7 @@ from nsa.ops.dispatch import autocasts, check_attention, check_positions, resolv
 from nsa.ops.geometry import longest_document
 from nsa.ops.index_topk import check_index_shapes
 from nsa.ops.indexer_kl import check_together, indexer_kl
-from nsa.ops.token_sparse import check_lists, token_sparse_attention
+from nsa.ops.token_sparse import check_lists, takes_latents, token_sparse_attention
 
 
 @autocasts("q", "k", "v", "q_idx", "k_idx")
@@ -53,13 +53,16 @@ def token_sparse_attention_kl(
     check_together(q_idx, k_idx, q, k)
     if kl_weight.dim():
         raise ValueError(f"kl_weight must be a tensor without dimensions, got {tuple(kl_weight.shape)}")
-    scale = softmax_scale(scale, q.shape[3])
+    scale, index = softmax_scale(scale, q.shape[3]), (q_idx, k_idx, weights, kl_weight)
+    if takes_latents(backend, q, k, v) and resolve_backend(backend, q_idx, k_idx, q, heads=False) == "triton":
+        from nsa.ops.kernels import latent_operators
+
+        return latent_operators.attention_kl(q, k, v.shape[3], token_indices, *index, scale)
     if resolve_backend(backend, q_idx, k_idx, q, k, v) == "triton":
         from nsa.ops.kernels import dsa_operators as operators
 
         longest = longest_document(cu_seqlens, k.shape[1])
         if not operators.by_tiles(q, k, v, token_indices, longest):
-            index = (q_idx, k_idx, weights, kl_weight)
             return operators.token_attention_kl(q, k, v, token_indices, *index, longest, scale)
     options: dict[str, Any] = {"scale": scale, "cu_seqlens": cu_seqlens, "backend": backend}
     out, lse = token_sparse_attention(q, k, v, token_indices, **options, return_lse=True)
