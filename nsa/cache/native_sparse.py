@@ -1,12 +1,11 @@
 """NSA's three-part cache: compressed blocks with the tail of the next one, all selected tokens, the last window."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from torch import Tensor
 
 from nsa.cache.rows import Pair, Position, Rows, taken
-from nsa.ops.decode import append_rows
 from nsa.ops.geometry import num_compressed
 
 
@@ -69,13 +68,14 @@ class NativeSparseCache:
         self.position = position
 
     def append_fixed(
-        self, raw_cmp: Pair, slc: Pair, win: Pair, extend: Callable[[Pair, Pair], None]
+        self, raw_cmp: Pair, slc: Pair, win: Pair, extend: Callable[[Sequence[Tensor], Sequence[Tensor], Pair], None]
     ) -> tuple[Pair, Pair, Pair]:
         """`append` after `fix`: the one token at ``position``.
 
         Args:
-            extend: (ring of the last l raw keys and values, memory of the compressed ones) -> writes the block that
-                ends with the token, if there is one (`nsa.ops.compression.extend_compressed`).
+            extend: (memories, the first two of them rings of the last l raw keys and values; rows of the token;
+                memory of the compressed ones) -> writes the rows to the memories, and the block that ends with the
+                token, if there is one (`nsa.ops.compression.extend_compressed`).
 
         Returns:
             The memory of each branch.
@@ -84,8 +84,7 @@ class NativeSparseCache:
         compressed, tail, selected, window = (
             rows.memory for rows in (self.compressed, self.tail, self.selected, self.window)
         )
-        append_rows((*tail, *selected, *window), (*raw_cmp, *slc, *win), self.position.index)
-        extend(tail, compressed)
+        extend((*tail, *selected, *window), (*raw_cmp, *slc, *win), compressed)
         return compressed, selected, window
 
     def take(self, sequences: Tensor) -> Self:

@@ -132,7 +132,8 @@ def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     rings, tables = [x[:, :32] for x in (k, v)], torch.zeros(2, 1, k.shape[3] // 2)
     weights = [[x.new_zeros(n or x.shape[3], x.shape[3] * m) for x in (k, v)] for n, m in ((0, 32), (32, 1))]
     outer = [x.new_zeros(x.shape[3], x.shape[3]) for x in (k, v)]
-    compression.extend(rings, *weights, outer, [k, v], *tables, lengths.long(), 16)
+    memories, rows = [*rings, k, v], [x[:, :1].contiguous() for x in (k, v, k, v)]
+    compression.extend(memories, rows, *weights, outer, [k, v], *tables, lengths.long(), 16)
     gates = q.new_zeros(1, q.shape[1], 3)
     native_sparse_decode.attention(q, [k, v] * 3, gates, lengths, 32, 16, 64, 16, 1, 2, 1.0)
 

@@ -99,6 +99,7 @@ SPARSE_CASES = [
     SparseCase(3, 1, 24, 16, (100, 0), 40, (4, 4, 4, 3, 1, 1)),
     SparseCase(6, 1, 16, 32, (150,), 16, (8, 4, 16, 20, 2, 0)),  # more blocks than there are
     SparseCase(2, 2, 16, 16, (64, 65), 1, (8, 2, 8, 2, 0, 1)),
+    SparseCase(4, 2, 16, 16, (300, 180, 299), 70, (4, 4, 4, 18, 1, 1)),  # several programs in all steps
 ]
 # With equal keys all blocks have equal importance; the definition rounds such sums alike in the first cases.
 TIES = [(case, False) for case in SPARSE_CASES] + [(case, True) for case in SPARSE_CASES[:3]]
@@ -153,6 +154,7 @@ class IndexCase(NamedTuple):
 INDEX_CASES = [
     IndexCase(3, 8, (50, 1, 0), 5),
     IndexCase(70, 48, (33,), 40),  # more than there are
+    IndexCase(3, 8, (28, 20, 9), 7, 1, 1),  # rows that a program holds at once
     IndexCase(4, 16, (90, 41), 6, 1, 2),
 ]
 
@@ -173,7 +175,7 @@ QUEST_CASES = [
     QuestCase(3, 1, 48, (53,), 4, 20),  # more than there are
     QuestCase(5, 1, 16, (53,), 4, 3),
     QuestCase(20, 1, 16, (90, 41), 4, 6, 1, 2),
-    QuestCase(70, 1, 16, (40,), 4, 5),
+    QuestCase(71, 1, 16, (290,), 4, 30),
     QuestCase(2, 2, 16, (300,), 2, 3, 0, 0),
 ]
 

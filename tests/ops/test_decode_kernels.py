@@ -3,6 +3,8 @@
 Without a GPU they run within tests/ops/test_kernels.py::test_in_the_interpreter.
 """
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from nsa.models import Decoder, DecodingSteps
 from nsa.ops.compression import Weights, extend_compressed
 from nsa.ops.decode import append_rows
 from nsa.ops.geometry import num_compressed
-from nsa.ops.kernels import native_sparse_decode
+from nsa.ops.kernels import hardware, native_sparse_decode
 from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
@@ -35,9 +37,17 @@ from tests.ops.decode_cases import (
 from tests.ops.test_kernels import DEVICE, INTERPRETED, needs_kernels, normal
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated holds NaN, or the greatest integers, until something is written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @needs_kernels
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention(case: Case) -> None:
+def test_attention(case: Case, poisoned: None) -> None:
     inputs, options = case_of(case, torch.float32, DEVICE)
     found, expected = (ops.decode_attention(*inputs, **options, backend=b) for b in ("triton", "naive"))
     for ours, theirs in zip(found, expected, strict=True):
@@ -46,7 +56,7 @@ def test_attention(case: Case) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("case", LATENT_CASES, ids=str)
-def test_values_that_are_columns_of_the_keys(case: Case) -> None:
+def test_values_that_are_columns_of_the_keys(case: Case, poisoned: None) -> None:
     (q, k, _, lengths), options = case_of(case, torch.float32, DEVICE)
     v = k[..., : case.v_width]
     found = ops.decode_attention(q, k, v, lengths, **options, backend="triton")
@@ -71,13 +81,37 @@ def test_which_values_may_be_columns_of_the_keys() -> None:
 
 
 @needs_kernels
-def test_a_sequence_has_the_same_bits_beside_others() -> None:
-    inputs, options = case_of(Case(6, 2, 16, 16, (70, 50), pages=10, page_size=8), torch.float32, DEVICE)
+@pytest.mark.parametrize("case", [Case(6, 2, 16, 16, (70, 50), pages=30, page_size=8), Case(6, 2, 16, 16, (70, 200))])
+def test_a_sequence_has_the_same_bits_beside_others(case: Case) -> None:
+    """Beside others a program goes through more chunks."""
+    inputs, options = case_of(case, torch.float32, DEVICE)
     alone = [x[1:] for x in inputs]
     out, lse = ops.decode_attention(*inputs, **options, backend="triton")
-    options["pages"] = options["pages"][1:]
+    if case.pages:
+        options["pages"] = options["pages"][1:]
     one, one_lse = ops.decode_attention(*alone, **options, backend="triton")
     assert torch.equal(out[1:], one) and torch.equal(lse[1:], one_lse)
+
+
+@needs_kernels
+def test_native_sparse_has_the_same_bits_beside_others() -> None:
+    inputs, sizes = sparse_case_of(SPARSE_CASES[0], torch.float32, DEVICE)
+    alone = [tuple(y[2:] for y in x) if isinstance(x, tuple) else x[2:] for x in inputs]
+    both, one = (ops.native_sparse_decode(*given, **sizes, backend="triton") for given in (inputs, alone))
+    assert torch.equal(both[2:], one)
+
+
+@needs_kernels
+@pytest.mark.parametrize("listed", [0, 1, 33, 70])
+def test_lists_that_are_not_full(listed: int, poisoned: None) -> None:
+    """Chunks behind the last page have parts, too."""
+    inputs, _ = case_of(Case(4, 2, 16, 16, (150, 90)), torch.float32, DEVICE)
+    pages = torch.full((2, 2, 140), -1, dtype=torch.int32, device=DEVICE)
+    pages[..., :listed] = torch.arange(listed, device=DEVICE)
+    pages[0, 0, 0], pages[1, 1, listed // 2 :] = -1, -1
+    found, expected = (ops.decode_attention(*inputs, pages=pages, backend=b) for b in ("triton", "naive"))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels
@@ -98,7 +132,7 @@ def test_memory_is_read_where_it_lies() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize(("case", "ties"), TIES, ids=str)
-def test_native_sparse(case: SparseCase, ties: bool) -> None:
+def test_native_sparse(case: SparseCase, ties: bool, poisoned: None) -> None:
     inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
     if ties:
         inputs[1][0].nan_to_num_(0).zero_()
@@ -107,7 +141,7 @@ def test_native_sparse(case: SparseCase, ties: bool) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", SPARSE_CASES[:2], ids=str)
+@pytest.mark.parametrize("case", [*SPARSE_CASES[:2], SPARSE_CASES[4]], ids=str)
 def test_blocks_are_those_of_the_selection(case: SparseCase) -> None:
     inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
     q, (k, _), lengths = inputs[0], inputs[1], inputs[5]
@@ -127,7 +161,7 @@ def test_blocks_are_those_of_the_selection(case: SparseCase) -> None:
 @needs_kernels
 @pytest.mark.parametrize("case", QUEST_CASES, ids=str)
 @pytest.mark.parametrize("over_group", ["sum", "max"])
-def test_quest_pages(case: QuestCase, over_group: str) -> None:
+def test_quest_pages(case: QuestCase, over_group: str, poisoned: None) -> None:
     inputs, options = quest_case_of(case, torch.float32, DEVICE)
     found, expected = (
         ops.quest_pages(*inputs, **options, over_group=over_group, backend=b) for b in ("triton", "naive")
@@ -137,7 +171,7 @@ def test_quest_pages(case: QuestCase, over_group: str) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
-def test_index_sets(case: IndexCase) -> None:
+def test_index_sets(case: IndexCase, poisoned: None) -> None:
     inputs, options = index_case_of(case, torch.float32, DEVICE)
     found, expected = (ops.index_topk_decode(*inputs, **options, backend=b) for b in ("triton", "naive"))
     assert torch.equal(found, expected)
@@ -145,7 +179,7 @@ def test_index_sets(case: IndexCase) -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("case", TOP_P_CASES, ids=str)
-def test_top_p_tokens(case: TopPCase) -> None:
+def test_top_p_tokens(case: TopPCase, poisoned: None) -> None:
     inputs, options = top_p_case_of(case, torch.float32, DEVICE)
     found, expected = (ops.top_p_tokens(*inputs, **options, backend=b) for b in ("triton", "naive"))
     assert torch.equal(found, expected)
@@ -192,13 +226,17 @@ def test_compressed_blocks_are_extended(groups: int, width: int, v_width: int, h
         sizes = (hidden, length * x.shape[3]), (length, x.shape[3]), (x.shape[3], hidden)
         weights.append(Weights(*(normal(*size, seed=i).detach() / 4 for i, size in enumerate(sizes))))
     rings = [x.new_zeros(batch, length, *x.shape[2:]) for x in raw]
-    memory = [x.new_zeros(batch, 3, *x.shape[2:]) for x in raw]
+    memory, others = [x.new_zeros(batch, 3, *x.shape[2:]) for x in raw], torch.zeros_like(raw[1])
     angles = torch.arange(tokens, device=DEVICE)[:, None] * torch.rand(width // 2, device=DEVICE)
     cos, sin = angles.cos(), angles.sin()
     for token in range(tokens):
         index = torch.tensor([token], device=DEVICE)
-        append_rows(rings, [x[:, token : token + 1] for x in raw], index, backend="triton")
-        extend_compressed(rings, weights, memory, cos[index], sin[index], index, stride=stride, backend="triton")
+        rows = [x[:, token : token + 1] for x in raw]
+        given = [*rings, others], [*rows, rows[1]], weights, memory, cos[index], sin[index], index
+        extend_compressed(*given, stride=stride, backend="triton")
+    assert torch.equal(others, raw[1])
+    for ring, x in zip(rings, raw, strict=True):
+        assert torch.equal(ring, torch.cat((x[:, 8:], x[:, 7:8]), 1))
     options = {"length": length, "stride": stride, "backend": "naive"}
     whole = [ops.compress_blocks(x, *w, **options) for x, w in zip(raw, weights, strict=True)]
     ends = torch.tensor([length - 1, length - 1 + stride], device=DEVICE)
@@ -269,6 +307,32 @@ def test_native_sparse_in_bf16(heads: int) -> None:
     out = ops.native_sparse_decode(*rounded, **sizes, backend="triton")
     expected = ops.native_sparse_decode(*exact, **sizes, backend="naive")
     assert (out.float() - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter starts nothing early")
+def test_kernels_that_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, also from a graph that is replayed: each kernel waits for what the one before it stores."""
+    inputs, sizes = sparse_case_of(SparseCase(64, 4, 64, 64, (9000, 40), 512, (32, 16, 64, 16, 1, 2)), torch.float32)
+    sparse = [tuple(y.to(DEVICE) for y in x) if isinstance(x, tuple) else x.to(DEVICE) for x in inputs]
+    (q, low, high, lengths), options = quest_case_of(
+        QuestCase(32, 8, 64, (60000, 9000), 16, 200), torch.float32, DEVICE
+    )
+
+    def results() -> list[torch.Tensor]:
+        pages = ops.quest_pages(q, low, high, lengths, **options, backend="triton")
+        out = ops.decode_attention(q, low, low, lengths, pages=pages, page_size=1, backend="triton")
+        return [pages, *out, ops.native_sparse_decode(*sparse, **sizes, backend="triton")]
+
+    expected = results()
+    monkeypatch.setattr(hardware, "EARLY", True)
+    found, graph = results(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = results()
+    for _ in range(10):
+        graph.replay()
+    for ours, again, theirs in zip(found, replayed, expected, strict=True):
+        assert torch.equal(ours, theirs) and torch.equal(again, theirs)
 
 
 @pytest.mark.gpu

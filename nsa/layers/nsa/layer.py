@@ -1,6 +1,6 @@
 """Native Sparse Attention as a layer (DeepSeek, arXiv 2502.11089)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,10 +51,13 @@ class KeyValueCompression(nn.Module):
         k_cmp, v_cmp = self.key(raw[0], cu_seqlens), self.value(raw[1], cu_seqlens)
         return ops.apply_rotary(k_cmp, *tables, ends, backend=self.backend), v_cmp
 
-    def extend(self, rings: Pair, memory: Pair, tables: Pair, index: Tensor) -> None:
+    def extend(
+        self, memories: Sequence[Tensor], rows: Sequence[Tensor], compressed: Pair, tables: Pair, index: Tensor
+    ) -> None:
         """As `nsa.ops.compression.extend_compressed`; ``tables``: cos and sin of the newest token."""
         weights = self.key.weights, self.value.weights
-        extend_compressed(rings, weights, memory, *tables, index, stride=self.stride, backend=self.backend)
+        options: dict[str, Any] = {"stride": self.stride, "backend": self.backend}
+        extend_compressed(memories, rows, weights, compressed, *tables, index, **options)
 
 
 class BlockChoice(nn.Module):
@@ -215,7 +218,10 @@ class NativeSparseAttention(nn.Module):
             cmp = self.compress(raw_cmp, tables, cu_seqlens)
         elif fixed is not None:
             cmp, slc, win = cache.append_fixed(
-                raw_cmp, slc, win, lambda rings, memory: self.compress.extend(rings, memory, tables, fixed.index)
+                raw_cmp,
+                slc,
+                win,
+                lambda memories, rows, blocks: self.compress.extend(memories, rows, blocks, tables, fixed.index),
             )
         else:
             cmp, slc, win = cache.append(

@@ -1,11 +1,13 @@
 """NSA's learned compression: maps each block of keys or values to one vector (arXiv 2502.11089, Eq. 7)."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from nsa.ops.decode import append_rows
 from nsa.ops.dispatch import accumulation_dtype, autocasts, check_compression, check_packing, resolve_backend
 from nsa.ops.geometry import Documents, compression_layout, num_compressed
 from nsa.ops.rotary import apply_rotary
@@ -75,9 +77,10 @@ class Weights(NamedTuple):
 
 @torch.no_grad()
 def extend_compressed(
-    rings: tuple[Tensor, Tensor],
+    memories: Sequence[Tensor],
+    rows: Sequence[Tensor],
     weights: tuple[Weights, Weights],
-    memory: tuple[Tensor, Tensor],
+    compressed: tuple[Tensor, Tensor],
     cos: Tensor,
     sin: Tensor,
     index: Tensor,
@@ -85,32 +88,37 @@ def extend_compressed(
     stride: int,
     backend: str = "auto",
 ) -> None:
-    """Write the compressed block that ends with the newest token, if there is one, without a wait for the host.
+    """`nsa.ops.decode.append_rows`, and the compressed block that ends with the newest token, if there is one.
+
+    The host waits for nothing.
 
     Args:
-        rings: (B, l, G, D) of keys and of values, not rotated: the last l tokens, token t in slot t mod l.
+        memories, rows, index: as for `append_rows`. The first two memories are the rings (B, l, G, D) of keys and of
+            values, not rotated, with the last l tokens.
         weights: of the compression of keys, and of values.
-        memory: (B, M, G, D) and (B, M, G, Dv), contiguous for the kernel; block i goes to slot i. If the tokens are no
-            block, the slot of the next block may be written to: there must be one.
+        compressed: (B, M, G, D) and (B, M, G, Dv), contiguous for the kernel; block i goes to slot i. If the tokens are
+            no block, the slot of the next block may be written to: there must be one.
         cos, sin: (1, D / 2) fp32 at the newest token, the last one of the block; the key is rotated by them.
-        index: (1,) int64, position of the newest token.
         stride: tokens between the starts of two blocks.
         backend: auto, triton, torch or naive.
     """
+    rings = memories[:2]
     dtype = rings[0].dtype
     inner, position, outer = ([ours[i].to(dtype) for ours in weights] for i in range(3))
-    if resolve_backend(backend, *rings, *memory) == "triton":
+    if resolve_backend(backend, *rings, *compressed) == "triton":
         from nsa.ops.kernels import inference_operators as operators
 
-        operators.extend_compressed(list(rings), inner, position, outer, list(memory), cos, sin, index, stride)
+        lists = list(memories), list(rows), inner, position, outer, list(compressed)
+        operators.extend_compressed(*lists, cos, sin, index, stride)
         return
+    append_rows(memories, rows, index, backend="torch")
     length = rings[0].shape[1]
     order = (index + torch.arange(1, length + 1, device=index.device)) % length
     slot = ((index + 1 - length).clamp(min=0) + stride - 1) // stride
     for i, rotate in enumerate((True, False)):
         x = (rings[i].index_select(1, order) + position[i][:, None]).transpose(1, 2).flatten(2)
         block = linear(silu(linear(x, inner[i])), outer[i])[:, None]  # (B, 1, G, Dv)
-        memory[i].index_copy_(1, slot, apply_rotary(block, cos, sin, backend="torch") if rotate else block)
+        compressed[i].index_copy_(1, slot, apply_rotary(block, cos, sin, backend="torch") if rotate else block)
 
 
 def _naive(

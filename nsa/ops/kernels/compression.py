@@ -27,7 +27,8 @@ from torch import Tensor
 
 from nsa.ops.geometry import CompressionLayout
 from nsa.ops.kernels import hardware
-from nsa.ops.kernels.device_functions import load_rows
+from nsa.ops.kernels.decode import put_row, widths_of
+from nsa.ops.kernels.device_functions import load_rows, wait_for_others
 
 # The split of the sum over rows depends on the shape alone, so the result is bitwise identical on every GPU.
 ROWS_PER_SPLIT, MOST_SPLITS = 1024, 16
@@ -69,12 +70,12 @@ def forward_kernel(X, Inner, Bias, Outer, Start, Pre, Out, num_rows, num_tokens,
 
 
 @triton.jit
-def _newest(X, Inner, Position, Outer, Out, Cos, Sin, index, block, num_rows, num_blocks, GROUPS: tl.constexpr,
-            LENGTH: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr,
-            H1: tl.constexpr, HALF1: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
-    """`newest_kernel` for keys (ROTATE) or values."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM).to(tl.int64)  # [BM]
+def _newest(X, Ring, Inner, Position, Outer, Out, Cos, Sin, index, block, tile, num_rows, num_blocks,
+            GROUPS: tl.constexpr, LENGTH: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, DV: tl.constexpr,
+            HALF: tl.constexpr, H1: tl.constexpr, HALF1: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
+            BK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The block of `newest_kernel`, of keys (ROTATE) or values; X (B, 1, G, D): of the newest token."""
+    row = tile * BM + tl.arange(0, BM).to(tl.int64)  # [BM]
     ok, batch, group = row < num_rows, row // GROUPS, row % GROUPS  # [BM] each
     part, unit, half = tl.arange(0, BK), tl.arange(0, H1), tl.arange(0, HALF1)  # [BK], [H1], [HALF1]
     chunks: tl.constexpr = (D + BK - 1) // BK  # of a token's columns
@@ -82,7 +83,9 @@ def _newest(X, Inner, Position, Outer, Out, Cos, Sin, index, block, num_rows, nu
     for step in tl.range(0, LENGTH * chunks):
         token, column = step // chunks, step % chunks * BK + part  # scalar, [BK]
         slot = (index + 1 + token) % LENGTH
-        x = load_rows(X, (batch * LENGTH + slot) * GROUPS + group, ok, column, D).to(tl.float32)  # [BM, BK]
+        # The newest token is not taken from its slot, which another program writes now.
+        older = load_rows(Ring, (batch * LENGTH + slot) * GROUPS + group, ok & (token < LENGTH - 1), column, D)
+        x = older.to(tl.float32) + load_rows(X, row, ok & (token == LENGTH - 1), column, D).to(tl.float32)  # [BM, BK]
         p = tl.load(Position + token * D + column, mask=column < D, other=0.0).to(tl.float32)  # [BK]
         at = unit[:, None] * (LENGTH * D) + token * D + column[None, :]  # [H1, BK]
         w = tl.load(Inner + at, mask=(unit[:, None] < HIDDEN) & (column[None, :] < D), other=0.0)  # [H1, BK]
@@ -102,45 +105,56 @@ def _newest(X, Inner, Position, Outer, Out, Cos, Sin, index, block, num_rows, nu
     tl.store(Out + out[:, None] + HALF + half[None, :], b, mask=ok[:, None] & (HALF + half < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def newest_kernel(Raw, Inner, Position, Outer, Memory, Cos, Sin, Index, num_rows, num_blocks, GROUPS: tl.constexpr,
-                  LENGTH: tl.constexpr, STRIDE: tl.constexpr, SIZES: tl.constexpr, BM: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
-    """The compression block that ends with token Index, if there is one, of BM pairs of a sequence and a KV head.
+@triton.jit(do_not_specialize=[*INTEGERS, "num_sequences"])
+def newest_kernel(Rows, Memories, Slots, Inner, Position, Outer, Compressed, Cos, Sin, Index, num_rows, num_sequences,
+                  num_blocks, WIDTHS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, LENGTH: tl.constexpr,
+                  STRIDE: tl.constexpr, SIZES: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+                  EARLY: tl.constexpr = False):  # fmt: skip
+    """Rows of the token Index, to their memories, and the compression block that ends with it, if there is one.
 
-    The first arguments are tuples, for keys and for values: Raw, rings (B, LENGTH, G, D) of the last tokens; the
-    weights; Memory (B, num_blocks, G, Dv). Keys are rotated by Cos and Sin (1, D / 2). SIZES of each: D, hidden, Dv,
-    half of it, hidden and half up to powers of two, columns of D at a time.
+    Of two programs that have the same BM pairs of a sequence and a KV head one computes the key of the block, one the
+    value. Those after them have one row each, as in `nsa.ops.kernels.decode.append_kernel`. The first two memories are
+    rings (B, LENGTH, G, D) of the last keys and values. The weights are tuples, for keys and for values, and so is
+    Compressed (B, num_blocks, G, Dv). Keys are rotated by Cos and Sin (1, D / 2). SIZES of each: D, hidden, Dv, half of
+    it, hidden and half up to powers of two, columns of D at a time.
     """
+    wait_for_others(EARLY)
     index = tl.load(Index)
-    begin = index + 1 - LENGTH
-    if (begin >= 0) & (begin % STRIDE == 0):
-        for i in tl.static_range(2):
-            if tl.program_id(1) == i:
-                _newest(Raw[i], Inner[i], Position[i], Outer[i], Memory[i], Cos, Sin, index, begin // STRIDE, num_rows,
-                        num_blocks, GROUPS, LENGTH, SIZES[i][0], SIZES[i][1], SIZES[i][2], SIZES[i][3], SIZES[i][4],
-                        SIZES[i][5], i == 0, BM, SIZES[i][6], PRECISION)  # fmt: skip
+    program, computing = tl.program_id(0), 2 * tl.cdiv(num_rows, BM)
+    if program < computing:
+        begin = index + 1 - LENGTH
+        if (begin >= 0) & (begin % STRIDE == 0):
+            for i in tl.static_range(2):
+                if program % 2 == i:
+                    _newest(Rows[i], Memories[i], Inner[i], Position[i], Outer[i], Compressed[i], Cos, Sin, index,
+                            begin // STRIDE, program // 2, num_rows, num_blocks, GROUPS, LENGTH, SIZES[i][0],
+                            SIZES[i][1], SIZES[i][2], SIZES[i][3], SIZES[i][4], SIZES[i][5], i == 0, BM, SIZES[i][6],
+                            PRECISION)  # fmt: skip
+    else:
+        program -= computing
+        put_row(Rows, Memories, Slots, index, program // num_sequences, (program % num_sequences).to(tl.int64), WIDTHS,
+                BLOCK)  # fmt: skip
 
 
 def extend(
-    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
-    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+    memories: list[Tensor], rows: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor],
+    compressed: list[Tensor], cos: Tensor, sin: Tensor, index: Tensor, stride: int,
 ) -> None:  # fmt: skip
-    """As `nsa.ops.compression.extend_compressed`; all contiguous, lists for keys and for values."""
-    batch, length, groups, _ = raw[0].shape
-    rows = batch * groups
-    if not rows:
+    """As `nsa.ops.compression.extend_compressed`; all contiguous, weights as lists for keys and for values."""
+    batch, length, groups, _ = memories[0].shape
+    if not batch * groups:
         return
     sizes = []
-    for x, weight, last in zip(raw, inner, outer, strict=True):
+    for x, weight, last in zip(memories, inner, outer, strict=False):  # the first two
         half, width = (len(last) + 1) // 2, hardware.tile_width(x.shape[3])
         powers = hardware.tile_width(len(weight)), hardware.tile_width(half), min(64, width)
         sizes.append((x.shape[3], len(weight), len(last), half, *powers))
-    precision = "tf32x3" if raw[0].dtype == torch.float32 else "tf32"
-    newest_kernel[triton.cdiv(rows, 16), 2](
-        tuple(raw), tuple(inner), tuple(position), tuple(outer), tuple(memory), cos, sin, index, rows,
-        memory[0].shape[1], GROUPS=groups, LENGTH=length, STRIDE=stride, SIZES=tuple(sizes), BM=16,
-        PRECISION=precision, num_warps=8 if max(size[4] for size in sizes) > 128 else 4, num_stages=2,
+    newest_kernel[(len(rows) * batch + 2 * triton.cdiv(batch * groups, 16),)](
+        tuple(rows), tuple(memories), tuple(x.shape[1] for x in memories), tuple(inner), tuple(position), tuple(outer),
+        tuple(compressed), cos, sin, index, batch * groups, batch, compressed[0].shape[1], *widths_of(rows),
+        GROUPS=groups, LENGTH=length, STRIDE=stride, SIZES=tuple(sizes), BM=16,
+        PRECISION="tf32x3" if rows[0].dtype == torch.float32 else "tf32",
+        num_warps=8 if max(size[4] for size in sizes) > 128 else 4, num_stages=2, **hardware.early_launch(),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa.ops.kernels.hardware import LOG2_E
 
@@ -28,6 +29,17 @@ NO_CANDIDATE = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every candidate
 BEST_CANDIDATE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every candidate
 
 SMALLEST_DOT = tl.constexpr(16)  # columns: tl.dot takes no narrower tile
+
+
+@triton.jit
+def wait_for_others(EARLY: tl.constexpr):
+    """Of a kernel that may start before the launch before it has ended (`nsa.ops.kernels.hardware.early_launch`).
+
+    It waits here, before it reads or writes anything; what it waits for has then ended, and all that came before.
+    """
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
@@ -139,3 +151,29 @@ def count_up_to(Values, bound, count, steps):
         below = (middle < high) & (tl.load(Values + middle, mask=middle < high, other=0) <= bound)
         low, high = tl.where(below, middle + 1, low), tl.where(below, high, middle)
     return low
+
+
+@triton.jit
+def _add_three(a0, a1, a2, b0, b1, b2):
+    return a0 + b0, a1 + b1, a2 + b2
+
+
+@triton.jit
+def largest(values, ok, k):
+    """Which of the uint32 values are the k largest, among those that are ``ok``; of equal ones the first. [BLOCK]
+
+    The k-th largest is found two bits at a time: three counts go through one reduction.
+    """
+    kth = tl.full([], 0, tl.uint32)  # at least k values reach it, or there are fewer
+    bit = tl.full([], 1 << 30, tl.uint32)
+    for _ in tl.range(0, 16):
+        one, two, three = kth + bit, kth + 2 * bit, kth + 3 * bit
+        some, fewer, fewest = tl.reduce(
+            ((ok & (values >= one)).to(tl.int32), (ok & (values >= two)).to(tl.int32),
+             (ok & (values >= three)).to(tl.int32)), 0, _add_three,
+        )  # fmt: skip
+        kth = tl.where(fewest >= k, three, tl.where(fewer >= k, two, tl.where(some >= k, one, kth)))
+        bit = bit >> 2
+    above, equal = ok & (values > kth), ok & (values == kth)
+    missing = k - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))

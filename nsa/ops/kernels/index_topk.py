@@ -21,8 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.index_topk.fp8 import LARGEST, SMALLEST
-from nsa.ops.kernels.device_functions import load_rows, store_rows
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, VECTOR, architecture, tile_width, vector_of
+from nsa.ops.kernels.device_functions import largest, load_rows, store_rows, wait_for_others
+from nsa.ops.kernels.hardware import (
+    INTEGERS,
+    INTERPRETED,
+    VECTOR,
+    architecture,
+    early_launch,
+    tile_width,
+    vector_of,
+)
 
 SLAB_BYTES = 27 * 2**23  # of fp32 scores and of candidates at a time, of all lanes
 LANES = 2  # chunks of queries at a time, each on a stream of its own
@@ -35,9 +43,7 @@ KEYS_PER_SAMPLE = 16  # for each score of a sample, in between
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST_ROOM = 64  # for candidates
 FILL = 256  # entries that a program fills at once
-MANY_ROWS = (
-    8 if INTERPRETED else 256
-)  # from which on a program takes a whole row, if it has at most SELECT_BLOCK scores
+SHORT_ROW = 32 if INTERPRETED else 8192  # scores of a row that one program holds
 LARGEST_FP8, SMALLEST_ROW = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 FP8, FP8_ROWS = torch.float8_e4m3fn, 16  # rows that a program of `fp8_kernel` rounds
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
@@ -376,22 +382,20 @@ def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, 
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk", "size"])
-def short_row_kernel(Scores, Seen, Indices, Chosen, num_rows, size, topk, num_initial, num_local,
-                     WIDTH: tl.constexpr):  # fmt: skip
-    """Indices (rows, topk) int32 ascending, and Chosen, their scores, of one row of Scores (rows, size), at once.
+def short_row_kernel(Scores, Seen, Indices, num_rows, size, topk, num_initial, num_local, WIDTH: tl.constexpr,
+                     EARLY: tl.constexpr = False):  # fmt: skip
+    """Indices (rows, topk) int32, ascending, of one row of Scores (rows, size), which a program holds in registers.
 
     Seen (2, rows) int32: the first and the last entry of each row.
     """
+    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64)
     first, own = tl.load(Seen + row), tl.load(Seen + num_rows + row)
     key = tl.arange(0, WIDTH)  # [WIDTH]
     ok = (key >= first) & (key <= own)  # [WIDTH]
-    score, ordered = _load_ordered(Scores + row * size, key, ok, first, own, num_initial, num_local)
-    threshold, missing = tl.full([], 0, tl.uint32), -1
-    if own - first + 1 > topk:
-        threshold, missing = _threshold(tl.where(ok, ordered, 0), topk, own - first + 1)
-    none = tl.full([], 0, tl.int32)
-    _emit(Indices + row * topk, Chosen + row * topk, key, score, ordered, ok, threshold, missing, none, none)
+    _score, ordered = _load_ordered(Scores + row * size, key, ok, first, own, num_initial, num_local)
+    taken = largest(ordered, ok, topk).to(tl.int32)  # [WIDTH]
+    tl.store(Indices + row * topk + tl.cumsum(taken, 0) - 1, key, mask=taken > 0)
 
 
 def topk(
@@ -506,13 +510,14 @@ def choose_rows(
     ``seen``: (2, R) int32, the first and the last entry of each row; what is forced is counted from these.
     """
     (rows, size), vector = scores.shape, vector_of(scores.shape[1])
-    chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)
-    if rows >= MANY_ROWS and size <= SELECT_BLOCK:
+    if size <= SHORT_ROW:
         width = triton.next_power_of_2(size)
         short_row_kernel[(rows,)](
-            scores, seen, indices, chosen, rows, size, topk, num_initial, num_local, WIDTH=width, num_warps=4
+            scores, seen, indices, rows, size, topk, num_initial, num_local, WIDTH=width,
+            num_warps=min(16, max(4, width // 256)), **early_launch(),
         )  # fmt: skip
         return
+    chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)
     _select(
         scores[None], seen[0], seen[1], _room(topk, indices, rows, splits), indices, chosen, 0, rows, rows,
         size // vector, topk, num_initial, num_local, vector,

@@ -77,26 +77,27 @@ def append_rows(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> No
     _append_rows(memories, [x.contiguous() for x in rows], index)
 
 
-@torch.library.custom_op("nsa::extend_compressed", mutates_args=("memory",))
+@torch.library.custom_op("nsa::extend_compressed", mutates_args=("memories", "compressed"))
 def _extend_compressed(
-    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
-    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+    memories: list[Tensor], rows: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor],
+    compressed: list[Tensor], cos: Tensor, sin: Tensor, index: Tensor, stride: int,
 ) -> None:  # fmt: skip
-    compression.extend(raw, inner, position, outer, memory, cos, sin, index, stride)
+    compression.extend(memories, rows, inner, position, outer, compressed, cos, sin, index, stride)
 
 
 @_extend_compressed.register_fake
-def _extend_compressed_fake(raw, inner, position, outer, memory, cos, sin, index, stride):
+def _extend_compressed_fake(memories, rows, inner, position, outer, compressed, cos, sin, index, stride):
     return None
 
 
 def extend_compressed(
-    raw: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor], memory: list[Tensor],
-    cos: Tensor, sin: Tensor, index: Tensor, stride: int,
+    memories: list[Tensor], rows: list[Tensor], inner: list[Tensor], position: list[Tensor], outer: list[Tensor],
+    compressed: list[Tensor], cos: Tensor, sin: Tensor, index: Tensor, stride: int,
 ) -> None:  # fmt: skip
     """As `nsa.ops.compression.extend_compressed`."""
-    lists = ([x.contiguous() for x in weights] for weights in (inner, position, outer))
-    _extend_compressed(raw, *lists, memory, cos.float().contiguous(), sin.float().contiguous(), index, stride)
+    lists = ([x.contiguous() for x in given] for given in (rows, inner, position, outer))
+    tables = cos.float().contiguous(), sin.float().contiguous()
+    _extend_compressed(memories, *lists, compressed, *tables, index, stride)
 
 
 @torch.library.custom_op("nsa::native_sparse_decode", mutates_args=())

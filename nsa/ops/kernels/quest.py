@@ -6,39 +6,55 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels import index_topk
-from nsa.ops.kernels.device_functions import load_row_parts, scores
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, split_width, tile_width
+from nsa.ops.kernels.decode import run_of
+from nsa.ops.kernels.device_functions import load_row_parts, scores, wait_for_others
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, early_launch, split_width, tile_width
 
-PAGES = 64  # of a program
+PAGES = 64  # that a program takes at once,
+MOST_TILES = 16  # and how often at most
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "num_pages", "page_size", "topk"])
-def bound_kernel(Q, Low, High, Lengths, Bounds, Seen, Indices, num_pages, page_size, topk, SUM: tl.constexpr,
+@triton.jit
+def signed_parts(Q, row, ok, D, D1: tl.constexpr, D2: tl.constexpr):
+    """Of query rows in two parts the numbers above 0, and those below, [BM, D1] and [BM, D2] each; the others are 0."""
+    q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
+    above1, above2 = tl.where(q1 > 0, q1, 0.0).to(q1.dtype), tl.where(q2 > 0, q2, 0.0).to(q2.dtype)
+    return above1, above2, q1 - above1, q2 - above2
+
+
+@triton.jit(do_not_specialize=[*INTEGERS, "num_pages", "page_size", "topk", "run"])
+def bound_kernel(Q, Low, High, Lengths, Bounds, Seen, Indices, num_pages, page_size, topk, run, SUM: tl.constexpr,
                  GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Bounds (B, G, num_pages) fp32 of BN pages, joined over the heads of a KV head.
+                 BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+                 EARLY: tl.constexpr = False):  # fmt: skip
+    """Bounds (B, G, num_pages) fp32 of ``run`` times BN pages, joined over the heads of a KV head.
 
     Q (B, H, D); Low, High (B, num_pages, G, D). The first program of a KV head calls `index_topk.begin_rows`.
     """
-    group, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    wait_for_others(EARLY)
+    group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * GROUPS + group
-    length = tl.load(Lengths + batch)
-    if tl.program_id(0) == 0:
-        last = (length + page_size - 1) // page_size - 1
-        index_topk.begin_rows(Seen, Indices, slot, tl.num_programs(2) * GROUPS, last, topk, FILL)
-    page = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
-    if tl.program_id(0) * BN * page_size < length:
-        ok = (page < num_pages) & (page * page_size < length)  # [BN]
+    there = (tl.load(Lengths + batch) + page_size - 1) // page_size
+    if tl.program_id(2) == 0:
+        index_topk.begin_rows(Seen, Indices, slot, tl.num_programs(1) * GROUPS, there - 1, topk, FILL)
+    near = tl.arange(0, BM)  # [BM]
+    own = signed_parts(Q, slot * HEADS + near, near < HEADS, D, D1, D2)
+    begin = tl.program_id(2) * run * BN
+    for start in tl.range(begin, tl.minimum(begin + run * BN, tl.minimum(there, num_pages)), BN):
+        page = start + tl.arange(0, BN)  # [BN]
+        ok = (page < num_pages) & (page < there)  # [BN]
         row = (batch * num_pages + page) * GROUPS + group  # [BN]
         low1, low2 = load_row_parts(Low, row, ok, D, D1, D2)  # [BN, D1], [BN, D2]
         high1, high2 = load_row_parts(High, row, ok, D, D1, D2)  # [BN, D1], [BN, D2]
         total = tl.full([BN], 0.0 if SUM else float("-inf"), tl.float32)  # [BN]
         for head0 in tl.static_range(0, HEADS, BM):
-            head = head0 + tl.arange(0, BM)  # [BM]
-            q1, q2 = load_row_parts(Q, slot * HEADS + head, head < HEADS, D, D1, D2)  # [BM, D1], [BM, D2]
-            above1, above2 = tl.where(q1 > 0, q1, 0.0).to(q1.dtype), tl.where(q2 > 0, q2, 0.0).to(q2.dtype)
-            s = scores(above1, above2, high1, high2, D2, PRECISION)  # [BM, BN]
-            s += scores(q1 - above1, q2 - above2, low1, low2, D2, PRECISION)
+            head = head0 + near  # [BM]
+            if HEADS > BM:
+                parts = signed_parts(Q, slot * HEADS + head, head < HEADS, D, D1, D2)
+            else:
+                parts = own
+            s = scores(parts[0], parts[1], high1, high2, D2, PRECISION)  # [BM, BN]
+            s += scores(parts[2], parts[3], low1, low2, D2, PRECISION)
             if SUM:
                 total += tl.sum(tl.where((head < HEADS)[:, None], s, 0.0), 0)
             else:
@@ -60,10 +76,11 @@ def pages(
     d1, d2 = split_width(width)
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     block = 16 if INTERPRETED else PAGES
-    bound_kernel[triton.cdiv(number, block), groups, batch](
-        q, low, high, lengths, bounds, seen, indices, number, page_size, topk, SUM=over_group == "sum", GROUPS=groups,
-        HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
-        FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
+    run = run_of(MOST_TILES, triton.cdiv(number, block), batch * groups)
+    bound_kernel[groups, batch, triton.cdiv(number, run * block)](
+        q, low, high, lengths, bounds, seen, indices, number, page_size, topk, run, SUM=over_group == "sum",
+        GROUPS=groups, HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
+        FILL=index_topk.FILL, PRECISION=precision, num_warps=4, num_stages=3, **early_launch(),
     )  # fmt: skip
     index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
     return indices
