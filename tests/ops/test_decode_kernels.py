@@ -13,7 +13,7 @@ from nsa.models import Decoder, DecodingSteps
 from nsa.ops.compression import Weights, extend_compressed
 from nsa.ops.decode import append_rows
 from nsa.ops.geometry import num_compressed
-from nsa.ops.kernels import hardware, native_sparse_decode
+from nsa.ops.kernels import native_sparse_decode
 from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
@@ -136,8 +136,10 @@ def test_native_sparse(case: SparseCase, ties: bool, poisoned: None) -> None:
     inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
     if ties:
         inputs[1][0].nan_to_num_(0).zero_()
-    ours, theirs = (ops.native_sparse_decode(*inputs, **sizes, backend=b) for b in ("triton", "naive"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    ours = ops.native_sparse_decode(*inputs, **sizes, backend="triton")
+    on_cpu = [tuple(y.cpu() for y in x) if isinstance(x, tuple) else x.cpu() for x in inputs]  # where sums tie, too
+    theirs = ops.native_sparse_decode(*on_cpu, **sizes, backend="naive")
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
 
 
 @needs_kernels
@@ -307,32 +309,6 @@ def test_native_sparse_in_bf16(heads: int) -> None:
     out = ops.native_sparse_decode(*rounded, **sizes, backend="triton")
     expected = ops.native_sparse_decode(*exact, **sizes, backend="naive")
     assert (out.float() - expected).norm() < 0.02 * expected.norm()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter starts nothing early")
-def test_kernels_that_start_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits, also from a graph that is replayed: each kernel waits for what the one before it stores."""
-    inputs, sizes = sparse_case_of(SparseCase(64, 4, 64, 64, (9000, 40), 512, (32, 16, 64, 16, 1, 2)), torch.float32)
-    sparse = [tuple(y.to(DEVICE) for y in x) if isinstance(x, tuple) else x.to(DEVICE) for x in inputs]
-    (q, low, high, lengths), options = quest_case_of(
-        QuestCase(32, 8, 64, (60000, 9000), 16, 200), torch.float32, DEVICE
-    )
-
-    def results() -> list[torch.Tensor]:
-        pages = ops.quest_pages(q, low, high, lengths, **options, backend="triton")
-        out = ops.decode_attention(q, low, low, lengths, pages=pages, page_size=1, backend="triton")
-        return [pages, *out, ops.native_sparse_decode(*sparse, **sizes, backend="triton")]
-
-    expected = results()
-    monkeypatch.setattr(hardware, "EARLY", True)
-    found, graph = results(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = results()
-    for _ in range(10):
-        graph.replay()
-    for ours, again, theirs in zip(found, replayed, expected, strict=True):
-        assert torch.equal(ours, theirs) and torch.equal(again, theirs)
 
 
 @pytest.mark.gpu

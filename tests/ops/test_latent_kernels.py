@@ -23,8 +23,7 @@ CASES = [
     (2, [20], 6, 144, 128, 5),
     (1, [9, 1, 0, 12], 20, 136, 128, 40),
     (1, [30], 16, 288, 256, 16),
-    (1, [18], 3, 576, 512, 9),
-    (1, [17], 2, 256, 64, 17),
+    pytest.param(1, [18], 3, 576, 512, 9, marks=pytest.mark.skipif(not INTERPRETED, reason="not in fp32 on a GPU")),
 ]
 
 
@@ -101,7 +100,7 @@ def with_loss(given: list[Tensor], v_width: int, lists: Tensor, backend: str, **
 
 @needs_kernels
 @pytest.mark.parametrize("index_heads", [1, 21])
-@pytest.mark.parametrize(("batch", "documents", "heads", "width", "v_width", "slots"), CASES[:5])
+@pytest.mark.parametrize(("batch", "documents", "heads", "width", "v_width", "slots"), CASES)
 def test_attention_with_the_loss(batch, documents, heads, width, v_width, slots, index_heads) -> None:
     count = sum(documents)
     lists = lists_of(batch, documents, slots, seed=1)
@@ -114,7 +113,7 @@ def test_attention_with_the_loss(batch, documents, heads, width, v_width, slots,
 
 
 @needs_kernels
-@pytest.mark.parametrize(("batch", "documents", "heads", "width", "v_width", "slots"), CASES[:5])
+@pytest.mark.parametrize(("batch", "documents", "heads", "width", "v_width", "slots"), CASES)
 def test_indexer_kl(batch, documents, heads, width, v_width, slots) -> None:
     """The loss apart, over lists; a target that is joint with something else."""
     count = sum(documents)
@@ -218,7 +217,8 @@ def test_nothing_goes_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     test_attention(1, [9], 2, 144, 128, 4)
     test_attention_with_the_loss(1, [9], 2, 144, 128, 4, 2)
     test_indexer_kl(1, [9], 2, 144, 128, 4)
-    for width, v_width in ((160, 128), (144, 136)):  # too wide; values behind the first power of two
+    # Too wide; values behind the first power of two, and fewer.
+    for width, v_width in ((160, 128), (144, 136), (144, 64)):
         with pytest.raises(ValueError, match="head widths"):
             test_attention(1, [9], 2, width, v_width, 4)
 

@@ -8,7 +8,6 @@ import math
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nsa.ops.kernels.hardware import LOG2_E
 
@@ -29,17 +28,6 @@ NO_CANDIDATE = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every candidate
 BEST_CANDIDATE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every candidate
 
 SMALLEST_DOT = tl.constexpr(16)  # columns: tl.dot takes no narrower tile
-
-
-@triton.jit
-def wait_for_others(EARLY: tl.constexpr):
-    """Of a kernel that may start before the launch before it has ended (`nsa.ops.kernels.hardware.early_launch`).
-
-    It waits here, before it reads or writes anything; what it waits for has then ended, and all that came before.
-    """
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

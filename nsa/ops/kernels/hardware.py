@@ -26,7 +26,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Head dimensions (keys, values) that Hopper's kernels support: in both passes, and in the forward pass alone.
 BOTH_PASSES = ((64, 64), (128, 128))
 FORWARD = (*BOTH_PASSES, (192, 128))
-EARLY = False  # whether kernels of decoding start before the one before them has ended
 VECTOR = 8  # elements: 16 bytes of a 16-bit type, the widest load
 
 
@@ -118,14 +117,6 @@ def architecture() -> str:
     major, minor = torch.cuda.get_device_capability()
     name = f"sm_{major}{minor}"
     return name if name in _table() else "sm_80"
-
-
-def early_launch() -> dict[str, bool]:
-    """Launch options of a kernel that calls `nsa.ops.kernels.device_functions.wait_for_others`.
-
-    With them it starts while the kernel before it ends, and waits for it (programmatic dependent launch, sm_90).
-    """
-    return {"EARLY": True, "launch_pdl": True} if EARLY and architecture() == "sm_90" else {}
 
 
 @functools.cache

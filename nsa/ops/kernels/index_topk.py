@@ -1,6 +1,6 @@
 """DSA's lightning indexer: index scores, and the exact top-k of each query.
 
-Scores and candidates of SLAB_BYTES exist at a time: those of a few chunks of queries with all keys. A program then
+Scores and candidates of SLAB_BYTES exist at a time: those of a chunk of queries with all keys. A program then
 selects the top-k of one query. A sample of the row gives a bound that somewhat more than k scores reach. One pass over
 the row collects these candidates. If they are fewer than k, or too many, all scores are candidates.
 
@@ -9,11 +9,7 @@ exactly k of them reach: about as many counts as their number has bits, and 32 a
 row is read for each count; where the bound is one of many equal scores, one is enough. What lies above is taken, in the
 order of the keys, and as many equal ones as are missing. So the result is exact, ties go to the lower key, and it is
 ascending. Nothing depends on a sort.
-
-Chunks alternate between streams: while one selects, which is limited by memory, the other multiplies.
 """
-
-import functools
 
 import torch
 import triton
@@ -21,19 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.index_topk.fp8 import LARGEST, SMALLEST
-from nsa.ops.kernels.device_functions import largest, load_rows, store_rows, wait_for_others
+from nsa.ops.kernels.device_functions import largest, load_rows, store_rows
 from nsa.ops.kernels.hardware import (
     INTEGERS,
     INTERPRETED,
     VECTOR,
     architecture,
-    early_launch,
     tile_width,
     vector_of,
 )
 
-SLAB_BYTES = 27 * 2**23  # of fp32 scores and of candidates at a time, of all lanes
-LANES = 2  # chunks of queries at a time, each on a stream of its own
+SLAB_BYTES = 27 * 2**23  # of fp32 scores and of candidates at a time
 # Queries and keys of a program of `score_kernel`, by the bytes of an element.
 SCORE_TILES = {1: (64, 128), 2: (64, 128), 4: (32, 64)}
 SCORE_RUN = 2  # tiles of queries that it goes through
@@ -382,13 +376,12 @@ def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, 
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk", "size"])
-def short_row_kernel(Scores, Seen, Indices, num_rows, size, topk, num_initial, num_local, WIDTH: tl.constexpr,
-                     EARLY: tl.constexpr = False):  # fmt: skip
+def short_row_kernel(Scores, Seen, Indices, num_rows, size, topk, num_initial, num_local,
+                     WIDTH: tl.constexpr):  # fmt: skip
     """Indices (rows, topk) int32, ascending, of one row of Scores (rows, size), which a program holds in registers.
 
     Seen (2, rows) int32: the first and the last entry of each row.
     """
-    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64)
     first, own = tl.load(Seen + row), tl.load(Seen + num_rows + row)
     key = tl.arange(0, WIDTH)  # [WIDTH]
@@ -420,34 +413,26 @@ def topk(
         k_idx, k_scale = _in_fp8(k_idx[:, :, None], None, 0, keys, keys)
     queries, block, tiles = score_tiles(k_idx)
     rows = max(1, min(tokens, SLAB_BYTES // (batch * (4 * row_vectors * VECTOR + 8 * _most(topk)))))
-    lanes = 1
     if queries < rows < tokens:
-        lanes = min(LANES, rows // queries)
-        rows = rows // lanes // queries * queries  # whole tiles
-    slabs = q_idx.new_empty(lanes, batch, rows, row_vectors * VECTOR, dtype=torch.float32)
-    rooms = [_room(topk, indices, batch * rows, 1) for _ in slabs]
+        rows = rows // queries * queries  # whole tiles
+    slab = q_idx.new_empty(batch, rows, row_vectors * VECTOR, dtype=torch.float32)
+    room = _room(topk, indices, batch * rows, 1)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
-    streams = _streams(q_idx.device, lanes)
-    for side in streams[1:]:
-        side.wait_stream(streams[0])
-    for number, token in enumerate(range(0, tokens, rows)):
-        here, lane = min(rows, tokens - token), number % lanes
+    for token in range(0, tokens, rows):
+        here = min(rows, tokens - token)
         visible = min(keys, token + here + ahead)
-        with torch.cuda.stream(streams[lane] if streams else None):
-            scored = q_idx, k_idx, weights, first, own, slabs[lane], token, here, tokens
-            if fp8:
-                q8, w8 = _in_fp8(q_idx, weights, token, here, rows)
-                scored = q8, k_idx, w8, first[token:], own[token:], slabs[lane], 0, here, rows
-            score_kernel[triton.cdiv(visible, block), triton.cdiv(here, queries * tiles), batch](
-                *scored, keys, row_vectors, VECTOR, heads, width, tile_width(width), queries, block, tiles, precision,
-                k_scale, num_warps=4, num_stages=3,
-            )  # fmt: skip
-            _select(
-                slabs[lane], first, own, rooms[lane], indices, chosen, token, here, tokens, row_vectors, topk,
-                num_initial, num_local, VECTOR,
-            )  # fmt: skip
-    for side in streams[1:]:
-        streams[0].wait_stream(side)
+        scored = q_idx, k_idx, weights, first, own, slab, token, here, tokens
+        if fp8:
+            q8, w8 = _in_fp8(q_idx, weights, token, here, rows)
+            scored = q8, k_idx, w8, first[token:], own[token:], slab, 0, here, rows
+        score_kernel[triton.cdiv(visible, block), triton.cdiv(here, queries * tiles), batch](
+            *scored, keys, row_vectors, VECTOR, heads, width, tile_width(width), queries, block, tiles, precision,
+            k_scale, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _select(
+            slab, first, own, room, indices, chosen, token, here, tokens, row_vectors, topk, num_initial, num_local,
+            VECTOR,
+        )  # fmt: skip
     return indices, chosen
 
 
@@ -469,18 +454,6 @@ def _in_fp8(x: Tensor, weights: Tensor | None, token: int, number: int, slots: i
         num_warps=4,
     )  # fmt: skip
     return values, scales
-
-
-def _streams(device: torch.device, number: int) -> list[torch.cuda.Stream]:
-    """The current stream and others, for so many chunks at a time; none without a GPU."""
-    if device.type != "cuda":
-        return []
-    return [torch.cuda.current_stream(device), *(_side_stream(device, side) for side in range(1, number))]
-
-
-@functools.cache
-def _side_stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def topk_decode(
@@ -514,7 +487,7 @@ def choose_rows(
         width = triton.next_power_of_2(size)
         short_row_kernel[(rows,)](
             scores, seen, indices, rows, size, topk, num_initial, num_local, WIDTH=width,
-            num_warps=min(16, max(4, width // 256)), **early_launch(),
+            num_warps=min(16, max(4, width // 256)),
         )  # fmt: skip
         return
     chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)

@@ -27,8 +27,8 @@ from nsa.ops.kernels.decode import (
     splits_of,
     tile,
 )
-from nsa.ops.kernels.device_functions import largest, load_row_parts, load_rows, store_rows, wait_for_others
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, early_launch, tile_width
+from nsa.ops.kernels.device_functions import largest, load_row_parts, load_rows, store_rows
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 IMPORTANCE_TILE = 2048  # scores that a program of `importance_kernel` loads at once
@@ -54,13 +54,12 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
                 num_splits, near_splits, num_parts, run, scale_log2, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
                 CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                 D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                PRECISION: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
+                PRECISION: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks of the compressed blocks, or after all ``num_splits`` of these of the window.
 
     KCmp, VCmp (B, num_compressed, G, ..); KWin, VWin (B, num_near, G, ..), a ring; Scores (B, H, num_compressed) fp32;
     Arrived (2, rows): for the launches after this one.
     """
-    wait_for_others(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
@@ -92,14 +91,12 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
                       num_blocks, num_splits, num_parts, num_tiles, num_initial, num_local, LENGTH: tl.constexpr,
                       STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                       N: tl.constexpr, BLOCKS: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr, FAR: tl.constexpr,
-                      MOST: tl.constexpr, SIDE: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr,
-                      EARLY: tl.constexpr = False):  # fmt: skip
+                      MOST: tl.constexpr, SIDE: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
     """Importance (B, G, num_blocks) fp32 of BJ selection blocks (`nsa.ops.select_blocks`), and Blocks (B, G, N) int32.
 
     Or from program ``num_tiles`` on Near (B, H, Dv) fp32 of a head: compressed branch and window, merged, times Gates
     (B, H, 3), summed. Their parts follow each other: ``num_splits``, and the rest.
     """
-    wait_for_others(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) >= num_tiles:
         own = pair * HEADS + tl.program_id(1) - num_tiles
@@ -162,12 +159,11 @@ def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Ar
                   scale_log2, N: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
                   LOOK: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                   DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
+                  BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks of the selected branch. The last program of its heads also writes Out (B, H, Dv).
 
     K, V (B, num_keys, G, ..); Blocks (B, G, N); Near as from `importance_kernel`.
     """
-    wait_for_others(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
@@ -233,7 +229,7 @@ def attention(
     near_kernel[rows, batch, triton.cdiv(splits, run) + triton.cdiv(near_splits, run)](
         q, k_cmp, v_cmp, k_win, v_win, lengths, scores, *parts, arrived, compressed, k_win.shape[1], splits,
         near_splits, splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
-        **constants, **sizes, **options, **early_launch(),
+        **constants, **sizes, **options,
     )  # fmt: skip
     importance = q.new_empty(batch, groups, have, dtype=torch.float32)
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
@@ -245,7 +241,6 @@ def attention(
         splits + near_splits, tiles, num_initial, num_local, LENGTH=length, STRIDE=stride, BLOCK_SIZE=block_size,
         GROUPS=groups, HEADS=heads // groups, N=num_blocks, BLOCKS=most, BH=height, BJ=at_once,
         FAR=triton.next_power_of_2(max(1, splits)), **merging | {"num_warps": 8 if most > 1024 else 4},
-        **early_launch(),
     )  # fmt: skip
     sizes, options = tile(constants, q.element_size(), listed=True)
     run = run_of(MOST_CHUNK // chosen_chunk, chosen_splits, rows * batch)
@@ -253,6 +248,6 @@ def attention(
     chosen_kernel[rows, batch, triton.cdiv(chosen_splits, run)](
         q, k_slc, v_slc, lengths, blocks, near, gates, *chosen_parts, out, arrived, k_slc.shape[1], chosen_splits, run,
         scale * LOG2_E, N=num_blocks, MOST=side, SIDE=min(4, side), BLOCK_SIZE=block_size,
-        LOOK=look_of(chosen_chunk, block_size), CHUNK=chosen_chunk, **constants, **sizes, **options, **early_launch(),
+        LOOK=look_of(chosen_chunk, block_size), CHUNK=chosen_chunk, **constants, **sizes, **options,
     )  # fmt: skip
     return out, blocks

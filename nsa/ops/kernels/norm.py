@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.device_functions import wait_for_others
-from nsa.ops.kernels.hardware import INTEGERS, early_launch, vector_of
+from nsa.ops.kernels.hardware import INTEGERS, vector_of
 
 PARTS = 528  # programs of the backward pass, at most: four for each multiprocessor of an H100
 ELEMENTS = 2048  # of the rows that a program holds at a time
@@ -19,12 +18,11 @@ PART_ROWS, PART_COLUMNS = 64, 32  # tile of the parts in `sum_parts_kernel`
 
 @triton.jit(do_not_specialize=INTEGERS)
 def norm_kernel(X, Delta, Weight, H, Normed, Rstd, eps, num_rows, num_vectors, VECTOR: tl.constexpr, R: tl.constexpr,
-                BLOCK: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
+                BLOCK: tl.constexpr):  # fmt: skip
     """H, Normed (rows, C) and Rstd (rows,) from X, Delta (rows, C), in tiles of R rows.
 
     Delta may be None. H is not written then. BLOCK is C up to a power of two.
     """
-    wait_for_others(EARLY)
     width = num_vectors * VECTOR
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
     column = tl.arange(0, BLOCK)  # [BLOCK]
@@ -100,7 +98,7 @@ def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None) -
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
         norm_kernel[(triton.cdiv(rstd.numel(), sizes["R"]),)](
-            x, delta, weight, h, normed, rstd, eps, x.numel() // width, **sizes, **early_launch()
+            x, delta, weight, h, normed, rstd, eps, x.numel() // width, **sizes
         )
     return h, normed, rstd
 

@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.geometry import Heads
-from nsa.ops.kernels.device_functions import wait_for_others
-from nsa.ops.kernels.hardware import INTEGERS, early_launch
+from nsa.ops.kernels.hardware import INTEGERS
 
 COPY, ROTATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WAYS = {"copy": COPY.value, "rotate": ROTATE.value, "sigmoid": SIGMOID.value}
@@ -80,8 +79,7 @@ def _convert(X, Part, Cos, Sin, Rows, Extra, row, ok, slot, num_tokens, COLUMNS:
 
 @triton.jit(do_not_specialize=INTEGERS)
 def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
-                 TABLE: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr,
-                 EARLY: tl.constexpr = False):  # fmt: skip
+                 TABLE: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
     """Parts, each (rows, slots * width), from X (rows, COLUMNS). If BACKWARD, X's gradient from those of the Parts.
 
     Args:
@@ -91,7 +89,6 @@ def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: t
             column of X, what to do (COPY, ROTATE or SIGMOID), and of ROTATE pairs that turn, their first dim, and
             whether they are interleaved.
     """
-    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     slot = tl.program_id(1)
     ok = row < num_rows  # [BM]
@@ -126,7 +123,7 @@ def _launch(
     if tokens:
         heads_kernel[(triton.cdiv(tokens, block), total)](
             x, tuple(parts), cos, sin, rows, extra, tokens, x.shape[1], SLOTS=slots, COLUMNS=x.shape[2],
-            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4, **early_launch(),
+            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4,
         )  # fmt: skip
 
 

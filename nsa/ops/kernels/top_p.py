@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.decode import COUNTS, run_of
-from nsa.ops.kernels.device_functions import load_rows, wait_for_others
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, early_launch, tile_width
+from nsa.ops.kernels.device_functions import load_rows
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 
 CANDIDATES = 128  # that a program of `estimate_kernel` takes at once,
 MOST_TILES = 16  # and how often at most
@@ -41,13 +41,12 @@ def token_of(Pages, slot, count, length, LISTED: tl.constexpr, PAGE: tl.constexp
 def estimate_kernel(Q, Codes, Spans, Lengths, Pages, Scores, num_keys, num_pages, num_slots, blocks, run,
                     scale_log2, BLOCK: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
                     HEADS: tl.constexpr, HALF: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr = False):  # fmt: skip
+                    STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores (B, H, blocks * BLOCK) fp32, to base 2, of ``run`` times BN candidates of a KV head; -inf: not there.
 
     Q (B, H, 2 HALF); Codes (B, S, G, HALF) uint8; Spans (B, S, G, 2) fp32: least and step; Pages (B, G, num_pages).
     Without lists, scores of candidates from the length on are not written. A program has BM of the heads.
     """
-    wait_for_others(EARLY)
     tiles: tl.constexpr = (HEADS + BM - 1) // BM
     group, batch = tl.program_id(0) // tiles, tl.program_id(1).to(tl.int64)
     pair = batch * GROUPS + group
@@ -98,15 +97,13 @@ def mass_from(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.const
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "p"])
 def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.constexpr, HEADS: tl.constexpr,
-                     STEPS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
-                     EARLY: tl.constexpr = False):  # fmt: skip
+                     STEPS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Wanted (B, H, blocks * BLOCK) int8: 1 for the candidates that a query head takes, or 0.
 
     Scores (B, H, blocks * BLOCK) are those of `estimate_kernel`; WHOLE: one block is a row. Else all but the first
     become weights: the highest is 1, and what is not there -1. HEADS: all of a sequence. Rows are read to their end:
     loads without a mask take several entries at once.
     """
-    wait_for_others(EARLY)
     row = tl.program_id(0).to(tl.int64)
     count = num_slots
     if not LISTED:
@@ -160,10 +157,8 @@ def take(Wanted, weight, bound, ties, seen):
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def list_kernel(Wanted, Lengths, Pages, Tokens, num_pages, num_slots, blocks, LISTED: tl.constexpr, PAGE: tl.constexpr,
-                GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
-                EARLY: tl.constexpr = False):  # fmt: skip
+                GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Tokens (B, G, num_slots) int32 of a KV head: those that one of its heads wants, then -1."""
-    wait_for_others(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     length = tl.load(Lengths + pair // GROUPS)
     count = num_slots
@@ -210,14 +205,14 @@ def choose(
     estimate_kernel[rows, batch, triton.cdiv(slots, run * at_once)](
         q, codes, spans, lengths, which, scores, keys, number, slots, blocks, run, scale * LOG2_E, block,
         **constants, HALF=half,        H1=tile_width(half), BM=height, BN=at_once, STAGES=5 if pages is not None else 3,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4, **early_launch(),
+        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     threshold_kernel[(batch * heads,)](
         scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, STEPS=STEPS,
-        WHOLE=blocks == 1, BLOCK=block, num_warps=min(16, max(4, block // 512)), **early_launch(),
+        WHOLE=blocks == 1, BLOCK=block, num_warps=min(16, max(4, block // 512)),
     )  # fmt: skip
     list_kernel[(batch * groups,)](
         wanted, lengths, which, tokens, number, slots, blocks, **constants, BLOCK=block, STEP=min(block, LISTED_STEP),
-        num_warps=8, **early_launch(),
+        num_warps=8,
     )  # fmt: skip
     return tokens
