@@ -56,4 +56,7 @@ def decode(result: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _errors(errors: dict[str, dict[str, float]]) -> str:
-    return "; ".join(f"{shape} {', '.join(f'{k} {v:g}' for k, v in found.items())}" for shape, found in errors.items())
+    def said(error: float | str) -> str:
+        return error if isinstance(error, str) else f"{error:g}"
+
+    return "; ".join(f"{shape} {', '.join(f'{k} {said(v)}' for k, v in x.items())}" for shape, x in errors.items())

@@ -14,6 +14,27 @@ def dsa(result: dict | None) -> Iterator[str]:
     """The result of benchmarks/dsa.py. Older ones have one kind of lists, which they do not name."""
     if not result:
         return
+    if result.get("latents"):
+        yield from latents(result["latents"])
+    if result["topk"]:
+        yield from grouped(result)
+
+
+def latents(rows: list[dict]) -> Iterator[str]:
+    yield "### DSA over latents of 512 and 64 rotated columns, 2,048 tokens chosen\n"
+    yield "Layer: top-k of 64 index heads, forward pass, and backward pass with the indexer's loss.\n"
+    cells = []
+    for row in rows:
+        times = [ms(row["ms"][name]) for name in ("forward", "backward", "with_loss")]
+        rates = [short(row["tflops"][name]) for name in ("forward", "backward")]
+        where = [row["heads"], row["tokens"], row["lists"], short(row["union_over_topk"])]
+        cells.append([*where, *times, *rates, ms(row["layer_ms"]), row["repeats"]])
+    names = ["heads", "tokens", "lists", "union", "forward ms", "backward ms", "backward with loss ms"]
+    yield from table([*names, "TFLOP/s forward", "backward", "layer ms", "the same bits twice"], cells)
+
+
+def grouped(result: dict) -> Iterator[str]:
+    """Of keys and values in groups of heads."""
     yield "### DSA: top-k of the indexer\n"
     cells = [[r["heads"], r["tokens"], ms(r["ms"]), short(r["tflops"]), short(r["extra_mib"])] for r in result["topk"]]
     yield from table(["index heads", "tokens", "ms", "TFLOP/s", "extra MiB"], cells)
