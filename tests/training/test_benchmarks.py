@@ -55,6 +55,27 @@ def test_a_crossover_is_the_length_from_which_on_a_call_is_faster() -> None:
     assert {x["call"]: x["faster_from"] for x in crossovers(rows)} == {"quest": 16, "nsa": None}
 
 
+def test_blocks_by_means_of_keys() -> None:
+    """A key's mean by a loop, from keys that were never rotated; nobody holds more than the best blocks do."""
+    from benchmarks.block_choice import by_means, shares
+    from nsa import ops
+    from nsa.baselines.plan import Turn
+
+    dice, turn = torch.Generator().manual_seed(0), Turn(10000.0 ** -(torch.arange(0, 8, 2) / 8))
+    raw, q = (torch.randn(1, 1024, heads, 8, generator=dice) for heads in (2, 4))
+    at = torch.arange(1024)[None]
+    k, q = turn(raw, at), turn(3 * q, at)
+    starts = range(0, 1024 - 32 + 1, 16)
+    means = torch.cat([turn(raw[:, i : i + 32].mean(1, keepdim=True), torch.tensor([[i + 31]])) for i in starts], 1)
+    lse = ops.compressed_attention(q, means, means, length=32, stride=16, backend="naive")[1]
+    sizes = {"length": 32, "stride": 16, "block_size": 64, "num_blocks": 8, "num_initial": 1, "num_local": 2}
+    assert torch.equal(by_means(q, k, turn, 32), ops.select_blocks(q, means, lse, **sizes, backend="naive"))
+    found = shares(q, k, turn)
+    best, there, _ = found["best"]
+    assert all((held <= best + 1e-6).all() for held, _, _ in found.values()) and (best <= there + 1e-6).all()
+    assert found["random"][0].sum() < 0.8 * best.sum()
+
+
 @pytest.mark.parametrize("neighbours", [1, 3, 8])
 def test_how_much_the_lists_of_neighbours_share(neighbours: int) -> None:
     """Against sets; a query that is left over, and slots without a token, do not count."""
