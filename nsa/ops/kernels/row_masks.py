@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels.device_functions import largest
 from nsa.ops.kernels.hardware import INTEGERS
 
 WARP_ENTRIES = 512  # of a row, for each warp of its program
@@ -20,13 +21,6 @@ def _in_order(x):
     return tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
 
 
-@triton.jit
-def _with_first_ties(there, ordered, threshold, ties):
-    """What is above the threshold, and the first ``ties`` of those at it."""
-    tie = there & (ordered == threshold)
-    return (there & (ordered > threshold)) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= ties))
-
-
 @triton.jit(do_not_specialize=[*INTEGERS, "size"])
 def top_kernel(Scores, Counts, Masks, size, WIDTH: tl.constexpr):
     """Masks (rows, size) of the Counts (rows,) int32 highest Scores of each row."""
@@ -34,15 +28,7 @@ def top_kernel(Scores, Counts, Masks, size, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)  # [WIDTH]
     score = tl.load(Scores + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)  # [WIDTH]
     there, count = score > float("-inf"), tl.load(Counts + row)
-    ordered = _in_order(score)
-    threshold, bit = tl.full([], 0, tl.uint32), tl.full([], 0x80000000, tl.uint32)
-    for _ in tl.range(0, 32):
-        middle = threshold | bit
-        enough = tl.sum((there & (ordered >= middle)).to(tl.int32), 0) >= count
-        threshold = tl.where(enough, middle, threshold)
-        bit = bit >> 1
-    missing = count - tl.sum((there & (ordered > threshold)).to(tl.int32), 0)
-    mask = _with_first_ties(there, ordered, threshold, missing)
+    mask = largest(_in_order(score), there, count)  # [WIDTH]
     tl.store(Masks + row * size + column, mask.to(tl.uint8), mask=column < size)
 
 
@@ -64,7 +50,9 @@ def cover_kernel(Weights, Shares, Masks, size, WIDTH: tl.constexpr):
     above = tl.sum(tl.where(there & (ordered > threshold), exact, 0.0), 0)
     each = tl.max(tl.where(there & (ordered == threshold), exact, 0.0), 0)
     ties = tl.ceil((wanted - above) / tl.where(each > 0, each, 1.0)).to(tl.int32)
-    mask = tl.where(share >= 1, there, _with_first_ties(there, ordered, threshold, ties))
+    equal = there & (ordered == threshold)
+    fewest = (there & (ordered > threshold)) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
+    mask = tl.where(share >= 1, there, fewest)
     tl.store(Masks + row * size + column, mask.to(tl.uint8), mask=column < size)
 
 
