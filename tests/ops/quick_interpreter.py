@@ -1,5 +1,6 @@
-"""Triton 3.7's interpreter without habits that take most of its time. None changes a value.
+"""Triton 3.7's interpreter without habits that take most of its time, none of which changes a value; and with bounds:
 
+- A store outside of the tensors of its launch is an error. Else it ends in other memory, and mostly unseen.
 - Each call of a device function replaces the builtins that its file sees again: here the first of a launch does.
 - A reduction whose function it does not know visits entry by entry; it is the same, in the same order, by slices.
 - Each tensor makes its type and the constants of its shape anew: here those of an equal type serve again.
@@ -9,16 +10,41 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _replaced: set[int] = set()  # the globals of files whose builtins this launch has replaced
+_bounds: list[tuple[int, int]] = []  # first address of each tensor's storage in this launch, and that behind it
 _launch = interpreter.GridExecutor.__call__
+_store = interpreter.InterpreterBuilder.create_masked_store
 
 
 def _launch_afresh(self, *args, **kwargs):
     _replaced.clear()
+    storages = [tensor.untyped_storage() for tensor in _tensors((args, kwargs))]
+    _bounds[:] = {(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}
     return _launch(self, *args, **kwargs)
+
+
+def _tensors(given):
+    if isinstance(given, torch.Tensor):
+        yield given
+    elif isinstance(given, TensorDescriptor):
+        yield given.base
+    elif isinstance(given, tuple | list | dict):
+        for part in given.values() if isinstance(given, dict) else given:
+            yield from _tensors(part)
+
+
+def _store_within(self, pointers, value, mask, *options):
+    at = pointers.data[mask.data.astype(bool)].astype(np.int64)
+    within = np.zeros(at.shape, bool)
+    for first, end in _bounds:
+        within |= (at >= first) & (at <= end - value.data.dtype.itemsize)
+    assert within.all(), f"{(~within).sum()} of {within.size} stored outside of the tensors"
+    return _store(self, pointers, value, mask, *options)
 
 
 def _call_device_function(self, *args, **kwargs):
@@ -96,5 +122,6 @@ def install() -> None:
     tl.core.tensor.__init__ = _tensor_of_known_shape
     interpreter._get_np_dtype = _np_type_as_before
     interpreter.GridExecutor.__call__ = _launch_afresh
+    interpreter.InterpreterBuilder.create_masked_store = _store_within
     interpreter.InterpretedFunction.__call__ = _call_device_function
     interpreter.ReduceOps.generic_reduce = _reduce_by_slices

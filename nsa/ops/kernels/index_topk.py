@@ -187,6 +187,8 @@ def _threshold(ordered, k, number):
     missing = -1
     if reached > k:
         missing = k - tl.sum((ordered > threshold).to(tl.int32))
+        if missing <= 0:  # more than k are forced
+            threshold, missing = tl.full([], FORCED, tl.uint32), k
     return threshold, missing
 
 
