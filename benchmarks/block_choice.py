@@ -115,7 +115,12 @@ def main() -> None:
         parser.error(f"--tokens must be a multiple of {2 * BLOCK}, and at least {8 * WINDOW}")
     from transformers import AutoTokenizer
 
-    sections = read_config(options.folder)
+    try:
+        sections = read_config(options.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    if sections["attention"].get("kind", "dense") != "dense" or sections["model"].get("mla"):
+        parser.error(f"{options.folder} has no keys for each KV head: name a Llama, Mistral or Qwen")
     model = ModelConfig.model_validate(sections["model"])
     decoder = Decoder(model, AttentionConfig.model_validate(sections["attention"])).eval()
     decoder.load_state_dict(read_weights(options.folder, model))

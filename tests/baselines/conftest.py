@@ -1,8 +1,3 @@
-"""Kernels in Triton's interpreter: with its shortcuts."""
+"""Kernels in Triton's interpreter: with its shortcuts, as in tests/ops."""
 
-import os
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.ops import quick_interpreter
-
-    quick_interpreter.install()
+import tests.ops.conftest  # noqa: F401

@@ -1,6 +1,6 @@
 """Masks of the best of each row: so many of them, or those that hold a share of its sum. See `nsa.ops.choose`.
 
-A program holds a row. The threshold is the greatest bit pattern that enough entries reach; it is found bit by bit.
+A program holds a row. The threshold is the greatest bit pattern that enough entries reach.
 """
 
 import torch
