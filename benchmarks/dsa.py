@@ -3,10 +3,10 @@
     python benchmarks/dsa.py [--tokens 32768 65536] [--latents] [--out FILE]
 
 bf16, batch 1, top-k 2048, one document; the median of eager calls with the L2 cache flushed. `extra_mib`: memory beyond
-the result. `tflops`: of the scores that are computed. `fp8_ms`: with index queries and keys in fp8, rounding them
-included. `fp8_recall`, on each of LISTS: the share of the tokens that bf16 selects which fp8 selects, too, of queries
-that see more than k. The attention is that of `--heads` with four KV heads of width 128. Its time depends on how much
-the lists of neighbouring queries share, so it is timed on the three kinds of LISTS.
+the result, and beyond the gradients of a loss. `tflops`: of the scores that are computed. `fp8_ms`: with index queries
+and keys in fp8, rounding them included. `fp8_recall`, on each of LISTS: the share of the tokens that bf16 selects which
+fp8 selects, too, of queries that see more than k. The attention is that of `--heads` with four KV heads of width 128.
+Its time depends on how much the lists of neighbouring queries share, so it is timed on the three kinds of LISTS.
 `union_over_topk`: how many tokens eight neighbouring queries list together, on average, over 2048: 1 if they list the
 same tokens, 8 if none twice. `dense_over_ours`: time of causal attention by cuDNN over the attention's, for the forward
 pass, the backward pass and both; the indexer is not in it. `with_loss_ms`: the backward pass in which the indexer, of
@@ -192,7 +192,7 @@ def rows_of_training(heads: int, index_heads: int, tokens: int, dense: float) ->
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         loss()
-        extra = torch.cuda.max_memory_allocated() - before
+        extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in index)  # as large as the gradients
         ms = called_ms(loss)
         row: dict[str, object] = {
             "phase": phase,

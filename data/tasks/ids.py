@@ -45,11 +45,13 @@ class MqarWide(Task):
     """Key-value pairs anywhere in filler, then keys whose values are asked for.
 
     pairs: None: the square root of the length. gap: the distance of a pair to the questions is drawn with a density of
-    gap * distance^(gap - 1): 1.0 is uniform, with 0.01 most pairs are just before the questions.
+    gap * distance^(gap - 1): 1.0 is uniform, with 0.01 most pairs are just before the questions. front: all pairs come
+    first, as in the source, and the filler after them.
     """
 
     pairs: int | None = None
     gap: float = 1.0
+    front: bool = False
 
     def draw(self, vocabulary: Vocabulary, length: int, key: tuple, crowded: bool) -> Sample:
         rng = generator(*key)
@@ -65,7 +67,7 @@ class MqarWide(Task):
         weights = np.arange(1, slots + 1) ** (self.gap - 1)
         chosen = rng.choice(slots, n, replace=False, p=None if self.gap == 1 else weights / weights.sum())
         body = rng.choice(others, room)
-        start = room - 2 * (chosen + 1)
+        start = 2 * np.arange(n) if self.front else room - 2 * (chosen + 1)
         body[start], body[start + 1] = keys, given
         order = rng.permutation(n)[:asked]
         queries = tuple(Query(keys[i : i + 1], given[i : i + 1]) for i in order)

@@ -30,6 +30,16 @@ TASKS: tuple[Task, ...] = (
         over="ids",
         shortest=32,
     ),
+    MqarWide(
+        name="mqar_front",
+        title="Multi-query associative recall over the whole vocabulary, pairs first",
+        source="Arora et al. 2023, arXiv 2312.04927",
+        group="retrieval",
+        scope="single",
+        over="ids",
+        shortest=32,
+        front=True,
+    ),
     Mqmtar(
         name="mqmtar",
         title="Multi-query multi-token associative recall",

@@ -106,6 +106,7 @@ def constant(text: str, question: str) -> list[str]:
 OVER_IDS: dict[str, Callable[[list[int], list[int], Vocabulary], list[int]]] = {
     "mqar": next_to,
     "mqar_wide": next_to,
+    "mqar_front": next_to,
     "mqmtar": two_after,
     "joint_recall": in_table,
     **{f"vt_{hops}": followed for hops in (1, 2, 3, 4)},
