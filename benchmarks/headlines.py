@@ -43,6 +43,7 @@ SHAPES = {
 }
 SCALING, DECODE, DSA = "scaling-h200-2026-11-30", "decode-64k-h200-2026-11-30", "dsa-h200-2026-11-30"
 DSA_LATENTS = "dsa-latents-h200-2026-11-30"
+LAYER_AIMS, LOSS_AIM = {65536: 1.5, 131072: 3.0}, "15%"  # of a DSA layer: dense over it, and the share of its loss
 PREFILL = "prefill-h200-2026-11-30"
 PEERS = {
     "xunhao": "XunhaoLai/native-sparse-attention-triton",
@@ -333,40 +334,61 @@ def trainer(results: dict[str, dict]) -> Iterator[str]:
 
 
 def sparse_tokens(results: dict[str, dict]) -> Iterator[str]:
-    """DSA's operators at 64K tokens, and what was aimed at."""
-    result = results[DSA]["dsa"]
-    layer, attention = result["layer"][0], result["attention"][0]
-    warm = {row["index_heads"]: row for row in result["training"] if row["phase"] == "warm-up"}
-    topk = {row["heads"]: row for row in result["topk"]}
-    yield "## DSA's operators, 64K tokens\n"
+    """DSA's operators, and what was aimed at."""
+    result, latents = results[DSA]["dsa"], results[DSA_LATENTS]["dsa"]["latents"]
+    yield "## DSA's operators\n"
     yield words(
-        "64 query heads on 4 KV heads of 128, 2,048 tokens chosen, index heads of 128. Dense attention is cuDNN's,",
-        "forward and backward. The lists are those of queries that change slowly: eight neighbours share nearly all",
-        "tokens. The tokens that a small trained model attends to most have a union of two to three lists for eight",
-        "neighbours, and then the attention takes about twice as long ([log](log/2026-11.md)). The top-k has another",
-        "selection since: 32.0 ms, where the one before took 44.2, in one script.\n",
+        "A layer: 64 query heads on 4 KV heads of 128, 2,048 tokens chosen by 16 index heads of 128, forward and",
+        "backward, with the indexer's loss, which its attention's backward pass computes. Dense attention is cuDNN's,",
+        "forward and backward. The union says how many tokens eight neighbouring queries list together, over those",
+        "that one lists: the less they share, the slower is the attention. The tokens that a small trained model",
+        "attends to most have a union of two to three ([log](log/2026-11.md)).\n",
     )
-    rows: list[list[object]] = [
-        ["top-k, 16 index heads", f"{topk[16]['ms']:.1f} ms", 35],
-        ["attention, dense over it", f"{attention['dense_over_ours'][2]:.1f}", None],
-        ["with top-k and the indexer's loss, dense over it", f"{layer['dense_over_ours']:.2f}", 1.5],
-        ["share of the loss in that", f"{layer['kl_share']:.0%}", "15%"],
-        ["warm-up with 16 index heads, over dense", f"{warm[16]['over_dense']:.2f}", 1.0],
-        ["warm-up with 64 index heads, over dense", f"{warm[64]['over_dense']:.2f}", 1.4],
-    ]
-    yield from table(["", "measured", "target"], rows)
-    slow = results[DSA_LATENTS]["dsa"]["latents"][0]
+    union = {(row["tokens"], row["lists"]): row["union_over_topk"] for row in result["attention"]}
+    rows: list[list[object]] = []
+    for row in result["layer"]:
+        times = [ms(row["parts_ms"][name]) for name in ("topk", "forward_ms", "backward_ms", "kl")]
+        name = f"{length(row['tokens'])}, {union[row['tokens'], row['lists']]:.1f}"
+        over = f"{row['dense_over_ours']:.2f}"
+        rows.append([name, *times, over, LAYER_AIMS[row["tokens"]], f"{row['kl_share']:.0%}", LOSS_AIM])
+    header = ["tokens, union", "top-k ms", "forward", "backward", "loss", "dense over all", "target", "loss, share"]
+    yield from table([*header, "target"], rows)
+    topk = {(row["heads"], row["tokens"]): row for row in result["topk"]}
+    warm = {(row["index_heads"], row["tokens"]): row for row in result["training"] if row["phase"] == "warm-up"}
     rows = [
-        ["forward", f"{ms(slow['ms']['forward'])} ms, {slow['tflops']['forward']:.0f} TFLOP/s", "350 TFLOP/s"],
-        ["backward", f"{ms(slow['ms']['backward'])} ms, {slow['tflops']['backward']:.0f} TFLOP/s", "200 TFLOP/s"],
-        ["layer with top-k of 64 index heads and the loss", f"{ms(slow['layer_ms'])} ms", "290 ms"],
+        ["top-k, 16 index heads, 64K", f"{topk[16, 65536]['ms']:.1f} ms", "35"],
+        ["top-k, 64 index heads, 32K", f"{latents[0]['topk_ms']:.1f} ms", "26"],
+        [
+            "memory of the top-k beyond its result, at most",
+            f"{max(r['extra_mib'] for r in topk.values()):.0f} MiB",
+            "256",
+        ],
+        *(
+            [f"warm-up with {heads} index heads, 64K, over dense", f"{warm[heads, 65536]['over_dense']:.2f}", aim]
+            for heads, aim in ((16, "1.0"), (64, "1.4"))
+        ),
+        ["its memory beyond the gradients", f"{warm[64, 65536]['extra_mib']:.0f} MiB", "1 GB"],
     ]
-    yield words(
-        "Over latents (DeepSeek-V3.2: 128 heads on one key of 576 columns, 2,048 of 32K tokens), without atomic",
-        "additions. The forward pass takes 64 keys at a time since, which took 53.8 ms and 337 TFLOP/s in a script",
-        "beside this one ([log](log/2026-11.md)).\n",
-    )
     yield from table(["", "measured", "target"], rows)
+    yield words(
+        "Over latents (DeepSeek-V3.2: 128 heads on one key of 576 columns, 2,048 of 32K tokens, 64 index heads),",
+        "without atomic additions:\n",
+    )
+    rows = [
+        [
+            f"{row['union_over_topk']:.1f}",
+            *(f"{row['tflops'][x]:.0f}" for x in ("forward", "backward")),
+            ms(row["layer_ms"]),
+        ]
+        for row in latents
+    ]
+    header = [
+        "union",
+        "forward TFLOP/s (target 350)",
+        "backward (target 200)",
+        "layer with top-k and loss, ms (target 290)",
+    ]
+    yield from table(header, rows)
     yield source(results, DSA, DSA_LATENTS)
 
 

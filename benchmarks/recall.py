@@ -87,14 +87,14 @@ def train(case: tuple[str, int], every: int, runs: str, settings: list[str]) -> 
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Recall by tokens seen: the longest and the shortest episodes of mqar_wide, a line a seed."""
+    """Recall by tokens seen of the kinds of MQAR, a line a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = list(dict.fromkeys(name for run in runs for name in run["curve"][0] if name.startswith("mqar_wide")))
-    figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.2), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(name for run in runs for name in run["curve"][0] if name.startswith("mqar")))
+    figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), sharey=True, squeeze=False)
     colours = dict(zip(dict.fromkeys(run["kind"] for run in runs), ("tab:blue", "tab:orange"), strict=False))
     for axis, name in zip(axes[0], names, strict=True):
         for run in runs:

@@ -37,7 +37,12 @@ def grouped(result: dict) -> Iterator[str]:
     """Of keys and values in groups of heads."""
     yield "### DSA: top-k of the indexer\n"
     cells = [[r["heads"], r["tokens"], ms(r["ms"]), short(r["tflops"]), short(r["extra_mib"])] for r in result["topk"]]
-    yield from table(["index heads", "tokens", "ms", "TFLOP/s", "extra MiB"], cells)
+    names = ["index heads", "tokens", "ms", "TFLOP/s", "extra MiB"]
+    if all("fp8_ms" in row for row in result["topk"]):
+        for cell, row in zip(cells, result["topk"], strict=True):
+            cell += [ms(row["fp8_ms"]), f"{min(row['fp8_recall'].values()):.1%}"]
+        names += ["in fp8 ms", "of bf16's tokens, at least"]
+    yield from table(names, cells)
     yield "### DSA: attention to the selected tokens, against causal attention by cuDNN\n"
     kinds, cells, seen = any("lists" in row for row in result["attention"]), [], set()
     if kinds:
