@@ -75,7 +75,12 @@ def _rows(view: View, plan: Plan | None, rows: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _scores_of(view: View, part: Part, rows: Tensor) -> Tensor:
+def moved(view: View, part: Part, rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """The queries ``rows`` and all keys, rotated to the positions that ``part`` gives them.
+
+    Raises:
+        ValueError: it gives them some, and the model cannot be turned.
+    """
     q, k = view.q[:, rows], view.k
     if part.query_at is not None or part.key_at is not None:
         if view.turn is None:
@@ -84,7 +89,11 @@ def _scores_of(view: View, part: Part, rows: Tensor) -> Tensor:
             q = view.turn(q, (part.query_at - view.query_positions)[:, rows])
         if part.key_at is not None:
             k = view.turn(k, part.key_at - view.positions)
-    scores = score(q, k, view.scale)
+    return q, k
+
+
+def _scores_of(view: View, part: Part, rows: Tensor) -> Tensor:
+    scores = score(*moved(view, part, rows), view.scale)
     if part.log_weight is not None:
         weight = part.log_weight[:, :, rows] if part.log_weight.shape[2] > 1 else part.log_weight
         scores = scores + view.per_head(weight)

@@ -13,6 +13,7 @@ from nsa.baselines import prompt
 from nsa.baselines.attention import attend, is_dense, kept
 from nsa.baselines.ledger import Ledger
 from nsa.baselines.listed import attend_listed, can_list
+from nsa.baselines.masked import attend_masked, can_mask
 from nsa.baselines.method import Method, State
 from nsa.baselines.methods.dense import GIVEN
 from nsa.baselines.plan import Plan, Turn, View
@@ -90,16 +91,20 @@ class Session:
         """
         view, plan = self._planned(layer, q, k, v, scale)
         watched = ("prefill" if self.prompt else "decode") in self.watch
-        listed = not self.prompt and q.is_cuda and can_list(view, plan)
         # A prompt that is left dense has the same bits whether a plan says so or none, so that others can `follow` it.
-        same = self.prompt and is_dense(view, plan)
-        if listed:
+        wanted = None if self.prompt and is_dense(view, plan) else plan
+        fast = self.prompt and not watched and prompt.on_gpu(view)  # watching needs the LSE of portable attention
+        lse: Tensor | None = None
+        if not self.prompt and q.is_cuda and can_list(view, plan):
             out, lse = attend_listed(view, plan)
-        elif not (plan is None or same or watched) and prompt.on_gpu(view) and prompt.can_list(view, plan):
-            out, lse = prompt.attend_blocks(view, plan)
+        elif fast and wanted is not None and prompt.can_list(view, wanted):
+            out, _ = prompt.attend_blocks(view, wanted)
+        elif fast and can_mask(view, wanted):
+            out = attend_masked(view, wanted)
         else:
-            out, lse = attend(view, None if same else plan)
+            out, lse = attend(view, wanted)
         if watched:
+            assert lse is not None
             self._watch(view, plan, lse)
         self._settle(view, plan)
         return out

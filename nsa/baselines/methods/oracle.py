@@ -12,9 +12,7 @@ from nsa.ops.choose import cover, top
 
 def true_mass(view: View, rows: Tensor | None = None) -> Tensor:
     """(B, G, T, S) fp32: attention probabilities of each key, mean over the query heads of a KV head."""
-    scores = view.scores(rows)
-    lse = scores.logsumexp(-1, keepdim=True)
-    return view.per_group(torch.nan_to_num((scores - lse).exp(), nan=0.0)).mean(2)
+    return view.per_group(view.scores(rows).softmax(-1).nan_to_num_(0)).mean(2)  # NaN: such as padding, sees nothing
 
 
 def scored(view: View) -> Estimate:

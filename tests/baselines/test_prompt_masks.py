@@ -1,0 +1,109 @@
+"""A prompt by the library's attention with a mask: it gives what the plans of all methods mean."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from sessions import inputs, run
+from views import view_of
+
+from nsa.baselines import Budget, Method, Part, Plan, masked, prompt
+from nsa.baselines.attention import attend
+from nsa.baselines.method import State
+from nsa.baselines.methods import METHODS
+from nsa.baselines.plan import Terms, View
+
+CHOOSE = [
+    method
+    for method in (kind(budget=Budget(share=0.4), **kind.small) for kind in METHODS if "prefill" in kind.phases)
+    if method.name not in ("sketch_walk", "sketch_walk_damped")  # these need what the layers before them left
+]
+
+SEVERAL = ("streaming_llm", "lm_infinite", "dual_chunk", "qwen_1m")  # positions of a key, or of a query
+
+
+def expect_the_same(view: View, plan: Plan | None) -> None:
+    assert masked.can_mask(view, plan)
+    torch.testing.assert_close(masked.attend_masked(view, plan), attend(view, plan)[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", CHOOSE, ids=lambda method: method.name)
+def test_plans_mean_the_same(method: Method) -> None:
+    for tokens, batch in ((65, 1), (33, 2)):
+        view = view_of(tokens, batch=batch)
+        plan = method.prefill_select(view, State())
+        if masked.can_mask(view, plan):
+            expect_the_same(view, plan)
+        else:
+            assert method.name in SEVERAL
+
+
+def test_rows_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of(30, batch=2)
+    view = replace(view, scale=3 * view.scale)
+    keep = torch.rand(2, view.q.shape[2], 30, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    monkeypatch.setattr(masked, "PAIRS", 7 * keep[:, :, 0].numel())
+    expect_the_same(view, Plan.of(keep))
+    expect_the_same(view, None)
+
+
+def test_what_sees_nothing_gives_0() -> None:
+    """Padding, and a query whose plan keeps no key."""
+    view = view_of(20, batch=2)
+    places = torch.arange(20)[None] - torch.tensor([[0], [6]])
+    places = places.clamp(min=-1)
+    view = replace(view, query_positions=places, positions=places[..., None].expand(-1, -1, view.k.shape[2]))
+    expect_the_same(view, None)
+    keep = torch.ones(2, 1, 20, 20, dtype=torch.bool).expand(-1, view.k.shape[2], -1, -1).clone()
+    keep[0, 0, 7] = False
+    expect_the_same(view, Plan.of(keep))
+    out = masked.attend_masked(view, Plan.of(keep))
+    assert not out[1, :6].any() and not out[0, 7, : view.group].any() and out[0, 7, view.group :].any()
+
+
+def test_keys_and_queries_may_be_elsewhere() -> None:
+    """At one other position each; more than one part of this kind is left to the portable path."""
+    view = view_of(24)
+    keep, place = torch.ones(1, view.k.shape[2], 24, 24, dtype=torch.bool), torch.arange(24)[None]
+    keys = (place + 5)[..., None].expand(-1, -1, view.k.shape[2])
+    part = Part(keep, query_at=place + place % 3, key_at=keys - keys % 2)
+    expect_the_same(view, Plan((part,)))
+    plain = masked.attend_masked(view, None)
+    assert (masked.attend_masked(view, Plan((part,))) - plain).abs().max() > 0.01
+    assert not masked.can_mask(view, Plan((part, Part(keep))))
+
+
+def test_what_a_mask_cannot_say() -> None:
+    view = view_of(16)
+    keep, heads = torch.ones(1, view.k.shape[2], 16, 16, dtype=torch.bool), view.q.shape[2]
+    assert not masked.can_mask(view, Plan((Part(keep, log_weight=torch.zeros(1, 1, 16, 16)),)))
+    terms = Terms(torch.zeros(1, heads, 16, 2), torch.zeros(1, view.k.shape[2], 2, view.v.shape[3]), 1)
+    assert not masked.can_mask(view, Plan((Part(keep),), terms=terms))
+    assert not masked.can_mask(view, Plan((Part(keep),), blend=(torch.ones(1, heads, 16), view.v[:, 0])))
+    assert not masked.can_mask(replace(view, prompt=False), Plan.of(keep))
+
+
+@pytest.mark.parametrize("name", ["oracle_topk", "random", "vertical_slash", "h2o", "dense"])
+def test_a_session_answers_a_prompt_by_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one piece or in chunks, with padding or without, but not where attention is watched."""
+    (kind,) = (kind for kind in METHODS if kind.name == name)
+    method, given, called = kind(budget=Budget(share=0.5), **kind.small), inputs(52, layers=2), []
+    real = masked.attend_masked
+
+    def noted(view: View, plan: Plan | None) -> Any:
+        called.append(view.layer)
+        return real(view, plan)
+
+    watched = {"watch": ["prefill"]}
+    for options, layers in (({}, [0, 1]), ({"padding": torch.tensor([0, 5])}, [0, 1]), (watched, [])):
+        expected, before = run(method, given, prompt=48, **options)  # type: ignore[arg-type]
+        with monkeypatch.context() as patch:
+            patch.setattr(prompt, "on_gpu", lambda view: True)
+            patch.setattr("nsa.baselines.session.attend_masked", noted)
+            found, session = run(method, given, prompt=48, **options)  # type: ignore[arg-type]
+        assert called == layers
+        called.clear()
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert session.ledger.shares() == before.ledger.shares()
