@@ -8,6 +8,7 @@ else: not on the number of workers, the sequence length or the weights of the bl
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -49,7 +50,13 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
 
     Raises:
         ValueError: bad input; nothing is written then.
+        RuntimeError: a script without ``if __name__ == "__main__":``, which the workers would run again.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for its parent for ever
+        raise RuntimeError(
+            "preparing data starts processes that import your script: put what it runs under "
+            '`if __name__ == "__main__":`, or set data.workers=1'
+        )
     texts = [source for source in config.sources if source.kind != "synthetic"]
     if not texts:
         raise ValueError("data.sources: at least one source must be text (builtin, files or hub), not synthetic")

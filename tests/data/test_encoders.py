@@ -12,6 +12,7 @@ import pytest
 
 from nsa.data import encoders as module
 from nsa.data import tokenizer as tokenizers
+from nsa.data.config import DataConfig
 from nsa.data.encoders import encode_batch, encoders
 from nsa.data.shards import PreparedData
 
@@ -115,3 +116,22 @@ def _lives(process: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+UNGUARDED = """
+import sys
+from nsa.data.config import DataConfig
+from nsa.data.prepare import prepare
+prepare(DataConfig.model_validate_json(sys.argv[1]), 0, progress=False)
+"""
+
+
+def test_a_script_that_its_workers_would_run_again_is_told_so(config: DataConfig, tmp_path: Path) -> None:
+    """It hung: a worker that imports the script prepares, too, and waits for its parent's lock."""
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED)
+    settings = config.model_copy(update={"cache_dir": str(tmp_path / "cache"), "workers": 2})
+    done = subprocess.run(
+        [sys.executable, script, settings.model_dump_json()], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode and '`if __name__ == "__main__":`' in done.stderr
