@@ -32,6 +32,21 @@ ONE = 0.4  # of the attention on one token
 EVERY = 16  # queries
 
 
+def decoder_of(folder: Path) -> Decoder:
+    """The model of a Hugging Face folder.
+
+    Raises:
+        ValueError: it cannot be imported, or its layers are not dense ones with keys for each KV head.
+    """
+    sections = read_config(folder)
+    if sections["attention"].get("kind", "dense") != "dense" or sections["model"].get("mla"):
+        raise ValueError(f"{folder} has no keys for each KV head: name a Llama, Mistral or Qwen")
+    model = ModelConfig.model_validate(sections["model"])
+    decoder = Decoder(model, AttentionConfig.model_validate(sections["attention"])).eval()
+    decoder.load_state_dict(read_weights(folder, model))
+    return decoder
+
+
 def read(decoder: Decoder, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Rotated queries (1, T, H, D) and keys (1, T, G, D) of each layer."""
     seen: list[tuple[Tensor, Tensor]] = []
@@ -113,21 +128,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.tokens < 8 * WINDOW or options.tokens % (2 * BLOCK):
         parser.error(f"--tokens must be a multiple of {2 * BLOCK}, and at least {8 * WINDOW}")
-    from transformers import AutoTokenizer
-
     try:
-        sections = read_config(options.folder)
+        decoder = decoder_of(options.folder)
     except ValueError as error:
         parser.error(str(error))
-    if sections["attention"].get("kind", "dense") != "dense" or sections["model"].get("mla"):
-        parser.error(f"{options.folder} has no keys for each KV head: name a Llama, Mistral or Qwen")
-    model = ModelConfig.model_validate(sections["model"])
-    decoder = Decoder(model, AttentionConfig.model_validate(sections["attention"])).eval()
-    decoder.load_state_dict(read_weights(options.folder, model))
+    from transformers import AutoTokenizer
+
     text = AutoTokenizer.from_pretrained(options.folder)(options.text.read_text())["input_ids"][: options.tokens]
     if len(text) < options.tokens:
         parser.error(f"{options.text} has {len(text)} tokens: name a longer text with --text, or fewer --tokens")
-    half = torch.randint(model.vocab_size, (options.tokens // 2,), generator=torch.Generator().manual_seed(0))
+    half = torch.randint(decoder.config.vocab_size, (options.tokens // 2,), generator=torch.Generator().manual_seed(0))
     for title, ids in ((options.text.name, torch.tensor(text)), ("said twice", half.repeat(2))):
         print(f"{title}, {options.tokens} tokens")
         measure(decoder, ids[None], print)

@@ -76,6 +76,33 @@ def test_blocks_by_means_of_keys() -> None:
     assert found["random"][0].sum() < 0.8 * best.sum()
 
 
+def test_a_compression_is_taught_the_attention_of_blocks() -> None:
+    """NSA's importance by a loop; and a token that counts, which a mean hides among noise, is learned by weights."""
+    from benchmarks.taught_choice import BLOCK, FAR, FIRST, QUERIES, TOKENS, Mean, Pooled, importance, share, teach
+    from nsa.baselines.plan import Turn
+
+    dice, turn = torch.Generator().manual_seed(0), Turn(torch.zeros(4))  # nothing is turned
+    keys, q = torch.randn(1, TOKENS, 8, generator=dice), torch.randn(1, 2, len(QUERIES), 8, generator=dice)
+    found = importance(Mean(32, 8), q, keys, turn).detach()
+    starts = range(0, TOKENS - 31, 16)
+    means = torch.stack([keys[0, start : start + 32].mean(0) for start in starts])
+    for n in (0, 100, len(QUERIES) - 1):
+        seen = [m for m, start in enumerate(starts) if start + 31 <= QUERIES[n]]
+        p = (q[0, :, n] @ means[seen].T * 8**-0.5).softmax(-1).sum(0)
+        for block in (0, 7, 20):
+            units = [p[m] for m in seen for unit in (0, 16) if (starts[m] + unit) // BLOCK == block]
+            assert found[0, n, block] == pytest.approx(float(sum(units)), rel=1e-4)
+    keys[..., :2], q[..., 1] = 0, 6.0
+    needles = torch.randint(TOKENS, (20,), generator=dice)
+    keys[0, needles, 0], keys[0, needles, 1] = 8.0, 8.0  # the first channel says that a token counts
+    mass = torch.zeros(1, len(QUERIES), len(FIRST))
+    mass[..., needles // BLOCK] = 1.0
+    rows = [(q, keys, mass * FAR)]
+    before = share(pooled := Pooled(32, 8), rows, turn)
+    teach(pooled, rows, turn, 30)
+    assert share(None, rows, turn, at_random=True) < before < share(pooled, rows, turn) <= share(None, rows, turn)
+
+
 @pytest.mark.parametrize("neighbours", [1, 3, 8])
 def test_how_much_the_lists_of_neighbours_share(neighbours: int) -> None:
     """Against sets; a query that is left over, and slots without a token, do not count."""
