@@ -107,3 +107,18 @@ def test_a_session_answers_a_prompt_by_it(name: str, monkeypatch: pytest.MonkeyP
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert session.ledger.shares() == before.ledger.shares()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 63, 300])
+def test_on_a_gpu(tokens: int, dtype: torch.dtype) -> None:
+    """Lengths that are no multiple of a tile, a query that sees nothing, and heads with their own lists."""
+    view = view_of(tokens, batch=2)
+    tensors = {name: getattr(view, name).cuda() for name in ("query_positions", "positions", "seen")}
+    view = replace(view, **tensors, **{name: getattr(view, name).to("cuda", dtype) for name in ("q", "k", "v")})
+    keep = torch.rand(2, view.q.shape[2], tokens, tokens, generator=torch.Generator().manual_seed(0)).cuda() < 0.3
+    keep[0, :, tokens // 2] = False
+    for plan in (None, Plan.of(keep)):
+        found, expected = masked.attend_masked(view, plan), attend(view, plan)[0]
+        torch.testing.assert_close(found, expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-4, rtol=2e-2)
