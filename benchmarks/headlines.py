@@ -43,7 +43,8 @@ SHAPES = {
 }
 SCALING, DECODE, DSA = "scaling-h200-2026-11-30", "decode-64k-h200-2026-11-30", "dsa-h200-2026-11-30"
 DSA_LATENTS = "dsa-latents-h200-2026-11-30"
-LAYER_AIMS, LOSS_AIM = {65536: 1.5, 131072: 3.0}, "15%"  # of a DSA layer: dense over it, and the share of its loss
+LAYER_AIMS, LOSS_AIM = {65536: 1.5, 131072: 3.0}, 0.15  # of a DSA layer: dense over it, and the share of its loss
+LATENTS_AIM = 350.0  # TFLOP/s of the forward pass
 PREFILL = "prefill-h200-2026-11-30"
 PEERS = {
     "xunhao": "XunhaoLai/native-sparse-attention-triton",
@@ -104,7 +105,7 @@ def cudnn_version(result: dict) -> str:
 
 def page(results: dict[str, dict]) -> str:
     """From all results, by the stem of their file."""
-    aims = [*missed_by_steps(results[MODELS]), missed_by_operator(results)]
+    aims = [*missed_by_steps(results[MODELS]), missed_by_operator(results), *missed_by_dsa(results)]
     lines = [
         "# Performance\n",
         words(
@@ -350,9 +351,9 @@ def sparse_tokens(results: dict[str, dict]) -> Iterator[str]:
         times = [ms(row["parts_ms"][name]) for name in ("topk", "forward_ms", "backward_ms", "kl")]
         name = f"{length(row['tokens'])}, {union[row['tokens'], row['lists']]:.1f}"
         over = f"{row['dense_over_ours']:.2f}"
-        rows.append([name, *times, over, LAYER_AIMS[row["tokens"]], f"{row['kl_share']:.0%}", LOSS_AIM])
-    header = ["tokens, union", "top-k ms", "forward", "backward", "loss", "dense over all", "target", "loss, share"]
-    yield from table([*header, "target"], rows)
+        rows.append([name, *times, over, LAYER_AIMS.get(row["tokens"]), f"{row['kl_share']:.0%}", f"{LOSS_AIM:.0%}"])
+    header = ["tokens, union", "top-k ms", "forward", "backward", "loss", "dense over all", "its target", "loss, share"]
+    yield from table([*header, "its target"], rows)
     topk = {(row["heads"], row["tokens"]): row for row in result["topk"]}
     warm = {(row["index_heads"], row["tokens"]): row for row in result["training"] if row["phase"] == "warm-up"}
     rows = [
@@ -495,3 +496,26 @@ def missed_by_operator(results: dict[str, dict]) -> str:
         ]
         cards.append(f"one {card(results[stem])}: {', '.join(short)}")
     return f"The operator over cuDNN, {'; '.join(cards)}."
+
+
+def missed_by_dsa(results: dict[str, dict]) -> Iterator[str]:
+    result, latents = results[DSA]["dsa"], results[DSA_LATENTS]["dsa"]["latents"]
+    union = {(row["tokens"], row["lists"]): f"{row['union_over_topk']:.1f}" for row in result["attention"]}
+    slow, shares = [], []
+    for row in result["layer"]:
+        aim, where = (
+            LAYER_AIMS.get(row["tokens"], 0.0),
+            f"{length(row['tokens'])} union {union[row['tokens'], row['lists']]}",
+        )
+        if row["dense_over_ours"] < aim:
+            slow.append(f"{row['dense_over_ours']:.2f} at {where} (target {aim:g})")
+        if row["kl_share"] > LOSS_AIM:
+            shares.append(f"{row['kl_share']:.0%} at {where}")
+    if slow:
+        yield f"A DSA layer over dense attention by cuDNN: {', '.join(slow)}."
+    if shares:
+        yield f"The share of the indexer's loss in a DSA layer: {', '.join(shares)} (target {LOSS_AIM:.0%})."
+    low = [row for row in latents if row["tflops"]["forward"] < LATENTS_AIM]
+    rates = [f"{row['tflops']['forward']:.0f} TFLOP/s at union {row['union_over_topk']:.1f}" for row in low]
+    if rates:
+        yield f"DSA's forward pass over latents: {', '.join(rates)} (target {LATENTS_AIM:g})."

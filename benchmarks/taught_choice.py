@@ -5,15 +5,18 @@
 FOLDER: as for benchmarks/block_choice.py. The model stays as it is. For some of its layers, each compression below
 learns the share of attention that a query gives to each block (KL; mean over the heads of a KV head, outside of the
 first block and of a window of 256). Then 5 blocks of 64 are chosen for queries of samples that it has not seen, by
-NSA's importance (Eq. 8-10). Printed: the share of that attention which they hold, before and after.
+NSA's importance (Eq. 8-10). Printed: the share of that attention which they hold, before and after: an
+upper bound of NSA's, where the window's blocks compete for the five.
 
 - `mean`: of the keys before rotation, and a factor. `linear`: the mean through a matrix.
 - `mlp`: NSA's, twice the width hidden. `pooled`: a softmax over the tokens of a block, for each channel, of their keys
   through a matrix and a bias for each place, as DeepSeek-V4 compresses.
-- `best`: by the attention itself. `random`.
+- `best`: by the attention itself. `the same for all`: the five blocks with most attention of all queries together, what
+  a choice finds that knows salient tokens and not what a query asks for. `random`.
 
 All begin as the mean. Samples are modules of Python's library, 4,096 tokens each; with --twice random tokens followed
-by the same again, and the layers with most attention on single tokens.
+by the same again, and as many layers as named: those whose queries give most to different
+single tokens, as heads do that copy.
 """
 
 import argparse
@@ -96,7 +99,7 @@ def importance(compression: Mean, q: Tensor, keys: Tensor, turn: Turn) -> Tensor
 
 
 def rows_of(decoder: nn.Module, ids: Tensor, turn: Turn) -> list[tuple[Row, float]]:
-    """Of each layer; and how many queries give ONE of their attention to a single far token."""
+    """Of each layer; and how many different far tokens get ONE of the attention of a query, of all KV heads."""
     found = []
     for q, k in read(decoder, ids[None]):
         of_query = q[0, QUERIES].unflatten(1, (k.shape[2], -1)).permute(1, 2, 0, 3)  # (G, h, n, D)
@@ -105,19 +108,22 @@ def rows_of(decoder: nn.Module, ids: Tensor, turn: Turn) -> list[tuple[Row, floa
         attention = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean(1)  # (G, n, T)
         attention = attention * FAR.repeat_interleave(BLOCK, 1)
         plain = turn(k, -torch.arange(TOKENS)[None])[0].transpose(0, 1)
-        one = float((attention.amax(-1) > ONE).float().mean())
+        value, token = attention.max(-1)  # (G, n)
+        one = float(sum(len(set(t[v > ONE].tolist())) for t, v in zip(token, value, strict=True)))
         found.append(((of_query.clone(), plain.clone(), attention.unflatten(-1, (-1, BLOCK)).sum(-1)), one))
     return found
 
 
-def share(compression: Mean | None, rows: list[Row], turn: Turn, at_random: bool = False) -> float:
-    """Of the far attention, what the chosen blocks hold. No compression: chosen by that attention, or at random."""
+def share(compression: Mean | None, rows: list[Row], turn: Turn, by: str = "best") -> float:
+    """Of the far attention, what the chosen blocks hold. No compression: chosen as `best`, `same` or `random`."""
     held = there = 0.0
     for q, keys, mass in rows:
         if compression is not None:
             rank = importance(compression, q, keys, turn)
+        elif by == "random":
+            rank = torch.rand(mass.shape, generator=torch.Generator().manual_seed(0))
         else:
-            rank = torch.rand(mass.shape, generator=torch.Generator().manual_seed(0)) if at_random else mass
+            rank = mass if by == "best" else mass.sum(1, keepdim=True).expand_as(mass)
         chosen = rank.masked_fill(~FAR, -1).topk(CHOSEN, -1).indices
         held += float(mass.gather(-1, chosen).sum())
         there += float(mass.sum())
@@ -160,10 +166,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.samples <= HELD_OUT:
         parser.error(f"--samples {options.samples}: {HELD_OUT} are held out, so name more")
+    if any(length < 2 or 2 * BLOCK % length for length in options.lengths):
+        parser.error(f"--lengths {options.lengths}: even divisors of {2 * BLOCK}")
     try:
         decoder = decoder_of(options.folder)
     except ValueError as error:
         parser.error(str(error))
+    if decoder.config.max_position < TOKENS:
+        parser.error(f"{options.folder} is for {decoder.config.max_position} positions, and samples have {TOKENS}")
     layers = decoder.config.num_layers
     if not all(0 <= layer < layers for layer in options.layers):
         parser.error(f"--layers: the model has layers 0 to {layers - 1}")
@@ -172,6 +182,8 @@ def main() -> None:
         samples = list(torch.randint(decoder.config.vocab_size, half, generator=dice).repeat(1, 2))
     else:
         samples = samples_of(options.folder, options.samples)
+        if len(samples) < options.samples:
+            parser.error(f"--samples {options.samples}: Python's library has {len(samples)} modules of that length")
     turn = Turn(decoder.rotary.frequencies(decoder.config.head_dim))
     rows: dict[int, list[Row]] = {layer: [] for layer in range(layers)}
     ones = [0.0] * layers
@@ -184,8 +196,8 @@ def main() -> None:
     chosen = sorted(range(layers), key=lambda n: -ones[n])[: len(options.layers)] if options.twice else options.layers
     for layer in chosen:
         seen, held_out = rows[layer][:-HELD_OUT], rows[layer][-HELD_OUT:]
-        least = share(None, held_out, turn, at_random=True)
-        print(f"layer {layer}: best {share(None, held_out, turn):.3f}, random {least:.3f}")
+        bounds = (f"{by} {share(None, held_out, turn, by):.3f}" for by in ("best", "same", "random"))
+        print(f"layer {layer}: {', '.join(bounds)}, {ones[layer] / len(samples):.0f} different tokens", flush=True)
         for length in options.lengths:
             for name, kind in COMPRESSIONS.items():
                 compression = kind(length, decoder.config.head_dim)

@@ -52,11 +52,6 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         ValueError: bad input; nothing is written then.
         RuntimeError: a script without ``if __name__ == "__main__":``, which the workers would run again.
     """
-    if getattr(multiprocessing.current_process(), "_inheriting", False):  # it would wait for its parent for ever
-        raise RuntimeError(
-            "preparing data starts processes that import your script: put what it runs under "
-            '`if __name__ == "__main__":`, or set data.workers=1'
-        )
     texts = [source for source in config.sources if source.kind != "synthetic"]
     if not texts:
         raise ValueError("data.sources: at least one source must be text (builtin, files or hub), not synthetic")
@@ -76,6 +71,12 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     if cache.is_dir() and not os.access(cache, os.W_OK) and reuse.folder_of(cache, key).is_dir():
         return PreparedData(reuse.folder_of(cache, key), verify=True)
+    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
+    if starting and config.workers > 1 and not reuse.folder_of(cache, key).exists():
+        raise RuntimeError(  # it would wait for ever for its parent, which waits for it
+            "preparing data starts processes that import your script: put what it runs under "
+            '`if __name__ == "__main__":`, or set data.workers=1'
+        )
     _make_cache(cache)
     with FileLock(cache / f"{key}.lock"):
         found = reuse.folder_of(cache, key)

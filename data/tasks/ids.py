@@ -46,7 +46,7 @@ class MqarWide(Task):
 
     pairs: None: the square root of the length. gap: the distance of a pair to the questions is drawn with a density of
     gap * distance^(gap - 1): 1.0 is uniform, with 0.01 most pairs are just before the questions. front: all pairs come
-    first, as in the source, and the filler after them.
+    first, as in the source, and gap says nothing.
     """
 
     pairs: int | None = None

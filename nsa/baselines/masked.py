@@ -1,7 +1,7 @@
 """Attention of a prompt to a plan of any shape, by torch's scaled_dot_product_attention with a mask.
 
-On a GPU this takes a fraction of the portable path's time, which holds the scores of all pairs in fp32. Scores and
-weights have the precision of the library there: sums in fp32 of products in the dtype of the model.
+The portable path computes the scores of all pairs in fp32 and passes over them some twenty times. Here scores and
+weights have the precision of the library: on a GPU sums in fp32 of products in the dtype of the model.
 """
 
 import torch
@@ -18,8 +18,10 @@ PAIRS = 2**28  # of a mask of all query heads: that many bytes, twice in the dty
 
 def can_mask(view: View, plan: Plan | None) -> bool:
     """Whether `attend_masked` computes this: a softmax over keys alone, which have one position for all queries."""
-    if plan is None or not view.prompt:
-        return view.prompt
+    if not view.prompt or not view.q.dtype == view.k.dtype == view.v.dtype:
+        return False
+    if plan is None:
+        return True
     if plan.terms is not None or plan.blend is not None:
         return False
     elsewhere = any(p.query_at is not None or p.key_at is not None for p in plan.parts)
@@ -39,4 +41,4 @@ def attend_masked(view: View, plan: Plan | None) -> Tensor:
                 q[:, rows].transpose(1, 2), keys, values, attn_mask=mask | nothing, scale=view.scale
             )
         outs.append(out.masked_fill_(nothing, 0).transpose(1, 2))
-    return torch.cat(outs, 1)
+    return torch.cat(outs, 1).to(view.q.dtype)  # autocast may have another

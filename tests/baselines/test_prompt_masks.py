@@ -82,6 +82,7 @@ def test_what_a_mask_cannot_say() -> None:
     assert not masked.can_mask(view, Plan((Part(keep),), terms=terms))
     assert not masked.can_mask(view, Plan((Part(keep),), blend=(torch.ones(1, heads, 16), view.v[:, 0])))
     assert not masked.can_mask(replace(view, prompt=False), Plan.of(keep))
+    assert not masked.can_mask(replace(view, v=view.v.bfloat16()), None)
 
 
 @pytest.mark.parametrize("name", ["oracle_topk", "random", "vertical_slash", "h2o", "dense"])
@@ -96,7 +97,8 @@ def test_a_session_answers_a_prompt_by_it(name: str, monkeypatch: pytest.MonkeyP
         return real(view, plan)
 
     watched = {"watch": ["prefill"]}
-    for options, layers in (({}, [0, 1]), ({"padding": torch.tensor([0, 5])}, [0, 1]), (watched, [])):
+    cases = ({}, {"chunks": [13, 40]}, {"padding": torch.tensor([0, 5])}, watched)
+    for options, layers in zip(cases, ([0, 1], [0, 1] * 3, [0, 1], []), strict=True):
         expected, before = run(method, given, prompt=48, **options)  # type: ignore[arg-type]
         with monkeypatch.context() as patch:
             patch.setattr(prompt, "on_gpu", lambda view: True)

@@ -124,6 +124,12 @@ from nsa.data.config import DataConfig
 from nsa.data.prepare import prepare
 prepare(DataConfig.model_validate_json(sys.argv[1]), 0, progress=False)
 """
+POOL = """
+if __name__ == "__main__":
+    from multiprocessing import get_context
+    with get_context("spawn").Pool(1) as pool:
+        print(pool.apply(len, ["ab"]))
+"""
 
 
 def test_a_script_that_its_workers_would_run_again_is_told_so(config: DataConfig, tmp_path: Path) -> None:
@@ -135,3 +141,9 @@ def test_a_script_that_its_workers_would_run_again_is_told_so(config: DataConfig
         [sys.executable, script, settings.model_dump_json()], capture_output=True, text=True, timeout=100
     )
     assert done.returncode and '`if __name__ == "__main__":`' in done.stderr
+    script.write_text(UNGUARDED + POOL)  # workers of its own may prepare what needs none, or is there
+    for workers in (1, 2):
+        settings = settings.model_copy(update={"workers": workers})
+        call = [sys.executable, script, settings.model_dump_json()]
+        done = subprocess.run(call, capture_output=True, text=True, timeout=100)
+        assert done.stdout.split() == ["2"], done.stderr

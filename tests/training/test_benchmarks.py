@@ -100,7 +100,7 @@ def test_a_compression_is_taught_the_attention_of_blocks() -> None:
     rows = [(q, keys, mass * FAR)]
     before = share(pooled := Pooled(32, 8), rows, turn)
     teach(pooled, rows, turn, 30)
-    assert share(None, rows, turn, at_random=True) < before < share(pooled, rows, turn) <= share(None, rows, turn)
+    assert share(None, rows, turn, "random") < before < share(pooled, rows, turn) <= share(None, rows, turn)
 
 
 @pytest.mark.parametrize("neighbours", [1, 3, 8])
