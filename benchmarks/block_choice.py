@@ -10,7 +10,7 @@ choice by the bounds of Quest's pages, at random, and by the attention itself (`
 What counts is the attention, mean over the heads of a KV head, outside of the first block and of a window of 256
 tokens. `all`: the share of it that the blocks hold. `one token`: the same, of those queries and KV heads that give 0.4
 of their attention to a single token there, mean over layers. Two samples: FILE (the module argparse), and random tokens
-followed by the same again, where heads that copy look at one token each.
+followed by the same again. Such single tokens may be the same for all queries: benchmarks/taught_choice.py looks.
 """
 
 import argparse

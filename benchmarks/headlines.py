@@ -1,7 +1,9 @@
 """docs/performance.md: one page of what users ask first, each figure beside the baseline that it is compared with."""
 
-import textwrap
 from collections.abc import Iterator
+
+from benchmarks.headlines_dsa import missed_by_dsa, sparse_tokens
+from benchmarks.markdown import card, length, ms, source, table, words
 
 OPERATOR, OPERATOR_H200 = "performance-h100-632d5fe", "performance-h200-3ff4636"
 GROUPS, GROUPS_H200 = "performance-groups-h100-632d5fe", "performance-groups-h200-1d7dc91"
@@ -41,10 +43,7 @@ SHAPES = {
     "long": "32 / 2, 128",
     "hN": "4 N / 4, 128: N query heads to a KV head",
 }
-SCALING, DECODE, DSA = "scaling-h200-2026-11-30", "decode-64k-h200-2026-11-30", "dsa-h200-2026-11-30"
-DSA_LATENTS = "dsa-latents-h200-2026-11-30"
-LAYER_AIMS, LOSS_AIM = {65536: 1.5, 131072: 3.0}, 0.15  # of a DSA layer: dense over it, and the share of its loss
-LATENTS_AIM = 350.0  # TFLOP/s of the forward pass
+SCALING, DECODE = "scaling-h200-2026-11-30", "decode-64k-h200-2026-11-30"
 PREFILL = "prefill-h200-2026-11-30"
 PEERS = {
     "xunhao": "XunhaoLai/native-sparse-attention-triton",
@@ -57,44 +56,6 @@ NAMES = {  # of engine.dense_attention, the fastest first
     "flash": "FlashAttention-2 (torch's)",
 }
 Case = tuple[str, int, int]  # configuration, samples, tokens
-
-
-def table(header: list[str], rows: list[list[object]]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join(["---"] + ["--:"] * (len(header) - 1)) + "|"
-    for row in rows:
-        yield "| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |"
-    yield ""
-
-
-def length(tokens: int) -> str:
-    return f"{tokens // 1024}K" if tokens % 1024 == 0 else f"{tokens:,}"
-
-
-def ms(value: float | None) -> str | None:
-    if not value:
-        return None
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
-def words(*sentences: str, indent: str = "") -> str:
-    """A paragraph, with an empty line after it where the last sentence ends in a line break."""
-    text = " ".join(sentences)
-    lines = textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return lines + "\n" * text.endswith("\n")
-
-
-def card(result: dict) -> str:
-    """Which, and the commit."""
-    return f"{result['device'].split()[1]} at {result['commit'][:7]}"
-
-
-def source(results: dict[str, dict], *stems: str) -> str:
-    """Where the figures are from."""
-    first = results[stems[0]]
-    versions = f"torch {first['torch']}, Triton {first['triton']}, CUDA {first['cuda']}"
-    files = (f"one {card(results[s])}, {results[s]['date']}: [{s}](../benchmarks/results/{s}.md)" for s in stems)
-    return words(f"Measured with {versions} on", "; ".join(files) + ".\n")
 
 
 def cudnn_version(result: dict) -> str:
@@ -334,65 +295,6 @@ def trainer(results: dict[str, dict]) -> Iterator[str]:
     yield source(results, TRAINER, BARE, STEADY, PACKED, LONG)
 
 
-def sparse_tokens(results: dict[str, dict]) -> Iterator[str]:
-    """DSA's operators, and what was aimed at."""
-    result, latents = results[DSA]["dsa"], results[DSA_LATENTS]["dsa"]["latents"]
-    yield "## DSA's operators\n"
-    yield words(
-        "A layer: 64 query heads on 4 KV heads of 128, 2,048 tokens chosen by 16 index heads of 128, forward and",
-        "backward, with the indexer's loss, which its attention's backward pass computes. Dense attention is cuDNN's,",
-        "forward and backward. The union says how many tokens eight neighbouring queries list together, over those",
-        "that one lists: the less they share, the slower is the attention. The tokens that a small trained model",
-        "attends to most have a union of two to three ([log](log/2026-11.md)).\n",
-    )
-    union = {(row["tokens"], row["lists"]): row["union_over_topk"] for row in result["attention"]}
-    rows: list[list[object]] = []
-    for row in result["layer"]:
-        times = [ms(row["parts_ms"][name]) for name in ("topk", "forward_ms", "backward_ms", "kl")]
-        name = f"{length(row['tokens'])}, {union[row['tokens'], row['lists']]:.1f}"
-        over = f"{row['dense_over_ours']:.2f}"
-        rows.append([name, *times, over, LAYER_AIMS.get(row["tokens"]), f"{row['kl_share']:.0%}", f"{LOSS_AIM:.0%}"])
-    header = ["tokens, union", "top-k ms", "forward", "backward", "loss", "dense over all", "its target", "loss, share"]
-    yield from table([*header, "its target"], rows)
-    topk = {(row["heads"], row["tokens"]): row for row in result["topk"]}
-    warm = {(row["index_heads"], row["tokens"]): row for row in result["training"] if row["phase"] == "warm-up"}
-    rows = [
-        ["top-k, 16 index heads, 64K", f"{topk[16, 65536]['ms']:.1f} ms", "35"],
-        ["top-k, 64 index heads, 32K", f"{latents[0]['topk_ms']:.1f} ms", "26"],
-        [
-            "memory of the top-k beyond its result, at most",
-            f"{max(r['extra_mib'] for r in topk.values()):.0f} MiB",
-            "256",
-        ],
-        *(
-            [f"warm-up with {heads} index heads, 64K, over dense", f"{warm[heads, 65536]['over_dense']:.2f}", aim]
-            for heads, aim in ((16, "1.0"), (64, "1.4"))
-        ),
-        ["its memory beyond the gradients", f"{warm[64, 65536]['extra_mib']:.0f} MiB", "1 GB"],
-    ]
-    yield from table(["", "measured", "target"], rows)
-    yield words(
-        "Over latents (DeepSeek-V3.2: 128 heads on one key of 576 columns, 2,048 of 32K tokens, 64 index heads),",
-        "without atomic additions:\n",
-    )
-    rows = [
-        [
-            f"{row['union_over_topk']:.1f}",
-            *(f"{row['tflops'][x]:.0f}" for x in ("forward", "backward")),
-            ms(row["layer_ms"]),
-        ]
-        for row in latents
-    ]
-    header = [
-        "union",
-        "forward TFLOP/s (target 350)",
-        "backward (target 200)",
-        "layer with top-k and loss, ms (target 290)",
-    ]
-    yield from table(header, rows)
-    yield source(results, DSA, DSA_LATENTS)
-
-
 def several(results: dict[str, dict]) -> Iterator[str]:
     """The trainer on two GPUs, over one."""
     result, what = (
@@ -496,26 +398,3 @@ def missed_by_operator(results: dict[str, dict]) -> str:
         ]
         cards.append(f"one {card(results[stem])}: {', '.join(short)}")
     return f"The operator over cuDNN, {'; '.join(cards)}."
-
-
-def missed_by_dsa(results: dict[str, dict]) -> Iterator[str]:
-    result, latents = results[DSA]["dsa"], results[DSA_LATENTS]["dsa"]["latents"]
-    union = {(row["tokens"], row["lists"]): f"{row['union_over_topk']:.1f}" for row in result["attention"]}
-    slow, shares = [], []
-    for row in result["layer"]:
-        aim, where = (
-            LAYER_AIMS.get(row["tokens"], 0.0),
-            f"{length(row['tokens'])} union {union[row['tokens'], row['lists']]}",
-        )
-        if row["dense_over_ours"] < aim:
-            slow.append(f"{row['dense_over_ours']:.2f} at {where} (target {aim:g})")
-        if row["kl_share"] > LOSS_AIM:
-            shares.append(f"{row['kl_share']:.0%} at {where}")
-    if slow:
-        yield f"A DSA layer over dense attention by cuDNN: {', '.join(slow)}."
-    if shares:
-        yield f"The share of the indexer's loss in a DSA layer: {', '.join(shares)} (target {LOSS_AIM:.0%})."
-    low = [row for row in latents if row["tflops"]["forward"] < LATENTS_AIM]
-    rates = [f"{row['tflops']['forward']:.0f} TFLOP/s at union {row['union_over_topk']:.1f}" for row in low]
-    if rates:
-        yield f"DSA's forward pass over latents: {', '.join(rates)} (target {LATENTS_AIM:g})."

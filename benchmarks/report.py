@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import headlines
-from benchmarks.headlines import AIMS, NAMES, SHAPES, length, ms, table, words
+from benchmarks.headlines import AIMS, NAMES, SHAPES
+from benchmarks.markdown import length, ms, table, words
 from benchmarks.recall import draw as draw_recall
 from benchmarks.report_decode import decode
 from benchmarks.report_dsa import dsa

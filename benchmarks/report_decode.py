@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.headlines import DECODED, length, table, words
+from benchmarks.headlines import DECODED
+from benchmarks.markdown import length, table, words
 
 
 def cells_of(rows: list[dict[str, Any]]) -> Iterator[list[object]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.headlines import ms, table
+from benchmarks.markdown import ms, table
 
 
 def short(value: object) -> object:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.headlines import length, ms, table, words
+from benchmarks.markdown import length, ms, table, words
 
 
 def prefill(result: dict[str, Any] | None) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from benchmarks.headlines import length, table, words
+from benchmarks.markdown import length, table, words
 
 
 def training(rows: list[dict]) -> Iterator[str]:
