@@ -27,13 +27,12 @@ from nsa.ops.kernels.decode import (
     splits_of,
     tile,
 )
-from nsa.ops.kernels.device_functions import largest, load_row_parts, load_rows, store_rows
+from nsa.ops.kernels.device_functions import TOP, largest, load_row_parts, load_rows, store_rows, store_taken
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 IMPORTANCE_TILE = 2048  # scores that a program of `importance_kernel` loads at once
 MOST_BLOCKS = 8192  # of a memory: a program holds all candidates in registers
-FORCED = tl.constexpr(0xFFFFFFFF)  # above the bits of every importance
 
 
 @triton.jit
@@ -92,7 +91,7 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
                       STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                       N: tl.constexpr, BLOCKS: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr, FAR: tl.constexpr,
                       MOST: tl.constexpr, SIDE: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
-    """Importance (B, G, num_blocks) fp32 of BJ selection blocks (`nsa.ops.select_blocks`), and Blocks (B, G, N) int32.
+    """Importance (B, G, BLOCKS) fp32 of BJ selection blocks (`nsa.ops.select_blocks`), and Blocks (B, G, N) int32.
 
     Or from program ``num_tiles`` on Near (B, H, Dv) fp32 of a head: compressed branch and window, merged, times Gates
     (B, H, 3), summed. Their parts follow each other: ``num_splits``, and the rest.
@@ -107,7 +106,7 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
         tl.store(Near + own * DV + tl.arange(0, DV1), near, mask=tl.arange(0, DV1) < DV)
     else:
         length = tl.load(Lengths + pair // GROUPS)
-        Importance += pair * num_blocks
+        Importance += pair * BLOCKS
         first = tl.program_id(1) * BJ
         if first * BLOCK_SIZE < length:
             head = tl.arange(0, BH)  # [BH]
@@ -144,12 +143,11 @@ def choose(Importance, Blocks, length, num_blocks, num_initial, num_local, BLOCK
     own = (length - 1) // BLOCK_SIZE
     block = tl.arange(0, BLOCKS)  # [BLOCKS]
     ok = (block * BLOCK_SIZE < length) & (block < num_blocks)  # [BLOCKS]
-    # The bits of numbers that are not negative have their order.
-    bits = tl.load(Importance + block, mask=ok, other=0.0).to(tl.uint32, bitcast=True)  # [BLOCKS]
-    bits = tl.where((block < num_initial) | (block > own - num_local), FORCED, bits)
-    taken = largest(bits, ok, N).to(tl.int32)  # [BLOCKS]
-    tl.store(Blocks + tl.cumsum(taken, 0) - 1, block, mask=taken > 0)
-    number = tl.sum(taken, 0)
+    # The bits of numbers that are not negative have their order. 0 is none.
+    bits = tl.load(Importance + block).to(tl.uint32, bitcast=True) + 1  # [BLOCKS]
+    bits = tl.where((block < num_initial) | (block > own - num_local), TOP, bits)
+    store_taken(Blocks, largest(tl.where(ok, bits, 0), N), BLOCKS)
+    number = tl.minimum(N, tl.minimum(tl.cdiv(length, BLOCK_SIZE), num_blocks))
     for start in tl.range(number, N, BLOCKS):
         tl.store(Blocks + start + block, tl.full([BLOCKS], -1, tl.int32), mask=start + block < N)
 
@@ -231,9 +229,9 @@ def attention(
         near_splits, splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
         **constants, **sizes, **options,
     )  # fmt: skip
-    importance = q.new_empty(batch, groups, have, dtype=torch.float32)
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
     height, most = triton.next_power_of_2(heads // groups), tile_width(have)
+    importance = q.new_empty(batch, groups, most, dtype=torch.float32)
     at_once = 16 if INTERPRETED else max(16, IMPORTANCE_TILE // height)
     tiles, merging = triton.cdiv(have, at_once), merge_options(max(splits, near_splits), v_slc.shape[3])
     importance_kernel[batch * groups, tiles + heads // groups](
