@@ -218,6 +218,8 @@ TOP_P_CASES = [
     TopPCase(4, 2, 16, (60, 9), 1.0, 5, 4),
     TopPCase(4, 2, 16, (100, 20), 0.7, ties=True),
     TopPCase(6, 2, 16, (50, 20), 0.3, 11, 4, ties=True),
+    TopPCase(4, 2, 16, (41, 14), 0.6, 7, 4),  # rows that a program holds at once
+    TopPCase(4, 2, 16, (41, 14), 0.6, 7, 4, ties=True),
 ]
 
 

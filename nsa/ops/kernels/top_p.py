@@ -5,7 +5,7 @@
    (`threshold_kernel`).
 3. What one head of a KV head wants, in the order of the candidates (`list_kernel`).
 
-The grids depend on shapes alone, and the search has a fixed number of steps: nothing waits for the host.
+The grids depend on shapes alone: nothing waits for the host.
 """
 
 import torch
@@ -20,8 +20,9 @@ from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 CANDIDATES = 128  # that a program of `estimate_kernel` takes at once,
 MOST_TILES = 16  # and how often at most
 WEIGHTS = 16384  # that a program of `threshold_kernel` holds
+WARP_WEIGHTS = 2048  # that a warp of it holds
+TIES_STEP = 16 if INTERPRETED else 2048  # of which it takes at once, where not all that are equal are wanted
 LISTED_STEP = 4096  # candidates that a program of `list_kernel` takes at once
-STEPS = 30  # the bits of floats from 0 to 1 are fewer than 2^30 integers
 ONE_BITS = tl.constexpr(0x3F800000)  # of 1.0
 
 
@@ -82,27 +83,49 @@ def estimate_kernel(Q, Codes, Spans, Lengths, Pages, Scores, num_keys, num_pages
 
 
 @triton.jit
+def _add_two(a0, a1, b0, b1):
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
 def mass_from(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum of the weights whose bits are at least ``bits``, which is not negative; always in the same order.
+    """(sum, number) of the weights whose bits are at least ``bits``, which is not negative; always in the same order.
 
     WHOLE: they are ``weight`` [BLOCK]; else they are read from memory, of which ``weight`` are the first.
     """
-    total = tl.where(weight.to(tl.int32, bitcast=True) >= bits, weight, 0.0)  # [BLOCK]
+    reaches = tl.where(weight.to(tl.int32, bitcast=True) >= bits, 1.0, 0.0)  # [BLOCK]
+    total, number = reaches * weight, reaches  # [BLOCK]
     if not WHOLE:
         for start in tl.range(BLOCK, count, BLOCK):
             more = tl.load(Weights + start + tl.arange(0, BLOCK))  # [BLOCK]
-            total += tl.where(more.to(tl.int32, bitcast=True) >= bits, more, 0.0)
-    return tl.sum(total, 0)
+            reaches = tl.where(more.to(tl.int32, bitcast=True) >= bits, 1.0, 0.0)  # [BLOCK]
+            total += reaches * more
+            number += reaches
+    return tl.reduce((total, number), 0, _add_two)
+
+
+@triton.jit
+def greatest_below(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest bits below ``bits`` of the weights, which are those of `mass_from`; or -1."""
+    own = weight.to(tl.int32, bitcast=True)  # [BLOCK]
+    best = tl.where(own < bits, own, -1)  # [BLOCK]
+    if not WHOLE:
+        for start in tl.range(BLOCK, count, BLOCK):
+            own = tl.load(Weights + start + tl.arange(0, BLOCK)).to(tl.int32, bitcast=True)  # [BLOCK]
+            best = tl.maximum(best, tl.where(own < bits, own, -1))
+    return tl.max(best, 0)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "p"])
 def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.constexpr, HEADS: tl.constexpr,
-                     STEPS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                     WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """Wanted (B, H, blocks * BLOCK) int8: 1 for the candidates that a query head takes, or 0.
 
     Scores (B, H, blocks * BLOCK) are those of `estimate_kernel`; WHOLE: one block is a row. Else all but the first
     become weights: the highest is 1, and what is not there -1. HEADS: all of a sequence. Rows are read to their end:
     loads without a mask take several entries at once.
+
+    Bisection ends where one weight is left: that from which on they suffice.
     """
     row = tl.program_id(0).to(tl.int64)
     count = num_slots
@@ -127,22 +150,35 @@ def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.c
         tl.debug_barrier()  # what other threads of the program stored is there
     low = tl.full([], 0, tl.int32)  # the weights from here on suffice,
     high = tl.full([], ONE_BITS + 1, tl.int32)  # those from here on do not
-    wanted = p * mass_from(Scores, first, count, low, WHOLE, BLOCK)
-    for _ in tl.range(0, STEPS):
+    whole, number = mass_from(Scores, first, count, low, WHOLE, BLOCK)
+    wanted = p * whole
+    above, fewer = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)  # sum and number of those from high on
+    while (number - fewer > 1) & (high - low > 1):
         middle = low + (high - low) // 2
-        enough = mass_from(Scores, first, count, middle, WHOLE, BLOCK) >= wanted
+        mass, many = mass_from(Scores, first, count, middle, WHOLE, BLOCK)
+        enough = mass >= wanted
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-    above = mass_from(Scores, first, count, low + 1, WHOLE, BLOCK)
+        number, fewer = tl.where(enough, many, number), tl.where(enough, fewer, many)
+        above = tl.where(enough, above, mass)
+    low = tl.maximum(low, greatest_below(Scores, first, count, high, WHOLE, BLOCK))
     each = low.to(tl.float32, bitcast=True)
     ties = tl.ceil((wanted - above) / tl.where(low > 0, each, 1.0)).to(tl.int32)
     ties = tl.where(above > 0, ties, tl.maximum(ties, 1))
     ties = tl.where(low > 0, ties, 0)  # what weighs nothing is not taken, unless all are
     bound = tl.where(p >= 1, -1, low)
-    seen = take(Wanted + near, first, bound, ties, 0)
-    if not WHOLE:
-        for start in tl.range(BLOCK, count, BLOCK):
-            weight = tl.load(Scores + start + near)  # [BLOCK]
-            seen = take(Wanted + start + near, weight, bound, ties, seen)
+    if ties >= tl.maximum(number - fewer, 1):  # all that equal the bound
+        tl.store(Wanted + near, (first.to(tl.int32, bitcast=True) >= bound).to(tl.int8))
+        if not WHOLE:
+            for start in tl.range(BLOCK, count, BLOCK):
+                weight = tl.load(Scores + start + near)  # [BLOCK]
+                tl.store(Wanted + start + near, (weight.to(tl.int32, bitcast=True) >= bound).to(tl.int8))
+    else:  # a few at a time: a scan of all would take as many registers again
+        tl.store(Scores + near, first)
+        tl.debug_barrier()  # what other threads of the program stored is there
+        seen = tl.full([], 0, tl.int32)
+        for start in tl.range(0, tl.cdiv(count, BLOCK) * BLOCK, STEP):
+            slot = start + tl.arange(0, STEP)  # [STEP]
+            seen = take(Wanted + slot, tl.load(Scores + slot), bound, ties, seen)
 
 
 @triton.jit
@@ -208,8 +244,9 @@ def choose(
         PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     threshold_kernel[(batch * heads,)](
-        scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, STEPS=STEPS,
-        WHOLE=blocks == 1, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+        scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, WHOLE=blocks == 1,
+        BLOCK=block, STEP=min(block, TIES_STEP), num_warps=max(4, block // WARP_WEIGHTS),
+        maxnreg=128,  # so that two programs share a multiprocessor: one counts while the other waits
     )  # fmt: skip
     list_kernel[(batch * groups,)](
         wanted, lengths, which, tokens, number, slots, blocks, **constants, BLOCK=block, STEP=min(block, LISTED_STEP),
