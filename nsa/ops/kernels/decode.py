@@ -288,12 +288,12 @@ def look_of(chunk: int, page_size: int) -> int:
     return triton.next_power_of_2(MOST_CHUNK // page_size + (2 if chunk % page_size else 0))
 
 
-def run_of(most: int, splits: int, rows: int) -> int:
-    """How many of the ``splits`` chunks of a row a program goes through: PROGRAMS programs for all ``rows`` suffice.
+def run_of(most: int, splits: int, rows: int, programs: int = PROGRAMS) -> int:
+    """How many of the ``splits`` chunks of a row a program goes through: so many programs for all ``rows`` suffice.
 
     At most ``most``. Parts are of chunks alone, so a sequence has the same bits whatever the run is.
     """
-    return max(1, min(most, triton.cdiv(splits, max(1, PROGRAMS // rows))))
+    return max(1, min(most, triton.cdiv(splits, max(1, programs // rows))))
 
 
 def attention(

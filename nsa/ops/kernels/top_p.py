@@ -13,8 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.decode import COUNTS, run_of
-from nsa.ops.kernels.device_functions import load_rows
+from nsa.ops.kernels.decode import COUNTS, PROGRAMS, run_of
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 
 CANDIDATES = 128  # that a program of `estimate_kernel` takes at once,
@@ -38,15 +37,38 @@ def token_of(Pages, slot, count, length, LISTED: tl.constexpr, PAGE: tl.constexp
     return token, ok & (token < length)
 
 
+@triton.jit
+def as_floats(codes, TYPE: tl.constexpr):
+    """The codes (uint16), which are below 16, as numbers of a type. All of it is exact.
+
+    16 bits of a type hold them below those of a power of two, which is subtracted again. A conversion of integers takes
+    several times as long.
+    """
+    if tl.bfloat16 == TYPE:
+        return (codes | 0x4300).to(tl.bfloat16, bitcast=True) - tl.full([], 128.0, tl.bfloat16)
+    elif tl.float16 == TYPE:
+        return (codes | 0x6400).to(tl.float16, bitcast=True) - tl.full([], 1024.0, tl.float16)
+    else:
+        return codes.to(TYPE)
+
+
+@triton.jit
+def quarter_of(Q, row, ok, column, there, QUARTER: tl.constexpr):
+    """Some columns of query rows, as `load_rows`; 0 where they are not ``there``."""
+    at = row[:, None] * (4 * QUARTER) + column[None, :]
+    return tl.load(Q + at, mask=ok[:, None] & there[None, :], other=0.0)
+
+
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def estimate_kernel(Q, Codes, Spans, Lengths, Pages, Scores, num_keys, num_pages, num_slots, blocks, run,
                     scale_log2, BLOCK: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
-                    HEADS: tl.constexpr, HALF: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                    HEADS: tl.constexpr, QUARTER: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                     STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Scores (B, H, blocks * BLOCK) fp32, to base 2, of ``run`` times BN candidates of a KV head; -inf: not there.
 
-    Q (B, H, 2 HALF); Codes (B, S, G, HALF) uint8; Spans (B, S, G, 2) fp32: least and step; Pages (B, G, num_pages).
-    Without lists, scores of candidates from the length on are not written. A program has BM of the heads.
+    Q (B, H, 4 QUARTER); Codes (B, S, G, QUARTER) int16, each of two neighbours' lower and upper codes; Spans (B, S, G,
+    2) fp32: least and step; Pages (B, G, num_pages). Without lists, scores of candidates from the length on are not
+    written. A program has BM of the heads.
     """
     tiles: tl.constexpr = (HEADS + BM - 1) // BM
     group, batch = tl.program_id(0) // tiles, tl.program_id(1).to(tl.int64)
@@ -54,11 +76,12 @@ def estimate_kernel(Q, Codes, Spans, Lengths, Pages, Scores, num_keys, num_pages
     head = tl.program_id(0) % tiles * BM + tl.arange(0, BM)  # [BM]
     q_row = pair * HEADS + head  # [BM]
     column = tl.arange(0, H1)  # [H1]
-    half = column < HALF  # [H1]
-    q1 = load_rows(Q, q_row, head < HEADS, column, 2 * HALF)  # [BM, H1]
-    q1 = tl.where(half[None, :], q1, 0.0).to(Q.dtype.element_ty)  # [BM, H1]
-    q2 = load_rows(Q, q_row, head < HEADS, HALF + column, 2 * HALF)  # [BM, H1]
-    whole = tl.sum(q1.to(tl.float32), 1) + tl.sum(q2.to(tl.float32), 1)  # [BM]
+    quarter = column < QUARTER  # [H1]
+    q1 = quarter_of(Q, q_row, head < HEADS, 2 * column, quarter, QUARTER)  # [BM, H1]
+    q2 = quarter_of(Q, q_row, head < HEADS, 2 * column + 2 * QUARTER, quarter, QUARTER)  # [BM, H1]
+    q3 = quarter_of(Q, q_row, head < HEADS, 2 * column + 1, quarter, QUARTER)  # [BM, H1]
+    q4 = quarter_of(Q, q_row, head < HEADS, 2 * column + 2 * QUARTER + 1, quarter, QUARTER)  # [BM, H1]
+    whole = tl.sum(q1.to(tl.float32) + q3.to(tl.float32), 1) + tl.sum(q2.to(tl.float32) + q4.to(tl.float32), 1)  # [BM]
     length = tl.load(Lengths + batch)
     begin = tl.program_id(2) * run * BN
     end = tl.minimum(begin + run * BN, num_slots)
@@ -69,11 +92,12 @@ def estimate_kernel(Q, Codes, Spans, Lengths, Pages, Scores, num_keys, num_pages
         token, ok = token_of(Pages + pair * num_pages, slot, num_slots, length, LISTED, PAGE)
         ok = ok & (token < num_keys)
         row = (batch * num_keys + token) * GROUPS + group  # [BN]
-        codes = tl.load(Codes + row[:, None] * HALF + column[None, :], mask=ok[:, None] & half[None, :], other=0)
-        lower = (codes & 15).to(Q.dtype.element_ty)  # [BN, H1]
-        upper = (codes >> 4).to(Q.dtype.element_ty)  # [BN, H1]
-        s = tl.dot(q1, lower.T, input_precision=PRECISION)  # [BM, BN]
-        s = tl.dot(q2, upper.T, s, input_precision=PRECISION)  # [BM, BN]
+        place = row[:, None] * QUARTER + column[None, :]  # [BN, H1]
+        codes = tl.load(Codes + place, mask=ok[:, None] & quarter[None, :], other=0).to(tl.uint16, bitcast=True)
+        s = tl.dot(q1, as_floats(codes & 15, Q.dtype.element_ty).T, input_precision=PRECISION)  # [BM, BN]
+        s = tl.dot(q2, as_floats((codes >> 4) & 15, Q.dtype.element_ty).T, s, input_precision=PRECISION)
+        s = tl.dot(q3, as_floats((codes >> 8) & 15, Q.dtype.element_ty).T, s, input_precision=PRECISION)
+        s = tl.dot(q4, as_floats(codes >> 12, Q.dtype.element_ty).T, s, input_precision=PRECISION)
         least = tl.load(Spans + row * 2, mask=ok, other=0.0)  # [BN]
         step = tl.load(Spans + row * 2 + 1, mask=ok, other=0.0)  # [BN]
         s = (s * step[None, :] + whole[:, None] * least[None, :]) * scale_log2
@@ -237,11 +261,11 @@ def choose(
     constants = {"LISTED": pages is not None, "PAGE": page_size, "GROUPS": groups, "HEADS": heads // groups}
     at_once, height = 16 if INTERPRETED else CANDIDATES, min(64, tile_width(heads // groups))
     rows = groups * triton.cdiv(heads // groups, height)
-    run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * rows)
+    run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * rows, 2 * PROGRAMS)  # of few registers
     estimate_kernel[rows, batch, triton.cdiv(slots, run * at_once)](
-        q, codes, spans, lengths, which, scores, keys, number, slots, blocks, run, scale * LOG2_E, block,
-        **constants, HALF=half,        H1=tile_width(half), BM=height, BN=at_once, STAGES=5 if pages is not None else 3,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
+        q, codes.view(torch.int16), spans, lengths, which, scores, keys, number, slots, blocks, run, scale * LOG2_E,
+        block, **constants, QUARTER=half // 2, H1=tile_width(half // 2), BM=height, BN=at_once,
+        STAGES=5 if pages is not None else 3, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     threshold_kernel[(batch * heads,)](
         scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, WHOLE=blocks == 1,
