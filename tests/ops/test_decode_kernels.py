@@ -143,7 +143,7 @@ def test_native_sparse(case: SparseCase, ties: bool, poisoned: None) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", [*SPARSE_CASES[:2], SPARSE_CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [*SPARSE_CASES[:2], *SPARSE_CASES[4:]], ids=str)
 def test_blocks_are_those_of_the_selection(case: SparseCase) -> None:
     inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
     q, (k, _), lengths = inputs[0], inputs[1], inputs[5]

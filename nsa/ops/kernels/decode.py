@@ -57,7 +57,7 @@ def store_part(Parts, PartLse, row, ok, part, num_parts, acc, row_max, row_sum, 
 
 @triton.jit
 def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok, keep, begin, end, length, key_row,
-           num_keys, part, num_parts, scale_log2, group, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
+           row_size, part, num_parts, scale_log2, group, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
            KEEP: tl.constexpr, SHARED: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, LOOK: tl.constexpr,
            CHUNK: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
            D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -65,7 +65,7 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
     """Store the parts of slots ``begin .. end - 1``: from ``part`` on one for each CHUNK slots, as in `store_part`.
 
     Slot s is token s; or with LISTED token ``s % PAGE`` of page ``Pages[s // PAGE]``, which has LogWeights if WEIGHTED.
-    Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, num_keys) of the
+    Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, row_size) of the
     rows ``keep``.
     SHARED: values are the first D1 columns of the keys, DV1 = D1, and are not loaded again. LOOK: at least the pages
     of these slots. RUNS: whether these may be several chunks.
@@ -95,7 +95,7 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
         if WEIGHTED:
             s += (tl.load(LogWeights + slot // PAGE, mask=ok, other=0.0) * BASE_2)[None, :]
         if KEEP:
-            tl.store(Scores + row[:, None] * num_keys + key[None, :], s, mask=keep[:, None] & ok[None, :])
+            tl.store(Scores + row[:, None] * row_size + key[None, :], s, mask=keep[:, None] & ok[None, :])
         s = tl.where(ok[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
         # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels import hardware
 from nsa.ops.kernels.decode import (
     COUNTS,
     MOST_CHUNK,
@@ -31,7 +32,8 @@ from nsa.ops.kernels.device_functions import TOP, largest, load_row_parts, load_
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
-IMPORTANCE_TILE = 2048  # scores that a program of `importance_kernel` loads at once
+IMPORTANCE_TILE = 4096  # scores that a program of `importance_kernel` loads at once
+VECTOR = tl.constexpr(hardware.VECTOR)
 MOST_BLOCKS = 8192  # of a memory: a program holds all candidates in registers
 
 
@@ -39,6 +41,18 @@ MOST_BLOCKS = 8192  # of a memory: a program holds all candidates in registers
 def blocks_seen(length, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
     """How many whole compression blocks ``length`` tokens have (`nsa.ops.geometry.num_compressed`)."""
     return tl.where(length >= LENGTH, (length - LENGTH) // STRIDE + 1, 0)
+
+
+@triton.jit
+def overlap(m, per_block: tl.constexpr, units: tl.constexpr):
+    """How many units a selection block shares with the m-th compressed block that shares any."""
+    return tl.minimum(m, per_block - 1) - tl.maximum(m - units + 1, 0) + 1
+
+
+@triton.jit
+def row_size(num_compressed):
+    """Of the kept scores: whole vectors."""
+    return tl.cdiv(num_compressed, VECTOR) * VECTOR
 
 
 @triton.jit
@@ -56,7 +70,7 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
                 PRECISION: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks of the compressed blocks, or after all ``num_splits`` of these of the window.
 
-    KCmp, VCmp (B, num_compressed, G, ..); KWin, VWin (B, num_near, G, ..), a ring; Scores (B, H, num_compressed) fp32;
+    KCmp, VCmp (B, num_compressed, G, ..); KWin, VWin (B, num_near, G, ..), a ring; Scores (B, H, `row_size`) fp32;
     Arrived (2, rows): for the launches after this one.
     """
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
@@ -80,8 +94,8 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
         end = tl.minimum(first + run, near_splits) * CHUNK
     attend(
         q1, q2, K, V, Lengths, Lengths, Scores, Parts, PartLse, row, ok, ok & far, first * CHUNK, end, there,
-        batch * memory, num_compressed, part, num_parts, scale_log2, group, False, False, True, False, True, 1, 1,
-        CHUNK, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
+        batch * memory, row_size(num_compressed), part, num_parts, scale_log2, group, False, False, True, False, True,
+        1, 1, CHUNK, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
     )  # fmt: skip
 
 
@@ -89,12 +103,14 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
 def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks, Near, Arrived, num_compressed,
                       num_blocks, num_splits, num_parts, num_tiles, num_initial, num_local, LENGTH: tl.constexpr,
                       STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
-                      N: tl.constexpr, BLOCKS: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr, FAR: tl.constexpr,
-                      MOST: tl.constexpr, SIDE: tl.constexpr, DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
+                      N: tl.constexpr, BLOCKS: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr,
+                      TOGETHER: tl.constexpr, FAR: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr,
+                      DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
     """Importance (B, G, BLOCKS) fp32 of BJ selection blocks (`nsa.ops.select_blocks`), and Blocks (B, G, N) int32.
 
     Or from program ``num_tiles`` on Near (B, H, Dv) fp32 of a head: compressed branch and window, merged, times Gates
-    (B, H, 3), summed. Their parts follow each other: ``num_splits``, and the rest.
+    (B, H, 3), summed. Their parts follow each other: ``num_splits``, and the rest. TOGETHER: a power of two, at least
+    the compressed blocks that begin in a selection block.
     """
     pair = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) >= num_tiles:
@@ -111,6 +127,18 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
         if first * BLOCK_SIZE < length:
             head = tl.arange(0, BH)  # [BH]
             row = pair * HEADS + head  # [BH]
+            seen = tl.minimum(blocks_seen(length, LENGTH, STRIDE), num_compressed)
+            per_block: tl.constexpr = BLOCK_SIZE // STRIDE
+            units: tl.constexpr = LENGTH // STRIDE
+            size = row_size(num_compressed)
+            every = tl.arange(0, BJ * TOGETHER)  # [BJ TOGETHER]
+            if per_block == TOGETHER:
+                key = first * per_block + every  # [BJ TOGETHER]
+            else:
+                key = (first + every // TOGETHER) * per_block + every % TOGETHER  # [BJ TOGETHER]
+                key = tl.where(every % TOGETHER < per_block, key, num_compressed)
+            ok = (head < HEADS)[:, None] & (key < size)[None, :]  # the same for a vector of keys
+            s = tl.load(Scores + row[:, None] * size + key[None, :], mask=ok, other=float("-inf"))  # [BH, BJ TOGETHER]
             far = tl.arange(0, FAR)  # [FAR]
             there = (head < HEADS)[:, None] & (far < num_splits)[None, :]
             lses = tl.load(PartLse + row[:, None] * num_parts + far[None, :], mask=there, other=float("-inf"))
@@ -118,19 +146,18 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
             base = tl.where(top == float("-inf"), 0.0, top)  # [BH]
             lse = base + tl.log2(tl.sum(tl.exp2(lses - base[:, None]), 1))  # [BH]
             lse = tl.where(lse == float("-inf"), 0.0, lse)  # such a head sees no block: every score is masked
-            seen = tl.minimum(blocks_seen(length, LENGTH, STRIDE), num_compressed)
-            per_block: tl.constexpr = BLOCK_SIZE // STRIDE
-            units: tl.constexpr = LENGTH // STRIDE
+            s = tl.where((key < seen)[None, :], s, float("-inf"))
+            # Compressed block per_block j - (units - 1) + m shares `overlap` units with block j.
+            m = tl.arange(0, TOGETHER)[None, :] + units - 1  # [1, TOGETHER]
+            own = tl.reshape(tl.sum(tl.exp2(s - lse[:, None]), 0), [BJ, TOGETHER])  # [BJ, TOGETHER]
+            total = tl.sum(own * overlap(m, per_block, units), 1)  # [BJ]
             block = first + tl.arange(0, BJ)  # [BJ]
-            total = tl.zeros([BJ], tl.float32)  # [BJ]
-            for m in tl.static_range(per_block + units - 1):
-                # Compressed block per_block j - (units - 1) + m shares so many units with block j.
-                key = block * per_block - (units - 1) + m  # [BJ]
-                ok = (key >= 0) & (key < seen)  # [BJ]
-                at = row[:, None] * num_compressed + key[None, :]  # [BH, BJ]
-                s = tl.load(Scores + at, mask=(head < HEADS)[:, None] & ok[None, :], other=float("-inf"))  # [BH, BJ]
-                p = tl.sum(tl.exp2(s - lse[:, None]), 0)  # [BJ]
-                total += p * (tl.minimum(m, per_block - 1) - tl.maximum(m - units + 1, 0) + 1)
+            for before in tl.static_range(units - 1):  # and those that begin before their block
+                key = block * per_block - (units - 1) + before  # [BJ]
+                ok = ((key >= 0) & (key < seen))[:, None] & (head < HEADS)[None, :]
+                # Blocks come first, so that neighbouring threads load for neighbouring blocks.
+                s = tl.load(Scores + row[None, :] * size + key[:, None], mask=ok, other=float("-inf"))  # [BJ, BH]
+                total += tl.sum(tl.exp2(s - lse[None, :]), 1) * overlap(before, per_block, units)
             tl.store(Importance + block, total, mask=block < num_blocks)
         if is_last(Arrived + pair, num_tiles):
             choose(Importance, Blocks + pair * N, length, num_blocks, num_initial, num_local, BLOCK_SIZE, N, BLOCKS)
@@ -218,7 +245,7 @@ def attention(
     splits, near_splits = triton.cdiv(compressed, chunk), triton.cdiv(k_win.shape[1], chunk)
     chosen_chunk, chosen_splits = splits_of(num_blocks * block_size)
     parts, chosen_parts = (parts_of(q, v_slc.shape[3], n) for n in (splits + near_splits, chosen_splits))
-    scores = q.new_empty(batch, heads, compressed, dtype=torch.float32)
+    scores = q.new_empty(batch, heads, triton.cdiv(compressed, hardware.VECTOR) * hardware.VECTOR, dtype=torch.float32)
     constants = shape_constants(q[:, None], k_slc, v_slc)
     sizes, options = tile(constants, q.element_size())
     rows = groups * triton.cdiv(heads // groups, sizes["BM"])
@@ -232,13 +259,16 @@ def attention(
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
     height, most = triton.next_power_of_2(heads // groups), tile_width(have)
     importance = q.new_empty(batch, groups, most, dtype=torch.float32)
-    at_once = 16 if INTERPRETED else max(16, IMPORTANCE_TILE // height)
+    per_block = block_size // stride
+    together = triton.next_power_of_2(per_block)
+    at_once = 16 if INTERPRETED else max(16, IMPORTANCE_TILE // (height * together))
     tiles, merging = triton.cdiv(have, at_once), merge_options(max(splits, near_splits), v_slc.shape[3])
     importance_kernel[batch * groups, tiles + heads // groups](
         scores, *parts, gates, lengths, importance, blocks, near, arrived, compressed, have, splits,
         splits + near_splits, tiles, num_initial, num_local, LENGTH=length, STRIDE=stride, BLOCK_SIZE=block_size,
         GROUPS=groups, HEADS=heads // groups, N=num_blocks, BLOCKS=most, BH=height, BJ=at_once,
-        FAR=triton.next_power_of_2(max(1, splits)), **merging | {"num_warps": 8 if most > 1024 else 4},
+        TOGETHER=together, FAR=triton.next_power_of_2(max(1, splits)),
+        **merging | {"num_warps": 8 if most > 1024 else 4},
     )  # fmt: skip
     sizes, options = tile(constants, q.element_size(), listed=True)
     run = run_of(MOST_CHUNK // chosen_chunk, chosen_splits, rows * batch)
