@@ -47,7 +47,7 @@ def place(LISTS: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl
 
 @triton.jit
 def store_part(Parts, PartLse, row, ok, part, num_parts, acc, row_max, row_sum, DV: tl.constexpr, DV1: tl.constexpr):
-    """Part ``part`` of each row: its output, and its LSE to base 2. `merged_parts` does not read empty outputs."""
+    """Part ``part`` of each row: its output, and its LSE to base 2. Outputs that are empty are not used."""
     at = row * num_parts + part  # [BM]
     tl.store(PartLse + at, row_max + tl.log2(row_sum), mask=ok)
     some = row_sum > 0  # [BM]
@@ -132,16 +132,23 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
     at = row * num_parts + first
     # What a loop assigns to has the shape that it had before: the names for all parts are not those of some.
     every = tl.arange(0, MOST)  # [MOST]
+    if SIDE == MOST:  # does not wait for the LSEs
+        outs = load_rows(Parts, at + every, every < count, tl.arange(0, DV1), DV)  # [MOST, DV1]
     lses = tl.load(PartLse + at + every, mask=every < count, other=float("-inf"))  # [MOST]
     top = tl.max(lses, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(lses - base), 0)
     out = tl.zeros([DV1], tl.float32)  # [DV1]
-    for start in tl.range(0, count, SIDE):
-        part = start + tl.arange(0, SIDE)  # [SIDE]
-        lse = tl.load(PartLse + at + part, mask=part < count, other=float("-inf"))  # [SIDE]
-        x = load_rows(Parts, at + part, lse > float("-inf"), tl.arange(0, DV1), DV)  # [SIDE, DV1]
-        out += tl.sum(x * tl.exp2(lse - base)[:, None], 0)
+    if SIDE == MOST:
+        outs = tl.where((lses > float("-inf"))[:, None], outs, 0.0)  # [MOST, DV1]
+        out += tl.sum(outs * tl.exp2(lses - base)[:, None], 0)
+    else:
+        for start in tl.range(0, count, SIDE):
+            part = start + tl.arange(0, SIDE)  # [SIDE]
+            lse = tl.load(PartLse + at + part, mask=part < count, other=float("-inf"))  # [SIDE]
+            x = load_rows(Parts, at + part, part < count, tl.arange(0, DV1), DV)  # [SIDE, DV1]
+            x = tl.where((lse > float("-inf"))[:, None], x, 0.0)
+            out += tl.sum(x * tl.exp2(lse - base)[:, None], 0)
     return out / tl.where(total == 0, 1.0, total), base + tl.log2(total)
 
 

@@ -202,6 +202,9 @@ def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Ar
     )  # fmt: skip
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if is_last(Arrived + tl.num_programs(0) * tl.num_programs(1) + slot, tl.num_programs(2)):
+        # What is loaded here waits for nothing but each other: not for the LSEs either, which say what is empty.
+        near = load_rows(Near, row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
+        gate = tl.load(Gates + row * 3 + 1, mask=ok, other=0.0).to(tl.float32)  # [BM]
         every = tl.arange(0, MOST)  # [MOST]
         there = ok[:, None] & (every < num_parts)[None, :]
         at = row * num_parts  # [BM]
@@ -214,10 +217,8 @@ def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Ar
             for side in tl.static_range(SIDE):  # their loads are under way together
                 part = start + side
                 lse = tl.load(PartLse + at + part, mask=ok & (part < num_parts), other=float("-inf"))  # [BM]
-                x = load_rows(Parts, at + part, lse > float("-inf"), tl.arange(0, DV1), DV)  # [BM, DV1]
-                acc += x * tl.exp2(lse - base)[:, None]
-        near = load_rows(Near, row, ok, tl.arange(0, DV1), DV)  # [BM, DV1]
-        gate = tl.load(Gates + row * 3 + 1, mask=ok, other=0.0).to(tl.float32)  # [BM]
+                x = load_rows(Parts, at + part, ok & (part < num_parts), tl.arange(0, DV1), DV)  # [BM, DV1]
+                acc += tl.where((lse > float("-inf"))[:, None], x, 0.0) * tl.exp2(lse - base)[:, None]
         acc = near + gate[:, None] * acc / tl.where(total == 0, 1.0, total)[:, None]
         store_rows(Out, row, ok, tl.arange(0, DV1), DV, acc)
 
