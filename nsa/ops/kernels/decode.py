@@ -68,15 +68,17 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
     Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, row_size) of the
     rows ``keep``.
     SHARED: values are the first D1 columns of the keys, DV1 = D1, and are not loaded again. LOOK: at least the pages
-    of these slots. RUNS: whether these may be several chunks.
+    of these slots; 0: a list has as many pages as ``length``, or is full. RUNS: whether these may be several chunks.
     """
     stop = end
     if not LISTED:
         stop = tl.minimum(end, length)
-    else:  # lists often have room for more: what follows the last page of these slots is left out
+    elif LOOK > 0:  # lists often have room for more: what follows the last page of these slots is left out
         entry = begin // PAGE + tl.arange(0, LOOK)  # [LOOK]
         listed = tl.load(Pages + entry, mask=entry * PAGE < end, other=-1)  # [LOOK]
         stop = tl.minimum(end, tl.max(tl.where(listed >= 0, (entry + 1) * PAGE, 0), 0))
+    else:
+        stop = tl.minimum(end, tl.cdiv(length, PAGE) * PAGE)
     acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
     row_sum = tl.zeros([BM], tl.float32)  # [BM]

@@ -19,7 +19,6 @@ from nsa.ops.kernels.decode import (
     COUNTS,
     MOST_CHUNK,
     attend,
-    look_of,
     merge_options,
     merged_parts,
     parts_of,
@@ -182,7 +181,7 @@ def choose(Importance, Blocks, length, num_blocks, num_initial, num_local, BLOCK
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Arrived, num_keys, num_parts, run,
                   scale_log2, N: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                  LOOK: tl.constexpr, CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                  CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                   DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks of the selected branch. The last program of its heads also writes Out (B, H, Dv).
@@ -198,7 +197,7 @@ def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Ar
     attend(
         q1, q2, K, V, Blocks + (batch * GROUPS + group) * N, Lengths, Near, Parts, PartLse, row, ok, ok, first * CHUNK,
         end, length, batch * num_keys, num_keys, first, num_parts, scale_log2, group, True, False, False, False,
-        True, BLOCK_SIZE, LOOK, CHUNK, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
+        True, BLOCK_SIZE, 0, CHUNK, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
     )  # fmt: skip
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     if is_last(Arrived + tl.num_programs(0) * tl.num_programs(1) + slot, tl.num_programs(2)):
@@ -277,6 +276,6 @@ def attention(
     chosen_kernel[rows, batch, triton.cdiv(chosen_splits, run)](
         q, k_slc, v_slc, lengths, blocks, near, gates, *chosen_parts, out, arrived, k_slc.shape[1], chosen_splits, run,
         scale * LOG2_E, N=num_blocks, MOST=side, SIDE=min(4, side), BLOCK_SIZE=block_size,
-        LOOK=look_of(chosen_chunk, block_size), CHUNK=chosen_chunk, **constants, **sizes, **options,
+        CHUNK=chosen_chunk, **constants, **sizes, **options,
     )  # fmt: skip
     return out, blocks
