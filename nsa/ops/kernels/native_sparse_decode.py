@@ -33,6 +33,7 @@ from nsa.ops.kernels.ranges import shape_constants
 
 IMPORTANCE_TILE = 4096  # scores that a program of `importance_kernel` loads at once
 VECTOR = tl.constexpr(hardware.VECTOR)
+MOST_RUN = 2 * MOST_CHUNK  # slots that a program of `near_kernel` goes through at most
 MOST_BLOCKS = 8192  # of a memory: a program holds all candidates in registers
 
 
@@ -61,13 +62,13 @@ def is_last(Arrived, count):
     return tl.atomic_add(Arrived, 1, sem="acq_rel") == count - 1
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "num_near", "near_splits"])
+@triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "num_near"])
 def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arrived, num_compressed, num_near,
-                num_splits, near_splits, num_parts, run, scale_log2, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
+                num_splits, num_parts, run, scale_log2, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
                 CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                 D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 PRECISION: tl.constexpr):  # fmt: skip
-    """Parts of ``run`` chunks of the compressed blocks, or after all ``num_splits`` of these of the window.
+    """Parts of ``run`` chunks: first the ``num_splits`` of the compressed blocks, then those of the window.
 
     KCmp, VCmp (B, num_compressed, G, ..); KWin, VWin (B, num_near, G, ..), a ring; Scores (B, H, `row_size`) fp32;
     Arrived (2, rows): for the launches after this one.
@@ -81,24 +82,29 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
         tl.store(Arrived + slot, 0)
         tl.store(Arrived + tl.num_programs(0) * tl.num_programs(1) + slot, 0)
     first = tl.program_id(2) * run
-    far = first < num_splits
-    if far:  # one loop for both: two would hold their tiles in shared memory at once
-        K, V, memory, part = KCmp, VCmp, num_compressed, first
-        there = tl.minimum(blocks_seen(length, LENGTH, STRIDE), num_compressed)
-        end = tl.minimum(first + run, num_splits) * CHUNK
-    else:
-        first = (tl.program_id(2) - tl.cdiv(num_splits, run)) * run
-        K, V, memory, part = KWin, VWin, num_near, num_splits + first
-        there = tl.minimum(length, num_near)
-        end = tl.minimum(first + run, near_splits) * CHUNK
-    attend(
-        q1, q2, K, V, Lengths, Lengths, Scores, Parts, PartLse, row, ok, ok & far, first * CHUNK, end, there,
-        batch * memory, row_size(num_compressed), part, num_parts, scale_log2, group, False, False, True, False, True,
-        1, 1, CHUNK, GROUPS, D, DV, D1, D2, DV1, BM, BN, PRECISION,
-    )  # fmt: skip
+    last = tl.minimum(first + run, num_parts) - 1
+    # One loop for both memories: two would hold their tiles in shared memory at once. What both have in common is
+    # computed twice: before the loop it takes registers that are not there.
+    begin, until = (first >= num_splits).to(tl.int32), (last >= num_splits).to(tl.int32) + 1
+    for near in tl.range(begin, until, disable_licm=True):
+        if near == 0:
+            K, V, memory, before = KCmp, VCmp, num_compressed, 0
+            there = tl.minimum(blocks_seen(length, LENGTH, STRIDE), num_compressed)
+            end = tl.minimum(last + 1, num_splits)
+        else:
+            K, V, memory, before = KWin, VWin, num_near, num_splits
+            there = tl.minimum(length, num_near)
+            end = last + 1
+        part = tl.maximum(first, before)
+        attend(
+            q1, q2, K, V, Lengths, Lengths, Scores, Parts, PartLse, row, ok, ok & (near == 0),
+            (part - before) * CHUNK, (end - before) * CHUNK, there, batch * memory, row_size(num_compressed), part,
+            num_parts, scale_log2, group, False, False, True, False, True, 1, 1, CHUNK, GROUPS, D, DV, D1, D2, DV1, BM,
+            BN, PRECISION,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "near_splits"])
+@triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks, Near, Arrived, num_compressed,
                       num_blocks, num_splits, num_parts, num_tiles, num_initial, num_local, LENGTH: tl.constexpr,
                       STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
@@ -250,10 +256,10 @@ def attention(
     sizes, options = tile(constants, q.element_size())
     rows = groups * triton.cdiv(heads // groups, sizes["BM"])
     arrived = q.new_empty(2, batch * rows, dtype=torch.int32)
-    run = run_of(MOST_CHUNK // chunk, splits + near_splits, rows * batch)
-    near_kernel[rows, batch, triton.cdiv(splits, run) + triton.cdiv(near_splits, run)](
+    run = run_of(MOST_RUN // chunk, splits + near_splits, rows * batch)
+    near_kernel[rows, batch, triton.cdiv(splits + near_splits, run)](
         q, k_cmp, v_cmp, k_win, v_win, lengths, scores, *parts, arrived, compressed, k_win.shape[1], splits,
-        near_splits, splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
+        splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
         **constants, **sizes, **options,
     )  # fmt: skip
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
