@@ -215,10 +215,24 @@ def take(Wanted, weight, bound, ties, seen):
     return seen + tl.sum(equal, 0)
 
 
+@triton.jit
+def wanted_by_any(Wanted, slot, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """int32 of the slots: whether a head of a KV head wants them."""
+    wanted = tl.load(Wanted + slot)  # [STEP]
+    for head in tl.static_range(1, HEADS):
+        wanted |= tl.load(Wanted + head * (blocks * BLOCK) + slot)
+    return wanted.to(tl.int32)
+
+
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
-def list_kernel(Wanted, Lengths, Pages, Tokens, num_pages, num_slots, blocks, LISTED: tl.constexpr, PAGE: tl.constexpr,
-                GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """Tokens (B, G, num_slots) int32 of a KV head: those that one of its heads wants, then -1."""
+def list_kernel(Wanted, Lengths, Pages, Tokens, num_pages, num_slots, blocks, run, LISTED: tl.constexpr,
+                PAGE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+                STEP: tl.constexpr):  # fmt: skip
+    """Tokens (B, G, num_slots) int32 of a KV head: those that one of its heads wants, then -1.
+
+    A program writes those among ``run`` times STEP candidates. It counts what is wanted before them, which is much
+    cheaper. The last one writes the -1.
+    """
     pair = tl.program_id(0).to(tl.int64)
     length = tl.load(Lengths + pair // GROUPS)
     count = num_slots
@@ -227,19 +241,21 @@ def list_kernel(Wanted, Lengths, Pages, Tokens, num_pages, num_slots, blocks, LI
     Pages += pair * num_pages
     Tokens += pair * num_slots
     Wanted += pair * HEADS * (blocks * BLOCK)
-    taken = tl.full([], 0, tl.int32)
-    for start in tl.range(0, count, STEP):
+    begin = tl.program_id(1) * run * STEP
+    before = tl.zeros([STEP], tl.int32)  # [STEP]
+    for start in tl.range(0, tl.minimum(begin, count), STEP):
+        before += wanted_by_any(Wanted, start + tl.arange(0, STEP), blocks, HEADS, BLOCK)
+    taken = tl.sum(before, 0)
+    for start in tl.range(begin, tl.minimum(begin + run * STEP, count), STEP):
         slot = start + tl.arange(0, STEP)  # [STEP]
-        wanted = tl.load(Wanted + slot)  # [STEP]
-        for head in tl.static_range(1, HEADS):
-            wanted |= tl.load(Wanted + head * (blocks * BLOCK) + slot)
-        wanted = wanted.to(tl.int32)  # [STEP]
+        wanted = wanted_by_any(Wanted, slot, blocks, HEADS, BLOCK)  # [STEP]
         token, _ok = token_of(Pages, slot, count, length, LISTED, PAGE)
         tl.store(Tokens + taken + tl.cumsum(wanted, 0) - 1, token, mask=wanted > 0)
         taken += tl.sum(wanted, 0)
-    for start in tl.range(taken, num_slots, STEP):
-        slot = start + tl.arange(0, STEP)  # [STEP]
-        tl.store(Tokens + slot, tl.full([STEP], -1, tl.int32), mask=slot < num_slots)
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        for start in tl.range(taken, num_slots, STEP):
+            slot = start + tl.arange(0, STEP)  # [STEP]
+            tl.store(Tokens + slot, tl.full([STEP], -1, tl.int32), mask=slot < num_slots)
 
 
 def choose(
@@ -272,8 +288,9 @@ def choose(
         BLOCK=block, STEP=min(block, TIES_STEP), num_warps=max(4, block // WARP_WEIGHTS),
         maxnreg=128,  # so that two programs share a multiprocessor: one counts while the other waits
     )  # fmt: skip
-    list_kernel[(batch * groups,)](
-        wanted, lengths, which, tokens, number, slots, blocks, **constants, BLOCK=block, STEP=min(block, LISTED_STEP),
-        num_warps=8,
+    at_once = min(block, LISTED_STEP)
+    run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * groups, PROGRAMS // 2)  # of many registers
+    list_kernel[batch * groups, triton.cdiv(slots, run * at_once)](
+        wanted, lengths, which, tokens, number, slots, blocks, run, **constants, BLOCK=block, STEP=at_once, num_warps=8,
     )  # fmt: skip
     return tokens
