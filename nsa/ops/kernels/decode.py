@@ -27,6 +27,9 @@ from nsa.ops.kernels.ranges import shape_constants
 MOST_ROWS = 64  # heads of a program
 SPLITS = 64  # chunks of a long list, unless they would be smaller or larger than these:
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # slots
+# Of lists of a sequence and their least chunks from which on chunks are twice as long: half the parts are written and
+# merged, and chunks still are enough for a sequence alone.
+LEAST_LISTS, LEAST_CHUNKS = 4, 32
 LEAST_LATENTS = 256  # slots; the sums of fewer would be more bytes than their rows
 PROGRAMS = 4 if INTERPRETED else 264  # two on each multiprocessor of an H100 or H200
 COUNTS = ("num_terms", "num_term_keys", "num_parts", "num_compressed", "num_pages", "run", "term_run", "blocks")
@@ -286,9 +289,9 @@ def merge_options(number: int, v_width: int) -> dict[str, int]:
     return {"MOST": most, "SIDE": side, "DV": v_width, "DV1": tile_width(v_width), "num_warps": 8 if most > 16 else 4}
 
 
-def splits_of(slots: int, least: int = LEAST_CHUNK) -> tuple[int, int]:
-    """(slots of a chunk, number of chunks)."""
-    chunk = chunk_of(slots, least)
+def splits_of(slots: int, lists: int, least: int = LEAST_CHUNK) -> tuple[int, int]:
+    """(slots of a chunk, number of chunks) of each of a sequence's lists."""
+    chunk = chunk_of(slots, 2 * least if lists >= LEAST_LISTS and slots > (LEAST_CHUNKS - 1) * least else least)
     return chunk, triton.cdiv(slots, chunk)
 
 
@@ -318,12 +321,12 @@ def attention(
     """
     batch, heads, groups = len(q), q.shape[1], k.shape[2]
     least = LEAST_CHUNK if k.shape[3] <= MAX_WIDTH else LEAST_LATENTS
-    chunk, splits = splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size, least)
-    term_chunk, term_splits = (1, 0) if terms is None else splits_of(terms[2].shape[2])
+    lists = groups if pages is None and terms is None else (terms[2] if pages is None else pages).shape[1]
+    chunk, splits = splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size, lists, least)
+    term_chunk, term_splits = (1, 0) if terms is None else splits_of(terms[2].shape[2], lists)
     number = splits + term_splits
     parts = parts_of(q, v.shape[3], number)
     out, lse = q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)
-    lists = groups if pages is None and terms is None else (terms[2] if pages is None else pages).shape[1]
     constants = shape_constants(q[:, None], k, v) | {"HEADS": heads // lists}
     if shared := first_columns(v, k):
         constants["DV1"] = constants["D1"]

@@ -247,9 +247,9 @@ def attention(
     out = q.new_empty(batch, heads, v_slc.shape[3])
     if not out.numel():
         return out, blocks
-    chunk, splits = splits_of(max(compressed, k_win.shape[1]))
+    chunk, splits = splits_of(max(compressed, k_win.shape[1]), groups)
     splits, near_splits = triton.cdiv(compressed, chunk), triton.cdiv(k_win.shape[1], chunk)
-    chosen_chunk, chosen_splits = splits_of(num_blocks * block_size)
+    chosen_chunk, chosen_splits = splits_of(num_blocks * block_size, groups)
     parts, chosen_parts = (parts_of(q, v_slc.shape[3], n) for n in (splits + near_splits, chosen_splits))
     scores = q.new_empty(batch, heads, triton.cdiv(compressed, hardware.VECTOR) * hardware.VECTOR, dtype=torch.float32)
     constants = shape_constants(q[:, None], k_slc, v_slc)
