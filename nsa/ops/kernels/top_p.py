@@ -19,7 +19,7 @@ from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
 CANDIDATES = 128  # that a program of `estimate_kernel` takes at once,
 MOST_TILES = 16  # and how often at most
 WEIGHTS = 16384  # that a program of `threshold_kernel` holds
-WARP_WEIGHTS = 2048  # that a warp of it holds
+WARP_WEIGHTS = 2048  # that a warp of it holds; half of them of a longer row, of which it loads as many besides
 TIES_STEP = 16 if INTERPRETED else 2048  # of which it takes at once, where not all that are equal are wanted
 LISTED_STEP = 4096  # candidates that a program of `list_kernel` takes at once
 ONE_BITS = tl.constexpr(0x3F800000)  # of 1.0
@@ -112,6 +112,12 @@ def _add_two(a0, a1, b0, b1):
 
 
 @triton.jit
+def sums_of_four(x, BLOCK: tl.constexpr):
+    """Sums of four neighbours of x [BLOCK]: a thread that loaded them at once has them all."""
+    return tl.sum(tl.reshape(x, [BLOCK // 4, 4]), 1)
+
+
+@triton.jit
 def mass_from(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
     """(sum, number) of the weights whose bits are at least ``bits``, which is not negative; always in the same order.
 
@@ -120,11 +126,12 @@ def mass_from(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.const
     reaches = tl.where(weight.to(tl.int32, bitcast=True) >= bits, 1.0, 0.0)  # [BLOCK]
     total, number = reaches * weight, reaches  # [BLOCK]
     if not WHOLE:
+        total, number = sums_of_four(total, BLOCK), sums_of_four(number, BLOCK)  # [BLOCK / 4]
         for start in tl.range(BLOCK, count, BLOCK):
             more = tl.load(Weights + start + tl.arange(0, BLOCK))  # [BLOCK]
             reaches = tl.where(more.to(tl.int32, bitcast=True) >= bits, 1.0, 0.0)  # [BLOCK]
-            total += reaches * more
-            number += reaches
+            total += sums_of_four(reaches * more, BLOCK)
+            number += sums_of_four(reaches, BLOCK)
     return tl.reduce((total, number), 0, _add_two)
 
 
@@ -285,8 +292,8 @@ def choose(
     )  # fmt: skip
     threshold_kernel[(batch * heads,)](
         scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, WHOLE=blocks == 1,
-        BLOCK=block, STEP=min(block, TIES_STEP), num_warps=max(4, block // WARP_WEIGHTS),
-        maxnreg=128,  # so that two programs share a multiprocessor: one counts while the other waits
+        BLOCK=block, STEP=min(block, TIES_STEP), num_warps=max(4, block * min(2, blocks) // WARP_WEIGHTS),
+        maxnreg=128,  # so that two programs of a whole row share a multiprocessor: one counts while the other waits
     )  # fmt: skip
     at_once = min(block, LISTED_STEP)
     run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * groups, PROGRAMS // 2)  # of many registers
