@@ -148,7 +148,8 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
         outs = tl.where((lses > float("-inf"))[:, None], outs, 0.0)  # [MOST, DV1]
         out += tl.sum(outs * tl.exp2(lses - base)[:, None], 0)
     else:
-        for start in tl.range(0, count, SIDE):
+        some = tl.max(tl.where(lses > float("-inf"), every + 1, 0), 0)  # lists are often full at their beginning alone
+        for start in tl.range(0, some, SIDE):
             part = start + tl.arange(0, SIDE)  # [SIDE]
             lse = tl.load(PartLse + at + part, mask=part < count, other=float("-inf"))  # [SIDE]
             x = load_rows(Parts, at + part, part < count, tl.arange(0, DV1), DV)  # [SIDE, DV1]
