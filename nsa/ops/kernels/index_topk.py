@@ -153,8 +153,7 @@ def begin_rows(Seen, Indices, row, num_rows, last, topk, FILL: tl.constexpr):
 def _integer(score):
     """uint32 of the same order as the score, above 0; +0 and -0 are equal."""
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
-    below = (bits.to(tl.int32, bitcast=True) >> 31).to(tl.uint32, bitcast=True)  # all bits of what is below 0
-    return tl.maximum(bits ^ (below | 0x80000000), 1)
+    return tl.maximum(tl.where((bits >> 31) == 1, bits ^ 0xFFFFFFFF, bits | 0x80000000), 1)
 
 
 @triton.jit
