@@ -286,7 +286,7 @@ def parts_of(q: Tensor, v_width: int, number: int) -> tuple[Tensor, Tensor]:
 def merge_options(number: int, v_width: int) -> dict[str, int]:
     """Constants of a kernel that merges ``number`` parts."""
     most = triton.next_power_of_2(max(1, number))
-    side = min(most, 32 if v_width <= MAX_WIDTH else 16)
+    side = min(most, 4 if INTERPRETED else 32 if v_width <= MAX_WIDTH else 16)
     return {"MOST": most, "SIDE": side, "DV": v_width, "DV1": tile_width(v_width), "num_warps": 8 if most > 16 else 4}
 
 

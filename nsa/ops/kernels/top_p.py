@@ -135,18 +135,6 @@ def mass_from(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.const
     return tl.reduce((total, number), 0, _add_two)
 
 
-@triton.jit
-def greatest_below(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """The greatest bits below ``bits`` of the weights, which are those of `mass_from`; or -1."""
-    own = weight.to(tl.int32, bitcast=True)  # [BLOCK]
-    best = tl.where(own < bits, own, -1)  # [BLOCK]
-    if not WHOLE:
-        for start in tl.range(BLOCK, count, BLOCK):
-            own = tl.load(Weights + start + tl.arange(0, BLOCK)).to(tl.int32, bitcast=True)  # [BLOCK]
-            best = tl.maximum(best, tl.where(own < bits, own, -1))
-    return tl.max(best, 0)
-
-
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "p"])
 def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.constexpr, HEADS: tl.constexpr,
                      WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
@@ -156,7 +144,8 @@ def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.c
     become weights: the highest is 1, and what is not there -1. HEADS: all of a sequence. Rows are read to their end:
     loads without a mask take several entries at once.
 
-    Bisection ends where one weight is left: that from which on they suffice.
+    Bisection ends where one weight is left between low and high: all from low on are taken. Else several are equal to
+    low.
     """
     row = tl.program_id(0).to(tl.int64)
     count = num_slots
@@ -191,7 +180,6 @@ def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.c
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
         number, fewer = tl.where(enough, many, number), tl.where(enough, fewer, many)
         above = tl.where(enough, above, mass)
-    low = tl.maximum(low, greatest_below(Scores, first, count, high, WHOLE, BLOCK))
     each = low.to(tl.float32, bitcast=True)
     ties = tl.ceil((wanted - above) / tl.where(low > 0, each, 1.0)).to(tl.int32)
     ties = tl.where(above > 0, ties, tl.maximum(ties, 1))
