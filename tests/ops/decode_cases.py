@@ -100,6 +100,7 @@ SPARSE_CASES = [
     SparseCase(6, 1, 16, 32, (150,), 16, (8, 4, 16, 20, 2, 0)),  # more blocks than there are
     SparseCase(2, 2, 16, 16, (64, 65), 1, (8, 2, 8, 2, 0, 1)),
     SparseCase(4, 2, 16, 16, (300, 180, 299), 70, (4, 4, 4, 18, 1, 1)),  # several programs in all steps
+    SparseCase(4, 2, 16, 16, (230, 41), 9, (4, 2, 10, 4, 1, 1)),  # five compressed blocks begin in a selection block
 ]
 # With equal keys all blocks have equal importance; the definition rounds such sums alike in the first cases.
 TIES = [(case, False) for case in SPARSE_CASES] + [(case, True) for case in SPARSE_CASES[:3]]
@@ -218,6 +219,8 @@ TOP_P_CASES = [
     TopPCase(4, 2, 16, (60, 9), 1.0, 5, 4),
     TopPCase(4, 2, 16, (100, 20), 0.7, ties=True),
     TopPCase(6, 2, 16, (50, 20), 0.3, 11, 4, ties=True),
+    TopPCase(4, 2, 16, (41, 14), 0.6, 7, 4),  # rows that a program holds at once
+    TopPCase(4, 2, 16, (41, 14), 0.6, 7, 4, ties=True),
 ]
 
 

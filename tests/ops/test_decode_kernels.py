@@ -13,7 +13,7 @@ from nsa.models import Decoder, DecodingSteps
 from nsa.ops.compression import Weights, extend_compressed
 from nsa.ops.decode import append_rows
 from nsa.ops.geometry import num_compressed
-from nsa.ops.kernels import native_sparse_decode
+from nsa.ops.kernels import index_topk, native_sparse_decode
 from tests.models.test_decoder import small
 from tests.ops.decode_cases import (
     CASES,
@@ -143,7 +143,7 @@ def test_native_sparse(case: SparseCase, ties: bool, poisoned: None) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("case", [*SPARSE_CASES[:2], SPARSE_CASES[4]], ids=str)
+@pytest.mark.parametrize("case", [*SPARSE_CASES[:2], *SPARSE_CASES[4:]], ids=str)
 def test_blocks_are_those_of_the_selection(case: SparseCase) -> None:
     inputs, sizes = sparse_case_of(case, torch.float32, DEVICE)
     q, (k, _), lengths = inputs[0], inputs[1], inputs[5]
@@ -177,6 +177,31 @@ def test_index_sets(case: IndexCase, poisoned: None) -> None:
     inputs, options = index_case_of(case, torch.float32, DEVICE)
     found, expected = (ops.index_topk_decode(*inputs, **options, backend=b) for b in ("triton", "naive"))
     assert torch.equal(found, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 3, 17, 32])
+@pytest.mark.parametrize("kind", ["whole numbers", "one number", "far apart", "close together", "infinite"])
+def test_rows_that_a_program_holds(kind: str, size: int, poisoned: None) -> None:
+    """Against sorted rows: some of the entries, from a first one on, and forced ones, also more than are chosen."""
+    x = torch.randn(6, size, generator=torch.Generator().manual_seed(size))
+    rows = {
+        "whole numbers": x.round(), "one number": torch.full_like(x, 1.5), "close together": 3000 + x / 100,
+        "far apart": x * torch.exp2(120 * x.sign() * (x.abs() - 1)), "infinite": x.masked_fill(x > 0.5, torch.inf),
+    }[kind]  # fmt: skip
+    own = torch.tensor([size - 1, size // 2, 0, -1, size - 1, size - 1])
+    first = torch.minimum(torch.tensor([0, 1, 0, 0, 2, 0]), own.clamp(min=0))
+    rows[torch.arange(size) > own[:, None]] = torch.nan
+    for topk, num_initial, num_local in ((1, 0, 0), (5, 0, 1), (8, 2, 1), (6, 3, 20), (size + 2, 1, 1)):
+        found = torch.full((len(rows), topk), -1, dtype=torch.int32, device=DEVICE)
+        seen = torch.stack([first, own]).int().to(DEVICE)
+        index_topk.choose_rows(rows.to(DEVICE), seen, found, topk, num_initial, num_local)
+        for row, (begin, end) in enumerate(zip(first.tolist(), own.tolist(), strict=True)):
+            keys = range(begin, end + 1)
+            free = [key for key in keys if begin + num_initial <= key <= end - num_local]
+            best = sorted(set(keys) - set(free)) + sorted(free, key=lambda key: (-rows[row, key].item(), key))
+            expected = sorted(best[:topk])
+            assert found[row].tolist() == expected + [-1] * (topk - len(expected))
 
 
 @needs_kernels

@@ -27,6 +27,9 @@ from nsa.ops.kernels.ranges import shape_constants
 MOST_ROWS = 64  # heads of a program
 SPLITS = 64  # chunks of a long list, unless they would be smaller or larger than these:
 LEAST_CHUNK, MOST_CHUNK = 128, 1024  # slots
+# Of lists of a sequence and their least chunks from which on chunks are twice as long: half the parts are written and
+# merged, and chunks still are enough for a sequence alone.
+LEAST_LISTS, LEAST_CHUNKS = 4, 32
 LEAST_LATENTS = 256  # slots; the sums of fewer would be more bytes than their rows
 PROGRAMS = 4 if INTERPRETED else 264  # two on each multiprocessor of an H100 or H200
 COUNTS = ("num_terms", "num_term_keys", "num_parts", "num_compressed", "num_pages", "run", "term_run", "blocks")
@@ -47,7 +50,7 @@ def place(LISTS: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BM: tl
 
 @triton.jit
 def store_part(Parts, PartLse, row, ok, part, num_parts, acc, row_max, row_sum, DV: tl.constexpr, DV1: tl.constexpr):
-    """Part ``part`` of each row: its output, and its LSE to base 2. `merged_parts` does not read empty outputs."""
+    """Part ``part`` of each row: its output, and its LSE to base 2. Outputs that are empty are not used."""
     at = row * num_parts + part  # [BM]
     tl.store(PartLse + at, row_max + tl.log2(row_sum), mask=ok)
     some = row_sum > 0  # [BM]
@@ -57,7 +60,7 @@ def store_part(Parts, PartLse, row, ok, part, num_parts, acc, row_max, row_sum, 
 
 @triton.jit
 def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok, keep, begin, end, length, key_row,
-           num_keys, part, num_parts, scale_log2, group, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
+           row_size, part, num_parts, scale_log2, group, LISTED: tl.constexpr, WEIGHTED: tl.constexpr,
            KEEP: tl.constexpr, SHARED: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, LOOK: tl.constexpr,
            CHUNK: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr,
            D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -65,18 +68,20 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
     """Store the parts of slots ``begin .. end - 1``: from ``part`` on one for each CHUNK slots, as in `store_part`.
 
     Slot s is token s; or with LISTED token ``s % PAGE`` of page ``Pages[s // PAGE]``, which has LogWeights if WEIGHTED.
-    Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, num_keys) of the
+    Tokens from ``length`` on are not there. KEEP: also store the scores, to base 2, in Scores (rows, row_size) of the
     rows ``keep``.
     SHARED: values are the first D1 columns of the keys, DV1 = D1, and are not loaded again. LOOK: at least the pages
-    of these slots. RUNS: whether these may be several chunks.
+    of these slots; 0: a list has as many pages as ``length``, or is full. RUNS: whether these may be several chunks.
     """
     stop = end
     if not LISTED:
         stop = tl.minimum(end, length)
-    else:  # lists often have room for more: what follows the last page of these slots is left out
+    elif LOOK > 0:  # lists often have room for more: what follows the last page of these slots is left out
         entry = begin // PAGE + tl.arange(0, LOOK)  # [LOOK]
         listed = tl.load(Pages + entry, mask=entry * PAGE < end, other=-1)  # [LOOK]
         stop = tl.minimum(end, tl.max(tl.where(listed >= 0, (entry + 1) * PAGE, 0), 0))
+    else:
+        stop = tl.minimum(end, tl.cdiv(length, PAGE) * PAGE)
     acc = tl.zeros([BM, DV1], tl.float32)  # [BM, DV1]
     row_max = tl.full([BM], float("-inf"), tl.float32)  # [BM]
     row_sum = tl.zeros([BM], tl.float32)  # [BM]
@@ -95,7 +100,7 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
         if WEIGHTED:
             s += (tl.load(LogWeights + slot // PAGE, mask=ok, other=0.0) * BASE_2)[None, :]
         if KEEP:
-            tl.store(Scores + row[:, None] * num_keys + key[None, :], s, mask=keep[:, None] & ok[None, :])
+            tl.store(Scores + row[:, None] * row_size + key[None, :], s, mask=keep[:, None] & ok[None, :])
         s = tl.where(ok[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
         # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
@@ -132,16 +137,24 @@ def merged_parts(Parts, PartLse, row, first, count, num_parts, MOST: tl.constexp
     at = row * num_parts + first
     # What a loop assigns to has the shape that it had before: the names for all parts are not those of some.
     every = tl.arange(0, MOST)  # [MOST]
+    if SIDE == MOST:  # does not wait for the LSEs
+        outs = load_rows(Parts, at + every, every < count, tl.arange(0, DV1), DV)  # [MOST, DV1]
     lses = tl.load(PartLse + at + every, mask=every < count, other=float("-inf"))  # [MOST]
     top = tl.max(lses, 0)
     base = tl.where(top == float("-inf"), 0.0, top)
     total = tl.sum(tl.exp2(lses - base), 0)
     out = tl.zeros([DV1], tl.float32)  # [DV1]
-    for start in tl.range(0, count, SIDE):
-        part = start + tl.arange(0, SIDE)  # [SIDE]
-        lse = tl.load(PartLse + at + part, mask=part < count, other=float("-inf"))  # [SIDE]
-        x = load_rows(Parts, at + part, lse > float("-inf"), tl.arange(0, DV1), DV)  # [SIDE, DV1]
-        out += tl.sum(x * tl.exp2(lse - base)[:, None], 0)
+    if SIDE == MOST:
+        outs = tl.where((lses > float("-inf"))[:, None], outs, 0.0)  # [MOST, DV1]
+        out += tl.sum(outs * tl.exp2(lses - base)[:, None], 0)
+    else:
+        some = tl.max(tl.where(lses > float("-inf"), every + 1, 0), 0)  # lists are often full at their beginning alone
+        for start in tl.range(0, some, SIDE):
+            part = start + tl.arange(0, SIDE)  # [SIDE]
+            lse = tl.load(PartLse + at + part, mask=part < count, other=float("-inf"))  # [SIDE]
+            x = load_rows(Parts, at + part, part < count, tl.arange(0, DV1), DV)  # [SIDE, DV1]
+            x = tl.where((lse > float("-inf"))[:, None], x, 0.0)
+            out += tl.sum(x * tl.exp2(lse - base)[:, None], 0)
     return out / tl.where(total == 0, 1.0, total), base + tl.log2(total)
 
 
@@ -273,13 +286,13 @@ def parts_of(q: Tensor, v_width: int, number: int) -> tuple[Tensor, Tensor]:
 def merge_options(number: int, v_width: int) -> dict[str, int]:
     """Constants of a kernel that merges ``number`` parts."""
     most = triton.next_power_of_2(max(1, number))
-    side = min(most, 32 if v_width <= MAX_WIDTH else 16)
+    side = min(most, 4 if INTERPRETED else 32 if v_width <= MAX_WIDTH else 16)
     return {"MOST": most, "SIDE": side, "DV": v_width, "DV1": tile_width(v_width), "num_warps": 8 if most > 16 else 4}
 
 
-def splits_of(slots: int, least: int = LEAST_CHUNK) -> tuple[int, int]:
-    """(slots of a chunk, number of chunks)."""
-    chunk = chunk_of(slots, least)
+def splits_of(slots: int, lists: int, least: int = LEAST_CHUNK) -> tuple[int, int]:
+    """(slots of a chunk, number of chunks) of each of a sequence's lists."""
+    chunk = chunk_of(slots, 2 * least if lists >= LEAST_LISTS and slots > (LEAST_CHUNKS - 1) * least else least)
     return chunk, triton.cdiv(slots, chunk)
 
 
@@ -288,12 +301,12 @@ def look_of(chunk: int, page_size: int) -> int:
     return triton.next_power_of_2(MOST_CHUNK // page_size + (2 if chunk % page_size else 0))
 
 
-def run_of(most: int, splits: int, rows: int) -> int:
-    """How many of the ``splits`` chunks of a row a program goes through: PROGRAMS programs for all ``rows`` suffice.
+def run_of(most: int, splits: int, rows: int, programs: int = PROGRAMS) -> int:
+    """How many of the ``splits`` chunks of a row a program goes through: so many programs for all ``rows`` suffice.
 
     At most ``most``. Parts are of chunks alone, so a sequence has the same bits whatever the run is.
     """
-    return max(1, min(most, triton.cdiv(splits, max(1, PROGRAMS // rows))))
+    return max(1, min(most, triton.cdiv(splits, max(1, programs // rows))))
 
 
 def attention(
@@ -309,12 +322,12 @@ def attention(
     """
     batch, heads, groups = len(q), q.shape[1], k.shape[2]
     least = LEAST_CHUNK if k.shape[3] <= MAX_WIDTH else LEAST_LATENTS
-    chunk, splits = splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size, least)
-    term_chunk, term_splits = (1, 0) if terms is None else splits_of(terms[2].shape[2])
+    lists = groups if pages is None and terms is None else (terms[2] if pages is None else pages).shape[1]
+    chunk, splits = splits_of(k.shape[1] if pages is None else pages.shape[2] * page_size, lists, least)
+    term_chunk, term_splits = (1, 0) if terms is None else splits_of(terms[2].shape[2], lists)
     number = splits + term_splits
     parts = parts_of(q, v.shape[3], number)
     out, lse = q.new_empty(*q.shape[:2], v.shape[3]), q.new_empty(q.shape[:2], dtype=torch.float32)
-    lists = groups if pages is None and terms is None else (terms[2] if pages is None else pages).shape[1]
     constants = shape_constants(q[:, None], k, v) | {"HEADS": heads // lists}
     if shared := first_columns(v, k):
         constants["DV1"] = constants["D1"]

@@ -27,6 +27,8 @@ LAST_BLOCK = tl.constexpr(0x7FFFFFFF)
 NO_CANDIDATE = tl.constexpr(-0x7FFFFFFFFFFFFFFF)  # below every candidate
 BEST_CANDIDATE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every candidate
 
+TOP = tl.constexpr(0xFFFFFFFF)  # above the bits of every number: what is forced
+
 SMALLEST_DOT = tl.constexpr(16)  # columns: tl.dot takes no narrower tile
 
 
@@ -142,26 +144,50 @@ def count_up_to(Values, bound, count, steps):
 
 
 @triton.jit
-def _add_three(a0, a1, a2, b0, b1, b2):
-    return a0 + b0, a1 + b1, a2 + b2
+def largest(values, k):
+    """Which of the uint32 values are the k largest; of equal ones the first; 0 is none. [BLOCK], fewer than 2^15
+
+    The search is for a bound that exactly k of them reach. It begins with the least value and the greatest one below
+    TOP, so a gap below what is forced takes no steps. A step leaves a third of what is between: two counts are one
+    integer, since all warps wait in a reduction.
+    """
+    low = tl.maximum(tl.min(values - 1, 0) + 1, 1)  # 0 - 1 is the greatest integer,
+    high = tl.max(values + 1, 0)  # and TOP + 1 the least
+    counts = tl.sum(tl.where(values == TOP, 0x10001, tl.minimum(values, 1).to(tl.int32)), 0)
+    number = counts & 0xFFFF  # reach low: at least k, or all
+    fewer = counts >> 16  # reach high: less than k
+    if fewer >= k:
+        low, high, number, fewer = tl.full([], TOP, tl.uint32), tl.full([], TOP, tl.uint32), fewer, 0
+    while (number > k) & (high - low > 1):
+        span = high - low
+        step = (span - 1) // 3 + 1
+        one, two = low + step, low + tl.minimum(2 * step, span)
+        counts = tl.sum(tl.where(values >= two, 0x10001, tl.where(values >= one, 1, 0)), 0)
+        some, few = counts & 0xFFFF, counts >> 16
+        high = tl.where(few >= k, high, tl.where(some >= k, two, one))
+        fewer = tl.where(few >= k, fewer, tl.where(some >= k, few, some))
+        low = tl.where(few >= k, two, tl.where(some >= k, one, low))
+        number = tl.where(few >= k, few, tl.where(some >= k, some, number))
+    taken = values >= low
+    if number > k:  # several are equal to the k-th
+        equal = values == low
+        taken = (values > low) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= k - fewer))
+    return taken
 
 
 @triton.jit
-def largest(values, ok, k):
-    """Which of the uint32 values are the k largest, among those that are ``ok``; of equal ones the first. [BLOCK]
+def store_taken(Indices, taken, BLOCK: tl.constexpr):
+    """Store the numbers of the entries that are ``taken`` (bool, [BLOCK]; at least 4), ascending.
 
-    The k-th largest is found two bits at a time: three counts go through one reduction.
+    Four neighbours share an entry of the scan. A thread that loads four entries at once has them itself.
     """
-    kth = tl.full([], 0, tl.uint32)  # at least k values reach it, or there are fewer
-    bit = tl.full([], 1 << 30, tl.uint32)
-    for _ in tl.range(0, 16):
-        one, two, three = kth + bit, kth + 2 * bit, kth + 3 * bit
-        some, fewer, fewest = tl.reduce(
-            ((ok & (values >= one)).to(tl.int32), (ok & (values >= two)).to(tl.int32),
-             (ok & (values >= three)).to(tl.int32)), 0, _add_three,
-        )  # fmt: skip
-        kth = tl.where(fewest >= k, three, tl.where(fewer >= k, two, tl.where(some >= k, one, kth)))
-        bit = bit >> 2
-    above, equal = ok & (values > kth), ok & (values == kth)
-    missing = k - tl.sum(above.to(tl.int32), 0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
+    even, odd = tl.split(tl.reshape(taken.to(tl.int32), [BLOCK // 4, 2, 2]))  # [BLOCK / 4, 2]
+    first, third = tl.split(even)  # [BLOCK / 4]
+    second, fourth = tl.split(odd)  # [BLOCK / 4]
+    two, three = first + second, first + second + third  # [BLOCK / 4]
+    number = 4 * tl.arange(0, BLOCK // 4)  # [BLOCK / 4]
+    Indices += tl.cumsum(three + fourth, 0) - (three + fourth)  # [BLOCK / 4]
+    tl.store(Indices, number, mask=first > 0)
+    tl.store(Indices + first, number + 1, mask=second > 0)
+    tl.store(Indices + two, number + 2, mask=third > 0)
+    tl.store(Indices + three, number + 3, mask=fourth > 0)

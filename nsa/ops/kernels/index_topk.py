@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.index_topk.fp8 import LARGEST, SMALLEST
-from nsa.ops.kernels.device_functions import largest, load_rows, store_rows
+from nsa.ops.kernels.device_functions import largest, load_rows, store_rows, store_taken
 from nsa.ops.kernels.hardware import (
     INTEGERS,
     INTERPRETED,
@@ -37,7 +37,8 @@ KEYS_PER_SAMPLE = 16  # for each score of a sample, in between
 PROGRAMS = 256  # that look for candidates at a time, if there are few rows
 SMALLEST_ROOM = 64  # for candidates
 FILL = 256  # entries that a program fills at once
-SHORT_ROW = 32 if INTERPRETED else 8192  # scores of a row that one program holds
+SHORT_ROW = 32 if INTERPRETED else 8192  # scores of a row that one program holds,
+SHORT_ROW_ENTRIES = 1024  # and each of its warps: a reduction over few warps ends sooner
 LARGEST_FP8, SMALLEST_ROW = tl.constexpr(LARGEST), tl.constexpr(SMALLEST)
 FP8, FP8_ROWS = torch.float8_e4m3fn, 16  # rows that a program of `fp8_kernel` rounds
 FORCED = tl.constexpr(0xFFFFFFFF)  # the key of a forced token, above that of every finite score
@@ -377,20 +378,25 @@ def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, 
             taken, ties = _emit(Indices, Chosen, key, score, ordered, key <= own, threshold, missing, taken, ties)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "topk", "size"])
-def short_row_kernel(Scores, Seen, Indices, num_rows, size, topk, num_initial, num_local,
+@triton.jit(do_not_specialize=[*INTEGERS, "topk", "row_vectors"])
+def short_row_kernel(Scores, Seen, Indices, num_rows, row_vectors, topk, num_initial, num_local, VECTOR: tl.constexpr,
                      WIDTH: tl.constexpr):  # fmt: skip
-    """Indices (rows, topk) int32, ascending, of one row of Scores (rows, size), which a program holds in registers.
+    """Indices (rows, topk) int32, ascending, of one row of Scores, which a program holds in registers.
 
-    Seen (2, rows) int32: the first and the last entry of each row.
+    A row has ``row_vectors`` times VECTOR entries. Seen (2, rows) int32: the first and the last entry of each row.
     """
     row = tl.program_id(0).to(tl.int64)
-    first, own = tl.load(Seen + row), tl.load(Seen + num_rows + row)
+    size = row_vectors * VECTOR
     key = tl.arange(0, WIDTH)  # [WIDTH]
-    ok = (key >= first) & (key <= own)  # [WIDTH]
-    _score, ordered = _load_ordered(Scores + row * size, key, ok, first, own, num_initial, num_local)
-    taken = largest(ordered, ok, topk).to(tl.int32)  # [WIDTH]
-    tl.store(Indices + row * topk + tl.cumsum(taken, 0) - 1, key, mask=taken > 0)
+    score = tl.load(Scores + row * size + key, mask=key < size, other=0.0)  # [WIDTH]
+    tl.debug_barrier()  # all are under way: else the compiler waits for one before it begins the next
+    first, own = tl.load(Seen + row), tl.load(Seen + num_rows + row)
+    # One comparison of unsigned integers for both ends: what is before the first wraps around.
+    there = (key - first).to(tl.uint32) < tl.maximum(own - first + 1, 0).to(tl.uint32)  # [WIDTH]
+    begin = first + num_initial
+    free = (key - begin).to(tl.uint32) < tl.maximum(own - num_local + 1 - begin, 0).to(tl.uint32)  # [WIDTH]
+    ordered = tl.where(free, _integer(tl.where(there, score, 0.0)), FORCED)  # [WIDTH]; a wait for all loads
+    store_taken(Indices + row * topk, largest(tl.where(there, ordered, 0), topk), WIDTH)
 
 
 def topk(
@@ -486,10 +492,10 @@ def choose_rows(
     """
     (rows, size), vector = scores.shape, vector_of(scores.shape[1])
     if size <= SHORT_ROW:
-        width = triton.next_power_of_2(size)
+        width = max(4, triton.next_power_of_2(size))
         short_row_kernel[(rows,)](
-            scores, seen, indices, rows, size, topk, num_initial, num_local, WIDTH=width,
-            num_warps=min(16, max(4, width // 256)),
+            scores, seen, indices, rows, size // vector, topk, num_initial, num_local, VECTOR=vector, WIDTH=width,
+            num_warps=max(4, width // SHORT_ROW_ENTRIES),
         )  # fmt: skip
         return
     chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)

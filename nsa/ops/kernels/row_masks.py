@@ -28,7 +28,7 @@ def top_kernel(Scores, Counts, Masks, size, WIDTH: tl.constexpr):
     column = tl.arange(0, WIDTH)  # [WIDTH]
     score = tl.load(Scores + row * size + column, mask=column < size, other=float("-inf")).to(tl.float32)  # [WIDTH]
     there, count = score > float("-inf"), tl.load(Counts + row)
-    mask = largest(_in_order(score), there, count)  # [WIDTH]
+    mask = largest(tl.where(there, tl.maximum(_in_order(score), 1), 0), count)  # [WIDTH]
     tl.store(Masks + row * size + column, mask.to(tl.uint8), mask=column < size)
 
 
