@@ -266,15 +266,22 @@ class Config(Section):
         return self
 
     def _check_kinds(self) -> None:
-        kinds = {kind.name: kind for kind in self.attention.pattern(self.model.num_layers)}
-        for kind in kinds.values():
+        kinds = set(self.attention.kinds(self.model.num_layers))
+        for kind in sorted(kinds, key=lambda kind: kind.title):
             if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
                 raise ValueError(problem)
+            if kind.taught and self.train == "all":
+                raise ValueError(
+                    f"attention.{kind.name}.phase: warm-up is for train: indexer; set it to sparse to train all"
+                )
         if self.train == "all":
             return
-        if not any(kind.apart for kind in kinds.values()):
+        if not any(kind.apart for kind in kinds):
             having = ", ".join(kind.name for kind in KINDS if kind.apart)
-            raise ValueError(f"train: {self.train} needs layers that have one: set attention.kind to {having}")
+            raise ValueError(
+                f"train: {self.train} needs layers that have one: set attention.kind to {having}, or to nsa with "
+                "attention.nsa.phase warm-up"
+            )
         if self.start_from is None:
             raise ValueError(f"train: {self.train} needs start_from: there is nothing to learn from random weights")
 

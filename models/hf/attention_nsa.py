@@ -191,10 +191,36 @@ class BlockCompression(nn.Module):
         self.outer = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1] < self.length:
-            return x[:, :0]
-        blocks = x.unfold(1, self.length, self.stride).transpose(-1, -2)  # (B, blocks, G, l, width)
-        return self.outer(silu(self.inner((blocks + self.position).flatten(-2))))
+        return self.outer(silu(self.inner((blocks_of(x, self.length, self.stride) + self.position).flatten(-2))))
+
+
+class PooledCompression(nn.Module):
+    """The same by a mean of a block with weights of its own in each channel, through a matrix.
+
+    outer(sum_i softmax_i(gate(x_i) + position_i) x_i), as DeepSeek-V4 pools (arXiv 2606.19348, section 2.3).
+    """
+
+    def __init__(self, config: NSAConfig, width: int):
+        super().__init__()
+        self.length, self.stride = config.compress_length, config.compress_stride
+        self.position = nn.Parameter(torch.zeros(self.length, width))
+        self.gate = nn.Linear(width, width, bias=False)
+        self.outer = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gates, x = (blocks_of(y, self.length, self.stride) for y in (self.gate(x), x))
+        with torch.autocast(x.device.type, enabled=False):
+            weights = (gates.to(dtype) + self.position.to(dtype)).softmax(-2)
+            pooled = (weights * x.to(dtype)).sum(-2).to(x.dtype)
+        return self.outer(pooled)
+
+
+def blocks_of(x: Tensor, length: int, stride: int) -> Tensor:
+    """(B, S, G, width) -> (B, (S - l) // d + 1, G, l, width)."""
+    if x.shape[1] < length:
+        return x[:, :0, :, None].expand(-1, -1, -1, length, -1)
+    return x.unfold(1, length, stride).transpose(-1, -2)
 
 
 class NativeSparseAttention(nn.Module):
@@ -206,8 +232,9 @@ class NativeSparseAttention(nn.Module):
         heads = config.num_attention_heads
         self.query = nn.Linear(config.hidden_size, heads * config.head_dim, bias=False)
         self.key_value = nn.ModuleDict({branch: KeyValue(config) for branch in ("compressed", "selected", "window")})
+        key = PooledCompression if config.key_compression == "pooled" else BlockCompression
         self.compress = nn.ModuleDict(
-            {"key": BlockCompression(config, config.head_dim), "value": BlockCompression(config, config.v_head_dim)}
+            {"key": key(config, config.head_dim), "value": BlockCompression(config, config.v_head_dim)}
         )
         self.gate = nn.Linear(config.hidden_size, 3 * heads)
         self.output = nn.Linear(heads * config.v_head_dim, config.hidden_size, bias=False)
@@ -226,6 +253,10 @@ class NativeSparseAttention(nn.Module):
         out = []
         for rows, first, stop in query_chunks(heads, step):
             slots = step.slots[:, rows]
+            if c.nsa_phase == "warm-up":  # the attention is still dense
+                seen = selected.between(0, stop)
+                out.append(attend(q[:, rows], seen, causal(slots, seen))[0])
+                continue
             # Compressed: block i is seen once its last token is (Eq. 7).
             seen = compressed.between(0, max(0, stop - c.compress_length) // c.compress_stride + 1)
             ends = torch.arange(seen.keys.shape[1], device=x.device) * c.compress_stride + c.compress_length - 1

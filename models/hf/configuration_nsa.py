@@ -19,6 +19,8 @@ class NSAConfig(PreTrainedConfig):
         attention_kinds: "dense", "nsa", "dsa", "csa" or "entmax" for each layer.
         compress_length, compress_stride: tokens in a compression block (l) and between two of them (d).
         compress_hidden: hidden width of the compression MLP; None: the head's.
+        key_compression: of NSA layers: "mlp", or "pooled": keys are a mean of the block with learned weights.
+        nsa_phase: "sparse"; "warm-up": the selection was being taught, and queries attend to all tokens.
         block_size, num_blocks: tokens in a selection block (l'), blocks that a query selects (n).
         num_initial, num_local: blocks that are always among them: the first, the most recent (the query's own too).
         window: tokens that the sliding window sees, the query's own included (w).
@@ -79,6 +81,8 @@ class NSAConfig(PreTrainedConfig):
         compress_length: int = 32,
         compress_stride: int = 16,
         compress_hidden: int | None = None,
+        key_compression: str = "mlp",
+        nsa_phase: str = "sparse",
         block_size: int = 64,
         num_blocks: int = 16,
         num_initial: int = 1,
@@ -149,6 +153,8 @@ class NSAConfig(PreTrainedConfig):
         self.compress_length = compress_length
         self.compress_stride = compress_stride
         self.compress_hidden = compress_hidden
+        self.key_compression = key_compression
+        self.nsa_phase = nsa_phase
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.num_initial = num_initial

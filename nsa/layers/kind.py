@@ -259,6 +259,7 @@ class Kind:
             mean over the ranks.
         apart: submodules that this loss alone trains, such as an indexer. Their gradient is clipped by its own norm.
             ``train: indexer`` trains nothing else.
+        taught: whether the layer is for ``train: indexer`` only: with ``train: all`` much of it would not be trained.
         from_dense: (name, shape, config, read) -> the first value of parameter ``name`` of a layer that begins with the
             weights of a dense layer, which ``read(name)`` returns; None: the value of a new run.
         holds_dense: whether its layer has all weights of a dense layer, under the same names, so that a dense layer can
@@ -298,6 +299,7 @@ class Kind:
     expensive: tuple[str, ...]
     loss: tuple[str, str] | None
     apart: tuple[str, ...]
+    taught: bool
     from_dense: Callable[[str, torch.Size, Any, Callable[[str], Tensor]], Tensor | None]
     holds_dense: bool
     free: tuple[str, ...]

@@ -3,7 +3,7 @@
 from nsa.ops.block_sparse import block_sparse_attention
 from nsa.ops.block_sparse.choice import block_lists, pooled_blocks, slash_blocks, vertical_slash_lines
 from nsa.ops.compressed import compressed_attention
-from nsa.ops.compression import compress_blocks
+from nsa.ops.compression import compress_blocks, pool_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
 from nsa.ops.decode import Terms, decode_attention
 from nsa.ops.dense import dense_attention
@@ -18,6 +18,7 @@ from nsa.ops.quest import extend_page_bounds, page_bounds, quest_pages
 from nsa.ops.rotary import apply_rotary, split_heads
 from nsa.ops.selected import selected_attention
 from nsa.ops.selection import select_blocks
+from nsa.ops.selection_kl import selection_kl
 from nsa.ops.swiglu import swiglu
 from nsa.ops.token_sparse import token_sparse_attention
 from nsa.ops.token_sparse_kl import token_sparse_attention_kl
@@ -46,10 +47,12 @@ __all__ = [
     "native_sparse_attention",
     "native_sparse_decode",
     "page_bounds",
+    "pool_blocks",
     "pooled_blocks",
     "quest_pages",
     "select_blocks",
     "selected_attention",
+    "selection_kl",
     "sketch_keys",
     "slash_blocks",
     "split_heads",

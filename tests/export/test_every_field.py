@@ -47,7 +47,12 @@ NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}
 # Whole: its types have fields of their own, which are not there together (tests/export/test_modeling_nsa.py).
 WHOLE = {"model.rope_scaling": "rotary_scaling"}
 NOT_EXPORTED = tuple(f"attention.{kind.name}" for kind in KINDS if kind.export is None)
-NOT_EXPORTED += ("model.projection", "model.mla", "attention.dsa.phase")  # these have a test of their own,
+NOT_EXPORTED += (
+    "model.projection",
+    "model.mla",
+    "attention.dsa.phase",
+    "attention.nsa.phase",
+)  # these have a test of their own,
 NOT_EXPORTED += ("attention.csa",)  # and this has one in tests/export/test_entries_nsa.py
 DENSE_ONLY = ("qkv_bias", "qk_norm")  # an NSA layer has neither
 FIELDS = [
@@ -69,7 +74,7 @@ MODEL = {
     "norm_eps": 0.05,
     "tie_embeddings": False,
 }
-NSA = {"compress_hidden": 7, "num_blocks": 5, "num_initial": 2, "num_local": 1}
+NSA = {"compress_hidden": 7, "key_compression": "pooled", "num_blocks": 5, "num_initial": 2, "num_local": 1}
 DSA = {"num_initial": 5, "num_local": 6, "index_rotary_place": "last", "index_rotary_pairs": "interleaved"}
 ENTMAX = {"alpha": 1.9, "scaling": "ssmax", "nope_heads": 1, "position": "alibi"}
 
@@ -198,13 +203,16 @@ def test_options_of_dense_layers_reach_an_export(tmp_path: Path, asked_here: Non
             proof.prove(folder, decoder, tokenizer)
 
 
-def test_the_phase_of_an_indexer_reaches_an_export(tmp_path: Path, asked_here: None) -> None:
-    config = small_config(tmp_path, "dsa")
-    config = Config.model_validate(with_value(config.model_dump(), "attention.dsa.phase", "warm-up"))
+@pytest.mark.parametrize(("kind", "name"), [("dsa", "index_phase"), ("nsa", "nsa_phase")])
+def test_the_phase_of_a_warm_up_reaches_an_export(tmp_path: Path, asked_here: None, kind: str, name: str) -> None:
+    config = small_config(tmp_path, kind)
+    changes = {"train": "indexer", "start_from": "somewhere"}
+    tree = with_value(config.model_dump() | changes, f"attention.{kind}.phase", "warm-up")
+    config = Config.model_validate(tree)
     folder = small_export(tmp_path, config=config)
     assert prove(folder, folder).difference < proof.TOLERANCE
     written = json.loads((folder / "config.json").read_text())
-    assert written.pop("index_phase") == "warm-up"
+    assert written.pop(name) == "warm-up"
     (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(ExportError, match="differ"):
         prove(folder, folder)

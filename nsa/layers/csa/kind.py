@@ -150,6 +150,7 @@ CSA: Kind = Kind(
     expensive=("range_attention", "token_attention"),
     loss=("attend.loss", "indexer_kl"),
     apart=("indexer",),
+    taught=False,
     from_dense=from_dense,
     holds_dense=False,
     free=("topk", "window", "phase", "kl_weight"),

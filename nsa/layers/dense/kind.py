@@ -54,6 +54,7 @@ DENSE = Kind(
     expensive=("range_attention",),
     loss=None,
     apart=(),
+    taught=False,
     from_dense=lambda name, shape, config, read: read(name),
     holds_dense=True,
     free=(),

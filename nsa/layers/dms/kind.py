@@ -73,6 +73,7 @@ DMS = Kind(
     expensive=(),
     loss=("share", "eviction"),
     apart=(),
+    taught=False,
     from_dense=lambda name, shape, config, read: None if name.startswith("evict.") else read(name),
     holds_dense=True,
     free=("window", "evicted", "weight", "temperature"),

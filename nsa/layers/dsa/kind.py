@@ -150,6 +150,7 @@ DSA: Kind = Kind(
     expensive=("range_attention", "token_attention", "latent_attention"),
     loss=("attend.loss", "indexer_kl"),
     apart=("indexer",),
+    taught=False,
     from_dense=lambda name, shape, config, read: None if name.startswith("indexer.") else read(name),
     holds_dense=True,
     free=("topk", "num_initial", "num_local", "index_fp8", "phase", "kl_weight", "share_layers", "share_from"),

@@ -87,6 +87,7 @@ ENTMAX = Kind(
     expensive=(),
     loss=None,
     apart=(),
+    taught=False,
     from_dense=from_dense,
     holds_dense=True,
     free=("alpha",),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa import ops
-from nsa.ops.compression import Weights
+from nsa.ops.compression import Pooling, Weights
 
 
 class BlockCompression(nn.Module):
@@ -51,3 +51,27 @@ class BlockCompression(nn.Module):
     @property
     def weights(self) -> Weights:
         return Weights(self.inner.weight, self.position, self.outer.weight)
+
+
+class PooledCompression(nn.Module):
+    """A mean of the tokens of a block with learned weights in each channel, through a matrix (`nsa.ops.pool_blocks`).
+
+    DeepSeek-V4 compresses like this (arXiv 2606.19348, section 2.3). Shared by the KV heads.
+
+    Args: as for `BlockCompression`.
+    """
+
+    def __init__(self, width: int, length: int, stride: int) -> None:
+        super().__init__()
+        self.length, self.stride = length, stride
+        self.position = nn.Parameter(torch.zeros(length, width))
+        self.gate = nn.Linear(width, width, bias=False)
+        self.outer = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """As `BlockCompression.forward`."""
+        return ops.pool_blocks(x, *self.weights, length=self.length, stride=self.stride, cu_seqlens=cu_seqlens)
+
+    @property
+    def weights(self) -> Pooling:
+        return Pooling(self.gate.weight, self.position, self.outer.weight)

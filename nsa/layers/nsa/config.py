@@ -1,5 +1,7 @@
 """The section ``attention.nsa`` of a configuration."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from nsa.schema import Section
@@ -11,11 +13,21 @@ class NsaConfig(Section):
     compress_length: int = Field(32, ge=1, description="tokens in a compression block (l), a multiple of the stride")
     compress_stride: int = Field(16, ge=1, description="tokens between two compression blocks (d)")
     compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: head_dim")
+    key_compression: Literal["mlp", "pooled"] = Field(
+        "mlp",
+        description="how keys are compressed: by the paper's MLP, or as a mean with learned weights, which "
+        "finds more where the selection is taught",
+    )
     block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
     num_blocks: int = Field(16, ge=1, description="selected blocks per query, initial and local ones included (n)")
     num_initial: int = Field(1, ge=0, description="blocks at the start of a document that are always selected")
     num_local: int = Field(2, ge=0, description="most recent blocks that are always selected, the current one included")
     window: int = Field(512, ge=1, description="tokens seen by the sliding-window branch, the query's own included (w)")
+    phase: Literal["warm-up", "sparse"] = Field(
+        "sparse",
+        description="warm-up: queries attend to all tokens and the compression of keys learns which blocks that goes "
+        "to; for `train: indexer`, from a dense model. sparse: NSA",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "NsaConfig":

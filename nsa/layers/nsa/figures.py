@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa import ops
 from nsa.layers.nsa.layer import BRANCHES
 from nsa.ops.geometry import Documents
 from nsa.ops.native_sparse import branches
+from nsa.ops.selection_kl import block_attention
 
 
 @torch.no_grad()
@@ -56,6 +58,41 @@ def measure(
     choice = documents.query_local // sizes["block_size"] >= max(sizes["num_blocks"], sizes["num_local"])
     figures["first_block_share"] = first_block_share(first_block, choice)
     return figures
+
+
+@torch.no_grad()
+def measure_warm_up(
+    attend: Any,
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
+    kv_win: tuple[Tensor, Tensor],
+    gates: Tensor,
+    cu_seqlens: Tensor | None = None,
+    offset: int = 0,
+) -> dict[str, float]:
+    """The metrics of one layer whose selection is taught. Shares of the attention that the choice is about: that to
+    blocks which are neither always selected nor reached by the window.
+
+    recall: the share that the selected blocks hold. recall_bound: the most that as many blocks can hold.
+    choice_mass: the probability of all of it, mean over tokens.
+    """
+    k, v = kv_slc() if callable(kv_slc) else kv_slc
+    sizes, documents = attend.sizes, {"scale": attend.scale, "cu_seqlens": cu_seqlens}
+    dense: dict[str, Any] = documents | {"backend": attend.backend}
+    _, lse = ops.dense_attention(q, k, v, **dense, return_lse=True)
+    target = block_attention(q, k, lse, **sizes, window=attend.window, **documents, offset=offset)
+    blocks: dict[str, Any] = dense | {name: sizes[name] for name in ("length", "stride")}
+    _, compressed = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **blocks, offset=offset)
+    chosen = attend.choose(q, kv_cmp[0], compressed, cu_seqlens=cu_seqlens, offset=offset).transpose(1, 2).long()
+    held = (target.gather(3, chosen.clamp(min=0)) * (chosen >= 0)).sum()  # forced blocks have none of it
+    free = sizes["num_blocks"] - sizes["num_initial"] - sizes["num_local"]
+    most, whole = target.topk(min(free, target.shape[3]), -1).values.sum(), target.sum()
+    return {
+        "recall": (held / whole).item() if whole else 1.0,
+        "recall_bound": (most / whole).item() if whole else 1.0,
+        "choice_mass": target.sum(-1).mean().item(),
+    }
 
 
 def block_entropy(blocks: Tensor, document: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The record of Native Sparse Attention."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Shape
 from nsa.layers.nsa.config import NsaConfig
-from nsa.layers.nsa.figures import measure
+from nsa.layers.nsa.figures import measure, measure_warm_up
 from nsa.layers.nsa.guest import GUEST
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
@@ -32,8 +33,11 @@ def products(shape: Shape, config: NsaConfig) -> list[Product]:
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     joint = heads * shape.head_dim + 3 * kv_heads * (shape.head_dim + shape.v_head_dim) + 3 * heads
     linear_maps = [Product(1, shape.hidden_size, joint), Product(1, heads * shape.v_head_dim, shape.hidden_size)]
-    for width in (shape.head_dim, shape.v_head_dim):
-        blocks, hidden = kv_heads / config.compress_stride, config.compress_hidden or width
+    blocks, pooled = kv_heads / config.compress_stride, config.key_compression == "pooled"
+    if pooled:
+        linear_maps += [Product(rows, shape.head_dim, shape.head_dim) for rows in (kv_heads, blocks)]
+    for width in (shape.head_dim, shape.v_head_dim)[pooled:]:
+        hidden = config.compress_hidden or width
         linear_maps.append(Product(blocks, config.compress_length * width, hidden))
         linear_maps.append(Product(blocks, hidden, width))
     return linear_maps
@@ -65,7 +69,8 @@ def exchanges(shape: Shape, config: NsaConfig) -> dict[str, Exchange]:
 
 def card(config: NsaConfig) -> dict[str, str]:
     return {
-        "compression": f"blocks of {config.compress_length} tokens at stride {config.compress_stride}",
+        "compression": f"blocks of {config.compress_length} tokens at stride {config.compress_stride}"
+        + (", keys pooled" if config.key_compression == "pooled" else ""),
         "selection": f"{config.num_blocks} blocks of {config.block_size} tokens, {config.num_initial} initial "
         f"and {config.num_local} local ones among them",
         "window": f"{config.window} tokens",
@@ -81,6 +86,8 @@ NARROW = 1 / 16  # slope of the hidden layer where it is too narrow for the exac
 def from_dense(name: str, shape: torch.Size, config: NsaConfig, read: Callable[[str], Tensor]) -> Tensor | None:
     """Each branch begins with the dense keys and values. The compression begins as a mean, the gates as a constant.
 
+    Pooled keys are a mean with a gate of 0.
+
     phi is outer silu(inner block). Since silu(x) - silu(-x) = x, it is exactly the mean where the hidden layer has
     twice the width: inner is (mean, -mean), outer (1, -1). In a narrower one it is the mean where that is small.
     """
@@ -94,6 +101,8 @@ def from_dense(name: str, shape: torch.Size, config: NsaConfig, read: Callable[[
         return read(name)
     if name.endswith("position"):
         return torch.zeros(shape)
+    if config.key_compression == "pooled" and name.startswith("compress.key."):
+        return torch.eye(*shape) if name.endswith("outer.weight") else torch.zeros(shape)
     inner, length = name.endswith("inner.weight"), config.compress_length
     hidden, width = (shape[0], shape[1] // length) if inner else (shape[1], shape[0])
     wide = hidden >= 2 * width
@@ -108,7 +117,7 @@ def from_dense(name: str, shape: torch.Size, config: NsaConfig, read: Callable[[
     return outer
 
 
-NSA = Kind(
+NSA: Kind = Kind(
     name="nsa",
     title="Native Sparse Attention (arXiv 2502.11089)",
     config=NsaConfig,
@@ -137,19 +146,55 @@ NSA = Kind(
     ),
     exchanges=exchanges,
     choices=("attend.choose",),
-    placed=None,
+    placed=lambda config, place: WARM_UP if config.phase == "warm-up" else NSA,
     borrows=False,
     twin=lambda config: config,
     expensive=("range_attention", "selected_attention", "compress_blocks"),
     loss=None,
     apart=(),
+    taught=False,
     from_dense=from_dense,
     holds_dense=False,
-    free=("num_blocks", "num_initial", "num_local", "window"),
+    free=("num_blocks", "num_initial", "num_local", "window", "phase"),
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export=lambda config: config.model_dump(),
+    export=lambda config: config.model_dump(exclude={"phase"}) | {"nsa_phase": config.phase},
     known=lambda shape, config: None,
     card=card,
+)
+
+
+def problem_warm_up(config: NsaConfig, tokens: int) -> str | None:
+    choice = (config.num_initial + config.num_local) * config.block_size
+    if tokens <= choice:
+        return (
+            f"attention.nsa.phase warm-up: a sample ({tokens} tokens) has no block beside the initial and local ones "
+            f"({choice} tokens), so there is no choice to teach: train on longer samples"
+        )
+    return None
+
+
+# A layer whose selection is taught: it attends like the dense layer that it was, and only its keys' compression learns.
+WARM_UP: Kind = replace(
+    NSA,
+    title=f"{NSA.title}, whose selection is taught",
+    keys=lambda config, tokens: {"all": (tokens + 1) / 2},
+    prices={"all": "causal"},
+    reach=lambda config: 0,
+    lists=False,
+    recordable=False,
+    parts=lambda shape, config: replace(
+        NSA.parts(shape, config),
+        gathered={"attend.diverge": (2, None, None, 1)},
+        gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
+    ),
+    choices=(),
+    expensive=("range_attention",),
+    loss=("attend.loss", "selection_kl"),
+    apart=("compress.key",),
+    taught=True,
+    free=("num_blocks", "num_initial", "num_local", "window"),
+    problem=problem_warm_up,
+    figures=measure_warm_up,
 )

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from nsa import ops
 from nsa.cache import NativeSparseCache, Position
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.kind import Local, Pair
 from nsa.layers.linear import joint_linear
-from nsa.layers.nsa.compression import BlockCompression
+from nsa.layers.nsa.compression import BlockCompression, PooledCompression
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.compression import extend_compressed
 from nsa.ops.geometry import Documents, block_ends
 
 BRANCHES = ("compressed", "selected", "window")
+Phase = Literal["warm-up", "sparse"]
 
 
 class KeyValue(nn.Module):
@@ -28,14 +30,30 @@ class KeyValue(nn.Module):
 
 
 class KeyValueCompression(nn.Module):
-    """Computes the compressed keys and values, each with its own MLP. Keys are rotated afterwards."""
+    """Computes the compressed keys and values, each with its own weights. Keys are rotated afterwards.
+
+    ``pooled``: keys are means with learned weights, and not the output of an MLP.
+    """
+
+    key: BlockCompression | PooledCompression
 
     def __init__(
-        self, head_dim: int, v_head_dim: int, length: int, stride: int, hidden: int | None, *, backend: str = "auto"
+        self,
+        head_dim: int,
+        v_head_dim: int,
+        length: int,
+        stride: int,
+        hidden: int | None,
+        *,
+        pooled: bool = False,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         self.length, self.stride, self.backend = length, stride, backend
-        self.key = BlockCompression(head_dim, length, stride, hidden, backend=backend)
+        if pooled:
+            self.key = PooledCompression(head_dim, length, stride)
+        else:
+            self.key = BlockCompression(head_dim, length, stride, hidden, backend=backend)
         self.value = BlockCompression(v_head_dim, length, stride, hidden, backend=backend)
 
     def forward(self, raw: Pair, tables: Pair, cu_seqlens: Tensor | None = None, ahead: int = 0) -> Pair:
@@ -88,13 +106,40 @@ class BlockChoice(nn.Module):
         return ops.select_blocks(q, k_cmp, lse, **self.sizes | sizes, **options)  # type: ignore[arg-type]
 
 
-class GatedBranches(nn.Module):
-    """The operator of the layer, as a module without parameters, so that hooks can see its inputs."""
+class Divergence(nn.Module):
+    """The loss that teaches the selection, as a module without parameters: its target is a mean over all query heads."""
 
-    def __init__(self, choose: BlockChoice, *, window: int) -> None:
+    def __init__(self, choose: BlockChoice, window: int) -> None:
+        super().__init__()
+        self.sizes = {name: size for name, size in choose.sizes.items() if name != "num_blocks"} | {"window": window}
+        self.scale, self.backend = choose.scale, "auto" if choose.backend == "triton" else choose.backend
+
+    def forward(
+        self, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0
+    ) -> Tensor:
+        """As `nsa.ops.selection_kl`: a scalar, the sum over tokens."""
+        options: dict[str, Any] = self.sizes | {"scale": self.scale, "backend": self.backend}
+        return ops.selection_kl(q, k_cmp, k, lse, **options, cu_seqlens=cu_seqlens, offset=offset)
+
+
+class GatedBranches(nn.Module):
+    """The operators of the layer, as a module without parameters, so that hooks can see its inputs.
+
+    Attributes:
+        choose: the selection. diverge: in the warm-up the loss that teaches it, loss: attaches that to the output; both
+            None otherwise.
+    """
+
+    diverge: Divergence | None
+    loss: AuxiliaryLoss | None
+
+    def __init__(self, choose: BlockChoice, *, window: int, phase: Phase = "sparse") -> None:
         super().__init__()
         self.choose, self.window = choose, window
         self.sizes, self.scale, self.backend = choose.sizes, choose.scale, choose.backend
+        self.diverge = self.loss = None
+        if phase == "warm-up":
+            self.diverge, self.loss = Divergence(choose, window), AuxiliaryLoss(1.0)
 
     def forward(
         self,
@@ -106,7 +151,9 @@ class GatedBranches(nn.Module):
         cu_seqlens: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
-        """As `nsa.ops.native_sparse_attention`."""
+        """As `nsa.ops.native_sparse_attention`. In the warm-up: dense attention with the selected branch's keys."""
+        if self.diverge is not None:
+            return self._warm_up(q, kv_cmp[0], kv_slc() if callable(kv_slc) else kv_slc, cu_seqlens, offset)
         return ops.native_sparse_attention(
             q,
             kv_cmp,
@@ -122,8 +169,21 @@ class GatedBranches(nn.Module):
             backend=self.backend,
         )
 
+    def _warm_up(self, q: Tensor, k_cmp: Tensor, kv: Pair, cu_seqlens: Tensor | None, offset: int) -> Tensor:
+        assert self.diverge is not None and self.loss is not None
+        assert offset + q.shape[1] == kv[0].shape[1], "the queries must be those of the last tokens"
+        options: dict[str, Any] = {"scale": self.scale, "cu_seqlens": cu_seqlens, "backend": self.backend}
+        out, lse = ops.dense_attention(q, *kv, **options, return_lse=True)
+        if not k_cmp.requires_grad:
+            return out
+        divergence = self.diverge(q, k_cmp, kv[0], lse, cu_seqlens=cu_seqlens, offset=offset)
+        return self.loss(out, divergence, q.shape[0] * q.shape[1])
+
     def decode(self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, lengths: Tensor) -> Tensor:
         """As `nsa.ops.native_sparse_decode`, with an axis of one token: q (B, 1, H, D) -> (B, 1, H, Dv)."""
+        if self.diverge is not None:
+            dense: dict[str, Any] = {"scale": self.scale, "backend": self.backend}
+            return ops.decode_attention(q[:, 0], *kv_slc, lengths, **dense)[0][:, None]
         options: dict[str, Any] = self.sizes | {"scale": self.scale, "backend": self.backend}
         return ops.native_sparse_decode(q[:, 0], kv_cmp, kv_slc, kv_win, gates[:, 0], lengths, **options)[:, None]
 
@@ -135,14 +195,21 @@ class NativeSparseAttention(nn.Module):
     3.3.3). The compression MLP reads keys before their rotation. The compressed key of a block is then rotated to the
     position of the block's last token, so that scores depend on distances alone.
 
+    The selection has no gradient: in the paper it learns through the compressed branch alone. In the phase "warm-up" it
+    is taught instead, for a model that was dense: queries attend to all tokens with the selected branch's keys and
+    values, and the compression of keys learns which blocks this attention goes to (`nsa.ops.selection_kl`). This loss
+    is attached to the output, as that of `nsa.layers.dsa.layer.DeepSeekSparseAttention`.
+
     Args:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
         head_dim: D of queries and keys, even. v_head_dim: Dv of values; None: D.
         compress_length, compress_stride: tokens in a compression block (l) and between two (d); d divides l.
         compress_hidden: hidden width of the compression MLP; None: the head dimension.
+        key_compression: "mlp", or "pooled" for a weighted mean (`nsa.layers.nsa.compression.PooledCompression`).
         block_size, num_blocks: tokens in a selection block (l'), and blocks per query (n).
         num_initial, num_local: blocks that are always selected: the document's first, the query's most recent.
         window: tokens of the sliding window (w).
+        phase: "warm-up" or "sparse", see above.
         rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
         backend: implementation of the operators: auto, triton, torch or naive.
 
@@ -161,11 +228,13 @@ class NativeSparseAttention(nn.Module):
         compress_length: int = 32,
         compress_stride: int = 16,
         compress_hidden: int | None = None,
+        key_compression: Literal["mlp", "pooled"] = "mlp",
         block_size: int = 64,
         num_blocks: int = 16,
         num_initial: int = 1,
         num_local: int = 2,
         window: int = 512,
+        phase: Phase = "sparse",
         rope_theta: float = 10000.0,
         backend: str = "auto",
     ) -> None:
@@ -177,7 +246,13 @@ class NativeSparseAttention(nn.Module):
         self.query = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
         self.key_value = nn.ModuleDict({b: KeyValue(hidden_size, num_kv_heads, head_dim, v_head_dim) for b in BRANCHES})
         self.compress = KeyValueCompression(
-            head_dim, v_head_dim, compress_length, compress_stride, compress_hidden, backend=backend
+            head_dim,
+            v_head_dim,
+            compress_length,
+            compress_stride,
+            compress_hidden,
+            pooled=key_compression == "pooled",
+            backend=backend,
         )
         self.gate = nn.Linear(hidden_size, 3 * num_heads)
         self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
@@ -192,7 +267,7 @@ class NativeSparseAttention(nn.Module):
             backend=backend,
         )
         self.exchange = Local()
-        self.attend = GatedBranches(choose, window=window)
+        self.attend = GatedBranches(choose, window=window, phase=phase)
 
     def forward(
         self,

@@ -75,11 +75,68 @@ class Weights(NamedTuple):
     outer: Tensor
 
 
+class Pooling(NamedTuple):
+    """Of a compression: gate (D, D), position (l, D) and outer (Dv, D), as for `pool_blocks`."""
+
+    gate: Tensor
+    position: Tensor
+    outer: Tensor
+
+
+@autocasts("x", "gate", "position", "outer")
+def pool_blocks(
+    x: Tensor,
+    gate: Tensor,
+    position: Tensor,
+    outer: Tensor,
+    *,
+    length: int,
+    stride: int,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """A weighted mean of the tokens of every block of every head, with weights of its own in each channel.
+
+    outer sum_i softmax_i(gate x_i + position_i) x_i, over the tokens i of a block. DeepSeek-V4 compresses like this
+    (arXiv 2606.19348, section 2.3), without ``outer`` and with gates of the hidden state. Beside `compress_blocks` it
+    can leave single tokens out, or take one alone. There is no kernel: it is PyTorch on every device.
+
+    Args:
+        x, length, stride, cu_seqlens: as for `compress_blocks`.
+        gate: (D, D). position: (length, D). outer: (Dv, D). All are cast to x's dtype.
+
+    Returns:
+        As `compress_blocks`. The softmax and the mean are fp32 (float64 for float64).
+
+    Raises:
+        ValueError: inconsistent shapes.
+    """
+    check_compression(length, stride)
+    check_packing(x, cu_seqlens, x.shape[1])
+    width = x.shape[-1]
+    if x.dim() != 4 or gate.shape != (width, width) or position.shape != (length, width) or outer.shape[1] != width:
+        raise ValueError(
+            f"x (B, T, G, D) {tuple(x.shape)} goes with gate (D, D), position ({length}, D) and outer (Dv, D); got "
+            f"{tuple(gate.shape)}, {tuple(position.shape)} and {tuple(outer.shape)}"
+        )
+    start = compression_layout(Documents.of(x.shape[1], 0, cu_seqlens, x.device), length, stride).start
+    token = start.clamp(min=0)[:, None] + torch.arange(length, device=x.device)  # (M, l)
+    gates = linear(x, gate.to(x.dtype))
+    pooled = _pooled(gates[:, token], x[:, token], position)
+    return linear(pooled, outer.to(x.dtype)) * (start >= 0)[:, None, None]
+
+
+def _pooled(gates: Tensor, x: Tensor, position: Tensor) -> Tensor:
+    """(..., l, G, D) both -> (..., G, D) in x's dtype."""
+    wide = accumulation_dtype(x)
+    weights = (gates.to(wide) + position.to(x.dtype).to(wide)[:, None]).softmax(-3)
+    return (weights * x.to(wide)).sum(-3).to(x.dtype)
+
+
 @torch.no_grad()
 def extend_compressed(
     memories: Sequence[Tensor],
     rows: Sequence[Tensor],
-    weights: tuple[Weights, Weights],
+    weights: tuple[Weights | Pooling, Weights | Pooling],
     compressed: tuple[Tensor, Tensor],
     cos: Tensor,
     sin: Tensor,
@@ -104,21 +161,30 @@ def extend_compressed(
     """
     rings = memories[:2]
     dtype = rings[0].dtype
-    inner, position, outer = ([ours[i].to(dtype) for ours in weights] for i in range(3))
-    if resolve_backend(backend, *rings, *compressed) == "triton":
+    cast = [type(ours)(*(w.to(dtype) for w in ours)) for ours in weights]
+    fused = all(isinstance(ours, Weights) for ours in cast)
+    if fused and resolve_backend(backend, *rings, *compressed) == "triton":
         from nsa.ops.kernels import inference_operators as operators
 
+        inner, position, outer = ([ours[i] for ours in cast] for i in range(3))
         lists = list(memories), list(rows), inner, position, outer, list(compressed)
         operators.extend_compressed(*lists, cos, sin, index, stride)
         return
-    append_rows(memories, rows, index, backend="torch")
+    append_rows(memories, rows, index, backend="torch" if fused else backend)
     length = rings[0].shape[1]
     order = (index + torch.arange(1, length + 1, device=index.device)) % length
     slot = ((index + 1 - length).clamp(min=0) + stride - 1) // stride
     for i, rotate in enumerate((True, False)):
-        x = (rings[i].index_select(1, order) + position[i][:, None]).transpose(1, 2).flatten(2)
-        block = linear(silu(linear(x, inner[i])), outer[i])[:, None]  # (B, 1, G, Dv)
+        block = _one_block(rings[i].index_select(1, order), cast[i])[:, None]  # (B, 1, G, Dv)
         compressed[i].index_copy_(1, slot, apply_rotary(block, cos, sin, backend="torch") if rotate else block)
+
+
+def _one_block(x: Tensor, weights: Weights | Pooling) -> Tensor:
+    """The tokens of a block (B, l, G, D) -> (B, G, Dv)."""
+    if isinstance(weights, Pooling):
+        return linear(_pooled(linear(x, weights.gate), x, weights.position), weights.outer)
+    flat = (x + weights.position[:, None]).transpose(1, 2).flatten(2)
+    return linear(silu(linear(flat, weights.inner)), weights.outer)
 
 
 def _naive(
