@@ -3,11 +3,15 @@
     python benchmarks/recall.py [--kinds dense nsa] [--seeds 1 2 3] [--at-once N] [--runs FOLDER] [--out FILE]
                                 [KEY=VALUE ...]
 
+- nsa, dense: from random weights.
+- selection: begins with the dense model of its seed, and teaches NSA's selection alone (`train: indexer`).
+- taught: NSA that begins with that.
+
 Every run is a process of its own with the trainer of `nsa.train`; all have one tokenizer. After every --every steps it
 answers mqar_wide in episodes of 256 tokens and of the training length, and the other recall tasks of the mixture at the
-training length, eight episodes each; at the end 64. The seconds of a curve are those of its steps. Checkpoints are in
-FOLDER, and `python -m nsa.export FOLDER/dense-1` makes a model of one. FILE (JSON) has the curves; a plot is drawn
-beside it.
+training length, eight episodes each; at the end 64, and as many before the first step of one that begins with another.
+The seconds of a curve are those of its steps. Checkpoints are in FOLDER, and `python -m nsa.export FOLDER/dense-1`
+makes a model of one. FILE (JSON) has the curves; a plot is drawn beside it.
 """
 
 import argparse
@@ -16,8 +20,7 @@ import shlex
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,14 +36,24 @@ from nsa.data.prepare import prepare
 from nsa.data.tasks import task_named
 from nsa.training.signals import die_with_parent
 
-CONFIG = ROOT / "configs" / "25m-recall.yaml"
-KINDS = {"nsa": [], "dense": ["attention.kind=dense", "model.intermediate_size=1344"]}  # of as many parameters
+FIRST, LATER = ROOT / "configs" / "25m-recall.yaml", ROOT / "configs" / "compare" / "study-4k-25m.yaml"
+POOLED = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
+ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=200", "optimizer.warmup_steps=0"]
+ALONE += ["optimizer.learning_rate=3.0e-3", "optimizer.min_learning_rate=3.0e-4", "optimizer.weight_decay=0"]
+KINDS = {  # kind -> its file, its keys, and the kind that it begins with
+    "nsa": (FIRST, [], None),
+    "dense": (FIRST, ["attention.kind=dense", "model.intermediate_size=1344"], None),  # of as many parameters
+    "selection": (LATER, [*POOLED, *ALONE], "dense"),
+    "taught": (LATER, POOLED, "selection"),
+}
 SHORT, FEW, EPISODES = 256, 8, 64
 
 
 def configuration(kind: str, seed: int, runs: str, settings: list[str]) -> Config:
     mine = [f"name={kind}-{seed}", f"seed={seed}", f"output_dir={runs}", f"data.cache_dir={runs}/cache"]
-    return load_config(str(CONFIG), [*mine, *KINDS[kind], *settings])
+    path, keys, before = KINDS[kind]
+    start = [f"start_from={runs}/{before}-{seed}"] if before else []
+    return load_config(str(path), [*mine, *keys, *start, *settings])
 
 
 def train(case: tuple[str, int], every: int, runs: str, settings: list[str]) -> dict[str, Any]:
@@ -67,6 +80,9 @@ def train(case: tuple[str, int], every: int, runs: str, settings: list[str]) -> 
         return {name: round(recall.accuracy, 4) for name, recall in found.items()}
 
     curve: list[dict[str, Any]] = []
+    if config.start_from is not None:
+        curve.append({"step": 0, "tokens": 0, "seconds": 0.0, **recalled(EPISODES)})
+        print(json.dumps({"run": f"{kind}-{seed}", **curve[-1]}), flush=True)
     seconds, losses, since = 0.0, [], time.perf_counter()
     for step in range(1, steps + 1):
         losses.append(trainer.train_step(stop).loss)
@@ -95,7 +111,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(name for run in runs for name in run["curve"][0] if name.startswith("mqar")))
     figure, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), sharey=True, squeeze=False)
-    colours = dict(zip(dict.fromkeys(run["kind"] for run in runs), ("tab:blue", "tab:orange"), strict=False))
+    colours = {kind: f"C{number}" for number, kind in enumerate(dict.fromkeys(run["kind"] for run in runs))}
     for axis, name in zip(axes[0], names, strict=True):
         for run in runs:
             first = run["seed"] == min(r["seed"] for r in runs)
@@ -120,7 +136,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
-    cases = [(kind, seed) for kind in options.kinds for seed in options.seeds]
+    cases = [(kind, seed) for kind in KINDS if kind in options.kinds for seed in options.seeds]
     report: dict[str, Any] = environment() | {"command": shlex.join(["python", "benchmarks/recall.py", *sys.argv[1:]])}
     report |= {"at_once": options.at_once, "recall": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -128,11 +144,15 @@ def main() -> None:
         first = configuration(*cases[0], runs, options.overrides)
         tokenizer = prepare(first.data, first.seed).tokenizer.path
         settings = [*options.overrides, f"data.tokenizer.path={tokenizer}"]
-        given = repeat(options.every), repeat(runs), repeat(settings)
         workers = ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn"), max_tasks_per_child=1)
+        asked: dict[tuple[str, int], Future] = {}
         with workers:
-            for run in workers.map(train, cases, *given):
-                report["recall"].append(run)
+            for kind, seed in cases:
+                if (before := asked.get((KINDS[kind][2] or "", seed))) is not None:
+                    before.result()
+                asked[kind, seed] = workers.submit(train, (kind, seed), options.every, runs, settings)
+            for run in asked.values():
+                report["recall"].append(run.result())
                 if options.out:
                     options.out.write_text(json.dumps(report, indent=1) + "\n")
     if options.out:

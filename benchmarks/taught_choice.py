@@ -10,7 +10,8 @@ upper bound of NSA's, where the window's blocks compete for the five.
 
 - `mean`: of the keys before rotation, and a factor. `linear`: the mean through a matrix.
 - `mlp`: NSA's, twice the width hidden. `pooled`: a softmax over the tokens of a block, for each channel, of their keys
-  through a matrix and a bias for each place, as DeepSeek-V4 compresses.
+  through a matrix and a bias for each place, as DeepSeek-V4 compresses. `through`: that mean through a matrix, which is
+  `attention.nsa.key_compression: pooled`.
 - `best`: by the attention itself. `the same for all`: the five blocks with most attention of all queries together, what
   a choice finds that knows salient tokens and not what a query asks for. `random`.
 
@@ -80,7 +81,16 @@ class Pooled(Mean):
         return self.factor * ((blocks @ self.matrix + self.place).softmax(2) * blocks).sum(2)
 
 
-COMPRESSIONS = {"mean": Mean, "linear": Linear, "mlp": Mlp, "pooled": Pooled}
+class Through(Pooled):
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__(length, width)
+        self.outer = nn.Parameter(torch.eye(width))
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        return super().forward(blocks) @ self.outer
+
+
+COMPRESSIONS = {"mean": Mean, "linear": Linear, "mlp": Mlp, "pooled": Pooled, "through": Through}
 
 
 def importance(compression: Mean, q: Tensor, keys: Tensor, turn: Turn) -> Tensor:
