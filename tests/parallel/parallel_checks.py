@@ -147,9 +147,9 @@ def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[s
 
 
 def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[dict[str, Any]]:
-    """For each case, a run that trains its indexers or NSA's selection: of every step the loss, the norm of the gradient and the loss of
-    each layer; of the run, what has moments, which weights changed, and whether stages sent each other gradients. The
-    output head must not be called."""
+    """For each case, a run that trains its indexers or NSA's selection: of every step the loss, the norm of the
+    gradient and the loss of each layer; of the run, what has moments, which weights changed, and whether stages sent
+    each other gradients. The output head must not be called."""
     answer = []
     for number, overrides in enumerate(cases):
         config = tiny_config(folder, f"name=taught{number}-{ranks.world_size}", f"training.steps={steps}", *overrides)

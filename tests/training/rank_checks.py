@@ -136,7 +136,7 @@ def rolled_back(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict
 
 def stages(ranks: Ranks, folder: Path, cases: list[list[str]], kind: str = "dsa") -> list[dict[str, Any]]:
     """For each case, a dense run, one that trains what chooses, and a sparse one, each from the one before."""
-    sizes, part = STAGED[kind]
+    sizes, part, rate = STAGED[kind]
     answer = []
     for number, overrides in enumerate(cases):
         runs = folder / "runs"
@@ -146,7 +146,7 @@ def stages(ranks: Ranks, folder: Path, cases: list[list[str]], kind: str = "dsa"
 
         dense = config("dense", "attention.kind=dense", "training.steps=4")
         taught = [*sizes, f"attention.{kind}.phase=warm-up", "train=indexer", f"start_from={runs}/dense{number}"]
-        taught += ["optimizer.learning_rate=0.02", "training.steps=8"]
+        taught += [f"optimizer.learning_rate={rate}", "training.steps=8"]
         sparse = [*sizes, f"start_from={runs}/taught{number}", "training.steps=4"]
         first, again = config("taught", *taught), config("again", *taught)
         last, killed = config("sparse", *sparse), config("killed", *sparse)
@@ -195,10 +195,10 @@ INDEXER = [
     "attention.kind=dsa",
     "attention.dsa={topk: 16, index_heads: 4, index_head_dim: 16, index_rotary_dims: 8}",
 ]
-# Overrides of a kind that is taught, and what its warm-up trains.
+# Overrides of a kind that is taught, what its warm-up trains, and how fast: an indexer is new, a compression a mean.
 STAGED = {
-    "dsa": (INDEXER, "indexer"),
-    "nsa": (["attention.kind=nsa", "attention.nsa.num_local=1"], "compress.key"),
+    "dsa": (INDEXER, "indexer", 0.02),
+    "nsa": (["attention.kind=nsa", "attention.nsa.num_local=1"], "compress.key", 0.001),
 }
 
 
