@@ -1,4 +1,4 @@
-"""`ops.compress_blocks`: the PyTorch fallback and the kernels against the reference, values and gradients."""
+"""`ops.compress_blocks` and `ops.pool_blocks` against references, values and gradients; a token at a time."""
 
 import itertools
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.ops.compression import Pooling, Weights, extend_compressed
 from tests.ops.cases import cumulative, gradients
 
 CASES = [  # batch, documents, groups, width, v width, hidden, length, stride
@@ -74,3 +75,115 @@ def test_wrong_shapes_are_rejected() -> None:
         ops.compress_blocks(x, inner, position, outer[:, 1:], length=8, stride=4)
     with pytest.raises(ValueError, match="multiple of stride"):
         ops.compress_blocks(x, inner, position, outer, length=8, stride=3)
+
+
+def pooling_of(batch, documents, groups, width, v_width, length, dtype=torch.float64) -> list[Tensor]:
+    """x, gate, position and outer of `ops.pool_blocks`."""
+    generator = torch.Generator().manual_seed(sum(documents))
+    shapes = ((batch, sum(documents), groups, width), (width, width), (length, width), (v_width, width))
+    return [torch.randn(*shape, dtype=dtype, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("batch", "documents", "groups", "width", "v_width", "length", "stride"),
+    [(2, [31], 3, 6, 4, 6, 2), (1, [16], 1, 4, 8, 8, 8), (1, [1, 20, 0, 3, 8, 13], 2, 5, 5, 8, 4)],
+)
+def test_pooling_equals_windows_of_each_document(batch, documents, groups, width, v_width, length, stride) -> None:
+    """Values by a loop over blocks and channels, and gradients."""
+    x, gate, position, outer = inputs = pooling_of(batch, documents, groups, width, v_width, length)
+    options = {"length": length, "stride": stride, "cu_seqlens": packing(documents)}
+    out = ops.pool_blocks(*inputs, **options)
+    rows = []
+    for begin, end in itertools.pairwise(cumulative(documents).tolist()):
+        for start in range(begin, end - length + 1, stride):
+            block = x[:, start : start + length]
+            gates = torch.einsum("blgd,ed->blge", block, gate) + position[None, :, None]
+            weights = gates.exp() / gates.exp().sum(1, keepdim=True)
+            rows.append(torch.einsum("bgd,ed->bge", (weights * block).sum(1), outer))
+    expected = torch.nn.functional.pad(torch.stack(rows, 1), (0, 0, 0, 0, 0, out.shape[1] - len(rows)))
+    assert out.shape == (batch, (sum(documents) - length) // stride + 1, groups, v_width)
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(gradients(out, inputs), gradients(expected, inputs), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("documents", [[9], [3, 6, 0, 1]])
+def test_gradients_of_pooling_are_its_slopes(documents: list[int]) -> None:
+    inputs = pooling_of(1, documents, 2, 3, 2, 4)
+    options = {"length": 4, "stride": 2, "cu_seqlens": packing(documents)}
+    assert torch.autograd.gradcheck(lambda *given: ops.pool_blocks(*given, **options), inputs)
+
+
+def test_pooling_without_gate_and_position_is_the_mean() -> None:
+    x = pooling_of(2, [20], 3, 6, 6, 8)[0]
+    out = ops.pool_blocks(x, torch.zeros(6, 6), torch.zeros(8, 6), torch.eye(6), length=8, stride=4)
+    torch.testing.assert_close(out, torch.stack([x[:, i : i + 8].mean(1) for i in (0, 4, 8, 12)], 1))
+
+
+def test_pooling_in_bf16_is_a_mean_in_fp32() -> None:
+    """A gate in which one token has all of the weight takes it as it is."""
+    x = pooling_of(1, [20], 2, 6, 6, 8, torch.bfloat16)[0].detach()
+    position = torch.full((8, 6), -1000.0)
+    position[3] = 0
+    out = ops.pool_blocks(x, torch.zeros(6, 6), position, torch.eye(6), length=8, stride=4)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, x[:, [3, 7, 11, 15]])
+
+
+@pytest.mark.parametrize("documents", [[7], [5, 7, 2]])
+def test_pooling_of_too_few_tokens_gives_no_block(documents: list[int]) -> None:
+    """And yet every weight has a gradient, for which DistributedDataParallel waits: 0."""
+    inputs = pooling_of(1, documents, 3, 6, 4, 8)
+    out = ops.pool_blocks(*inputs, length=8, stride=4, cu_seqlens=packing(documents))
+    assert out.shape == (1, 0 if len(documents) == 1 else 2, 3, 4) and not out.any()
+    for gradient in torch.autograd.grad(out.sum(), inputs):
+        assert not gradient.any()
+
+
+def test_wrong_shapes_of_pooling_are_rejected() -> None:
+    x, gate, position, outer = pooling_of(1, [20], 2, 6, 4, 8)
+    with pytest.raises(ValueError, match=r"gate \(D, D\), position \(8, D\)"):
+        ops.pool_blocks(x, gate[1:], position, outer, length=8, stride=4)
+    with pytest.raises(ValueError, match=r"position \(4, D\)"):
+        ops.pool_blocks(x, gate, position, outer, length=4, stride=4)
+    with pytest.raises(ValueError, match=r"outer \(Dv, D\)"):
+        ops.pool_blocks(x, gate, position, outer[:, 1:], length=8, stride=4)
+    with pytest.raises(ValueError, match="multiple of stride"):
+        ops.pool_blocks(x, gate, position, outer, length=8, stride=3)
+    with pytest.raises(ValueError, match=r"x \(B, T, G, D\)"):
+        ops.pool_blocks(x[0], gate, position, outer, length=8, stride=4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("pooled", [(True, False), (False, True), (True, True), (False, False)])
+def test_a_block_that_ends_with_the_newest_token_is_appended(pooled: tuple[bool, bool], backend: str) -> None:
+    """Token after token, keys and values compressed in either way: the blocks of all tokens at once."""
+    tokens, groups, widths, length, stride = 23, 2, (8, 6), 8, 4
+    weights, whole, rows = [], [], []
+    for number, width in enumerate(widths):
+        x, inner, position, outer = (
+            y.detach() for y in inputs_of(2, [tokens], groups, width, width, 5, length, torch.float64)
+        )
+        gate = pooling_of(1, [8], groups, width, width, length)[1].detach()
+        options = {"length": length, "stride": stride}
+        if pooled[number]:
+            outer = outer @ torch.ones(5, width, dtype=x.dtype) + torch.eye(width, dtype=x.dtype)
+            weights.append(Pooling(gate, position, outer))
+            whole.append(ops.pool_blocks(x, gate, position, outer, **options))
+        else:
+            weights.append(Weights(inner, position, outer))
+            whole.append(ops.compress_blocks(x, inner, position, outer, **options, backend="naive"))
+        rows.append(x)
+    angle = torch.randn(tokens, widths[0] // 2)
+    cos, sin = angle.cos(), angle.sin()
+    ends = torch.arange(whole[0].shape[1]) * stride + length - 1
+    whole[0] = ops.apply_rotary(whole[0], cos, sin, ends, backend="naive")
+    rings = [x.new_zeros(2, length, groups, x.shape[3]) for x in rows]
+    found = [x.new_zeros(2, x.shape[1] + 1, groups, x.shape[3]) for x in whole]
+    for token in range(tokens):
+        newest = [x[:, token : token + 1] for x in rows]
+        table = cos[token : token + 1], sin[token : token + 1]
+        extend_compressed(
+            rings, newest, tuple(weights), tuple(found), *table, torch.tensor([token]), stride=stride, backend=backend
+        )
+    for ours, theirs in zip(found, whole, strict=True):
+        torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs)

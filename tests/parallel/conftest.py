@@ -57,6 +57,10 @@ START = ["attention.kind=dense", "model.num_layers=4", "model.init_std=0.3"]  # 
 INDEXERS = [*BASE, *START, *DSA, "train=indexer", "optimizer.warmup_steps=0"]
 WARM_UP, ALL, SOME = "attention.dsa.phase=warm-up", "attention.kind=dsa", "attention.kind=[dsa, dense]"
 FASTER = "optimizer.learning_rate=0.02"
+# Two tensor-parallel ranks have a KV head each, four share two: their queries and LSE are gathered.
+SELECTIONS = [*BASE, *START, "attention.kind=nsa", "attention.nsa.phase=warm-up", "attention.nsa.num_local=1"]
+SELECTIONS += ["train=indexer", "optimizer.warmup_steps=0"]
+POOLED = "attention.nsa.key_compression=pooled"
 TAUGHT = [
     [*INDEXERS, *SGD, ALL, WARM_UP, *layout(pipeline=2, zero=1), FASTER],
     [*INDEXERS, *CLIPPED, ALL, *layout(pipeline=2, context=2, zero=0)],
@@ -66,6 +70,9 @@ TAUGHT = [
     [*INDEXERS, *CLIPPED, ALL, "attention.dsa.share_layers=2", *layout(pipeline=2, zero=2)],
     [*INDEXERS, *CLIPPED, CSA[0], *CSA[1:], "attention.csa.heavy_ratio=null", *layout(pipeline=2, tensor=2, zero=1)],
     [*INDEXERS, *SGD, ALL, WARM_UP, *layout(pipeline=2, tensor=2, zero=1), FASTER],
+    [*SELECTIONS, *SGD, *layout(context=2, tensor=2, zero=1), FASTER],
+    [*SELECTIONS, *CLIPPED, POOLED, *layout(tensor=4, zero=0), FASTER],
+    [*SELECTIONS, *CLIPPED, POOLED, *layout(pipeline=2, context=2, zero=0), FASTER],
 ]
 TAUGHT_CHAINED = 3  # the case that also goes on in other layouts
 TAUGHT_ROUNDED = [

@@ -147,9 +147,9 @@ def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[s
 
 
 def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[dict[str, Any]]:
-    """For each case, a run that trains its indexers: of every step the loss, the norm of the gradient and the loss of
-    each layer; of the run, what has moments, which weights changed, and whether stages sent each other gradients. The
-    output head must not be called."""
+    """For each case, a run that trains its indexers or NSA's selection: of every step the loss, the norm of the
+    gradient and the loss of each layer; of the run, what has moments, which weights changed, and whether stages sent
+    each other gradients. The output head must not be called."""
     answer = []
     for number, overrides in enumerate(cases):
         config = tiny_config(folder, f"name=taught{number}-{ranks.world_size}", f"training.steps={steps}", *overrides)
@@ -159,7 +159,7 @@ def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> li
         with patch.object(LanguageModelHead, "forward", side_effect=AssertionError("no loss is wanted")):
             for _ in range(steps):
                 result = trainer.train_step(stop)
-                layers = [value for key, value in sorted(result.figures.items()) if "indexer_kl" in key]
+                layers = [value for key, value in sorted(result.figures.items()) if "_kl" in key]
                 curve.append([result.loss, result.grad_norm, *layers])
                 sent.update(result.sent)
         after = dict(whole(trainer, ("weight", *keys)))

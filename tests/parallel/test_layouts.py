@@ -49,13 +49,14 @@ def test_indexers_alone_train_as_in_one_process(four_ranks, taught_alone):
     for case, found, expected in zip(cases, four_ranks[1]["taught"], taught_alone, strict=True):
         bound = 0.03 if case in TAUGHT_ROUNDED else 1e-5
         curve, alone = found["curve"], expected["curve"]
-        if "parallel.tensor=2" in case and CSA[0] not in case:
+        part = ".compress.key." if "attention.kind=nsa" in case else ".indexer."
+        if "parallel.tensor=2" in case and CSA[0] not in case and part == ".indexer.":
             assert all(step[0] > one[0] for step, one in zip(curve, alone, strict=True))
             curve, alone = ([[step[1]] for step in steps] for steps in (curve, alone))
         assert difference(curve, alone) < bound, case
-        assert found["moments"] == expected["moments"] and all(".indexer." in name for name in found["moments"]), case
+        assert found["moments"] == expected["moments"] and all(part in name for name in found["moments"]), case
         assert found["changed"] == expected["changed"] and found["changed"], case
-        assert all(".indexer." in name for name in found["changed"]), case
+        assert all(part in name for name in found["changed"]), case
         assert not found["gradients sent"], case
 
 

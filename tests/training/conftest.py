@@ -12,6 +12,7 @@ ADAMW = ["optimizer.kind=adamw", "seed=3"]
 OFFLOAD = "engine.offload_optimizer=true"
 SELECTIVE = "engine.activation_checkpointing=selective"
 CONSTANT = "optimizer.schedule=constant"
+POOLED = "attention.nsa.key_compression=pooled"
 STEPS = 10
 BY_LOSS = "recovery.loss_sigma=6"
 BY_NORM = ["recovery.loss_sigma=0", "recovery.grad_norm_sigma=6"]
@@ -35,6 +36,7 @@ def one_rank(tmp_path_factory):
         "resume": ("resume", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[2]), "after": [4]}),
         "rolled_back": ("rolled_back", {"cases": engines("fp32", BY_LOSS, stages=[0])}),
         "stages": ("stages", {"cases": learning("fp32", stages=[0])}),
+        "stages of nsa": ("stages", {"cases": learning("fp32", POOLED, stages=[0]), "kind": "nsa"}),
         "sections": ("sections", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[0])}),
         "to_step_3": ("go_on", {"overrides": [CONSTANT, "training.steps=3"]}),
         "to_step_6": ("go_on", {"overrides": [CONSTANT, "name=straight"]}),
@@ -53,6 +55,7 @@ def two_ranks(tmp_path_factory, one_rank):
     resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3]) + engines("bf16", OFFLOAD, stages=[1])
     staged = learning("bf16", stages=[1]) + learning("bf16", *MOE, stages=[3])
     staged += learning("bf16", "parallel.pipeline=2", stages=[1])
+    nsa = learning("bf16", POOLED, stages=[1]) + learning("fp32", stages=[3])
     checks = {
         "curves": ("curves", {"cases": curves, "steps": STEPS}),
         "resume": ("resume", {"cases": resumed, "after": [2]}),
@@ -60,6 +63,7 @@ def two_ranks(tmp_path_factory, one_rank):
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
         "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),
         "stages": ("stages", {"cases": staged}),
+        "stages of nsa": ("stages", {"cases": nsa, "kind": "nsa"}),
         "sections": ("sections", {"cases": engines("bf16", stages=[1]) + engines("fp32", stages=[1, 3])}),
         "stopped": ("stop_one_rank", {}),
         "experts": ("resume", {"cases": engines("bf16", "parallel.expert=2", *MOE, stages=[1]), "after": [2]}),

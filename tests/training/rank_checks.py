@@ -17,6 +17,7 @@ import torch
 from tiny import as_rank, free_port, tiny_config
 
 from nsa.config import Config
+from nsa.layers.kinds import kind_of
 from nsa.training import checkpoint
 from nsa.training import trainer as trainer_module
 from nsa.training.cuda_graphs import forget_recordings
@@ -133,8 +134,9 @@ def rolled_back(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict
     return answer
 
 
-def stages(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
-    """For each case, a dense run, one that trains its indexer, and a sparse one, each from the one before."""
+def stages(ranks: Ranks, folder: Path, cases: list[list[str]], kind: str = "dsa") -> list[dict[str, Any]]:
+    """For each case, a dense run, one that trains what chooses, and a sparse one, each from the one before."""
+    sizes, part, rate = STAGED[kind]
     answer = []
     for number, overrides in enumerate(cases):
         runs = folder / "runs"
@@ -143,28 +145,30 @@ def stages(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str,
             return tiny_config(folder, f"name={name}{number}", *overrides, *more)
 
         dense = config("dense", "attention.kind=dense", "training.steps=4")
-        indexer = [*INDEXER, "attention.dsa.phase=warm-up", "train=indexer", f"start_from={runs}/dense{number}"]
-        indexer += ["optimizer.learning_rate=0.02", "training.steps=8"]
-        sparse = [*INDEXER, f"start_from={runs}/indexer{number}", "training.steps=4"]
-        taught, again = config("indexer", *indexer), config("again", *indexer)
+        taught = [*sizes, f"attention.{kind}.phase=warm-up", "train=indexer", f"start_from={runs}/dense{number}"]
+        taught += [f"optimizer.learning_rate={rate}", "training.steps=8"]
+        sparse = [*sizes, f"start_from={runs}/taught{number}", "training.steps=4"]
+        first, again = config("taught", *taught), config("again", *taught)
         last, killed = config("sparse", *sparse), config("killed", *sparse)
-        for one in (dense, taught, last):
+        for one in (dense, first, last):
             run(ranks, one)
-        ranks.on_main(lambda a=taught, b=again, c=last, d=killed: copy(a, b, 4) or copy(c, d, 2))
+        ranks.on_main(lambda a=first, b=again, c=last, d=killed: copy(a, b, 4) or copy(c, d, 2))
         run(ranks, again)
         run(ranks, killed)
         runs_twice = config("twice", *sparse)  # killed before its first checkpoint
         run(ranks, runs_twice)
 
-        def facts(runs: Any = (dense, taught, last, again, killed, runs_twice)) -> dict[str, Any]:
+        def facts(runs: Any = (dense, first, last, again, killed, runs_twice)) -> dict[str, Any]:
             _, taught, last, again, killed, twice = runs
             folders = [Path(c.output_dir) / c.name for c in runs]
             before, after, sparse = (checkpoint.load_weights(checkpoint.latest_complete(f)) for f in folders[:3])
             moments = checkpoint.TensorReader(checkpoint.latest_complete(folders[1]), "optimizer").names()
+            begun = {name: first_value(name, tensor, before, taught, kind) for name, tensor in after.items()}
+            changed = [n for n, value in begun.items() if value is None or not torch.equal(value, after[n])]
             return {
-                "frozen changed": [n for n in before if not torch.equal(before[n], after[n])],
-                "trained": sorted({n.split("attention.")[-1].split(".")[0] for n in after.keys() - before.keys()}),
-                "indexers in moments": all(".indexer." in n for n in moments) and bool(moments),
+                "frozen changed": [n for n in changed if f".attention.{part}." not in n],
+                "trained": sum(f".attention.{part}." in n for n in changed) / sum(f".{part}." in n for n in after),
+                "moments of it alone": all(f".{part}." in n for n in moments) and bool(moments),
                 "sparse changed": sum(not torch.equal(after[n], sparse[n]) for n in sparse) / len(sparse),
                 "losses": [logged(f, "train/loss") for f in folders[:3]],
                 "validation": [logged_some(f, "validation/loss")[-1] for f in folders[:3]],
@@ -175,10 +179,27 @@ def stages(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str,
     return answer
 
 
+def first_value(
+    name: str, tensor: torch.Tensor, before: dict[str, torch.Tensor], config: Config, kind: str
+) -> torch.Tensor | None:
+    """Of a weight of a run that began with the weights ``before`` of a dense one; None: it is a new run's."""
+    prefix, _, inside = name.partition(".attention.")
+    if not inside:
+        return before[name]
+    here = kind_of(kind)
+    section = config.attention.of(here)
+    return here.from_dense(inside, tensor.shape, section, lambda part: before[f"{prefix}.attention.{part}"])
+
+
 INDEXER = [
     "attention.kind=dsa",
     "attention.dsa={topk: 16, index_heads: 4, index_head_dim: 16, index_rotary_dims: 8}",
 ]
+# Overrides of a kind that is taught, what its warm-up trains, and how fast: an indexer is new, a compression a mean.
+STAGED = {
+    "dsa": (INDEXER, "indexer", 0.02),
+    "nsa": (["attention.kind=nsa", "attention.nsa.num_local=1"], "compress.key", 0.001),
+}
 
 
 def sections(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:

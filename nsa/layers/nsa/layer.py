@@ -107,7 +107,7 @@ class BlockChoice(nn.Module):
 
 
 class Divergence(nn.Module):
-    """The loss that teaches the selection, as a module without parameters: its target is a mean over the heads."""
+    """The loss that teaches the selection, a module without parameters: its target is a mean over all query heads."""
 
     def __init__(self, choose: BlockChoice, window: int) -> None:
         super().__init__()

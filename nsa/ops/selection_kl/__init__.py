@@ -53,8 +53,9 @@ def selection_kl(
 
     The target a[t, j] is the probability, in dense attention, of the tokens of selection block j that the window does
     not reach, as a mean over the heads of a KV head. It is taken over the blocks that the query chooses among: neither
-    the initial nor the local ones, which are always selected. With m[t] = sum_j a[t, j] and the importance i[t, j] of
-    `select_blocks`, divided by its sum over the same blocks:
+    the initial nor the local ones, which are always selected. Nor those of which the query sees no compressed block,
+    whose importance is 0 whatever the keys are; with a local block there are none. With m[t] = sum_j a[t, j] and the
+    importance i[t, j] of `select_blocks`, divided by its sum over the same blocks:
 
         sum_t sum_j a[t, j] (log(a[t, j] / m[t]) - log i[t, j]),   as a mean over the KV heads.
 
@@ -77,6 +78,8 @@ def selection_kl(
     check_attention(q, k, k, cu_seqlens, offset)
     check_attention(q, k_cmp, k_cmp, cu_seqlens, offset)
     check_selection(length, stride, block_size, num_initial + num_local + 1, num_initial, num_local)
+    if k_cmp.shape[2] != k.shape[2]:
+        raise ValueError(f"k_cmp has {k_cmp.shape[2]} heads, k has {k.shape[2]}")
     if offset + q.shape[1] > k.shape[1]:
         raise ValueError(f"k has {k.shape[1]} tokens, the queries end at {offset + q.shape[1]}")
     if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
@@ -172,8 +175,9 @@ class _SelectionKL(torch.autograd.Function):
             p = p / p.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)  # (B, G, h, t, U)
             block = torch.arange(choice.shape[1], device=q.device)
             shared = (units[span, :, None] == block).sum(1).to(dtype)  # (U, M)
+            choice = choice & (sees.to(dtype) @ shared > 0)
             importance = (p.sum(2) @ shared) * choice
-            loss, slope = _divergence(target, importance)
+            loss, slope = _divergence(target * choice, importance)
             total += loss
             d_p = (slope * choice @ shared.T)[:, :, None]
             d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True))
@@ -228,7 +232,8 @@ def _naive(
     block = torch.arange(importance.shape[3], device=k.device)
     target = dense @ (((key - begin) // sizes.block_size)[:, None] == block).to(dtype)
     own = (documents.query_local // sizes.block_size)[:, None]
-    choice = (block >= sizes.num_initial) & (block <= own - sizes.num_local)
+    shared = (_units(documents, k_cmp.shape[1], sizes)[..., None] == block).any(1)
+    choice = (block >= sizes.num_initial) & (block <= own - sizes.num_local) & (sees.to(dtype) @ shared.to(dtype) > 0)
     target, importance = target * choice, importance.where(choice, 0)
     tiny = torch.finfo(dtype).tiny
     share = importance / importance.sum(-1, keepdim=True).clamp(min=tiny)

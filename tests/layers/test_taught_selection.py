@@ -1,0 +1,175 @@
+"""NSA whose selection is taught: what the layer computes in the warm-up, what learns from its loss, and its figures."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from nsa import ops
+from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.nsa.figures import measure_warm_up
+from nsa.layers.rotary import Rotary
+from tests.ops.cases import cumulative
+
+SIZES = {"compress_length": 4, "compress_stride": 2, "block_size": 4, "num_blocks": 4, "num_local": 1, "window": 5}
+FIGURES = {"recall", "recall_bound", "choice_mass"}
+
+
+def layer_of(**changes) -> NativeSparseAttention:
+    """In float64; four heads of two KV heads."""
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(16, 4, 2, 6, 4, **{**SIZES, "phase": "warm-up", **changes}).double()
+    for name, parameter in layer.named_parameters():  # attention that is not flat
+        if name.endswith(("query.weight", "key.weight", "position")):
+            torch.nn.init.normal_(parameter)
+    return layer
+
+
+def some_input(tokens: int, batch: int = 1) -> Tensor:
+    return torch.randn(batch, tokens, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(tokens))
+
+
+def freeze_others(layer: NativeSparseAttention) -> None:
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name.startswith("compress.key."))
+
+
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+def test_in_the_warm_up_it_is_dense_attention_of_the_selected_branch(compression: str) -> None:
+    layer, x = layer_of(key_compression=compression), some_input(40, batch=2)
+    dense = DenseAttention(16, 4, 2, 6, 4).double()
+    there = layer.state_dict()
+    own = {name: there[name] for name in ("query.weight", "output.weight")}
+    own |= {f"{part}.weight": there[f"key_value.selected.{part}.weight"] for part in ("key", "value")}
+    dense.load_state_dict(own)
+    torch.testing.assert_close(layer(x), dense(x, Rotary().at(torch.arange(40))))
+
+
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+def test_the_compression_of_keys_learns_from_its_loss_alone_and_nothing_else_does(compression: str) -> None:
+    x = some_input(40).requires_grad_()
+
+    def gradients(weight: float) -> dict[str, Tensor | None]:
+        layer = layer_of(key_compression=compression)
+        layer.attend.loss.weight = weight
+        x.grad = None
+        layer(x).square().sum().backward()
+        return {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
+
+    none, much = gradients(0.0), gradients(1000.0)
+    unused = ("gate.", "compress.value.", "key_value.window.", "key_value.compressed.value.")
+    for name, gradient in none.items():
+        if name.startswith("compress.key."):
+            assert gradient.eq(0).all() and much[name].ne(0).any(), name
+        elif name.startswith(unused):
+            assert all(g is None or not g.any() for g in (gradient, much[name])), name
+        elif name in ("key_value.compressed.key.weight", "x"):
+            continue  # the keys that are compressed learn along, where they are not frozen
+        else:
+            assert gradient.any() and torch.equal(gradient, much[name]), name
+
+
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+def test_the_loss_falls_and_the_selection_finds_more(compression: str) -> None:
+    """Training the compression of keys alone, as `train: indexer` does: the losses are kept. The first loss is that of
+    the definition, as a mean over tokens."""
+    layer, x = layer_of(key_compression=compression), some_input(64)
+    freeze_others(layer)
+    loss, optimizer = layer.attend.loss, torch.optim.Adam(layer.compress.key.parameters(), 0.02)
+    seen: list[tuple] = []
+    layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    curve, figures = [], []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss.clear()
+        assert not layer(x).requires_grad
+        kept = loss.take()
+        kept.backward()
+        optimizer.step()
+        curve.append(loss.tally[0].item() / 64)
+        assert kept.item() == pytest.approx(curve[-1])
+        figures.append(measure_warm_up(layer.attend, *seen[-1]))
+    q, (k_cmp, _), (k, v), *_ = seen[0]
+    _, lse = ops.dense_attention(q, k, v, return_lse=True)
+    sizes = {"length": 4, "stride": 2, "block_size": 4, "num_initial": 1, "num_local": 1, "window": 5}
+    first = ops.selection_kl(q, k_cmp, k, lse, **sizes, backend="naive")
+    assert curve[0] == pytest.approx(first.item() / 64)
+    assert curve[-1] < 0.7 * curve[0]
+    assert figures[-1]["recall"] > figures[0]["recall"] + 0.05
+    assert figures[-1]["recall_bound"] == figures[0]["recall_bound"], "that of the dense attention alone"
+
+
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+@pytest.mark.parametrize("phase", ["sparse", "warm-up"])
+def test_packed_documents_are_as_each_alone(phase: str, compression: str) -> None:
+    """Outputs, and in the warm-up the loss and its gradient."""
+    documents = [9, 1, 30, 3]
+    outs, grads = [], []
+    for packed in (True, False):
+        layer, x = layer_of(phase=phase, key_compression=compression), some_input(43)
+        if phase == "warm-up":
+            freeze_others(layer)
+            layer.attend.loss.scale = 0.1
+        pieces = [x] if packed else x.split(documents, 1)
+        borders = cumulative(documents) if packed else None
+        outs.append(torch.cat([layer(piece, cu_seqlens=borders) for piece in pieces], 1))
+        if phase == "warm-up":
+            layer.attend.loss.take().backward()
+            grads.append([layer.attend.loss.tally, *(p.grad for p in layer.compress.key.parameters())])
+    torch.testing.assert_close(*outs)
+    if phase == "warm-up":
+        assert all(gradient.any() for gradient in grads[0])
+        torch.testing.assert_close(*grads)
+
+
+def test_the_loss_is_counted_where_gradients_of_the_parameters_alone_are_asked_for() -> None:
+    """As a recording of CUDA graphs does; and as often as the pass goes backward."""
+    layer, x = layer_of(), some_input(40)
+    found = []
+    for ask in (lambda total: total.backward(), lambda total: torch.autograd.grad(total, [layer.query.weight])):
+        layer.attend.loss.clear()
+        ask(layer(x.requires_grad_()).square().sum())
+        found.append(layer.attend.loss.tally.clone())
+    assert found[0] > 0 and torch.equal(*found)
+
+
+def test_without_gradients_there_is_no_loss() -> None:
+    layer = layer_of()
+    with torch.no_grad():
+        layer(some_input(40))
+    assert layer.attend.loss.tally is None and layer.attend.loss.take() is None
+
+
+@pytest.mark.parametrize("documents", [[60], [9, 1, 30, 0, 20], [7, 3]])
+@pytest.mark.parametrize("changes", [{}, {"num_local": 0}, {"num_blocks": 30}, {"window": 100}, {"num_blocks": 2}])
+def test_figures_are_shares(documents: list[int], changes: dict[str, int]) -> None:
+    layer, seen = layer_of(**changes), []
+    layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
+    borders = cumulative(documents) if len(documents) > 1 else None
+    layer(some_input(sum(documents)), cu_seqlens=borders)
+    found = measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders)
+    assert found.keys() == FIGURES
+    assert all(0 <= value < 1 + 1e-9 for value in found.values())
+    assert found["recall"] <= found["recall_bound"] + 1e-9
+    if documents == [60] and not changes:
+        assert 0.1 < found["recall"] < found["recall_bound"] < 1 and 0.1 < found["choice_mass"] < 1
+    if changes.get("num_blocks") == 30:
+        assert [found["recall"], found["recall_bound"]] == pytest.approx([1, 1]), "as many as there are"
+    if changes.get("num_blocks") == 2 and documents == [60]:
+        assert [found["recall"], found["recall_bound"]] == [0, 0], "all that it may select is forced"
+
+
+def test_figures_of_a_known_selection() -> None:
+    """Uniform attention, so that of every query all tokens have the same share; equal importance, so that the first
+    blocks are chosen. A loop over queries."""
+    layer, seen = layer_of(num_blocks=4), []
+    torch.nn.init.zeros_(layer.query.weight)
+    layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    layer(some_input(40))
+    found = measure_warm_up(layer.attend, *seen[0])
+    mass, most = 0.0, 0.0
+    for t in range(40):
+        blocks = [max(0, min(4 * j + 4, t - 4) - 4 * j) / (t + 1) for j in range(1, t // 4)]  # 0 and the own: forced
+        mass += sum(blocks)
+        most += sum(sorted(blocks)[-2:])
+    assert found["choice_mass"] == pytest.approx(mass / 40)
+    assert found["recall_bound"] == pytest.approx(most / mass)
