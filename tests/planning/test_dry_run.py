@@ -62,9 +62,7 @@ def test_planned_traffic_of_a_taught_selection_equals_a_dry_runs(tmp_path, tenso
     parameters, and some of these have no gradient."""
     sizes = {"tensor": tensor, "context": context, "pipeline": pipeline}
     overrides = [f"parallel.{name}={size}" for name, size in sizes.items()]
-    config = tiny_config(
-        tmp_path, *BASE, *NSA_WARM_UP, POOLED, *overrides, f"engine.activation_checkpointing={mode}"
-    )
+    config = tiny_config(tmp_path, *BASE, *NSA_WARM_UP, POOLED, *overrides, f"engine.activation_checkpointing={mode}")
     ranks = 2 * tensor * context * pipeline
     planned, counted = bytes_sent(config, ranks, rank), dry_run(config, ranks, rank).sent
     if tensor == 4:
