@@ -284,3 +284,35 @@ def test_committed_schema_and_reference_are_current():
     assert schema.read_text() == json_schema(), "run: python -m nsa.config --schema > configs/schema.json"
     assert page.read_text() == reference(), "run: python -m nsa.config --reference > docs/configuration.md"
     assert json.loads(schema.read_text())["additionalProperties"] is False
+
+
+TAUGHT = ["attention.kind=nsa", "attention.nsa.phase=warm-up", "attention.nsa.block_size=32"]
+INDEXER = ["train=indexer", "start_from=runs/dense"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (TAUGHT, "attention.nsa.phase: warm-up is for train: indexer; set it to sparse to train all"),
+        ([*TAUGHT, "attention.kind=[dense, nsa]"], "attention.nsa.phase: warm-up is for train: indexer"),
+        ([*INDEXER, "attention.kind=nsa"], "or to nsa with attention.nsa.phase warm-up"),
+        ([*INDEXER, *TAUGHT, "attention.kind=dense"], "or to nsa with attention.nsa.phase warm-up"),
+        ([*TAUGHT, "train=indexer"], "train: indexer needs start_from"),
+        (
+            [*TAUGHT, *INDEXER, "attention.nsa.num_local=3"],  # with one initial block: all of the 128 tokens
+            "attention.nsa.phase warm-up: a sample (128 tokens) has no block beside the initial and local ones (128",
+        ),
+        ([*TAUGHT, *INDEXER, "attention.nsa.phase=warm"], "attention.nsa.phase"),
+        (["attention.nsa.key_compression=mean"], "attention.nsa.key_compression"),
+    ],
+)
+def test_a_selection_that_cannot_be_taught_is_refused(small, overrides, words):
+    assert words in refusal(small, *overrides)
+
+
+@pytest.mark.parametrize("more", [[], ["attention.kind=[dense, nsa]"], ["attention.nsa.num_local=2"]])
+def test_a_selection_can_be_taught(small, more):
+    config = load_config(small, [*TAUGHT, *INDEXER, *more])
+    assert {kind.apart for kind in config.attention.kinds(2)} <= {(), ("compress.key",)}
+    sparse = load_config(small, [*TAUGHT, "attention.nsa.phase=sparse", "attention.nsa.num_local=3"])
+    assert all(kind.apart == () for kind in sparse.attention.kinds(2))

@@ -44,12 +44,13 @@ def pair(
     share=(),
     entmax=ENTMAX,
     csa=None,
+    taught=(),
     **changes,
 ) -> tuple[Decoder, NSAForCausalLM]:
-    """A decoder and the exported model with its weights, both float64."""
+    """A decoder and the exported model with its weights, both float64. ``taught``: keys of the section of NSA."""
     heads, groups, head_dim, v_head_dim = shape
     names = ("compress_length", "compress_stride", "block_size", "num_blocks", "num_initial", "num_local", "window")
-    nsa = NsaConfig(compress_hidden=5, **dict(zip(names, sizes, strict=True)))
+    nsa = NsaConfig(compress_hidden=5, **dict(zip(names, sizes, strict=True)), **dict(taught))
     names = ("topk", "num_initial", "num_local", "index_heads", "index_head_dim")
     names += ("index_rotary_dims", "index_rotary_place", "index_rotary_pairs")
     dsa = DsaConfig(phase=phase, **dict(zip(names, indexer, strict=True)), **dict(share))
@@ -212,8 +213,44 @@ def test_loss_and_gradients_are_the_decoders(moe) -> None:
             close(theirs[name].grad, parameter.grad)
 
 
-def test_chunks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, exported = pair(["nsa", "dense", "dsa"])
+TAUGHT = [{"key_compression": "pooled"}, {"phase": "warm-up"}, {"key_compression": "pooled", "phase": "warm-up"}]
+KINDS_OF_NSA = [{}, *TAUGHT]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("taught", TAUGHT, ids=str)
+@pytest.mark.parametrize(("shape", "sizes"), [(SHAPES[0], SIZES[1]), (SHAPES[1], SIZES[0]), (SHAPES[2], SIZES[3])])
+def test_logits_of_a_taught_selection_are_the_decoders(taught, shape, sizes) -> None:
+    """And the weights of what is taught are kept, also where nothing is selected yet."""
+    decoder, exported = pair(["nsa", "dense", "nsa"], shape, sizes, taught=taught)
+    for length in LENGTHS:
+        ids = tokens(2, length)
+        close(exported(ids).logits, decoder(ids))
+    ours, theirs = (model.layers[2].attention.compress.key.state_dict() for model in (decoder, exported))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name].double(), theirs[name]) for name in ours)
+    exported.config.nsa_phase = "sparse" if "phase" in taught else "warm-up"
+    assert (exported(ids).logits - decoder(ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("taught", TAUGHT, ids=str)
+def test_gradients_of_a_taught_selection_are_the_decoders(taught) -> None:
+    """The loss that teaches it stays with the trainer."""
+    decoder, exported = pair("nsa", taught=taught)
+    ids = tokens(2, 50)
+    for layer in decoder.layers:
+        if layer.attention.attend.loss is not None:
+            layer.attention.attend.loss.weight = 0.0
+    decoder(ids[:, :-1], ids[:, 1:]).mean().backward()
+    exported.train()(ids, labels=ids).loss.backward()
+    theirs = dict(exported.named_parameters())
+    for name, parameter in decoder.named_parameters():
+        ours, other = (torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, theirs[name]))
+        close(other, ours)
+
+
+@pytest.mark.parametrize("taught", KINDS_OF_NSA, ids=str)
+def test_chunks_of_queries_change_nothing(taught, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, exported = pair(["nsa", "dense", "dsa"], taught=taught)
     ids = tokens(2, 90)
     with torch.no_grad():
         whole = exported(ids).logits
@@ -234,9 +271,10 @@ def test_right_padding_changes_nothing() -> None:
 
 
 @torch.no_grad()
-def test_any_padding_fed_in_any_pieces_equals_each_row_alone() -> None:
+@pytest.mark.parametrize("taught", KINDS_OF_NSA, ids=str)
+def test_any_padding_fed_in_any_pieces_equals_each_row_alone(taught) -> None:
     """Rows that fill at different speeds: blocks of one row are complete long before another's."""
-    _, exported = pair(["nsa", "dense", "dsa"])
+    _, exported = pair(["nsa", "dense", "dsa"], taught=taught)
     ids = tokens(3, 100)
     keep = torch.tensor([[0.9], [0.4], [0.05]])
     mask = torch.rand(3, 100) < keep
@@ -260,9 +298,11 @@ GENERATION = {
 }
 
 
-@pytest.mark.parametrize("mode", GENERATION)
-def test_generation_with_cache_equals_without(mode: str) -> None:
-    _, exported = pair(["nsa", "dense", "dsa"])
+@pytest.mark.parametrize(
+    ("mode", "taught"), [*((mode, {}) for mode in GENERATION), *(("greedy", taught) for taught in TAUGHT)], ids=str
+)
+def test_generation_with_cache_equals_without(mode: str, taught) -> None:
+    _, exported = pair(["nsa", "dense", "dsa"], taught=taught)
     ids, outputs = tokens(2, 21), []
     for use_cache in (True, False):
         torch.manual_seed(0)
@@ -275,9 +315,9 @@ def test_generation_with_cache_equals_without(mode: str) -> None:
     assert outputs[0].tolist() == outputs[1].tolist()
 
 
-@pytest.mark.parametrize("moe", [None, MOE])
-def test_left_padded_batch_generates_what_each_prompt_does_alone(moe) -> None:
-    _, exported = pair(["nsa", "dense", "dsa"], moe=moe)
+@pytest.mark.parametrize(("moe", "taught"), [(None, {}), (MOE, {}), *((None, taught) for taught in TAUGHT)], ids=str)
+def test_left_padded_batch_generates_what_each_prompt_does_alone(moe, taught) -> None:
+    _, exported = pair(["nsa", "dense", "dsa"], moe=moe, taught=taught)
     prompts = [tokens(1, n)[0].tolist() for n in (40, 1, 7, 23)]
     ids = torch.tensor([[3] * (40 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (40 - len(p)) + [1] * len(p) for p in prompts])

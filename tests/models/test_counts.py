@@ -89,6 +89,21 @@ def test_flops_per_token_are_three_forward_passes(kind: str | list[str], moe: Mo
         assert flops[name] == pytest.approx(3 * (2 * (products + 97 * 24) + scores), rel=1e-12)
 
 
+@pytest.mark.parametrize("phase", ["sparse", "warm-up"])
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+def test_flops_of_taught_selection(compression: str, phase: str) -> None:
+    """The gate of pooled keys is of every token, their matrix of every block. In the warm-up queries see all tokens."""
+    model = ModelConfig(**SHAPE)
+    nsa = ATTENTION.model_copy(update={"key_compression": compression, "phase": phase})
+    attention = AttentionConfig(kind="nsa", nsa=nsa)
+    with torch.device("meta"):
+        decoder = Decoder(model, attention)
+    products = sum(times(n) * p.numel() for n, p in decoder.named_parameters())
+    scores = 5 * 2 * 6 * (8 + 4) * pairs("nsa" if phase == "sparse" else "dense") / TOKENS
+    flops = training_flops_per_token(model, attention, TOKENS)["sparse"]
+    assert flops == pytest.approx(3 * (2 * (products + 97 * 24) + scores), rel=1e-12)
+
+
 @pytest.mark.parametrize("q_lora_rank", [None, 9])
 @pytest.mark.parametrize("phase", ["dense", "sparse", "warm-up"])
 def test_flops_of_latent_attention(phase: str, q_lora_rank: int | None) -> None:
@@ -120,7 +135,9 @@ def times(name: str) -> float:
         return 0
     if ".experts." in name:
         return 2 / 4
-    return 2 / STRIDE if ".compress." in name else 1  # two KV heads, a block every STRIDE tokens
+    if name.endswith(".compress.key.gate.weight"):
+        return 2  # two KV heads
+    return 2 / STRIDE if ".compress." in name else 1  # and a block every STRIDE tokens
 
 
 def test_mfu_is_flops_and_speed_over_all_devices() -> None:

@@ -87,6 +87,28 @@ def test_steps_of_indexed_layers_equal_the_whole(changes: dict) -> None:
     assert all(layer.attention.share.index is None for layer in decoder.layers)
 
 
+TAUGHT = [{"key_compression": "pooled"}, {"phase": "warm-up"}, {"key_compression": "pooled", "phase": "warm-up"}]
+
+
+@pytest.mark.parametrize("changes", TAUGHT, ids=str)
+@pytest.mark.parametrize("prompt", [1, 7, 29])
+def test_steps_of_nsa_that_is_or_was_taught_equal_the_whole(changes: dict, prompt: int) -> None:
+    """Pooled keys beyond blocks and window; the warm-up, which sees all tokens; also without a wait."""
+    torch.manual_seed(0)
+    config, attention = small("nsa")
+    attention = attention.model_copy(update={"nsa": attention.nsa.model_copy(update=changes)})
+    decoder, ids = Decoder(config, attention).double().eval(), torch.randint(0, 97, (2, 50))
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("compress.key.position"):
+            torch.nn.init.normal_(parameter)
+    steps, expected = DecodingSteps(decoder, ids[:, :prompt], 50), decoder(ids)
+    torch.testing.assert_close(steps.logits, expected[:, prompt - 1])
+    for token in range(prompt, 50):
+        with NoWait():
+            logits = steps.step(ids[:, token])
+        torch.testing.assert_close(logits, expected[:, token])
+
+
 def test_index_sets_of_steps_are_not_recorded() -> None:
     decoder, ids = dsa_decoder({}), torch.randint(0, 97, (2, 30))
     steps = DecodingSteps(decoder, ids[:, :9], 30)

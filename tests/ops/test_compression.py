@@ -121,12 +121,15 @@ def test_pooling_without_gate_and_position_is_the_mean() -> None:
 
 
 def test_pooling_in_bf16_is_a_mean_in_fp32() -> None:
-    """A gate in which one token has all of the weight takes it as it is."""
-    x = pooling_of(1, [20], 2, 6, 6, 8, torch.bfloat16)[0].detach()
-    position = torch.full((8, 6), -1000.0)
-    position[3] = 0
-    out = ops.pool_blocks(x, torch.zeros(6, 6), position, torch.eye(6), length=8, stride=4)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, x[:, [3, 7, 11, 15]])
+    """Rounded once. A token that has all of the weight is taken as it is."""
+    x, _, position, _ = (y.detach().bfloat16() for y in pooling_of(1, [40], 2, 6, 6, 8))
+    none, same = torch.zeros(6, 6, dtype=torch.bfloat16), torch.eye(6, dtype=torch.bfloat16)
+    out = ops.pool_blocks(x, none, position, same, length=8, stride=4)
+    exact = ops.pool_blocks(*(y.float() for y in (x, none, position, same)), length=8, stride=4)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, exact.bfloat16())
+    alone = torch.full((8, 6), -1000.0)
+    alone[3] = 0
+    assert torch.equal(ops.pool_blocks(x, none, alone, same, length=8, stride=4), x[:, 3:36:4])
 
 
 @pytest.mark.parametrize("documents", [[7], [5, 7, 2]])

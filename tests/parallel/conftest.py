@@ -71,7 +71,7 @@ TAUGHT = [
     [*INDEXERS, *CLIPPED, CSA[0], *CSA[1:], "attention.csa.heavy_ratio=null", *layout(pipeline=2, tensor=2, zero=1)],
     [*INDEXERS, *SGD, ALL, WARM_UP, *layout(pipeline=2, tensor=2, zero=1), FASTER],
     [*SELECTIONS, *SGD, *layout(context=2, tensor=2, zero=1), FASTER],
-    [*SELECTIONS, *CLIPPED, POOLED, *layout(tensor=4, zero=0), FASTER],
+    [*SELECTIONS, *CLIPPED, POOLED, *layout(tensor=4, zero=3), FASTER],
     [*SELECTIONS, *CLIPPED, POOLED, *layout(pipeline=2, context=2, zero=0), FASTER],
 ]
 TAUGHT_CHAINED = 3  # the case that also goes on in other layouts
@@ -107,6 +107,7 @@ EXPERT_LINKS = [
 CHECKS: dict[str, Any] = {
     "decoders": ("decoders", {"layouts": SPREADS, "seeds": 4}),
     "latent": ("decoders", {"layouts": SPREADS, "seeds": 3, "latent": True}),
+    "taught nsa": ("decoders", {"layouts": SPREADS[:5], "seeds": 6, "kind": "nsa", "taught": True}),
     "csa": ("decoders", {"layouts": SPREADS[:3], "seeds": 4, "kind": "csa"}),
     "entmax": ("decoders", {"layouts": SPREADS[:2], "seeds": 3, "kind": "entmax"}),
     "curves": ("curves", {"cases": CASES, "steps": FEW_STEPS}),

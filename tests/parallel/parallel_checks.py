@@ -43,12 +43,18 @@ from nsa.training.trainer import Trainer
 
 
 def decoders(
-    ranks: Ranks, folder: Path, layouts: list[dict[str, int]], seeds: int, latent: bool = False, kind: str | None = None
+    ranks: Ranks,
+    folder: Path,
+    layouts: list[dict[str, int]],
+    seeds: int,
+    latent: bool = False,
+    kind: str | None = None,
+    taught: bool = False,
 ) -> list[list[float]]:
     """The largest difference of a sharded decoder from the whole one, for each layout and seed, over all ranks.
 
     Compared are losses, and gradients relative to their largest element. ``latent``: with latent attention. ``kind``:
-    of all layers; None: it is drawn.
+    of all layers; None: it is drawn. ``taught``: with NSA whose selection is taught in two of three seeds.
     """
     answer = []
     for layout in layouts:
@@ -59,13 +65,15 @@ def decoders(
         differences = []
         for seed in range(seeds):
             with ranks.device if ranks.device.type == "cuda" else nullcontext():  # which looks at each operation
-                difference = decoder_difference(grids, seed, latent, kind)
+                difference = decoder_difference(grids, seed, latent, kind, taught)
             differences.append(max(ranks.gather(difference)))
         answer.append(differences)
     return answer
 
 
-def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False, kind: str | None = None) -> float:
+def decoder_difference(
+    grids: dict[int, Grid], seed: int, latent: bool = False, kind: str | None = None, taught: bool = False
+) -> float:
     """The difference for a random small decoder, packing and layout of blocks, identical on all ranks by ``seed``.
 
     ``grids``: by number of KV heads.
@@ -79,6 +87,12 @@ def decoder_difference(grids: dict[int, Grid], seed: int, latent: bool = False, 
     config, attention = random_shapes(dice, tokens, num_kv_heads, kind)
     if latent:
         config, attention = with_latents(config, attention, dice, seed)
+    if taught:
+        nsa, warm_up = attention.nsa, seed % 3 < 2
+        changes = {"phase": "warm-up" if warm_up else "sparse", "key_compression": ["pooled", "mlp"][seed % 2]}
+        if warm_up:  # sizes that leave a choice
+            changes |= {"block_size": nsa.compress_length, "window": min(nsa.window, 7)}
+        attention = attention.model_copy(update={"nsa": nsa.model_copy(update=changes)})
     torch.manual_seed(seed)
     whole = Decoder(config, attention).double()
     for name, p in whole.named_parameters():

@@ -25,7 +25,7 @@ from tests.training.tiny import on_ranks, tiny_config
 def test_sharded_decoders_equal_the_whole_one(four_ranks):
     """Losses and all gradients of random shapes: packed or not, empty documents, windows wider than a chunk, blocks
     across chunk boundaries, more tensor-parallel ranks than KV heads."""
-    for check in ("decoders", "latent", "csa", "entmax"):
+    for check in ("decoders", "latent", "taught nsa", "csa", "entmax"):
         for spread, differences in zip(SPREADS, four_ranks[1][check], strict=check in ("decoders", "latent")):
             for seed, largest in enumerate(differences):
                 assert largest < 2e-6, f"{check}, {spread}, seed {seed}: {largest}"

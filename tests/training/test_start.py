@@ -15,7 +15,7 @@ from nsa.layers.csa.kind import WITHOUT_INDEXER
 from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
 from nsa.models import AttentionConfig, Decoder, ModelConfig
-from nsa.training import start
+from nsa.training import checkpoint, start
 from nsa.training.start import is_missing, source_of
 from tests.small_run import small_config, small_run
 
@@ -121,14 +121,66 @@ def test_an_indexer_that_is_missing_is_new():
         assert not any(is_missing("indexer.query.weight", indexed, there) for there in (indexed, without))
 
 
-def nsa_of_dense(hidden, tokens):
+def nsa_config(folder, start_from, name, **nsa):
+    """Of a run of NSA layers that begins with another."""
+    tree = small_config(folder, "nsa").model_dump()
+    tree |= {"start_from": str(start_from), "name": name, "train": "all" if "phase" not in nsa else "indexer"}
+    tree["attention"]["nsa"] |= nsa
+    return Config.model_validate(tree)
+
+
+def started(config, monkeypatch, tokenizer):
+    """The first value of each weight; None: it is that of a new run."""
+    given: dict[str, torch.Tensor | None] = {}
+    model = Decoder(config.model, config.attention)
+    shards = {name: SimpleNamespace(logical_shape=parameter.shape) for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(start, "local_shards", lambda engine, keys: shards)
+    monkeypatch.setattr(
+        start, "scatter", lambda engine, shards, read: given.update({n: read(start.WEIGHT, n) for n in shards})
+    )
+    start.start_from(None, config, SimpleNamespace(on_main=lambda f: f()), tokenizer)
+    return given
+
+
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+def test_a_taught_selection_is_kept_bit_for_bit(tmp_path, dense, monkeypatch, compression):
+    """dense -> warm-up -> warm-up -> sparse: all weights of the run before, none of a new one."""
+    changes = {"phase": "warm-up", "key_compression": compression}
+    first = nsa_config(tmp_path, dense, "run", **changes)
+    tokenizer = dense / "step_00000003/tokenizer.model"
+    begun = started(first, monkeypatch, tokenizer)
+    assert all(value is not None for value in begun.values())
+    taught = small_run(tmp_path / "taught", config=first.model_copy(update={"output_dir": str(tmp_path / "taught")}))
+    tokenizer = taught / "step_00000003/tokenizer.model"
+    weights = checkpoint.load_weights(taught / "step_00000003")
+    for config in (
+        nsa_config(tmp_path, taught, "more", **changes),
+        nsa_config(tmp_path, taught, "sparse", key_compression=compression, num_blocks=3, num_local=1, window=20),
+    ):
+        given = started(config, monkeypatch, tokenizer)
+        assert any(".compress.key." in name for name in given)
+        assert all(torch.equal(value, weights[name]) for name, value in given.items())
+
+
+def test_a_sparse_selection_is_not_taught(tmp_path, dense):
+    """Its layers were not dense. Nor does one compression become the other."""
+    sparse = small_run(tmp_path / "sparse", "nsa")
+    tokenizer = sparse / "step_00000003/tokenizer.model"
+    with pytest.raises(ValueError, match=r"attention.nsa.phase: sparse there, warm-up here"):
+        source_of(nsa_config(tmp_path, sparse, "next", phase="warm-up"), tokenizer)
+    with pytest.raises(ValueError, match=r"attention.nsa.key_compression: mlp there, pooled here"):
+        source_of(nsa_config(tmp_path, sparse, "next", key_compression="pooled"), tokenizer)
+
+
+def nsa_of_dense(hidden, tokens, compression="mlp"):
     """Logits of a dense decoder and of the NSA decoder that begins with it; the latter."""
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     model = ModelConfig(**shape, v_head_dim=6, intermediate_size=40, max_position=512, init_std=0.3)
     dense = Decoder(model, AttentionConfig(kind="dense"), backend="torch")
     sizes = {"compress_length": 8, "compress_stride": 4, "block_size": 8, "num_blocks": 6, "window": 48}
-    attention = AttentionConfig.model_validate({"kind": "nsa", "nsa": sizes | {"compress_hidden": hidden}})
+    sizes |= {"compress_hidden": hidden, "key_compression": compression}
+    attention = AttentionConfig.model_validate({"kind": "nsa", "nsa": sizes})
     sparse, there = Decoder(model, attention, backend="torch"), dense.state_dict()
     first = {}
     for name, value in sparse.state_dict().items():
@@ -165,6 +217,15 @@ def test_its_compression_begins_as_a_mean(hidden):
         assert all(p.grad.abs().sum() > 0 for p in phi.parameters())
 
 
+def test_pooled_keys_begin_as_a_mean():
+    expected, found, sparse = nsa_of_dense(None, 48, "pooled")
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    phi, x = sparse.layers[0].attention.compress.key, torch.randn(2, 20, 2, 8)
+    torch.testing.assert_close(phi(x), torch.stack([x[:, i : i + 8].mean(1) for i in range(0, 13, 4)], 1))
+    phi(x).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in phi.parameters())
+
+
 @pytest.fixture
 def foreign(tmp_path):
     """A Hugging Face folder of the shape of `small_config`, of a rotary base of its own."""
@@ -191,14 +252,7 @@ def test_a_hugging_face_folder_is_a_start(tmp_path, foreign, monkeypatch, capsys
     tree = config.model_dump()
     tree["data"]["tokenizer"]["path"] = "tokenizer.model"
     config = type(config).model_validate(tree)
-    given: dict[str, torch.Tensor | None] = {}
-    model = Decoder(config.model, config.attention)
-    shards = {name: SimpleNamespace(logical_shape=parameter.shape) for name, parameter in model.named_parameters()}
-    monkeypatch.setattr(start, "local_shards", lambda engine, keys: shards)
-    monkeypatch.setattr(
-        start, "scatter", lambda engine, shards, read: given.update({n: read(start.WEIGHT, n) for n in shards})
-    )
-    start.start_from(None, config, SimpleNamespace(on_main=lambda f: f()), tmp_path / "tokenizer.model")
+    given = started(config, monkeypatch, tmp_path / "tokenizer.model")
     printed = capsys.readouterr().out
     assert "note: model.rope is {'theta': 10000.0" in printed and f"begins with the weights of {foreign}" in printed
     dense = config.model_copy(update={"attention": small_config(tmp_path, "dense").attention})

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Shape
+from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Same, Shape
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure, measure_warm_up
 from nsa.layers.nsa.guest import GUEST
@@ -189,6 +189,7 @@ WARM_UP: Kind = replace(
         gathered={"attend.diverge": (2, None, None, 1)},
         gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
     ),
+    exchanges=lambda shape, config: exchanges(shape, config) | {"kv_win": Same()},  # it is not looked at
     choices=(),
     expensive=("range_attention",),
     loss=("attend.loss", "selection_kl"),

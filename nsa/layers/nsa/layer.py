@@ -176,7 +176,8 @@ class GatedBranches(nn.Module):
         out, lse = ops.dense_attention(q, *kv, **options, return_lse=True)
         if not k_cmp.requires_grad:
             return out
-        divergence = self.diverge(q, k_cmp, kv[0], lse, cu_seqlens=cu_seqlens, offset=offset)
+        target = q.detach(), kv[0].detach(), lse.detach()  # tensor-parallel ranks gather them without gradient
+        divergence = self.diverge(target[0], k_cmp, *target[1:], cu_seqlens=cu_seqlens, offset=offset)
         return self.loss(out, divergence, q.shape[0] * q.shape[1])
 
     def decode(self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, lengths: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def _targets(
     keys = k.transpose(1, 2)
     lse = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf).unflatten(1, (groups, -1))
     seen = window_ranges(documents, longest)  # all
-    first, last = seen.first.tolist(), seen.last.tolist()
+    first, last = _bounds(seen, k.shape[1])
     most = MAX_ROWS if q.device.type == "cpu" else q.shape[1]
     step = max(1, min(most, MAX_SCORES // (q.shape[0] * q.shape[2] * longest)))
     for start in range(0, q.shape[1], step):
@@ -141,13 +141,20 @@ def _targets(
         p = (queries @ keys[:, :, None, span].to(dtype).mT).sub_(lse[:, :, :, rows, None]).exp_().mean(2)
         outside = (key >= seen.first[rows, None]) & (key <= documents.query_position[rows, None] - sizes.window)
         own = documents.query_local[rows] // sizes.block_size
-        block = torch.arange(int(own.max()) + 1, device=q.device)
+        block = torch.arange(-(-longest // sizes.block_size) if own.is_meta else int(own.max()) + 1, device=q.device)
         choice = (block >= sizes.num_initial) & (block <= own[:, None] - sizes.num_local)
         # The tokens of a tile can be of several documents. Those of others have probability 0, so any number will do.
         begin = documents.bounds[torch.searchsorted(documents.bounds, key, right=True) - 1]
         of_block = ((key - begin) // sizes.block_size)[:, None] == block
         target = p.masked_fill_(~outside, 0) @ of_block.to(dtype)
         yield rows, queries, choice, target * choice
+
+
+def _bounds(ranges: Ranges, keys: int) -> tuple[list[int], list[int]]:
+    """Of each query, the first of ``keys`` that it sees, and the one behind the last."""
+    if ranges.first.is_meta:  # has no values: every query sees all
+        return [0] * len(ranges.first), [keys] * len(ranges.first)
+    return ranges.first.tolist(), ranges.last.tolist()
 
 
 class _SelectionKL(torch.autograd.Function):
@@ -161,7 +168,7 @@ class _SelectionKL(torch.autograd.Function):
         dtype = accumulation_dtype(q)
         total = torch.zeros((), dtype=dtype, device=q.device)
         gradient = torch.zeros_like(k_cmp.transpose(1, 2), dtype=dtype)  # (B, G, M, D)
-        first, last = visible.first.tolist(), visible.last.tolist()
+        first, last = _bounds(visible, k_cmp.shape[1])
         units = _units(documents, k_cmp.shape[1], sizes)
         for rows, queries, choice, target in _targets(q, k, lse, documents, longest, sizes, scale):
             span = slice(first[rows.start], max(last[rows.stop - 1], first[rows.start]))
