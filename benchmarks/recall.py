@@ -38,7 +38,7 @@ from nsa.training.signals import die_with_parent
 
 FIRST, LATER = ROOT / "configs" / "25m-recall.yaml", ROOT / "configs" / "compare" / "study-4k-25m.yaml"
 POOLED = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
-ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=200", "optimizer.warmup_steps=0"]
+ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=100", "optimizer.warmup_steps=0"]
 ALONE += ["optimizer.learning_rate=3.0e-3", "optimizer.min_learning_rate=3.0e-4", "optimizer.weight_decay=0"]
 KINDS = {  # kind -> its file, its keys, and the kind that it begins with
     "nsa": (FIRST, [], None),

@@ -15,7 +15,7 @@ from nsa.ops.dispatch import (
     resolve_backend,
     softmax_scale,
 )
-from nsa.ops.geometry import Documents, Ranges, block_starts, longest_document, window_ranges
+from nsa.ops.geometry import Documents, Ranges, block_starts, cached, longest_document, window_ranges
 from nsa.ops.selection import check_selection, naive_importance
 from nsa.ops.tiles import MAX_ROWS, MAX_SCORES
 
@@ -154,6 +154,12 @@ def _bounds(ranges: Ranges, keys: int) -> tuple[list[int], list[int]]:
     """Of each query, the first of ``keys`` that it sees, and the one behind the last."""
     if ranges.first.is_meta:  # has no values: every query sees all
         return [0] * len(ranges.first), [keys] * len(ranges.first)
+    return ranges.first.tolist(), ranges.last.tolist()
+
+
+@cached
+def _on_host(ranges: Ranges) -> tuple[list[int], list[int]]:
+    """First and last, for all layers: the host waits once."""
     return ranges.first.tolist(), ranges.last.tolist()
 
 
