@@ -38,8 +38,12 @@ from nsa.training.signals import die_with_parent
 
 FIRST, LATER = ROOT / "configs" / "25m-recall.yaml", ROOT / "configs" / "compare" / "study-4k-25m.yaml"
 POOLED = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
-ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=100", "optimizer.warmup_steps=0"]
+ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=200", "optimizer.warmup_steps=0"]
 ALONE += ["optimizer.learning_rate=3.0e-3", "optimizer.min_learning_rate=3.0e-4", "optimizer.weight_decay=0"]
+SHARES = {"mqar_wide": 0.2, "mqar_front": 0.1, "mqar": 0.1, "copy_wide": 0.1}  # the rest is text
+EPISODES_OF = {"kind": "synthetic", "lengths": "log_uniform"}  # half of the tokens are in episodes of a whole sample
+SOURCES = [EPISODES_OF | {"name": name, "task": name, "weight": weight} for name, weight in SHARES.items()]
+ALONE += ["data.sources=" + json.dumps([{"name": "python", "kind": "builtin", "weight": 0.5}, *SOURCES])]
 KINDS = {  # kind -> its file, its keys, and the kind that it begins with
     "nsa": (FIRST, [], None),
     "dense": (FIRST, ["attention.kind=dense", "model.intermediate_size=1344"], None),  # of as many parameters

@@ -1,6 +1,7 @@
 """Draws docs/images/dsa-stages.png, a picture of docs/dsa.md: `python docs/draw_stages.py [FILE]`.
 
-The values are those of benchmarks/results/dsa-stages-25m-h200-2026-11-29.json.
+The values are those of benchmarks/results/dsa-stages-25m-h200-2026-11-29.json, and of a later run with the bound of
+recall.
 """
 
 import json
@@ -15,6 +16,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/dsa-stages-25m-h200-2026-11-29.json"
+BOUND = ROOT / "benchmarks/results/dsa-stages-25m-h200-2026-11-30.json"
 
 
 def column(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[Any]]:
@@ -39,13 +41,22 @@ def by_layer(plot: Any, stages: dict[str, Any], key: str) -> None:
 
 
 def draw(path: Path) -> None:
-    """The indexer's loss and recall by layer, and the validation losses of the sparse stage and of its dense twin."""
-    stages = json.loads(RESULT.read_text())["stages"]
-    figure, (loss, recall, validation) = plt.subplots(1, 3, figsize=(13.5, 4.2), layout="constrained")
+    """The indexer's loss and recall by layer, recall beside its bound, and the validation losses of the sparse stage
+    and of its dense twin."""
+    stages, later = (json.loads(path.read_text())["stages"] for path in (RESULT, BOUND))
+    figure, ((loss, recall), (bound, validation)) = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     by_layer(loss, stages, "indexer_kl")
     loss.set(yscale="log", ylabel="nats per token", title="The indexer's loss")
     by_layer(recall, stages, "recall")
     recall.set(ylim=(0, 1), ylabel="share of dense attention", title="Recall of 256 of up to 2,048 tokens")
+    last = [row for row in later["indexer"] if "recall" in row][-1]
+    layers = range(len(last["recall"]))
+    bound.bar(layers, last["recall_bound"], color="#d9d9d9", label="the most that 256 tokens hold")
+    bound.bar(layers, last["recall"], color="#1f5a96", width=0.5, label="the indexer's 256")
+    bound.set(
+        ylim=(0, 1), xlabel="layer", ylabel="share of dense attention", title="Recall after 200 steps, and its bound"
+    )
+    bound.legend(loc="upper left")
     for name, label, color in (("dense, on", "dense", "grey"), ("sparse", "DSA", "#1f5a96")):
         validation.plot(*column(stages[name], "validation/loss"), color=color, marker="o", label=label)
     validation.set(xlabel="step after 500 dense steps", ylabel="validation loss", title="The model's loss")
