@@ -1,7 +1,7 @@
 """Times decoding: one query token per sequence on caches of several lengths, and steps of a whole decoder.
 
     python benchmarks/decode.py [--shapes A B] [--lengths 4096 65536] [--batches 1 8 32] [--out FILE]
-        [--decoder 1b] [--prompt 32768] [--no-decoder] [--milliseconds 250] [--seconds 170]
+        [--decoder 1b] [--decoder-batches 1 4] [--prompt 32768] [--no-decoder] [--milliseconds 250] [--seconds 170]
 
 bf16; the median of replays of a CUDA graph with the L2 cache flushed between them. Dense decoding by torch's
 FlashAttention and cuDNN is timed beside ours. Sparse methods attend to 1/16 of the tokens: pages of 16 that Quest
@@ -315,13 +315,13 @@ def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def steps_of(config_name: str, kind: str, prompt: int, steps: int = 64) -> dict[str, Any]:
-    """Milliseconds of a token of a whole decoder, batch 1."""
+def steps_of(config_name: str, kind: str, prompt: int, batch: int, steps: int = 64) -> dict[str, Any]:
+    """Milliseconds of a step of a whole decoder: a token for each of ``batch`` sequences."""
     config = load_config(ROOT / "configs" / f"{config_name}.yaml", [f"attention.kind={kind}"])
     with torch.device("cuda"):
         decoder = Decoder(config.model, config.attention).bfloat16().eval()
-    ids = torch.randint(0, config.model.vocab_size, (1, prompt), device="cuda")
-    found: dict[str, Any] = {"decoder": config_name, "kind": kind, "prompt": prompt}
+    ids = torch.randint(0, config.model.vocab_size, (batch, prompt), device="cuda")
+    found: dict[str, Any] = {"decoder": config_name, "kind": kind, "prompt": prompt, "batch": batch}
     found["weights_gb"] = round(sum(p.nbytes for p in decoder.parameters()) / 1e9, 2)
     fixed = DecodingSteps(decoder, ids, prompt + steps + 8)
     found["steps_ms"] = _median_ms(partial(fixed.step, ids[:, 0]), steps)
@@ -353,6 +353,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--decoder", default="1b", help="configuration of the decoder")
+    parser.add_argument("--decoder-batches", type=int, nargs="+", default=[1, 4], help="sequences of the decoder")
     parser.add_argument("--prompt", type=int, default=32768)
     parser.add_argument("--no-decoder", action="store_true", help="time the operators alone")
     parser.add_argument("--milliseconds", type=int, default=250, help="of the warm-up and of the measuring of a row")
@@ -382,11 +383,12 @@ def main() -> None:
     result |= {"rows": rows, "crossovers": crossovers(rows)}
     for found in result["crossovers"]:
         print(json.dumps(found), flush=True)
-    for attention in () if options.no_decoder else ("nsa", "dense"):
+    whole = [] if options.no_decoder else [(b, kind) for b in options.decoder_batches for kind in ("nsa", "dense")]
+    for batch, attention in whole:
         if time.monotonic() > end:
             print("left out: steps of the decoder", flush=True)
             break
-        result["decoder"].append(steps_of(options.decoder, attention, options.prompt))
+        result["decoder"].append(steps_of(options.decoder, attention, options.prompt, batch))
         print(json.dumps(result["decoder"][-1]), flush=True)
         torch.cuda.empty_cache()
     if options.out:

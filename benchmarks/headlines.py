@@ -355,12 +355,13 @@ def decoding(results: dict[str, dict]) -> Iterator[str]:
         name = f"{call}, {DECODED[shape]}, 64K, batch 8"
         cells.append([name, f"{row['ms'] * 1e3:.0f} us", row["over_dense"], aim])
     yield from table(["one token", "time", "dense over it", "target"], cells)
+    alone = [row for row in result["decoder"] if row.get("batch", 1) == 1]
     steps = [
         f"{row['steps_ms']:.2f} ms with {'NSA' if row['kind'] == 'nsa' else 'dense attention'} (target "
         f"{TOKEN_AIMS[row['kind']]:g})"
-        for row in result["decoder"]
+        for row in alone
     ]
-    grown = [f"{row['growing_ms']:.0f}" for row in result["decoder"]]
+    grown = [f"{row['growing_ms']:.0f}" for row in alone]
     yield words(
         f"A token of {result['decoder'][0]['decoder']} after a prompt of 32K tokens, batch 1, as a CUDA graph:",
         f"{' and '.join(steps)}. With caches that grow, Python takes",

@@ -47,12 +47,10 @@ def decode(result: dict[str, Any] | None) -> Iterator[str]:
         )
     yield words("Relative errors against fp32 at the shortest length:", _errors(result["errors"]) + ".\n")
     if result["decoder"]:
-        yield "### A token of a whole decoder, batch 1\n"
-        cells = [
-            [row["decoder"], row["kind"], row["prompt"], row["weights_gb"], row["steps_ms"], row["growing_ms"]]
-            for row in result["decoder"]
-        ]
-        header = ["model", "attention", "prompt", "GB of weights", "ms, CUDA graph", "ms, caches that grow"]
+        yield "### A step of a whole decoder\n"
+        keys = ("decoder", "kind", "batch", "prompt", "weights_gb", "steps_ms", "growing_ms")
+        cells = [[row.get(key, 1) for key in keys] for row in result["decoder"]]  # earlier rows have batch 1
+        header = ["model", "attention", "batch", "prompt", "GB of weights", "ms, CUDA graph", "ms, caches that grow"]
         yield from table(header, cells)
 
 
