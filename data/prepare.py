@@ -39,6 +39,15 @@ WAITING_BYTES = 1 << 24  # text that was read ahead of the workers, about
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Prepared data: see https://bford.info/cachedir/\n"
 
 
+def refuse_in_import() -> None:
+    """Raise RuntimeError in a process of workers that is importing the script that started it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError(
+            "preparing data starts processes that import your script: put what it runs under "
+            '`if __name__ == "__main__":`, or set data.workers=1'
+        )
+
+
 def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: str | None = None) -> PreparedData:
     """The prepared data of `config`, built if they are not there or not intact. Safe from several processes at once.
 
@@ -71,12 +80,8 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     if cache.is_dir() and not os.access(cache, os.W_OK) and reuse.folder_of(cache, key).is_dir():
         return PreparedData(reuse.folder_of(cache, key), verify=True)
-    starting = getattr(multiprocessing.current_process(), "_inheriting", False)
-    if starting and config.workers > 1 and not reuse.folder_of(cache, key).exists():
-        raise RuntimeError(  # it would wait for ever for its parent, which waits for it
-            "preparing data starts processes that import your script: put what it runs under "
-            '`if __name__ == "__main__":`, or set data.workers=1'
-        )
+    if config.workers > 1 and not reuse.folder_of(cache, key).exists():
+        refuse_in_import()  # it would wait for ever for its parent, which waits for it
     _make_cache(cache)
     with FileLock(cache / f"{key}.lock"):
         found = reuse.folder_of(cache, key)

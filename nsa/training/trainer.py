@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nsa.config import Config
 from nsa.data.loader import SampleStream, batch
-from nsa.data.prepare import prepare
+from nsa.data.prepare import prepare, refuse_in_import
 from nsa.data.shards import PreparedData
 from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.parallel.grid import build_grid
@@ -53,9 +53,11 @@ class Trainer:
 
     Raises:
         ValueError: what the user can fix, with what to do.
+        RuntimeError: a script without ``if __name__ == "__main__":``, which workers that prepare data would run again.
     """
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
+        refuse_in_import()
         self.began = time.monotonic()
         self._stop: StopRequest | None = None  # heard until `close`: a signal while it ends changes nothing
         self.config = config

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from nsa.config import MINIMAL
 from nsa.data import encoders as module
 from nsa.data import tokenizer as tokenizers
 from nsa.data.config import DataConfig
@@ -130,6 +132,27 @@ if __name__ == "__main__":
     with get_context("spawn").Pool(1) as pool:
         print(pool.apply(len, ["ab"]))
 """
+
+
+UNGUARDED_TRAINER = """
+import sys
+from nsa.config import load_config
+from nsa.training.trainer import Trainer
+Trainer(load_config(sys.argv[1]))
+"""
+
+
+def test_a_script_that_trains_is_told_so_too(config: DataConfig, tmp_path: Path) -> None:
+    """Its workers said that they found no free port, or another run in the folder."""
+    script, file = tmp_path / "script.py", tmp_path / "run.yaml"
+    script.write_text(UNGUARDED_TRAINER)
+    run = yaml.safe_load(MINIMAL) | {"output_dir": str(tmp_path / "runs"), "data": config.model_dump(mode="json")}
+    run["data"] |= {"cache_dir": str(tmp_path / "cache"), "workers": 2}
+    run["model"]["vocab_size"] = config.tokenizer.vocab_size
+    run["model"]["max_position"] = max(1024, config.sequence_length)
+    file.write_text(yaml.safe_dump(run))
+    done = subprocess.run([sys.executable, script, file], capture_output=True, text=True, timeout=100)
+    assert done.returncode and '`if __name__ == "__main__":`' in done.stderr
 
 
 def test_a_script_that_its_workers_would_run_again_is_told_so(config: DataConfig, tmp_path: Path) -> None:
