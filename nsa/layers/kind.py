@@ -266,7 +266,8 @@ class Kind:
             begin with them.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
-        figures: (attend, *inputs, cu_seqlens, offset) -> metrics of one layer for TensorBoard; None: there are none.
+        figures: (attend, *inputs, cu_seqlens, offset, earlier) -> metrics of one layer for TensorBoard; None: there are
+            none. ``earlier``: a dictionary in which a layer may leave something for the later ones of a forward pass.
         guest: how other methods choose in its place, for comparisons; None: they cannot.
         export: config -> fields of config.json; None: the kind cannot be exported yet.
         known: (shape, config) -> the model of `transformers` itself that has such layers, among those that

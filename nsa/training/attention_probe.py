@@ -6,6 +6,7 @@ says what is measured (`nsa.layers.kind.Kind.figures`).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,13 +21,16 @@ def probe(layers: nn.ModuleList, metrics: dict[str, float]) -> Iterator[None]:
 
     Tags are attention/<name>/layer_<number>.
     """
-    handles = []
+    handles: list[Any] = []
     seen: dict[str, list[float]] = {}
+    earlier: dict[Any, Any] = {}
     layer: Any
     for number, layer in enumerate(layers):
         figures = layer.kind.figures if hasattr(layer, "kind") else None  # the layer may be on another stage
         if figures is not None:
-            hook = _hook(figures, f"layer_{number:02d}", seen)
+            if not handles:  # a new forward pass
+                handles.append(layer.register_forward_pre_hook(lambda *_: earlier.clear()))
+            hook = _hook(partial(figures, earlier=earlier), f"layer_{number:02d}", seen)
             handles.append(innermost(layer.attention.attend).register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield

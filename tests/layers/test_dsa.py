@@ -168,6 +168,22 @@ def test_figures_of_a_known_selection() -> None:
     assert found["token_overlap"] == pytest.approx((k - 1) / k) and found["score_entropy"] == pytest.approx(1)
 
 
+def test_the_overlap_of_layers_is_what_their_lists_share() -> None:
+    """A loop over the queries that see more than k tokens. Chunks of queries are compared with chunks alike."""
+    tokens, k, seen, lists = 14, 4, [], []
+    for turn in (0, 1):
+        layer = layer_of(topk=k)
+        layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs)))
+        layer(some_input(tokens).roll(turn, -1))
+        lists.append(layer.attend.choose(seen[-1][1][2], seen[-1][1][3][0], seen[-1][1][4])[0])
+    earlier: dict = {}
+    first, second = (measure(attend, *inputs, earlier=earlier) for attend, inputs in seen)
+    both = [len(set(lists[0][t].tolist()) & set(lists[1][t].tolist())) / k for t in range(k, tokens)]
+    assert "layer_overlap" not in first and 0 < sum(both) < len(both)
+    assert second["layer_overlap"] == pytest.approx(sum(both) / len(both))
+    assert measure(*seen[0][:1], *seen[0][1], earlier={("dsa", 3): None}).keys() == first.keys()
+
+
 def test_the_bound_of_recall_is_that_of_the_best_tokens() -> None:
     """Two documents; a loop over queries. Only queries that see more than k tokens count."""
     q, k = torch.randn(1, 11, 4, 6).double() * 2, torch.randn(1, 11, 2, 6).double()

@@ -147,6 +147,19 @@ def test_the_probe_sees_each_sparse_layer_and_leaves_no_hook(tmp_path):
     assert metrics == seen
 
 
+def test_the_probe_compares_layers_within_a_forward_pass(tmp_path):
+    """Notices lists of the last pass that the first layer is compared with."""
+    sizes = "attention.dsa={topk: 16, index_heads: 2, index_head_dim: 16, index_rotary_dims: 8}"
+    config = tiny_config(tmp_path, "attention.kind=[dsa, dense, dsa]", sizes, "model.num_layers=3")
+    model, metrics = Decoder(config.model, config.attention), {}
+    with probe(model.layers, metrics):
+        for _ in range(2):
+            model(torch.randint(0, 400, (1, 64)))
+    assert [name for name in metrics if "layer_overlap" in name] == ["attention/layer_overlap/layer_02"]
+    assert 0 < metrics["attention/layer_overlap/layer_02"] < 1
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
+
+
 def test_block_statistics():
     document = torch.tensor([0, 0, 0, 1])
     blocks = torch.tensor([[0, -1], [0, 1], [1, 2], [0, -1]])[None, :, None]  # (B, T, G, n)
@@ -193,7 +206,7 @@ def test_a_kind_that_no_export_carries_is_told_at_the_start(tmp_path, capsys, mo
         return [capsys.readouterr().out, describe(config, 1)]
 
     assert all("note:" not in text for text in said())
-    monkeypatch.setattr(model_config, "kind_of", lambda name: replace(NSA, export=None))
+    monkeypatch.setattr(model_config, "kind_of", lambda name: replace(NSA, export=None, placed=None))
     for text in said():
         assert "no export can carry Native Sparse Attention" in text
         assert "take attention.kind dense or nsa" in text

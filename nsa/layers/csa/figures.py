@@ -22,6 +22,7 @@ def measure(
     weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    earlier: dict[Any, Any] | None = None,
 ) -> dict[str, float]:
     """The metrics of one layer, from the inputs of its ``attend``. Means are over heads and queries that see an entry.
 

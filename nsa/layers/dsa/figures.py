@@ -24,6 +24,7 @@ def measure(
     weights: Tensor,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    earlier: dict[Any, Any] | None = None,
 ) -> dict[str, float]:
     """The metrics of one layer, from the inputs of its ``attend``. Means are over queries that see more than k tokens.
 
@@ -31,6 +32,7 @@ def measure(
     recall_bound: the most that any k tokens can have of it, over at most 64 queries.
     first_token_mass: probability, in dense attention, of the document's first token.
     token_overlap: share of a query's selected tokens that the previous query selected as well.
+    layer_overlap: share of them that the DSA layer before selects as well; not in the first one.
     score_entropy: entropy of the index distribution over the selected tokens, from 0 (one token) to 1.
     """
     k, v = kv() if callable(kv) else kv
@@ -47,6 +49,12 @@ def measure(
         return (lse - dense).exp()[..., more].mean().item() if more.any() else 1.0
 
     first = documents.bounds[documents.query_document].to(torch.int32)[None, :, None].expand(len(q), -1, -1)
+    overlap = {}
+    if earlier is not None:
+        before = earlier.get(("dsa", offset))
+        if before is not None:
+            overlap["layer_overlap"] = shared(before[:, more], tokens[:, more]) if more.any() else 1.0
+        earlier["dsa", offset] = tokens
     p = scores.softmax(-1)
     entropy = -torch.xlogy(p, p).sum(-1) / math.log(max(2, tokens.shape[2]))
     return {
@@ -54,6 +62,7 @@ def measure(
         "recall_bound": recall_bound(q, k, dense, documents, more, attend.scale, tokens.shape[2]),
         "first_token_mass": mass(first),
         "token_overlap": token_overlap(tokens, documents, more),
+        **overlap,
         "score_entropy": entropy[:, more].mean().item() if more.any() else 1.0,
     }
 
@@ -83,5 +92,11 @@ def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> float:
     rows = pairs.nonzero().flatten()[:1024]  # as many as fit in memory
     if not len(rows):
         return 1.0
-    both = torch.cat((tokens[:, rows], tokens[:, rows + 1]), -1).sort(-1).values
-    return ((both[..., 1:] == both[..., :-1]).sum(-1) / tokens.shape[2]).mean().item()
+    return shared(tokens[:, rows], tokens[:, rows + 1])
+
+
+def shared(one: Tensor, other: Tensor) -> float:
+    """Share of tokens (B, T, K) that two lists have in common, mean over at most 1,024 of their rows."""
+    rows = slice(None, None, -(-one.shape[1] // 1024))
+    both = torch.cat((one[:, rows], other[:, rows]), -1).sort(-1).values
+    return ((both[..., 1:] == both[..., :-1]).sum(-1) / one.shape[2]).mean().item()

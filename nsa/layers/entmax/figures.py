@@ -23,6 +23,7 @@ def measure(
     logit_scale: Tensor,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    earlier: dict[Any, Any] | None = None,
 ) -> dict[str, float]:
     """The metrics of one layer, from the inputs of its ``attend``. Means are over at most 64 queries, and heads.
 

@@ -25,6 +25,7 @@ def measure(
     gates: Tensor,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    earlier: dict[Any, Any] | None = None,
 ) -> dict[str, float]:
     """The metrics of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`).
 
@@ -70,6 +71,7 @@ def measure_warm_up(
     gates: Tensor,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    earlier: dict[Any, Any] | None = None,
 ) -> dict[str, float]:
     """The metrics of one layer whose selection is taught. Shares of the attention that the choice is about: that to
     blocks which are neither always selected nor reached by the window.
