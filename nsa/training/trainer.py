@@ -53,7 +53,7 @@ class Trainer:
 
     Raises:
         ValueError: what the user can fix, with what to do.
-        RuntimeError: a script without ``if __name__ == "__main__":``, which workers that prepare data would run again.
+        RuntimeError: a script without a guard, which workers that prepare data would run again.
     """
 
     def __init__(self, config: Config, ranks: Ranks | None = None) -> None:
