@@ -139,8 +139,54 @@ def test_without_gradients_there_is_no_loss() -> None:
     assert layer.attend.loss.tally is None and layer.attend.loss.take() is None
 
 
+def test_the_loss_is_a_mean_over_the_tokens_of_all_samples() -> None:
+    """Equal samples have the loss of one."""
+    losses = []
+    for batch in (1, 3):
+        layer, x = layer_of(), some_input(40).expand(batch, -1, -1)
+        freeze_others(layer)
+        layer(x)
+        losses.append(layer.attend.loss.take())
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("borders", [None, [0, 9, 10, 40]])
+def test_chunks_of_queries_have_the_losses_of_the_whole(borders: list[int] | None) -> None:
+    """As context-parallel ranks call it: a chunk's queries are the last tokens of what its keys end with."""
+    layer, seen, cumulative_lengths = layer_of(), [], None if borders is None else torch.tensor(borders).int()
+    freeze_others(layer)
+    layer.attend.loss.scale = 1.0
+    with torch.no_grad():  # so that the inputs alone are taken, and no loss
+        layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
+        layer(some_input(40), cu_seqlens=cumulative_lengths)
+    q, (k_cmp, v_cmp), kv, *rest = seen[0]
+    k_cmp.requires_grad_()
+
+    def outcome(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        inner = None if cumulative_lengths is None else cumulative_lengths.clamp(max=stop)
+        keys = tuple(x[:, :stop] for x in kv)
+        out = layer.attend(q[:, start:stop], (k_cmp, v_cmp), keys, *rest, cu_seqlens=inner, offset=start)
+        return out, layer.attend.loss.take()
+
+    (out, loss), (first, head), (second, tail) = outcome(0, 40), outcome(0, 23), outcome(23, 40)
+    assert head > 0 and tail > 0
+    torch.testing.assert_close(torch.cat((first, second), 1), out)
+    torch.testing.assert_close(head + tail, loss)
+
+
 @pytest.mark.parametrize("documents", [[60], [9, 1, 30, 0, 20], [7, 3]])
-@pytest.mark.parametrize("changes", [{}, {"num_local": 0}, {"num_blocks": 30}, {"window": 100}, {"num_blocks": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_local": 0},
+        {"num_blocks": 30},
+        {"num_blocks": 30, "num_initial": 0},  # lists have room, and the first block is no forced one
+        {"window": 100},
+        {"num_blocks": 2},
+    ],
+)
 def test_figures_are_shares(documents: list[int], changes: dict[str, int]) -> None:
     layer, seen = layer_of(**changes), []
     layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
