@@ -219,8 +219,8 @@ class Config(Section):
     )
     train: Literal["all", "indexer"] = Field(
         "all",
-        description="indexer: everything else is frozen; no loss of the model is computed. The logged loss is the sum "
-        "of the indexers'",
+        description="indexer: what chooses is trained alone, an indexer or, in NSA's warm-up, the compression of keys; "
+        "no loss of the model is computed. The logged loss is the sum of theirs",
     )
     model: ModelConfig = Field(description="shape of the decoder")
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of every layer")

@@ -7,6 +7,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.nsa.figures import measure_warm_up
+from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.rotary import Rotary
 from tests.ops.cases import cumulative
 
@@ -130,6 +131,23 @@ def test_the_loss_is_counted_where_gradients_of_the_parameters_alone_are_asked_f
         ask(layer(x.requires_grad_()).square().sum())
         found.append(layer.attend.loss.tally.clone())
     assert found[0] > 0 and torch.equal(*found)
+
+
+def test_a_method_in_its_place_chooses_as_in_a_dense_layer() -> None:
+    """All of its output is what the method attends to; it reads no compressed blocks, and has no window beside."""
+    layer, seen = layer_of(), []
+    layer.attend.register_forward_hook(lambda module, inputs, out: seen.append((inputs, out)))
+    layer(some_input(40, batch=2))
+    (inputs, out), guest = seen[0], WARM_UP.guest
+
+    def method(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return ops.dense_attention(q, k, v, scale=scale)
+
+    torch.testing.assert_close(guest.attention(layer.attend, method, *inputs), out)
+    reads = guest.spent(layer.attend, *inputs)
+    per_head = 2 * 40 * 41 / 2  # of both samples
+    assert reads.attended.tolist() == [2 * per_head] * 2 and not reads.scored.any(), "two query heads of two KV heads"
+    assert guest.beside is None and not guest.cached
 
 
 def test_without_gradients_there_is_no_loss() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Same, Shape
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure, measure_warm_up
-from nsa.layers.nsa.guest import GUEST
+from nsa.layers.nsa.guest import GUEST, GUEST_WARM_UP
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
 
@@ -204,4 +204,5 @@ WARM_UP: Kind = replace(
     free=("num_blocks", "num_initial", "num_local", "window"),
     problem=problem_warm_up,
     figures=measure_warm_up,
+    guest=GUEST_WARM_UP,
 )
