@@ -9,6 +9,7 @@ from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.nsa.figures import measure_warm_up
 from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.rotary import Rotary
+from nsa.ops.selection_kl import block_attention
 from tests.ops.cases import cumulative
 
 SIZES = {"compress_length": 4, "compress_stride": 2, "block_size": 4, "num_blocks": 4, "num_local": 1, "window": 5}
@@ -220,6 +221,32 @@ def test_figures_are_shares(documents: list[int], changes: dict[str, int]) -> No
         assert [found["recall"], found["recall_bound"]] == pytest.approx([1, 1]), "as many as there are"
     if changes.get("num_blocks") == 2 and documents == [60]:
         assert [found["recall"], found["recall_bound"]] == [0, 0], "all that it may select is forced"
+
+
+@pytest.mark.parametrize("documents", [[60], [9, 1, 30, 0, 20]])
+def test_recall_is_of_the_blocks_that_the_sparse_layer_selects(documents: list[int]) -> None:
+    borders, x, seen, chosen = cumulative(documents) if len(documents) > 1 else None, some_input(60), [], []
+    warm, sparse = layer_of(), layer_of(phase="sparse")
+    sparse.load_state_dict(warm.state_dict())
+    warm.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
+    sparse.attend.choose.register_forward_hook(lambda module, inputs, out: chosen.append(out))
+    for layer in (warm, sparse):
+        layer(x, cu_seqlens=borders)
+    q, _, (k, v), *_ = seen[0]
+    _, lse = ops.dense_attention(q, k, v, cu_seqlens=borders, return_lse=True)
+    sizes = {"block_size": 4, "window": 5, "num_initial": 1, "num_local": 1}
+    target = block_attention(q, k, lse, **sizes, cu_seqlens=borders)  # (1, G, T, M)
+    held = sum(
+        target[0, g, t, block].item()
+        for t in range(60)
+        for g in range(2)
+        for block in chosen[0][0, t, g].tolist()
+        if block >= 0
+    )
+    found = measure_warm_up(warm.attend, *seen[0], cu_seqlens=borders)
+    assert 0 < held < found["recall_bound"] * target.sum() and found["recall"] == pytest.approx(
+        held / target.sum().item()
+    )
 
 
 def test_figures_of_a_known_selection() -> None:
