@@ -67,6 +67,7 @@ def cudnn_version(result: dict) -> str:
 def page(results: dict[str, dict]) -> str:
     """From all results, by the stem of their file."""
     aims = [*missed_by_steps(results[MODELS]), missed_by_operator(results), *missed_by_dsa(results)]
+    aims += missed_by_decoding(results[DECODE]["decode"])
     lines = [
         "# Performance\n",
         words(
@@ -371,7 +372,22 @@ def decoding(results: dict[str, dict]) -> Iterator[str]:
     never = [name for name, x in zip(slower, result["crossovers"], strict=True) if x["faster_from"] is None]
     if never:
         yield words(f"**Slower than dense at all lengths measured**: {'; '.join(never)}.\n")
+    if note := results[DECODE].get("note"):
+        yield words(f"Note: {note}.\n")
     yield source(results, DECODE)
+
+
+def missed_by_decoding(result: dict) -> Iterator[str]:
+    """Targets of one token that are missed: of calls over dense attention, and of a whole decoder."""
+    found = {(row["shape"], row["call"]): row for row in result["rows"] if row["batch"] == 8 and row["tokens"] == 65536}
+    ratios = {case: (found[case]["over_dense"], aim) for case, aim in DECODE_AIMS.items()}
+    low = [f"{case[1]} {ratio:.2f} (target {aim:g})" for case, (ratio, aim) in ratios.items() if ratio < aim]
+    if low:
+        yield f"Decoding over dense attention, 64K, batch 8: {', '.join(low)}."
+    for row in result["decoder"]:
+        if row["steps_ms"] > (aim := TOKEN_AIMS[row["kind"]]):
+            named = "NSA" if row["kind"] == "nsa" else "dense attention"
+            yield f"A token of {row['decoder']} with {named}: {row['steps_ms']:.2f} ms (target {aim:g})."
 
 
 def missed_by_steps(result: dict) -> Iterator[str]:

@@ -219,8 +219,8 @@ class Config(Section):
     )
     train: Literal["all", "indexer"] = Field(
         "all",
-        description="indexer: everything else is frozen; no loss of the model is computed. The logged loss is the sum "
-        "of the indexers'",
+        description="indexer: what chooses is trained alone, an indexer or, in NSA's warm-up, the compression of keys; "
+        "no loss of the model is computed. The logged loss is the sum of theirs",
     )
     model: ModelConfig = Field(description="shape of the decoder")
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of every layer")
@@ -268,12 +268,12 @@ class Config(Section):
     def _check_kinds(self) -> None:
         kinds = set(self.attention.kinds(self.model.num_layers))
         for kind in sorted(kinds, key=lambda kind: kind.title):
-            if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
-                raise ValueError(problem)
             if kind.taught and self.train == "all":
                 raise ValueError(
                     f"attention.{kind.name}.phase: warm-up is for train: indexer; set it to sparse to train all"
                 )
+            if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
+                raise ValueError(problem)
         if self.train == "all":
             return
         if not any(kind.apart for kind in kinds):

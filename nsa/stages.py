@@ -8,7 +8,8 @@
       - {name: sparse}
 
 Each stage is a run of its own, in the folder ``<output_dir>/<name>-<stage>``. Its keys replace those of the file; what
-it does not name is as in the file. It starts from the stage before it, unless it has ``start_from``.
+it does not name is as in the file. It starts from the stage before it, unless it has ``start_from``. The first stage
+starts from that of the file.
 """
 
 import re
@@ -60,7 +61,8 @@ class Stages:
             raise ConfigError(f"{self.path}: there is no stage {self.wanted!r}; {there}")
         number = names.index(self.wanted)
         self._before = names[number - 1] if number else None
-        common = {key: value for key, value in tree.items() if key != "stages"}
+        of_others = {"stages", "start_from"} if number else {"stages"}
+        common = {key: value for key, value in tree.items() if key not in of_others}
         return _merged(common, {key: value for key, value in stages[number].items() if key != "name"})
 
     def finish(self, tree: Any) -> None:

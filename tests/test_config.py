@@ -286,7 +286,7 @@ def test_committed_schema_and_reference_are_current():
     assert json.loads(schema.read_text())["additionalProperties"] is False
 
 
-TAUGHT = ["attention.kind=nsa", "attention.nsa.phase=warm-up", "attention.nsa.block_size=32"]
+TAUGHT = ["attention.kind=nsa", "attention.nsa={phase: warm-up, block_size: 32, window: 95}"]
 INDEXER = ["train=indexer", "start_from=runs/dense"]
 
 
@@ -302,6 +302,12 @@ INDEXER = ["train=indexer", "start_from=runs/dense"]
             [*TAUGHT, *INDEXER, "attention.nsa.num_local=3"],  # with one initial block: all of the 128 tokens
             "attention.nsa.phase warm-up: a sample (128 tokens) has no block beside the initial and local ones (128",
         ),
+        (
+            [*TAUGHT, *INDEXER, "attention.nsa.window=96"],  # with the initial block: all of the 128 tokens
+            "attention.nsa.phase warm-up: the window (96 tokens) reaches all of a sample (128 tokens) but the initial "
+            "blocks (32 tokens), so there is nothing to teach: train on longer samples",
+        ),
+        ([*TAUGHT, "attention.nsa.window=512"], "attention.nsa.phase: warm-up is for train: indexer; set it to sparse"),
         ([*TAUGHT, *INDEXER, "attention.nsa.phase=warm"], "attention.nsa.phase"),
         (["attention.nsa.key_compression=mean"], "attention.nsa.key_compression"),
     ],

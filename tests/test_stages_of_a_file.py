@@ -48,6 +48,16 @@ def test_overrides_win_over_stages(file):
     assert load_config(file, ["stage=sparse", "start_from=elsewhere"]).start_from == "elsewhere"
 
 
+def test_what_the_file_starts_from_is_for_the_first_stage(file, tmp_path):
+    """Else each stage would throw away what the one before it learned."""
+    path = tmp_path / "from_a_folder.yaml"
+    path.write_text(FILE.replace("stages:", "start_from: folder\nstages:"))
+    begins = [load_config(path, [f"stage={name}"]).start_from for name in ("dense", "indexer", "sparse")]
+    assert begins == ["folder", "there/small-dense", "there/small-indexer"]
+    path.write_text(FILE.replace("{name: sparse,", "{name: sparse, start_from: other,"))
+    assert load_config(path, ["stage=sparse"]).start_from == "other"
+
+
 def test_the_command_lists_stages(file, tmp_path, capsys):
     assert main([str(file), "--stages"]) == 0
     assert capsys.readouterr().out == "dense\nindexer\nsparse\n"

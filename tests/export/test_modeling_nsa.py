@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from nsa import ops
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.entmax.config import EntmaxConfig
@@ -230,6 +231,24 @@ def test_logits_of_a_taught_selection_are_the_decoders(taught, shape, sizes) -> 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name].double(), theirs[name]) for name in ours)
     exported.config.nsa_phase = "sparse" if "phase" in taught else "warm-up"
     assert (exported(ids).logits - decoder(ids)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_pooled_keys_in_bf16_are_means_in_fp32() -> None:
+    """Rounded once, as in the trainer, also under autocast."""
+    _, exported = pair("nsa", taught={"key_compression": "pooled"})
+    pooling = exported.layers[0].attention.compress["key"].bfloat16()
+    width = pooling.gate.in_features
+    pooling.gate.weight.zero_()
+    pooling.outer.weight.copy_(torch.eye(width))
+    pooling.position.normal_()
+    x = torch.randn(1, 40, 2, width).bfloat16()
+    options = {"length": pooling.length, "stride": pooling.stride}
+    same = pooling.gate.weight, pooling.position, pooling.outer.weight
+    exact = ops.pool_blocks(x.double(), *(weight.double() for weight in same), **options).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(pooling(x), exact)
+    assert torch.equal(pooling(x), exact)
 
 
 @pytest.mark.parametrize("taught", TAUGHT, ids=str)

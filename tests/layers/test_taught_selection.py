@@ -7,7 +7,9 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.nsa.figures import measure_warm_up
+from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.rotary import Rotary
+from nsa.ops.selection_kl import block_attention
 from tests.ops.cases import cumulative
 
 SIZES = {"compress_length": 4, "compress_stride": 2, "block_size": 4, "num_blocks": 4, "num_local": 1, "window": 5}
@@ -132,6 +134,23 @@ def test_the_loss_is_counted_where_gradients_of_the_parameters_alone_are_asked_f
     assert found[0] > 0 and torch.equal(*found)
 
 
+def test_a_method_in_its_place_chooses_as_in_a_dense_layer() -> None:
+    """All of its output is what the method attends to; it reads no compressed blocks, and has no window beside."""
+    layer, seen = layer_of(), []
+    layer.attend.register_forward_hook(lambda module, inputs, out: seen.append((inputs, out)))
+    layer(some_input(40, batch=2))
+    (inputs, out), guest = seen[0], WARM_UP.guest
+
+    def method(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return ops.dense_attention(q, k, v, scale=scale)
+
+    torch.testing.assert_close(guest.attention(layer.attend, method, *inputs), out)
+    reads = guest.spent(layer.attend, *inputs)
+    per_head = 2 * 40 * 41 / 2  # of both samples
+    assert reads.attended.tolist() == [2 * per_head] * 2 and not reads.scored.any(), "two query heads of two KV heads"
+    assert guest.beside is None and not guest.cached
+
+
 def test_without_gradients_there_is_no_loss() -> None:
     layer = layer_of()
     with torch.no_grad():
@@ -139,8 +158,54 @@ def test_without_gradients_there_is_no_loss() -> None:
     assert layer.attend.loss.tally is None and layer.attend.loss.take() is None
 
 
+def test_the_loss_is_a_mean_over_the_tokens_of_all_samples() -> None:
+    """Equal samples have the loss of one."""
+    losses = []
+    for batch in (1, 3):
+        layer, x = layer_of(), some_input(40).expand(batch, -1, -1)
+        freeze_others(layer)
+        layer(x)
+        losses.append(layer.attend.loss.take())
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("borders", [None, [0, 9, 10, 40]])
+def test_chunks_of_queries_have_the_losses_of_the_whole(borders: list[int] | None) -> None:
+    """As context-parallel ranks call it: a chunk's queries are the last tokens of what its keys end with."""
+    layer, seen, cumulative_lengths = layer_of(), [], None if borders is None else torch.tensor(borders).int()
+    freeze_others(layer)
+    layer.attend.loss.scale = 1.0
+    with torch.no_grad():  # so that the inputs alone are taken, and no loss
+        layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
+        layer(some_input(40), cu_seqlens=cumulative_lengths)
+    q, (k_cmp, v_cmp), kv, *rest = seen[0]
+    k_cmp.requires_grad_()
+
+    def outcome(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        inner = None if cumulative_lengths is None else cumulative_lengths.clamp(max=stop)
+        keys = tuple(x[:, :stop] for x in kv)
+        out = layer.attend(q[:, start:stop], (k_cmp, v_cmp), keys, *rest, cu_seqlens=inner, offset=start)
+        return out, layer.attend.loss.take()
+
+    (out, loss), (first, head), (second, tail) = outcome(0, 40), outcome(0, 23), outcome(23, 40)
+    assert head > 0 and tail > 0
+    torch.testing.assert_close(torch.cat((first, second), 1), out)
+    torch.testing.assert_close(head + tail, loss)
+
+
 @pytest.mark.parametrize("documents", [[60], [9, 1, 30, 0, 20], [7, 3]])
-@pytest.mark.parametrize("changes", [{}, {"num_local": 0}, {"num_blocks": 30}, {"window": 100}, {"num_blocks": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_local": 0},
+        {"num_blocks": 30},
+        {"num_blocks": 30, "num_initial": 0},  # lists have room, and the first block is no forced one
+        {"window": 100},
+        {"num_blocks": 2},
+    ],
+)
 def test_figures_are_shares(documents: list[int], changes: dict[str, int]) -> None:
     layer, seen = layer_of(**changes), []
     layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
@@ -156,6 +221,32 @@ def test_figures_are_shares(documents: list[int], changes: dict[str, int]) -> No
         assert [found["recall"], found["recall_bound"]] == pytest.approx([1, 1]), "as many as there are"
     if changes.get("num_blocks") == 2 and documents == [60]:
         assert [found["recall"], found["recall_bound"]] == [0, 0], "all that it may select is forced"
+
+
+@pytest.mark.parametrize("documents", [[60], [9, 1, 30, 0, 20]])
+def test_recall_is_of_the_blocks_that_the_sparse_layer_selects(documents: list[int]) -> None:
+    borders, x, seen, chosen = cumulative(documents) if len(documents) > 1 else None, some_input(60), [], []
+    warm, sparse = layer_of(), layer_of(phase="sparse")
+    sparse.load_state_dict(warm.state_dict())
+    warm.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
+    sparse.attend.choose.register_forward_hook(lambda module, inputs, out: chosen.append(out))
+    for layer in (warm, sparse):
+        layer(x, cu_seqlens=borders)
+    q, _, (k, v), *_ = seen[0]
+    _, lse = ops.dense_attention(q, k, v, cu_seqlens=borders, return_lse=True)
+    sizes = {"block_size": 4, "window": 5, "num_initial": 1, "num_local": 1}
+    target = block_attention(q, k, lse, **sizes, cu_seqlens=borders)  # (1, G, T, M)
+    held = sum(
+        target[0, g, t, block].item()
+        for t in range(60)
+        for g in range(2)
+        for block in chosen[0][0, t, g].tolist()
+        if block >= 0
+    )
+    found = measure_warm_up(warm.attend, *seen[0], cu_seqlens=borders)
+    assert 0 < held < found["recall_bound"] * target.sum() and found["recall"] == pytest.approx(
+        held / target.sum().item()
+    )
 
 
 def test_figures_of_a_known_selection() -> None:

@@ -184,6 +184,17 @@ def test_loss_and_gradient_stay_finite(dtype: torch.dtype, factor: int, sizes: t
         assert (gradient - exact[1]).abs().max() < tolerance * exact[1].abs().max()
 
 
+def test_many_tiles_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of bf16 would lose what each of a hundred tiles adds."""
+    options = sizes_of((8, 4, 8, 1, 1, 6))
+    q, k_cmp, k, lse = inputs_of(1, [200], 4, 2, 8, options, torch.bfloat16)
+    found = []
+    for scores in (operator.MAX_SCORES, 1):  # of all queries, and of each
+        monkeypatch.setattr(operator, "MAX_SCORES", scores)
+        found.append(loss_and_gradient(q, k_cmp, k, lse.float(), **options)[1].float())
+    assert (found[0] - found[1]).abs().max() < 0.006 * found[0].abs().max()  # one rounding
+
+
 @pytest.mark.parametrize("backend", ["torch", "naive"])
 def test_it_is_zero_where_the_importance_is_the_target(backend: str) -> None:
     """Blocks of one token, which the compressed keys repeat. The window sees the query alone, which is local."""

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nsa.layers import DeepSeekSparseAttention, DenseAttention, NativeSparseAttention
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import NSA, kind_of
+from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.projections.config import MlaConfig
 from nsa.layers.projections.mla import Latent
 from nsa.layers.rotary import Rotary
@@ -85,6 +86,19 @@ def test_which_kernels_run_again(kind: str, mode: str, again: int) -> None:
     once = {"nsa": {"range_attention": 2, "selected_attention": 1, "compress_blocks": 2}}
     once |= {"dsa": {"token_attention": 1}, "dsa over latents": {"latent_attention": 1}}
     assert forward == ({} if not again else once.get(kind, {"range_attention": 1}))
+
+
+@pytest.mark.parametrize(("mode", "again"), [("full", 1), ("selective", 0)])
+def test_the_attention_of_a_warm_up_runs_again_where_all_does(mode: str, again: int) -> None:
+    with torch.device("meta"):
+        layers = nn.ModuleList([Layer(NativeSparseAttention(64, 4, 2, 16, phase="warm-up", backend="triton"), WARM_UP)])
+        x = torch.empty(1, 1024, 64, requires_grad=True)
+        rotary = Rotary().at(torch.empty(1024, dtype=torch.int64))
+    checkpoint_layers(layers, mode)
+    out = layers[0](x, rotary)
+    with Calls() as calls:
+        out.sum().backward()
+    assert calls.counts["range_attention"] == again
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.layers.dense import guest as dense
 from nsa.layers.kind import Guest, Pair, Spent, newest, seen_keys
 
 
@@ -63,4 +64,26 @@ def _spent(keys: Tensor, q: Tensor, kv: Pair) -> Spent:
     return Spent(keys * (q.shape[2] // k.shape[2]), torch.zeros_like(keys), keys * (k.shape[3] + v.shape[3]))
 
 
+def attention_warm_up(
+    attend: Any,
+    method: Callable[..., Tensor],
+    q: Tensor,
+    kv_cmp: Pair,
+    kv_slc: Pair,
+    kv_win: Pair,
+    gates: Tensor,
+    *,
+    offset: int = 0,
+) -> Tensor:
+    return dense.attention(attend, method, q, kv_slc, offset=offset)
+
+
+def spent_warm_up(
+    attend: Any, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, *, offset: int = 0
+) -> Spent:
+    """All keys of the selected branch."""
+    return dense.spent(attend, q, kv_slc, offset=offset)
+
+
 GUEST = Guest(attention, spent, beside, cached=True)
+GUEST_WARM_UP = Guest(attention_warm_up, spent_warm_up, beside=None, cached=False)  # it is still a dense layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Same, Shape
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure, measure_warm_up
-from nsa.layers.nsa.guest import GUEST
+from nsa.layers.nsa.guest import GUEST, GUEST_WARM_UP
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
 
@@ -166,11 +166,17 @@ NSA: Kind = Kind(
 
 
 def problem_warm_up(config: NsaConfig, tokens: int) -> str | None:
-    choice = (config.num_initial + config.num_local) * config.block_size
+    initial = config.num_initial * config.block_size
+    choice = initial + config.num_local * config.block_size
     if tokens <= choice:
         return (
             f"attention.nsa.phase warm-up: a sample ({tokens} tokens) has no block beside the initial and local ones "
             f"({choice} tokens), so there is no choice to teach: train on longer samples"
+        )
+    if tokens <= initial + config.window:
+        return (
+            f"attention.nsa.phase warm-up: the window ({config.window} tokens) reaches all of a sample ({tokens} "
+            f"tokens) but the initial blocks ({initial} tokens), so there is nothing to teach: train on longer samples"
         )
     return None
 
@@ -198,4 +204,5 @@ WARM_UP: Kind = replace(
     free=("num_blocks", "num_initial", "num_local", "window"),
     problem=problem_warm_up,
     figures=measure_warm_up,
+    guest=GUEST_WARM_UP,
 )
