@@ -67,7 +67,7 @@ def selection_kl(
         k_cmp: (B, M, G, D), the compressed keys, as for `select_blocks`; these have a gradient.
         length, stride, block_size, num_initial, num_local, scale, cu_seqlens, offset: as for `select_blocks`.
         window: tokens that the window branch sees, the query's own included.
-        backend: auto, torch or naive. There is no kernel yet.
+        backend: auto, triton, torch or naive.
 
     Returns:
         Scalar, fp32 (float64 for float64). Memory is linear in T and S.
@@ -87,9 +87,12 @@ def selection_kl(
     sizes = Sizes(length, stride, block_size, num_initial, num_local, window)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     q, k, lse, factor = q.detach(), k.detach(), lse.detach(), softmax_scale(scale, q.shape[3])
-    if resolve_backend(backend, q, k, kernels=False) == "naive":
+    implementation = resolve_backend(backend, q, k_cmp, k)
+    if implementation == "naive":
         return _naive(q, k_cmp, k, lse, documents, sizes, factor)
     longest = longest_document(cu_seqlens, k.shape[1])
+    if implementation == "triton":
+        return _FusedKL.apply(q, k_cmp, k, lse, cu_seqlens, offset, longest, sizes, factor)
     return _SelectionKL.apply(q, k_cmp, k, lse, documents, visible, longest, sizes, factor)
 
 
@@ -106,9 +109,19 @@ def block_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    backend: str = "auto",
     **_: int,
 ) -> Tensor:
-    """The target of `selection_kl`: (B, G, T, M), of block m of each query's own document. Memory grows with T x M."""
+    """The target of `selection_kl`: (B, G, T, M), of block m of each query's own document. Memory grows with T x M.
+
+    Blocks that the query does not choose among have 0. Arguments as for `selection_kl`; naive is as torch.
+    """
+    if resolve_backend(backend, q, k) == "triton":
+        from nsa.ops.kernels import operators
+
+        longest, factor = longest_document(cu_seqlens, k.shape[1]), softmax_scale(scale, q.shape[3])
+        choice = block_size, num_initial, num_local, window
+        return operators.block_attention(q, k, lse, cu_seqlens, offset, *choice, longest, factor)
     sizes = Sizes(0, 0, block_size, num_initial, num_local, window)
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     longest = longest_document(cu_seqlens, k.shape[1])
@@ -161,6 +174,27 @@ def _bounds(ranges: Ranges, keys: int) -> tuple[list[int], list[int]]:
 def _on_host(ranges: Ranges) -> tuple[list[int], list[int]]:
     """First and last, for all layers: the host waits once."""
     return ranges.first.tolist(), ranges.last.tolist()
+
+
+class _FusedKL(torch.autograd.Function):
+    """The kernels. As below, the gradient is computed along with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int,
+        longest: int, sizes: Sizes, scale: float,
+    ) -> Tensor:  # fmt: skip
+        from nsa.ops.kernels import operators
+
+        loss, gradient = operators.selection_loss(q, k_cmp, k, lse, cu_seqlens, offset, sizes, longest, scale)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * d_total.to(gradient.dtype), *(None,) * 7
 
 
 class _SelectionKL(torch.autograd.Function):
