@@ -15,13 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.geometry import Documents, Ranges, block_starts, cached, clip_borders, derived, visible_blocks
+from nsa.ops.geometry import Documents, Ranges, block_starts, cached, clip_borders, visible_blocks
 from nsa.ops.kernels import ranges
 from nsa.ops.kernels.device_functions import (
     SMALLEST_DOT,
     load_base2_lse,
     load_row_parts,
-    query_rows,
     scores,
     store_rows,
     tile_of_program,
@@ -36,6 +35,8 @@ KEY_PROGRAMS = 1056  # target number of programs of `key_kernel`
 TILES_PER_SPLIT = 8  # tiles of queries that a program of `key_kernel` goes through at least, if it shares its keys
 MOST_SPLITS = 16  # programs that share one tile of compressed keys
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+LEAST_SLOPE = tl.constexpr(-1e36)
 
 
 class Sizes(NamedTuple):
@@ -185,67 +186,68 @@ def divergence_kernel(Target, Importance, Seen, Local, Loss, num_tokens, num_blo
         share = tl.log(tl.maximum(target, TINY)) - tl.log(tl.maximum(mass, TINY))[None, :]  # [BLOCKS, BT]
         loss += tl.sum(target * (share - tl.log(known) + tl.log(whole)[None, :]), 0)
         slope = (mass / whole)[None, :] - tl.where(importance > TINY, target / known, 0.0)  # [BLOCKS, BT]
+        slope = tl.maximum(slope, LEAST_SLOPE)  # so that sums of a few are finite
         # What is no choice has no slope: also blocks that `block_attention_kernel` wrote.
         tl.store(Importance + at, tl.where(choice, slope, 0.0), mask=ok[None, :] & (block < num_blocks)[:, None])
     tl.store(Loss + slot * num_tokens + token, loss, mask=ok)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
-def key_kernel(Q, K, Lse, Delta, Slope, First, Last, Place, SeenBegin, SeenEnd, DK, num_tokens, num_keys, num_splits,
-               num_blocks, scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-               D1: tl.constexpr, D2: tl.constexpr, RATIO: tl.constexpr, UNITS: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """DK (splits, B, S, G, D) fp32 of BN compressed keys, from one split: a share of the rows that see them.
+@triton.jit(do_not_specialize=[*INTEGERS, "pitch"])
+def key_kernel(Q, K, Lse, Delta, Slope, Seen, Tiles, DK, num_tokens, num_keys, num_splits, num_blocks, pitch,
+               scale_log2, scale, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr,
+               D2: tl.constexpr, RATIO: tl.constexpr, UNITS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+               BLOCKS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """DK (splits, B, S, G, D) fp32 of up to BN compressed keys of one document, from one split: a share of the tokens
+    that see some of them.
 
-    First, Last (T,): the range of keys that a token sees. Place (S,): the key's number within its document. SeenBegin,
-    SeenEnd: as for `nsa.ops.kernels.ranges.key_kernel`. Lse, Delta (B, T, H). Slope (B, G, M, T).
+    Tiles (5, pitch): as from `_key_tiles`. Seen (T,): how many keys of its document a token sees. Lse, Delta (B, T, H).
+    Slope (B, G, M, T). BLOCKS: a power of two, no tile reaches into more blocks.
     """
     slots = tl.num_programs(1)
     split, tile = tl.program_id(0) % num_splits, tl.program_id(0) // num_splits
     slot = tl.program_id(1)
     batch, group = slot // GROUPS, slot % GROUPS
-    key = tile * BN + tl.arange(0, BN)  # [BN]
-    ok_key = key < num_keys  # [BN]
+    Tiles += tile
+    key0, stop, place0 = tl.load(Tiles), tl.load(Tiles + pitch), tl.load(Tiles + 2 * pitch)
+    key = key0 + tl.arange(0, BN)  # [BN]
     k_row = (batch.to(tl.int64) * num_keys + key) * GROUPS + group  # [BN]
-    k1, k2 = load_row_parts(K, k_row, ok_key, D, D1, D2)  # [BN, D1], [BN, D2]
-    place = tl.load(Place + key, mask=ok_key, other=0)  # [BN]
-    block, m = place // RATIO, place % RATIO  # [BN], [BN]
-    here = tl.minimum(UNITS, RATIO - m).to(tl.float32)  # [BN], strides in this block
-    after = (UNITS - tl.minimum(UNITS, RATIO - m)).to(tl.float32)  # [BN], and in the next one
-    at = (slot.to(tl.int64) * num_blocks + block) * num_tokens  # [BN]
+    k1, k2 = load_row_parts(K, k_row, key < stop, D, D1, D2)  # [BN, D1], [BN, D2]
+    place = place0 + tl.arange(0, BN)  # [BN], the key's number within its document
+    block = place0 // RATIO + tl.arange(0, BLOCKS)  # [BLOCKS]
+    here = tl.minimum(UNITS, RATIO - place % RATIO)  # [BN], strides in the block where the key begins
+    shared = tl.where(block[:, None] == (place // RATIO)[None, :], here[None, :], 0)  # [BLOCKS, BN]
+    if UNITS > 1:
+        shared += tl.where(block[:, None] == (place // RATIO + 1)[None, :], UNITS - here[None, :], 0)
+    shared = shared.to(tl.float32)
+    Slope += slot.to(tl.int64) * num_blocks * num_tokens  # that many fit an int32: MOST_NUMBERS
 
-    token0, token1 = tl.load(SeenBegin + tile), tl.load(SeenEnd + tile)
-    row0 = token0 * HEADS
-    tiles = tl.cdiv(tl.maximum(token1 - token0, 0) * HEADS, BM).to(tl.int64)
+    token0, token1 = tl.load(Tiles + 3 * pitch), tl.load(Tiles + 4 * pitch)
+    tiles = tl.cdiv(tl.maximum(tl.where(key0 < stop, token1 - token0, 0), 0), BT).to(tl.int64)
     begin, end = (tiles * split // num_splits).to(tl.int32), (tiles * (split + 1) // num_splits).to(tl.int32)
     dk1 = tl.zeros([BN, D1], tl.float32)  # [BN, D1]
     dk2 = tl.zeros([BN, D2 if D2 > 0 else SMALLEST_DOT], tl.float32)  # [BN, D2], unused if D2 is 0
-    for i in tl.range(begin, end):
-        row = row0 + i * BM + tl.arange(0, BM)  # [BM]
-        token = row // HEADS  # [BM]
-        ok = token < num_tokens  # [BM]
-        q_row = query_rows(batch, token, group, row, num_tokens, GROUPS, HEADS)  # [BM]
-        q1, q2 = load_row_parts(Q, q_row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
-        p = tl.exp2(scores(k1, k2, q1, q2, D2, PRECISION) * scale_log2 - load_base2_lse(Lse, q_row, ok)[None, :])
-        first, last = tl.load(First + token, mask=ok, other=0), tl.load(Last + token, mask=ok, other=0)  # [BM], [BM]
-        p = tl.where((key[:, None] >= first[None, :]) & (key[:, None] < last[None, :]), p, 0.0)  # [BN, BM]
-        # p comes first: its product with a slope is small, but the slope of a small importance is huge.
-        slope = tl.load(Slope + at[:, None] + token[None, :], mask=ok[None, :] & (block < num_blocks)[:, None],
-                        other=0.0)  # fmt: skip
-        ds = p * slope * here[:, None]  # [BN, BM]
-        if UNITS > 1:
-            slope = tl.load(Slope + at[:, None] + num_tokens + token[None, :],
-                            mask=ok[None, :] & (block + 1 < num_blocks)[:, None], other=0.0)  # fmt: skip
-            ds += p * slope * after[:, None]
-        ds -= p * tl.load(Delta + q_row, mask=ok, other=0.0)[None, :]
-        ds = ds.to(q1.dtype)  # [BN, BM]
-        dk1 = tl.dot(ds, q1, dk1, input_precision=PRECISION)
+    # One loop over tiles and heads, though a tile's slopes serve all heads: with a product in the outer of two loops
+    # Triton 3.7.1 fails for sm_100.
+    for i in tl.range(begin * HEADS, end * HEADS):
+        token = token0 + i // HEADS * BT + tl.arange(0, BT)  # [BT]
+        ok = token < token1  # [BT]
+        seen = tl.load(Seen + token, mask=ok, other=0) - place0  # [BT], of the tile
+        slope = tl.load(Slope + ((block * num_tokens)[None, :] + token[:, None]),
+                        mask=ok[:, None] & (block < num_blocks)[None, :], other=0.0)  # [BT, BLOCKS]  # fmt: skip
+        d_p = tl.dot(slope, shared, input_precision=PRECISION)  # [BT, BN]
+        row = (batch.to(tl.int64) * num_tokens + token) * (GROUPS * HEADS) + group * HEADS + i % HEADS  # [BT]
+        q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BT, D1], [BT, D2]
+        # Tokens are the rows: so a thread has few LSEs and deltas.
+        p = tl.exp2(scores(q1, q2, k1, k2, D2, PRECISION) * scale_log2 - load_base2_lse(Lse, row, ok)[:, None])
+        ds = p * (d_p - tl.load(Delta + row, mask=ok, other=0.0)[:, None])  # [BT, BN]
+        ds = tl.where(tl.arange(0, BN)[None, :] < seen[:, None], ds, 0.0).to(q1.dtype)  # [BT, BN]
+        dk1 = tl.dot(ds.T, q1, dk1, input_precision=PRECISION)
         if D2 > 0:
-            dk2 = tl.dot(ds, q2, dk2, input_precision=PRECISION)
+            dk2 = tl.dot(ds.T, q2, dk2, input_precision=PRECISION)
     out_row = k_row + split.to(tl.int64) * (slots // GROUPS) * num_keys * GROUPS  # [BN]
-    store_rows(DK, out_row, ok_key, tl.arange(0, D1), D, dk1 * scale)
+    store_rows(DK, out_row, key < stop, tl.arange(0, D1), D, dk1 * scale)
     if D2 > 0:
-        store_rows(DK, out_row, ok_key, D1 + tl.arange(0, D2), D, dk2 * scale)
+        store_rows(DK, out_row, key < stop, D1 + tl.arange(0, D2), D, dk2 * scale)
 
 
 class _Keys(NamedTuple):
@@ -328,19 +330,15 @@ def _learn(
     slope = importance
     delta = _sums(q, lse_cmp, keys, documents, offset, sizes, slope, torch.empty_like(lse_cmp), 1.0, scale)
 
-    count = k_cmp.shape[1]
-    constants = _constants(q, k_cmp)
-    tile, options = key_tile(q)
-    tiles = triton.cdiv(count, tile["BN"])
-    rows = tokens * heads // groups
-    splits = min(MOST_SPLITS, KEY_PROGRAMS // (tiles * batch * groups), rows // (TILES_PER_SPLIT * tile["BM"]))
-    splits = max(1, splits)
-    d_key = target.new_empty(splits, *k_cmp.shape)
-    runs = derived(first, ranges.tile_runs, last, count, tile["BN"])
-    key_kernel[tiles * splits, batch * groups](
-        q, k_cmp, lse_cmp, delta, slope, first, last, _places(documents, sizes.length, sizes.stride, count), *runs[:2],
-        d_key, tokens, count, splits, target.shape[2], scale * LOG2_E, scale / groups, **constants, RATIO=ratio,
-        UNITS=units, **tile, **options,
+    count, (tile, options) = k_cmp.shape[1], key_tile(q, ratio)
+    tiles = _key_tiles(documents, offset, sizes.length, sizes.stride, count, tile["BN"])
+    programs = tiles.shape[1] * batch * groups
+    splits = max(1, min(MOST_SPLITS, KEY_PROGRAMS // programs, tokens // (TILES_PER_SPLIT * tile["BT"])))
+    d_key = target.new_zeros(splits, *k_cmp.shape)
+    key_kernel[tiles.shape[1] * splits, batch * groups](
+        q, k_cmp, lse_cmp, delta, slope, keys.seen, tiles, d_key, tokens, count, splits, target.shape[2],
+        tiles.shape[1], scale * LOG2_E, scale / groups, **_constants(q, k_cmp), RATIO=ratio, UNITS=units, **tile,
+        **options,
     )  # fmt: skip
     return loss.sum(), d_key.sum(0)
 
@@ -378,15 +376,17 @@ def block_tile(q: Tensor, k: Tensor, reach: int) -> tuple[dict[str, int], dict[s
     return tile | {"PARTS": triton.cdiv(reach, columns)}, {"num_warps": warps, "num_stages": stages}
 
 
-def key_tile(q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile constants and launch options of `key_kernel`. More stages would keep slopes of several tiles, too."""
+def key_tile(q: Tensor, ratio: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile constants and launch options of `key_kernel`, where ``ratio`` compressed keys begin in a block."""
     if INTERPRETED:
-        rows, keys, warps = 16, 16, 4
+        rows, keys, warps, stages = 16, 16, 4, 1
     elif q.element_size() == 2:
-        rows, keys, warps = (64, 64, 4) if q.shape[3] <= 128 else (32, 64, 8)
+        rows, keys, warps, stages = (64, 64, 4, 1) if q.shape[3] <= 128 else (64, 64, 8, 1)
     else:
-        rows, keys, warps = 32, 32, 8
-    return {"BM": rows, "BN": keys}, {"num_warps": warps, "num_stages": 1}
+        rows, keys, warps, stages = 32, 32, 8, 1
+    blocks = (keys + ratio - 2) // ratio + 2  # the first may begin before the tile, and the last reach into one more
+    tile = {"BT": rows, "BN": keys, "BLOCKS": max(16, triton.next_power_of_2(blocks))}
+    return tile, {"num_warps": warps, "num_stages": stages}
 
 
 def _constants(q: Tensor, k: Tensor) -> dict[str, int | str]:
@@ -413,8 +413,17 @@ def _outside_of_window(documents: Documents, window: int) -> tuple[Tensor, Tenso
 
 
 @cached
-def _places(documents: Documents, length: int, stride: int, count: int) -> Tensor:
-    """(count,) int32 number of each compressed key within its document."""
-    bounds = documents.compressed_bounds(length, stride)
-    _, document = block_starts(documents.bounds, bounds, stride, count)
-    return (torch.arange(count, device=bounds.device) - bounds[document]).int()
+def _key_tiles(documents: Documents, offset: int, length: int, stride: int, count: int, size: int) -> Tensor:
+    """(5, n) int32 of tiles of at most ``size`` of ``count`` compressed keys, each within one document.
+
+    The first key, the one behind the last, the number of the first within its document, and the range of queries that
+    see some of them. Tiles may be empty. ``offset`` is the position of the first query.
+    """
+    bounds, tokens = documents.compressed_bounds(length, stride), len(documents.query_position)
+    counts = torch.nn.functional.pad(((bounds[1:] - bounds[:-1] + size - 1) // size).cumsum(0), (1, 0))
+    start, document = block_starts(bounds, counts, size, count // size + len(bounds) - 1)
+    end = torch.minimum(start + size, bounds[document + 1]).clamp(max=count)
+    place = start - bounds[document]
+    first = documents.bounds[document] + place * stride + length - 1
+    queries = (torch.stack([first, documents.bounds[document + 1]]) - offset).clamp(0, tokens)
+    return torch.stack([start, end, place, *queries]).int()
