@@ -449,7 +449,7 @@ def key_gradients(
     on_hopper = warpgroups(q, k, v, scale)
     tile, options = tile_sizes("hopper_range_key" if on_hopper else "range_key", q, k, v)
     num_tiles = triton.cdiv(keys, tile["BN"])
-    runs = derived(first, tile_runs, last, keys, tile["BN"])
+    runs = derived(first, _tile_runs, last, keys, tile["BN"])
     # There are few compressed keys, and many queries see each. So several programs share a tile of keys, and their
     # partial sums are added in a fixed order. There are at most tokens / keys of them, so the sums take memory linear
     # in the tokens.
@@ -483,7 +483,7 @@ def key_gradients(
     return (dk, dv) if whole else _add_splits_of(dk, dv, k, v)
 
 
-def tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
+def _tile_runs(first: Tensor, last: Tensor, num_keys: int, tile: int) -> Tensor:
     """Runs as `tile_runs_kernel` writes them: the same for all layers of a step, which share ``first`` and ``last``."""
     tokens, num_tiles = len(first), triton.cdiv(num_keys, tile)
     runs = first.new_empty(4, triton.cdiv(num_tiles, 4) * 4)  # rows begin at multiples of 16 bytes

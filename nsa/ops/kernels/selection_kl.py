@@ -36,7 +36,7 @@ TILES_PER_SPLIT = 8  # tiles of queries that a program of `key_kernel` goes thro
 MOST_SPLITS = 16  # programs that share one tile of compressed keys
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
-LEAST_SLOPE = tl.constexpr(-1e36)
+LARGEST = tl.constexpr(3e38)  # nearly the largest fp32
 
 
 class Sizes(NamedTuple):
@@ -186,7 +186,7 @@ def divergence_kernel(Target, Importance, Seen, Local, Loss, num_tokens, num_blo
         share = tl.log(tl.maximum(target, TINY)) - tl.log(tl.maximum(mass, TINY))[None, :]  # [BLOCKS, BT]
         loss += tl.sum(target * (share - tl.log(known) + tl.log(whole)[None, :]), 0)
         slope = (mass / whole)[None, :] - tl.where(importance > TINY, target / known, 0.0)  # [BLOCKS, BT]
-        slope = tl.maximum(slope, LEAST_SLOPE)  # so that sums of a few are finite
+        slope = tl.maximum(slope, -LARGEST / UNITS)  # a key's share of the slopes of its blocks is finite, then
         # What is no choice has no slope: also blocks that `block_attention_kernel` wrote.
         tl.store(Importance + at, tl.where(choice, slope, 0.0), mask=ok[None, :] & (block < num_blocks)[:, None])
     tl.store(Loss + slot * num_tokens + token, loss, mask=ok)
@@ -332,8 +332,8 @@ def _learn(
 
     count, (tile, options) = k_cmp.shape[1], key_tile(q, ratio)
     tiles = _key_tiles(documents, offset, sizes.length, sizes.stride, count, tile["BN"])
-    programs = tiles.shape[1] * batch * groups
-    splits = max(1, min(MOST_SPLITS, KEY_PROGRAMS // programs, tokens // (TILES_PER_SPLIT * tile["BT"])))
+    full_tiles = triton.cdiv(count, tile["BN"]) * batch * groups  # documents make more of them, but no more work
+    splits = max(1, min(MOST_SPLITS, KEY_PROGRAMS // full_tiles, tokens // (TILES_PER_SPLIT * tile["BT"])))
     d_key = target.new_zeros(splits, *k_cmp.shape)
     key_kernel[tiles.shape[1] * splits, batch * groups](
         q, k_cmp, lse_cmp, delta, slope, keys.seen, tiles, d_key, tokens, count, splits, target.shape[2],
@@ -379,14 +379,14 @@ def block_tile(q: Tensor, k: Tensor, reach: int) -> tuple[dict[str, int], dict[s
 def key_tile(q: Tensor, ratio: int) -> tuple[dict[str, int], dict[str, int]]:
     """Tile constants and launch options of `key_kernel`, where ``ratio`` compressed keys begin in a block."""
     if INTERPRETED:
-        rows, keys, warps, stages = 16, 16, 4, 1
+        rows, keys, warps = 16, 16, 4
     elif q.element_size() == 2:
-        rows, keys, warps, stages = (64, 64, 4, 1) if q.shape[3] <= 128 else (64, 64, 8, 1)
+        rows, keys, warps = (64, 64, 4) if q.shape[3] <= 128 else (64, 32, 8)
     else:
-        rows, keys, warps, stages = 32, 32, 8, 1
+        rows, keys, warps = 32, 32, 8
     blocks = (keys + ratio - 2) // ratio + 2  # the first may begin before the tile, and the last reach into one more
     tile = {"BT": rows, "BN": keys, "BLOCKS": max(16, triton.next_power_of_2(blocks))}
-    return tile, {"num_warps": warps, "num_stages": stages}
+    return tile, {"num_warps": warps, "num_stages": 1}  # with 2 ptxas has products of D 64 wait for each other
 
 
 def _constants(q: Tensor, k: Tensor) -> dict[str, int | str]:

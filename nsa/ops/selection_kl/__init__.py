@@ -167,7 +167,7 @@ def _bounds(ranges: Ranges, keys: int) -> tuple[list[int], list[int]]:
     """Of each query, the first of ``keys`` that it sees, and the one behind the last."""
     if ranges.first.is_meta:  # has no values: every query sees all
         return [0] * len(ranges.first), [keys] * len(ranges.first)
-    return ranges.first.tolist(), ranges.last.tolist()
+    return _on_host(ranges)
 
 
 @cached
