@@ -217,7 +217,13 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             elif module.endswith("block_sparse") and "COLUMNS" in kwargs:
                 of = " with columns" if kwargs["COLUMNS"] else ""
             elif module == "selection_kl" and "DELTA" in kwargs:
-                of = " of tokens" if kwargs["UNITS"] == 1 else " and deltas" if kwargs["DELTA"] else " of compressed keys"
+                of = (
+                    " of tokens"
+                    if kwargs["UNITS"] == 1
+                    else " and deltas"
+                    if kwargs["DELTA"]
+                    else " of compressed keys"
+                )
             elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
                 of = " of means"
             elif "Sums" in kwargs and "P" in kwargs and kwargs["P"] is None:

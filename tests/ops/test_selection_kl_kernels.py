@@ -173,7 +173,9 @@ def test_the_layer_takes_them() -> None:
         inputs = q, (compressed, k_cmp), (k, k), (k, k), torch.zeros(1, 60, 4, 3, device=DEVICE)
         attend(*inputs)
         attend.loss.take().backward()
-        found.append([attend.loss.tally, compressed.grad, *map(torch.tensor, measure_warm_up(attend, *inputs).values())])
+        found.append(
+            [attend.loss.tally, compressed.grad, *map(torch.tensor, measure_warm_up(attend, *inputs).values())]
+        )
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 

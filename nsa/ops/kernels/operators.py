@@ -120,9 +120,7 @@ def _block_attention(
 
 
 @_block_attention.register_fake
-def _block_attention_fake(
-    q, k, lse, cu_seqlens, offset, block_size, num_initial, num_local, window, longest, scale
-):
+def _block_attention_fake(q, k, lse, cu_seqlens, offset, block_size, num_initial, num_local, window, longest, scale):
     return lse.new_empty(len(q), k.shape[2], -(-longest // block_size), q.shape[1])
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.geometry import Documents, Ranges, block_starts, cached, clip_borders, visible_blocks
-from nsa.ops.kernels import ranges
+from nsa.ops.kernels import hardware, ranges
 from nsa.ops.kernels.device_functions import (
     SMALLEST_DOT,
     load_base2_lse,
@@ -34,6 +34,7 @@ DIVERGENCE_TILE = (8, 128)  # blocks and queries that a program of `divergence_k
 KEY_PROGRAMS = 1056  # target number of programs of `key_kernel`
 TILES_PER_SPLIT = 8  # tiles of queries that a program of `key_kernel` goes through at least, if it shares its keys
 MOST_SPLITS = 16  # programs that share one tile of compressed keys
+WIDEST_VALUES = 128  # for which wider keys have a kernel for Hopper
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 LARGEST = tl.constexpr(3e38)  # nearly the largest fp32
@@ -284,7 +285,7 @@ def divergence(
     longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss (), fp32, and its gradient with respect to k_cmp (B, M, G, D); other arguments as `block_attention`."""
-    (batch, tokens), (count, groups) = q.shape[:2], k_cmp.shape[1:3]
+    (batch, tokens), groups = q.shape[:2], k.shape[2]
     total = q.new_zeros((), dtype=torch.float32)
     if not q.numel() or not k_cmp.numel():
         return total, torch.zeros_like(k_cmp)
@@ -311,14 +312,15 @@ def _learn(
     longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `divergence`, of a chunk of queries: the sum over KV heads, and the fp32 gradient of their mean."""
-    (batch, tokens, heads, _), groups = q.shape, k.shape[2]
+    (batch, tokens), groups = q.shape[:2], k.shape[2]
     documents = Documents.of(tokens, offset, cu_seqlens, q.device)
     visible = visible_blocks(documents, sizes.length, sizes.stride)
     first, last = int32_runs(visible)
     ratio, units = sizes.block_size // sizes.stride, sizes.length // sizes.stride
     keys = _Keys(k_cmp, first, _counts(visible), ratio, units)
     target = block_attention(q, k, lse, cu_seqlens, offset, sizes, longest, scale)
-    _, lse_cmp = ranges.forward(q, k_cmp, k_cmp, first, last, scale)
+    values = k_cmp[..., :WIDEST_VALUES].contiguous()  # any will do, since the LSE alone is taken
+    _, lse_cmp = ranges.forward(q, k_cmp, values, first, last, scale)
     importance = torch.zeros_like(target)
     _sums(q, lse_cmp, keys, documents, offset, sizes, None, importance, 1.0, scale)
     loss = target.new_empty(batch, groups, tokens)
@@ -348,7 +350,7 @@ def _sums(
     out: Tensor, factor: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """``out`` (B, G, M, T), zeros before: the sums of blocks. With a slope (B, G, M, T): (B, T, H), the deltas."""
-    (batch, tokens, heads, _), groups = q.shape, keys.k.shape[2]
+    (batch, tokens), groups = q.shape[:2], keys.k.shape[2]
     blocks = (out if slope is None else slope).shape[2]
     if not out.numel() or not keys.k.numel():
         return out
@@ -364,10 +366,11 @@ def _sums(
 
 def block_tile(q: Tensor, k: Tensor, reach: int) -> tuple[dict[str, int], dict[str, int]]:
     """Tile constants and launch options of `block_attention_kernel`, where ``reach`` keys reach into a block."""
+    width = q.shape[3]
     if INTERPRETED:
         rows, keys, warps, stages = 16, 16, 4, 1
     elif q.element_size() == 2:
-        rows, keys, warps, stages = (128, 128, 8, 3 if q.shape[3] <= 64 else 2) if q.shape[3] <= 128 else (64, 64, 4, 2)
+        rows, keys, warps, stages = (128, 128, 8, 3 if width <= 64 else 2) if width <= 128 else (64, 64, 4, 2)
     else:
         rows, keys, warps, stages = 64, 32, 4, 1
     heads_up = triton.next_power_of_2(q.shape[2] // k.shape[2])
@@ -381,7 +384,8 @@ def key_tile(q: Tensor, ratio: int) -> tuple[dict[str, int], dict[str, int]]:
     if INTERPRETED:
         rows, keys, warps = 16, 16, 4
     elif q.element_size() == 2:
-        rows, keys, warps = (64, 64, 4) if q.shape[3] <= 128 else (64, 32, 8)
+        few = q.shape[3] <= 64 or (q.shape[3] <= 128 and hardware.architecture() == "sm_90")  # without spills
+        rows, keys, warps = (64, 64 if q.shape[3] <= 128 else 32, 4 if few else 8)
     else:
         rows, keys, warps = 32, 32, 8
     blocks = (keys + ratio - 2) // ratio + 2  # the first may begin before the tile, and the last reach into one more
