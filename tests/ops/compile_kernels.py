@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nsa.ops.geometry import Documents, Heads, RotaryLayout, compression_layout, visible_blocks
+from nsa.ops.geometry import BlockSizes, Documents, Heads, RotaryLayout, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     accumulate,
     block_sparse,
@@ -256,7 +256,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         delta = ranges.delta(out, out)
         ranges.backward(q, k, v, out, lse, delta, *ranges.int32_runs(run), 1.0)
         selection.select(q, k, lse, documents, run, 0, 32, 16, 64, 16, 1, 2, 1.0)
-        teaching = selection_kl.Sizes(32, 16, 64, 1, 2, 512)
+        teaching = BlockSizes(32, 16, 64, 1, 2, 512)
         selection_kl.divergence(q, k[:, :15].contiguous(), k, lse, None, 0, teaching, tokens, 1.0)
         indices = torch.zeros(1, tokens, 1, 16, dtype=torch.int32)
         layout = selected.BlockLayout.of(documents, indices, tokens, 64)

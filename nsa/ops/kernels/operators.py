@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
+from nsa.ops.geometry import BlockSizes, CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     compression,
     ranges,
@@ -115,7 +115,7 @@ def _block_attention(
     q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, block_size: int, num_initial: int,
     num_local: int, window: int, longest: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    sizes = selection_kl.Sizes(0, 0, block_size, num_initial, num_local, window)
+    sizes = BlockSizes(0, 0, block_size, num_initial, num_local, window)
     return selection_kl.block_attention(q, k, lse, cu_seqlens, offset, sizes, longest, scale)
 
 
@@ -139,7 +139,7 @@ def _selection_kl(
     q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, length: int, stride: int,
     block_size: int, num_initial: int, num_local: int, window: int, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sizes = selection_kl.Sizes(length, stride, block_size, num_initial, num_local, window)
+    sizes = BlockSizes(length, stride, block_size, num_initial, num_local, window)
     return selection_kl.divergence(q, k_cmp, k, lse, cu_seqlens, offset, sizes, longest, scale)
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.geometry import Documents, Ranges, block_starts, cached, clip_borders, visible_blocks
+from nsa.ops.geometry import BlockSizes, Documents, Ranges, block_starts, cached, clip_borders, visible_blocks
 from nsa.ops.kernels import hardware, ranges
 from nsa.ops.kernels.device_functions import (
     SMALLEST_DOT,
@@ -27,7 +27,7 @@ from nsa.ops.kernels.device_functions import (
 )
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E
 from nsa.ops.kernels.ranges import int32_runs, shape_constants
-from nsa.ops.kernels.selection import document_tiles
+from nsa.ops.kernels.selection import document_tiles, local_positions
 
 MOST_NUMBERS = 2**26  # of sums of blocks that exist at once
 DIVERGENCE_TILE = (8, 128)  # blocks and queries that a program of `divergence_kernel` loads at once
@@ -36,19 +36,7 @@ TILES_PER_SPLIT = 8  # tiles of queries that a program of `key_kernel` goes thro
 MOST_SPLITS = 16  # programs that share one tile of compressed keys
 WIDEST_VALUES = 128  # for which wider keys have a kernel for Hopper
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-
 LARGEST = tl.constexpr(3e38)  # nearly the largest fp32
-
-
-class Sizes(NamedTuple):
-    """In tokens and blocks, as for `nsa.ops.selection_kl`."""
-
-    length: int
-    stride: int
-    block_size: int
-    num_initial: int
-    num_local: int
-    window: int
 
 
 @triton.jit
@@ -267,7 +255,14 @@ class _Keys(NamedTuple):
 
 
 def block_attention(
-    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: Sizes, longest: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    offset: int,
+    sizes: BlockSizes,
+    longest: int,
+    scale: float,
 ) -> Tensor:
     """(B, G, M, T) fp32: the target of `nsa.ops.selection_kl`, with M blocks of ``longest`` tokens.
 
@@ -281,7 +276,7 @@ def block_attention(
 
 
 def divergence(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: Sizes,
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: BlockSizes,
     longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss (), fp32, and its gradient with respect to k_cmp (B, M, G, D); other arguments as `block_attention`."""
@@ -308,7 +303,7 @@ def divergence(
 
 
 def _learn(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: Sizes,
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: BlockSizes,
     longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `divergence`, of a chunk of queries: the sum over KV heads, and the fp32 gradient of their mean."""
@@ -326,7 +321,7 @@ def _learn(
     loss = target.new_empty(batch, groups, tokens)
     wide, long = (4, 16) if INTERPRETED else DIVERGENCE_TILE
     divergence_kernel[triton.cdiv(tokens, long), batch * groups](
-        target, importance, keys.seen, _local(documents), loss, tokens, target.shape[2], sizes.num_initial,
+        target, importance, keys.seen, local_positions(documents), loss, tokens, target.shape[2], sizes.num_initial,
         sizes.num_local, sizes.block_size, RATIO=ratio, UNITS=units, BLOCKS=wide, BT=long, num_warps=4,
     )  # fmt: skip
     slope = importance
@@ -346,7 +341,7 @@ def _learn(
 
 
 def _sums(
-    q: Tensor, lse: Tensor, keys: _Keys, documents: Documents, offset: int, sizes: Sizes, slope: Tensor | None,
+    q: Tensor, lse: Tensor, keys: _Keys, documents: Documents, offset: int, sizes: BlockSizes, slope: Tensor | None,
     out: Tensor, factor: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """``out`` (B, G, M, T), zeros before: the sums of blocks. With a slope (B, G, M, T): (B, T, H), the deltas."""
@@ -357,9 +352,10 @@ def _sums(
     tile, options = block_tile(q, keys.k, keys.ratio + keys.units - 1)
     start, end = document_tiles(documents, offset, tile["BQ"])
     block_attention_kernel[(len(start) * batch * groups,)](
-        q, keys.k, lse, keys.first, keys.seen, _local(documents), start, end, slope, out, tokens, keys.k.shape[1],
-        len(start), blocks, sizes.num_initial, sizes.num_local, sizes.block_size, scale * LOG2_E, factor,
-        **_constants(q, keys.k), RATIO=keys.ratio, UNITS=keys.units, **tile, DELTA=slope is not None, **options,
+        q, keys.k, lse, keys.first, keys.seen, local_positions(documents), start, end, slope, out, tokens,
+        keys.k.shape[1], len(start), blocks, sizes.num_initial, sizes.num_local, sizes.block_size, scale * LOG2_E,
+        factor, **_constants(q, keys.k), RATIO=keys.ratio, UNITS=keys.units, **tile, DELTA=slope is not None,
+        **options,
     )  # fmt: skip
     return out
 
@@ -395,12 +391,6 @@ def key_tile(q: Tensor, ratio: int) -> tuple[dict[str, int], dict[str, int]]:
 
 def _constants(q: Tensor, k: Tensor) -> dict[str, int | str]:
     return {name: value for name, value in shape_constants(q, k, k).items() if name not in ("DV", "DV1")}
-
-
-@cached
-def _local(documents: Documents) -> Tensor:
-    """(T,) int32 position of each query in its document."""
-    return documents.query_local.int()
 
 
 @cached
