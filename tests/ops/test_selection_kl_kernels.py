@@ -20,7 +20,8 @@ CASES = [  # as in test_selection_kl: length, stride, block size, initial, local
     (2, [70], 8, 1, 16, (4, 4, 12, 0, 1, 1)),  # blocks of three compressed keys
     (1, [1, 20, 0, 3, 33], 4, 2, 64, (8, 4, 8, 1, 1, 6)),
     (1, [0, 17, 1, 1, 26, 0], 6, 2, 16, (6, 2, 6, 2, 1, 3)),
-    (1, [60], 2, 1, 128, (4, 2, 8, 1, 0, 2)),  # the query's own block is a candidate
+    # The query's own block is a candidate, but not where no compressed key reaches into it.
+    (1, [60], 2, 1, 128, (8, 4, 8, 1, 0, 1)),
     (1, [20, 7, 30], 4, 1, 16, (4, 2, 4, 0, 0, 1)),
     (2, [40], 4, 2, 16, (8, 4, 8, 1, 1, 100)),  # the window sees all
     (1, [30, 9, 12], 4, 2, 16, (8, 4, 8, 1, 1, 20)),  # and all of two documents of three
