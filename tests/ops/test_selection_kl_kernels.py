@@ -76,8 +76,15 @@ def test_chunks_of_queries_add_up(documents: list[int], monkeypatch: pytest.Monk
     borders = packing(documents, DEVICE)
     expected = loss_and_gradient(*exact, **options, cu_seqlens=packing(documents), backend="naive")
     launches: list[int] = []
-    learn = selection_kl._learn
-    monkeypatch.setattr(selection_kl, "_learn", lambda q, *rest: launches.append(q.shape[1]) or learn(q, *rest))
+    whole = selection_kl._learn
+
+    def learn(q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, *rest: Any):
+        """Documents end with the queries: tiles are made of them."""
+        assert cu_seqlens is None or cu_seqlens[-1] == offset + q.shape[1]
+        launches.append(q.shape[1])
+        return whole(q, k_cmp, k, lse, cu_seqlens, offset, *rest)
+
+    monkeypatch.setattr(selection_kl, "_learn", learn)
     monkeypatch.setattr(selection_kl, "MOST_NUMBERS", 2 * -(-max(documents) // 8) * 25)
     agree(loss_and_gradient(*there, **options, cu_seqlens=borders, backend="triton"), expected)
     assert launches == [25, 25, 25, 15]
