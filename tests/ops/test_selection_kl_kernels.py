@@ -142,6 +142,23 @@ def test_loss_and_gradient_stay_finite(sizes: tuple[int, ...]) -> None:
 
 
 @needs_kernels
+def test_a_key_that_gives_all_its_strides_to_a_block_of_tiny_importance_has_a_finite_slope() -> None:
+    """A block of 16 keys, of which each covers 16 strides; two queries of the third block."""
+    from nsa.ops.kernels import selection_kl
+
+    seen, local = (torch.tensor([n, n], dtype=torch.int32, device=DEVICE) for n in (17, 32))
+    target = torch.tensor([[1.0, 0.9], [0.0, 0.0]], device=DEVICE)  # (M, T)
+    importance = torch.tensor([[2e-38, 1e-38], [1.0, 1.0]], device=DEVICE)
+    loss = torch.empty(2, device=DEVICE)
+    selection_kl.divergence_kernel[1, 1](
+        target, importance, seen, local, loss, 2, 2, 0, 1, 16, RATIO=16, UNITS=16, BLOCKS=2, BT=16
+    )
+    assert loss.isfinite().all() and (16 * importance).isfinite().all()
+    assert importance[0, 0] < -1e37 and importance[0, 1] == pytest.approx(0.9), "below the smallest number: the mass"
+    torch.testing.assert_close(importance[1], target[0])
+
+
+@needs_kernels
 def test_what_has_no_key_has_no_loss() -> None:
     options = sizes_of((8, 4, 8, 0, 0, 1))
     for documents in ([3], [7, 7, 7], [8]):
