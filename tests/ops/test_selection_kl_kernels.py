@@ -183,6 +183,19 @@ def test_plans_know_the_shapes() -> None:
 
 
 @needs_kernels
+def test_fakes_are_as_the_operators() -> None:
+    from nsa.ops.kernels import operators  # noqa: F401, for torch.ops.nsa
+
+    q, k_cmp, k, lse = (x.detach() for x in given(2, [41], 4, 2, 16, sizes_of((8, 4, 8, 1, 1, 6)))[0])
+    lse = lse.transpose(1, 2).contiguous()
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.nsa.selection_kl, (q, k_cmp, k, lse, None, 0, 8, 4, 8, 1, 1, 6, 41, 0.25), test_utils=checks
+    )
+    torch.library.opcheck(torch.ops.nsa.block_attention, (q, k, lse, None, 0, 8, 1, 1, 6, 41, 0.25), test_utils=checks)
+
+
+@needs_kernels
 def test_the_layer_takes_them() -> None:
     """With its backend, forward and backward, as with the PyTorch fallback; and so do its figures."""
     from nsa.layers.nsa.figures import measure_warm_up
