@@ -243,6 +243,17 @@ def visible_blocks(documents: Documents, length: int, stride: int) -> Ranges:
     return Ranges(first, first + seen)
 
 
+class BlockSizes(NamedTuple):
+    """Sizes in tokens and blocks, as for `nsa.ops.native_sparse_attention`, of the loss that teaches the selection."""
+
+    length: int
+    stride: int
+    block_size: int
+    num_initial: int
+    num_local: int
+    window: int
+
+
 class CompressionLayout(NamedTuple):
     """Positions of blocks and segments (a segment is the ``stride`` tokens from one block to the next); all int32.
 

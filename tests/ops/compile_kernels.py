@@ -26,7 +26,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from nsa.ops.geometry import Documents, Heads, RotaryLayout, compression_layout, visible_blocks
+from nsa.ops.geometry import BlockSizes, Documents, Heads, RotaryLayout, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     accumulate,
     block_sparse,
@@ -49,6 +49,7 @@ from nsa.ops.kernels import (
     row_masks,
     selected,
     selection,
+    selection_kl,
     swiglu,
     token_tiles,
     top_p,
@@ -215,6 +216,14 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " of lists" if kwargs["LISTED"] else " of all"
             elif module.endswith("block_sparse") and "COLUMNS" in kwargs:
                 of = " with columns" if kwargs["COLUMNS"] else ""
+            elif module == "selection_kl" and "DELTA" in kwargs:
+                of = (
+                    " of tokens"
+                    if kwargs["UNITS"] == 1
+                    else " and deltas"
+                    if kwargs["DELTA"]
+                    else " of compressed keys"
+                )
             elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
                 of = " of means"
             elif "Sums" in kwargs and "P" in kwargs and kwargs["P"] is None:
@@ -247,6 +256,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         delta = ranges.delta(out, out)
         ranges.backward(q, k, v, out, lse, delta, *ranges.int32_runs(run), 1.0)
         selection.select(q, k, lse, documents, run, 0, 32, 16, 64, 16, 1, 2, 1.0)
+        teaching = BlockSizes(32, 16, 64, 1, 2, 512)
+        selection_kl.divergence(q, k[:, :15].contiguous(), k, lse, None, 0, teaching, tokens, 1.0)
         indices = torch.zeros(1, tokens, 1, 16, dtype=torch.int32)
         layout = selected.BlockLayout.of(documents, indices, tokens, 64)
         selected.forward(q, k, v, layout, 64, 1.0)

@@ -262,7 +262,7 @@ def test_wrong_shapes_are_rejected() -> None:
     for wrong in ((q[..., 1:], k_cmp, k), (q, k_cmp[..., 1:], k), (q[:, :, 1:], k_cmp, k), (q, k_cmp, k[..., 1:])):
         with pytest.raises(ValueError, match=r"k|heads"):
             ops.selection_kl(*wrong, lse, **options)
-    with pytest.raises(ValueError, match="there is no kernel"):
+    with pytest.raises(ValueError, match="backend='triton'"):  # float64
         ops.selection_kl(q, k_cmp, k, lse, **options, backend="triton")
 
 

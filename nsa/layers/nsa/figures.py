@@ -83,7 +83,7 @@ def measure_warm_up(
     sizes, documents = attend.sizes, {"scale": attend.scale, "cu_seqlens": cu_seqlens}
     dense: dict[str, Any] = documents | {"backend": attend.backend}
     _, lse = ops.dense_attention(q, k, v, **dense, return_lse=True)
-    target = block_attention(q, k, lse, **sizes, window=attend.window, **documents, offset=offset)
+    target = block_attention(q, k, lse, **sizes, window=attend.window, **dense, offset=offset)
     blocks: dict[str, Any] = dense | {name: sizes[name] for name in ("length", "stride")}
     _, compressed = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **blocks, offset=offset)
     chosen = attend.choose(q, kv_cmp[0], compressed, cu_seqlens=cu_seqlens, offset=offset).transpose(1, 2).long()

@@ -112,7 +112,7 @@ class Divergence(nn.Module):
     def __init__(self, choose: BlockChoice, window: int) -> None:
         super().__init__()
         self.sizes = {name: size for name, size in choose.sizes.items() if name != "num_blocks"} | {"window": window}
-        self.scale, self.backend = choose.scale, "auto" if choose.backend == "triton" else choose.backend
+        self.scale, self.backend = choose.scale, choose.backend
 
     def forward(
         self, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nsa.ops.geometry import CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
+from nsa.ops.geometry import BlockSizes, CompressionLayout, Documents, Ranges, compression_layout, visible_blocks
 from nsa.ops.kernels import (
     compression,
     ranges,
     selected,
     selection,
+    selection_kl,
 )
 from nsa.ops.kernels import gates as gating
 from nsa.ops.kernels.selected import BlockLayout
@@ -107,6 +108,53 @@ def select_blocks(
     q, k, lse = q.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
     return _select_blocks(q, k, lse, cu_seqlens, offset, *sizes, scale)
+
+
+@torch.library.custom_op("nsa::block_attention", mutates_args=())
+def _block_attention(
+    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, block_size: int, num_initial: int,
+    num_local: int, window: int, longest: int, scale: float,
+) -> Tensor:  # fmt: skip
+    sizes = BlockSizes(0, 0, block_size, num_initial, num_local, window)
+    return selection_kl.block_attention(q, k, lse, cu_seqlens, offset, sizes, longest, scale)
+
+
+@_block_attention.register_fake
+def _block_attention_fake(q, k, lse, cu_seqlens, offset, block_size, num_initial, num_local, window, longest, scale):
+    return lse.new_empty(len(q), k.shape[2], -(-longest // block_size), q.shape[1])
+
+
+def block_attention(
+    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, block_size: int, num_initial: int,
+    num_local: int, window: int, longest: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """(B, G, T, M) fp32, as `nsa.ops.selection_kl.block_attention`, a view; lse (B, H, T)."""
+    given = q.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
+    sizes = block_size, num_initial, num_local, window
+    return _block_attention(*given, cu_seqlens, offset, *sizes, longest, scale).transpose(2, 3)
+
+
+@torch.library.custom_op("nsa::selection_kl", mutates_args=())
+def _selection_kl(
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, length: int, stride: int,
+    block_size: int, num_initial: int, num_local: int, window: int, longest: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sizes = BlockSizes(length, stride, block_size, num_initial, num_local, window)
+    return selection_kl.divergence(q, k_cmp, k, lse, cu_seqlens, offset, sizes, longest, scale)
+
+
+@_selection_kl.register_fake
+def _selection_kl_fake(q, k_cmp, k, lse, *rest):
+    return lse.new_empty(()), torch.empty_like(k_cmp)
+
+
+def selection_loss(
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: tuple[int, ...],
+    longest: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of `nsa.ops.selection_kl` and its gradient with respect to k_cmp; lse (B, H, T)."""
+    given = q.contiguous(), k_cmp.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
+    return _selection_kl(*given, cu_seqlens, offset, *sizes, longest, scale)
 
 
 @torch.library.custom_op("nsa::selected_attention", mutates_args=())

@@ -178,7 +178,7 @@ def select(
         from nsa.ops.kernels.hopper import selection as hopper
 
         tiles = document_tiles(documents, offset, hopper.TILE)
-        runs = (*int32_runs(visible), _local(documents))
+        runs = (*int32_runs(visible), local_positions(documents))
         hopper.select(
             q, k, lse, runs, tiles, out, (num_blocks, num_initial, num_local, block_size), ratio, units, scale
         )
@@ -193,8 +193,8 @@ def select(
     select_kernel[(len(start) * batch * groups,)](
         descriptor(q, tile["BQ"], constants["D1"]),
         descriptor(q, tile["BQ"], constants["D2"] or constants["D1"]),
-        k, lse, *int32_runs(visible), _local(documents), start, end, out, tokens, k.shape[1], len(start), num_blocks,
-        num_initial, num_local, block_size, scale * LOG2_E, **constants, RATIO=ratio, UNITS=units,
+        k, lse, *int32_runs(visible), local_positions(documents), start, end, out, tokens, k.shape[1], len(start),
+        num_blocks, num_initial, num_local, block_size, scale * LOG2_E, **constants, RATIO=ratio, UNITS=units,
         **tile, **options,
     )  # fmt: skip
     return out
@@ -216,7 +216,7 @@ def _on_hopper(q: Tensor, k: Tensor, ratio: int, units: int, num_blocks: int, sc
 
 
 @cached
-def _local(documents: Documents) -> Tensor:
+def local_positions(documents: Documents) -> Tensor:
     """(T,) int32 position of each query in its document."""
     return documents.query_local.int()
 

@@ -1,7 +1,7 @@
 """A loss that teaches NSA's selection which blocks dense attention goes to, as DSA's warm-up teaches its indexer."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,20 +15,9 @@ from nsa.ops.dispatch import (
     resolve_backend,
     softmax_scale,
 )
-from nsa.ops.geometry import Documents, Ranges, block_starts, cached, longest_document, window_ranges
+from nsa.ops.geometry import BlockSizes, Documents, Ranges, block_starts, cached, longest_document, window_ranges
 from nsa.ops.selection import check_selection, naive_importance
 from nsa.ops.tiles import MAX_ROWS, MAX_SCORES
-
-
-class Sizes(NamedTuple):
-    """Sizes in tokens and blocks, as for `nsa.ops.native_sparse_attention`."""
-
-    length: int
-    stride: int
-    block_size: int
-    num_initial: int
-    num_local: int
-    window: int
 
 
 @autocasts("q", "k_cmp", "k")
@@ -67,7 +56,7 @@ def selection_kl(
         k_cmp: (B, M, G, D), the compressed keys, as for `select_blocks`; these have a gradient.
         length, stride, block_size, num_initial, num_local, scale, cu_seqlens, offset: as for `select_blocks`.
         window: tokens that the window branch sees, the query's own included.
-        backend: auto, torch or naive. There is no kernel yet.
+        backend: auto, triton, torch or naive.
 
     Returns:
         Scalar, fp32 (float64 for float64). Memory is linear in T and S.
@@ -84,12 +73,15 @@ def selection_kl(
         raise ValueError(f"k has {k.shape[1]} tokens, the queries end at {offset + q.shape[1]}")
     if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise ValueError(f"lse must be {(q.shape[0], q.shape[2], q.shape[1])}, got {tuple(lse.shape)}")
-    sizes = Sizes(length, stride, block_size, num_initial, num_local, window)
+    sizes = BlockSizes(length, stride, block_size, num_initial, num_local, window)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     q, k, lse, factor = q.detach(), k.detach(), lse.detach(), softmax_scale(scale, q.shape[3])
-    if resolve_backend(backend, q, k, kernels=False) == "naive":
+    implementation = resolve_backend(backend, q, k_cmp, k)
+    if implementation == "naive":
         return _naive(q, k_cmp, k, lse, documents, sizes, factor)
     longest = longest_document(cu_seqlens, k.shape[1])
+    if implementation == "triton":
+        return _FusedKL.apply(q, k_cmp, k, lse, cu_seqlens, offset, longest, sizes, factor)
     return _SelectionKL.apply(q, k_cmp, k, lse, documents, visible, longest, sizes, factor)
 
 
@@ -106,10 +98,20 @@ def block_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    backend: str = "auto",
     **_: int,
 ) -> Tensor:
-    """The target of `selection_kl`: (B, G, T, M), of block m of each query's own document. Memory grows with T x M."""
-    sizes = Sizes(0, 0, block_size, num_initial, num_local, window)
+    """The target of `selection_kl`: (B, G, T, M), of block m of each query's own document. Memory grows with T x M.
+
+    Blocks that the query does not choose among have 0. Arguments as for `selection_kl`; naive is as torch.
+    """
+    if resolve_backend(backend, q, k) == "triton":
+        from nsa.ops.kernels import operators
+
+        longest, factor = longest_document(cu_seqlens, k.shape[1]), softmax_scale(scale, q.shape[3])
+        choice = block_size, num_initial, num_local, window
+        return operators.block_attention(q, k, lse, cu_seqlens, offset, *choice, longest, factor)
+    sizes = BlockSizes(0, 0, block_size, num_initial, num_local, window)
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     longest = longest_document(cu_seqlens, k.shape[1])
     most = -(-longest // block_size)
@@ -121,7 +123,7 @@ def block_attention(
 
 
 def _targets(
-    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, longest: int, sizes: Sizes, scale: float
+    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, longest: int, sizes: BlockSizes, scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Yields, by tiles: queries, their heads (B, G, h, t, D) times ``scale``, which blocks they choose among (t, M),
     and the target (B, G, t, M), M large enough for the tile's last query."""
@@ -154,7 +156,7 @@ def _bounds(ranges: Ranges, keys: int) -> tuple[list[int], list[int]]:
     """Of each query, the first of ``keys`` that it sees, and the one behind the last."""
     if ranges.first.is_meta:  # has no values: every query sees all
         return [0] * len(ranges.first), [keys] * len(ranges.first)
-    return ranges.first.tolist(), ranges.last.tolist()
+    return _on_host(ranges)
 
 
 @cached
@@ -163,13 +165,34 @@ def _on_host(ranges: Ranges) -> tuple[list[int], list[int]]:
     return ranges.first.tolist(), ranges.last.tolist()
 
 
+class _FusedKL(torch.autograd.Function):
+    """The kernels. As below, the gradient is computed along with the loss."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int,
+        longest: int, sizes: BlockSizes, scale: float,
+    ) -> Tensor:  # fmt: skip
+        from nsa.ops.kernels import operators
+
+        loss, gradient = operators.selection_loss(q, k_cmp, k, lse, cu_seqlens, offset, sizes, longest, scale)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * d_total.to(gradient.dtype), *(None,) * 7
+
+
 class _SelectionKL(torch.autograd.Function):
     """In tiles of queries. The gradient is computed along with the loss: a scalar's is the same up to a factor."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, documents: Documents, visible: Ranges, longest: int,
-        sizes: Sizes, scale: float,
+        sizes: BlockSizes, scale: float,
     ) -> Tensor:  # fmt: skip
         dtype = accumulation_dtype(q)
         total = torch.zeros((), dtype=dtype, device=q.device)
@@ -205,7 +228,7 @@ class _SelectionKL(torch.autograd.Function):
         return None, gradient * d_total.to(gradient.dtype), *(None,) * 7
 
 
-def _units(documents: Documents, count: int, sizes: Sizes) -> Tensor:
+def _units(documents: Documents, count: int, sizes: BlockSizes) -> Tensor:
     """(M, l / d) the selection block of each stride unit of each compressed block, within its document."""
     bounds = documents.compressed_bounds(sizes.length, sizes.stride)
     start, document = block_starts(documents.bounds, bounds, sizes.stride, count)
@@ -223,7 +246,7 @@ def _divergence(target: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _naive(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: Sizes, scale: float
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: BlockSizes, scale: float
 ) -> Tensor:
     """The definition, with autograd."""
     from nsa.ops.compressed import naive_mask as complete
