@@ -171,16 +171,17 @@ def test_what_has_no_key_has_no_loss() -> None:
     assert none[0] == 0 and not none[1].any()
 
 
-def test_plans_know_the_shapes() -> None:
-    """On the meta device, by the operators that a GPU runs."""
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_plans_know_the_shapes(backend: str) -> None:
+    """On the meta device."""
     options = sizes_of((8, 4, 8, 1, 1, 6))
     q, k_cmp, k, lse = (x.detach().to("meta") for x in inputs_of(2, [40], 4, 2, 16, options, torch.float32))
     k_cmp = k_cmp.to(torch.bfloat16).requires_grad_()
-    loss = ops.selection_kl(q.bfloat16(), k_cmp, k.bfloat16(), lse, **options)
+    loss = ops.selection_kl(q.bfloat16(), k_cmp, k.bfloat16(), lse, **options, backend=backend)
     assert loss.is_meta and loss.shape == () and loss.dtype == torch.float32
     (gradient,) = torch.autograd.grad(loss, k_cmp)
     assert gradient.shape == k_cmp.shape and gradient.dtype == torch.bfloat16
-    assert block_attention(q, k, lse, **options).shape == (2, 2, 40, 5)
+    assert block_attention(q, k, lse, **options, backend=backend).shape == (2, 2, 40, 5)
 
 
 @needs_kernels
