@@ -6,7 +6,7 @@ error, which names the new one.
 
 from typing import Any
 
-# Before 2026-11-29 NSA's sizes stood beside attention.kind.
+# Before 2026-11-29 NSA's sizes stood beside attention.kind. Keys that are newer were never there.
 OF_NSA = (
     "compress_length",
     "compress_stride",

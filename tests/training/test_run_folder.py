@@ -9,6 +9,7 @@ import yaml
 from tiny import free_port, start, tiny_config, write_yaml
 
 from nsa.config import ConfigError, dump_config, load_config, load_saved
+from nsa.config_history import OF_NSA
 from nsa.training import run_folder
 from nsa.training.run_folder import FolderBusyError, RunFolder, check_same
 from nsa.training.state import trained_on
@@ -116,7 +117,7 @@ def as_before_2026_11_29(saved: Path) -> None:
     """Rewrite a saved configuration as it was when NSA's sizes stood beside attention.kind."""
     tree = yaml.safe_load(saved.read_text())
     attention = tree["attention"]
-    attention |= attention.pop("nsa")
+    attention |= {key: value for key, value in attention.pop("nsa").items() if key in OF_NSA}  # others are newer
     assert attention["compress_length"] == 8
     saved.write_text(yaml.safe_dump(tree))
 
