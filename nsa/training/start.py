@@ -106,7 +106,10 @@ def source_of(config: Config, tokenizer: Path) -> Path:
                 sections.of(here).model_dump(exclude=set(here.free)) for sections in (attention, config.attention)
             )
             if differing := [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]:
-                raise ValueError(f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}")
+                raise ValueError(
+                    f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}. Set them to "
+                    "its values, or begin with a dense model"
+                )
     if _is_foreign(folder):
         _check_foreign(folder, config, before)
     elif tokenizer_files(folder) != tokenizer_files(tokenizer):

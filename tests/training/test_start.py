@@ -90,7 +90,8 @@ def test_an_indexer_of_another_make_is_refused(tmp_path, dense):
     run = small_run(tmp_path / "dsa", config=first.model_copy(update={"output_dir": str(tmp_path / "dsa")}))
     tree = config_from(tmp_path, run).model_dump()
     tree["attention"]["dsa"] |= {"index_rotary_pairs": "interleaved", "topk": 4}
-    with pytest.raises(ValueError, match=r"attention.dsa.index_rotary_pairs: half-split there, interleaved here$"):
+    differing = "attention.dsa.index_rotary_pairs: half-split there, interleaved here"
+    with pytest.raises(ValueError, match=rf"{differing}. Set them to its values, or begin with a dense model$"):
         source_of(type(first).model_validate(tree), run / "step_00000003/tokenizer.model")
 
 
