@@ -4,8 +4,10 @@
                                 [KEY=VALUE ...]
 
 - nsa, dense: from random weights.
-- selection: begins with the dense model of its seed, and teaches NSA's selection alone (`train: indexer`).
-- taught: NSA that begins with that.
+- untaught: NSA that begins with the dense model of its seed. Its blocks have 16 tokens and its compressed keys 8; it
+  selects as many tokens as nsa.
+- selection: begins with the dense model, too, and teaches NSA's selection alone (`train: indexer`).
+- taught: as untaught, but that it begins with selection.
 
 Every run is a process of its own with the trainer of `nsa.train`; all have one tokenizer. After every --every steps it
 answers mqar_wide in episodes of 256 tokens and of the training length, and the other recall tasks of the mixture at the
@@ -37,8 +39,10 @@ from nsa.data.tasks import task_named
 from nsa.training.signals import die_with_parent
 
 FIRST, LATER = ROOT / "configs" / "25m-recall.yaml", ROOT / "configs" / "compare" / "study-4k-25m.yaml"
-POOLED = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
-ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=200", "optimizer.warmup_steps=0"]
+SIZES = {"block_size": 16, "num_blocks": 32, "num_initial": 4, "compress_length": 8, "compress_stride": 8}
+FINE = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
+FINE += [f"attention.nsa.{name}={size}" for name, size in SIZES.items()]
+ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=400", "optimizer.warmup_steps=0"]
 ALONE += ["optimizer.learning_rate=3.0e-3", "optimizer.min_learning_rate=3.0e-4", "optimizer.weight_decay=0"]
 SHARES = {"mqar_wide": 0.2, "mqar_front": 0.1, "mqar": 0.1, "copy_wide": 0.1}  # the rest is text
 EPISODES_OF = {"kind": "synthetic", "lengths": "log_uniform"}  # half of the tokens are in episodes of a whole sample
@@ -47,8 +51,9 @@ ALONE += ["data.sources=" + json.dumps([{"name": "python", "kind": "builtin", "w
 KINDS = {  # kind -> its file, its keys, and the kind that it begins with
     "nsa": (FIRST, [], None),
     "dense": (FIRST, ["attention.kind=dense", "model.intermediate_size=1344"], None),  # of as many parameters
-    "selection": (LATER, [*POOLED, *ALONE], "dense"),
-    "taught": (LATER, POOLED, "selection"),
+    "untaught": (LATER, FINE, "dense"),
+    "selection": (LATER, [*FINE, *ALONE], "dense"),
+    "taught": (LATER, FINE, "selection"),
 }
 SHORT, FEW, EPISODES = 256, 8, 64
 

@@ -56,7 +56,7 @@ def selection_kl(
         k_cmp: (B, M, G, D), the compressed keys, as for `select_blocks`; these have a gradient.
         length, stride, block_size, num_initial, num_local, scale, cu_seqlens, offset: as for `select_blocks`.
         window: tokens that the window branch sees, the query's own included.
-        backend: auto, triton, torch or naive. auto is torch: the kernels have not run on a GPU yet.
+        backend: auto, triton, torch or naive.
 
     Returns:
         Scalar, fp32 (float64 for float64). Memory is linear in T and S.
@@ -76,18 +76,13 @@ def selection_kl(
     sizes = BlockSizes(length, stride, block_size, num_initial, num_local, window)
     documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
     q, k, lse, factor = q.detach(), k.detach(), lse.detach(), softmax_scale(scale, q.shape[3])
-    implementation = _implementation(backend, q, k_cmp, k)
+    implementation = resolve_backend(backend, q, k_cmp, k)
     if implementation == "naive":
         return _naive(q, k_cmp, k, lse, documents, sizes, factor)
     longest = longest_document(cu_seqlens, k.shape[1])
     if implementation == "triton":
         return _FusedKL.apply(q, k_cmp, k, lse, cu_seqlens, offset, longest, sizes, factor)
     return _SelectionKL.apply(q, k_cmp, k, lse, documents, visible, longest, sizes, factor)
-
-
-def _implementation(backend: str, *tensors: Tensor) -> str:
-    """As `resolve_backend`, but that auto is the PyTorch fallback: the kernels have not run on a GPU yet."""
-    return resolve_backend("torch" if backend == "auto" else backend, *tensors)
 
 
 @torch.no_grad()
@@ -108,9 +103,10 @@ def block_attention(
 ) -> Tensor:
     """The target of `selection_kl`: (B, G, T, M), of block m of each query's own document. Memory grows with T x M.
 
-    Blocks that the query does not choose among have 0. Arguments as for `selection_kl`; naive is as torch.
+    M is that of the longest document, or of all tokens where the host does not know its length. Blocks that the query
+    does not choose among have 0. Arguments as for `selection_kl`; naive is as torch.
     """
-    if _implementation(backend, q, k) == "triton":
+    if resolve_backend(backend, q, k) == "triton":
         from nsa.ops.kernels import operators
 
         longest, factor = longest_document(cu_seqlens, k.shape[1]), softmax_scale(scale, q.shape[3])
