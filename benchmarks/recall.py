@@ -13,7 +13,7 @@ Every run is a process of its own with the trainer of `nsa.train`; all have one 
 answers mqar_wide in episodes of 256 tokens and of the training length, and the other recall tasks of the mixture at the
 training length, eight episodes each; at the end 64, and as many before the first step of one that begins with another.
 The seconds of a curve are those of its steps. Checkpoints are in FOLDER, and `python -m nsa.export FOLDER/dense-1`
-makes a model of one. FILE (JSON) has the curves; a plot is drawn beside it.
+makes a model of one. FILE (JSON) has the curves of the runs that have ended; a plot is drawn beside it.
 """
 
 import argparse
@@ -155,15 +155,22 @@ def main() -> None:
         settings = [*options.overrides, f"data.tokenizer.path={tokenizer}"]
         workers = ProcessPoolExecutor(options.at_once, mp_context=get_context("spawn"), max_tasks_per_child=1)
         asked: dict[tuple[str, int], Future] = {}
+
+        def write(_: object = None) -> None:
+            """What has ended so far, so that a run that is stopped loses only what it was at."""
+            report["recall"] = [run.result() for run in list(asked.values()) if run.done() and not run.exception()]
+            if options.out:
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+
         with workers:
             for kind, seed in cases:
                 if (before := asked.get((KINDS[kind][2] or "", seed))) is not None:
                     before.result()
                 asked[kind, seed] = workers.submit(train, (kind, seed), options.every, runs, settings)
+                asked[kind, seed].add_done_callback(write)
             for run in asked.values():
-                report["recall"].append(run.result())
-                if options.out:
-                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+                run.result()
+        write()
     if options.out:
         draw(report["recall"], options.out.with_suffix(".png"))
 

@@ -288,6 +288,7 @@ def test_committed_schema_and_reference_are_current():
 
 TAUGHT = ["attention.kind=nsa", "attention.nsa={phase: warm-up, block_size: 32, window: 95}"]
 INDEXER = ["train=indexer", "start_from=runs/dense"]
+GOING_ON = ["attention.kind=nsa", "attention.nsa={kl_weight: 0.5, block_size: 32, num_local: 1, window: 95}"]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +311,11 @@ INDEXER = ["train=indexer", "start_from=runs/dense"]
         ([*TAUGHT, "attention.nsa.window=512"], "attention.nsa.phase: warm-up is for train: indexer; set it to sparse"),
         ([*TAUGHT, *INDEXER, "attention.nsa.phase=warm"], "attention.nsa.phase"),
         (["attention.nsa.key_compression=mean"], "attention.nsa.key_compression"),
+        (
+            [*GOING_ON, "attention.nsa.window=96"],
+            "attention.nsa.kl_weight 0.5: the window (96 tokens) reaches all of a sample (128 tokens) but the initial",
+        ),
+        ([*GOING_ON, "attention.nsa.kl_weight=-1"], "attention.nsa.kl_weight"),
     ],
 )
 def test_a_selection_that_cannot_be_taught_is_refused(small, overrides, words):

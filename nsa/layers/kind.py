@@ -99,7 +99,8 @@ class Parts:
         one_kv_head: whether all query heads share one KV head, whatever the shape says.
         gathered: modules that need all query heads of a KV head -> the dimension of the heads in each positional input;
             None: the input is the same on all ranks.
-        gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in these inputs.
+        gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in the inputs of one of
+            them.
     """
 
     columns: tuple[str, ...]

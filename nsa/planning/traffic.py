@@ -54,8 +54,8 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
             parts = kind.parts(model.attention_shape, config.attention.of(kind))
             copies = p if parts.one_kv_head else max(1, p // model.num_kv_heads)
             head = parts.gathered_bytes(model.attention_shape, width)
-            twice = again and not set(parts.gathered) <= set(kind.choices)  # a selection is not recomputed
-            sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * (1 + twice)
+            times = sum(1 + (again and path not in kind.choices) for path in parts.gathered)  # a choice is kept
+            sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * times
     if p > 1:
         # A pipeline sums gradients once per step; without one they are summed after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(

@@ -1,4 +1,5 @@
-"""NSA whose selection is taught: what the layer computes in the warm-up, what learns from its loss, and its figures."""
+"""NSA whose selection is taught: what the layer computes in the warm-up, what learns from its loss, and its figures;
+and the same where the loss goes on in the sparse phase."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
-from nsa.layers.nsa.figures import measure_warm_up
+from nsa.layers.nsa.figures import measure, measure_taught, measure_warm_up
 from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.rotary import Rotary
 from nsa.ops.selection_kl import block_attention
@@ -151,8 +152,39 @@ def test_a_method_in_its_place_chooses_as_in_a_dense_layer() -> None:
     assert guest.beside is None and not guest.cached
 
 
-def test_without_gradients_there_is_no_loss() -> None:
-    layer = layer_of()
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+@pytest.mark.parametrize("documents", [[40], [9, 1, 30]])
+def test_in_the_sparse_phase_the_loss_is_added_and_nothing_else_changes(documents: list[int], compression: str) -> None:
+    """Against NSA without it, and the definition of the loss on the inputs of ``attend``: a mean over tokens."""
+    x, borders = some_input(40), cumulative(documents)
+    sizes = {"length": 4, "stride": 2, "block_size": 4, "num_initial": 1, "num_local": 1, "window": 5}
+    changes = {"phase": "sparse", "key_compression": compression}
+    layer, without, seen = layer_of(**changes, kl_weight=3.0), layer_of(**changes), []
+    without.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    out, expected = layer(x, cu_seqlens=borders), without(x, cu_seqlens=borders)
+    assert torch.equal(out, expected) and without.attend.loss is None
+    q, (k_cmp, _), (k, v), *_ = seen[0]
+    _, lse = ops.dense_attention(q, k, v, cu_seqlens=borders, return_lse=True, backend="naive")
+    loss = ops.selection_kl(q, k_cmp, k, lse, **sizes, cu_seqlens=borders, backend="naive") / 40
+    out.square().sum().backward()
+    (expected.square().sum() + 3 * loss).backward()
+    assert layer.attend.loss.tally[0].item() / 40 == pytest.approx(loss.item()) and loss > 0.01
+    for (name, found), wanted in zip(layer.named_parameters(), without.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, msg=name)
+
+
+def test_its_figures_in_the_sparse_phase_are_those_of_both() -> None:
+    layer, seen = layer_of(phase="sparse", kl_weight=1.0), []
+    layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
+    layer(some_input(40))
+    found = measure_taught(layer.attend, *seen[0])
+    assert found == measure(layer.attend, *seen[0]) | measure_warm_up(layer.attend, *seen[0])
+    assert found.keys() > FIGURES and "gate_window" in found
+
+
+@pytest.mark.parametrize("changes", [{}, {"phase": "sparse", "kl_weight": 1.0}])
+def test_without_gradients_there_is_no_loss(changes: dict) -> None:
+    layer = layer_of(**changes)
     with torch.no_grad():
         layer(some_input(40))
     assert layer.attend.loss.tally is None and layer.attend.loss.take() is None

@@ -16,8 +16,12 @@ CSA += ["attention.csa.index_rotary_dims=4"]
 LATENT = ["model.num_kv_heads=4", "model.head_dim=12", "model.v_head_dim=8", "model.projection=mla"]
 LATENT += ["model.mla={q_lora_rank: 12, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8}"]
 LATENT += [*DSA, "attention.kind=[dense, dsa]"]
+# The selection learns from its loss while all is trained. Attention is not flat, so the loss is more than rounding.
+GOING_ON = [*SPARSE, "attention.nsa.kl_weight=30", "attention.nsa.num_local=1", "model.init_std=0.3"]
 CASES = [
     [*BASE, *SGD, *layout(tensor=2, context=2, zero=1)],
+    [*BASE, *SGD, *GOING_ON, *layout(tensor=2, context=2, zero=1)],
+    [*BASE, *CLIPPED, *GOING_ON, *layout(tensor=4, zero=3), "engine.activation_checkpointing=full"],
     [*BASE, *SGD, *SPARSE, *layout(context=4, zero=2)],
     [*BASE, *SGD, *DENSE, *layout(context=2, zero=3), "training.micro_batch_size=2"],
     [*BASE, *CLIPPED, *SPARSE, *layout(tensor=4, zero=0), "training.micro_batch_size=2"],
@@ -82,6 +86,7 @@ TAUGHT_LINKS = [(2, layout(pipeline=4, zero=2)), (3, layout(pipeline=2, zero=1))
 SENT = [
     [*BASE, *layout(tensor=2, context=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SPARSE, *layout(tensor=4, zero=0)],
+    [*BASE, *GOING_ON, *layout(tensor=4, zero=0), "engine.activation_checkpointing=full"],
     [*BASE, *layout(tensor=2, pipeline=2, zero=1)],
     [*BASE, *LATENT, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *CSA, *layout(tensor=2, context=2, zero=1)],

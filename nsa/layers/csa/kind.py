@@ -38,7 +38,7 @@ def parts(shape: Shape, config: CsaConfig) -> Parts:
         whole=(*low_rank, "key_value", "key_value_norm", "compress", *(("indexer",) if indexed else ())),
         one_kv_head=True,
         gathered={"attend.diverge": (2, 1, None, None, None, None, None)} if indexed else {},  # queries and their LSE
-        gathered_bytes=lambda shape, width: (shape.head_dim * width + 4) * indexed,
+        gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
     )
 
 

@@ -28,6 +28,13 @@ class NsaConfig(Section):
         description="warm-up: queries attend to all tokens and the compression of keys learns which blocks that goes "
         "to; for `train: indexer`, from a dense model. sparse: NSA",
     )
+    kl_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the loss that teaches the selection in the sparse phase, a mean over tokens summed over "
+        "layers; 0: it learns through the compressed branch alone, as in the paper. The loss takes dense attention's "
+        "forward pass. In the warm-up the weight is 1",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "NsaConfig":

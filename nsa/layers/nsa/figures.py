@@ -97,6 +97,21 @@ def measure_warm_up(
     }
 
 
+@torch.no_grad()
+def measure_taught(
+    attend: Any,
+    q: Tensor,
+    kv_cmp: tuple[Tensor, Tensor],
+    kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
+    *inputs: Any,
+    **options: Any,
+) -> dict[str, float]:
+    """The metrics of a layer that attends as NSA while its selection is taught: those of both."""
+    kv_slc = kv_slc() if callable(kv_slc) else kv_slc
+    found = measure(attend, q, kv_cmp, kv_slc, *inputs, **options)
+    return found | measure_warm_up(attend, q, kv_cmp, kv_slc, *inputs, **options)
+
+
 def block_entropy(blocks: Tensor, document: Tensor) -> float:
     """Entropy of how often each block is selected, divided by its maximum; mean over batch and KV heads.
 

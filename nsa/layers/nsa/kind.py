@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Same, Shape
 from nsa.layers.nsa.config import NsaConfig
-from nsa.layers.nsa.figures import measure, measure_warm_up
+from nsa.layers.nsa.figures import measure, measure_taught, measure_warm_up
 from nsa.layers.nsa.guest import GUEST, GUEST_WARM_UP
 from nsa.layers.nsa.layer import BRANCHES, NativeSparseAttention
 
@@ -146,7 +146,7 @@ NSA: Kind = Kind(
     ),
     exchanges=exchanges,
     choices=("attend.choose",),
-    placed=lambda config, place: WARM_UP if config.phase == "warm-up" else NSA,
+    placed=lambda config, place: WARM_UP if config.phase == "warm-up" else TAUGHT if config.kl_weight else NSA,
     borrows=False,
     twin=lambda config: config,
     expensive=("range_attention", "selected_attention", "compress_blocks"),
@@ -155,31 +155,49 @@ NSA: Kind = Kind(
     taught=False,
     from_dense=from_dense,
     holds_dense=False,
-    free=("num_blocks", "num_initial", "num_local", "window", "phase"),
+    free=("num_blocks", "num_initial", "num_local", "window", "phase", "kl_weight"),
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export=lambda config: config.model_dump(exclude={"phase"}) | {"nsa_phase": config.phase},
+    export=lambda config: config.model_dump(exclude={"phase", "kl_weight"}) | {"nsa_phase": config.phase},
     known=lambda shape, config: None,
     card=card,
 )
 
 
-def problem_warm_up(config: NsaConfig, tokens: int) -> str | None:
+def nothing_to_teach(config: NsaConfig, tokens: int) -> str | None:
+    what = "phase warm-up" if config.phase == "warm-up" else f"kl_weight {config.kl_weight:g}"
     initial = config.num_initial * config.block_size
     choice = initial + config.num_local * config.block_size
     if tokens <= choice:
         return (
-            f"attention.nsa.phase warm-up: a sample ({tokens} tokens) has no block beside the initial and local ones "
+            f"attention.nsa.{what}: a sample ({tokens} tokens) has no block beside the initial and local ones "
             f"({choice} tokens), so there is no choice to teach: train on longer samples"
         )
     if tokens <= initial + config.window:
         return (
-            f"attention.nsa.phase warm-up: the window ({config.window} tokens) reaches all of a sample ({tokens} "
+            f"attention.nsa.{what}: the window ({config.window} tokens) reaches all of a sample ({tokens} "
             f"tokens) but the initial blocks ({initial} tokens), so there is nothing to teach: train on longer samples"
         )
     return None
 
+
+# A layer whose selection goes on to be taught while it attends as NSA.
+TAUGHT: Kind = replace(
+    NSA,
+    title=f"{NSA.title}, whose selection has a loss",
+    # Of dense attention's six products forward and backward the loss takes three: both forward, and the scores again.
+    keys=lambda config, tokens: keys(config, tokens) | {"taught": (tokens + 1) / 4},
+    prices={**NSA.prices, "taught": "causal"},
+    recordable=False,
+    parts=lambda shape, config: replace(
+        NSA.parts(shape, config),
+        gathered={**NSA.parts(shape, config).gathered, "attend.diverge": (2, None, None, 1)},
+    ),
+    loss=("attend.loss", "selection_kl"),
+    problem=nothing_to_teach,
+    figures=measure_taught,
+)
 
 # A layer whose selection is taught: it attends like the dense layer that it was, and only its keys' compression learns.
 WARM_UP: Kind = replace(
@@ -201,8 +219,8 @@ WARM_UP: Kind = replace(
     loss=("attend.loss", "selection_kl"),
     apart=("compress.key",),
     taught=True,
-    free=("num_blocks", "num_initial", "num_local", "window"),
-    problem=problem_warm_up,
+    free=("num_blocks", "num_initial", "num_local", "window", "kl_weight"),
+    problem=nothing_to_teach,
     figures=measure_warm_up,
     guest=GUEST_WARM_UP,
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from nsa import ops
@@ -126,20 +127,20 @@ class GatedBranches(nn.Module):
     """The operators of the layer, as a module without parameters, so that hooks can see its inputs.
 
     Attributes:
-        choose: the selection. diverge: in the warm-up the loss that teaches it, loss: attaches that to the output; both
-            None otherwise.
+        choose: the selection. diverge: the loss that teaches it, loss: attaches that to the output; both None if it is
+            not taught.
     """
 
     diverge: Divergence | None
     loss: AuxiliaryLoss | None
 
-    def __init__(self, choose: BlockChoice, *, window: int, phase: Phase = "sparse") -> None:
+    def __init__(self, choose: BlockChoice, *, window: int, phase: Phase = "sparse", kl_weight: float = 0.0) -> None:
         super().__init__()
-        self.choose, self.window = choose, window
+        self.choose, self.window, self.dense = choose, window, phase == "warm-up"
         self.sizes, self.scale, self.backend = choose.sizes, choose.scale, choose.backend
         self.diverge = self.loss = None
-        if phase == "warm-up":
-            self.diverge, self.loss = Divergence(choose, window), AuxiliaryLoss(1.0)
+        if self.dense or kl_weight:
+            self.diverge, self.loss = Divergence(choose, window), AuxiliaryLoss(1.0 if self.dense else kl_weight)
 
     def forward(
         self,
@@ -152,8 +153,29 @@ class GatedBranches(nn.Module):
         offset: int = 0,
     ) -> Tensor:
         """As `nsa.ops.native_sparse_attention`. In the warm-up: dense attention with the selected branch's keys."""
-        if self.diverge is not None:
-            return self._warm_up(q, kv_cmp[0], kv_slc() if callable(kv_slc) else kv_slc, cu_seqlens, offset)
+        if self.diverge is None:
+            return self._sparse(q, kv_cmp, kv_slc, kv_win, gates, cu_seqlens, offset)
+        kv_slc = kv_slc() if callable(kv_slc) else kv_slc
+        if self.dense:
+            out, lse = self._dense(q, kv_slc, cu_seqlens, offset)
+        else:
+            out = self._sparse(q, kv_cmp, kv_slc, kv_win, gates, cu_seqlens, offset)
+            if not kv_cmp[0].requires_grad:
+                return out
+            with torch.no_grad():
+                _, lse = self._dense(q, kv_slc, cu_seqlens, offset)
+        return self._taught(out, q, kv_cmp[0], kv_slc[0], lse, cu_seqlens, offset)
+
+    def _sparse(
+        self,
+        q: Tensor,
+        kv_cmp: Pair,
+        kv_slc: Pair | Callable[[], Pair],
+        kv_win: Pair,
+        gates: Tensor,
+        cu_seqlens: Tensor | None,
+        offset: int,
+    ) -> Tensor:
         return ops.native_sparse_attention(
             q,
             kv_cmp,
@@ -169,20 +191,26 @@ class GatedBranches(nn.Module):
             backend=self.backend,
         )
 
-    def _warm_up(self, q: Tensor, k_cmp: Tensor, kv: Pair, cu_seqlens: Tensor | None, offset: int) -> Tensor:
-        assert self.diverge is not None and self.loss is not None
+    def _dense(self, q: Tensor, kv: Pair, cu_seqlens: Tensor | None, offset: int) -> Pair:
+        """Dense attention and its LSE."""
         assert offset + q.shape[1] == kv[0].shape[1], "the queries must be those of the last tokens"
         options: dict[str, Any] = {"scale": self.scale, "cu_seqlens": cu_seqlens, "backend": self.backend}
-        out, lse = ops.dense_attention(q, *kv, **options, return_lse=True)
+        return ops.dense_attention(q, *kv, **options, return_lse=True)
+
+    def _taught(
+        self, out: Tensor, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int
+    ) -> Tensor:
+        """``out`` with the loss attached, by which k_cmp learns where dense attention of q to k goes."""
+        assert self.diverge is not None and self.loss is not None
         if not k_cmp.requires_grad:
             return out
-        target = q.detach(), kv[0].detach(), lse.detach()  # tensor-parallel ranks gather them without gradient
+        target = q.detach(), k.detach(), lse.detach()  # tensor-parallel ranks gather them without gradient
         divergence = self.diverge(target[0], k_cmp, *target[1:], cu_seqlens=cu_seqlens, offset=offset)
         return self.loss(out, divergence, q.shape[0] * q.shape[1])
 
     def decode(self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, lengths: Tensor) -> Tensor:
         """As `nsa.ops.native_sparse_decode`, with an axis of one token: q (B, 1, H, D) -> (B, 1, H, Dv)."""
-        if self.diverge is not None:
+        if self.dense:
             dense: dict[str, Any] = {"scale": self.scale, "backend": self.backend}
             return ops.decode_attention(q[:, 0], *kv_slc, lengths, **dense)[0][:, None]
         options: dict[str, Any] = self.sizes | {"scale": self.scale, "backend": self.backend}
@@ -199,7 +227,9 @@ class NativeSparseAttention(nn.Module):
     The selection has no gradient: in the paper it learns through the compressed branch alone. In the phase "warm-up" it
     is taught instead, for a model that was dense: queries attend to all tokens with the selected branch's keys and
     values, and the compression of keys learns which blocks this attention goes to (`nsa.ops.selection_kl`). This loss
-    is attached to the output, as that of `nsa.layers.dsa.layer.DeepSeekSparseAttention`.
+    is attached to the output, as that of `nsa.layers.dsa.layer.DeepSeekSparseAttention`. With ``kl_weight`` it is
+    attached in the sparse phase, too: the compressed keys, and all that they are computed from, learn where the queries
+    would go if they saw all tokens.
 
     Args:
         hidden_size: C. num_heads: H query heads. num_kv_heads: G, divides H.
@@ -211,6 +241,7 @@ class NativeSparseAttention(nn.Module):
         num_initial, num_local: blocks that are always selected: the document's first, the query's most recent.
         window: tokens of the sliding window (w).
         phase: "warm-up" or "sparse", see above.
+        kl_weight: weight of the selection's loss in the sparse phase; 0: it has none.
         rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
         backend: implementation of the operators: auto, triton, torch or naive.
 
@@ -236,6 +267,7 @@ class NativeSparseAttention(nn.Module):
         num_local: int = 2,
         window: int = 512,
         phase: Phase = "sparse",
+        kl_weight: float = 0.0,
         rope_theta: float = 10000.0,
         backend: str = "auto",
     ) -> None:
@@ -268,7 +300,7 @@ class NativeSparseAttention(nn.Module):
             backend=backend,
         )
         self.exchange = Local()
-        self.attend = GatedBranches(choose, window=window, phase=phase)
+        self.attend = GatedBranches(choose, window=window, phase=phase, kl_weight=kl_weight)
 
     def forward(
         self,
