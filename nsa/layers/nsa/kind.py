@@ -159,7 +159,7 @@ NSA: Kind = Kind(
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export=lambda config: config.model_dump(exclude={"phase"}) | {"nsa_phase": config.phase},
+    export={name: "nsa_phase" if name == "phase" else name for name in NsaConfig.model_fields},
     known=lambda shape, config: None,
     card=card,
 )
