@@ -20,7 +20,8 @@ from nsa.exporting.families import FAMILIES, Format, format_of
 from nsa.exporting.model_card import model_card
 from nsa.exporting.proof import ExportError, LogitsDiffer, Proof, prove
 from nsa.exporting.tokenizer import write_tokenizer
-from nsa.importing import is_own, own
+from nsa.importing import own
+from nsa.importing.folder import is_own
 from nsa.models import Decoder, hf
 from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.training import checkpoint

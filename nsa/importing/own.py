@@ -5,6 +5,8 @@ The tables give the keys of a configuration and their names in config.json. Expo
 """
 
 from collections.abc import Mapping
+from itertools import cycle
+from operator import eq
 from typing import Any
 
 from nsa.importing.family import Family, nothing
@@ -53,6 +55,7 @@ MLA = {
     name: name
     for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave")
 }
+LONGEST = 16  # layers of a pattern that is looked for
 OTHERS = {"attention_kinds", "max_position_embeddings", "use_cache"}
 KNOWN = {name for table in (MODEL, ROPE, MOE, MLA, *(kind.export or {} for kind in KINDS)) for name in table.values()}
 KNOWN |= OTHERS
@@ -126,9 +129,10 @@ def model(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def attention(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """With the sections of the kinds that layers have, and the shortest pattern of these."""
+    """With the sections of the kinds that layers have, and the shortest pattern of these: all layers if it is long."""
     kinds = fields["attention_kinds"] or [DEFAULT.name]
-    period = next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
+    periods = range(1, min(LONGEST, len(kinds)) + 1)
+    period = next((n for n in periods if all(map(eq, kinds, cycle(kinds[:n])))), len(kinds))
     section: dict[str, Any] = {"kind": kinds[0] if period == 1 else kinds[:period]}
     for kind in KINDS:
         if kind.name in kinds and kind.export:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nsa.config import Config, load_saved
 from nsa.data.load_tokenizer import SENTENCEPIECE, tokenizer_files
-from nsa.importing import WeightReader, is_own, read_config
+from nsa.importing import WeightReader, read_config
+from nsa.importing.folder import is_own
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, ModelConfig
@@ -175,11 +176,15 @@ def _reader(folder: Path, model: ModelConfig) -> Callable[..., Tensor]:
 
 def _ask_for_tokenizer(folder: Path, config: Config) -> None:
     """Of a model whose tokenizer cannot be compared with the run's."""
-    if config.data.tokenizer.path is None:
-        raise ValueError(
-            f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
-            f"to that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
-        )
+    if config.data.tokenizer.path is not None:
+        return
+    where = f"which is {folder} if its files lie there"
+    if is_own(folder):
+        where += f" ({SENTENCEPIECE} does not once transformers saved it; the export that it was made of has it)"
+    raise ValueError(
+        f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it to "
+        f"that tokenizer, {where} (docs/importing.md)"
+    )
 
 
 def _say_other_values(folder: Path, config: Config, before: ModelConfig) -> None:

@@ -20,7 +20,8 @@ from nsa.config import Config, load_saved
 from nsa.evaluation.comparison.models import open_model
 from nsa.exporting import ExportError, load_decoder
 from nsa.exporting.folder import CONFIG, STATE
-from nsa.importing import FolderError, is_own, own, read_config, read_weights
+from nsa.importing import FolderError, own, read_config, read_weights
+from nsa.importing.folder import is_own
 from nsa.layers.kinds import KINDS
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.models.hf.modeling_nsa import NSAConfig, NSAForCausalLM, NSAForSequenceClassification
@@ -228,6 +229,17 @@ def test_every_field_has_a_place_and_its_default() -> None:
                 assert AttentionConfig.model_validate(found).of(kind) == kind.config()
 
 
+def test_a_pattern_of_kinds_is_found() -> None:
+    """The shortest, also where it ends within; of many unlike layers there is none."""
+    for kinds, expected in (
+        (["dense"] * 40, "dense"),
+        (["dense", "nsa", "nsa", "dense", "nsa"], ["dense", "nsa", "nsa"]),
+        (["dense"] * 19 + ["nsa"], ["dense"] * 19 + ["nsa"]),
+        (None, "nsa"),
+    ):
+        assert own.attention({"attention_kinds": kinds})["kind"] == expected
+
+
 @pytest.mark.parametrize("folder", ["nsa", "dense", "dsa"], indirect=True)
 def test_an_export_of_an_earlier_version_is_read(folder: Path) -> None:
     """Which did not have the newer fields, all of which had a default in effect."""
@@ -326,6 +338,30 @@ def test_another_model_is_refused_as_of_a_run(folder: Path, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"attention.nsa.key_compression: pooled there, mlp here"):
         source(attention={"nsa": config.attention.nsa.model_dump() | {"key_compression": "mlp"}})
     assert source(attention={"nsa": config.attention.nsa.model_dump() | {"num_blocks": 6, "window": 20}}) == folder
+
+
+@pytest.mark.parametrize("folder", ["dense"], indirect=True)
+def test_a_dense_export_can_become_sparse(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of its weights are kept, and an indexer's are new."""
+    config = next_config(tmp_path, folder)
+    attention = AttentionConfig.model_validate(
+        {"kind": "dsa", "dsa": small_config(tmp_path).attention.dsa.model_dump()}
+    )
+    given = started(config.model_copy(update={"attention": attention}), monkeypatch, folder)
+    weights = load_file(folder / "model.safetensors")
+    assert {name for name, value in given.items() if value is None} == {name for name in given if ".indexer." in name}
+    assert all(torch.equal(value, weights[name]) for name, value in given.items() if value is not None)
+
+
+@pytest.mark.parametrize("folder", ["taught"], indirect=True)
+def test_the_sparse_stage_begins_with_a_warm_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = next_config(tmp_path, folder)
+    attention = config.attention.model_dump()
+    attention["nsa"]["phase"] = "sparse"
+    sparse = Config.model_validate(config.model_dump() | {"train": "all", "attention": attention})
+    weights = read_weights(folder, config.model)
+    assert all(torch.equal(weights[n], t) for n, t in started(sparse, monkeypatch, folder).items() if t is not None)
+    assert None not in started(sparse, monkeypatch, folder).values()
 
 
 @pytest.mark.parametrize("folder", ["nsa"], indirect=True)
