@@ -33,10 +33,12 @@ class FolderError(ValueError):
 def is_own(folder: Path | str) -> bool:
     """Whether it has an export of this project that carries code of its own, as written or saved again since.
 
-    Raises FolderError if its config.json cannot be read.
+    False if config.json cannot be read here, such as one that is a link.
     """
-    folder = Path(folder)
-    return (folder / "config.json").exists() and _config_of(folder).get("architectures") == [OWN.architecture]
+    try:
+        return _config_of(Path(folder)).get("architectures") == [OWN.architecture]
+    except FolderError:
+        return False
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:

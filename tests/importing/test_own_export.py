@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from nsa.config import Config, load_saved
 from nsa.evaluation.comparison.models import open_model
 from nsa.exporting import ExportError, load_decoder
-from nsa.exporting.folder import CONFIG, STATE
+from nsa.exporting.folder import CONFIG, STATE, is_export
 from nsa.importing import FolderError, own, read_config, read_weights
 from nsa.importing.folder import is_own
 from nsa.layers.kinds import KINDS
@@ -313,6 +313,14 @@ def test_a_folder_that_is_not_whole_is_refused(folder: Path) -> None:
     endless = model.model_copy(update={"num_layers": 10**9})
     with pytest.raises(FolderError, match=r"tensors, fewer than the 1000000000 layers"):
         read_weights(folder, endless)
+
+
+def test_a_folder_of_links_is_left_to_others(folder: Path, tmp_path: Path) -> None:
+    """As in a download cache. nsa.compare reads such models of transformers."""
+    assert is_own(folder) and not is_own(tmp_path / "nothing")
+    (folder / "config.json").rename(tmp_path / "blob")
+    (folder / "config.json").symlink_to(tmp_path / "blob")
+    assert not is_own(folder) and not is_export(folder)
 
 
 def test_a_classifier_is_refused(folder: Path, tmp_path: Path) -> None:
