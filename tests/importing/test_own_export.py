@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from nsa.config import Config, load_saved
 from nsa.evaluation.comparison.models import open_model
 from nsa.exporting import ExportError, load_decoder
+from nsa.exporting.families import format_of
 from nsa.exporting.folder import CONFIG, STATE, is_export
 from nsa.importing import FolderError, own, read_config, read_weights
 from nsa.importing.folder import is_own
@@ -147,7 +148,7 @@ def test_a_run_begins_with_the_exported_function(
     trained, config, _ = load_decoder(source)
     for path in folder.glob("*.py"):
         path.unlink()
-    assert is_own(folder) == ("deepseek" not in request.node.name)
+    assert is_own(folder) == (format_of(config).family is None)
     begun = next_config(tmp_path, folder)
     given = started(begun, monkeypatch, folder)
     expected = trained.state_dict()
