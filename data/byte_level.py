@@ -164,6 +164,8 @@ class ByteLevelTokenizer(BaseTokenizer):
         after = [part["type"] for part in _parts(model.get("decoder"), "decoders")]
         if after != ["ByteLevel"] or [part["type"] for part in before].count("ByteLevel") != 1:
             wrong.append("it does not spell bytes (ByteLevel)")
+        if bpe.get("byte_fallback"):
+            wrong.append("it was made of a sentencepiece model: name that tokenizer.model, if you have it")
         for entry in model.get("added_tokens", []):
             if not entry["special"] and (entry["lstrip"] or entry["rstrip"]):
                 wrong.append(f"the added token {entry['content']!r} takes spaces with it")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nsa.config import load_config
 from nsa.evaluation import evaluate
-from nsa.exporting.folder import CONFIG
+from nsa.exporting.folder import CONFIG, is_export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for the results (default: evaluation, beside the export)")
     options = parser.parse_intermixed_args(arguments)
     try:
+        is_export(Path(options.export))  # says what is missing
         path = Path(options.config or Path(options.export) / CONFIG)
         config = load_config(path, options.overrides) if options.config or options.overrides else None
         evaluate(options.export, options.out, config)

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from nsa.config import Config, load_saved
 from nsa.data.base_tokenizer import BaseTokenizer
-from nsa.data.load_tokenizer import FILES, load_tokenizer
+from nsa.data.load_tokenizer import FILES, SENTENCEPIECE, load_tokenizer
 from nsa.exporting.families import FAMILIES, Format, format_of
 from nsa.exporting.model_card import model_card
 from nsa.exporting.proof import ExportError, LogitsDiffer, Proof, prove
 from nsa.exporting.tokenizer import write_tokenizer
-from nsa.layers.kinds import KINDS
+from nsa.importing import own
+from nsa.importing.folder import is_own
 from nsa.models import Decoder, hf
 from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.training import checkpoint
@@ -137,67 +138,35 @@ def _special_tokens(tokenizer: BaseTokenizer) -> dict[str, Any]:
 
 
 def hf_config(config: Config, tokenizer: BaseTokenizer) -> NSAConfig:
-    """The configuration of an export with code."""
-    model, attention, rope, moe = config.model, config.attention, config.model.rope, config.model.moe
-    experts: dict[str, Any] = {}
-    if moe is not None:
-        experts = {
-            "num_experts": moe.num_experts,
-            "num_experts_per_token": moe.top_k,
-            "num_shared_experts": moe.num_shared,
-            "expert_size": moe.expert_size,
-            "first_dense": moe.first_dense,
-        }
-    return NSAConfig(
-        architectures=["NSAForCausalLM"],
-        auto_map={
-            "AutoConfig": "configuration_nsa.NSAConfig",
-            "AutoModel": "modeling_nsa.NSAModel",
-            "AutoModelForCausalLM": "modeling_nsa.NSAForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_nsa.NSAForSequenceClassification",
-        },
-        **_special_tokens(tokenizer),
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        v_head_dim=model.v_head_dim,
-        qkv_bias=model.qkv_bias,
-        qk_norm=model.qk_norm,
-        projection=model.projection,
-        **(model.mla.model_dump(exclude={"v_head_dim"}) if model.mla else {}),
-        attention_kinds=[kind.name for kind in attention.kinds(model.num_layers)],
-        max_position_embeddings=int(model.max_position * rope.yarn_factor),
-        original_max_position=model.max_position,
-        rotary_base=rope.theta,
-        yarn_factor=rope.yarn_factor,
-        yarn_beta_fast=rope.yarn_beta_fast,
-        yarn_beta_slow=rope.yarn_beta_slow,
-        rotary_scaling=model.rope_scaling.model_dump() if model.rope_scaling else None,
-        rms_norm_eps=model.norm_eps,
-        initializer_range=model.init_std,
-        tie_word_embeddings=model.tie_embeddings,
-        **_attention_fields(config),
-        **experts,
-    )
-
-
-def _attention_fields(config: Config) -> dict[str, Any]:
-    """Of every kind that an export can carry, used by the model or not.
+    """The configuration of an export with code.
 
     Raises:
         ExportError: a layer has a kind that it cannot carry.
     """
     if lacking := config.attention.not_exportable(config.model.num_layers):
         raise ExportError(f"an export cannot carry {', '.join(lacking)} yet")
-    fields: dict[str, Any] = {}
-    for kind in KINDS:
-        if kind.export is not None:
-            fields |= kind.export(config.attention.of(kind))
-    return fields
+    return NSAConfig(
+        architectures=[own.ARCHITECTURE],
+        auto_map=own.AUTO_MAP,
+        **_special_tokens(tokenizer),
+        **own.fields_of(config.model, config.attention),
+    )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether it is an export, of any format.
+
+    Raises:
+        ExportError: it was one, and transformers has saved its model again, without the files of the training.
+    """
+    if (folder / CONFIG).is_file():
+        return True
+    if is_own(folder):
+        raise ExportError(
+            f"{folder} is an export that was saved again, without {CONFIG}: copy {CONFIG}, {STATE} and, where there is "
+            f"one, {SENTENCEPIECE} into it from the export that it was made of"
+        )
+    return False
 
 
 def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, BaseTokenizer]:
@@ -210,7 +179,7 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
         ExportError: the folder is no export.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    if not is_export(folder):
         raise ExportError(f"{folder} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
     config = load_saved(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
     weights: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ from nsa.importing.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32
 from nsa.importing.family import Family
 from nsa.importing.llama import LLAMA
 from nsa.importing.mistral import MISTRAL
+from nsa.importing.own import OWN
 from nsa.importing.qwen2 import QWEN2
 from nsa.importing.qwen3 import QWEN3
 
@@ -15,4 +16,5 @@ FAMILIES: tuple[Family, ...] = (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     DEEPSEEK_V32,
+    OWN,
 )

@@ -6,8 +6,9 @@ from typing import Any
 
 from nsa.layers.kinds import BASELINE
 
-# Fields of config.json that change what is computed: the values that can be honoured, and what to do about others.
-ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+# Fields of config.json that change what is computed: the values that can be honoured (None: any), and what to
+# do about others.
+ONLY: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "hidden_act": (("silu", "swish"), "the MLP here is SwiGLU"),
     "attention_dropout": ((0,), "there is no dropout here: set it to 0 to train without"),
     "partial_rotary_factor": ((None, 1), "all dims of a head are rotated here"),
@@ -39,24 +40,25 @@ class Family:
     Attributes:
         architecture: its name in config.json.
         defaults: of fields that config.json may leave out, as `transformers` has them.
-        only: fields that change what is computed, beside `ONLY`: the values that can be honoured, and what to do.
+        only: fields that change what is computed, beside `ONLY` or in place of its: the values that can be honoured
+            (None: any), and what to do.
         window: fields of config.json -> tokens that a layer's sliding window sees; None: no layer has one.
         problems: fields -> what cannot be honoured and is no matter of one field, in words with what to do.
         model: fields -> keys of the `model` section beside those of Llama, or in their place.
         attention: fields -> the `attention` section.
         tensors: this project's names of tensors -> the folder's, with {} for the layer's number. With {expert},
-            too, the tensor is those of all experts, each transposed.
+            too, the tensor is those of all experts, each transposed. None: the names are the same.
         factors: fields -> this project's names -> what these tensors are multiplied by. The results are fp32.
     """
 
     architecture: str
     defaults: Mapping[str, Any]
-    only: Mapping[str, tuple[tuple[Any, ...], str]]
+    only: Mapping[str, tuple[tuple[Any, ...] | None, str]]
     window: Callable[[Mapping[str, Any]], int | None]
     problems: Callable[[Mapping[str, Any]], list[str]]
     model: Callable[[Mapping[str, Any]], dict[str, Any]]
     attention: Callable[[Mapping[str, Any]], dict[str, Any]]
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str] | None
     factors: Callable[[Mapping[str, Any]], dict[str, float]]
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from nsa.importing.families import FAMILIES
 from nsa.importing.family import ONLY, Family
+from nsa.importing.own import OWN
 from nsa.importing.rope import read_rope
 from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.models.config import check_projection
 from nsa.untrusted import check_safetensors, inside, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -26,6 +28,17 @@ NAMED = 5  # names in one error
 
 class FolderError(ValueError):
     """A folder cannot be imported. The message says why, and what to do."""
+
+
+def is_own(folder: Path | str) -> bool:
+    """Whether it has an export of this project that carries code of its own, as written or saved again since.
+
+    False if config.json cannot be read here, such as one that is a link.
+    """
+    try:
+        return _config_of(Path(folder)).get("architectures") == [OWN.architecture]
+    except FolderError:
+        return False
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     reasons = [
         f"{name} = {fields[name]!r}: {advice}"
         for name, (values, advice) in {**ONLY, **family.only}.items()
-        if name in fields and fields[name] not in values
+        if name in fields and values is not None and fields[name] not in values
     ]
     rope: dict[str, Any] = {}
     special: dict[str, Any] = {}
@@ -86,11 +99,12 @@ def read_config(folder: Path | str) -> dict[str, Any]:
         **special,
     }
     try:
-        ModelConfig.model_validate(model)
-        AttentionConfig.model_validate(attention)
+        check_projection(ModelConfig.model_validate(model), AttentionConfig.model_validate(attention))
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise FolderError(f"{path} describes no model that can be trained: {'; '.join(wrong)}") from None
+    except ValueError as error:
+        raise FolderError(f"{path} describes no model that can be trained: {error}") from None
     return {"model": model, "attention": attention}
 
 
@@ -108,13 +122,18 @@ class WeightReader:
         self._folder, self._model = Path(folder), model
         config = _config_of(self._folder)
         family = _family_of(self._folder, config)
+        fields = {**family.defaults, **config}
+        found = _headers(self._folder)
+        if len(found) < model.num_layers:  # before so many are built
+            raise FolderError(
+                f"{self._folder} has {len(found)} tensors, fewer than the {model.num_layers} layers of config.json"
+            )
         with torch.device("meta"):
             decoder = Decoder(model, AttentionConfig.model_validate(read_config(folder)["attention"]))
         wanted = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
         self._theirs = {name: _their_names(family, name, shape) for name, shape in wanted.items()}
-        self._factors = family.factors({**family.defaults, **config})
-        found = _headers(self._folder)
-        if not found.keys() & set(self._theirs["head.weight"]) and config.get("tie_word_embeddings", False):
+        self._factors = family.factors(fields)
+        if not found.keys() & set(self._theirs["head.weight"]) and fields.get("tie_word_embeddings", False):
             self._theirs["head.weight"] = self._theirs["embedding.weight"]
         found = {name: entry for name, entry in found.items() if not _predicts_later_tokens(name, config)}
         _check_names(self._folder, family, {name for names in self._theirs.values() for name in names}, found.keys())
@@ -210,6 +229,8 @@ def _pattern(name: str) -> tuple[str, str | None]:
 
 def _their_names(family: Family, name: str, shape: list[int]) -> list[str]:
     """Of the tensor, or of all experts' if it is of experts."""
+    if family.tensors is None:
+        return [name]
     pattern, number = _pattern(name)
     if pattern not in family.tensors:
         raise FolderError(

@@ -270,7 +270,8 @@ class Kind:
         figures: (attend, *inputs, cu_seqlens, offset, earlier) -> metrics of one layer for TensorBoard; None: there are
             none. ``earlier``: a dictionary in which a layer may leave something for the later ones of a forward pass.
         guest: how other methods choose in its place, for comparisons; None: they cannot.
-        export: config -> fields of config.json; None: the kind cannot be exported yet.
+        export: keys of its section -> their names in config.json, for all that change what a layer computes; None: the
+            kind cannot be exported yet.
         known: (shape, config) -> the model of `transformers` itself that has such layers, among those that
             `nsa.exporting` can write; None: there is none.
         card: config -> rows of the model card.
@@ -308,7 +309,7 @@ class Kind:
     problem: Callable[[Any, int], str | None]
     figures: Callable[..., dict[str, float]] | None
     guest: Guest | None
-    export: Callable[[Any], dict[str, Any]] | None
+    export: Mapping[str, str] | None
     known: Callable[[Shape, Any], Known | None]
     card: Callable[[Any], dict[str, str]]
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from nsa.config import Config, load_saved
-from nsa.data.load_tokenizer import tokenizer_files
+from nsa.data.load_tokenizer import SENTENCEPIECE, tokenizer_files
 from nsa.importing import WeightReader, read_config
+from nsa.importing.folder import is_own
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, ModelConfig
@@ -87,7 +89,7 @@ def source_of(config: Config, tokenizer: Path) -> Path:
             )
         folder = newest
     before, attention = _sections(folder)
-    old, new = (model.model_dump(exclude={"moe": BALANCE}) for model in (before, config.model))
+    old, new = map(_shape_of, (before, config.model))
     differing = [key for key in new if key not in WEIGHTLESS and old.get(key) != new[key]]
     if differing:
         changes = "\n".join(f"  model.{key}: {old.get(key)} there, {new[key]} here" for key in differing)
@@ -111,16 +113,30 @@ def source_of(config: Config, tokenizer: Path) -> Path:
                     "its values, or begin with a dense model"
                 )
     if _is_foreign(folder):
-        _check_foreign(folder, config, before)
-    elif tokenizer_files(folder) != tokenizer_files(tokenizer):
+        if is_own(folder) and (folder / SENTENCEPIECE).exists():
+            _check_tokenizer(folder, tokenizer)
+        else:
+            _ask_for_tokenizer(folder, config)
+        WeightReader(folder, config.model).check_tie()
+        _say_other_values(folder, config, before)
+    else:
+        _check_tokenizer(folder, tokenizer)
+        _say_other_split(folder, config)
+    print(f"begins with the weights of {folder}", flush=True)
+    return folder
+
+
+def _shape_of(model: ModelConfig) -> dict[str, Any]:
+    """The section without what may always change, and with the width that values have by default."""
+    return model.model_dump(exclude={"moe": BALANCE}) | {"v_head_dim": model.attention_shape.v_head_dim}
+
+
+def _check_tokenizer(folder: Path, tokenizer: Path) -> None:
+    if tokenizer_files(folder) != tokenizer_files(tokenizer):
         raise ValueError(
             f"start_from: {folder} was trained with another tokenizer than {tokenizer}: set "
             f"data.tokenizer.path={folder}"
         )
-    else:
-        _say_other_split(folder, config)
-    print(f"begins with the weights of {folder}", flush=True)
-    return folder
 
 
 def _say_other_split(folder: Path, config: Config) -> None:
@@ -158,14 +174,21 @@ def _reader(folder: Path, model: ModelConfig) -> Callable[..., Tensor]:
     return lambda name, shape=None: weights(name).float()
 
 
-def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
-    """What a Hugging Face folder needs beside the shape. Says what is computed in another way than there."""
-    if config.data.tokenizer.path is None:
-        raise ValueError(
-            f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
-            f"to that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
-        )
-    WeightReader(folder, config.model).check_tie()
+def _ask_for_tokenizer(folder: Path, config: Config) -> None:
+    """Of a model whose tokenizer cannot be compared with the run's."""
+    if config.data.tokenizer.path is not None:
+        return
+    where = f"which is {folder} if its files lie there"
+    if is_own(folder):
+        where += f" ({SENTENCEPIECE} does not once transformers saved it; the export that it was made of has it)"
+    raise ValueError(
+        f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it to "
+        f"that tokenizer, {where} (docs/importing.md)"
+    )
+
+
+def _say_other_values(folder: Path, config: Config, before: ModelConfig) -> None:
+    """Says what is computed in another way than in a Hugging Face folder."""
     old, new = before.model_dump(), config.model.model_dump()
     for key in COMPUTED:
         if old[key] != new[key]:

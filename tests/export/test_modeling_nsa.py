@@ -109,7 +109,7 @@ def pair(
         num_shared_experts=moe.num_shared if moe else 0,
         expert_size=moe.expert_size if moe else 0,
         first_dense=moe.first_dense if moe else 0,
-        **{name: value for kind in KINDS if kind.export for name, value in kind.export(attention.of(kind)).items()},
+        **{theirs: getattr(attention.of(k), ours) for k in KINDS if k.export for ours, theirs in k.export.items()},
     )
     exported = NSAForCausalLM(config)
     exported.load_state_dict(decoder.state_dict())

@@ -14,7 +14,7 @@ from nsa.evaluation.comparison.config import Training
 from nsa.evaluation.comparison.decoding import DecoderReader, Reader, check, turn_of
 from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
 from nsa.exporting import load_decoder
-from nsa.exporting.folder import CONFIG
+from nsa.exporting.folder import CONFIG, is_export
 from nsa.models import Decoder
 
 
@@ -124,7 +124,7 @@ def candidate_of(training: Training) -> Candidate:
         ValueError: it is not done here, and there is no export and no Hugging Face folder.
     """
     name, seed, folder = training.sibling.name, training.seed, training.export
-    if (folder / CONFIG).is_file():
+    if is_export(folder):
         config = load_saved(folder / CONFIG)
     elif training.arguments is not None:
         config = load_config(training.arguments[0], training.arguments[1:])
@@ -150,7 +150,7 @@ def open_model(name: str, folder: Path, device: torch.device | str = "cpu") -> O
     Raises:
         ValueError: the folder is neither.
     """
-    if (folder / CONFIG).is_file():
+    if is_export(folder):
         decoder, config, tokenizer = load_decoder(folder)
         return OpenedDecoder(name, decoder.eval().requires_grad_(False).to(device), tokenizer, config)
     if not (folder / "config.json").is_file():

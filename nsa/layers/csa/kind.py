@@ -157,7 +157,7 @@ CSA: Kind = Kind(
     problem=problem,
     figures=measure,
     guest=GUEST,
-    export=lambda config: {f"csa_{name}": value for name, value in config.model_dump(exclude={"kl_weight"}).items()},
+    export={name: f"csa_{name}" for name in CsaConfig.model_fields if name != "kl_weight"},
     known=lambda shape, config: None,
     card=card,
 )

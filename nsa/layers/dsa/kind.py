@@ -95,10 +95,8 @@ def card(config: DsaConfig) -> dict[str, str]:
     }
 
 
-def export(config: DsaConfig) -> dict[str, Any]:
-    """NSA has fields of some of these names, in blocks."""
-    fields = config.model_dump(exclude={"kl_weight"})
-    return {f"index_{name.removeprefix('index_')}": value for name, value in fields.items()}
+# NSA has fields of some of these names, in blocks.
+EXPORT = {name: f"index_{name.removeprefix('index_')}" for name in DsaConfig.model_fields if name != "kl_weight"}
 
 
 def known(shape: Shape, config: DsaConfig) -> Known | None:
@@ -157,7 +155,7 @@ DSA: Kind = Kind(
     problem=problem,
     figures=measure,
     guest=GUEST,
-    export=export,
+    export=EXPORT,
     known=known,
     card=card,
 )

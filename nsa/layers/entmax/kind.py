@@ -52,10 +52,6 @@ def card(config: EntmaxConfig) -> dict[str, str]:
     }
 
 
-def export(config: EntmaxConfig) -> dict[str, Any]:
-    return {f"entmax_{name}": value for name, value in config.model_dump().items()}
-
-
 def from_dense(name: str, shape: Size, config: Any, read: Callable[[str], Tensor]) -> Tensor | None:
     """All but what scales the scores."""
     return None if name.partition(".")[0] in MAPS["asentmax"] + MAPS["ssmax"] else read(name)
@@ -94,7 +90,7 @@ ENTMAX = Kind(
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export=export,
+    export={name: f"entmax_{name}" for name in EntmaxConfig.model_fields},
     known=lambda shape, config: None,
     card=card,
 )

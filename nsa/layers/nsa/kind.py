@@ -159,7 +159,9 @@ NSA: Kind = Kind(
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export=lambda config: config.model_dump(exclude={"phase", "kl_weight"}) | {"nsa_phase": config.phase},
+    export={
+        name: "nsa_phase" if name == "phase" else name for name in NsaConfig.model_fields if name != "kl_weight"
+    },
     known=lambda shape, config: None,
     card=card,
 )
