@@ -159,9 +159,7 @@ NSA: Kind = Kind(
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export={
-        name: "nsa_phase" if name == "phase" else name for name in NsaConfig.model_fields if name != "kl_weight"
-    },
+    export={name: "nsa_phase" if name == "phase" else name for name in NsaConfig.model_fields if name != "kl_weight"},
     known=lambda shape, config: None,
     card=card,
 )
