@@ -101,9 +101,10 @@ def test_a_padded_row_is_the_row_alone(kind: type[Method]) -> None:
 
 
 @by_name
-def test_the_ledger_is_the_count_of_the_masks(kind: type[Method]) -> None:
-    """All shares, by a count of each pair; values are narrower than keys, one sequence is padded."""
-    given, padding, narrow = inputs(TOKENS), [0, 13], 8
+@pytest.mark.parametrize("padding", [[0, 0], [0, 13]], ids=["whole", "padded"])
+def test_the_ledger_is_the_count_of_the_masks(kind: type[Method], padding: list[int]) -> None:
+    """All shares, by a count of each pair; values are narrower than keys."""
+    given, narrow = inputs(TOKENS), 8
     given.layers = [(q, k, v[..., :narrow]) for q, k, v in given.layers]
     session, wide, group = Spy(half(kind), LAYERS, turn=given.turn), WIDTH + narrow, HEADS // GROUPS
     session.begin(torch.tensor(padding))
@@ -153,6 +154,29 @@ def run_in(session: Session, given: Any) -> list[int]:
             held.append(int((session.caches[layer].positions >= 0).sum()))
         session.end_prompt()
     return held
+
+
+@sparse_by_name
+def test_layers_that_stay_dense_are_dense(kind: type[Method]) -> None:
+    """They are counted so, keep all tokens, and no method is said to have run there."""
+    given, left = inputs(TOKENS), 1
+    outs, session = run(half(kind), given, prompt=PROMPT, dense_layers=[left])
+    torch.testing.assert_close(outs[left], dense(given)[left], atol=1e-5, rtol=1e-5)
+    shares = session.ledger.shares([left])
+    assert shares == {"reads": 1, "attended": 1, "scored": 0, "resident": 1, "prefill": 1}
+    assert {layer for _, layer in session.ledger.ran} == {0, 2}
+
+
+@pytest.mark.parametrize("kind", [m for m in METHODS if "seed" in half(m).settings()], ids=lambda kind: kind.name)
+def test_a_seed_and_a_layer_have_draws_of_their_own(kind: type[Method]) -> None:
+    """Two layers are given the same, and so are two methods that differ in their seed alone."""
+    given = inputs(TOKENS, layers=1)
+    given.layers *= 2
+    small = {"sketch": 2} if "sketch" in half(kind).settings() else {}  # few of its dims: which ones are drawn
+    made = replace(half(kind), **small)
+    (one, deeper), (two, _) = (run(replace(made, seed=seed), given, prompt=PROMPT)[0] for seed in (0, 1))
+    assert not torch.equal(one, two)
+    assert not torch.equal(one, deeper)
 
 
 # What a query may attend to beside its budget of tokens: the release's rule, or what the method says it keeps.

@@ -308,6 +308,31 @@ def test_question_answering_from_a_local_folder(name: str, rows: list[dict], own
         assert task.score(query, own.decode(query.answer.tolist())) == 1.0
 
 
+def test_paragraphs_that_answer_are_there_once_and_anywhere(tmp_path: Path) -> None:
+    """Of a data set with several splits the one for validation is asked."""
+    datasets = pytest.importorskip("datasets")
+
+    def rows(who: str) -> list[dict]:
+        return [
+            {"question": f"Who built hall {i}?", "context": f"Hall {i} was built by {who}{i}.",
+             "answers": {"text": [f"{who}{i}"]}}
+            for i in range(60)
+        ]  # fmt: skip
+
+    splits = {
+        "train": datasets.Dataset.from_list(rows("Carter")),
+        "validation": datasets.Dataset.from_list(rows("Mason")),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    task, places = task_named("qa_1", source_data=str(tmp_path / "set")), []
+    for index in range(12):
+        sample = task.sample(Bytes(), 1500, 1, index)
+        (query,), text = sample.queries, Bytes().decode(sample.context[1:].tolist())
+        assert text.count(f"by {query.accepted[0]}.") == 1 and query.accepted[0].startswith("Mason")
+        places.append(text.index(f"by {query.accepted[0]}.") / len(text))
+    assert min(places) < 0.4 and max(places) > 0.6
+
+
 def test_question_answering_without_its_data(own: Tokenizer, tmp_path: Path) -> None:
     task = task_named("qa_1", source_data=str(tmp_path / "nothing"))
     with pytest.raises(UnavailableError, match=r"nothing' cannot be loaded .*local folder as source_data, or leave"):
