@@ -9,7 +9,7 @@ import torch
 from sessions import GROUPS, HEADS, LAYERS, WIDTH, full, half, inputs, run
 from torch import Tensor
 
-from nsa.baselines import METHODS, Method, Session, View
+from nsa.baselines import METHODS, Budget, Method, Session, View
 from nsa.baselines.attention import attend, kept
 from nsa.baselines.methods.dense import Dense
 from nsa.baselines.plan import Plan
@@ -177,6 +177,58 @@ def test_a_seed_and_a_layer_have_draws_of_their_own(kind: type[Method]) -> None:
     (one, deeper), (two, _) = (run(replace(made, seed=seed), given, prompt=PROMPT)[0] for seed in (0, 1))
     assert not torch.equal(one, two)
     assert not torch.equal(one, deeper)
+
+
+# What the papers and releases say; a comparison that names no setting runs these.
+SNAP = {"window": 32, "kernel": 5, "pooling": "avg", "group": "mean"}
+ADA = {"window": 32, "kernel": 7, "pooling": "max", "group": "mean", "safeguard": 0.2}
+LINES = {"num_queries": 64, "vertical_share": 1000 / 7096, "sinks": 30, "near": 100}
+PAGES = {"page": 16, "over_group": "sum"}
+DIMS = {"dims": 32, "local": 0.25, "temperature": True, "mean_over": "all"}
+CERTIFIED = {"epsilon": 0.1, "delta": 0.1, "bound": "clt", "ranking": "bounds", "num_sinks": 4, "window": 32,
+             "page": 16, "least": 64, "base_share": 0.01, "seed": 0}  # fmt: skip
+FLEX = {"gamma": 0.95, "tau": 0.1, "block": 128, "min_budget": 1024}
+WALK = {"block": 64, "sketch": 64, "power": 8.0, "normalise": True, "scope": "group", "seed": 0}
+CHUNKS = {"chunk": 8192, "local": 1024}
+PAPERS: dict[str, dict[str, Any]] = {
+    "dense": {}, "oracle_topk": {}, "oracle_topp": {"p": 0.95}, "random": {"seed": 0}, "sink_window": {"num_sinks": 4},
+    "streaming_llm": {"num_sinks": 4, "evict_after": False}, "lm_infinite": {"num_global": 10},
+    "h2o": {"recent_share": 0.5, "normalise": False}, "tova": {}, "key_norm": {},
+    "snapkv": SNAP, "ada_snapkv": ADA, "ada_snapkv_safeguard": ADA,
+    "pyramidkv": {**SNAP, "beta": 20.0}, "pyramidkv_kvpress": {**SNAP, "beta": 20.0},
+    "quest": PAGES, "quest_eval": PAGES, "sparq": DIMS, "sparq_released": DIMS,
+    "twilight": {"base": {"name": "quest", **PAGES}, "p": 0.95, "bits": 4},
+    "double_p": {"p1": 0.95, "p2": 0.7, "relative": False, "num_sinks": 4, "recent": 64, "cluster_size": 16,
+                 "iterations": 10, "segment": 8192, "refresh": 1024},
+    "vattention": CERTIFIED, "vattention_released": CERTIFIED,
+    "block_sparse": {"block": 64, "first": 0, "near": 0}, "block_sparse_frontier": {"block": 16, "first": 1, "near": 1},
+    "vertical_slash": LINES, "vertical_slash_blocks": {**LINES, "block": 64},
+    "minference": {"patterns": (), "block": 64, "num_queries": 64, "sinks": 30, "near": 100},
+    "flexprefill": FLEX, "flexprefill_released": FLEX,
+    "sketch_walk": {**WALK, "direct": 0.0}, "sketch_walk_damped": {**WALK, "direct": 0.75},
+    "dual_chunk": CHUNKS, "qwen_1m": {**LINES, **CHUNKS, "factors": ()},
+}  # fmt: skip
+
+
+def test_settings_are_those_of_the_papers() -> None:
+    assert {kind.name: kind().settings() for kind in METHODS} == PAPERS
+
+
+@pytest.mark.parametrize("name", ["quest", "sparq", "sketch_walk", "vattention", "vattention_released"])
+def test_a_budget_of_reads_pays_for_what_is_read_to_choose(name: str) -> None:
+    """Keys and values attended to, and what choosing reads of them: together no more than the budget, to a unit."""
+    tokens, kind = 60, next(kind for kind in METHODS if kind.name == name)
+    method = replace(half(kind), budget=Budget(tokens=tokens, counts="reads"))
+    session = Spy(method, 1, turn=inputs(1).turn)
+    run_in(session, inputs(TOKENS, layers=1))
+    for view, plan in session.seen:
+        if view.prompt or plan is None:
+            continue
+        mask = plan.parts[0].mask(torch.arange(1), view.k.shape[1])  # of vattention without its sample, which is beside
+        spent = mask[:, :, 0].sum(-1).double() + plan.estimate.read / (2 * WIDTH)
+        if name == "vattention_released":
+            spent -= (plan.estimate.read - 2 * WIDTH * -(-int(view.seen[0]) // 4)) / (2 * WIDTH)  # and its base sample
+        assert (spent <= tokens + 1).all() and (spent > tokens - 5).all(), spent
 
 
 # What a query may attend to beside its budget of tokens: the release's rule, or what the method says it keeps.

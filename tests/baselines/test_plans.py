@@ -40,6 +40,14 @@ def turned(x: Tensor, by: int, frequencies: Tensor, interleaved: bool) -> Tensor
     return torch.cat([(made if interleaved else made.T).reshape(-1), x[width:]])
 
 
+def test_positions_are_exact_in_any_dtype() -> None:
+    """Numbers above 256 are not all there in bf16."""
+    frequencies, x = torch.tensor([1.0, 0.25]), torch.randn(1, 1, 1, 4, generator=torch.Generator().manual_seed(0))
+    found = Turn(frequencies)(x.bfloat16(), torch.tensor([[1001]]))[0, 0, 0]
+    expected = turned(x.bfloat16()[0, 0, 0].double(), 1001, frequencies, False)
+    torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.01)
+
+
 def by_loops(view: View, plan: Plan) -> tuple[Tensor, Tensor]:
     q, k, v = (x.double() for x in (view.q, view.k, view.v))
     out, lse = torch.zeros(2, TOKENS, HEADS, NARROW).double(), torch.zeros(2, HEADS, TOKENS).double()

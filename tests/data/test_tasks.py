@@ -116,6 +116,7 @@ def test_a_tokenizer_of_transformers_as_a_vocabulary(foreign: Any) -> None:
     text = f"a{BOS}b  c\n\n"
     assert vocabulary.bos_id not in vocabulary.encode(text), "text that looks like a control token is text"
     assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.decode([vocabulary.bos_id, *vocabulary.encode("a b"), vocabulary.bos_id]) == "a b"
     ids = vocabulary.ordinary_ids()
     assert vocabulary.bos_id not in ids and len(ids) > 1000 and (np.diff(ids) > 0).all()
     assert not any("\n" in vocabulary.decode([i]) for i in ids.tolist())

@@ -165,6 +165,13 @@ def test_a_table_alone_or_a_key_alone_tells_nothing() -> None:
     assert values > 5 and places > 5
 
 
+@pytest.mark.parametrize("length", [600, 4000])
+def test_facts_of_mqmtar_are_four_fifths(length: int) -> None:
+    """Pairs are of six tokens each; the rest is spaces and questions."""
+    context = task_named("mqmtar").sample(BYTES, length, 1, 1).context.tolist()
+    assert 0.75 < 6 * context.count(EQUALS) / length <= 0.8
+
+
 def test_words_are_as_wide_as_they_say() -> None:
     for name, most in (("copy", 16), ("copy_wide", len(id_sets(BYTES).wide[1]))):
         (query,) = task_named(name).sample(BYTES, 4000, 1, 1).queries

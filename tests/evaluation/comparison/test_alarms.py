@@ -125,6 +125,7 @@ def test_a_sparse_sibling_may_lose_by_more_budget() -> None:
 
 def test_what_cannot_be_looked_at_is_said() -> None:
     blind = [replace(c, figures={}, bos=np.full(200, -1)) for c in GOOD[2:]]
+    blind.append(replace(cell("own", "nsa", 0.1), figures={"reads": [0.1] * LAYERS}))  # has no plan to look at
     findings = {f.alarm: f.text for f in alarms.ring(Table(blind)) if not f.rings}
     assert findings == {
         "sparse above dense": "There is no dense run of a dense-trained sibling to compare with.",
