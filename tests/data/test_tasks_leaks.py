@@ -172,6 +172,14 @@ def test_facts_of_mqmtar_are_four_fifths(length: int) -> None:
     assert 0.75 < 6 * context.count(EQUALS) / length <= 0.8
 
 
+@pytest.mark.parametrize("name", ["mqar", "mqar_front"])
+def test_pairs_in_front_are_in_front(name: str) -> None:
+    sample = task_named(name).sample(BYTES, 3000, 1, 1)
+    places = sorted(place(name, sample, query) * len(sample.context) for query in sample.queries)
+    facts_ = 16 if name == "mqar" else 54  # the square root of the length
+    assert places[0] >= 1 and places[-1] < 1 + 2 * facts_
+
+
 def test_words_are_as_wide_as_they_say() -> None:
     for name, most in (("copy", 16), ("copy_wide", len(id_sets(BYTES).wide[1]))):
         (query,) = task_named(name).sample(BYTES, 4000, 1, 1).queries
