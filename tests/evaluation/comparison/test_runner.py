@@ -17,7 +17,8 @@ from nsa.baselines import METHODS, Budget, Ledger, method_named
 from nsa.baselines.ledger import Counts
 from nsa.compare import main
 from nsa.config import load_config
-from nsa.data.tasks import task_named
+from nsa.data.tasks import Query, task_named
+from nsa.data.tasks.narrow import Mqar
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.cells import Arm, Asked, Cells, Place, fit
@@ -114,11 +115,18 @@ def test_a_finished_comparison_runs_nothing_again(finished: Path, monkeypatch: p
     assert {"report.html", "report.md"} <= {path.name for path in (finished / "small").iterdir()}
 
 
+class Said(Mqar):
+    """Its score is the tokens that were generated: those of a small model are never right."""
+
+    def score(self, query: Query, output: Any) -> float:
+        return float(np.asarray(output)[: len(query.answer)].sum())
+
+
 def test_answers_are_those_of_a_loop_over_single_sequences(siblings: dict[str, Path]) -> None:
     """Batches, taken sequences and both readings of the question against one sequence at a time, without caches."""
     opened = open_model("dense", siblings["dense"])
     assert isinstance(opened, OpenedDecoder)
-    task = task_named("mqar")
+    task = Said(**vars(task_named("mqar")))
     samples = [task.sample(opened.tokenizer, length, "test", i) for i, length in enumerate((64, 64, 48))]
     expected = {}
     for i, sample in enumerate(samples):
@@ -127,8 +135,8 @@ def test_answers_are_those_of_a_loop_over_single_sequences(siblings: dict[str, P
             for _ in query.answer:
                 with torch.no_grad():
                     ids.append(int(opened.decoder(torch.tensor([ids]))[0, -1].argmax()))
-            expected[i, j] = float(ids[-len(query.answer) :] == query.answer.tolist())
-    assert len(expected) > 6
+            expected[i, j] = float(sum(ids[-len(query.answer) :]))
+    assert len(expected) > 6 and len(set(expected.values())) > 2
     for aware in (False, True):
         reader = opened.reader(None, dense_layers=[], watch=False, ledger=Ledger())
         found = [
