@@ -15,6 +15,11 @@ LAST_32, LAST_16 = sum(range(9, 41)), sum(range(25, 41))  # of its last queries
 KEYS = PROMPT * WIDTH
 NOTHING = Estimate()
 
+
+def both(one: Estimate, other: Estimate) -> Estimate:
+    return Estimate(one.read + other.read, one.pairs + other.pairs, one.resident + other.resident)
+
+
 # (read, pairs, resident) per sequence and KV head, in elements, products and elements.
 SNAP = Estimate(LAST_32 * WIDTH, LAST_32 * GROUP)
 LINES = Estimate(KEYS, LAST_16 * GROUP)
@@ -43,7 +48,7 @@ IN_DECODING = {
     "sparq": DIMS,
     "sparq_released": DIMS,
     # 13 candidates: the current token and 3 pages; a key of 4 bits with its least and its step
-    "twilight": QUEST + Estimate(13 * (WIDTH / 4 + 2), 13 * GROUP, 41 * (WIDTH / 4 + 2)),
+    "twilight": both(QUEST, Estimate(13 * (WIDTH / 4 + 2), 13 * GROUP, 41 * (WIDTH / 4 + 2))),
     "double_p": Estimate(7 * (WIDTH + 1), 7 * GROUP, 7 * (WIDTH + NARROW + 1) + 41),  # and a label for each token
     "vattention": Estimate(BOUNDS, 11 * 2 * GROUP, BOUNDS),
     **dict.fromkeys(("sketch_walk", "sketch_walk_damped"), Estimate(11 * 16, 11, 2 * 11 * 16 + 11 * 12 / 2)),
@@ -95,7 +100,7 @@ def test_what_an_oracle_and_exact_keys_cost() -> None:
     certain = replace(oracle, bound="hoeffding")  # its range is the greatest bound of a page
     assert costs(certain)[1] == Estimate(41 * WIDTH + BOUNDS, 41 * GROUP + 11 * 2 * GROUP, BOUNDS)
     exact = replace(half(method_named("twilight")), bits=16)
-    assert costs(exact)[1] == QUEST + Estimate(13 * WIDTH, 13 * GROUP)
+    assert costs(exact)[1] == both(QUEST, Estimate(13 * WIDTH, 13 * GROUP))
     plain = replace(half(method_named("sparq")), mean_over="")
     assert costs(plain)[1] == replace(DIMS, resident=41 * WIDTH)
 
