@@ -140,7 +140,7 @@ def test_answers_are_those_of_a_loop_over_single_sequences(siblings: dict[str, P
     for aware in (False, True):
         reader = opened.reader(None, dense_layers=[], watch=False, ledger=Ledger())
         found = [
-            a for batch in ask(reader, opened.tokenizer, task, samples, aware=aware, batch_tokens=100) for a in batch
+            a for batch in ask(reader, opened.tokenizer, task, samples, aware=aware, batch_tokens=140) for a in batch
         ]
         assert {(a.sample, a.query): a.score for a in found} == expected
 
@@ -388,3 +388,5 @@ def test_what_was_answered_is_written_as_it_was(siblings: dict[str, Path], tmp_p
         assert cell.ran == (budget == 0.5), "in the layer that is not left dense, while decoding"
         assert cell.figures["sink_mass"] == [0.3, 0.3] and cell.figures["kept_mass"] == [[0.3, 0.15]] * 2
         assert cell.figures["kv_bytes"] == opened.kv_elements * 64 * 2
+    oracle = method_named("oracle_topk")(budget=Budget(share=0.5))
+    assert not cells._ran(opened, oracle, Ledger(ran={("decode", 0)})), "it claims the prompt, too"
