@@ -106,7 +106,7 @@ class Symbols(TextTask):
             (f"\n# The value that the code above gives to {name}:\n{name} =", f" {found[name]}", (found[name],))
             for name in (names[j] for j in rng.permutation(len(names))[: self.questions])
         )
-        values = len(set(found.values()))
+        values = len({value for _, value in CONSTANT.findall(text)})
         return Draft("", text, questions, 1 / values if values > 1 else 0.0)
 
     def score(self, query: Query, output: Any) -> float | None:

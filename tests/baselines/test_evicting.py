@@ -405,6 +405,10 @@ def test_the_mass_that_was_evicted_is_missed(kind: type[Method]) -> None:
         p = attention(q[b, PROMPT, h], k[b, : PROMPT + 1, h // GROUP])
         mass[h // GROUP] += p[[*kept[b, h // GROUP], PROMPT]].sum() / (2 * GROUP)
     torch.testing.assert_close(torch.tensor(session.figures[-1]["kept_mass"]), mass, atol=1e-5, rtol=1e-5)
+    first = [
+        attention(q[b, PROMPT, h], k[b, : PROMPT + 1, h // GROUP])[:4].sum() for b in range(2) for h in range(HEADS)
+    ]
+    assert session.figures[-1]["sink_mass"] == pytest.approx(float(sum(first)) / (2 * HEADS), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """FlexPrefill against loops, written from the paper's algorithms and, as released, from what the code does."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor
 from views import GROUP, SCALE, best, mask_of, softmax, view_of
 
 from nsa.baselines import View
+from nsa.baselines.importance.agreement import divergence, mean_query_attention
+from nsa.baselines.importance.lines import last_rows
 from nsa.baselines.method import State
 from nsa.baselines.methods.flexprefill import FlexPrefill
 from nsa.baselines.methods.flexprefill_released import FlexPrefillReleased
@@ -168,3 +171,25 @@ def test_the_release_is_dense_up_to_two_blocks_or_its_least_budget() -> None:
     for tokens, dense in ((16, True), (24, True), (80, False)):
         mask = mask_of(FlexPrefillReleased(gamma=0.5, tau=0.0, block=BLOCK, min_budget=20), view_of(tokens))
         assert bool((mask == torch.ones(tokens, tokens, dtype=torch.bool).tril()).all()) == dense
+
+
+def test_padding_is_in_no_mean_and_in_no_share() -> None:
+    """Twelve tokens behind eight of padding, where the last sixteen queries are looked at; a longer one is beside."""
+    alone, both = view_of(12), view_of(20, batch=2)
+    place = torch.stack([torch.arange(-8, 12).clamp(min=-1), torch.arange(20)])
+    q, k, v = (
+        torch.cat([torch.cat([torch.full((1, 8, *x.shape[2:]), 9.0), x], 1), y[1:]])
+        for x, y in ((alone.q, both.q), (alone.k, both.k), (alone.v, both.v))
+    )
+    slots = place[..., None].expand(-1, -1, GROUPS)
+    padded = replace(both, q=q, k=k, v=v, query_positions=place, positions=slots, seen=torch.tensor([12, 20]))
+    found = []
+    for view in (alone, padded):
+        rows = last_rows(view, 16)
+        means = mean_query_attention(view, rows, BLOCK)
+        columns = view.scores(rows).softmax(-1).nan_to_num(0).sum(2)
+        found.append((means[0], divergence(view, rows, means, columns, BLOCK)[0]))
+    blocks = found[0][0].shape[-1]
+    torch.testing.assert_close(found[1][0][:, :blocks], found[0][0])
+    assert not found[1][0][:, blocks:].any(), "a block that the shorter one does not have"
+    torch.testing.assert_close(found[1][1], found[0][1])

@@ -93,3 +93,10 @@ def test_a_mixture_of_patterns_treats_padding_as_each_pattern_does() -> None:
     for row, start in enumerate(padding.tolist()):
         for mine, alone in zip(outs, run(method, given.row(row, start), prompt=60 - start)[0], strict=True):
             torch.testing.assert_close(mine[row : row + 1, start:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_candidates_are_those_of_the_release() -> None:
+    """Its patterns of vertical-slash as pairs of columns and diagonals, and the two others."""
+    lines = [(30, 800), (100, 800), (100, 750), (500, 700), (3500, 100), (1000, 4096)]
+    expected = [("vertical_slash", *pair) for pair in lines] + [("a_shape", 100, 800), ("block_sparse", 0, 0)]
+    assert list(CANDIDATES) == expected

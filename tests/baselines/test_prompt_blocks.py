@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from sessions import inputs, run
+from sessions import GROUPS, inputs, run
 from views import view_of
 
 from nsa import ops
@@ -125,3 +125,18 @@ def test_query_heads_may_have_their_own_lists() -> None:
     columns = torch.rand(1, view.k.shape[2], 1, 33, generator=made) < 0.2
     plan = Plan((Part(keep, unit=8, tile=8), Part(columns)))
     torch.testing.assert_close(prompt.attend_blocks(view, plan), attend(view, plan), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 45])
+def test_pairs_are_counted_without_a_mask(tokens: int) -> None:
+    """Of any plan of blocks and columns: rows without their own block, too, and a last block that is a part of one."""
+    view, block, dice = view_of(tokens, batch=2), 8, torch.Generator().manual_seed(tokens)
+    blocks = -(-tokens // block)
+    for share in (0.0, 0.3, 1.0):
+        keep = torch.rand(2, GROUPS, blocks, blocks, generator=dice) < share
+        columns = torch.rand(2, GROUPS, 1, tokens, generator=dice) < 0.4
+        for parts in ((Part(keep, block, block),), (Part(keep, block, block), Part(columns))):
+            plan = Plan(parts)
+            expected = kept(view, plan, torch.arange(tokens)).sum((2, 3)).double()
+            found = prompt.pairs_of(view, plan)
+            assert found is not None and torch.equal(found, expected)

@@ -126,6 +126,12 @@ def test_lines_are_chosen_at_positions_that_grow(tokens: int) -> None:
     torch.testing.assert_close(out, logits.softmax(-1) @ values, atol=1e-5, rtol=1e-5)
 
 
+def test_factors_are_of_a_layer_and_of_a_head_and_rounded_up() -> None:
+    method = Qwen1M(budget=Budget(tokens=10), factors=((1.0, 1.25), (1.5, 9.0)), **SMALL)
+    for layer, sizes in enumerate(([10, 13], [15, 40])):  # 12.5; no more than there are tokens
+        assert method.size(view_of(40, layer=layer, num_layers=2)).tolist() == [sizes]
+
+
 def test_each_chunk_of_a_prompt_chooses_anew_and_decoding_is_dual_chunk_attention() -> None:
     given, method = inputs(60, batch=1), Qwen1M(budget=Budget(tokens=10), **SMALL)
     whole = run(method, given, prompt=48)[0][0]

@@ -116,6 +116,7 @@ def test_a_tokenizer_of_transformers_as_a_vocabulary(foreign: Any) -> None:
     text = f"a{BOS}b  c\n\n"
     assert vocabulary.bos_id not in vocabulary.encode(text), "text that looks like a control token is text"
     assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.decode([vocabulary.bos_id, *vocabulary.encode("a b"), vocabulary.bos_id]) == "a b"
     ids = vocabulary.ordinary_ids()
     assert vocabulary.bos_id not in ids and len(ids) > 1000 and (np.diff(ids) > 0).all()
     assert not any("\n" in vocabulary.decode([i]) for i in ids.tolist())
@@ -306,6 +307,31 @@ def test_question_answering_from_a_local_folder(name: str, rows: list[dict], own
         assert query.accepted == ((f"Mason{number}",) if name == "qa_1" else (f"Oakbury{number}",))
         assert f"built by Mason{number}." in text and query.accepted[0] in text and query.accepted[0] not in question
         assert task.score(query, own.decode(query.answer.tolist())) == 1.0
+
+
+def test_paragraphs_that_answer_are_there_once_and_anywhere(tmp_path: Path) -> None:
+    """Of a data set with several splits the one for validation is asked."""
+    datasets = pytest.importorskip("datasets")
+
+    def rows(who: str) -> list[dict]:
+        return [
+            {"question": f"Who built hall {i}?", "context": f"Hall {i} was built by {who}{i}.",
+             "answers": {"text": [f"{who}{i}"]}}
+            for i in range(60)
+        ]  # fmt: skip
+
+    splits = {
+        "train": datasets.Dataset.from_list(rows("Carter")),
+        "validation": datasets.Dataset.from_list(rows("Mason")),
+    }
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "set")
+    task, places = task_named("qa_1", source_data=str(tmp_path / "set")), []
+    for index in range(12):
+        sample = task.sample(Bytes(), 1500, 1, index)
+        (query,), text = sample.queries, Bytes().decode(sample.context[1:].tolist())
+        assert text.count(f"by {query.accepted[0]}.") == 1 and query.accepted[0].startswith("Mason")
+        places.append(text.index(f"by {query.accepted[0]}.") / len(text))
+    assert min(places) < 0.4 and max(places) > 0.6
 
 
 def test_question_answering_without_its_data(own: Tokenizer, tmp_path: Path) -> None:

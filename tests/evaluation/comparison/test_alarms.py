@@ -9,6 +9,7 @@ from simulated import LAYERS, cell
 from nsa.evaluation.comparison.reading import alarms
 from nsa.evaluation.comparison.reading.alarms import ALARMS
 from nsa.evaluation.comparison.reading.analysis import Table
+from nsa.evaluation.comparison.rows import Cell
 
 DENSE = cell("dense", dense_score=0.9)
 QUEST = [cell("quest", budget=budget) for budget in (1.0, 0.25, 0.1)]
@@ -124,6 +125,7 @@ def test_a_sparse_sibling_may_lose_by_more_budget() -> None:
 
 def test_what_cannot_be_looked_at_is_said() -> None:
     blind = [replace(c, figures={}, bos=np.full(200, -1)) for c in GOOD[2:]]
+    blind.append(replace(cell("own", "nsa", 0.1), figures={"reads": [0.1] * LAYERS}))  # has no plan to look at
     findings = {f.alarm: f.text for f in alarms.ring(Table(blind)) if not f.rings}
     assert findings == {
         "sparse above dense": "There is no dense run of a dense-trained sibling to compare with.",
@@ -137,3 +139,89 @@ def test_what_cannot_be_looked_at_is_said() -> None:
 def test_marked_arms() -> None:
     assert alarms.marked(Table(GOOD)) == set()
     assert alarms.marked(Table(planted(3, counted={**GOOD[3].counted, "reads": 0.11}))) == {("dense+quest", 0.1)}
+
+
+def flipped(cell_: Cell, up: int, down: int = 0) -> Cell:
+    """The cell with so many more right answers, and so many more wrong ones, each in a sample of its own."""
+    score = DENSE.score.copy().reshape(50, -1)
+    free = [s for s in range(50) if 0 < score[s].sum() < score.shape[1]]
+    for s in free[:up]:
+        score[s, score[s].argmin()] = 1
+    for s in free[up : up + down]:
+        score[s, score[s].argmax()] = 0
+    return replace(cell_, score=score.reshape(-1))
+
+
+OTHERS = ("sparq", "twilight", "h2o", "snapkv", "block_sparse")
+
+
+def test_one_of_many_comparisons_must_be_surer_than_one_alone() -> None:
+    """8 samples up and 1 down: p is 10 / 512; with five arms that are up by one the family has six."""
+    sure, slight = flipped(cell("quest", budget=0.1), 8, 1), [flipped(cell(m, budget=0.1), 1) for m in OTHERS]
+    assert set(ringing([DENSE, sure])) == {"sparse above dense"}
+    assert ringing([DENSE, sure, *slight]) == {}
+    large = [replace(cell(m, budget=0.25), score=DENSE.score) for m in ("quest", *OTHERS)]
+    low = replace(DENSE, score=np.ones(200))  # dense is best: only budgets are compared
+    assert set(ringing([low, sure, large[0]])) == {"not monotone in the budget"}
+    assert ringing([low, sure, *slight, *large]) == {}
+
+
+def test_budgets_are_compared_with_all_larger_ones_at_the_same_length() -> None:
+    """Up by four samples a step says nothing; by eight it does. At another length scores are others."""
+    best = replace(DENSE, score=np.ones(200))
+    steps = [flipped(cell("quest", budget=b), 4) for b in (0.1,)] + [
+        flipped(cell("quest", budget=0.05), 8), replace(cell("quest", budget=0.25), score=DENSE.score)
+    ]  # fmt: skip
+    assert [text[:17] for text in ringing([best, *steps])["not monotone in the budget"]] == ["dense+quest at 0."]
+    assert ringing([best, steps[0], steps[2]]) == {}
+    longer = cell("dense", length=4096, dense_score=0.5), cell("quest", budget=0.25, length=4096, dense_score=0.5)
+    assert ringing([best, replace(cell("quest", budget=0.1), score=DENSE.score), longer[0],
+                    replace(longer[1], score=longer[0].score)]) == {}  # fmt: skip
+
+
+def test_a_full_budget_is_compared_with_dense_of_its_training_and_question() -> None:
+    made = []
+    for seed, aware in ((0, True), (1, True), (0, False), (1, False)):
+        dense = replace(
+            cell("dense", "other", train_seed=seed, dense_score=0.95 - 0.05 * seed - 0.2 * aware), question_aware=aware
+        )
+        made += [dense, replace(dense, arm="other+quest", method="quest", phases=["decode"], budget=1.0)]
+    assert ringing(made) == {}
+    for index in (3, 7):
+        wrong = [replace(c, score=1 - c.score) if i == index else c for i, c in enumerate(made)]
+        assert "full budget unlike dense" in ringing(wrong)
+
+
+def test_every_training_seed_is_looked_at() -> None:
+    second = [replace(c, train_seed=1) for c in GOOD]
+    for changes, alarm in (
+        ({"bos": np.full(200, 2)}, "not exactly one BOS"),
+        ({"parsed": np.zeros(200, bool)}, "unparsable answers"),
+        ({"ran": False}, "the sparse path did not run"),
+        ({"figures": {**FOUND, "changes": {"prefill": [0.5, 3.0]}}}, "reads what its plan leaves out"),
+    ):
+        assert alarm in ringing([*GOOD, *second[:3], replace(second[3], **changes)])
+
+
+def test_counted_below_the_budget_is_off_it_too_in_any_task() -> None:
+    off = replace(cell("quest", budget=0.1, task="passkey"), counted={**GOOD[3].counted, "reads": 0.09})
+    other = cell("dense", task="passkey", dense_score=0.9)
+    fair = [*GOOD, other, replace(off, score=np.minimum(off.score, other.score))]
+    assert set(ringing(fair)) == {"counted budget off the nominal one"}
+    assert alarms.marked(Table(fair)) == {("dense+quest", 0.1)}
+
+
+def test_all_hidden_layers_are_named_and_arms_of_the_prompt_have_none() -> None:
+    shares = [1.0, 0.1, 1.0] + [0.1] * (LAYERS - 3)
+    (text,) = ringing(planted(3, figures={**FOUND, "reads": shares}))["dense layers undisclosed"]
+    assert "layers 0, 2 read" in text
+    prompt = cell("vertical_slash", budget=0.1)
+    prompt = replace(
+        prompt, score=np.minimum(prompt.score, DENSE.score), figures={**prompt.figures, "reads": [1.0] * 6}
+    )
+    assert ringing([*GOOD, prompt]) == {}
+
+
+def test_a_sparse_sibling_run_with_a_method_is_not_held_against_another_ones_dense_run() -> None:
+    better_ = replace(cell("quest", "nsa", 0.1), score=np.ones(200))
+    assert ringing([DENSE, better_]) == {}

@@ -54,6 +54,16 @@ def test_generation_ends_when_all_answers_are_found() -> None:
     assert asked(["...", "..."], new_tokens=5) == ([None, None], 5)
 
 
+def test_what_is_generated_for_a_longer_answer_beside_it_does_not_count() -> None:
+    """One answer may have 5 tokens, the other one, of the same batch, 30."""
+    task = task_named("niah_single_1", new_tokens=5)
+    queries = [Query(np.array([65]), np.full(n, 66), ("1234567",)) for n in (3, 30)]
+    samples = [Sample(np.array([256, 65, 65]), (query,), 0.0) for query in queries]
+    reader = Scripted(["a, b, 1234567", "a, b, 1234567"])
+    (answers,) = ask(reader, Bytes(), task, samples, aware=True, batch_tokens=999)
+    assert [answer.score for answer in answers] == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("task", OVER_TEXT, ids=lambda task: task.name)
 def test_what_is_final_stays(task: TextTask) -> None:
     query = Query(np.array([65]), np.array([66]), ("12", "345"))

@@ -96,6 +96,29 @@ def test_sign_flips_equal_the_binomial_test() -> None:
     assert statistics.greater_p(one_seed(np.zeros(5))) == 1
 
 
+@pytest.mark.parametrize("number", [9, 16])
+def test_sign_flips_weigh_samples_by_their_differences(number: int) -> None:
+    """All patterns by a loop; with 2^16 of them, random ones come near."""
+    values = np.random.default_rng(10).normal(0.4, 1, (2, number)) + 2 / number
+    mean = values.mean(0)
+    exact = np.mean([np.dot(s, mean) >= mean.sum() - 1e-12 for s in itertools.product((-1, 1), repeat=number)])
+    assert 0.01 < exact < 0.3
+    assert statistics.greater_p(Clusters(values, np.arange(1, number + 1))) == pytest.approx(exact, abs=0.01)
+
+
+def test_noninferiority_is_a_bootstrap_of_samples_and_of_one_that_lost_all() -> None:
+    """Samples have one to six answers; the imaginary one has as many as they have on average."""
+    rng = np.random.default_rng(8)
+    counts = rng.integers(1, 7, 60)
+    sums = rng.binomial(counts, 0.06) * -1.0 + rng.binomial(counts, 0.05)
+    size = round(counts.mean())
+    sums_, counts_ = np.append(sums, -size), np.append(counts, size)
+    draws = rng.integers(61, size=(20_000, 61))
+    expected = np.mean(sums_[draws].sum(1) / counts_[draws].sum(1) <= -0.035)
+    assert 0.05 < expected < 0.95
+    assert statistics.noninferiority_p(one_seed(sums, counts), 0.035) == pytest.approx(expected, abs=0.015)
+
+
 def test_many_equal_signs_are_surer_than_random_flips_can_tell() -> None:
     p = statistics.greater_p(one_seed(np.ones(60)))
     assert 2.0**-60 < p < 1e-10
