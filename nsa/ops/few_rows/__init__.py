@@ -47,7 +47,7 @@ def few_rows_swiglu(x: Tensor, gate: Tensor, up: Tensor, *, backend: str = "auto
     """silu(x gate^T) * (x up^T): the first half of a SwiGLU MLP (arXiv 2002.05202) in one launch.
 
     Both products are rounded to x's dtype, then their SwiGLU is computed in fp32 and rounded: as by two projections and
-    the kernel of `nsa.ops.swiglu`. The kernel takes what that of `few_rows_linear` takes.
+    the kernel of `nsa.ops.swiglu`; torch is these. The kernel takes what that of `few_rows_linear` takes.
 
     Args:
         x: (.., K). gate, up: (N, K), in x's dtype. backend: as for `few_rows_linear`.
@@ -68,7 +68,7 @@ def few_rows_swiglu(x: Tensor, gate: Tensor, up: Tensor, *, backend: str = "auto
         return kernel.swiglu(x, gate, up)
     if implementation == "naive":
         return swiglu(_exact(x, gate), _exact(x, up), backend="naive")
-    return swiglu(linear(x, gate), linear(x, up), backend=backend)
+    return swiglu(linear(x, gate), linear(x, up))
 
 
 def _implementation(backend: str, x: Tensor, *weights: Tensor) -> str:

@@ -66,9 +66,10 @@ def tile_of(num_outputs: int, vectors: int, matrices: int) -> dict[str, int]:
 
     C and warps decide the order of a sum, so they depend on ``vectors`` and ``matrices`` alone.
     """
-    columns = min(max(256, triton.next_power_of_2(vectors)), 2048 // matrices)
+    columns, loads = min(max(256, triton.next_power_of_2(vectors)), 2048 // matrices), LOADS
     num_warps = min(max(4, columns * matrices // 128), 16)
-    loads = LOADS if vectors <= columns else LOADS // 2  # sums take registers beside the loads of the next tile
+    if vectors > columns:  # sums take registers beside the loads of the next tile
+        columns, loads = columns // 2, loads // 2
     rows = max(1, loads * 32 * num_warps // (columns * matrices))
     while rows > 1 and triton.cdiv(num_outputs, rows) < PROGRAMS:
         rows //= 2
