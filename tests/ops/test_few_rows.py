@@ -42,15 +42,20 @@ def many_programs(monkeypatch) -> None:
     monkeypatch.setattr(few_rows, "PROGRAMS", 1)
 
 
-def whole(*shape: int, seed: int = 0) -> Tensor:
-    """Whole numbers, so small that each order of a sum of products in fp32 gives the same, exact number."""
+def eighths(*shape: int, seed: int = 0) -> Tensor:
+    """Up to 8: each order of a sum of products in fp32 gives the same, exact number; in 16 bits, a sum of 8 does not."""
     generator = torch.Generator().manual_seed(sum(shape) + seed)
-    return torch.randint(-8, 9, shape, generator=generator).to(DEVICE, torch.float64)
+    return torch.randint(-64, 65, shape, generator=generator).to(DEVICE, torch.float64) / 8
 
 
 def rounding(dtype: torch.dtype, backend: str) -> float:
-    """Relative error of one result: one rounding. Libraries may round more often."""
+    """Relative error of one result: one rounding. PyTorch may round more often."""
     return torch.finfo(dtype).eps * (0.5 if backend == "triton" else 2)
+
+
+def of_parts(dtype: torch.dtype, backend: str, columns: int) -> float:
+    """Error of a product: a library may add parts of the size of the result (22 is a product's) in 16 bits."""
+    return torch.finfo(dtype).eps * 22 * columns**0.5 * (backend == "torch")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,13 +64,14 @@ def rounding(dtype: torch.dtype, backend: str) -> float:
 @pytest.mark.parametrize(("lead", "outputs", "columns"), CASES)
 def test_linear(lead, outputs: int, columns: int, biased: bool, dtype, backend: str, many_programs) -> None:
     """Sums of up to 10,000, of which 16 bits hold the first 8 or 11."""
-    given = whole(*lead, columns), whole(outputs, columns), whole(outputs) * 64 if biased else None
+    given = eighths(*lead, columns), eighths(outputs, columns), eighths(outputs) * 64 if biased else None
     found = ops.few_rows_linear(*(None if t is None else t.to(dtype) for t in given), backend=backend)
     expected = linear(*given)
     assert found.dtype == dtype and found.shape == expected.shape
     if backend == "triton":
         assert torch.equal(found, expected.to(dtype))
-    assert ((found.double() - expected).abs() <= rounding(dtype, backend) * expected.abs()).all()
+    allowed = rounding(dtype, backend) * expected.abs() + of_parts(dtype, backend, columns)
+    assert ((found.double() - expected).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -73,13 +79,15 @@ def test_linear(lead, outputs: int, columns: int, biased: bool, dtype, backend: 
 @pytest.mark.parametrize(("lead", "outputs", "columns"), CASES)
 def test_swiglu(lead, outputs: int, columns: int, dtype, backend: str, many_programs) -> None:
     """Gate and up are rounded to 16 bits before."""
-    x, gate, up = whole(*lead, columns), whole(outputs, columns), whole(outputs, columns, seed=12345)
-    gate *= 2.0 ** -round(math.log2(16 * columns**0.5))
+    x, gate, up = eighths(*lead, columns), eighths(outputs, columns), eighths(outputs, columns, seed=12345)
+    scale = 2.0 ** -round(math.log2(16 * columns**0.5))
+    gate *= scale
     found = ops.few_rows_swiglu(x.to(dtype), gate.to(dtype), up.to(dtype), backend=backend)
     g, u = (linear(x, w).to(dtype).double() for w in (gate, up))
     expected = silu(g) * u
     assert found.dtype == dtype and found.shape == expected.shape
     allowed = (rounding(dtype, backend) + 2e-6) * expected.abs() + torch.finfo(dtype).smallest_normal / 512
+    allowed += 2 * of_parts(dtype, backend, columns) * (silu(g).abs() + scale * u.abs())
     assert ((found.double() - expected).abs() <= allowed).all()
 
 
@@ -113,8 +121,8 @@ def test_nothing_beside_the_inputs_is_read_or_written(many_programs) -> None:
     columns, outputs, rows = 1032, 5, 3
     around = torch.full((4 * outputs + 2 * rows, columns), torch.nan, device=DEVICE)
     x, weight = around[rows : 2 * rows], around[3 * rows : 3 * rows + outputs]
-    x.copy_(whole(rows, columns))
-    weight.copy_(whole(outputs, columns))
+    x.copy_(eighths(rows, columns))
+    weight.copy_(eighths(outputs, columns))
     expected = linear(x.double(), weight.double()).float()
     assert torch.equal(ops.few_rows_linear(x, weight, backend="triton"), expected)
     swish = silu(expected) * expected
