@@ -43,7 +43,7 @@ def many_programs(monkeypatch) -> None:
 
 
 def eighths(*shape: int, seed: int = 0) -> Tensor:
-    """Up to 8: each order of a sum of products in fp32 gives the same, exact number; in 16 bits, a sum of 8 does not."""
+    """Up to 8. Sums of products are exact in fp32, in any order; in 16 bits a sum of 8 products is not."""
     generator = torch.Generator().manual_seed(sum(shape) + seed)
     return torch.randint(-64, 65, shape, generator=generator).to(DEVICE, torch.float64) / 8
 
