@@ -1,7 +1,8 @@
 """Times decoding: one query token per sequence on caches of several lengths, and steps of a whole decoder.
 
     python benchmarks/decode.py [--shapes A B] [--lengths 4096 65536] [--batches 1 8 32] [--out FILE]
-        [--decoder 1b] [--decoder-batches 1 4] [--prompt 32768] [--no-decoder] [--milliseconds 250] [--seconds 170]
+        [--decoder 1b] [--decoder-batches 1 4] [--prompt 32768] [--no-decoder | --decoder-alone]
+        [--milliseconds 250] [--seconds 170]
 
 bf16; the median of replays of a CUDA graph with the L2 cache flushed between them. Dense decoding by torch's
 FlashAttention and cuDNN is timed beside ours. Sparse methods attend to 1/16 of the tokens: pages of 16 that Quest
@@ -20,7 +21,13 @@ The longest memory comes first. A row that fails is reported with its error, and
 begins after that time; what is left out is named.
 
 The decoder: milliseconds of a token after a prompt, for each kind of attention, as steps that a CUDA graph replays
-(`nsa.models.DecodingSteps`) and with caches that grow (`new_caches`). All of it takes some minutes.
+(`nsa.models.DecodingSteps`) and with caches that grow (`new_caches`). `steps_ms` has its linear projections by cuBLAS,
+`few_rows_ms` by the kernel of `nsa.ops.few_rows_linear`; `back_to_back_ms` and `few_rows_back_to_back_ms` are without a
+wait after each token. Before that each projection of a layer, for a few rows of x, by both: microseconds of one of many
+with their own weights, so that none lies in the L2 cache. `over_cublas`: the time by cuBLAS over that of the kernel.
+`error` and `cublas_error` are relative to float64.
+
+All of it takes some minutes; with --decoder-alone, two.
 """
 
 import argparse
@@ -37,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.attention_inputs import SHAPES, Shape
@@ -45,12 +52,14 @@ from benchmarks.measure import environment, need_gpu, relative_error, row, time_
 from nsa import ops
 from nsa.config import load_config
 from nsa.models import Decoder, DecodingSteps
+from nsa.ops.few_rows import MOST_ROWS
 
 ROOT = Path(__file__).parents[1]
 PAGE, SHARE = 16, 16  # tokens of a page; one of so many tokens is attended to
 CANDIDATES = 4  # one of so many tokens is estimated by Twilight
 DENSE = ("flash", "cudnn", "ours", "latent")
 ITEM = 2  # bytes of an element
+STREAMED = 2**30  # bytes of weights, at least, between two uses of one: many times the L2 cache
 
 
 class Memory:
@@ -315,6 +324,56 @@ def crossovers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def projections_of(config_name: str, kind: str) -> dict[str, tuple[int, int]]:
+    """(outputs, columns) of each linear projection of a layer and of the head."""
+    config = load_config(ROOT / "configs" / f"{config_name}.yaml", [f"attention.kind={kind}"])
+    with torch.device("meta"):
+        decoder: Any = Decoder(config.model, config.attention)
+    layer = decoder.layers[0]
+    joint = layer.kind.products(config.model.attention_shape, config.attention.of(layer.kind))[0]
+    modules = {"output": layer.attention.output, "swiglu": layer.mlp.gate, "down": layer.mlp.down, "head": decoder.head}
+    return {"joint": (joint.outer, joint.inner)} | {name: tuple(m.weight.shape) for name, m in modules.items()}
+
+
+@torch.no_grad()
+def projection_rows(
+    name: str, outputs: int, columns: int, stream: torch.cuda.Stream, each: int
+) -> list[dict[str, Any]]:
+    """Rows of a projection: by cuBLAS, and by the kernel, also for more rows than the operator lets it take."""
+    from nsa.ops.kernels import few_rows as kernel
+
+    count = -(-STREAMED // (outputs * columns * ITEM))
+    weights = torch.randn(2 * count, outputs, columns, device="cuda", dtype=torch.bfloat16) * columns**-0.5
+    pairs = list(weights.split(2))
+
+    def ours(x: Tensor, pair: Tensor) -> list[Tensor]:
+        return [kernel.swiglu(x, *pair)] if name == "swiglu" else [kernel.linear(x, w, None) for w in pair]
+
+    def theirs(x: Tensor, pair: Tensor) -> list[Tensor]:
+        products = [linear(x, w) for w in pair]
+        return [ops.swiglu(*products)] if name == "swiglu" else products
+
+    rows = []
+    for number in (1, 2, MOST_ROWS, 2 * MOST_ROWS):
+        found: dict[str, Any] = {"projection": name, "outputs": outputs, "columns": columns, "rows": number}
+        x = torch.randn(number, columns, device="cuda", dtype=torch.bfloat16)
+        exact = [linear(x.double(), w.double()) for w in pairs[0]]
+        exact = [silu(exact[0]) * exact[1]] if name == "swiglu" else exact
+        calls = {"cublas_": theirs, "": ours}
+        for key, call in calls.items():
+            try:
+                found[f"{key}error"] = float(f"{relative_error(call(x, pairs[0])[0], exact[0]):.2g}")
+                milliseconds, _ = time_ms(lambda call=call, x=x: [call(x, pair) for pair in pairs], stream, each=each)
+                found[f"{key}us"] = round(milliseconds * 1e3 / count / (1 if name == "swiglu" else 2), 2)
+            except Exception as error:
+                found[f"{key}failed"] = _said(error)
+        if "us" in found:
+            found["tb_per_s"] = round((1 + (name == "swiglu")) * outputs * columns * ITEM / found["us"] / 1e6, 2)
+            found["over_cublas"] = round(found.get("cublas_us", 0) / found["us"], 2)
+        rows.append(found)
+    return rows
+
+
 def steps_of(config_name: str, kind: str, prompt: int, batch: int, steps: int = 64) -> dict[str, Any]:
     """Milliseconds of a step of a whole decoder: a token for each of ``batch`` sequences."""
     config = load_config(ROOT / "configs" / f"{config_name}.yaml", [f"attention.kind={kind}"])
@@ -323,9 +382,17 @@ def steps_of(config_name: str, kind: str, prompt: int, batch: int, steps: int = 
     ids = torch.randint(0, config.model.vocab_size, (batch, prompt), device="cuda")
     found: dict[str, Any] = {"decoder": config_name, "kind": kind, "prompt": prompt, "batch": batch}
     found["weights_gb"] = round(sum(p.nbytes for p in decoder.parameters()) / 1e9, 2)
-    fixed = DecodingSteps(decoder, ids, prompt + steps + 8)
-    found["steps_ms"] = _median_ms(partial(fixed.step, ids[:, 0]), steps)
-    del fixed
+    for products, name in (("torch", ""), ("triton", "few_rows_")):
+        if products == "triton" and batch > MOST_ROWS:
+            continue
+        fixed = DecodingSteps(decoder, ids, prompt + 2 * steps + 8, products=products)
+        found[f"{name or 'steps_'}ms"] = _median_ms(partial(fixed.step, ids[:, 0]), steps)
+        start = time.perf_counter()
+        for _ in range(steps):
+            fixed.step(ids[:, 0])
+        torch.cuda.synchronize()
+        found[f"{name}back_to_back_ms"] = round((time.perf_counter() - start) * 1e3 / steps, 3)
+        del fixed
     caches = decoder.new_caches()
     with torch.no_grad():
         for piece in ids.split(4096, 1):
@@ -355,7 +422,9 @@ def main() -> None:
     parser.add_argument("--decoder", default="1b", help="configuration of the decoder")
     parser.add_argument("--decoder-batches", type=int, nargs="+", default=[1, 4], help="sequences of the decoder")
     parser.add_argument("--prompt", type=int, default=32768)
-    parser.add_argument("--no-decoder", action="store_true", help="time the operators alone")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--no-decoder", action="store_true", help="time the operators of attention alone")
+    parts.add_argument("--decoder-alone", action="store_true", help="time the decoder and its projections alone")
     parser.add_argument("--milliseconds", type=int, default=250, help="of the warm-up and of the measuring of a row")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no row begins")
     parser.add_argument("--out", type=Path)
@@ -364,11 +433,10 @@ def main() -> None:
     torch.manual_seed(0)
     end = time.monotonic() + options.seconds
     stream, rows = torch.cuda.Stream(), []
-    result: dict[str, Any] = {"errors": {}, "decoder": []}
-    kinds: dict[str, Callable[[int, int], Memory | Latents]] = {
-        **{name: partial(Memory, SHAPES[name]) for name in options.shapes},
-        Latents.name: Latents,
-    }
+    result: dict[str, Any] = {"errors": {}, "projections": [], "decoder": []}
+    kinds: dict[str, Callable[[int, int], Memory | Latents]] = {}
+    if not options.decoder_alone:
+        kinds = {name: partial(Memory, SHAPES[name]) for name in options.shapes} | {Latents.name: Latents}
     for name, kind in kinds.items():
         result["errors"][name] = errors_of(partial(kind, 2, min(options.lengths)))
         print(name, result["errors"][name], flush=True)
@@ -383,6 +451,15 @@ def main() -> None:
     result |= {"rows": rows, "crossovers": crossovers(rows)}
     for found in result["crossovers"]:
         print(json.dumps(found), flush=True)
+    projections = {} if options.no_decoder else projections_of(options.decoder, "nsa")
+    for name, (outputs, columns) in projections.items():
+        if time.monotonic() > end:
+            print(f"left out: projection {name}", flush=True)
+            continue
+        for found in projection_rows(name, outputs, columns, stream, options.milliseconds):
+            print(json.dumps(found), flush=True)
+            result["projections"].append(found)
+        torch.cuda.empty_cache()
     whole = [] if options.no_decoder else [(b, kind) for b in options.decoder_batches for kind in ("nsa", "dense")]
     for batch, attention in whole:
         if time.monotonic() > end:

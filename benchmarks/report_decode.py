@@ -26,6 +26,31 @@ def decode(result: dict[str, Any] | None) -> Iterator[str]:
     """The result of benchmarks/decode.py."""
     if not result:
         return
+    if result["rows"]:
+        yield from _attention(result)
+    if result.get("projections"):
+        yield "### Linear projections of a few rows\n"
+        yield words(
+            "Microseconds of one, the weights from memory, by cuBLAS and by the kernel of `nsa.ops.few_rows_linear`.",
+            "Over cuBLAS: the time by cuBLAS over that of the kernel. Errors are relative to float64.\n",
+        )
+        keys = ("projection", "outputs", "columns", "rows", "cublas_us", "us", "over_cublas", "tb_per_s")
+        errors = ("cublas_error", "error")
+        header = ["projection", "outputs", "columns", "rows", "us, cuBLAS", "us, kernel", "over cuBLAS", "TB/s, kernel"]
+        cells = [[row.get(key) for key in keys + errors] for row in result["projections"]]
+        yield from table([*header, "error, cuBLAS", "error, kernel"], cells)
+    if result["decoder"]:
+        yield "### A step of a whole decoder\n"
+        keys = ("decoder", "kind", "batch", "prompt", "weights_gb", "steps_ms", "growing_ms")
+        header = ["model", "attention", "batch", "prompt", "GB of weights", "ms, CUDA graph", "ms, caches that grow"]
+        if any("few_rows_ms" in row for row in result["decoder"]):
+            keys = (*keys, "few_rows_ms", "back_to_back_ms", "few_rows_back_to_back_ms")
+            header += ["ms, few-rows kernel", "ms back to back", "ms back to back, few-rows kernel"]
+        earlier = {"batch": 1}  # of rows that do not say it
+        yield from table(header, [[(earlier | row).get(key) for key in keys] for row in result["decoder"]])
+
+
+def _attention(result: dict[str, Any]) -> Iterator[str]:
     lengths = sorted({row["tokens"] for row in result["rows"]})
     yield "### Attention of one query token a sequence\n"
     described = "; ".join(f"{name}: {what}" for name, what in DECODED.items())
@@ -46,12 +71,6 @@ def decode(result: dict[str, Any] | None) -> Iterator[str]:
             [[x["shape"], x["batch"], x["call"], x["faster_from"] or "none of these"] for x in slower],
         )
     yield words("Relative errors against fp32 at the shortest length:", _errors(result["errors"]) + ".\n")
-    if result["decoder"]:
-        yield "### A step of a whole decoder\n"
-        keys = ("decoder", "kind", "batch", "prompt", "weights_gb", "steps_ms", "growing_ms")
-        cells = [[row.get(key, 1) for key in keys] for row in result["decoder"]]  # earlier rows have batch 1
-        header = ["model", "attention", "batch", "prompt", "GB of weights", "ms, CUDA graph", "ms, caches that grow"]
-        yield from table(header, cells)
 
 
 def _errors(errors: dict[str, dict[str, float]]) -> str:

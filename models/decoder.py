@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from nsa import ops
 from nsa.cache import Cache
 from nsa.layers.kind import Backends, Kind
-from nsa.layers.linear import parallel_linear
+from nsa.layers.linear import Linear, swiglu_linear
 from nsa.layers.norm import RMSNorm
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.models.config import AttentionConfig, ModelConfig, check_projection
@@ -24,11 +23,10 @@ class MLP(nn.Module):
         # Modules give names and initialisation to the weights; one operator uses both.
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = parallel_linear(x, self.gate.weight, self.up.weight)
-        return self.down(ops.swiglu(gate, up))
+        return self.down(swiglu_linear(x, self.gate.weight, self.up.weight))
 
 
 class DecoderLayer(nn.Module):

@@ -23,16 +23,20 @@ class DecodingSteps:
         ids: (B, T) int64, the prompt of each sequence, at least one token.
         room: tokens of a sequence at most, the prompt included.
         capture: whether steps are replays of a CUDA graph; None: on a GPU, for a decoder without experts.
+        products: implementation of the linear projections of a step: auto, triton (for at most 4 sequences) or torch
+            (`nsa.ops.few_rows_linear`).
 
     Attributes:
         logits: (B, V), of what follows the last token that was read. The next step overwrites it.
         length: tokens of a sequence so far.
 
     Raises:
-        ValueError: no prompt, too little room, or a layer that has no such cache.
+        ValueError: no prompt, too little room, a layer that has no such cache, or ``products`` that cannot run here.
     """
 
-    def __init__(self, decoder: Decoder, ids: Tensor, room: int, *, capture: bool | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, ids: Tensor, room: int, *, capture: bool | None = None, products: str = "auto"
+    ) -> None:
         if ids.dim() != 2 or not ids.numel():
             raise ValueError(f"a prompt must be (batch, tokens) with at least one token, got {tuple(ids.shape)}")
         if room < ids.shape[1]:
@@ -45,7 +49,7 @@ class DecodingSteps:
                 )
         device = decoder.embedding.weight.device
         self.decoder, self.room, self.length = decoder, room, ids.shape[1]
-        self.caches = decoder.new_caches()
+        self.caches, self._products = decoder.new_caches(), products
         self._joined: dict[tuple[int, ...], Tensor] = {}
         with torch.no_grad(), last_only(decoder):
             self.logits = decoder(ids.to(device), caches=self.caches)[:, -1]
@@ -72,7 +76,7 @@ class DecodingSteps:
         return self.logits
 
     def _step(self) -> None:
-        with kept_joined(self._joined):
+        with kept_joined(self._joined, self._products):
             logits = self.decoder(self._ids, caches=self.caches, positions=self._position.index)
         self.logits.copy_(logits[:, -1])
         self._position.advance()

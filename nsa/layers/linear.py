@@ -1,13 +1,14 @@
-"""Several linear projections of one input as a single matrix product."""
+"""Linear projections: several of one input as a single matrix product, and those of a decoding step."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from nsa import ops
 from nsa.ops.dispatch import autocasts
 
 
@@ -25,29 +26,59 @@ def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -
     Returns:
         (.., sum of W_i).
     """
-    if _joined is not None and not torch.is_grad_enabled():
+    if _step is not None and not torch.is_grad_enabled():
         key = tuple(map(id, weights))
-        if key not in _joined:
-            _joined[key] = torch.cat(weights)
-        return linear(x, _joined[key], bias)
+        if key not in _step.joined:
+            _step.joined[key] = torch.cat(weights)
+        return ops.few_rows_linear(x, _step.joined[key], bias, backend=_step.products)
     return _JointLinear.apply(x, _begin_sum(x), bias, *weights)
 
 
-_joined: dict[tuple[int, ...], Tensor] | None = None
+class _Step(NamedTuple):
+    joined: dict[tuple[int, ...], Tensor]
+    products: str
+
+
+_step: _Step | None = None
 
 
 @contextmanager
-def kept_joined(joined: dict[tuple[int, ...], Tensor]) -> Iterator[None]:
-    """Within, and without gradients: `joint_linear` concatenates the same weights once, and keeps them in ``joined``.
+def kept_joined(joined: dict[tuple[int, ...], Tensor], products: str = "auto") -> Iterator[None]:
+    """Within, and without gradients: projections of a few rows, by weights that do not change.
 
-    For weights that do not change, read for a few tokens at a time: to concatenate them costs more than the product.
+    `joint_linear` concatenates the same weights once, and keeps them in ``joined``: to concatenate them costs more than
+    the product of a few tokens. ``products``: the backend of `nsa.ops.few_rows_linear` for it, for `Linear`, and of
+    `nsa.ops.few_rows_swiglu` for `swiglu_linear`.
     """
-    global _joined
-    before, _joined = _joined, joined
+    global _step
+    before, _step = _step, _Step(joined, products)
     try:
         yield
     finally:
-        _joined = before
+        _step = before
+
+
+class Linear(nn.Linear):
+    """torch's, but for few rows as `kept_joined` says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if _step is None or torch.is_grad_enabled():
+            return super().forward(x)
+        return ops.few_rows_linear(x, self.weight, self.bias, backend=_step.products)
+
+
+def swiglu_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(x gate^T) * (x up^T).
+
+    Args:
+        x: (.., C). gate, up: (W, C), in x's dtype.
+
+    Returns:
+        (.., W).
+    """
+    if _step is None or torch.is_grad_enabled():
+        return ops.swiglu(*parallel_linear(x, gate, up))
+    return ops.few_rows_swiglu(x, gate, up, backend=_step.products)
 
 
 @autocasts("x", "first", "second")

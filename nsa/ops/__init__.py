@@ -8,6 +8,7 @@ from nsa.ops.cross_entropy import linear_cross_entropy
 from nsa.ops.decode import Terms, decode_attention
 from nsa.ops.dense import dense_attention
 from nsa.ops.entmax import entmax, entmax_attention
+from nsa.ops.few_rows import few_rows_linear, few_rows_swiglu
 from nsa.ops.geometry import Heads
 from nsa.ops.index_topk import index_topk, index_topk_decode
 from nsa.ops.indexer_kl import indexer_kl
@@ -40,6 +41,8 @@ __all__ = [
     "entmax_attention",
     "extend_key_sketch",
     "extend_page_bounds",
+    "few_rows_linear",
+    "few_rows_swiglu",
     "index_topk",
     "index_topk_decode",
     "indexer_kl",

@@ -33,6 +33,7 @@ from nsa.ops.kernels import (
     compression,
     cross_entropy,
     decode,
+    few_rows,
     gates,
     hardware,
     index_topk,
@@ -150,6 +151,14 @@ def prefill(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         mass.probabilities(*means, 1.0)
 
 
+def projections(dtype: torch.dtype, width: int, rows: int) -> None:
+    """Linear projections of a few rows: plain, with a bias, and with SwiGLU; by many weights, and by few."""
+    x, weight = torch.zeros(rows, width, dtype=dtype), torch.empty(8192, width, dtype=dtype)
+    few_rows.linear(x, weight, None)
+    few_rows.linear(x, weight[:96], weight[:96, 0].contiguous())
+    few_rows.swiglu(x, weight, weight)
+
+
 def long_decoding(heads: int, width: int, v_width: int, tokens: int) -> None:
     """As `decoding`, of memory that has more parts than a merge takes at once; lists with weights alone, too."""
     q, lengths = torch.zeros(1, heads, width, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
@@ -232,6 +241,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                 of = " with sums"
             elif kwargs.get("BACKWARD") is True:
                 of = " backward"
+            elif module == "few_rows":
+                of = " with SwiGLU" if args[2] is not None else " with a bias" if args[3] is not None else ""
             elif "TERMS" in kwargs:
                 of = (" of lists" if kwargs["LISTED"] else " of all") + (" with terms" if kwargs["TERMS"] else "")
                 of += " with weights" if kwargs["WEIGHTED"] and not kwargs["TERMS"] else ""
@@ -329,6 +340,10 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
             index_topk.topk(q_idx, k_idx, torch.zeros(1, 256, 4), *seen, 0, 64, 0, 0, True)
             shape_name = "bfloat16"
         index_topk.topk_decode(q_idx[:, 0], k_idx, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int32), 64, 0, 0)
+        for width, rows in (*itertools.product((2048, 8192), (1, 2, 4)), (5504, 2), (28672, 1), (28672, 4)):
+            shape_name = f"{str(dtype).removeprefix('torch.')}, {rows} rows of {width}"
+            projections(dtype, width, rows)
+        shape_name = str(dtype).removeprefix("torch.")
         accumulate.Accumulator(torch.zeros(64), [64], [0]).add([torch.zeros(64, dtype=dtype)])
     shape_name = "short rows"
     seen = torch.zeros(2, 512, dtype=torch.int32)

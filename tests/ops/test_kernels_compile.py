@@ -1,6 +1,7 @@
 """Every kernel compiles for GPUs that are not here, fits their shared memory, and spills no more than is recorded."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,30 @@ from tests.ops.compile_kernels import SHAPES, SHARED_LIMIT, record_of
 
 # That of the larger shipped configurations; the others take minutes more.
 FEW = ("128",)
+# Loads of weights, loads of x and products of a launch, in the order of its instructions.
+ORDER = """
+import re, tempfile
+import torch
+from tests.ops.compile_kernels import JITFunction, NamedOnly, _tool, driver, few_rows
+
+def show(self, grid):
+    def call(*args, **kwargs):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.warmup(*args, grid=grid, **kwargs).asm["cubin"])
+            file.flush()
+            names = re.findall("LDG[.A-Z0-9]*|FMUL|FFMA", _tool("cuobjdump", "-sass", file.name))
+        kinds = {"LDG.E.EF.128": "w", "LDG.E.128": "x", "FMUL": ".", "FFMA": "."}
+        print("".join(kinds.get(name, "?") for name in names))
+    return call
+
+driver.set_active(NamedOnly(90))
+JITFunction.__getitem__ = show
+for rows in (1, 2, 4):
+    for outputs, columns in ((2912, 2048), (2048, 8192)):
+        x, w = (torch.empty(n, columns, dtype=torch.bfloat16) for n in (rows, outputs))
+        few_rows.linear(x, w, None)
+    few_rows.swiglu(x[:, :2048].contiguous(), *torch.empty(2, 8192, 2048, dtype=torch.bfloat16))
+"""
 
 
 @pytest.mark.parametrize(
@@ -33,3 +58,14 @@ def test_kernels_compile(arch: int, shapes: tuple[str, ...], run_python, tmp_pat
         assert used["stack"] <= known[kernel]["stack"], f"{kernel} spills: {used['stack']} bytes of stack"
         assert used["more_waits"] <= known[kernel]["more_waits"], f"ptxas has {kernel} wait for single products"
         assert bool(used["wgmma"]) == bool(known[kernel]["wgmma"]), f"{kernel} lost or gained wgmma"
+
+
+def test_weights_of_few_rows_are_under_way_before_the_first_product(run_python, tmp_path: Path) -> None:
+    """ptxas likes to move a load behind products of earlier ones, which then waits for them. All are of 16 bytes."""
+    done = run_python(
+        "-c", ORDER, timeout=300, TRITON_INTERPRET="0", OMP_NUM_THREADS="1", TRITON_CACHE_DIR=str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    loads = [re.match("(w+)x[^w?]*$", line) for line in done.stdout.split()]
+    assert all(loads), done.stdout
+    assert [len(found[1]) for found in loads if found] == [4, 8, 8] * 3

@@ -11,7 +11,7 @@ from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.csa.compression import Compressor, Rows
 from nsa.layers.index_sets import IndexChoice
 from nsa.layers.kind import Local
-from nsa.layers.linear import joint_linear
+from nsa.layers.linear import Linear, joint_linear
 from nsa.layers.norm import RMSNorm
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.dispatch import accumulation_dtype
@@ -288,7 +288,7 @@ class CompressedSparseAttention(nn.Module):
             layout = RotaryLayout(index_rotary_dims, "last", "interleaved")
             compress = Compressor(hidden_size, index_head_dim, ratio, layout, **options)
             self.indexer = EntryIndexer(hidden_size, index_heads, index_head_dim, compress, q_lora_rank, backend)
-        self.output = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.output = Linear(num_heads * head_dim, hidden_size, bias=False)
         self.exchange = Local()
         self.attend = EntryAttention(topk, kl_weight, ratio=ratio, window=window, phase=phase, backend=backend)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from nsa import ops
 from nsa.cache import FullCache, Position
 from nsa.layers.kind import Local, Pair
+from nsa.layers.linear import Linear
 from nsa.layers.projections.base import ProjectedLayer, Projection
 from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import RotaryTables
@@ -71,7 +72,7 @@ class DenseAttention(ProjectedLayer):
         super().__init__(
             projection or GroupedQuery(hidden_size, num_heads, num_kv_heads, head_dim, v_head_dim, backend=backend)
         )
-        self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
+        self.output = Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
         self.attend = CausalAttention(backend, implementation, self.projection.scale)
 

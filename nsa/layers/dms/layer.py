@@ -11,6 +11,7 @@ from nsa.cache.delayed import DelayedCache
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.dms.attention import ROWS, delayed_attention, shifted
 from nsa.layers.kind import Local, Pair
+from nsa.layers.linear import Linear
 from nsa.layers.projections.base import ProjectedLayer, Projection
 from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import Rotary, RotaryTables
@@ -100,7 +101,7 @@ class MemorySparseAttention(ProjectedLayer):
         )
         self.rope_theta, self.evicted, self.temperature, self.offset = rope_theta, evicted, temperature, offset
         self.evict = nn.Linear(hidden_size, num_kv_heads)
-        self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
+        self.output = Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
         self.attend = DelayedEviction(window, self.projection.scale, backend)
         self.share = AuxiliaryLoss(weight)

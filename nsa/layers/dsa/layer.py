@@ -12,6 +12,7 @@ from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.dsa.share import DECODED, HandOver, IndexShare, SharedChoice, TakeOver
 from nsa.layers.index_sets import IndexChoice
 from nsa.layers.kind import Local, Pair
+from nsa.layers.linear import Linear
 from nsa.layers.projections.base import ProjectedLayer, Projection
 from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import Rotary, RotaryTables
@@ -233,7 +234,7 @@ class DeepSeekSparseAttention(ProjectedLayer):
         else:
             self.shared = TakeOver(share, number)
             choose = SharedChoice(share, number, sizes)
-        self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
+        self.output = Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
         self.attend = IndexedAttention(choose, loss, phase=phase, scale=self.projection.scale, backend=backend)
 

@@ -11,6 +11,7 @@ from nsa import ops
 from nsa.cache import FullCache
 from nsa.layers.around import innermost
 from nsa.layers.kind import Local, Pair
+from nsa.layers.linear import Linear
 from nsa.layers.projections.base import ProjectedLayer
 from nsa.layers.projections.gqa import GroupedQuery
 from nsa.layers.rotary import Rotary, RotaryTables
@@ -128,7 +129,7 @@ class EntmaxAttention(ProjectedLayer):
             self.gamma = nn.Linear(hidden_size, num_heads, bias=False)
         elif scaling == "ssmax":
             self.log_scale = nn.Linear(1, num_heads, bias=False)
-        self.output = nn.Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
+        self.output = Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
         alibi_heads = self.placed_heads if position == "alibi" else 0
         self.attend = SparseWeights(alpha, alibi_heads, backend if backend != "triton" else "auto")

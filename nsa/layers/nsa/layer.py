@@ -11,7 +11,7 @@ from nsa import ops
 from nsa.cache import NativeSparseCache, Position
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.kind import Local, Pair
-from nsa.layers.linear import joint_linear
+from nsa.layers.linear import Linear, joint_linear
 from nsa.layers.nsa.compression import BlockCompression, PooledCompression
 from nsa.layers.rotary import Rotary, RotaryTables
 from nsa.ops.compression import extend_compressed
@@ -288,7 +288,7 @@ class NativeSparseAttention(nn.Module):
             backend=backend,
         )
         self.gate = nn.Linear(hidden_size, 3 * num_heads)
-        self.output = nn.Linear(num_heads * v_head_dim, hidden_size, bias=False)
+        self.output = Linear(num_heads * v_head_dim, hidden_size, bias=False)
         choose = BlockChoice(
             length=compress_length,
             stride=compress_stride,
