@@ -13,7 +13,7 @@ class ParallelConfig(Section):
         1, ge=1, description="ranks that split heads, MLP columns and the vocabulary (Megatron, with sequence-parallel "
         "norms); keep within one node"
     )  # fmt: skip
-    context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, in balanced shards")
+    context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, with equal work")
     expert: int = Field(
         1, ge=1, description="data-parallel ranks that split the routed experts of model.moe and send each other tokens"
     )
