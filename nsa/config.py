@@ -203,7 +203,7 @@ class EngineConfig(Section):
     def _consistent(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError(
-                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3: it is ZeRO that keeps the state apart"
+                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3: only ZeRO's optimizer can be offloaded"
             )
         return self
 
@@ -284,7 +284,7 @@ class Config(Section):
         for kind in sorted(kinds, key=lambda kind: kind.title):
             if kind.taught and self.train == "all":
                 raise ValueError(
-                    f"attention.{kind.name}.phase: warm-up is for train: indexer; set it to sparse to train all"
+                    f"attention.{kind.name}.phase: warm-up goes with train: indexer; set it to sparse to train all"
                 )
             if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
                 raise ValueError(problem)
@@ -293,7 +293,7 @@ class Config(Section):
         if not any(kind.apart for kind in kinds):
             having = ", ".join(kind.name for kind in KINDS if kind.apart)
             raise ValueError(
-                f"train: {self.train} needs layers that have one: set attention.kind to {having}, or to nsa with "
+                f"train: {self.train} needs layers with an indexer: set attention.kind to {having}, or to nsa with "
                 "attention.nsa.phase warm-up"
             )
         if self.start_from is None:
@@ -386,7 +386,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
-    parser.add_argument("--stages", action="store_true", help="print the names of its stages instead, one a line")
+    parser.add_argument(
+        "--stages", action="store_true", help="print the names of the file's stages instead, one per line"
+    )
     options = parser.parse_intermixed_args(arguments)
     if options.schema or options.reference:
         print(json_schema() if options.schema else reference(), end="")

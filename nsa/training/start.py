@@ -91,7 +91,9 @@ def source_of(config: Config, tokenizer: Path) -> Path:
     differing = [key for key in new if key not in WEIGHTLESS and old.get(key) != new[key]]
     if differing:
         changes = "\n".join(f"  model.{key}: {old.get(key)} there, {new[key]} here" for key in differing)
-        raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
+        raise ValueError(
+            f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to the folder's values"
+        )
     layers = config.model.num_layers
     for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
         dense = here.name == BASELINE.name and there.holds_dense
@@ -107,8 +109,8 @@ def source_of(config: Config, tokenizer: Path) -> Path:
             )
             if differing := [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]:
                 raise ValueError(
-                    f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}. Set them to "
-                    "its values, or begin with a dense model"
+                    f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}. Set these "
+                    "keys to the folder's values, or begin with a dense model"
                 )
     if _is_foreign(folder):
         _check_foreign(folder, config, before)
@@ -130,8 +132,8 @@ def _say_other_split(folder: Path, config: Config) -> None:
     there, here = ((c.data.seed_of(c.seed), c.data.validation_fraction) for c in (before, config))
     if there != here and not texts[0].isdisjoint(texts[1]):
         print(
-            f"note: {folder} held out other text, so it was trained on text that is held out here: to validate on what "
-            f"neither read, set data.seed={there[0]} and data.validation_fraction={there[1]:g}",
+            f"note: {folder} held out other documents, so it was trained on documents that this run holds out. To "
+            f"validate on unseen text, set data.seed={there[0]} and data.validation_fraction={there[1]:g}",
             flush=True,
         )
 
@@ -162,8 +164,8 @@ def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
     """What a Hugging Face folder needs beside the shape. Says what is computed in another way than there."""
     if config.data.tokenizer.path is None:
         raise ValueError(
-            f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
-            f"to that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
+            f"start_from: the model of {folder} needs its own tokenizer, and data.tokenizer.path is null: set "
+            f"data.tokenizer.path={folder} if the tokenizer is in this folder, else its folder (docs/importing.md)"
         )
     WeightReader(folder, config.model).check_tie()
     old, new = before.model_dump(), config.model.model_dump()
