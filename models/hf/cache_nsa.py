@@ -99,7 +99,7 @@ class NSACache:
             return
         if not self.record_past:
             raise ValueError(
-                "the cache has dropped the tokens that are to be restored: call activate_past_recording() before"
+                "the cache may have dropped tokens that it needs after a crop: call activate_past_recording() first"
             )
         self.seen = self.seen[:, :stay]  # the tokens after it are written over
 
