@@ -165,7 +165,7 @@ def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
     if config.data.tokenizer.path is None:
         raise ValueError(
             f"start_from: the model of {folder} needs its own tokenizer, and data.tokenizer.path is null: set "
-            f"data.tokenizer.path={folder} if the tokenizer is in this folder, else its folder (docs/importing.md)"
+            f"data.tokenizer.path={folder} if its files are there (docs/importing.md)"
         )
     WeightReader(folder, config.model).check_tie()
     old, new = before.model_dump(), config.model.model_dump()
