@@ -227,8 +227,8 @@ class Config(Section):
     start_from: str | None = Field(
         None,
         min_length=1,
-        description="folder whose weights a new run begins with: a run, a checkpoint (of any parallel layout), or a "
-        "Hugging Face folder (docs/importing.md). Dense layers can become layers of any kind. null: random weights",
+        description="folder whose weights a new run begins with: a run, one of its checkpoints (of any layout), or a "
+        "Hugging Face folder (docs/importing.md). Dense attention can become any kind; null: random weights",
     )
     train: Literal["all", "indexer"] = Field(
         "all",

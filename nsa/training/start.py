@@ -164,8 +164,8 @@ def _check_foreign(folder: Path, config: Config, before: ModelConfig) -> None:
     """What a Hugging Face folder needs beside the shape. Says what is computed in another way than there."""
     if config.data.tokenizer.path is None:
         raise ValueError(
-            f"start_from: the model of {folder} needs its own tokenizer, and data.tokenizer.path is null: set "
-            f"data.tokenizer.path={folder} if its files are there (docs/importing.md)"
+            f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it "
+            f"to that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
         )
     WeightReader(folder, config.model).check_tie()
     old, new = before.model_dump(), config.model.model_dump()

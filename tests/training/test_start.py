@@ -250,7 +250,7 @@ def foreign(tmp_path):
 def test_a_hugging_face_folder_is_a_start(tmp_path, foreign, monkeypatch, capsys):
     """Of a dense layer, which takes all, and one with DSA, which keeps its indexer's values; in fp32."""
     config = config_from(tmp_path, foreign, ["dense", "dsa"], v_head_dim=None)
-    with pytest.raises(ValueError, match=r"data.tokenizer.path is null: set data.tokenizer.path="):
+    with pytest.raises(ValueError, match=r"data.tokenizer.path is null: set it to that tokenizer"):
         source_of(config, tmp_path / "tokenizer.model")
     tree = config.model_dump()
     tree["data"]["tokenizer"]["path"] = "tokenizer.model"
