@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="begin nothing new after so many minutes; exit code 75")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once, spread over the GPUs")
     parser.add_argument("--launch", type=Path, metavar="LAUNCH_SH", help="train what is not trained, stage by stage")
-    parser.add_argument(
-        "--pack", metavar="OUT", help="with report: also write the results into this folder, in few files"
-    )
+    parser.add_argument("--pack", metavar="OUT", help="with report: also write the results, in few files, to OUT")
     options = parser.parse_intermixed_args(arguments)
     if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
         parser.error("--pack goes with report and one folder of results")

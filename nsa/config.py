@@ -386,9 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
-    parser.add_argument(
-        "--stages", action="store_true", help="print the names of the file's stages instead, one per line"
-    )
+    parser.add_argument("--stages", action="store_true", help="print the names of its stages instead, one per line")
     options = parser.parse_intermixed_args(arguments)
     if options.schema or options.reference:
         print(json_schema() if options.schema else reference(), end="")

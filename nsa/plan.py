@@ -35,15 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the fastest layouts")
     parser.add_argument("--memory", type=float, help="GB of one GPU (default: those of --gpu, or of an H100)")
     parser.add_argument(
-        "--passes", action="store_true", help="also run one rank's training code on the meta device (a dry run)"
+        "--passes", action="store_true", help="also dry-run one rank's training code on the meta device"
     )
     parser.add_argument(
-        "--check",
-        action="store_true",
-        help="compare the prediction with the measurements in FILEs, or with those of the last fit",
+        "--check", action="store_true", help="compare with measurements in FILEs (default: the last fit)"
     )
     parser.add_argument(
-        "--fit", action="store_true", help="fit the constants to the measurements in FILEs, and print the error"
+        "--fit", action="store_true", help="fit the constants to measurements in FILEs, print the error"
     )
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.check:
