@@ -37,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--passes", action="store_true", help="also dry-run one rank's training code on the meta device"
     )
-    parser.add_argument(
-        "--check", action="store_true", help="compare with measurements in FILEs (default: the last fit)"
-    )
+    parser.add_argument("--check", action="store_true", help="compare with measurements in FILEs, or of the last fit")
     parser.add_argument(
         "--fit", action="store_true", help="fit the constants to measurements in FILEs, print the error"
     )
