@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs of the run (default: 8)")
     parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the fastest layouts")
     parser.add_argument("--memory", type=float, help="GB of one GPU (default: those of --gpu, or of an H100)")
-    parser.add_argument(
-        "--passes", action="store_true", help="also dry-run one rank's training code on the meta device"
-    )
+    parser.add_argument("--passes", action="store_true", help="also dry-run a rank's passes on the meta device")
     parser.add_argument("--check", action="store_true", help="compare with measurements in FILEs, or of the last fit")
     parser.add_argument(
         "--fit", action="store_true", help="fit the constants to measurements in FILEs, print the error"
