@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--memory", type=float, help="GB of one GPU (default: those of --gpu, or of an H100)")
     parser.add_argument("--passes", action="store_true", help="also dry-run a rank's passes on the meta device")
     parser.add_argument("--check", action="store_true", help="compare with measurements in FILEs, or of the last fit")
-    parser.add_argument(
-        "--fit", action="store_true", help="fit the constants to measurements in FILEs, print the error"
-    )
+    parser.add_argument("--fit", action="store_true", help="fit the constants to FILEs, and print the error")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.check:
         parser.error("name a YAML file, or --check, or --fit with files")
