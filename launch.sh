@@ -18,16 +18,16 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
                                     A CONFIG with stages: one after the other, or one with stage=NAME
   export RUN                        write a run's last checkpoint as a Hugging Face folder
   evaluate EXPORT                   bits per byte by position and recall tasks of an export
-  compare [CONFIG] [KEY=VALUE ...]  train the siblings that CONFIG describes, put every method onto them, and write a
+  compare [CONFIG] [KEY=VALUE ...]  train the models of CONFIG, run methods of sparse attention on them, and write a
                                     report (without CONFIG: a small one, within half an hour on two CPU cores).
-                                    --minutes N: begin nothing new after that, exit with 75; the same command goes on
+                                    --minutes N: begin nothing new after that, exit with 75; the same command continues
                                     --workers N: train and answer in N processes at once, spread over the GPUs
   compare --report FOLDER [--pack OUT]
-                                    the report again from its results, or of committed results (docs/results); with
-                                    OUT: results and report in few files, for git
+                                    write the report again from the results in FOLDER, or from committed results
+                                    (docs/results); with OUT: also pack results and report into few files, for git
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
 
-Files are those of the folder that the command is given in; a CONFIG that is not there may be one of the repository's.
+Paths are relative to the folder in which you give the command. A CONFIG that is not there is looked for in this project.
 `train CONFIG --dry-run` prints the size of a run and stops.
 
 exit codes of train and compare (docs/reliability.md)

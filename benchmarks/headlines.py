@@ -71,10 +71,10 @@ def page(results: dict[str, dict]) -> str:
     lines = [
         "# Performance\n",
         words(
-            "Written by `python benchmarks/report.py`. All of it is bf16, causal, on one GPU, with torch 2.11 and",
-            "Triton 3.6; the versions that `pyproject.toml` pins now were not measured. A ratio is the time of the",
-            "baseline over ours: above 1 ours is faster. The page of each measurement (`benchmarks/results/*.md`) has",
-            "its commands, tables and notes, beside the JSON that they come from.\n",
+            "Written by `python benchmarks/report.py`. All measurements are in bf16, with a causal mask, on one GPU",
+            "unless noted, with torch 2.11 and Triton 3.6. The versions that `pyproject.toml` pins now were not",
+            "measured. A ratio is the time of the baseline over our time: above 1 ours is faster. Each measurement has",
+            "a page in `benchmarks/results`, with its commands, tables and notes, beside the JSON file of the data.\n",
         ),
         *operator(results),
         *peers(results),
@@ -90,8 +90,8 @@ def page(results: dict[str, dict]) -> str:
         *(words(f"- {line}", indent="  ") for line in aims),
         "",
         words(
-            "What was tried, and why it stops there: [log](log/README.md). What the plan predicts of each step:",
-            "[trainer.md](../benchmarks/results/trainer.md).",
+            "The [log](log/README.md) says what was tried to reach the targets.",
+            "[trainer.md](../benchmarks/results/trainer.md) compares each step with the prediction of the plan.",
         ),
     ]
     return "\n".join(lines) + "\n"
@@ -102,16 +102,17 @@ def operator(results: dict[str, dict]) -> Iterator[str]:
     newest = [row["over_cudnn"] for row in one_document(results[DENSE]) if row["implementation"] == "flash-attn-4"]
     yield "## NSA's operator against dense attention\n"
     yield words(
-        "Compressed attention, selection, selected attention, window and the gated sum, without projections and",
-        "without the compression MLP. Block indices are like a trained model's; one document, batch 1. Shapes: A has",
-        "64 query heads on 4 KV heads of 128; A192 the same with keys of 192; B 32 on 8 of 128; E 32 on 16 of 128.\n",
+        "The time of NSA's operator covers compressed attention, selection, selected attention, window and the gated",
+        "sum, without projections and without the compression MLP. The inputs select blocks as a trained model does;",
+        "one document, batch 1. Shapes: A has 64 query heads on 4 KV heads of 128, A192 the same with keys of 192, B",
+        "32 query heads on 8 KV heads of 128, and E 32 on 16 of 128.\n",
     )
     yield f"![time of forward and backward, and times faster than cuDNN](images/{OPERATOR}.png)\n"
     yield words(
         f"The baselines are dense attention by cuDNN {cudnn_version(results[DENSE])} and by FlashAttention-2, both as",
         "called by torch 2.11. Their backward passes are not deterministic; ours is. FlashAttention-4 was not run on",
-        f"these shapes. On an H200 and the shapes of dense attention below it is {min(newest):.1f} to",
-        f"{max(newest):.2f} times as fast as cuDNN, so over FlashAttention-4 the ratios would be smaller.\n",
+        "these shapes. Over FlashAttention-4 the ratios would be smaller: on an H200, on the shapes of [dense",
+        f"attention](#dense-attention), it is {min(newest):.1f} to {max(newest):.2f} times as fast as cuDNN.\n",
     )
     other = {(run["shape"], run["tokens"]): run["total"]["trained"] for run in results[OPERATOR_H200]["runs"]}
     rows: list[list[object]] = []
@@ -122,7 +123,7 @@ def operator(results: dict[str, dict]) -> Iterator[str]:
         cells = [" / ".join(f"{entry[d]:.1f}" for d in directions) if entry else None for entry in against]
         beside = f"{other[run['shape'], run['tokens']]['vs']['cudnn']['both']:.1f}"
         rows.append([f"{run['shape']} {length(run['tokens'])}", ms(row["both"]), *cells, beside])
-    yield "Speed-ups are forward / backward / both. FlashAttention-2 ran up to 64K tokens.\n"
+    yield "Speed-ups are those of forward / backward / both together. FlashAttention-2 ran up to 64K tokens.\n"
     header = ["shape, tokens", "NSA ms, both, H100", "speed-up over cuDNN, H100", "over FlashAttention-2, H100"]
     yield from table([*header, "over cuDNN, both, H200"], rows)
     yield source(results, OPERATOR, OPERATOR_H200)
@@ -132,9 +133,9 @@ def peers(results: dict[str, dict]) -> Iterator[str]:
     """NSA's operator over that of others."""
     yield "## NSA's operator against other public NSA kernels\n"
     yield words(
-        "Their time over ours for the same function: forward and backward, eager launches, each implementation on its",
-        "own selection; 4 KV heads of 128, 32K tokens. Whether theirs are deterministic was not tested.",
-        "Flash-linear-attention was not run here.\n",
+        "The table has the time of other implementations of the same function over our time: forward and backward,",
+        "eager launches, each implementation with its own selection; 4 KV heads of 128, 32K tokens. Whether the others",
+        "are deterministic was not tested. Flash-linear-attention was not run here.\n",
     )
     runs = sorted(results[GROUPS]["runs"], key=lambda run: int(run["shape"][1:]))
     rows: list[list[object]] = []
@@ -148,7 +149,7 @@ def peers(results: dict[str, dict]) -> Iterator[str]:
         for run in results[GROUPS_H200]["runs"]
         for entry in run["peers"].values()
     ]
-    yield words(f"On an H200 they take {min(ratios):.2f} to {max(ratios):.2f} times as long as ours.\n")
+    yield words(f"On an H200 the others take {min(ratios):.2f} to {max(ratios):.2f} times as long as ours.\n")
     yield source(results, GROUPS, GROUPS_H200)
 
 
@@ -227,10 +228,10 @@ def steps(results: dict[str, dict]) -> Iterator[str]:
     yield "## Whole training steps, one document per sample\n"
     yield f"![MFU of whole steps, and NSA over dense attention](images/{MODELS}.png)\n"
     yield words(
-        "Forward, backward and AdamW as CUDA graphs, without DeepSpeed and without recomputation. The baselines are",
-        f"the same model with dense attention by FlashAttention-4 {version}, the fastest measured here, and by cuDNN.",
-        "Neither is deterministic; NSA's kernels are. MFU is the FLOPs that the configured attention needs, over 989.5",
-        "TFLOP/s. So NSA's MFU is lower even where its step is faster: it needs fewer FLOPs.\n",
+        "A step is forward, backward and AdamW as CUDA graphs, without DeepSpeed and without recomputation. The",
+        f"baselines are the same model with dense attention by FlashAttention-4 {version}, the fastest measured here,",
+        "and by cuDNN. Neither is deterministic; NSA's kernels are. MFU counts the FLOPs that the configured attention",
+        "needs, over 989.5 TFLOP/s. NSA needs fewer FLOPs, so its MFU is lower even where its step is faster.\n",
     )
     lines: list[list[object]] = []
     for case, by in found.items():
@@ -260,9 +261,9 @@ def trainer(results: dict[str, dict]) -> Iterator[str]:
     long = results[LONG]["training"][0]
     yield "## The trainer, on packed documents\n"
     yield words(
-        "The trainer is DeepSpeed with ZeRO 1. All samples are packed from the same texts. Dense attention is our",
-        "Triton kernel, except in the FlashAttention-4 row. MFU is counted as if each sample were one document, so it",
-        "is too high here.\n",
+        "The trainer runs DeepSpeed with ZeRO 1; the bare model runs without DeepSpeed. All samples are packed from",
+        "the same texts. Dense attention is our Triton kernel, except in the FlashAttention-4 row. MFU is counted as",
+        "if each sample were one document, so it is too high here.\n",
     )
 
     def cell(row: dict) -> str:
@@ -283,10 +284,10 @@ def trainer(results: dict[str, dict]) -> Iterator[str]:
     yield from table(["", "one GPU", "NSA tokens/s (MFU)", "dense tokens/s (MFU)", "NSA over dense"], rows)
     shares = {kind: whole[kind]["tokens_per_s"] / alone[kind]["tokens_per_s"] for kind in whole}
     yield words(
-        f"**Short packed documents are slower with NSA**: at 8 x 4K it trains at {over(whole)} of the speed of our",
-        f"dense kernel, and the bare model runs at {beside} of the speed of FlashAttention-4. Against the bare model",
-        f"with the same attention, the trainer reaches {shares['nsa']:.3f} of the tokens/s with NSA and",
-        f"{shares['dense']:.3f} with dense attention.\n",
+        f"**Short packed documents are slower with NSA**: at 8 x 4K the trainer with NSA has {over(whole)} of the",
+        f"speed of our dense kernel, and the bare model has {beside} of the speed of FlashAttention-4. The trainer",
+        f"reaches {shares['nsa']:.3f} of the tokens/s of the bare model with NSA, and {shares['dense']:.3f} with dense",
+        "attention.\n",
     )
     yield words(
         f"Throughput over time ({steady['config']}, {steady['attention'].upper()}, {steady['tokens_per_step']:,}",
@@ -304,9 +305,9 @@ def several(results: dict[str, dict]) -> Iterator[str]:
     )
     yield "## Two GPUs\n"
     yield words(
-        "The baseline is the same trainer on one of the two H200, which are linked by NVLink. Data-parallel GPUs have",
-        "as many samples each; otherwise a step has the same samples. Four GPUs ran at older commits:",
-        "[parallelism.md](parallelism.md#on-gpus).\n",
+        "The baseline is the same trainer on one of the two H200, which are linked by NVLink. With data parallelism",
+        "each of the two GPUs has as many samples as the single one; in the other rows the step has the same samples.",
+        "[parallelism.md](parallelism.md#on-gpus) has four GPUs, at older commits.\n",
     )
     one = {row["case"]: row for row in result["scaling"] if row["gpus"] == 1}
     rows: list[list[object]] = [
@@ -337,8 +338,9 @@ def prefilling(results: dict[str, dict]) -> Iterator[str]:
             cells.append([f"{method}, {length(tokens)}", *times, row.get("over_cudnn"), row.get("over_flash"), aim])
     yield "## Prompts of models with dense attention\n"
     yield words(
-        "MInference's patterns (arXiv 2407.02490) at a tenth of the visible pairs of a query and a key; 32 query heads",
-        "on 8 KV heads of 128. The choice is in the time that the ratios are of. The inputs are made, not a model's.\n",
+        "MInference's patterns (arXiv 2407.02490) keep a tenth of the visible pairs of query and key, with 32 query",
+        "heads on 8 KV heads of 128. The ratios include the time of the choice. The inputs are synthetic, not those of",
+        "a model.\n",
     )
     header = ["pattern, tokens", "choice ms", "attention ms", "cuDNN over both", "FlashAttention-2 over both", "target"]
     yield from table(header, cells)
@@ -365,8 +367,8 @@ def decoding(results: dict[str, dict]) -> Iterator[str]:
     grown = [f"{row['growing_ms']:.0f}" for row in alone]
     yield words(
         f"A token of {result['decoder'][0]['decoder']} after a prompt of 32K tokens, batch 1, as a CUDA graph:",
-        f"{' and '.join(steps)}. With caches that grow, Python takes",
-        f"{' and '.join(grown)} ms.\n",
+        f"{' and '.join(steps)}. Without CUDA graphs, with",
+        f"caches that grow, Python needs {' and '.join(grown)} ms for a token.\n",
     )
     slower = [f"{x['call']} ({DECODED[x['shape']]}, batch {x['batch']})" for x in result["crossovers"]]
     never = [name for name, x in zip(slower, result["crossovers"], strict=True) if x["faster_from"] is None]

@@ -15,11 +15,12 @@ def sparse_tokens(results: dict[str, dict]) -> Iterator[str]:
     result, latents = results[DSA]["dsa"], results[DSA_LATENTS]["dsa"]["latents"]
     yield "## DSA's operators\n"
     yield words(
-        "A layer: 64 query heads on 4 KV heads of 128, 2,048 tokens chosen by 16 index heads of 128, forward and",
-        "backward, with the indexer's loss, which its attention's backward pass computes. Dense attention is cuDNN's,",
-        "forward and backward. The union says how many tokens eight neighbouring queries list together, over those",
-        "that one lists: the less they share, the slower is the attention. The tokens that a small trained model",
-        "attends to most have a union of two to three ([log](log/2026-11.md)).\n",
+        "The table times a DSA layer, forward and backward: 64 query heads on 4 KV heads of 128; 16 index heads of 128",
+        "choose 2,048 tokens per query; the backward pass of the attention also computes the indexer's loss. The",
+        "baseline is dense attention by cuDNN, forward and backward. The *union* is the number of different tokens",
+        "that eight neighbouring queries list together, over the number that one query lists. The larger the union,",
+        "the slower is the attention. The tokens that a small trained model attends to most have a union of two to",
+        "three ([log](log/2026-11.md)).\n",
     )
     union = {(row["tokens"], row["lists"]): row["union_over_topk"] for row in result["attention"]}
     rows: list[list[object]] = []
@@ -44,12 +45,12 @@ def sparse_tokens(results: dict[str, dict]) -> Iterator[str]:
             [f"warm-up with {heads} index heads, 64K, over dense", f"{warm[heads, 65536]['over_dense']:.2f}", aim]
             for heads, aim in ((16, "1.0"), (64, "1.4"))
         ),
-        ["its memory beyond the gradients", f"{warm[64, 65536]['extra_mib']:.0f} MiB", "1 GB"],
+        ["memory of the warm-up beyond the gradients", f"{warm[64, 65536]['extra_mib']:.0f} MiB", "1 GB"],
     ]
     yield from table(["", "measured", "target"], rows)
     yield words(
-        "Over latents (DeepSeek-V3.2: 128 heads on one key of 576 columns, 2,048 of 32K tokens, 64 index heads),",
-        "without atomic additions:\n",
+        "The next table is for latents, without atomic additions (DeepSeek-V3.2: 128 heads on one key of 576 columns,",
+        "2,048 of 32K tokens, 64 index heads):\n",
     )
     rows = [
         [

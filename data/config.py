@@ -27,7 +27,10 @@ class SourceConfig(Section):
         description="files of a folder or glob: patterns of files and folders to leave out; hidden ones always are",
     )
     bad_rows: float = Field(
-        0.001, ge=0, lt=1, description="files and hub: share of rows that may be no text; they are left out"
+        0.001,
+        ge=0,
+        lt=1,
+        description="files and hub: rows without text are left out; a larger share of such rows is an error",
     )
     task: str | None = Field(
         None,
@@ -36,14 +39,14 @@ class SourceConfig(Section):
     )
     lengths: Literal["short", "log_uniform"] = Field(
         "short",
-        description="synthetic: lengths of the episodes in a sample; short: each doubling has half as many tokens; "
-        "log_uniform: as many episodes",
+        description="synthetic: lengths of the episodes in a sample. short: each doubling of the length gets half as "
+        "many tokens; log_uniform: it gets the same number of episodes",
     )
     curriculum: int = Field(
         0,
         ge=0,
-        description="synthetic: samples of this source in which the longest episode grows from the task's shortest to "
-        "a whole sample; 0: whole from the first",
+        description="synthetic: over so many samples of this source, the longest episode grows from the task's "
+        "shortest to a whole sample; 0: whole samples from the start",
     )
 
     @field_validator("path")
@@ -75,7 +78,9 @@ class TokenizerConfig(Section):
         description="an existing tokenizer: a sentencepiece .model, or a Hugging Face folder with tokenizer.model or "
         "with a tokenizer.json of byte-level BPE; null: train one on the corpus",
     )
-    vocab_size: int = Field(4096, ge=300, le=2**24, description="pieces of a trained tokenizer, 256 bytes included")
+    vocab_size: int = Field(
+        4096, ge=300, le=2**24, description="vocabulary of a trained tokenizer, its 256 bytes included"
+    )
     train_bytes: int = Field(20_000_000, ge=10_000, description="bytes of text that a trained tokenizer sees at most")
 
     @field_validator("path")
@@ -95,8 +100,9 @@ class DataConfig(Section):
     seed: int | None = Field(
         None,
         ge=0,
-        description="of what is held out, and of the text that a tokenizer is trained on; null: the run's. Runs with "
-        "other seeds that are compared, or start from one another, need one: else one is tested on what another read",
+        description="seed of the choice of held-out documents, and of the text that a tokenizer is trained on; null: "
+        "the run's seed. Set it if runs with different seeds are compared, or start from one another: else one run is "
+        "tested on documents that another was trained on",
     )
     workers: int = Field(2, ge=1, description="processes that prepare shards")
 

@@ -106,7 +106,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         with open_file(path, "rb") as file:
             start = file.read(binary.START)
         if what := binary.kind(start):
-            raise ValueError(f"{path} is no text here: it {what}")
+            raise ValueError(f"{path} is no text: it {what}")
         with open_file(path, "rb") as file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:

@@ -210,7 +210,7 @@ class PreparedData:
                 for name, entry in self.manifest["sources"].items()
             }
         except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path}: the manifest lacks what it must say ({error!r}); {REPAIR}") from error
+            raise ValueError(f"{path}: the manifest lacks an entry or has a wrong one ({error!r}); {REPAIR}") from error
 
     @cached_property
     def tokenizer(self) -> BaseTokenizer:

@@ -108,8 +108,8 @@ class MoEConfig(Section):
     bias_rate: float = Field(
         0.001,
         ge=0,
-        description="balance without a loss: after each step the router bias of experts with too few tokens grows by "
-        "this, that of the others falls by it; 0: off",
+        description="load balancing without a loss: after each step the router bias of experts with too few tokens "
+        "grows by this number, and the bias of the other experts falls by it; 0: off",
     )
     loss_weight: float = Field(
         0.0, ge=0, description="weight of the balance loss, which is 1 if a micro batch loads experts evenly; 0: off"

@@ -26,13 +26,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m nsa.compare", description="Compare ways of being sparse.")
+    parser = argparse.ArgumentParser(prog="python -m nsa.compare", description="Compare methods of sparse attention.")
     parser.add_argument("what", help="a comparison's YAML file; or list, explain, report")
     parser.add_argument("rest", nargs="*", metavar="key=value", help="overrides, or what to explain or report")
-    parser.add_argument("--minutes", type=float, help="stop before the cell that would begin after so long")
+    parser.add_argument("--minutes", type=float, help="begin nothing new after so many minutes; exit code 75")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once, spread over the GPUs")
     parser.add_argument("--launch", type=Path, metavar="LAUNCH_SH", help="train what is not trained, stage by stage")
-    parser.add_argument("--pack", metavar="OUT", help="of report: also write the results in few files into this folder")
+    parser.add_argument("--pack", metavar="OUT", help="with report: also write the results, in few files, to OUT")
     options = parser.parse_intermixed_args(arguments)
     if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
         parser.error("--pack goes with report and one folder of results")
@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return trainings.run(options.launch, options.what, options.rest, options.minutes, options.workers)
         elif not commands.compare(options.what, options.rest, options.minutes, options.workers):
-            print("the time is over, every finished cell is written: the same command goes on", file=sys.stderr)
+            print(
+                "the time is over; finished cells are written: run the same command again to continue", file=sys.stderr
+            )
             return REQUEUE
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return LOST
     except Stopped as stop:
-        print(f"stopped ({stop.name}), every finished cell is written: the same command goes on", file=sys.stderr)
+        print(
+            f"stopped ({stop.name}); finished cells are written: run the same command again to continue",
+            file=sys.stderr,
+        )
         return stop.code
     return 0
 

@@ -36,15 +36,17 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(gt=0, description="peak learning rate")
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the decay")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
-    schedule: Literal["cosine", "wsd", "constant"] = Field("cosine", description="decay; wsd: warm-up, stable, decay")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="how the rate decays; wsd: warm-up, stable, decay"
+    )
     decay_steps: int | None = Field(
         None, ge=1, description="wsd only: steps of the final linear decay; null: a fifth of training.steps"
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the mean of the gradient; sgd: not used")
-    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the mean of its square; sgd: not used")
-    eps: float = Field(1e-8, gt=0, description="adamw: added to the root of the mean square; sgd: not used")
+    beta1: float = Field(0.9, ge=0, lt=1, description="adamw: decay of the running mean of the gradient")
+    beta2: float = Field(0.95, ge=0, lt=1, description="adamw: decay of the running mean of the squared gradient")
+    eps: float = Field(1e-8, gt=0, description="adamw: added to the root of the mean square")
     weight_decay: float = Field(
-        0.1, ge=0, description="decoupled, per unit of learning rate; on matrices only, not norms, biases, embeddings"
+        0.1, ge=0, description="decoupled weight decay, times the learning rate; not for norms, biases and embeddings"
     )
     gradient_clipping: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
@@ -81,7 +83,9 @@ class TrainingConfig(Section):
         10, ge=0, description="consecutive non-finite steps that are skipped before the run stops"
     )
     max_hours: float | None = Field(
-        None, gt=0, description="hours of this job after which it saves and exits to be run again; null: no limit"
+        None,
+        gt=0,
+        description="hours after which this job saves and exits with code 75, to be run again; null: no limit",
     )
 
     @model_validator(mode="after")
@@ -101,7 +105,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(
         2,
         ge=1,
-        description="complete checkpoints that are kept; the disk needs room for one more, which is written first",
+        description="newest checkpoints that are kept; a new one is written first, so the disk needs room for one more",
     )
 
 
@@ -122,7 +126,8 @@ class ResumeConfig(Section):
             "optimizer.gradient_clipping",
         ]
     ] = Field(
-        [], description="keys of the optimizer that may differ from the checkpoint's; any other difference is refused"
+        [],
+        description="keys of the optimizer that may differ from the checkpoint's; changes of other keys are refused",
     )
 
 
@@ -134,16 +139,24 @@ class RecoveryConfig(Section):
         ge=0,
         description="a step whose loss is this many standard deviations above the window's mean is skipped; 0: never",
     )
-    grad_norm_sigma: float = Field(0.0, ge=0, description="the same for the gradient norm before clipping; 0: never")
+    grad_norm_sigma: float = Field(
+        0.0, ge=0, description="like loss_sigma, for the gradient norm before clipping; 0: never"
+    )
     window: int = Field(128, ge=8, description="accepted steps that spikes are measured against")
     max_spikes: int = Field(
-        4, ge=0, description="steps per window that are skipped as spikes; one more rolls back and quarantines them"
+        4,
+        ge=0,
+        description="spikes per window that are only skipped; at one more the run rolls back, without their batches",
     )
     max_rollbacks: int = Field(3, ge=0, description="rollbacks to an earlier checkpoint before the run stops")
     hang_seconds: float = Field(
-        1800.0, ge=0, description="a rank without progress for this long ends the job, with all stacks; 0: never"
+        1800.0,
+        ge=0,
+        description="if a rank makes no progress for this long, stacks are written and the job ends; 0: never",
     )
-    lost_seconds: float = Field(60.0, ge=2, description="a process without a sign of life for this long is lost")
+    lost_seconds: float = Field(
+        60.0, ge=2, description="if a process gives no sign of life for this long, the job ends"
+    )
 
 
 class EngineConfig(Section):
@@ -153,20 +166,20 @@ class EngineConfig(Section):
         1, description="what ZeRO shards over the ranks: 0 nothing, 1 optimizer, 2 + gradients, 3 + weights"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="weights and activations; the optimizer is fp32 always"
+        "bf16", description="type of weights and activations; the optimizer is always in fp32"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="recompute each layer in the backward pass: full, or selective, which keeps attention's "
-        "outputs (2 bytes x heads x head dimension per token and branch); true and false: full and none"
+        "none", description="what the backward pass recomputes. full: each layer; selective: each layer without its "
+        "attention, whose outputs are kept (2 bytes x heads x head dimension per token and branch); none: nothing. "
+        "true and false mean full and none"
     )  # fmt: skip
     offload_optimizer: bool = Field(
-        False, description="keep the optimizer's fp32 weights and moments in the host's memory and update there: saves "
-        "12 bytes per parameter (sharded), costs time in every step; with zero_stage 1 to 3"
+        False, description="keep the optimizer's fp32 weights and moments in the host's memory, and update there. "
+        "Saves 12 bytes per parameter (sharded), costs time in every step; needs zero_stage 1 to 3"
     )  # fmt: skip
     cuda_graphs: bool = Field(
-        True, description="on a GPU, capture the passes of a micro batch in CUDA graphs: a small model no longer "
-        "waits for Python; the graphs keep their memory. Only with zero_stage 0 to 2, no pipeline and no expert "
-        "parallelism; otherwise it changes nothing"
+        True, description="on a GPU, capture the passes of a micro batch in CUDA graphs, so that a small model does "
+        "not wait for Python. The graphs keep their memory. No effect with zero_stage 3, a pipeline or expert ranks"
     )  # fmt: skip
     backend: Literal["auto", "triton", "torch", "naive"] = Field(
         "auto",
@@ -175,10 +188,10 @@ class EngineConfig(Section):
     )
 
     dense_attention: Literal["auto", "triton", "cudnn", "flash", "flash-attn-3", "flash-attn-4"] = Field(
-        "auto", description="implementation of causal attention in dense layers, where backend is auto. auto: on "
+        "auto", description="implementation of causal attention in dense layers, if backend is auto. auto: on "
         "Hopper the first of flash-attn-4, cudnn and triton that is installed and supports the inputs; on other GPUs "
         "triton. Only triton has deterministic gradients; it takes 4 to 14 % more time than cuDNN and 15 to 40 % more "
-        "than FlashAttention-4. cudnn needs documents of one length; the others are left to triton"
+        "than FlashAttention-4. cudnn needs documents of equal length; triton computes batches without"
     )  # fmt: skip
 
     @field_validator("activation_checkpointing", mode="before")
@@ -190,7 +203,7 @@ class EngineConfig(Section):
     def _consistent(self) -> "EngineConfig":
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError(
-                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3: it is ZeRO that keeps the state apart"
+                "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3: only ZeRO's optimizer can be offloaded"
             )
         return self
 
@@ -220,14 +233,14 @@ class Config(Section):
     )
     train: Literal["all", "indexer"] = Field(
         "all",
-        description="indexer: what chooses is trained alone, an indexer or, in NSA's warm-up, the compression of keys; "
-        "no loss of the model is computed. The logged loss is the sum of theirs",
+        description="all: the whole model. indexer: only what selects, that is the indexers or, in NSA's warm-up, the "
+        "compression of keys; the language-model loss is not computed, and the logged loss is the sum over indexers",
     )
     model: ModelConfig = Field(description="shape of the decoder")
     attention: AttentionConfig = Field(AttentionConfig(), description="attention of every layer")
     data: DataConfig = Field(description="where tokens come from and how they are cut into samples")
     optimizer: OptimizerConfig = Field(description="optimizer and learning-rate schedule")
-    training: TrainingConfig = Field(description="how long and in what pieces")
+    training: TrainingConfig = Field(description="steps, batch sizes, validation and logging")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="when checkpoints are written, how many stay")
     resume: ResumeConfig = Field(ResumeConfig(), description="what may differ from the checkpoint on purpose")
     recovery: RecoveryConfig = Field(RecoveryConfig(), description="loss spikes, hangs, lost ranks")
@@ -272,7 +285,7 @@ class Config(Section):
         for kind in sorted(kinds, key=lambda kind: kind.title):
             if kind.taught and self.train == "all":
                 raise ValueError(
-                    f"attention.{kind.name}.phase: warm-up is for train: indexer; set it to sparse to train all"
+                    f"attention.{kind.name}.phase: warm-up goes with train: indexer; set it to sparse to train all"
                 )
             if problem := kind.problem(self.attention.of(kind), self.data.sequence_length):
                 raise ValueError(problem)
@@ -281,7 +294,7 @@ class Config(Section):
         if not any(kind.apart for kind in kinds):
             having = ", ".join(kind.name for kind in KINDS if kind.apart)
             raise ValueError(
-                f"train: {self.train} needs layers that have one: set attention.kind to {having}, or to nsa with "
+                f"train: {self.train} needs layers with an indexer: set attention.kind to {having}, or to nsa with "
                 "attention.nsa.phase warm-up"
             )
         if self.start_from is None:
@@ -374,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. attention.kind=dense")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema instead")
     parser.add_argument("--reference", action="store_true", help="print every key as Markdown instead")
-    parser.add_argument("--stages", action="store_true", help="print the names of its stages instead, one a line")
+    parser.add_argument("--stages", action="store_true", help="print the names of its stages instead, one per line")
     options = parser.parse_intermixed_args(arguments)
     if options.schema or options.reference:
         print(json_schema() if options.schema else reference(), end="")

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nsa.export", description="Write a model as a Hugging Face folder.")
     parser.add_argument("source", help="a run folder, or a step_* folder in one")
     parser.add_argument("--out", help="folder to write (default: export in the run folder)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights")
     options = parser.parse_args(arguments)
     try:
         folder, proof = export(options.source, options.out, options.dtype)

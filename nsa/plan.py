@@ -26,15 +26,17 @@ from nsa.config import ConfigError, load_config
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m nsa.plan", description="What a run will need, before it starts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m nsa.plan", description="Predict what a run needs: memory, communication, time."
+    )
     parser.add_argument("config", nargs="?", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero_stage=3")
-    parser.add_argument("--gpus", type=int, default=8, help="all of them (default: 8)")
-    parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the best choices")
-    parser.add_argument("--memory", type=float, help="GB of a GPU, if not those of --gpu (without it: H100)")
-    parser.add_argument("--passes", action="store_true", help="also run the passes of a rank on the meta device")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs of the run (default: 8)")
+    parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the fastest layouts")
+    parser.add_argument("--memory", type=float, help="GB of one GPU (default: those of --gpu, or of an H100)")
+    parser.add_argument("--passes", action="store_true", help="also dry-run a rank's passes on the meta device")
     parser.add_argument("--check", action="store_true", help="compare with measurements in FILEs, or of the last fit")
-    parser.add_argument("--fit", action="store_true", help="fit the constants to the measurements in FILEs, and say so")
+    parser.add_argument("--fit", action="store_true", help="fit the constants to FILEs, and print the error")
     options = parser.parse_intermixed_args(arguments)
     if options.config is None and not options.check:
         parser.error("name a YAML file, or --check, or --fit with files")

@@ -55,8 +55,8 @@ class Stages:
             there = f"the file has the stages {', '.join(names)}"
             if self.wanted is None:
                 raise ConfigError(
-                    f"{self.path}: {there}: add stage={names[0]}, or let `bash launch.sh train {self.path}` go through "
-                    "all of them"
+                    f"{self.path}: {there}: add stage={names[0]}, or run `bash launch.sh train {self.path}`, which "
+                    "trains all of them"
                 )
             raise ConfigError(f"{self.path}: there is no stage {self.wanted!r}; {there}")
         number = names.index(self.wanted)

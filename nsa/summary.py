@@ -40,7 +40,7 @@ def summarise(run: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m nsa.summary", description="What a run left behind.")
+    parser = argparse.ArgumentParser(prog="python -m nsa.summary", description="Print the results of a run.")
     parser.add_argument("run", type=Path, help="the folder of a run, such as checkpoints/demo")
     try:
         print(summarise(parser.parse_args(arguments).run))

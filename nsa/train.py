@@ -35,7 +35,9 @@ def main() -> int:
 
 
 def _main() -> int:
-    parser = argparse.ArgumentParser(prog="nsa.train", description="Pretrain a decoder, or resume: same command.")
+    parser = argparse.ArgumentParser(
+        prog="nsa.train", description="Pretrain a decoder. The same command resumes a run."
+    )
     parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")

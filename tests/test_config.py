@@ -294,8 +294,8 @@ GOING_ON = ["attention.kind=nsa", "attention.nsa={kl_weight: 0.5, block_size: 32
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (TAUGHT, "attention.nsa.phase: warm-up is for train: indexer; set it to sparse to train all"),
-        ([*TAUGHT, "attention.kind=[dense, nsa]"], "attention.nsa.phase: warm-up is for train: indexer"),
+        (TAUGHT, "attention.nsa.phase: warm-up goes with train: indexer; set it to sparse to train all"),
+        ([*TAUGHT, "attention.kind=[dense, nsa]"], "attention.nsa.phase: warm-up goes with train: indexer"),
         ([*INDEXER, "attention.kind=nsa"], "or to nsa with attention.nsa.phase warm-up"),
         ([*INDEXER, *TAUGHT, "attention.kind=dense"], "or to nsa with attention.nsa.phase warm-up"),
         ([*TAUGHT, "train=indexer"], "train: indexer needs start_from"),
@@ -308,7 +308,10 @@ GOING_ON = ["attention.kind=nsa", "attention.nsa={kl_weight: 0.5, block_size: 32
             "attention.nsa.phase warm-up: the window (96 tokens) reaches all of a sample (128 tokens) but the initial "
             "blocks (32 tokens), so there is nothing to teach: train on longer samples",
         ),
-        ([*TAUGHT, "attention.nsa.window=512"], "attention.nsa.phase: warm-up is for train: indexer; set it to sparse"),
+        (
+            [*TAUGHT, "attention.nsa.window=512"],
+            "attention.nsa.phase: warm-up goes with train: indexer; set it to sparse",
+        ),
         ([*TAUGHT, *INDEXER, "attention.nsa.phase=warm"], "attention.nsa.phase"),
         (["attention.nsa.key_compression=mean"], "attention.nsa.key_compression"),
         (

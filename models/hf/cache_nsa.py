@@ -98,7 +98,9 @@ class NSACache:
         if stay == columns:
             return
         if not self.record_past:
-            raise ValueError("the cache has dropped what it needs to take tokens back: activate_past_recording() first")
+            raise ValueError(
+                "the cache may have dropped tokens that it needs after a crop: call activate_past_recording() first"
+            )
         self.seen = self.seen[:, :stay]  # the tokens after it are written over
 
     def batch_select_indices(self, indices: Tensor) -> None:

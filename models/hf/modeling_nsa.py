@@ -295,7 +295,7 @@ class NSAModel(NSAPreTrainedModel):
         if position_ids is not None:
             positions = position_ids.to(x.device).expand(rows, tokens)
             if seen is not None and (positions != slots + before[:, None])[row, column].any():
-                raise ValueError("position_ids must go on where the cache ends")
+                raise ValueError("position_ids must continue where the cache ends")
             document, place = rows_of_documents(positions, slots, real)
             if seen is None and (counts := document.bincount()).numel() > int((after > 0).sum()):
                 cache = None  # a row of several documents is nothing to go on from
@@ -431,7 +431,7 @@ class NSAForSequenceClassification(NSAModel):
         x, pad = decoded.last_hidden_state, self.config.pad_token_id
         if pad is None and len(x) > 1:
             raise ValueError(
-                "rows of several lengths end in padding: set config.pad_token_id, or give one row at a time"
+                "rows of different lengths need padding: set config.pad_token_id, or give one row at a time"
             )
         last = torch.full((len(x),), x.shape[1] - 1, device=x.device)
         if pad is not None and input_ids is not None:

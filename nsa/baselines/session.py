@@ -123,7 +123,7 @@ class Session:
             given: View = state.rest[GIVEN]
             view, plan = self._planned(given.layer, given.q, given.k, given.v, given.scale)
             if not is_dense(view, plan):
-                raise ValueError(f"{self.method.name} does not leave the prompt dense: it must read it by itself")
+                raise ValueError(f"{self.method.name} does not leave the prompt dense: it must read the prompt itself")
             self._settle(view, plan)
 
     def _planned(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[View, Plan | None]:

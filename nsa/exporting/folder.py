@@ -126,8 +126,8 @@ def _family_config(form: Format, config: Config, tokenizer: BaseTokenizer) -> tr
     assert form.family is not None
     if (own := format_of(config)).family is not form.family:
         raise ExportError(
-            f"this model cannot be written as {form.family.architecture}: {own.why or 'it has other layers'}. Leave "
-            "the format to the export, which then carries code of its own"
+            f"this model cannot be written as {form.family.architecture}: {own.why or 'it has other layers'}. Let "
+            "the export choose the format: it then carries code of its own"
         )
     fields = {"architectures": [form.family.architecture], **form.family.fields(config), **form.attention}
     return transformers.AutoConfig.for_model(form.family.model_type, **fields, **_special_tokens(tokenizer))

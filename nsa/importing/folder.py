@@ -148,7 +148,7 @@ class WeightReader:
             raise FolderError(f"{self._folder}: {words}; is config.json of this model?")
         if others := sorted({entry["dtype"] for _, entry in found.values()} - set(DTYPES)):
             raise FolderError(
-                f"{self._folder}: weights of type {', '.join(others)} cannot be trained: take the original ones"
+                f"{self._folder}: weights of type {', '.join(others)} cannot be trained: use unquantized weights"
             )
         self._paths = {name: path for name, (path, _) in found.items()}
         self._files: dict[Path, Any] = {}
@@ -234,7 +234,7 @@ def _their_names(family: Family, name: str, shape: list[int]) -> list[str]:
     pattern, number = _pattern(name)
     if pattern not in family.tensors:
         raise FolderError(
-            f"model has {name}, which {family.architecture} has not: take the model section of the folder"
+            f"model has {name}, which {family.architecture} lacks: use the model section that read_config gives"
         )
     theirs = family.tensors[pattern]
     experts = range(shape[0] if "{expert}" in theirs else 1)

@@ -94,8 +94,8 @@ class GivenSets:
         first, last = (bound[:, None] for bound in self.choice.visible(documents))
         if ((sets != -1) & ((sets < first) | (sets > last))).any():
             raise ValueError(
-                f"index sets of layer {self.layer} have an index that its query does not see: give those of the same "
-                "documents, packed alike"
+                f"index sets of layer {self.layer} have an index that its query does not see: give sets of the same "
+                "documents, packed in the same way"
             )
 
 
@@ -146,7 +146,7 @@ def record_index_sets(model: nn.Module) -> Iterator[IndexSets]:
         for choice in choices.values():
             choice.recorded = None
     if not sets:
-        raise ValueError("no layer selected index sets: there was no forward pass, or their phase is warm-up")
+        raise ValueError("no layer selected index sets: there was no forward pass, or the phase is warm-up")
 
 
 def _joined(pieces: Mapping[int, Tensor], layer: int) -> Tensor:
@@ -155,8 +155,8 @@ def _joined(pieces: Mapping[int, Tensor], layer: int) -> Tensor:
     for first, sets in sorted(pieces.items()):
         if first != length:
             raise ValueError(
-                f"layer {layer} did not select for tokens {length} to {first - 1} in this context: begin it before the "
-                "first token; with context parallelism each rank has a part only"
+                f"layer {layer} did not select for tokens {length} to {first - 1} while it was recorded: begin to "
+                "record before the first token, and without context parallelism, where each rank has a part only"
             )
         rows.append(sets)
         length = first + sets.shape[1]
@@ -186,7 +186,7 @@ def replay_index_sets(model: nn.Module, sets: Mapping[int, Tensor]) -> Iterator[
     layers: Any = model.layers
     surplus = sorted(n for n in sets if n >= len(layers) or (n not in choices and hasattr(layers[n], "kind")))
     if surplus:
-        raise ValueError(f"there are index sets of layers {_names(surplus)}, which select none: take them out")
+        raise ValueError(f"there are index sets of layers {_names(surplus)}, which select nothing: take them out")
     given = {number: GivenSets(sets[number], choice, number) for number, choice in choices.items()}
     for number, choice in choices.items():
         choice.given = given[number]

@@ -22,8 +22,8 @@ class RopeScaling(Section):
     """Rotary frequencies as `transformers` scales them: for models that another trainer extended."""
 
     rope_type: Literal["llama3", "yarn"] = Field(description="llama3 (Llama 3.1) or yarn (arXiv 2309.00071)")
-    factor: float = Field(ge=1, description="slow frequencies are divided by this")
-    original_max_position_embeddings: int = Field(ge=1, description="range in tokens before it was extended")
+    factor: float = Field(ge=1, description="slow frequencies are divided by this factor")
+    original_max_position_embeddings: int = Field(ge=1, description="context length in tokens before the extension")
     low_freq_factor: float | None = Field(
         None, gt=0, description="llama3: frequencies with fewer rotations over the original range are divided by factor"
     )
@@ -44,7 +44,8 @@ class RopeScaling(Section):
     mscale: float | None = Field(
         None,
         ge=0,
-        description="yarn: used with mscale_all_dim only: (0.1 mscale ln(factor) + 1) is divided by its like",
+        description="yarn, with mscale_all_dim only: cos and sin get the factor (0.1 mscale ln(factor) + 1) / "
+        "(0.1 mscale_all_dim ln(factor) + 1)",
     )
     mscale_all_dim: float | None = Field(None, ge=0, description="yarn: see mscale")
 

@@ -13,7 +13,7 @@ class ParallelConfig(Section):
         1, ge=1, description="ranks that split heads, MLP columns and the vocabulary (Megatron, with sequence-parallel "
         "norms); keep within one node"
     )  # fmt: skip
-    context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, in balanced shards")
+    context: int = Field(1, ge=1, description="ranks that split the tokens of a sample, with equal work")
     expert: int = Field(
         1, ge=1, description="data-parallel ranks that split the routed experts of model.moe and send each other tokens"
     )
@@ -65,8 +65,8 @@ def check_layout(parallel: ParallelConfig, model: ModelConfig, sequence_length: 
         )
     if parallel.pipeline > 1 and zero_stage == 3:
         raise ValueError(
-            f"engine.zero_stage 3 does not go with parallel.pipeline ({parallel.pipeline}): a stage has several micro "
-            "batches under way, and each would gather the weights anew; use engine.zero_stage 1"
+            f"engine.zero_stage 3 does not go with parallel.pipeline ({parallel.pipeline}): a stage works on several "
+            "micro batches, and each would gather the weights again; use engine.zero_stage 1"
         )
     if model.num_kv_heads % tensor and tensor % model.num_kv_heads:
         raise ValueError(
@@ -102,6 +102,7 @@ def check_stages(parallel: ParallelConfig, model: ModelConfig, attention: Attent
                 raise ValueError(
                     f"parallel.pipeline ({parallel.pipeline}): stage {stage} begins at layer {layers.start}, and layer "
                     f"{number} attends to index sets that a layer of the stage before selects. A group of "
-                    f"attention.{kind.name}.share_layers must lie within one stage: change it, share_from or the stages"
+                    f"attention.{kind.name}.share_layers must lie within one stage: change share_layers, share_from or "
+                    "parallel.pipeline"
                 )
             seen.add(kind.name)

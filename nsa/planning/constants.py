@@ -69,7 +69,7 @@ class Constant(Section):
         limits = (self.lowest, self.start, self.highest)
         if self.source != "fit":
             if any(limit is not None for limit in limits):
-                raise ValueError("start, lowest and highest are of fitted constants")
+                raise ValueError("start, lowest and highest go with source: fit only")
         elif self.start is None or self.lowest is None or self.highest is None:
             raise ValueError("a fitted constant needs start, lowest and highest")
         elif not (self.lowest <= self.start <= self.highest and self.lowest <= self.value <= self.highest):

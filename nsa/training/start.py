@@ -93,7 +93,9 @@ def source_of(config: Config, tokenizer: Path) -> Path:
     differing = [key for key in new if key not in WEIGHTLESS and old.get(key) != new[key]]
     if differing:
         changes = "\n".join(f"  model.{key}: {old.get(key)} there, {new[key]} here" for key in differing)
-        raise ValueError(f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to its values")
+        raise ValueError(
+            f"start_from: {folder} is a model of another shape:\n{changes}\nSet these keys to the folder's values"
+        )
     layers = config.model.num_layers
     for number, (there, here) in enumerate(zip(attention.kinds(layers), config.attention.kinds(layers), strict=True)):
         dense = here.name == BASELINE.name and there.holds_dense
@@ -109,8 +111,8 @@ def source_of(config: Config, tokenizer: Path) -> Path:
             )
             if differing := [f"{key}: {old[key]} there, {new[key]} here" for key in new if old[key] != new[key]]:
                 raise ValueError(
-                    f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}. Set them to "
-                    "its values, or begin with a dense model"
+                    f"start_from: {folder} has other layers: attention.{here.name}.{'; '.join(differing)}. Set these "
+                    "keys to the folder's values, or begin with a dense model"
                 )
     if _is_foreign(folder):
         if is_own(folder) and (folder / SENTENCEPIECE).exists():
@@ -146,8 +148,8 @@ def _say_other_split(folder: Path, config: Config) -> None:
     there, here = ((c.data.seed_of(c.seed), c.data.validation_fraction) for c in (before, config))
     if there != here and not texts[0].isdisjoint(texts[1]):
         print(
-            f"note: {folder} held out other text, so it was trained on text that is held out here: to validate on what "
-            f"neither read, set data.seed={there[0]} and data.validation_fraction={there[1]:g}",
+            f"note: {folder} held out other documents, so it was trained on documents that this run holds out. To "
+            f"validate on unseen text, set data.seed={there[0]} and data.validation_fraction={there[1]:g}",
             flush=True,
         )
 

@@ -223,7 +223,7 @@ def test_attention_weights_and_positions_with_holes_are_refused() -> None:
     with pytest.raises(ValueError, match="go up by one"):
         m(ids, position_ids=2 * torch.arange(12)[None])
     cache = m(ids, use_cache=True)[1]
-    with pytest.raises(ValueError, match="go on where"):
+    with pytest.raises(ValueError, match="continue where"):
         m(ids[:, :1], cache=cache, position_ids=torch.tensor([[3]]))
 
 

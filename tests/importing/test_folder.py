@@ -291,7 +291,7 @@ def test_ties_that_weights_and_configuration_disagree_on(folders: Path, folder: 
 
 def test_a_model_with_what_the_family_lacks_is_refused(folder: Path) -> None:
     model = ModelConfig.model_validate(read_config(folder)["model"] | {"qk_norm": True})
-    with pytest.raises(FolderError, match=r"query_norm.weight, which LlamaForCausalLM has not: take the model section"):
+    with pytest.raises(FolderError, match=r"query_norm.weight, which LlamaForCausalLM lacks: use the model section"):
         read_weights(folder, model)
 
 

@@ -90,7 +90,7 @@ def test_packed_documents_keep_to_their_own_tokens() -> None:
         expected = decoder(ids, cu_seqlens=cumulative([10, 14]))
     with replay_index_sets(decoder, sets):
         assert torch.equal(decoder(ids, cu_seqlens=cumulative([10, 14])), expected)
-        with pytest.raises(ValueError, match="layer 0 have an index that its query does not see: give those of the"):
+        with pytest.raises(ValueError, match="layer 0 have an index that its query does not see: give sets of the"):
             decoder(ids, cu_seqlens=cumulative([11, 13]))
 
 
@@ -104,7 +104,7 @@ def test_sets_that_do_not_fit_are_refused() -> None:
             decoder(ids)
 
     refused("layers 2 are missing", {0: sets[0]})
-    refused("layers 1, 3, which select none", sets | {1: sets[0], 3: sets[0]})
+    refused("layers 1, 3, which select nothing", sets | {1: sets[0], 3: sets[0]})
     refused(r"layer 2 must be \(batch, tokens, 5\) integers.* got \(2, 24, 4\)", sets | {2: sets[2][..., :4]})
     refused("integers", sets | {0: sets[0].float()})
     refused("layer 0 are for 2 sequences of 20 tokens; the pass has 2, and queries up to token 24",
@@ -121,10 +121,10 @@ def test_recordings_that_are_not_of_a_whole_sequence_are_refused() -> None:
     decoder = decoder_of()
     caches = decoder.new_caches()
     decoder(IDS[:, :4], caches=caches)
-    with pytest.raises(ValueError, match="tokens 0 to 3 in this context"), record_index_sets(decoder):
+    with pytest.raises(ValueError, match="tokens 0 to 3 while it was recorded"), record_index_sets(decoder):
         decoder(IDS[:, 4:6], caches=caches)
     warm = decoder_of(phase="warm-up")
-    with pytest.raises(ValueError, match=r"no forward pass, or their phase is"), record_index_sets(warm):
+    with pytest.raises(ValueError, match=r"no forward pass, or the phase is"), record_index_sets(warm):
         warm(IDS)
     for act in (record_index_sets, lambda model: replay_index_sets(model, {})):
         with pytest.raises(ValueError, match="no layer of this model selects"), act(decoder_of(kind=["dense"])):

@@ -66,7 +66,7 @@ def broken(change) -> str:
         (lambda c: c["constants"]["room"].pop("meaning"), "constants.room.meaning: Field required"),
         (lambda c: c["constants"]["lists"].update(value=1.0), "between lowest and highest"),
         (lambda c: c["constants"]["lists"].pop("start"), "needs start"),
-        (lambda c: c["constants"]["room"].update(start=0.9), "of fitted constants"),
+        (lambda c: c["constants"]["room"].update(start=0.9), "go with source: fit"),
         (lambda c: c.update(error=0.1), "error: Extra inputs"),
     ],
 )

@@ -91,7 +91,9 @@ def test_an_indexer_of_another_make_is_refused(tmp_path, dense):
     tree = config_from(tmp_path, run).model_dump()
     tree["attention"]["dsa"] |= {"index_rotary_pairs": "interleaved", "topk": 4}
     differing = "attention.dsa.index_rotary_pairs: half-split there, interleaved here"
-    with pytest.raises(ValueError, match=rf"{differing}. Set them to its values, or begin with a dense model$"):
+    with pytest.raises(
+        ValueError, match=rf"{differing}. Set these keys to the folder.s values, or begin with a dense model$"
+    ):
         source_of(type(first).model_validate(tree), run / "step_00000003/tokenizer.model")
 
 

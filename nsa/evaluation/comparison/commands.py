@@ -174,7 +174,7 @@ def compare(path: str, overrides: list[str], minutes: float | None = None, worke
         folder.finish(_now())
         report(work.whole.folder)
     if len(work.left) > 1:
-        print(f"stage {work.left[0]} is done; the same command goes on with {work.left[1]}")
+        print(f"stage {work.left[0]} is done; run the same command again for {work.left[1]}")
     return True
 
 

@@ -17,17 +17,17 @@ from nsa.schema import Section, shell_path
 class SiblingConfig(Section):
     """A model. Siblings have the same data, steps and size, and differ in their attention."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="in the tables, such as nsa")
-    export: str | None = Field(None, description="its folder: an export, or a Hugging Face Llama, Qwen or Mistral")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name in the tables, such as nsa")
+    export: str | None = Field(None, description="folder of an export, or of a Hugging Face Llama, Qwen or Mistral")
     config: str | None = Field(
-        None, description="a training configuration, if it is trained for this comparison; relative to this file"
+        None, description="configuration that the comparison trains the sibling with; path relative to this file"
     )
-    overrides: list[str] = Field(default=[], description="key=value, of that configuration")
+    overrides: list[str] = Field(default=[], description="key=value overrides of config")
     seeds: list[int] = Field(
         default=[],
-        description="it is trained once with each; {seed} in export and overrides stands for them. Empty: one training",
+        description="the sibling is trained once per seed; {seed} in export and overrides is the current one. []: once",
     )
-    compared: bool = Field(True, description="false: it is trained only, since others start from it")
+    compared: bool = Field(True, description="false: only train it, because others start from it")
 
     @model_validator(mode="after")
     def _one_origin(self) -> "SiblingConfig":
@@ -45,9 +45,9 @@ class SiblingConfig(Section):
 class StageConfig(Section):
     """A part of a comparison that has a report of its own. It adds to those before it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="in messages")
-    siblings: list[str] = Field(default=[], description="names of siblings that take part from here on")
-    methods: list[str] = Field(default=[], description="methods, as in the tables, that take part from here on")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="name in messages")
+    siblings: list[str] = Field(default=[], description="names of siblings that take part from this stage on")
+    methods: list[str] = Field(default=[], description="methods, as in the tables, that take part from this stage on")
 
 
 class MethodConfig(Section):
@@ -102,7 +102,8 @@ class ComparisonConfig(Section):
         min_length=1, description="a share in (0, 1] of the tokens so far, or a number of tokens"
     )
     counts: Literal["attended", "reads"] = Field(
-        "attended", description="attended: a budget is tokens attended to; reads: with what is read to choose them"
+        "attended",
+        description="what budgets count. attended: tokens attended to; reads: also what is read to choose them",
     )
     tasks: list[str] = Field(min_length=1, description="as `python -m nsa.compare list` shows")
     lengths: list[int] = Field(min_length=1, description="tokens of a sample, its questions and answers included")
@@ -111,14 +112,14 @@ class ComparisonConfig(Section):
     question: list[Literal["after", "before"]] = Field(
         default=["after"],
         min_length=1,
-        description="after: the question comes when the prompt has been read (and thinned out); before: it is part of "
-        "the prompt",
+        description="after: the question comes after the prompt was read (and thinned out); before: the question is "
+        "part of the prompt",
     )
-    batch_tokens: int = Field(16384, ge=1, description="tokens of prompts that are read at once")
+    batch_tokens: int = Field(16384, ge=1, description="most tokens of prompts that are read at once")
     calibration_samples: int = Field(2, ge=1, description="samples by which a method's threshold is fitted to a budget")
     dense_layers: list[int] = Field(default=[], description="layers that stay dense in all methods, disclosed")
     watch: bool = Field(
-        True, description="look inside: the mass that is kept, that of the first tokens, reads that no plan has"
+        True, description="also measure kept attention, attention to the first tokens, and reads outside of the plans"
     )
     floor: float = Field(
         0.0, ge=0, le=1, description="methods are asked only where dense reaches this score; 0: everywhere"
@@ -129,9 +130,9 @@ class ComparisonConfig(Section):
     trainings_per_gpu: int = Field(
         1,
         ge=1,
-        description="siblings that one GPU trains at once if there are that many --workers: more for small ones",
+        description="siblings that one GPU trains at once, with --workers; raise it for small siblings",
     )
-    seed: int = Field(0, ge=0, description="of the samples")
+    seed: int = Field(0, ge=0, description="seed of the samples")
 
     @field_validator("methods", mode="before")
     @classmethod

@@ -45,7 +45,7 @@ class _Layer(DynamicLayer):
         raise AttachError("beam search reorders what a method keeps: use num_beams=1")
 
     def crop(self, max_length: int) -> None:
-        raise AttachError("a method cannot take tokens back: use no assisted generation")
+        raise AttachError("a method cannot remove tokens that it has read: do not use assisted generation")
 
 
 @contextmanager

@@ -187,7 +187,7 @@ class Workers:
             how = f"signal {signal.Signals(-code).name}"
         return WorkerLostError(
             f"worker {worker.number} was killed ({how}). If the machine ran out of memory, start fewer --workers than "
-            f"{self.count}, or lower batch_tokens. What is answered is written: the same command goes on"
+            f"{self.count}, or lower batch_tokens. Finished cells are written: run the same command again"
         )
 
 

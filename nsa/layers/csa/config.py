@@ -16,7 +16,7 @@ class CsaConfig(Section):
 
     ratio: int = Field(4, ge=2, description="tokens per entry (m)")
     overlap: bool = Field(
-        True, description="an entry is made of its own tokens and of as many before them, each with channels of its own"
+        True, description="an entry is made of its own tokens and of as many tokens before, with separate weights"
     )
     topk: int | None = Field(
         512, ge=1, description="entries that a query attends to (k); null: all, without an indexer (HCA)"
@@ -24,12 +24,12 @@ class CsaConfig(Section):
     heavy_ratio: int | None = Field(
         None,
         ge=2,
-        description="tokens per entry in every second CSA layer, which has no overlap and attends to all its entries "
-        "(HCA; V4: 128); null: all CSA layers are alike",
+        description="tokens per entry in every second CSA layer. Such a layer has no overlap and attends to all "
+        "entries (HCA; V4: 128). null: all CSA layers are alike",
     )
     window: int = Field(128, ge=1, description="most recent tokens that a query sees uncompressed, its own included")
     rotary_dims: int | None = Field(
-        None, ge=2, description="dims of a head that are rotated, the last ones; even; null: all (V4: 64 of 512)"
+        None, ge=2, description="so many last dims of a head are rotated; even; null: all (V4: 64 of 512)"
     )
     q_lora_rank: int | None = Field(
         None,
@@ -38,15 +38,13 @@ class CsaConfig(Section):
     )
     index_heads: int = Field(64, ge=1, description="heads of the indexer")
     index_head_dim: int = Field(128, ge=2, description="width of an index head")
-    index_rotary_dims: int = Field(64, ge=2, description="dims of an index head that are rotated, the last ones; even")
+    index_rotary_dims: int = Field(64, ge=2, description="so many last dims of an index head are rotated; even")
     phase: Literal["warm-up", "sparse"] = Field(
         "sparse",
-        description="warm-up: queries attend to all entries, and the indexer learns this attention; sparse: they "
+        description="warm-up: queries attend to all entries, and the indexer learns this attention; sparse: queries "
         "attend to the selected entries, and the indexer learns the attention among these",
     )
-    kl_weight: float = Field(
-        1.0, ge=0, description="weight of the indexer's loss, a mean over tokens summed over layers"
-    )
+    kl_weight: float = Field(1.0, ge=0, description="weight of the indexer's loss (mean over tokens, sum over layers)")
 
     def is_heavy(self, place: int) -> bool:
         """Whether the CSA layer number ``place`` is one of HCA."""

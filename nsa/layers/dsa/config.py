@@ -16,29 +16,27 @@ class DsaConfig(Section):
     index_heads: int = Field(64, ge=1, description="heads of the indexer")
     index_head_dim: int = Field(128, ge=2, description="width of an index head")
     index_rotary_dims: int = Field(64, ge=2, description="dims of an index head that are rotated; even")
-    index_rotary_place: Literal["first", "last"] = Field("first", description="which dims of an index head these are")
+    index_rotary_place: Literal["first", "last"] = Field("first", description="which dims of an index head are rotated")
     index_rotary_pairs: Literal["half-split", "interleaved"] = Field(
-        "half-split", description="which of them are pairs: (i, i + half) or (2i, 2i + 1)"
+        "half-split", description="which rotated dims form pairs: (i, i + half) or (2i, 2i + 1)"
     )
     index_fp8: bool = Field(
         False,
-        description="whether the selection takes index queries and keys in fp8 (e4m3), with a scale for each head of a "
-        "query and each key; the indexer's loss does not",
+        description="round index queries and keys to fp8 (e4m3) for the selection, with a scale for each head of a "
+        "query and each key; the indexer's loss uses them unrounded",
     )
     phase: Literal["warm-up", "sparse"] = Field(
         "sparse",
-        description="warm-up: queries attend to all tokens, and the indexer learns this attention; sparse: they attend "
-        "to the selected tokens, and the indexer learns the attention among these",
+        description="warm-up: queries attend to all tokens, and the indexer learns this attention; sparse: queries "
+        "attend to the selected tokens, and the indexer learns the attention among these",
     )
-    kl_weight: float = Field(
-        1.0, ge=0, description="weight of the indexer's loss, a mean over tokens summed over layers"
-    )
+    kl_weight: float = Field(1.0, ge=0, description="weight of the indexer's loss (mean over tokens, sum over layers)")
 
     share_layers: int = Field(
         1,
         ge=1,
-        description="DSA layers in a group (IndexShare): the first has the indexer, the others attend to the tokens "
-        "that it selects; 1: every layer has one",
+        description="DSA layers in a group (IndexShare): only the first has an indexer, and all attend to the tokens "
+        "that it selects; 1: every layer has an indexer",
     )
     share_from: int = Field(0, ge=0, description="DSA layers before the first group, each with an indexer of its own")
 

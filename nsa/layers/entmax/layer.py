@@ -214,6 +214,6 @@ def check_heads(num_heads: int, num_kv_heads: int, nope_heads: int, position: Po
     if position == "rotary" and nope_heads % (num_heads // num_kv_heads):
         raise ValueError(
             f"attention.entmax.nope_heads ({nope_heads}) must be a multiple of the query heads of a KV head "
-            f"({num_heads // num_kv_heads}), whose key is rotated for all of them; or set attention.entmax.position to "
-            "alibi"
+            f"({num_heads // num_kv_heads}), since a key is rotated for all of them or for none; or set "
+            "attention.entmax.position to alibi"
         )

@@ -15,8 +15,8 @@ class NsaConfig(Section):
     compress_hidden: int | None = Field(None, ge=1, description="hidden width of the compression MLP; null: head_dim")
     key_compression: Literal["mlp", "pooled"] = Field(
         "mlp",
-        description="how keys are compressed: by the paper's MLP, or as a mean with learned weights, which "
-        "finds more where the selection is taught",
+        description="how keys are compressed. mlp: by the paper's MLP; pooled: as a mean with learned weights, which "
+        "selects better blocks if the selection is taught (docs/importing.md)",
     )
     block_size: int = Field(64, ge=1, description="tokens in one selection block (l'); a multiple of compress_stride")
     num_blocks: int = Field(16, ge=1, description="selected blocks per query, initial and local ones included (n)")
@@ -25,15 +25,15 @@ class NsaConfig(Section):
     window: int = Field(512, ge=1, description="tokens seen by the sliding-window branch, the query's own included (w)")
     phase: Literal["warm-up", "sparse"] = Field(
         "sparse",
-        description="warm-up: queries attend to all tokens and the compression of keys learns which blocks that goes "
-        "to; for `train: indexer`, from a dense model. sparse: NSA",
+        description="sparse: NSA. warm-up: queries attend to all tokens, and the compression of keys learns which "
+        "blocks hold this attention; goes with `train: indexer`, and starts from a dense model",
     )
     kl_weight: float = Field(
         0.0,
         ge=0,
-        description="weight of the loss that teaches the selection in the sparse phase, a mean over tokens summed over "
-        "layers; 0: it learns through the compressed branch alone, as in the paper. The loss takes dense attention's "
-        "forward pass. In the warm-up the weight is 1",
+        description="weight of the loss that teaches the selection in the sparse phase (mean over tokens, sum over "
+        "layers). 0: the selection learns through the compressed branch alone, as in the paper. The loss costs as "
+        "much as a forward pass of dense attention. In the warm-up the weight is 1",
     )
 
     @model_validator(mode="after")

@@ -13,11 +13,13 @@ class MlaConfig(Section):
     )
     kv_lora_rank: int = Field(ge=1, description="width of the latent that keys and values are made of")
     qk_nope_head_dim: int = Field(ge=1, description="query and key dims of a head that are not rotated")
-    qk_rope_head_dim: int = Field(ge=2, description="rotated dims; even. All heads share these of the key")
+    qk_rope_head_dim: int = Field(
+        ge=2, description="rotated query and key dims of a head; even; all heads share the rotated key"
+    )
     v_head_dim: int = Field(ge=1, description="value width of a head")
     rope_interleave: bool = Field(
         True,
-        description="which rotated dims are pairs: true (2i, 2i + 1), as in DeepSeek's weights; false (i, i + half)",
+        description="which rotated dims form pairs: true (2i, 2i + 1), as in DeepSeek's weights; false (i, i + half)",
     )
 
     @model_validator(mode="after")

@@ -120,7 +120,11 @@ def test_two_workers_that_are_killed_and_stopped_give_what_one_process_gives(
         patch.setattr(Workers, "_hear", heard)
         assert main(command) == 85
     error = capsys.readouterr().err
-    assert "was killed (signal SIGKILL)" in error and "fewer --workers than 2" in error and "goes on" in error
+    assert (
+        "was killed (signal SIGKILL)" in error
+        and "fewer --workers than 2" in error
+        and "run the same command again" in error
+    )
     assert len(started) == 2 and not any(process.process.is_alive() for process in started if process.process._popen)
     there = set((folder / "cells").glob("[!.]*"))
     assert len(there) > 2
