@@ -179,7 +179,7 @@ def test_a_seed_and_a_layer_have_draws_of_their_own(kind: type[Method]) -> None:
     assert not torch.equal(one, deeper)
 
 
-# What the papers and releases say; a comparison that names no setting runs these.
+# What a comparison that names no setting runs. The files of the methods say which paper or release each is from.
 SNAP = {"window": 32, "kernel": 5, "pooling": "avg", "group": "mean"}
 ADA = {"window": 32, "kernel": 7, "pooling": "max", "group": "mean", "safeguard": 0.2}
 LINES = {"num_queries": 64, "vertical_share": 1000 / 7096, "sinks": 30, "near": 100}
@@ -190,7 +190,7 @@ CERTIFIED = {"epsilon": 0.1, "delta": 0.1, "bound": "clt", "ranking": "bounds", 
 FLEX = {"gamma": 0.95, "tau": 0.1, "block": 128, "min_budget": 1024}
 WALK = {"block": 64, "sketch": 64, "power": 8.0, "normalise": True, "scope": "group", "seed": 0}
 CHUNKS = {"chunk": 8192, "local": 1024}
-PAPERS: dict[str, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {}, "oracle_topk": {}, "oracle_topp": {"p": 0.95}, "random": {"seed": 0}, "sink_window": {"num_sinks": 4},
     "streaming_llm": {"num_sinks": 4, "evict_after": False}, "lm_infinite": {"num_global": 10},
     "h2o": {"recent_share": 0.5, "normalise": False}, "tova": {}, "key_norm": {},
@@ -210,8 +210,8 @@ PAPERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_settings_are_those_of_the_papers() -> None:
-    assert {kind.name: kind().settings() for kind in METHODS} == PAPERS
+def test_settings_are_those_of_the_table() -> None:
+    assert {kind.name: kind().settings() for kind in METHODS} == SETTINGS
 
 
 @pytest.mark.parametrize("name", ["quest", "sparq", "sketch_walk", "vattention", "vattention_released"])
