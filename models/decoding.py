@@ -31,7 +31,7 @@ class DecodingSteps:
         length: tokens of a sequence so far.
 
     Raises:
-        ValueError: no prompt, too little room, a layer that has no such cache, or ``products`` that cannot run here.
+        ValueError: no prompt, too little room, or a layer that has no such cache.
     """
 
     def __init__(
@@ -66,7 +66,8 @@ class DecodingSteps:
         """Read the next token of each sequence, (B,) int64, on the decoder's device: returns ``logits``.
 
         Raises:
-            ValueError: there is no room for it.
+            ValueError: there is no room for it, or ``products`` cannot run here. Where steps are captured, the
+                constructor says the latter.
         """
         if self.length == self.room:
             raise ValueError(f"the caches are full: {self.room} tokens; ask for more room at the start")

@@ -12,7 +12,6 @@ from nsa import ops
 from nsa.ops.dispatch import autocasts
 
 
-@autocasts("x", "weights", "bias")
 def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> Tensor:
     """The projections of x by each weight, concatenated along the last dimension.
 
@@ -31,6 +30,11 @@ def joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None = None) -
         if key not in _step.joined:
             _step.joined[key] = torch.cat(weights)
         return ops.few_rows_linear(x, _step.joined[key], bias, backend=_step.products)
+    return _joint_linear(x, weights, bias)
+
+
+@autocasts("x", "weights", "bias")
+def _joint_linear(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     return _JointLinear.apply(x, _begin_sum(x), bias, *weights)
 
 

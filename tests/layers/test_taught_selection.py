@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.nsa import figures
 from nsa.layers.nsa.figures import measure, measure_taught, measure_warm_up
 from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.rotary import Rotary
@@ -279,6 +280,27 @@ def test_recall_is_of_the_blocks_that_the_sparse_layer_selects(documents: list[i
     assert 0 < held < found["recall_bound"] * target.sum() and found["recall"] == pytest.approx(
         held / target.sum().item()
     )
+
+
+@pytest.mark.parametrize("documents", [[60], [9, 1, 30, 0, 20]])
+def test_figures_are_summed_over_parts_of_the_queries(documents: list[int], monkeypatch) -> None:
+    """So that their memory does not grow with queries x blocks."""
+    layer, seen, shapes = layer_of(), [], []
+    layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
+    borders = cumulative(documents) if len(documents) > 1 else None
+    layer(some_input(60, batch=2 if borders is None else 1), cu_seqlens=borders)
+    expected = measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders)
+
+    def watched(*args, **options) -> Tensor:
+        target = block_attention(*args, **options)
+        shapes.append(target.shape[2])
+        return target
+
+    monkeypatch.setattr(figures, "ROWS", 7)
+    monkeypatch.setattr(figures, "block_attention", watched)
+    found = measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders)
+    assert found == pytest.approx(expected, rel=1e-9) and found["recall"] < found["recall_bound"] < 1
+    assert shapes == [7] * 8 + [4]
 
 
 def test_figures_of_a_known_selection() -> None:

@@ -141,6 +141,21 @@ def test_the_watch_sees_waits() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dense", "nsa"])
+def test_steps_under_autocast_keep_one_copy_of_the_joined_weights(kind) -> None:
+    """A cast is another tensor in each step. Logits are near those of fp32; in bf16 NSA selects some other blocks."""
+    torch.manual_seed(0)
+    decoder, ids = Decoder(*small(kind)).eval(), torch.randint(0, 97, (2, 40))
+    with torch.no_grad():
+        expected = decoder(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = DecodingSteps(decoder, ids[:, :20], 40)
+        for token in range(20, 40):
+            assert (steps.step(ids[:, token]) - expected[:, token]).norm() < 0.1 * expected[:, token].norm()
+    assert steps.logits.dtype == torch.bfloat16, "computed in fp32"
+    assert len(steps._joined) == decoder.config.num_layers
+
+
+@pytest.mark.parametrize("kind", ["dense", "nsa"])
 def test_greedy_generation_equals_the_whole(kind) -> None:
     decoder, ids = decoder_of(kind), torch.randint(0, 97, (2, 9))
     found = generate(decoder, ids, 25)

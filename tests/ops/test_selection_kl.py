@@ -264,6 +264,8 @@ def test_wrong_shapes_are_rejected() -> None:
             ops.selection_kl(*wrong, lse, **options)
     with pytest.raises(ValueError, match="backend='triton'"):  # float64
         ops.selection_kl(q, k_cmp, k, lse, **options, backend="triton")
+    with pytest.raises(ValueError, match=r"from 0 to the number of tokens \(17\)"):  # a kernel would write beyond them
+        block_attention(q[:, :17], k, lse[..., :17], **options, cu_seqlens=packing([30, 10]))
 
 
 @pytest.mark.gpu

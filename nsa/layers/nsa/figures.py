@@ -10,9 +10,11 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers.nsa.layer import BRANCHES
-from nsa.ops.geometry import Documents
+from nsa.ops.geometry import Documents, clip_borders
 from nsa.ops.native_sparse import branches
 from nsa.ops.selection_kl import block_attention
+
+ROWS = 1024  # queries whose attention to all blocks is in memory at once
 
 
 @torch.no_grad()
@@ -83,17 +85,24 @@ def measure_warm_up(
     sizes, documents = attend.sizes, {"scale": attend.scale, "cu_seqlens": cu_seqlens}
     dense: dict[str, Any] = documents | {"backend": attend.backend}
     _, lse = ops.dense_attention(q, k, v, **dense, return_lse=True)
-    target = block_attention(q, k, lse, **sizes, window=attend.window, **dense, offset=offset)
     blocks: dict[str, Any] = dense | {name: sizes[name] for name in ("length", "stride")}
     _, compressed = ops.compressed_attention(q, kv_cmp[0], kv_cmp[1], **blocks, offset=offset)
     chosen = attend.choose(q, kv_cmp[0], compressed, cu_seqlens=cu_seqlens, offset=offset).transpose(1, 2).long()
-    held = (target.gather(3, chosen.clamp(min=0)) * (chosen >= 0)).sum()  # forced blocks have none of it
     free = sizes["num_blocks"] - sizes["num_initial"] - sizes["num_local"]
-    most, whole = target.topk(min(free, target.shape[3]), -1).values.sum(), target.sum()
+    held, most, whole = (torch.zeros((), dtype=torch.float64, device=q.device) for _ in range(3))
+    for start in range(0, q.shape[1], ROWS):
+        stop = min(start + ROWS, q.shape[1])
+        rows, end = slice(start, stop), offset + stop
+        borders = None if cu_seqlens is None else clip_borders(cu_seqlens, 0, end)
+        here = sizes | dense | {"window": attend.window, "offset": offset + start, "cu_seqlens": borders}
+        target, blocks_here = block_attention(q[:, rows], k[:, :end], lse[:, :, rows], **here), chosen[:, :, rows]
+        held += (target.gather(3, blocks_here.clamp(min=0)) * (blocks_here >= 0)).sum()  # forced blocks have none of it
+        most += target.topk(min(free, target.shape[3]), -1).values.sum()
+        whole += target.sum()
     return {
         "recall": (held / whole).item() if whole else 1.0,
         "recall_bound": (most / whole).item() if whole else 1.0,
-        "choice_mass": target.sum(-1).mean().item(),
+        "choice_mass": (whole / chosen[..., 0].numel()).item(),
     }
 
 

@@ -105,7 +105,11 @@ def block_attention(
 
     M is that of the longest document, or of all tokens where the host does not know its length. Blocks that the query
     does not choose among have 0. Arguments as for `selection_kl`; naive is as torch.
+
+    Raises:
+        ValueError: inconsistent shapes, documents that do not end with the queries, unknown backend.
     """
+    check_attention(q, k, k, cu_seqlens, offset)
     if resolve_backend(backend, q, k) == "triton":
         from nsa.ops.kernels import operators
 
