@@ -10,6 +10,7 @@ from torch import Tensor
 from nsa.cache import Position
 from nsa.layers.linear import kept_joined
 from nsa.models.decoder import Decoder
+from nsa.ops.dispatch import check_backend
 
 
 class DecodingSteps:
@@ -31,7 +32,7 @@ class DecodingSteps:
         length: tokens of a sequence so far.
 
     Raises:
-        ValueError: no prompt, too little room, or a layer that has no such cache.
+        ValueError: no prompt, too little room, an unknown name in ``products``, or a layer that has no such cache.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DecodingSteps:
             raise ValueError(f"a prompt must be (batch, tokens) with at least one token, got {tuple(ids.shape)}")
         if room < ids.shape[1]:
             raise ValueError(f"room for {room} tokens does not hold the prompt of {ids.shape[1]}")
+        check_backend(products)
         layers: list[Any] = list(decoder.layers)
         for number, layer in enumerate(layers):
             if not hasattr(layer.attention, "fix"):

@@ -63,7 +63,7 @@ def kept_joined(joined: dict[tuple[int, ...], Tensor], products: str = "auto") -
 
 
 class Linear(nn.Linear):
-    """torch's, but for few rows as `kept_joined` says."""
+    """torch's. Within `kept_joined`, and without gradients, its product is that of `nsa.ops.few_rows_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if _step is None or torch.is_grad_enabled():

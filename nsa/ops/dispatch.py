@@ -16,6 +16,12 @@ _Function = TypeVar("_Function", bound=Callable)
 BACKENDS = ("auto", "triton", "torch", "naive")
 
 
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless it is the name of one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True, kernels: bool = True) -> str:
     """The implementation to run: ``naive`` (reference), ``torch`` (fallback with linear memory) or ``triton``.
 
@@ -26,8 +32,7 @@ def resolve_backend(backend: str, *tensors: Tensor, heads: bool = True, kernels:
     Raises:
         ValueError: unknown name, or ``triton`` for tensors that the kernels cannot handle.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     if not kernels:
         if backend == "triton":
             raise ValueError("backend='triton': there is no kernel for this yet; use 'auto' or 'torch'")

@@ -179,6 +179,8 @@ def test_mistakes_are_named() -> None:
         DecodingSteps(decoder, ids[:, :0], 4)
     with pytest.raises(ValueError, match="does not hold the prompt"):
         DecodingSteps(decoder, ids, 3)
+    with pytest.raises(ValueError, match="must be one of auto, triton, torch, naive, got 'cublas'"):
+        DecodingSteps(decoder, ids, 4, products="cublas")  # not first by a step
     with pytest.raises(ValueError, match="caches are full"):
         DecodingSteps(decoder, ids, 4).step(ids[:, 0])
     with pytest.raises(ValueError, match="no cache of fixed memory"):

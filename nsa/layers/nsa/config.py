@@ -32,8 +32,8 @@ class NsaConfig(Section):
         0.0,
         ge=0,
         description="weight of the loss that teaches the selection in the sparse phase (mean over tokens, sum over "
-        "layers). 0: the selection learns through the compressed branch alone, as in the paper. The loss costs as "
-        "much as a forward pass of dense attention. In the warm-up the weight is 1",
+        "layers). 0: the selection learns through the compressed branch alone, as in the paper. The loss costs half "
+        "as much as dense attention: its forward pass, and its scores again. In the warm-up the weight is 1",
     )
 
     @model_validator(mode="after")

@@ -128,7 +128,7 @@ class GatedBranches(nn.Module):
 
     Attributes:
         choose: the selection. diverge: the loss that teaches it, loss: attaches that to the output; both None if it is
-            not taught.
+            not taught. dense: whether queries attend to all tokens, as in the warm-up.
     """
 
     diverge: Divergence | None
