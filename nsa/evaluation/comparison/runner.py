@@ -16,6 +16,7 @@ from nsa.evaluation.comparison.models import Candidate
 from nsa.evaluation.comparison.rows import DENSE, Cell
 from nsa.evaluation.comparison.workers import Workers
 
+LONG = 256  # tokens of an answer
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 
 
@@ -23,8 +24,9 @@ class Comparison:
     """See `run`.
 
     Args:
-        candidates: the siblings. say: called with what is left out. device: that answers are computed on; "cuda": on
-            all GPUs, if there are several workers. workers: processes that answer at once; 1: this one answers.
+        candidates: the siblings. say: called with what is left out, and with what takes long.
+        device: that answers are computed on; "cuda": on all GPUs, if there are several workers.
+        workers: processes that answer at once; 1: this one answers.
     """
 
     def __init__(
@@ -87,7 +89,7 @@ class Comparison:
         here = self.device if self.workers == 1 else "cpu"
         cells, planned = Cells(self.config, folder, note, here, time_left), 0
         self._check_tokenizers()
-        self._check_lengths(cells)
+        self._check_tasks(cells)
         with Workers(self.workers, cells, self.device) as workers:
             for methods in (False, True):
                 units: list[Unit] = []
@@ -121,12 +123,23 @@ class Comparison:
                 "questions: train both with one (data.tokenizer.path)"
             )
 
-    def _check_lengths(self, cells: Cells) -> None:
-        """Raises ValueError if all lengths are too short for a task. Where only some are, cells are left out."""
+    def _check_tasks(self, cells: Cells) -> None:
+        """Raises ValueError if all lengths are too short for a task. Where only some are, cells are left out.
+
+        Says which tasks have long answers.
+        """
+        length, slow = max(self.config.lengths), dict[str, int]()
         for model in {tokenizer_digest(model.folder): model for model in reversed(self.candidates)}.values():
-            for task in self.config.tasks:
+            for name in self.config.tasks:
                 with suppress(UnavailableError):
-                    task_named(task).sample(cells.opened(model).tokenizer, max(self.config.lengths), CALIBRATION, 0)
+                    task = task_named(name)
+                    sample = task.sample(cells.opened(model).tokenizer, length, CALIBRATION, 0)
+                    slow[name] = max(slow.get(name, 0), *map(task.max_new_tokens, sample.queries))
+        for name, tokens in slow.items():
+            if tokens > LONG:
+                self.say(
+                    f"{name} takes long: at {length} tokens an answer has up to {tokens} tokens, decoded one at a time"
+                )
 
     def _below(self, folder: ResultsFolder, model: Candidate, place: Place) -> str | None:
         """Why methods on a sibling need not be asked: its dense run is below the floor, by the mean over seeds.

@@ -25,7 +25,7 @@ from nsa.evaluation.comparison.cells import Arm, Asked, Cells, Place, fit
 from nsa.evaluation.comparison.config import MethodConfig, budget_of, load, trainings_of
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.models import Candidate, OpenedDecoder, open_model
-from nsa.evaluation.comparison.runner import CONTROLS
+from nsa.evaluation.comparison.runner import CONTROLS, Comparison
 from nsa.strict_yaml import ConfigError
 from tests.conftest import ROOT
 from tests.small_run import small_export
@@ -272,6 +272,18 @@ def test_no_alarm_of_the_harness_rings_on_a_good_one(finished: Path) -> None:
     assert "nothing was attended to" not in report and "not in each layer and phase" not in report
     for alarm in ("not exactly one BOS", "reads what its plan leaves out"):
         assert re.search(rf"{alarm} \|.*\| silent \|", report)
+
+
+def test_tasks_with_long_answers_are_said(siblings: dict[str, Path], tmp_path: Path) -> None:
+    path, said = tmp_path / "small.yaml", list[str]()
+    path.write_text(CONFIG.format(out=tmp_path, **siblings))
+    config = load(str(path), ["tasks=[copy_wide, mqar]", "lengths=[64, 1024]"])
+    cells, model = begun(siblings, tmp_path)
+    Comparison(config, [model], said.append)._check_tasks(cells)
+    assert said == ["copy_wide takes long: at 1024 tokens an answer has up to 511 tokens, decoded one at a time"]
+    config = load(str(path), ["tasks=[copy_wide, mqar]", "lengths=[64, 256]"])
+    Comparison(config, [model], said.append)._check_tasks(cells)
+    assert len(said) == 1
 
 
 def test_listing_and_explaining() -> None:
