@@ -67,7 +67,7 @@ class Budget:
 
     def each(self, seen: Tensor, *, least: int = LEAST, overhead: float = 0.0) -> Tensor:
         """As `of` for each sequence: seen (B,) int64 -> (B, 1, 1) int64. ``overhead``: of each token so far."""
-        counts = [self.of(int(n), least=least, overhead=overhead * int(n)) for n in seen]
+        counts = [self.of(n, least=least, overhead=overhead * n) for n in seen.tolist()]  # one wait for a GPU
         return torch.tensor(counts, dtype=torch.int64, device=seen.device)[:, None, None]
 
     def __str__(self) -> str:

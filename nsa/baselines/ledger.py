@@ -104,9 +104,10 @@ class Ledger:
 def _count(view: View, plan: Plan | None) -> Counts:
     groups = view.k.shape[2]
     counts, width = Counts.zero(groups), view.k.shape[3] + view.v.shape[3]
-    seen = (view.query_positions + 1).clamp(min=0).double()  # each query sees all tokens so far, if they are kept
-    counts.visible += float(seen.sum()) * view.group
-    counts.dense_reads += float(seen.sum()) * width
+    # Each query sees all tokens so far, if they are kept.
+    seen = float((view.query_positions + 1).clamp(min=0).double().sum())
+    counts.visible += seen * view.group
+    counts.dense_reads += seen * width
     if is_dense(view, plan):
         counts.attended += counts.visible
         counts.reads += counts.dense_reads

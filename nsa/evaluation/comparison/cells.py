@@ -333,7 +333,10 @@ class Cells:
         """All answers, batch by batch, counted into the ledger."""
         model = self.opened(arm.model)
         reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
-        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self.config.batch_tokens}
+        tokens = self.config.batch_tokens
+        if method is not None and "prefill" not in method.phases:
+            tokens = self.config.decode_batch_tokens or tokens
+        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": tokens}
         if arm.leaves_prompts_dense:
             options["prompts"] = self._prompts
         return ask(reader, model.tokenizer, block.task, block.samples, **options), reader

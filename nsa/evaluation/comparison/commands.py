@@ -166,11 +166,11 @@ def compare(path: str, overrides: list[str], minutes: float | None = None, worke
             except TimeUpError:
                 return False
             except torch.OutOfMemoryError as error:
-                tokens = work.whole.batch_tokens
+                lower = f"batch_tokens={work.whole.batch_tokens // 2}"
+                if work.whole.decode_batch_tokens is not None:
+                    lower += f" and decode_batch_tokens={work.whole.decode_batch_tokens // 2}"
                 fewer = f", or start fewer --workers than {workers}" if workers > 1 else ""
-                raise ValueError(
-                    f"out of memory: read less at once, batch_tokens={tokens // 2}{fewer} ({error})"
-                ) from None
+                raise ValueError(f"out of memory: read less at once, {lower}{fewer} ({error})") from None
         folder.finish(_now())
         report(work.whole.folder)
     if len(work.left) > 1:

@@ -27,7 +27,8 @@ SIBLINGS = "siblings"
 LEFT_OUT = "left_out.json"
 UNFINISHED = ".unfinished-"  # begins the name of a cell's folder while it is written
 GROWS = ("siblings", "methods", "stages")  # of a configuration: lists that may grow, since no cell depends on them
-FREE = (*GROWS, "output_dir", "batch_tokens")  # results with other values of these can be compared
+# Results with other values of these can be compared.
+FREE = (*GROWS, "output_dir", "batch_tokens", "decode_batch_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

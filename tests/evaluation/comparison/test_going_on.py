@@ -228,7 +228,9 @@ def test_too_little_memory_is_said_with_what_to_do(
 
     monkeypatch.setattr(cells.Cells, "_answer", full)
     assert main([str(configured(tmp_path, exports)), "batch_tokens=128"]) == 2
-    assert "batch_tokens=64 (80 GiB)" in capsys.readouterr().err
+    assert "at once, batch_tokens=64 (80 GiB)" in capsys.readouterr().err
+    assert main([str(configured(tmp_path, exports)), "batch_tokens=128", "decode_batch_tokens=512"]) == 2
+    assert "at once, batch_tokens=64 and decode_batch_tokens=256 (80 GiB)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("changed", "other"), [("dense-2", "dense#1"), ("nsa-1", "dense#1")])
@@ -310,7 +312,8 @@ def test_lists_grow_and_do_not_shrink(tmp_path: Path) -> None:
     small = replace(
         MANIFEST, planned=1, config={"seed": 0, "methods": [one], "siblings": [{"name": "a", "seeds": [1]}]}
     )
-    large = replace(small, planned=2, config={**small.config, "methods": [two, one], "batch_tokens": 2})
+    free = {"batch_tokens": 2, "decode_batch_tokens": 4}
+    large = replace(small, planned=2, config={**small.config, "methods": [two, one], **free})
     ResultsFolder(tmp_path, small).write(rows_of(CELLS[0]))
     ResultsFolder(tmp_path, small).finish("now")
     grown = ResultsFolder(tmp_path, large)

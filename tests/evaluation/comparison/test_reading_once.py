@@ -218,6 +218,33 @@ def test_a_comparison_is_the_one_in_which_each_cell_reads_for_itself(
     assert prompts < 0.7 * sum(read)
 
 
+def test_arms_that_leave_prompts_dense_may_read_more_at_once(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three samples all, where the others read two: the same answers and counts, of all but draws."""
+    rows: dict[bool, set[int]] = {False: set(), True: set()}
+    attend = Session.attend
+
+    def counted(self: Session, layer: int, q: Any, *more: Any) -> Any:
+        rows["prefill" in self.method.phases].add(len(q) if self.prompt else 0)
+        return attend(self, layer, q, *more)
+
+    monkeypatch.setattr(Session, "attend", counted)
+    methods = "{name: quest, page: 4}, h2o, {name: block_sparse, block: 4}"
+    few = run(compared(tmp_path / "few", folders, methods, ("dense",), "question=[after]"))
+    assert rows == {False: {0, 1, 2}, True: {0, 1, 2}}
+    rows[False].clear(), rows[True].clear()
+    more = "question=[after]", "decode_batch_tokens=200"
+    many = run(compared(tmp_path / "many", folders, methods, ("dense",), *more))
+    assert rows == {False: {0, 1, 3}, True: {0, 1, 2}}  # leaks are looked for in one sample
+    assert few.keys() == many.keys()
+    for name in few:
+        if name.endswith("cell.json") and "random" not in name:
+            assert few[name]["counted"] == pytest.approx(many[name]["counted"])
+        elif "random" not in name:
+            assert few[name] == many[name]
+
+
 @pytest.fixture(scope="module")
 def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run(compared(tmp_path_factory.mktemp("whole") / "in", folders, *SMALLER))
