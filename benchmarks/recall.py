@@ -1,19 +1,19 @@
-"""How soon a model learns to recall: seeds of configs/25m-recall.yaml and of its dense twin, with their curves.
+"""How soon a model learns to recall: seeds of configs/25m-recall.yaml and of configs/25m-taught.yaml, with curves.
 
     python benchmarks/recall.py [--kinds dense nsa] [--seeds 1 2 3] [--at-once N] [--runs FOLDER] [--out FILE]
                                 [KEY=VALUE ...]
 
-- nsa, dense: from random weights.
-- untaught: NSA that begins with the dense model of its seed. Its blocks have 16 tokens and its compressed keys 8; it
-  selects as many tokens as nsa.
-- selection: begins with the dense model, too, and teaches NSA's selection alone (`train: indexer`).
-- taught: as untaught, but that it begins with selection.
+- nsa: 25m-recall, from random weights.
+- dense, selection, taught: the stages of 25m-taught, each from the one before: a dense model of as many parameters, the
+  teaching of NSA's selection alone, and NSA.
+- untaught: as taught, but that it begins with dense.
 
 Every run is a process of its own with the trainer of `nsa.train`; all have one tokenizer. After every --every steps it
 answers mqar_wide in episodes of 256 tokens and of the training length, and the other recall tasks of the mixture at the
 training length, eight episodes each; at the end 64, and as many before the first step of one that begins with another.
-The seconds of a curve are those of its steps. Checkpoints are in FOLDER, and `python -m nsa.export FOLDER/dense-1`
-makes a model of one. FILE (JSON) has the curves of the runs that have ended; a plot is drawn beside it.
+The seconds of a curve are those of its steps. Checkpoints are in FOLDER, and `python -m nsa.export
+FOLDER/dense-1-dense` makes a model of one. FILE (JSON) has the curves of the runs that have ended; a plot is drawn
+beside it.
 """
 
 import argparse
@@ -38,31 +38,28 @@ from nsa.data.prepare import prepare
 from nsa.data.tasks import task_named
 from nsa.training.signals import die_with_parent
 
-FIRST, LATER = ROOT / "configs" / "25m-recall.yaml", ROOT / "configs" / "compare" / "study-4k-25m.yaml"
-SIZES = {"block_size": 16, "num_blocks": 32, "num_initial": 4, "compress_length": 8, "compress_stride": 8}
-FINE = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
-FINE += [f"attention.nsa.{name}={size}" for name, size in SIZES.items()]
-ALONE = ["train=indexer", "attention.nsa.phase=warm-up", "training.steps=400", "optimizer.warmup_steps=0"]
-ALONE += ["optimizer.learning_rate=3.0e-3", "optimizer.min_learning_rate=3.0e-4", "optimizer.weight_decay=0"]
-SHARES = {"mqar_wide": 0.2, "mqar_front": 0.1, "mqar": 0.1, "copy_wide": 0.1}  # the rest is text
-EPISODES_OF = {"kind": "synthetic", "lengths": "log_uniform"}  # half of the tokens are in episodes of a whole sample
-SOURCES = [EPISODES_OF | {"name": name, "task": name, "weight": weight} for name, weight in SHARES.items()]
-ALONE += ["data.sources=" + json.dumps([{"name": "python", "kind": "builtin", "weight": 0.5}, *SOURCES])]
-KINDS = {  # kind -> its file, its keys, and the kind that it begins with
+FIRST, STAGES = ROOT / "configs" / "25m-recall.yaml", ROOT / "configs" / "25m-taught.yaml"
+KINDS: dict[str, tuple[Path, list[str], str | None]] = {  # its file, its keys, and the kind that it begins with
     "nsa": (FIRST, [], None),
-    "dense": (FIRST, ["attention.kind=dense", "model.intermediate_size=1344"], None),  # of as many parameters
-    "untaught": (LATER, FINE, "dense"),
-    "selection": (LATER, [*FINE, *ALONE], "dense"),
-    "taught": (LATER, FINE, "selection"),
+    "dense": (STAGES, ["stage=dense"], None),
+    "untaught": (STAGES, ["stage=sparse"], "dense"),
+    "selection": (STAGES, ["stage=selection"], "dense"),
+    "taught": (STAGES, ["stage=sparse"], "selection"),
 }
 SHORT, FEW, EPISODES = 256, 8, 64
 
 
 def configuration(kind: str, seed: int, runs: str, settings: list[str]) -> Config:
-    mine = [f"name={kind}-{seed}", f"seed={seed}", f"output_dir={runs}", f"data.cache_dir={runs}/cache"]
     path, keys, before = KINDS[kind]
-    start = [f"start_from={runs}/{before}-{seed}"] if before else []
+    mine = [f"name={kind}-{seed}", f"seed={seed}", f"output_dir={runs}", f"data.cache_dir={runs}/cache"]
+    start = [f"start_from={folder_of(before, seed, runs)}"] if before else []
     return load_config(str(path), [*mine, *keys, *start, *settings])
+
+
+def folder_of(kind: str, seed: int, runs: str) -> str:
+    """Of a run: its name has that of its stage."""
+    stage = "".join(key.replace("stage=", "-") for key in KINDS[kind][1])
+    return f"{runs}/{kind}-{seed}{stage}"
 
 
 def train(case: tuple[str, int], every: int, runs: str, settings: list[str]) -> dict[str, Any]:
