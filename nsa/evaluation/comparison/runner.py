@@ -67,8 +67,9 @@ class Comparison:
     ) -> None:
         """Every cell that is not finished; cell by cell, so that an interruption changes no result. Nor do workers.
 
-        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`). Methods that choose
-        only while decoding are asked in turns, batch by batch, and each batch is read once for all of them.
+        Dense runs come first: they say where methods are asked at all (`ComparisonConfig.floor`). Several processes
+        begin with the methods of a place when its dense runs have ended. Methods that choose only while decoding are
+        asked in turns, batch by batch, and each batch is read once for all of them.
 
         Args:
             progress: called with a number of cells that are done or left out.
@@ -87,23 +88,39 @@ class Comparison:
             folder.leave_out(what, why)
 
         here = self.device if self.workers == 1 else "cpu"
-        cells, planned = Cells(self.config, folder, note, here, time_left), 0
+        cells = Cells(self.config, folder, note, here, time_left)
         self._check_tokenizers()
         self._check_tasks(cells)
+        places = places_of(self.config)
+        dense = [
+            unit
+            for model in self.candidates
+            for place in places
+            for unit in units_of(list(self.arms(model, methods=False)), place)
+        ]
+        planned, units = sum(len(unit.arms) for unit in dense), list[Unit]()
+
+        def methods() -> list[Unit]:
+            """Those of places whose dense runs have ended since the last call."""
+            nonlocal planned, places
+            waiting = {unit.place for unit in dense if unit.place in places and cells.missing(unit)}
+            ended, found = [place for place in places if place not in waiting], list[Unit]()
+            places = [place for place in places if place in waiting]
+            for model in self.candidates:
+                for place in ended:
+                    arms = list(self.arms(model, methods=True))
+                    if why := self._below(folder, model, place):
+                        planned += 1
+                        cells.leave_out(f"methods on {model.label} {place}", why)
+                        progress(len(arms))
+                        continue
+                    planned += len(arms)
+                    found += units_of(arms, place)
+            units.extend(found)
+            return found
+
         with Workers(self.workers, cells, self.device) as workers:
-            for methods in (False, True):
-                units: list[Unit] = []
-                for model in self.candidates:
-                    for place in places_of(self.config):
-                        arms = list(self.arms(model, methods=methods))
-                        if methods and (why := self._below(folder, model, place)):
-                            planned += 1
-                            cells.leave_out(f"methods on {model.label} {place}", why)
-                            progress(len(arms))
-                            continue
-                        planned += len(arms)
-                        units += units_of(arms, place)
-                workers.finish(units, progress)
+            workers.finish(dense, progress, methods)
         cells.keep_first_changes(units)
         folder.plan(planned)
 

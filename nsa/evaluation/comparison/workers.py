@@ -94,11 +94,14 @@ class Workers:
             worker.process.join()
             worker.connection.close()
 
-    def finish(self, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
+    def finish(
+        self, units: Sequence[Unit], progress: Callable[[int], None], then: Callable[[], Sequence[Unit]] = list
+    ) -> None:
         """Answer what is missing.
 
         Args:
             progress: called with a number of cells that are done or left out.
+            then: called again and again while they are answered, and at their end: what is to be answered besides.
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
@@ -106,17 +109,14 @@ class Workers:
             torch.OutOfMemoryError, ValueError: what a worker raised.
         """
         if self.count == 1:
-            for unit in units:
-                self.cells.finish(unit, progress)
+            while units:
+                for unit in units:
+                    self.cells.finish(unit, progress)
+                units = then()
             return
-        waiting = []
-        for unit in units:
-            missing = self.cells.missing(unit)
-            progress(len(unit.arms) - len(missing))
-            waiting += [Unit(missing, unit.place)] if missing else []
-        waiting = shared_out(waiting, self.count)
-        whole = True
+        waiting, whole = self._missing(units, progress), True
         while True:
+            waiting += self._missing(then(), progress)
             self._deal(waiting)
             busy = [worker for worker in self._workers if worker.unit is not None]
             if not busy:
@@ -126,6 +126,15 @@ class Workers:
                 whole = self._hear(worker, progress) and whole
         if waiting or not whole:
             raise TimeUpError
+
+    def _missing(self, units: Sequence[Unit], progress: Callable[[int], None]) -> list[Unit]:
+        """What is missing of them, shared out."""
+        found = []
+        for unit in units:
+            missing = self.cells.missing(unit)
+            progress(len(unit.arms) - len(missing))
+            found += [Unit(missing, unit.place)] if missing else []
+        return shared_out(found, self.count)
 
     def _deal(self, waiting: list[Unit]) -> None:
         """Give units to workers that have none, while there is time."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe, get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -151,11 +152,15 @@ def test_the_order_of_answers_changes_nothing(
 ) -> None:
     """Backwards, with an interruption: leaks are looked for in more cells than in the end say so."""
 
-    def backwards(self: Workers, units: Sequence[Unit], progress: Callable[[int], None]) -> None:
-        for unit in [part for one in units for part in shared_out([one], 3)][::-1]:
-            self.cells.finish(unit, progress)
-            if self.cells.time_left() < 0:
-                raise TimeUpError
+    def backwards(
+        self: Workers, units: Sequence[Unit], progress: Callable[[int], None], then: Callable[[], Sequence[Unit]]
+    ) -> None:
+        while units:
+            for unit in [part for one in units for part in shared_out([one], 3)][::-1]:
+                self.cells.finish(unit, progress)
+                if self.cells.time_left() < 0:
+                    raise TimeUpError
+            units = then()
 
     monkeypatch.setattr(Workers, "finish", backwards)
     path = configured(tmp_path, siblings)
@@ -168,6 +173,61 @@ def test_the_order_of_answers_changes_nothing(
     assert same(told(tmp_path / "results/small"), whole)
     arms = [arm for arm, budget, length in changed(whole)]
     assert len(arms) == len(set(arms)) >= 9 and {length for *_, length in changed(whole)} == {48}
+
+
+def test_methods_at_a_place_begin_when_its_dense_runs_have_ended(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[int]] = []
+
+    def finish(
+        self: Workers, units: Sequence[Unit], progress: Callable[[int], None], then: Callable[[], Sequence[Unit]]
+    ) -> None:
+        asked.append({unit.place.length for unit in then()})
+        for length in (64, 48):
+            *some, last = [unit for unit in units if unit.place.length == length]
+            for unit in some:
+                self.cells.finish(unit, progress)
+            asked.append({unit.place.length for unit in then()})
+            self.cells.finish(last, progress)
+            asked.append({unit.place.length for unit in then()})
+
+    monkeypatch.setattr(Workers, "finish", finish)
+    work = commands.work_of(str(configured(tmp_path, siblings)), [])
+    comparison = work.comparison()
+    comparison.run(work.folder(comparison), lambda cells: None)
+    assert asked == [set(), set(), {64}, set(), {48}]
+
+
+def test_what_comes_up_while_others_answer_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one process and by several, which are stand-ins here: each answers what it has been given."""
+    arms: Any = [SimpleNamespace(model="dense"), SimpleNamespace(model="nsa")]
+    first, second, third = (Unit((arm,), Place("mqar", 64, False)) for arm in (*arms, arms[0]))
+    for count in (1, 2):
+        done: list[Unit] = []
+        cells: Any = SimpleNamespace(
+            config=None,
+            folder=None,
+            time_left=lambda: 1.0,
+            missing=lambda unit: unit.arms,
+            finish=lambda unit, progress, done=done: done.append(unit),
+        )
+        new = iter([[second], [third]] if count == 1 else [[], [second], [third]])
+
+        def deal(self: Workers, waiting: list[Unit], done: list[Unit] = done) -> None:
+            self._workers[:] = [Worker(0, cast(Any, None), cast(Any, None), unit=unit) for unit in waiting[:1]]
+            done += waiting[:1]
+            del waiting[:1]
+
+        def hear(self: Workers, worker: Worker, progress: Callable[[int], None]) -> bool:
+            worker.unit = None
+            return True
+
+        monkeypatch.setattr(Workers, "_deal", deal)
+        monkeypatch.setattr(Workers, "_hear", hear)
+        monkeypatch.setattr(workers, "wait", list)
+        Workers(count, cells, "cpu").finish([first], lambda cells: None, lambda new=new: next(new, []))  # type: ignore[misc]
+        assert done == [first, second, third]
 
 
 @pytest.mark.slow
