@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa.config import Config, load_saved
 from nsa.data.load_tokenizer import SENTENCEPIECE, tokenizer_files
-from nsa.importing import WeightReader, read_config
+from nsa.importing import WeightReader, read_sections
 from nsa.importing.folder import is_own
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import BASELINE
@@ -165,8 +165,7 @@ def _sections(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
     if not _is_foreign(folder):
         config = load_saved(folder / "config.yaml")
         return config.model, config.attention
-    sections = read_config(folder)
-    return ModelConfig.model_validate(sections["model"]), AttentionConfig.model_validate(sections["attention"])
+    return read_sections(folder)
 
 
 def _reader(folder: Path, model: ModelConfig) -> Callable[..., Tensor]:
@@ -181,12 +180,9 @@ def _ask_for_tokenizer(folder: Path, config: Config) -> None:
     """Of a model whose tokenizer cannot be compared with the run's."""
     if config.data.tokenizer.path is not None:
         return
-    where = f"which is {folder} if its files lie there"
-    if is_own(folder):
-        where += f" ({SENTENCEPIECE} does not once transformers saved it; the export that it was made of has it)"
     raise ValueError(
         f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it to "
-        f"that tokenizer, {where} (docs/importing.md)"
+        f"that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
     )
 
 
