@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nsa.layers.projections.config import MlaConfig
 from nsa.schema import Section
 
+OF_LOSS = "taught"
 Price = Literal["causal", "compressed", "near"]  # speeds that `nsa.planning` fits to measurements
 
 
@@ -80,11 +81,16 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """A linear map of the layer: ``rows`` per token, from ``inner`` to ``outer`` features."""
+    """A linear map of the layer: ``rows`` per token, from ``inner`` to ``outer`` features.
+
+    ``alone``: how many matrix products it takes where only what is trained apart is trained (`Kind.apart`). 1: the
+    forward pass. 2: also the gradient of its weights. 3: and that of its input.
+    """
 
     rows: float
     inner: int
     outer: int
+    alone: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,11 +133,13 @@ class Same:
 class Gather:
     """It needs the rows of all earlier tokens: a tuple of tensors (B, T, ...), such as keys and values.
 
-    ``name``: of the bytes sent, in the metrics. ``width``: elements per token, in all of the tensors.
+    ``name``: of the bytes sent, in the metrics. ``width``: elements per token, in all of the tensors. ``apart``:
+    whether submodules that are trained apart compute it.
     """
 
     name: str
     width: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,7 @@ class Kind:
         keeps_scale: submodules whose initial weights keep the scale of their input, since no norm follows.
         products: (shape, config) -> the layer's linear maps; the first is the joint projection of the hidden state.
         keys: (config, tokens) -> term -> number of keys that a query attends to, mean over a document of ``tokens``.
+            The term `OF_LOSS` stands for what only the layer's loss computes.
         widths: (shape, config) -> D and Dv of these keys and values.
         other_flops: (config, tokens) -> FLOPs per token of other scores than the attention's own (an indexer's), in the
             forward pass, mean over a document of ``tokens``; each tensor-parallel rank computes them all.

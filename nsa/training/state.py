@@ -51,8 +51,9 @@ class Identity:
 
 def state_bytes(config: Config) -> int:
     """Bytes of a checkpoint's tensors."""
-    elements = count_parameters(config.model, config.attention)["total"]
-    return 4 * elements * (1 + len(STATE_KEYS[config.optimizer.kind]))
+    counts = count_parameters(config.model, config.attention)
+    trained = counts["total" if config.train == "all" else "apart"]
+    return 4 * (counts["total"] + trained * len(STATE_KEYS[config.optimizer.kind]))
 
 
 def snapshot(engine: DeepSpeedEngine, config: Config, ranks: Ranks, progress: Progress, identity: Identity) -> Snapshot:
