@@ -206,10 +206,7 @@ class Trainer:
         rate = self._set_learning_rate()
         targets, stopped = self._agree(batches, stop)
         loss, norm, broken, spike = self._update(batches, targets)
-        figures = (
-            self.balance.end_step(update=not (broken or spike) and self.config.train == "all")
-            | self.attention_losses.end_step()
-        )
+        figures = self.balance.end_step(update=not (broken or spike)) | self.attention_losses.end_step()
 
         self.progress.step += 1
         self.progress.updates += not (broken or spike)
