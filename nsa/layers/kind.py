@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from nsa.layers.figure import Figure
 from nsa.layers.projections.config import MlaConfig
 from nsa.schema import Section
 
@@ -276,8 +277,9 @@ class Kind:
             begin with them.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
-        figures: (attend, *inputs, cu_seqlens, offset, earlier) -> metrics of one layer for TensorBoard; None: there are
-            none. ``earlier``: a dictionary in which a layer may leave something for the later ones of a forward pass.
+        figures: (attend, *inputs, cu_seqlens, offset, earlier) -> metrics of one layer for TensorBoard, for the queries
+            of this call (`nsa.layers.figure.Figure` adds them up); None: there are none. ``earlier``: a dictionary in
+            which a layer may leave something for the later ones of a forward pass.
         guest: how other methods choose in its place, for comparisons; None: they cannot.
         export: keys of its section -> their names in config.json, for all that change what a layer computes; None: the
             kind cannot be exported yet.
@@ -316,7 +318,7 @@ class Kind:
     holds_dense: bool
     free: tuple[str, ...]
     problem: Callable[[Any, int], str | None]
-    figures: Callable[..., dict[str, float]] | None
+    figures: Callable[..., dict[str, Figure]] | None
     guest: Guest | None
     export: Mapping[str, str] | None
     known: Callable[[Shape, Any], Known | None]

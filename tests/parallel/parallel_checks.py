@@ -160,6 +160,16 @@ def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[s
     return answer
 
 
+def probed(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, float]]:
+    """For each case: the figures of the probe before the first step."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        trainer = Trainer(tiny_config(folder, f"name=probed{number}", *overrides), ranks)
+        answer.append(trainer.probe_attention())
+        close(trainer)
+    return answer
+
+
 def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[dict[str, Any]]:
     """For each case, a run that trains its indexers or NSA's selection: of every step the loss, the norm of the
     gradient and the loss of each layer; of the run, what has moments, which weights changed, and whether stages sent
