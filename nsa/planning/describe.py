@@ -8,7 +8,7 @@ from nsa.planning.dry_run import DryRun
 from nsa.planning.memory import Memory, memory_of
 from nsa.planning.search import Candidate
 from nsa.planning.speed import Gpu, Speed, fits, known
-from nsa.planning.traffic import bytes_sent, data_bytes
+from nsa.planning.traffic import bytes_sent, data_bytes, passes_of
 from nsa.training.console import limits_of
 from nsa.training.deepspeed_config import micro_batches_per_step
 
@@ -45,7 +45,7 @@ def describe(config: Config, gpus: int) -> str:
     lines += [
         "",
         f"Memory per GPU (estimate): GPUs: {gpus}, ZeRO {engine.zero_stage}, {engine.precision}, "
-        f"activation checkpointing: {engine.activation_checkpointing}{where}",
+        f"activation checkpointing: {passes_of(config).again}{where}",
         *_memory_lines(memory),
     ]
     data = data_bytes(config, gpus)

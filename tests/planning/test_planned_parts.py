@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nsa.config import load_config
 from nsa.models import count_parameters, training_flops_per_token
 from nsa.parallel.grid import build_grid
 from nsa.plan import main
 from nsa.planning.dry_run import dry_run
-from nsa.planning.memory import memory_of
+from nsa.planning.memory import memory_at_least, memory_of
+from nsa.planning.search import search
 from nsa.planning.speed import GPUS, predict_speed
 from nsa.planning.traffic import bytes_sent, data_bytes
 from nsa.planning.work import work_of
@@ -137,8 +139,6 @@ def test_planned_state_is_what_the_trainer_allocates(allocated, case):
 def test_memory_and_time_of_a_large_model(capsys):
     """What the plan says of 1b, whose layers get indexers: neither gradients nor moments of the rest, a third of the
     time or less, and nothing about an upper bound."""
-    from nsa.config import load_config
-
     dsa = ["attention.kind=dsa", "attention.dsa.phase=warm-up"]
     whole = load_config(ROOT / "configs/1b.yaml", dsa)
     part = load_config(ROOT / "configs/1b.yaml", [*dsa, *PART])
@@ -153,6 +153,17 @@ def test_memory_and_time_of_a_large_model(capsys):
     assert main([str(ROOT / "configs/1b.yaml"), "--gpus", "8", *dsa, *PART]) == 0
     out = capsys.readouterr().out
     assert f"{apart:,} trained" in out and "upper bound" not in out
+
+
+def test_the_search_has_no_recomputation_where_there_is_none():
+    """One candidate for each layout; the bound that sorts layouts out is below the plan."""
+    dsa = ["attention.kind=dsa", "engine.activation_checkpointing=full", *PART]
+    config = load_config(ROOT / "configs/1b.yaml", dsa)
+    found = search(config, 8, GPUS["H200"])
+    assert {one.config.engine.activation_checkpointing for one in found} == {"none"}
+    assert len({one.config.parallel for one in found}) == len(found) > 3
+    for one in found:
+        assert memory_at_least(one.config, 8) <= sum(one.memory.device.values())
 
 
 def test_gradients_of_frozen_weights_are_not_computed():
