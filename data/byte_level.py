@@ -49,11 +49,11 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         content = inside(folder, MODEL).read_bytes()
         settings, config = (_optional(folder, name) for name in (SETTINGS, "config.json"))
         names = {}
-        if any(_name(settings.get(name)) is None for name in ("bos_token", "eos_token")):
+        if any(token_name(settings.get(name)) is None for name in ("bos_token", "eos_token")):
             names = _names(_object(json.loads(content), folder / MODEL))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: its tokenizer cannot be read ({error}); {HINT}") from None
-    found = {name: _name(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
+    found = {name: token_name(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     for name, given in found.items():
         number = config.get(f"{name}_id")
         number = number[0] if isinstance(number, list) and number else number
@@ -65,7 +65,7 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         )
     found["bos_token"] = found["bos_token"] or found["eos_token"]
     found["pad_token"] = found["pad_token"] or found["eos_token"]
-    if any(_name(settings.get(name)) != piece for name, piece in found.items()):
+    if any(token_name(settings.get(name)) != piece for name, piece in found.items()):
         settings |= found
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         return {MODEL: content, SETTINGS: text.encode()}
@@ -101,7 +101,7 @@ class ByteLevelTokenizer(BaseTokenizer):
         added = {entry["id"]: entry for entry in model["added_tokens"]}
         vocabulary: dict[str, int] = model["model"]["vocab"]
         ids = vocabulary | {entry["content"]: index for index, entry in added.items()}
-        names = {name: _name(self.settings[name]) for name in ("bos_token", "eos_token", "pad_token")}
+        names = {name: token_name(self.settings[name]) for name in ("bos_token", "eos_token", "pad_token")}
         for name, piece in names.items():
             if piece not in ids:
                 raise ValueError(f"{folder}: {name} is {piece!r}, and {MODEL} has no such token")
@@ -261,7 +261,7 @@ def _parts(given: dict[str, Any] | None, inner: str) -> Iterator[dict[str, Any]]
         yield from _parts(part, inner)
 
 
-def _name(given: Any) -> str | None:
+def token_name(given: Any) -> str | None:
     """Of a token, as tokenizer_config.json has it."""
     given = given.get("content") if isinstance(given, dict) else given
     return given if isinstance(given, str) else None

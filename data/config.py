@@ -76,7 +76,7 @@ class TokenizerConfig(Section):
     path: str | None = Field(
         None,
         description="an existing tokenizer: a sentencepiece .model, or a Hugging Face folder with tokenizer.model or "
-        "with a tokenizer.json of byte-level BPE; null: train one on the corpus",
+        "with a tokenizer.json of byte-level BPE or of an export; null: train one on the corpus",
     )
     vocab_size: int = Field(
         4096, ge=300, le=2**24, description="vocabulary of a trained tokenizer, its 256 bytes included"

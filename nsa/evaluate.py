@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nsa.config import load_config
-from nsa.evaluation import evaluate
-from nsa.exporting.folder import CONFIG, is_export
+from nsa.evaluation.runner import check, evaluate
+from nsa.exporting.folder import CONFIG
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m nsa.evaluate", description="Measure an exported model.")
-    parser.add_argument("export", help="a folder written by nsa.export")
+    parser.add_argument("export", help="a folder written by nsa.export, or one that transformers saved of it")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.recall_samples=16")
     parser.add_argument("--config", help="YAML whose data and evaluation sections to use (default: the training's)")
     parser.add_argument("--out", help="folder for the results (default: evaluation, beside the export)")
     options = parser.parse_intermixed_args(arguments)
     try:
-        is_export(Path(options.export))  # says what is missing
+        check(Path(options.export), options.config is not None)
         path = Path(options.config or Path(options.export) / CONFIG)
         config = load_config(path, options.overrides) if options.config or options.overrides else None
         evaluate(options.export, options.out, config)

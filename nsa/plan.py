@@ -58,6 +58,7 @@ def _plan(options: argparse.Namespace) -> None:
     from nsa.planning.memory import memory_of
     from nsa.planning.search import search
     from nsa.planning.speed import GPUS, predict_speed
+    from nsa.training.state import check_beginning
 
     config, gpus = load_config(options.config, options.overrides), options.gpus
     if gpus < 1:
@@ -67,6 +68,11 @@ def _plan(options: argparse.Namespace) -> None:
     if options.memory is not None and options.memory <= 0:
         raise ConfigError(f"--memory {options.memory:g}: GB of a GPU")
     print(describe(config, gpus))
+    if config.start_from is not None:
+        try:
+            check_beginning(config)
+        except (ValueError, OSError) as error:  # a plan may be made elsewhere, or before the stage that it starts from
+            print(f"\nnote: here the run could not begin: {error}")
     if options.gpu or options.memory:
         gpu = GPUS[options.gpu or "H100"]
         gpu = replace(gpu, memory=1e9 * options.memory) if options.memory else gpu

@@ -2,8 +2,12 @@
 
 import os
 import re
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic_core import PydanticCustomError
+
+LARGEST = 1e30  # of a number: the fp32 arithmetic in which it is used goes to 3e38
 
 
 class Section(BaseModel):
@@ -17,6 +21,13 @@ class Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*")
+    @classmethod
+    def _no_larger_than_fp32_holds(cls, value: Any) -> Any:
+        if isinstance(value, float) and abs(value) > LARGEST:
+            raise PydanticCustomError("too_large", "Input should be at most {most} in size", {"most": f"{LARGEST:g}"})
+        return value
 
 
 def shell_path(value: str) -> str:

@@ -63,13 +63,19 @@ def _main() -> int:
         return 0
     if arguments.dry_run:
         from nsa.planning.describe import describe
+        from nsa.training.state import check_beginning
 
         try:
-            print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+            print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))), flush=True)
         except ValueError as e:
             more = f"For another number of ranks: python -m nsa.plan {arguments.config} --gpus N"
             print(f"error: {e}\n{more}", file=sys.stderr)
-            return 2
+            return USER
+        try:
+            check_beginning(config)
+        except (ValueError, OSError) as e:
+            print(f"error: {e}", file=sys.stderr)
+            return USER
         return 0
 
     from nsa.training.job import train

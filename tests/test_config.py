@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import string
 
 import pytest
@@ -331,3 +332,20 @@ def test_a_selection_can_be_taught(small, more):
     assert {kind.apart for kind in config.attention.kinds(2)} <= {(), ("compress.key",)}
     sparse = load_config(small, [*TAUGHT, "attention.nsa.phase=sparse", "attention.nsa.num_local=3"])
     assert all(kind.apart == () for kind in sparse.attention.kinds(2))
+
+
+def test_a_number_that_fp32_cannot_use_is_refused(small):
+    """1e300 is finite, but training stopped with it as with a fault of the program."""
+    numbers = {key for key, field in walk(Config) if field.annotation in (float, float | None) and "*" not in key}
+    assert {
+        "optimizer.learning_rate",
+        "attention.nsa.kl_weight",
+        "model.moe.loss_weight",
+        "model.rope.theta",
+    } <= numbers
+    for key in sorted(numbers):
+        refused = re.escape(key) + r": must be (at most 1e\+30 in size|less than .*), got 1e\+300"
+        with pytest.raises(ConfigError, match=refused):
+            load_config(small, [f"{key}=1e300"])
+    for key in ("optimizer.learning_rate", "optimizer.weight_decay", "attention.dsa.kl_weight"):
+        load_config(small, [f"{key}=1e30"])

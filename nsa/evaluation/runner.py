@@ -17,8 +17,8 @@ from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
 from nsa.data.tasks import Task, task_named
 from nsa.evaluation import bits_per_byte, recall, report
-from nsa.exporting import load_decoder
-from nsa.exporting.folder import STATE
+from nsa.exporting import load_decoder, load_imported
+from nsa.exporting.folder import CONFIG, STATE, is_export
 from nsa.models import Decoder
 from nsa.untrusted import read_json
 
@@ -34,21 +34,25 @@ def evaluate(
     """Measure an export; write evaluation.json, bits_per_byte.png and recall.png (what there is to show of them).
 
     Args:
-        export: folder written by `nsa.export`.
+        export: folder written by `nsa.export`, or another that can be imported, such as one that transformers saved
+            of it.
         out: folder for the results; None: ``evaluation`` beside the export.
-        config: its ``data`` and ``evaluation`` sections are used; None: those of the training.
+        config: its ``data`` and ``evaluation`` sections are used; None: those of the training, which only an export as
+            `nsa.export` writes it has.
         say: called with the rows of the tables as they are computed.
 
     Returns:
         The content of evaluation.json.
 
     Raises:
-        ValueError: the folder is no export. Where the text is not available bits per byte are left out, and it is said.
+        ValueError: the folder cannot be read, or a configuration is needed. Where the text is not available bits per
+            byte are left out, and it is said.
     """
     began = time.monotonic()
     export = Path(export)
     out = Path(out) if out is not None else export.resolve().parent / "evaluation"
-    decoders = Decoders(export)
+    check(export, config is not None)
+    decoders = Decoders(export, config)
     trained = decoders.config
     config = config or trained
     factors = config.evaluation.length_factors
@@ -91,7 +95,7 @@ def evaluate(
 
     document = {
         "export": str(export),
-        "training": read_json(export / STATE),
+        "training": read_json(export / STATE) if (export / STATE).exists() else None,
         "training_length": length,
         "bits_per_byte": [asdict(curve) for curve in curves],
         "left_out": left_out,
@@ -110,20 +114,42 @@ def evaluate(
     return document
 
 
-class Decoders:
-    """The decoder of an export. For lengths beyond its rotary range YaRN extends it to that length."""
+def check(export: Path, configured: bool) -> None:
+    """Raise ValueError if there is no ``export``, or if it lacks the training's configuration and none is given."""
+    if is_export(export) or (configured and (export / "config.json").exists()):
+        return
+    if (export / "config.json").exists():
+        raise ValueError(
+            f"{export} has no {CONFIG}, as after transformers has saved a model: name that of the export that it was "
+            f"made of, with --config EXPORT/{CONFIG}"
+        )
+    raise ValueError(f"{export} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
 
-    def __init__(self, export: Path) -> None:
-        self._export = export
-        decoder, self.config, self.tokenizer = load_decoder(export)
-        self._yarn = self.config.model.rope.yarn_factor
+
+class Decoders:
+    """The decoder of a folder. For lengths beyond its rotary range YaRN extends it to that length.
+
+    Attributes:
+        config: of the training, or the one given for a folder that has none.
+    """
+
+    def __init__(self, folder: Path, given: Config | None = None) -> None:
+        self._folder, self._given = folder, None if is_export(folder) else given
+        decoder, self.config, self.tokenizer = self._load(None)
+        self._range, self._yarn = decoder.config.max_position, decoder.config.rope.yarn_factor
         self._decoders = {self._yarn: self._place(decoder)}
+
+    def _load(self, yarn_factor: float | None) -> tuple[Decoder, Config, BaseTokenizer]:
+        if self._given is None:
+            return load_decoder(self._folder, yarn_factor)
+        decoder, tokenizer = load_imported(self._folder, yarn_factor)
+        return decoder, self._given, tokenizer
 
     def reaching(self, length: int) -> tuple[Decoder, float]:
         """A decoder for sequences of ``length`` tokens, and its YaRN factor (1: none)."""
-        factor = max(self._yarn, length / self.config.model.max_position)
+        factor = max(self._yarn, length / self._range)
         if factor not in self._decoders:
-            self._decoders[factor] = self._place(load_decoder(self._export, yarn_factor=factor)[0])
+            self._decoders[factor] = self._place(self._load(factor)[0])
         return self._decoders[factor], factor
 
     def _place(self, decoder: Decoder) -> Decoder:

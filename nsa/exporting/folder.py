@@ -15,14 +15,13 @@ from torch import Tensor
 
 from nsa.config import Config, load_saved
 from nsa.data.base_tokenizer import BaseTokenizer
-from nsa.data.load_tokenizer import FILES, SENTENCEPIECE, load_tokenizer
+from nsa.data.load_tokenizer import FILES, load_tokenizer
 from nsa.exporting.families import FAMILIES, Format, format_of
 from nsa.exporting.model_card import model_card
 from nsa.exporting.proof import ExportError, LogitsDiffer, Proof, prove
 from nsa.exporting.tokenizer import write_tokenizer
-from nsa.importing import own
-from nsa.importing.folder import is_own
-from nsa.models import Decoder, hf
+from nsa.importing import own, read_sections, read_weights
+from nsa.models import AttentionConfig, Decoder, ModelConfig, hf
 from nsa.models.hf.configuration_nsa import NSAConfig
 from nsa.training import checkpoint
 from nsa.untrusted import UntrustedError, check_safetensors, regular_size
@@ -55,7 +54,7 @@ def export(source: Path | str, out: Path | str | None = None, dtype: str = "floa
     weights = checkpoint.load_weights(step)
     weights = {name: t if ".router." in name else t.to(DTYPES[dtype]) for name, t in weights.items()}
     tokenizer = load_tokenizer(step)
-    decoder = fill(config, weights)
+    decoder = fill(config.model, config.attention, weights, config.engine.backend)
 
     temporary = final.with_name(f"{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -154,19 +153,8 @@ def hf_config(config: Config, tokenizer: BaseTokenizer) -> NSAConfig:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether it is an export, of any format.
-
-    Raises:
-        ExportError: it was one, and transformers has saved its model again, without the files of the training.
-    """
-    if (folder / CONFIG).is_file():
-        return True
-    if is_own(folder):
-        raise ExportError(
-            f"{folder} is an export that was saved again, without {CONFIG}: copy {CONFIG}, {STATE} and, where there is "
-            f"one, {SENTENCEPIECE} into it from the export that it was made of"
-        )
-    return False
+    """Whether it is an export, of any format, as `nsa.export` writes it: with the configuration of the training."""
+    return (folder / CONFIG).is_file()
 
 
 def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, BaseTokenizer]:
@@ -184,8 +172,8 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
     config = load_saved(folder / CONFIG, [] if yarn_factor is None else [f"model.rope.yarn_factor={yarn_factor}"])
     weights: dict[str, Tensor] = {}
     try:
-        for name in (CONFIG, *(name for name in FILES if (folder / name).is_symlink() or (folder / name).exists())):
-            regular_size(folder / name)
+        regular_size(folder / CONFIG)
+        _check_files(folder)
         for path in sorted(folder.glob("model*.safetensors")):
             if twice := check_safetensors(path).keys() & weights.keys():
                 raise UntrustedError(f"{path}: tensor {min(twice)} is in another file, too")
@@ -194,28 +182,56 @@ def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[
         raise ExportError(f"{folder}: {e}") from None
     for family in FAMILIES:  # another release of transformers may have chosen
         weights = family.restore(weights)
-    return fill(config, weights), config, load_tokenizer(folder)
+    return fill(config.model, config.attention, weights, config.engine.backend), config, load_tokenizer(folder)
 
 
-def fill(config: Config, weights: dict[str, Tensor]) -> Decoder:
-    """A decoder (fp32, not training) with these weights.
+def load_imported(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, BaseTokenizer]:
+    """The native decoder (fp32) and the tokenizer of any folder that can be imported (`nsa.importing`).
+
+    Such as an export that transformers has saved again, which lacks the configuration of the training.
+
+    Args:
+        yarn_factor: rotary length extension, in place of the folder's.
+
+    Raises:
+        ValueError: the folder cannot be imported.
+    """
+    model, attention = read_sections(folder)
+    if yarn_factor is not None:
+        model = model.model_copy(update={"rope": model.rope.model_copy(update={"yarn_factor": yarn_factor})})
+    try:
+        _check_files(Path(folder))
+    except (OSError, UntrustedError) as e:
+        raise ExportError(f"{folder}: {e}") from None
+    return fill(model, attention, read_weights(folder, model)), load_tokenizer(folder)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise UntrustedError or OSError if a file of the tokenizer is no regular one."""
+    for name in FILES:
+        if (folder / name).is_symlink() or (folder / name).exists():
+            regular_size(folder / name)
+
+
+def fill(model: ModelConfig, attention: AttentionConfig, weights: dict[str, Tensor], backend: str = "auto") -> Decoder:
+    """A decoder (fp32, not training) with these weights. ``backend``: of its operators.
 
     Raises:
         ExportError: names or shapes are not those of the configuration.
     """
     layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
-    if len(layers) != config.model.num_layers:  # before so many are built
-        raise ExportError(f"weights of {len(layers)} layers, the configuration has {config.model.num_layers}")
+    if len(layers) != model.num_layers:  # before so many are built
+        raise ExportError(f"weights of {len(layers)} layers, the configuration has {model.num_layers}")
     with torch.device("meta"):
-        decoder = Decoder(config.model, config.attention, backend=config.engine.backend)
+        decoder = Decoder(model, attention, backend=backend)
     weights = {name: tensor.float() for name, tensor in weights.items()}
-    if config.model.tie_embeddings and "embedding.weight" in weights:
+    if model.tie_embeddings and "embedding.weight" in weights:
         weights["head.weight"] = weights["embedding.weight"]
     try:
         decoder.load_state_dict(weights, assign=True)
     except RuntimeError as e:
         raise ExportError(f"the weights do not fit the configuration: {e}") from e
-    if config.model.tie_embeddings:
+    if model.tie_embeddings:
         decoder.head.weight = decoder.embedding.weight
     return decoder.eval().requires_grad_(False)
 

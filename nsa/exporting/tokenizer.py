@@ -1,11 +1,8 @@
 """The training tokenizer as `tokenizer.json`, for `transformers` and everything else that reads that format.
 
-`nsa.data.tokenizer` states the rule that is rebuilt here. Two points are subtle:
-
-* sentencepiece merges the pair whose result has the best score, leftmost first; `tokenizers` ranks pairs. A piece that
-  several pairs make is given all of them, the longest left part first, which keeps its leftmost merge first.
-* "</s>" in a text is the special token, as everywhere in `transformers`: chat templates and fine-tuning need it. Called
-  with `split_special_tokens=True` it is text, as it is in training.
+`nsa.data.tokenizer` states the rule that is rebuilt here, `nsa.data.tokenizer_json` the merges. "</s>" in a text is the
+special token, as everywhere in `transformers`: chat templates and fine-tuning need it. Called with
+`split_special_tokens=True` it is text, as it is in training.
 """
 
 import json
@@ -19,7 +16,8 @@ from tokenizers.models import BPE
 
 from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.byte_level import MODEL, SETTINGS, ByteLevelTokenizer
-from nsa.data.tokenizer import MAX_LINE, SPACE, Tokenizer
+from nsa.data.tokenizer import SPACE, Tokenizer
+from nsa.data.tokenizer_json import KINDS, LINES, bpe_of
 
 
 def write_tokenizer(tokenizer: BaseTokenizer, folder: Path, max_length: int) -> None:
@@ -74,28 +72,14 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _fast_tokenizer(model: ModelProto) -> FastTokenizer:
-    kinds = ModelProto.SentencePiece
-    vocabulary: dict[str, int] = {}
-    cost: dict[str, float] = {}  # of the pieces that merges make
-    for i, entry in enumerate(model.pieces):
-        text = entry.type in (kinds.NORMAL, kinds.USER_DEFINED)
-        piece = entry.piece.replace(SPACE, " ") if text else entry.piece
-        vocabulary[piece] = i
-        if entry.type == kinds.NORMAL:
-            cost[piece] = -entry.score
-
-    merges = []
-    for piece in sorted(cost, key=cost.__getitem__):
-        cuts = range(len(piece) - 1, 0, -1)
-        merges += [(piece[:k], piece[k:]) for k in cuts if piece[:k] in cost and piece[k:] in cost]
+    vocabulary, merges = bpe_of(model)
     unknown = model.pieces[model.trainer_spec.unk_id].piece
     fast = FastTokenizer(BPE(vocabulary, merges, byte_fallback=True, unk_token=unknown))
-    lines = Regex(rf"[^\n]{{0,{MAX_LINE - 1}}}\n|[^\n]{{1,{MAX_LINE}}}")
     fast.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(SPACE, "isolated"), pre_tokenizers.Split(lines, "isolated")]
+        [pre_tokenizers.Split(pattern, "isolated") for pattern in (SPACE, Regex(LINES))]
     )
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     # User-defined pieces are cut out before anything is merged; one that is a single character is so anyway.
-    user = [entry.piece for entry in model.pieces if entry.type == kinds.USER_DEFINED and len(entry.piece) > 1]
+    user = [entry.piece for entry in model.pieces if entry.type == KINDS.USER_DEFINED and len(entry.piece) > 1]
     fast.add_tokens([AddedToken(piece.replace(SPACE, " "), normalized=False) for piece in user])
     return fast

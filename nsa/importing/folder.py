@@ -108,6 +108,12 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     return {"model": model, "attention": attention}
 
 
+def read_sections(folder: Path | str) -> tuple[ModelConfig, AttentionConfig]:
+    """As `read_config`, as sections of a configuration."""
+    sections = read_config(folder)
+    return ModelConfig.model_validate(sections["model"]), AttentionConfig.model_validate(sections["attention"])
+
+
 class WeightReader:
     """Reads single weights of a folder by their names in a `Decoder` of ``model``, in the dtype they have there.
 
@@ -129,7 +135,7 @@ class WeightReader:
                 f"{self._folder} has {len(found)} tensors, fewer than the {model.num_layers} layers of config.json"
             )
         with torch.device("meta"):
-            decoder = Decoder(model, AttentionConfig.model_validate(read_config(folder)["attention"]))
+            decoder = Decoder(model, read_sections(folder)[1])
         wanted = {name: list(tensor.shape) for name, tensor in decoder.state_dict().items()}
         self._theirs = {name: _their_names(family, name, shape) for name, shape in wanted.items()}
         self._factors = family.factors(fields)

@@ -16,9 +16,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from nsa.layers.figure import Figure
 from nsa.layers.projections.config import MlaConfig
 from nsa.schema import Section
 
+OF_LOSS = "taught"
 Price = Literal["causal", "compressed", "near"]  # speeds that `nsa.planning` fits to measurements
 
 
@@ -80,11 +82,16 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """A linear map of the layer: ``rows`` per token, from ``inner`` to ``outer`` features."""
+    """A linear map of the layer: ``rows`` per token, from ``inner`` to ``outer`` features.
+
+    ``alone``: how many matrix products it takes where only what is trained apart is trained (`Kind.apart`). 1: the
+    forward pass. 2: also the gradient of its weights. 3: and that of its input.
+    """
 
     rows: float
     inner: int
     outer: int
+    alone: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,13 @@ class Same:
 class Gather:
     """It needs the rows of all earlier tokens: a tuple of tensors (B, T, ...), such as keys and values.
 
-    ``name``: of the bytes sent, in the metrics. ``width``: elements per token, in all of the tensors.
+    ``name``: of the bytes sent, in the metrics. ``width``: elements per token, in all of the tensors. ``apart``:
+    whether submodules that are trained apart compute it.
     """
 
     name: str
     width: int
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,6 +244,7 @@ class Kind:
         keeps_scale: submodules whose initial weights keep the scale of their input, since no norm follows.
         products: (shape, config) -> the layer's linear maps; the first is the joint projection of the hidden state.
         keys: (config, tokens) -> term -> number of keys that a query attends to, mean over a document of ``tokens``.
+            The term `OF_LOSS` stands for what only the layer's loss computes.
         widths: (shape, config) -> D and Dv of these keys and values.
         other_flops: (config, tokens) -> FLOPs per token of other scores than the attention's own (an indexer's), in the
             forward pass, mean over a document of ``tokens``; each tensor-parallel rank computes them all.
@@ -267,8 +277,9 @@ class Kind:
             begin with them.
         free: keys of its section that do not say what its weights mean: they may differ in a run that starts from one.
         problem: (config, tokens) -> what is wrong with these values for samples of ``tokens``, in words; None: nothing.
-        figures: (attend, *inputs, cu_seqlens, offset, earlier) -> metrics of one layer for TensorBoard; None: there are
-            none. ``earlier``: a dictionary in which a layer may leave something for the later ones of a forward pass.
+        figures: (attend, *inputs, cu_seqlens, offset, earlier) -> metrics of one layer for TensorBoard, for the queries
+            of this call (`nsa.layers.figure.Figure` adds them up); None: there are none. ``earlier``: a dictionary in
+            which a layer may leave something for the later ones of a forward pass.
         guest: how other methods choose in its place, for comparisons; None: they cannot.
         export: keys of its section -> their names in config.json, for all that change what a layer computes; None: the
             kind cannot be exported yet.
@@ -307,7 +318,7 @@ class Kind:
     holds_dense: bool
     free: tuple[str, ...]
     problem: Callable[[Any, int], str | None]
-    figures: Callable[..., dict[str, float]] | None
+    figures: Callable[..., dict[str, Figure]] | None
     guest: Guest | None
     export: Mapping[str, str] | None
     known: Callable[[Shape, Any], Known | None]

@@ -122,7 +122,8 @@ class _ParallelLinear(torch.autograd.Function):
             d_x = torch.mm(d_rows[0], first).addmm_(d_rows[1], second).view(x.shape)
             if ctx.begin_sum:
                 ctx.begin_sum(d_x)
-        return d_x, None, d_rows[0].T @ rows, d_rows[1].T @ rows
+        wanted = ctx.needs_input_grad[2:]  # a frozen weight needs none
+        return d_x, None, *(d.T @ rows if want else None for d, want in zip(d_rows, wanted, strict=True))
 
 
 class _JointLinear(torch.autograd.Function):
@@ -139,6 +140,8 @@ class _JointLinear(torch.autograd.Function):
         if d_x is not None and ctx.begin_sum:
             ctx.begin_sum(d_x)
         d_rows = d_out.flatten(0, -2)
-        d_weights = d_rows.T @ x.flatten(0, -2)
         d_bias = d_rows.sum(0) if ctx.needs_input_grad[2] else None
+        if not any(ctx.needs_input_grad[3:]):  # frozen
+            return d_x, None, d_bias, *[None] * len(weights)
+        d_weights = d_rows.T @ x.flatten(0, -2)
         return d_x, None, d_bias, *d_weights.split([len(weight) for weight in weights])

@@ -8,7 +8,7 @@ from nsa.planning.dry_run import DryRun
 from nsa.planning.memory import Memory, memory_of
 from nsa.planning.search import Candidate
 from nsa.planning.speed import Gpu, Speed, fits, known
-from nsa.planning.traffic import bytes_sent, data_bytes, parameters_of_rank
+from nsa.planning.traffic import bytes_sent, data_bytes, passes_of
 from nsa.training.console import limits_of
 from nsa.training.deepspeed_config import micro_batches_per_step
 
@@ -26,7 +26,8 @@ def describe(config: Config, gpus: int) -> str:
     step = training.global_batch_size * length
     lines = [
         f"{config.name}: {counts['total']:,} parameters, {counts['embedding']:,} of them embeddings"
-        + (f", {counts['active']:,} active" if config.model.moe else ""),
+        + (f", {counts['active']:,} active" if config.model.moe else "")
+        + (f", {counts['apart']:,} trained" if config.train != "all" else ""),
         f"  layers      {layers}",
         f"  step        {training.global_batch_size} samples of {length} tokens = {step:,} tokens; "
         f"micro batches per GPU: {passes}",
@@ -36,23 +37,22 @@ def describe(config: Config, gpus: int) -> str:
         "",
         f"FLOPs, forward and backward {'per token':>12} {'per step':>12} {'whole run':>12}",
     ]
-    for name, flops in training_flops_per_token(config.model, config.attention, length).items():
+    apart = config.train != "all"
+    for name, flops in training_flops_per_token(config.model, config.attention, length, apart).items():
         name = name.replace("_", "-")
         lines.append(f"  {name:<25} {flops:>12.3g} {flops * step:>12.3g} {flops * step * training.steps:>12.3g}")
     where = ", optimizer on the host" if engine.offload_optimizer else ""
     lines += [
         "",
         f"Memory per GPU (estimate): GPUs: {gpus}, ZeRO {engine.zero_stage}, {engine.precision}, "
-        f"activation checkpointing: {engine.activation_checkpointing}{where}",
+        f"activation checkpointing: {passes_of(config).again}{where}",
         *_memory_lines(memory),
     ]
-    data = data_bytes(config, gpus, parameters_of_rank(config))
+    data = data_bytes(config, gpus)
     sent: dict[str, float] = {**bytes_sent(config, gpus), "data (DeepSpeed)": data}
     sent = {name: num_bytes for name, num_bytes in sent.items() if num_bytes}
     if sent:
         lines += ["", "Sent by the first GPU in a step:", *_gib_lines(sent)]
-    if config.train != "all":
-        lines += ["", f"train: {config.train}: the plan is of training all parameters, so these are upper bounds."]
     if limits := limits_of(config):
         lines += ["", limits]
     return "\n".join(lines)

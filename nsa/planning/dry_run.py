@@ -24,12 +24,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from nsa.config import Config, ConfigError
+from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.models import Decoder
 from nsa.parallel.decoder import parallelize
 from nsa.parallel.grid import Grid, build_grid
 from nsa.parallel.pipeline import Pipeline
 from nsa.training.activation_checkpointing import checkpoint_layers
 from nsa.training.deepspeed_config import micro_batches_per_step
+from nsa.training.freezing import attached, freeze_others
 
 META = torch.device("meta")
 
@@ -39,7 +41,8 @@ class DryRun:
     """What one rank does in a step.
 
     Attributes:
-        rank: the world rank. layout: such as "2 data x 4 tensor". parameters: how many the rank holds.
+        rank: the world rank. layout: such as "2 data x 4 tensor". parameters: how many the rank holds. trained: how
+            many of them have gradients.
         sent: bytes sent within its replica in a step, by the names of `comm/...` in the metrics.
         flops: of its matrix products in a step, recomputation included; without attention and compression.
         peak_bytes: peak memory besides weights, gradients and optimizer: activations and temporary gradients.
@@ -49,6 +52,7 @@ class DryRun:
     rank: int
     layout: str
     parameters: int
+    trained: int
     sent: dict[str, int]
     flops: float
     peak_bytes: int
@@ -81,6 +85,7 @@ def dry_run(config: Config, gpus: int, rank: int = 0) -> DryRun:
         rank=rank,
         layout=grid.describe(),
         parameters=sum(p.numel() for p in model.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         sent={name: of_step(name) for name in last.sent},
         flops=first.flops * passes,
         peak_bytes=last.peak,
@@ -108,9 +113,11 @@ def _build(config: Config, grid: Grid) -> Decoder:
     if grid.pipeline.group is not None:  # sends look up the backend of the device
         backend = grid.pipeline.group._get_backend(torch.device("cpu"))
         grid.pipeline.group._register_backend(META, dist.ProcessGroup.BackendType.CUSTOM, backend)
-    if engine.activation_checkpointing != "none":
+    if config.train != "all":
+        freeze_others(model, config)
+    elif engine.activation_checkpointing != "none":
         checkpoint_layers(model.layers, engine.activation_checkpointing)
-    for parameter in model.parameters():
+    for parameter in (p for p in model.parameters() if p.requires_grad):
         # DeepSpeed, or the pipeline's sum, takes each gradient as soon as it is computed.
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     return model.bfloat16() if engine.precision == "bf16" else model
@@ -132,14 +139,26 @@ def _count(config: Config, grid: Grid, model: Decoder, passes: int) -> _Counts:
     def run(_: Any = None) -> Tensor:
         return model(ids, targets=ids, cu_seqlens=borders)
 
+    def take() -> Tensor:
+        """As `nsa.training.attention_losses.AttentionLosses.take`."""
+        losses = [module.take() for module in model.modules() if isinstance(module, AuxiliaryLoss)]
+        return sum((loss for loss in losses if loss is not None), torch.zeros((), device=META))
+
     grid.traffic.take()
     with Ledger([ids, borders, *model.parameters()]) as ledger:
         if grid.pipeline.size == 1:
             assert passes == 1
-            run().sum().backward()
+            losses = run()
+            loss = losses.sum() if config.train == "all" or attached(config) else take()
+            if loss.requires_grad:  # a layer that `nsa.planning.memory` measures alone may train nothing
+                loss.backward()
         else:
             shape = (1, tokens // grid.context.size // grid.tensor.size, config.model.hidden_size)
-            Pipeline(_Engine(model), grid.pipeline, run, lambda _: shape).backward([None] * passes, 1.0)
+            pipeline = Pipeline(_Engine(model), grid.pipeline, run, lambda _: shape)
+            if config.train == "all":
+                pipeline.backward([None] * passes, 1.0)
+            else:
+                pipeline.backward_within([None] * passes, take)
     return _Counts(passes, grid.traffic.take(), ledger.flops / passes, ledger.peak)
 
 

@@ -124,7 +124,7 @@ def cases(path: Path) -> Iterator[Case]:
         document = _document(row["tokens"]) if row.get("packed") else None
         plan = Plan(config, 1, gpu, document, dense=row.get("dense_attention", "triton"))
         # AdamW on bf16 weights, gradients accumulated in bf16.
-        moved = plan.parameters * (10 * row.get("accumulate", 1) + 16)
+        moved = plan.trained * (10 * row.get("accumulate", 1) + 16)
         plan.works = [replace(work, optimizer=moved, gradients=0.0) for work in plan.works]
         plan.steps = 0  # the host does nothing else once per step
         yield Case(file, "models", row, gpu, config, plan, row["ms"] / 1e3 if "ms" in row else None)

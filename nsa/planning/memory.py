@@ -14,7 +14,7 @@ from nsa.layers.kind import Kind
 from nsa.parallel.config import ParallelConfig, stage_layers
 from nsa.parallel.grid import data_parallel_size
 from nsa.planning.dry_run import dry_run
-from nsa.planning.traffic import element_bytes, parameters_of_rank
+from nsa.planning.traffic import element_bytes, parameters_of_rank, passes_of, trained_of_rank
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import deepspeed_config, micro_batches_per_step
 
@@ -24,7 +24,8 @@ class Memory:
     """Bytes of the first rank of a replica, which holds the most layers and micro batches.
 
     Attributes:
-        device: by kind, during training. host: the same, for the optimizer's state if it is offloaded.
+        device: by kind, during training. host: the same, for the optimizer's state if it is offloaded, and for the fp32
+            values of weights that are not trained.
         start: on the device before ZeRO shards anything: the rank's part, and one whole parameter in fp32.
     """
 
@@ -46,8 +47,9 @@ def memory_of(config: Config, gpus: int) -> Memory:
     parameters = tables * _table(config) + sum(costs[kind].parameters for kind in kinds)
     if stages == 1:
         parameters += model.hidden_size  # the last norm
+    trained = parameters if config.train == "all" else sum(costs[kind].trained for kind in kinds)
     kept = _in_flight(config, gpus) * sum(costs[kind].kept for kind in kinds)
-    return _memory(config, gpus, parameters, max(cost.fixed for cost in costs.values()) + kept)
+    return _memory(config, gpus, parameters, trained, max(cost.fixed for cost in costs.values()) + kept)
 
 
 def memory_at_least(config: Config, gpus: int) -> float:
@@ -62,7 +64,8 @@ def memory_at_least(config: Config, gpus: int) -> float:
     kept = {kind: _layer_costs(_alone(alone, *kind)).kept for kind in dict.fromkeys(kinds)}
     samples = _in_flight(config, gpus) * training.micro_batch_size / (parallel.tensor * parallel.context)
     activations = samples * sum(kept[kind] for kind in kinds)
-    return 0.8 * sum(_memory(config, gpus, parameters_of_rank(config), activations).device.values())
+    parameters = parameters_of_rank(config), trained_of_rank(config)
+    return 0.8 * sum(_memory(config, gpus, *parameters, activations).device.values())
 
 
 def _kinds(config: Config) -> list[tuple[Kind, bool]]:
@@ -73,7 +76,9 @@ def _kinds(config: Config) -> list[tuple[Kind, bool]]:
 
 
 def _in_flight(config: Config, gpus: int) -> int:
-    """Number of micro batches whose activations the first stage keeps under 1F1B."""
+    """Number of micro batches whose activations the first stage keeps under 1F1B, or without backward passes."""
+    if not passes_of(config).backward:
+        return 1
     return min(micro_batches_per_step(config, gpus), config.parallel.pipeline)
 
 
@@ -82,7 +87,8 @@ def _table(config: Config) -> int:
     return config.model.vocab_size // config.parallel.tensor * config.model.hidden_size
 
 
-def _memory(config: Config, gpus: int, parameters: float, activations: float) -> Memory:
+def _memory(config: Config, gpus: int, parameters: float, trained: float, activations: float) -> Memory:
+    """``parameters``: of the rank; ``trained`` of them have gradients and state."""
     passes = micro_batches_per_step(config, gpus)
     replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
     model, engine, width, stages = config.model, config.engine, element_bytes(config), config.parallel.pipeline
@@ -91,9 +97,9 @@ def _memory(config: Config, gpus: int, parameters: float, activations: float) ->
         zero = deepspeed_config(config, gpus)["zero_optimization"]
         # Weights that are used again soon stay gathered.
         device["weights"] = device["weights"] / replicas + min(parameters, zero["stage3_max_live_parameters"]) * width
-    device["gradients"] = parameters * _gradient_bytes(config, replicas)
+    device["gradients"] = trained * _gradient_bytes(config, replicas)
     if stages > 1:
-        device["gradients"] += parameters * (4 + width)  # the pipeline's sum, and the gradients of one pass
+        device["gradients"] += trained * (4 + width)  # the pipeline's sum, and the gradients of one pass
     if straight_gradients(config):
         # The CUDA graph holds the gradients of a whole pass, in part in the memory of activations that it freed.
         device["recording"] = max(parameters * width - activations, _table(config) * width)
@@ -103,14 +109,16 @@ def _memory(config: Config, gpus: int, parameters: float, activations: float) ->
     state: dict[str, float] = {}
     copies = 4 if width == 2 or engine.offload_optimizer else 0
     copies += 8 if config.optimizer.kind == "adamw" else 0
-    state["optimizer"] = parameters * copies / (replicas if engine.zero_stage else 1)
+    state["optimizer"] = trained * copies / (replicas if engine.zero_stage else 1)
     if engine.offload_optimizer:
-        state["gradients"] = parameters * 4 / replicas
+        state["gradients"] = trained * 4 / replicas
         host, state = state, {}
     else:
         host = {}
+    if trained < parameters:
+        host["weights that are not trained"] = 4 * (parameters - trained) / (replicas if engine.zero_stage == 3 else 1)
     device |= state
-    device["buffers"] = _bucket(config, gpus, parameters) if replicas > 1 or engine.zero_stage >= 2 else 0.0
+    device["buffers"] = _bucket(config, gpus, trained) if replicas > 1 or engine.zero_stage >= 2 else 0.0
     device["activations"] = activations
     largest = max(model.vocab_size * model.hidden_size, _experts(config))
     start = width * parameters + 4.0 * largest
@@ -142,20 +150,22 @@ def _gradient_bytes(config: Config, replicas: int) -> float:
     return 0 if config.engine.offload_optimizer else 4 / replicas
 
 
-def _bucket(config: Config, gpus: int, parameters: float) -> float:
+def _bucket(config: Config, gpus: int, trained: float) -> float:
     """Bytes of the bucket that gradients are gathered in before they are reduced, and of its fp32 copy."""
     size = deepspeed_config(config, gpus)["zero_optimization"]["reduce_bucket_size"]
     width = element_bytes(config)
-    return min(size, parameters) * (width + (4 if width == 2 else 0))
+    return min(size, trained) * (width + (4 if width == 2 else 0))
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """kept: bytes that a layer keeps until its backward pass. fixed: bytes besides. parameters: number per layer."""
+    """kept: bytes that a layer keeps until its backward pass. fixed: bytes besides. parameters: number per layer.
+    trained: of them."""
 
     kept: float
     fixed: float
     parameters: int
+    trained: int
 
 
 def _alone(config: Config, kind: Kind, experts: bool) -> Config:
@@ -178,11 +188,12 @@ _known: dict[str, _Costs] = {}
 
 def _layer_costs(config: Config) -> _Costs:
     """The costs of a layer, from the difference between decoders of one and of two layers."""
-    key = config.model_dump_json(include={"attention", "model", "parallel", "training", "engine", "data"})
+    key = config.model_dump_json(include={"attention", "model", "parallel", "training", "engine", "data", "train"})
     if key not in _known:
         two = config.model_copy(update={"model": config.model.model_copy(update={"num_layers": 2})})
         ranks = config.parallel.replica_ranks
         one, both = dry_run(config, ranks), dry_run(two, ranks)
         kept = both.peak_bytes - one.peak_bytes
-        _known[key] = _Costs(kept, one.peak_bytes - kept, both.parameters - one.parameters)
+        more = both.parameters - one.parameters, both.trained - one.trained
+        _known[key] = _Costs(kept, one.peak_bytes - kept, *more)
     return _known[key]

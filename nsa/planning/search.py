@@ -76,7 +76,7 @@ def search(config: Config, gpus: int, gpu: Gpu, most: int = 8) -> list[Candidate
             reason = str(error)
             continue
         for micro in sizes:
-            for mode in MODES:
+            for mode in MODES if config.train == "all" else MODES[:1]:  # without effect there
                 try:
                     other = in_layout(config, parallel, mode, micro)
                     tried.append((other, predict_speed(other, gpus, gpu)))

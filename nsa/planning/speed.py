@@ -18,7 +18,7 @@ from nsa.ops.dense import libraries
 from nsa.planning import constants
 from nsa.planning.constants import Constants
 from nsa.planning.memory import Memory, straight_gradients
-from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, parameters_of_rank
+from nsa.planning.traffic import bytes_sent, data_bytes, element_bytes, trained_of_rank
 from nsa.planning.work import Work, work_of
 from nsa.training.deepspeed_config import micro_batches_per_step
 
@@ -105,8 +105,8 @@ class Plan:
         self.config, self.gpus, self.gpu = config, gpus, gpu
         self.steps = 1  # 0 if nothing but the update is done once per step
         self.passes = micro_batches_per_step(config, gpus)
-        self.parameters = parameters_of_rank(config)
-        self.sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus, self.parameters)}
+        self.trained = trained_of_rank(config)
+        self.sent: dict[str, float] = {**bytes_sent(config, gpus), "data": data_bytes(config, gpus)}
         # The first stage has the most layers, the last one the head.
         if straight_gradients(config) and "tensor/gradients" in self.sent:
             self.sent["tensor/gradients"] /= self.passes  # summed once per step
@@ -123,7 +123,7 @@ class Plan:
             moved = sum(size for name, size in self.sent.items() if name.partition("/")[0].rstrip("s") == axis)
             seconds[f"{axis} links"] = moved / (known.link * link(self.gpu, sizes, axis))
         if self.config.engine.offload_optimizer:
-            mine = self.parameters / (self.gpus // (tp * ep * pp))  # ZeRO's shard
+            mine = self.trained / (self.gpus // (tp * ep * pp))  # ZeRO's shard
             moved = 2 * mine * element_bytes(self.config)
             seconds["optimizer on the host"] = moved / known.host_link + mine / known.host_adam
         seconds["between steps"] = known.step * self.steps

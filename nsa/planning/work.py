@@ -11,15 +11,16 @@ from typing import get_args
 import torch
 
 from nsa.config import Config
-from nsa.layers.kind import Kind, Price
+from nsa.layers.kind import OF_LOSS, Kind, Price
 from nsa.models.sizes import parameters_of_attention
 from nsa.ops.cross_entropy import chunk_rows
 from nsa.parallel.config import stage_layers
 from nsa.parallel.grid import data_parallel_size
 from nsa.planning.memory import straight_gradients
-from nsa.planning.traffic import element_bytes, parameters_of_rank, replicated_parameters
+from nsa.planning.traffic import Passes, element_bytes, passes_of, replicated_parameters, trained_of_rank
 from nsa.training.cuda_graphs import graphs_serve
 from nsa.training.deepspeed_config import micro_batches_per_step
+from nsa.training.freezing import has_loss
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     Raises:
         ValueError: ``gpus`` do not fit the layout.
     """
-    model, parallel, mode = config.model, config.parallel, config.engine.activation_checkpointing
+    model, parallel, has = config.model, config.parallel, passes_of(config)
+    mode = has.again
     tp, passes = parallel.tensor, micro_batches_per_step(config, gpus)
     numbers = stage_layers(model.num_layers, parallel.pipeline, stage)
     kinds = config.attention.kinds(model.num_layers)[numbers.start : numbers.stop]
@@ -74,13 +76,15 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
         products = list(_products(config, kind, experts))
         # What no gradient needs is not recomputed: here the last product of an MLP.
         again = [] if mode == "none" else products[: None if experts else -1]
-        for rows, a, b in [*products * 3, *again]:
-            flops += tokens * rows * 2 * a * b
-            thin += tokens * rows * 2 * (a + b)
+        times = [_times(product, has) for product in products] + [1] * len(again)
+        for often, (rows, a, b, _) in zip(times, [*products, *again], strict=True):
+            flops += often * tokens * rows * 2 * a * b
+            thin += often * tokens * rows * 2 * (a + b)
         forward, backward = _elements(config, kind, experts)
-        elementwise += tokens * element_bytes(config) * (forward * (1 + (mode != "none")) + backward)
+        bytes_moved = forward * (1 + (mode != "none")) + backward * has.backward
+        elementwise += tokens * element_bytes(config) * bytes_moved
     words = model.vocab_size // tp
-    if last:
+    if last and has.trained:
         whole = chunk_rows(int(tokens), words) >= tokens  # else the backward pass recomputes the logits
         flops += (6 if whole else 8) * tokens * model.hidden_size * words
         thin += (6 if whole else 8) * tokens * (model.hidden_size + words)
@@ -88,17 +92,24 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     seen = round(min(document or config.data.sequence_length, config.data.sequence_length))
     widths = [sum(kind.widths(model.attention_shape, config.attention.of(kind))) for kind in kinds]
     # Forward and backward cost three times the forward pass; recomputation adds one more.
-    each = 2 * tokens * (model.num_heads / tp) * (4 if mode == "full" else 3)
+    attended: float = 4 if mode == "full" else 3 if has.backward else 1
     attention: dict[str, float] = dict.fromkeys(get_args(Price), 0.0)
     layers: dict[str, float] = {}
-    tensors = float(last)
+    tensors = float(last and has.trained)
+    whole_pass = (1.0 if mode == "none" else 4 / 3) if has.backward else 1 / 3
     for kind, width in zip(kinds, widths, strict=True):
+        teaches = has_loss(kind, config)
+        # Where the attention itself learns nothing, its loss computes the scores once more.
+        each = 2 * tokens * (model.num_heads / tp) * (attended + 0.5 * (teaches and not has.trained))
         for term, keys in kind.keys(config.attention.of(kind), seen).items():
-            attention[kind.prices[term]] += each * width * passes * keys
+            if term != OF_LOSS or teaches:
+                attention[kind.prices[term]] += each * width * passes * keys
         other = kind.other_flops(config.attention.of(kind), seen)
         attention["causal"] += 3 * tokens * passes * other
-        layers[kind.priced_as] = layers.get(kind.priced_as, 0.0) + passes * (1.0 if mode == "none" else 4 / 3)
-        tensors += len(parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))) + 5
+        layers[kind.priced_as] = layers.get(kind.priced_as, 0.0) + passes * whole_pass
+        names = parameters_of_attention(kind, model.attention_shape, config.attention.of(kind))
+        apart = tuple(f"{path}." for path in kind.apart)
+        tensors += len(names) + 5 if has.trained else sum(name.startswith(apart) for name in names)
     groups = max(1, model.num_kv_heads // tp)
     recorded = graphs_serve(config, torch.device("cuda"))
     straight = straight_gradients(config)
@@ -109,7 +120,7 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
         attention=attention,
         head_width=sum(widths) / len(widths) / 2,
         lists=passes * tokens * groups * sum(kind.lists for kind in kinds) * (4 / 3 if mode == "full" else 1),
-        logits=passes * tokens * words if last else 0.0,
+        logits=passes * tokens * words if last and has.trained else 0.0,
         elementwise=elementwise * passes,
         optimizer=_optimizer_bytes(config, gpus, passes),
         gradients=0.0 if straight else tensors * passes,
@@ -119,22 +130,30 @@ def work_of(config: Config, gpus: int, stage: int = 0, document: float | None = 
     )
 
 
-def _products(config: Config, kind: Kind, experts: bool) -> Iterator[tuple[float, int, int]]:
-    """(rows per token of the rank, input size, output size) of a layer's forward products; the MLP's last is last."""
+def _times(product: tuple[float, int, int, int], has: Passes) -> int:
+    """How often a product of this size is computed, without recomputation."""
+    if has.trained:
+        return 3
+    return max(2, product[3]) if has.backward else product[3]  # the gradient of its input, or more
+
+
+def _products(config: Config, kind: Kind, experts: bool) -> Iterator[tuple[float, int, int, int]]:
+    """(rows per token of the rank, input size, output size, `nsa.layers.kind.Product.alone`) of a layer's forward
+    products; the MLP's last is last."""
     model, tp = config.model, config.parallel.tensor
     hidden = model.hidden_size
     for product in kind.products(model.attention_shape.on_rank(tp), config.attention.of(kind)):
-        yield product.rows, product.inner, product.outer
+        yield product.rows, product.inner, product.outer, product.alone
     if experts:
         assert model.moe is not None
-        yield 1 / tp, hidden, model.moe.num_experts
+        yield 1 / tp, hidden, model.moe.num_experts, 1
         for _ in range(3):
-            yield model.moe.top_k / tp, hidden, model.moe.expert_size
+            yield model.moe.top_k / tp, hidden, model.moe.expert_size, 1
         width = model.moe.num_shared * model.moe.expert_size // tp
     else:
         width = model.intermediate_size // tp
     for _ in range(3 if width else 0):
-        yield 1, hidden, width
+        yield 1, hidden, width, 1
 
 
 def _elements(config: Config, kind: Kind, experts: bool) -> tuple[float, float]:
@@ -162,8 +181,8 @@ def _optimizer_bytes(config: Config, gpus: int, passes: int) -> float:
     Gradients of every micro batch are copied and accumulated in fp32. Once per step they are reduced, and the norm,
     clipping and update work on the rank's ZeRO shard.
     """
-    parameters, width, engine = parameters_of_rank(config), element_bytes(config), config.engine
+    trained, width, engine = trained_of_rank(config), element_bytes(config), config.engine
     replicas = data_parallel_size(config.parallel, gpus) * config.parallel.context // config.parallel.expert
-    mine = parameters / (replicas if engine.zero_stage else 1)
+    mine = trained / (replicas if engine.zero_stage else 1)
     updated = 0 if engine.offload_optimizer else 7 * 4 + 4 + width  # AdamW in fp32, and the copy in the model's dtype
-    return parameters * (passes * (3 * width + 8) + (12 if replicas > 1 else 0)) + mine * (12 + updated)
+    return trained * (passes * (3 * width + 8) + (12 if replicas > 1 else 0)) + mine * (12 + updated)

@@ -7,10 +7,11 @@ from nsa.config import Config
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.parallel.grid import Grid
 from nsa.training.distributed import Ranks
+from nsa.training.freezing import has_loss
 
 
 class AttentionLosses:
-    """The losses of this rank's layers of ``model`` (`nsa.layers.kind.Kind.loss`).
+    """The losses of this rank's layers of ``model`` (`nsa.layers.kind.Kind.loss`), where they are computed.
 
     The objective includes, for each layer, the mean loss over all tokens of the global batch times its weight. The
     reported loss of the model does not include it.
@@ -20,7 +21,7 @@ class AttentionLosses:
         self.ranks = ranks
         self.tokens = config.training.global_batch_size * config.data.sequence_length
         kinds = config.attention.kinds(config.model.num_layers)
-        self.names = {number: kind.loss[1] for number, kind in enumerate(kinds) if kind.loss is not None}
+        self.names = {n: kind.loss[1] for n, kind in enumerate(kinds) if kind.loss and has_loss(kind, config)}
         self.here: dict[int, AuxiliaryLoss] = {}
         for number, layer in enumerate(model.layers):  # type: ignore[arg-type]
             if number not in self.names or not hasattr(layer, "attention"):  # the layer may be on another stage

@@ -10,14 +10,15 @@ from nsa.training.distributed import Ranks
 
 
 class Balance:
-    """Balances the experts of this rank's layers of ``model``; does nothing for a model without experts.
+    """Balances the experts of this rank's layers of ``model``; does nothing for a model without experts, nor where the
+    routers are not trained.
 
     The objective includes, for each layer, the mean balance loss over all tokens of the global batch times
     ``model.moe.loss_weight``. The reported loss does not include it.
     """
 
     def __init__(self, model: nn.Module, config: Config, ranks: Ranks, grid: Grid) -> None:
-        self.moe, self.ranks = config.model.moe, ranks
+        self.moe, self.ranks = config.model.moe if config.train == "all" else None, ranks
         self.num_layers = config.model.num_layers
         self.tokens = config.training.global_batch_size * config.data.sequence_length
         self.here: dict[int, MixtureOfExperts] = {}

@@ -124,8 +124,10 @@ def commit(temporary: Path, final: Path, entries: dict[str, dict[str, Any]]) -> 
     fsync_folder(final.parent)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, content: bool = True) -> None:
     """Check a checkpoint against its manifest: every file, and that no other would be read as a part of it.
+
+    Not ``content``: the sizes of its files alone.
 
     A folder that somebody made on purpose is refused, too: names that lead out of it, links, pipes, duplicate keys.
     Files that are no part of a checkpoint (such as .DS_Store) are left alone.
@@ -151,7 +153,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder}: there is no {MANIFEST}; it was not written to its end") from None
     except (OSError, UntrustedError, KeyError, TypeError) as e:
         raise CheckpointError(f"{folder}: {MANIFEST} cannot be read ({e})") from None
-    verify_files(folder, files)
+    verify_files(folder, files, content)
     if extra := sorted(present - files.keys()):
         raise CheckpointError(f"{folder}: {extra[0]!r} is not in the {MANIFEST}; take it out of the folder")
 
@@ -188,9 +190,12 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def latest_complete(run_folder: Path | str, before: int | None = None) -> Path | None:
+def latest_complete(run_folder: Path | str, before: int | None = None, content: bool = True) -> Path | None:
     """The newest checkpoint (of fewer than ``before`` steps) that is what its manifest says; broken ones are reported
     and passed over.
+
+    Args:
+        content: whether files are read to verify them; else their sizes alone are.
 
     Returns:
         None if there is no checkpoint.
@@ -203,7 +208,7 @@ def latest_complete(run_folder: Path | str, before: int | None = None) -> Path |
         if before is not None and step_of(path) >= before:
             continue
         try:
-            verify(path)
+            verify(path, content)
         except FormatError:
             raise
         except CheckpointError as e:

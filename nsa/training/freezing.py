@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from nsa.config import Config
 from nsa.layers.around import Around
+from nsa.layers.kind import Kind
 from nsa.parallel.pipeline import Elsewhere
 from nsa.training.optimizer import trained_apart
 
@@ -18,6 +19,12 @@ def attached(config: Config) -> bool:
     them. Elsewhere the losses are taken from the layers (`nsa.training.attention_losses.AttentionLosses.take`).
     """
     return config.engine.zero_stage == 3
+
+
+def has_loss(kind: Kind, config: Config) -> bool:
+    """Whether a layer of this kind computes its loss. Where only what is trained apart is trained, one does that has
+    such parts, or that borrows them."""
+    return kind.loss is not None and (config.train == "all" or bool(kind.apart) or kind.borrows)
 
 
 class NoHead(Around):

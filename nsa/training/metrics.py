@@ -43,7 +43,9 @@ class StepMetrics:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
-        self.flops = training_flops_per_token(config.model, config.attention, config.data.sequence_length)
+        self.flops = training_flops_per_token(
+            config.model, config.attention, config.data.sequence_length, apart=config.train != "all"
+        )
         self.peak, self.peak_source = peak_flops(ranks.device, config.engine.precision)
         self.ranks = ranks
 

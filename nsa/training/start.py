@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa.config import Config, load_saved
 from nsa.data.load_tokenizer import SENTENCEPIECE, tokenizer_files
-from nsa.importing import WeightReader, read_config
+from nsa.importing import WeightReader, read_sections
 from nsa.importing.folder import is_own
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import BASELINE
@@ -65,23 +65,24 @@ def is_missing(name: str, there: Kind, here: Kind) -> bool:
     return name.startswith(tuple(f"{module}." for module in here.apart if module not in there.apart))
 
 
-def source_of(config: Config, tokenizer: Path) -> Path:
+def source_of(config: Config, tokenizer: Path | None, content: bool = True) -> Path:
     """The checkpoint or Hugging Face folder that ``config.start_from`` means.
 
     Raises ValueError if the run cannot begin with it.
 
     Args:
-        tokenizer: the file of the run's tokenizer, or the folder with its files.
+        tokenizer: the file of the run's tokenizer, or the folder with its files; None: not known, nor compared.
+        content: whether a checkpoint's files are read to verify them; else their sizes alone are.
     """
     assert config.start_from is not None
     given = Path(config.start_from)
     if (given / checkpoint.MANIFEST).exists():
-        checkpoint.verify(given)
+        checkpoint.verify(given, content)
         folder = given
     elif _is_foreign(given):
         folder = given
     else:
-        newest = checkpoint.latest_complete(given) if given.is_dir() else None
+        newest = checkpoint.latest_complete(given, content=content) if given.is_dir() else None
         if newest is None:
             raise ValueError(
                 f"start_from: {given} holds no checkpoint; name a run folder, one of its step_* folders, or a Hugging "
@@ -133,8 +134,8 @@ def _shape_of(model: ModelConfig) -> dict[str, Any]:
     return model.model_dump(exclude={"moe": BALANCE}) | {"v_head_dim": model.attention_shape.v_head_dim}
 
 
-def _check_tokenizer(folder: Path, tokenizer: Path) -> None:
-    if tokenizer_files(folder) != tokenizer_files(tokenizer):
+def _check_tokenizer(folder: Path, tokenizer: Path | None) -> None:
+    if tokenizer is not None and tokenizer_files(folder) != tokenizer_files(tokenizer):
         raise ValueError(
             f"start_from: {folder} was trained with another tokenizer than {tokenizer}: set "
             f"data.tokenizer.path={folder}"
@@ -164,8 +165,7 @@ def _sections(folder: Path) -> tuple[ModelConfig, AttentionConfig]:
     if not _is_foreign(folder):
         config = load_saved(folder / "config.yaml")
         return config.model, config.attention
-    sections = read_config(folder)
-    return ModelConfig.model_validate(sections["model"]), AttentionConfig.model_validate(sections["attention"])
+    return read_sections(folder)
 
 
 def _reader(folder: Path, model: ModelConfig) -> Callable[..., Tensor]:
@@ -180,12 +180,9 @@ def _ask_for_tokenizer(folder: Path, config: Config) -> None:
     """Of a model whose tokenizer cannot be compared with the run's."""
     if config.data.tokenizer.path is not None:
         return
-    where = f"which is {folder} if its files lie there"
-    if is_own(folder):
-        where += f" ({SENTENCEPIECE} does not once transformers saved it; the export that it was made of has it)"
     raise ValueError(
         f"start_from: the model of {folder} has a tokenizer of its own, and data.tokenizer.path is null: set it to "
-        f"that tokenizer, {where} (docs/importing.md)"
+        f"that tokenizer, which is {folder} if its files lie there (docs/importing.md)"
     )
 
 

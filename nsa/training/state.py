@@ -18,7 +18,7 @@ from nsa.training.rng import rng_state, seed_all, set_rng_state
 from nsa.training.run_folder import check_same, record_changes
 from nsa.training.sharded_state import WEIGHT, create_optimizer_state, gather, local_shards, scatter
 from nsa.training.spikes import SpikeState
-from nsa.training.start import start_from
+from nsa.training.start import source_of, start_from
 
 
 @dataclass
@@ -51,8 +51,9 @@ class Identity:
 
 def state_bytes(config: Config) -> int:
     """Bytes of a checkpoint's tensors."""
-    elements = count_parameters(config.model, config.attention)["total"]
-    return 4 * elements * (1 + len(STATE_KEYS[config.optimizer.kind]))
+    counts = count_parameters(config.model, config.attention)
+    trained = counts["total" if config.train == "all" else "apart"]
+    return 4 * (counts["total"] + trained * len(STATE_KEYS[config.optimizer.kind]))
 
 
 def snapshot(engine: DeepSpeedEngine, config: Config, ranks: Ranks, progress: Progress, identity: Identity) -> Snapshot:
@@ -101,6 +102,22 @@ def restore(engine: DeepSpeedEngine, config: Config, ranks: Ranks, run: Path, id
             start_from(engine, config, ranks, identity.tokenizer)
         return Progress()
     return progress
+
+
+def check_beginning(config: Config) -> None:
+    """Whether a run can go on from its newest checkpoint or else begin with ``start_from``. Nothing is changed.
+
+    Of checkpoints the sizes of the files are checked, of weights the shapes in their headers. The tokenizer is compared
+    if ``data.tokenizer.path`` is there: another one comes with the prepared data.
+
+    Raises:
+        ValueError: it cannot, as the run itself would say.
+    """
+    run, path = Path(config.output_dir) / config.name, config.data.tokenizer.path
+    if (newest := checkpoint.latest_complete(run, content=False)) is not None:
+        check_same(newest / "config.yaml", config, newest)
+    elif config.start_from is not None:
+        source_of(config, Path(path) if path and Path(path).exists() else None, content=False)
 
 
 def load_newest(

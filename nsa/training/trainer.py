@@ -4,7 +4,6 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from nsa.config import Config
 from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare, refuse_in_import
 from nsa.data.shards import PreparedData
+from nsa.layers.figure import Figure, values
 from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm, mark_gradients
 from nsa.parallel.pipeline import Pipeline
 from nsa.training import checkpoint
 from nsa.training.attention_losses import AttentionLosses
-from nsa.training.attention_probe import probe
+from nsa.training.attention_probe import of_all_ranks, probe
 from nsa.training.balance import Balance
 from nsa.training.batches import ON_DEVICE, Batch, StepLoader, pinned, sample_indices
 from nsa.training.checkpoint_writer import CheckpointWriter
@@ -206,10 +206,7 @@ class Trainer:
         rate = self._set_learning_rate()
         targets, stopped = self._agree(batches, stop)
         loss, norm, broken, spike = self._update(batches, targets)
-        figures = (
-            self.balance.end_step(update=not (broken or spike) and self.config.train == "all")
-            | self.attention_losses.end_step()
-        )
+        figures = self.balance.end_step(update=not (broken or spike)) | self.attention_losses.end_step()
 
         self.progress.step += 1
         self.progress.updates += not (broken or spike)
@@ -326,17 +323,19 @@ class Trainer:
     @torch.no_grad()
     def probe_attention(self) -> dict[str, float]:
         """Figures of the sparse attention on the first held-out sample: the same text at every step."""
-        metrics: dict[str, float] = {}
+        found: dict[str, Figure] = {}
         self.watchdog.beat(f"probe after step {self.progress.step}")
         self.engine.eval()
-        with probe(self.engine.module.layers, metrics):
+        with probe(self.engine.module.layers, found):
             self._losses(batch(self.validation_stream, range(1)))
         self.engine.train()
         if not self.grid.spread:
-            return metrics
-        seen = self.ranks.gather(metrics)  # each of its heads and tokens
-        names = dict.fromkeys(name for figures in seen for name in figures)
-        return {n: fmean(figures[n] for figures in seen if n in figures) for n in names}
+            return values(found)
+        parts = {name: figure.to_json() for name, figure in found.items()}  # each of its heads and tokens
+        ranks = self.ranks.gather((self.grid.tensor.rank, parts))
+        return of_all_ranks(
+            [(place, {name: Figure.from_json(part) for name, part in seen.items()}) for place, seen in ranks]
+        )
 
     def save(self, wait: bool = False) -> None:
         """Copy the state and let it be written in the background; ``wait`` until it is."""

@@ -16,9 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nsa import evaluate
 from nsa.config import Config, load_saved
-from nsa.evaluation.comparison.models import open_model
-from nsa.exporting import ExportError, load_decoder
+from nsa.data.load_tokenizer import load_tokenizer
+from nsa.evaluation import runner
+from nsa.evaluation.comparison.config import SiblingConfig, Training
+from nsa.evaluation.comparison.models import OpenedDecoder, candidate_of, open_model
+from nsa.exporting import ExportError, load_decoder, load_imported
 from nsa.exporting.families import format_of
 from nsa.exporting.folder import CONFIG, STATE, is_export
 from nsa.importing import FolderError, own, read_config, read_weights
@@ -386,7 +390,7 @@ def test_the_default_width_of_values_is_no_other_shape(folder: Path, tmp_path: P
 
 
 def test_the_tokenizer_is_compared_where_it_can_be(folder: Path, tmp_path: Path) -> None:
-    """The export's own tokenizer.model is; what transformers writes is another file, so one has to be named."""
+    """The export's own tokenizer.model is; transformers does not write it, so a tokenizer has to be named: its own."""
     tree = next_config(tmp_path, folder).model_dump()
     own_tokenizer, other = folder / "tokenizer.model", tmp_path / "other.model"
     other.write_bytes(own_tokenizer.read_bytes() + b" ")
@@ -398,23 +402,45 @@ def test_the_tokenizer_is_compared_where_it_can_be(folder: Path, tmp_path: Path)
     own_tokenizer.unlink()
     with pytest.raises(ValueError, match=r"data.tokenizer.path is null: set it to that tokenizer"):
         start.source_of(Config.model_validate(tree), kept)
-    from nsa.data.load_tokenizer import load_tokenizer
+    tree["data"]["tokenizer"]["path"] = str(folder)
+    assert start.source_of(Config.model_validate(tree), folder) == folder
+    assert load_tokenizer(folder).encode("def f(x):") == load_tokenizer(kept).encode("def f(x):")
 
-    with pytest.raises(ValueError, match=r"byte_fallback.*name that tokenizer.model"):
-        load_tokenizer(folder)
 
-
-def test_a_saved_model_is_measured_with_the_training_files_beside_it(
-    folder: Path, exports: Callable[[str], Path]
-) -> None:
-    with pytest.raises(ExportError, match=rf"was saved again, without {CONFIG}: copy {CONFIG}, {STATE}"):
+@torch.no_grad()
+def test_a_saved_model_is_opened_without_files_of_the_training(folder: Path, exports: Callable[[str], Path]) -> None:
+    """As by transformers with the export's code; also for longer texts, and among the models of a comparison."""
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ExportError, match=rf"is no export: it has no {CONFIG}"):
         load_decoder(folder)
-    with pytest.raises(ValueError, match=r"was saved again"):
-        open_model("tuned", folder)
-    for name in (CONFIG, STATE):
-        shutil.copyfile(exports("pooled") / name, folder / name)
     ids = torch.randint(420, (1, 40))
-    with torch.no_grad():
-        expected = decoder_of(folder)(ids)
-        torch.testing.assert_close(load_decoder(folder)[0](ids), expected)
-    assert open_model("tuned", folder).trained == "dense+nsa"
+    theirs = NSAForCausalLM.from_pretrained(folder).eval()
+    decoder, tokenizer = load_imported(folder)
+    torch.testing.assert_close(decoder(ids), theirs(ids).logits)
+    assert tokenizer.encode("def f(x):") == load_decoder(exports("pooled"))[2].encode("def f(x):")
+    extended = load_imported(folder, yarn_factor=3.0)[0]
+    torch.testing.assert_close(extended(ids), load_decoder(exports("pooled"), yarn_factor=3.0)[0](ids))
+    assert (extended(ids) - decoder(ids)).abs().max() > 1e-3
+    opened = open_model("tuned", folder)
+    assert isinstance(opened, OpenedDecoder) and (opened.trained, opened.train_seed) == ("dense+nsa", 0)
+    training = Training(SiblingConfig(name="tuned", export=str(folder)), None, folder)
+    assert candidate_of(training).trained == "dense+nsa"
+
+
+def test_a_saved_model_is_measured_with_the_configuration_of_the_training(
+    folder: Path, exports: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is asked for. The results are those of the export, whose weights these are."""
+    (folder / "tokenizer.model").unlink()
+    few = ["evaluation.recall_samples=3", "evaluation.bpb_samples=4", "evaluation.length_factors=[1]"]
+    assert evaluate.main([str(folder), *few]) == 2
+    assert f"name that of the export that it was made of, with --config EXPORT/{CONFIG}" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=rf"with --config EXPORT/{CONFIG}"):
+        runner.evaluate(folder)
+    export = exports("pooled")
+    assert evaluate.main([str(export), "--out", str(tmp_path / "there"), *few]) == 0
+    given = ["--config", str(export / CONFIG)]
+    assert evaluate.main([str(folder), "--out", str(tmp_path / "here"), *given, *few]) == 0
+    there, here = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("there", "here"))
+    assert here["bits_per_byte"] == there["bits_per_byte"] != []
+    assert here["recall"] == there["recall"] and (here["training"], there["training"]["step"]) == (None, 3)

@@ -13,6 +13,7 @@ from nsa.layers import CompressedSparseAttention, record_index_sets, replay_inde
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.figures import measure
 from nsa.layers.csa.kind import CSA, HEAVY, WITHOUT_INDEXER
+from nsa.layers.figure import values
 from nsa.layers.rotary import Rotary
 from nsa.layers.rotary_scaling import RopeScaling
 from nsa.models import AttentionConfig, Decoder, ModelConfig
@@ -307,7 +308,7 @@ def test_the_indexer_finds_the_attention() -> None:
         layer(x).sum().backward()
         optimizer.step()
         curve.append(loss.tally[0].item() / 64)
-        recalls.append(measure(layer.attend, *seen[-1])["entry_recall"])
+        recalls.append(values(measure(layer.attend, *seen[-1]))["entry_recall"])
     assert curve[-1] < 0.8 * curve[0] and recalls[-1] > recalls[0]
 
 
@@ -318,7 +319,7 @@ def test_figures_of_uniform_attention() -> None:
     seen: list[tuple] = []
     layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     layer(some_input(30))
-    found = measure(layer.attend, *seen[0])
+    found = values(measure(layer.attend, *seen[0]))
     shares = [(min(t + 1, 5), (t + 1) // 4) for t in range(3, 30)]
     assert found["window_mass"] == pytest.approx(sum(w / (w + e + 1) for w, e in shares) / 27)
     assert found["sink_mass"] == pytest.approx(sum(1 / (w + e + 1) for w, e in shares) / 27)

@@ -7,6 +7,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import DeepSeekSparseAttention, DenseAttention
 from nsa.layers.dsa.figures import measure, recall_bound
+from nsa.layers.figure import values
 from nsa.layers.rotary import Rotary
 from nsa.ops.geometry import Documents, RotaryLayout
 from tests.ops.cases import cumulative
@@ -131,7 +132,7 @@ def test_the_loss_is_a_mean_over_tokens_and_falls() -> None:
         layer(x).sum().backward()
         optimizer.step()
         curve.append(loss.tally[0].item() / 64)
-        recalls.append(measure(layer.attend, *seen[-1])["recall"])
+        recalls.append(values(measure(layer.attend, *seen[-1]))["recall"])
     q, (k, _), *index = seen[0]
     _, lse = ops.token_sparse_attention(q, k, k, tokens := layer.attend.choose(index[0], index[1][0], index[2]),
                                         return_lse=True)  # fmt: skip
@@ -161,7 +162,7 @@ def test_figures_of_a_known_selection() -> None:
     seen: list[tuple] = []
     layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     layer(some_input(tokens))
-    found = measure(layer.attend, *seen[0])
+    found = values(measure(layer.attend, *seen[0]))
     beyond = torch.arange(k, tokens) + 1.0
     assert [found["recall"], found["recall_bound"]] == pytest.approx([(k / beyond).mean().item()] * 2)
     assert found["first_token_mass"] == pytest.approx((1 / beyond).mean().item())
@@ -177,11 +178,11 @@ def test_the_overlap_of_layers_is_what_their_lists_share() -> None:
         layer(some_input(tokens).roll(turn, -1))
         lists.append(layer.attend.choose(seen[-1][1][2], seen[-1][1][3][0], seen[-1][1][4])[0])
     earlier: dict = {}
-    first, second = (measure(attend, *inputs, earlier=earlier) for attend, inputs in seen)
+    first, second = (values(measure(attend, *inputs, earlier=earlier)) for attend, inputs in seen)
     both = [len(set(lists[0][t].tolist()) & set(lists[1][t].tolist())) / k for t in range(k, tokens)]
     assert "layer_overlap" not in first and 0 < sum(both) < len(both)
     assert second["layer_overlap"] == pytest.approx(sum(both) / len(both))
-    assert measure(*seen[0][:1], *seen[0][1], earlier={("dsa", 3): None}).keys() == first.keys()
+    assert values(measure(*seen[0][:1], *seen[0][1], earlier={("dsa", 3): None})).keys() == first.keys()
 
 
 def test_the_bound_of_recall_is_that_of_the_best_tokens() -> None:
@@ -194,5 +195,5 @@ def test_the_bound_of_recall_is_that_of_the_best_tokens() -> None:
     for start, token in [(0, 3), (4, 7), (4, 8), (4, 9), (4, 10)]:
         heads = [(q[0, token, h] @ k[0, start : token + 1, h // 2].T * 6**-0.5).softmax(0) for h in range(4)]
         best.append(torch.stack(heads).mean(0).topk(3).values.sum())
-    found = recall_bound(q, k, lse, documents, documents.query_local >= 3, None, 3)
+    found = recall_bound(q, k, lse, documents, documents.query_local >= 3, None, 3).value
     assert found == pytest.approx(torch.stack(best).mean().item())

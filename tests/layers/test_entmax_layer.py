@@ -9,6 +9,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.layers import EntmaxAttention
 from nsa.layers.entmax.figures import measure
+from nsa.layers.figure import values
 from nsa.layers.rotary import Rotary
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from tests.ops.cases import cumulative
@@ -92,7 +93,7 @@ def test_figures_count_the_support() -> None:
     torch.nn.init.zeros_(layer.query.weight)
     seen: list[dict[str, float]] = []
     layer.attend.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(measure(module, *args, **kwargs)), with_kwargs=True
+        lambda module, args, kwargs: seen.append(values(measure(module, *args, **kwargs))), with_kwargs=True
     )
     layer(some_input(300))
     z = -torch.arange(300.0)

@@ -17,6 +17,7 @@ from nsa import ops
 from nsa.layers import DeepSeekSparseAttention, DenseAttention
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.dsa.figures import measure
+from nsa.layers.figure import values
 from nsa.layers.projections.config import MlaConfig
 from nsa.layers.projections.mla import Latent
 from nsa.layers.rotary import Rotary
@@ -248,7 +249,7 @@ def test_the_loss_is_that_of_the_expanded_attention(phase: str) -> None:
     loss = ops.indexer_kl(*index, q, k, lse if target else dense, **target, backend="naive")
     assert layer.attend.loss.tally[0].item() == pytest.approx(loss.item())
     recall = (lse - dense).exp()[..., TOPK:].mean().item()
-    assert measure(layer.attend, *seen[0])["recall"] == pytest.approx(recall)
+    assert values(measure(layer.attend, *seen[0]))["recall"] == pytest.approx(recall)
 
 
 def test_a_decoder_of_latent_attention_decodes_as_the_whole() -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
+from nsa.layers.figure import values
 from nsa.layers.nsa import figures
 from nsa.layers.nsa.figures import measure, measure_taught, measure_warm_up
 from nsa.layers.nsa.kind import WARM_UP
@@ -91,7 +92,7 @@ def test_the_loss_falls_and_the_selection_finds_more(compression: str) -> None:
         optimizer.step()
         curve.append(loss.tally[0].item() / 64)
         assert kept.item() == pytest.approx(curve[-1])
-        figures.append(measure_warm_up(layer.attend, *seen[-1]))
+        figures.append(values(measure_warm_up(layer.attend, *seen[-1])))
     q, (k_cmp, _), (k, v), *_ = seen[0]
     _, lse = ops.dense_attention(q, k, v, return_lse=True)
     sizes = {"length": 4, "stride": 2, "block_size": 4, "num_initial": 1, "num_local": 1, "window": 5}
@@ -178,8 +179,8 @@ def test_its_figures_in_the_sparse_phase_are_those_of_both() -> None:
     layer, seen = layer_of(phase="sparse", kl_weight=1.0), []
     layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     layer(some_input(40))
-    found = measure_taught(layer.attend, *seen[0])
-    assert found == measure(layer.attend, *seen[0]) | measure_warm_up(layer.attend, *seen[0])
+    found = values(measure_taught(layer.attend, *seen[0]))
+    assert found == values(measure(layer.attend, *seen[0])) | values(measure_warm_up(layer.attend, *seen[0]))
     assert found.keys() > FIGURES and "gate_window" in found
 
 
@@ -244,7 +245,7 @@ def test_figures_are_shares(documents: list[int], changes: dict[str, int]) -> No
     layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
     borders = cumulative(documents) if len(documents) > 1 else None
     layer(some_input(sum(documents)), cu_seqlens=borders)
-    found = measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders)
+    found = values(measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders))
     assert found.keys() == FIGURES
     assert all(0 <= value < 1 + 1e-9 for value in found.values())
     assert found["recall"] <= found["recall_bound"] + 1e-9
@@ -276,7 +277,7 @@ def test_recall_is_of_the_blocks_that_the_sparse_layer_selects(documents: list[i
         for block in chosen[0][0, t, g].tolist()
         if block >= 0
     )
-    found = measure_warm_up(warm.attend, *seen[0], cu_seqlens=borders)
+    found = values(measure_warm_up(warm.attend, *seen[0], cu_seqlens=borders))
     assert 0 < held < found["recall_bound"] * target.sum() and found["recall"] == pytest.approx(
         held / target.sum().item()
     )
@@ -289,7 +290,7 @@ def test_figures_are_summed_over_parts_of_the_queries(documents: list[int], monk
     layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
     borders = cumulative(documents) if len(documents) > 1 else None
     layer(some_input(60, batch=2 if borders is None else 1), cu_seqlens=borders)
-    expected = measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders)
+    expected = values(measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders))
 
     def watched(*args, **options) -> Tensor:
         target = block_attention(*args, **options)
@@ -298,7 +299,7 @@ def test_figures_are_summed_over_parts_of_the_queries(documents: list[int], monk
 
     monkeypatch.setattr(figures, "ROWS", 7)
     monkeypatch.setattr(figures, "block_attention", watched)
-    found = measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders)
+    found = values(measure_warm_up(layer.attend, *seen[0], cu_seqlens=borders))
     assert found == pytest.approx(expected, rel=1e-9) and found["recall"] < found["recall_bound"] < 1
     assert shapes == [7] * 8 + [4]
 
@@ -310,7 +311,7 @@ def test_figures_of_a_known_selection() -> None:
     torch.nn.init.zeros_(layer.query.weight)
     layer.attend.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     layer(some_input(40))
-    found = measure_warm_up(layer.attend, *seen[0])
+    found = values(measure_warm_up(layer.attend, *seen[0]))
     mass, most = 0.0, 0.0
     for t in range(40):
         blocks = [max(0, min(4 * j + 4, t - 4) - 4 * j) / (t + 1) for j in range(1, t // 4)]  # 0 and the own: forced

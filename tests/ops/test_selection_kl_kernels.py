@@ -200,6 +200,7 @@ def test_fakes_are_as_the_operators() -> None:
 @needs_kernels
 def test_the_layer_takes_them() -> None:
     """With its backend, forward and backward, as with the PyTorch fallback; and so do its figures."""
+    from nsa.layers.figure import values
     from nsa.layers.nsa.figures import measure_warm_up
     from nsa.layers.nsa.layer import BlockChoice, GatedBranches
 
@@ -214,7 +215,7 @@ def test_the_layer_takes_them() -> None:
         attend(*inputs)
         attend.loss.take().backward()
         found.append(
-            [attend.loss.tally, compressed.grad, *map(torch.tensor, measure_warm_up(attend, *inputs).values())]
+            [attend.loss.tally, compressed.grad, *map(torch.tensor, values(measure_warm_up(attend, *inputs)).values())]
         )
     torch.testing.assert_close(*found, rtol=10 * EXACT, atol=EXACT / 10)
 

@@ -160,10 +160,20 @@ def sent(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[list[dict[s
     return answer
 
 
+def probed(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, float]]:
+    """For each case: the figures of the probe before the first step."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        trainer = Trainer(tiny_config(folder, f"name=probed{number}", *overrides), ranks)
+        answer.append(trainer.probe_attention())
+        close(trainer)
+    return answer
+
+
 def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[dict[str, Any]]:
     """For each case, a run that trains its indexers or NSA's selection: of every step the loss, the norm of the
-    gradient and the loss of each layer; of the run, what has moments, which weights changed, and whether stages sent
-    each other gradients. The output head must not be called."""
+    gradient and the loss of each layer; of the run, what has moments, which weights changed, whether stages sent each
+    other gradients, and what each rank sent in the last step. The output head must not be called."""
     answer = []
     for number, overrides in enumerate(cases):
         config = tiny_config(folder, f"name=taught{number}-{ranks.world_size}", f"training.steps={steps}", *overrides)
@@ -183,6 +193,7 @@ def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> li
             "changed": everywhere(ranks, changed),
             "moments": everywhere(ranks, [name for name in after if not name.startswith("weight ")]),
             "gradients sent": any(ranks.gather(sent["pipeline/gradients"])),
+            "sent": ranks.gather(result.sent),
         }
         close(trainer)
         answer.append(found)

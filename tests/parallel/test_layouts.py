@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from nsa.planning.dry_run import dry_run
+from nsa.planning.traffic import bytes_sent
 from tests.parallel import matrix
 from tests.parallel.conftest import (
     CASES,
@@ -40,6 +41,14 @@ def test_curves_equal_one_process(four_ranks, reference):
 def test_curves_in_bf16_follow_fp32(four_ranks, reference):
     for case, curve in zip(ROUNDED, four_ranks[1]["rounded"], strict=True):
         assert difference(curve, reference[str(learned(case))]) < 0.03, case
+
+
+def test_the_traffic_of_indexers_alone_is_as_planned(four_ranks, tmp_path):
+    """Of every rank, by name: no gradient of what is frozen is sent."""
+    for case, found in zip([*TAUGHT, *TAUGHT_ROUNDED], four_ranks[1]["taught"], strict=True):
+        config = tiny_config(tmp_path, *case, "start_from=somewhere")
+        for rank, sent in enumerate(found["sent"]):
+            assert sent == bytes_sent(config, RANKS, rank), (case, rank)
 
 
 def test_indexers_alone_train_as_in_one_process(four_ranks, taught_alone):

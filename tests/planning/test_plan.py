@@ -91,24 +91,17 @@ def test_the_command_plans_the_configured_layout(capsys):
         assert words in output, words
 
 
-@pytest.mark.parametrize(("stage", "told"), [("indexer", 1), ("dense", 0)])
-def test_the_plan_says_that_it_is_of_training_all(stage, told, capsys):
-    assert main([str(ROOT / "configs/25m-dsa.yaml"), "--gpus", "1", f"stage={stage}"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("train: indexer: the plan is of training all parameters") == told
-
-
 def test_the_plan_of_a_taught_selection(capsys):
-    """In the warm-up a layer is priced as a dense one, and has no lists of blocks. Pooled keys are smaller."""
+    """In the warm-up a layer has a dense one's forward pass, and its scores again. Pooled keys are smaller."""
     nsa = ["attention.kind=nsa", "attention.nsa.key_compression=pooled"]
     warm_up = [*nsa, "attention.nsa.phase=warm-up", "train=indexer", "start_from=somewhere"]
     assert main([str(CONFIG), "--gpus", "8", *warm_up]) == 0
-    assert "train: indexer: the plan is of training all parameters" in capsys.readouterr().out
+    assert "layers      16 nsa" in capsys.readouterr().out
     long = ["training.micro_batch_size=1", "data.sequence_length=65536", "model.max_position=65536"]
     dense, taught, sparse = (
         predict_speed(config(*long, *kind), 8, H200).step_seconds for kind in (["attention.kind=dense"], warm_up, nsa)
     )
-    assert sparse < 0.7 * taught and dense < taught < 1.2 * dense
+    assert sparse < 0.7 * dense and dense / 3 < taught < 0.6 * dense
     assert count_parameters(config(*nsa).model, config(*nsa).attention)["total"] < PARAMETERS
 
 

@@ -10,10 +10,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import start, tiny_config, train, write_yaml
 
+from nsa.layers.figure import values
 from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
 from nsa.layers.nsa.kind import NSA
 from nsa.models import Decoder
 from nsa.models import config as model_config
+from nsa.ops.geometry import Documents
 from nsa.planning.describe import describe
 from nsa.training.attention_probe import probe
 from nsa.training.console import Console
@@ -133,28 +135,29 @@ def test_the_probe_sees_each_sparse_layer_and_leaves_no_hook(tmp_path):
     config = tiny_config(tmp_path)
     torch.manual_seed(0)
     model = Decoder(config.model, config.attention)
-    metrics = {}
+    found = {}
     tokens = torch.randint(0, 400, (1, 128))
     borders = torch.tensor([0, 50, 51, 128], dtype=torch.int32)
-    with probe(model.layers, metrics):
+    with probe(model.layers, found):
         model(tokens, cu_seqlens=borders)
+    metrics = values(found)
     assert {name.rsplit("/", 1)[1] for name in metrics} == {"layer_00"}, "layer 1 is dense"
     assert sum(metrics[f"attention/mass_{b}/layer_00"] for b in BRANCHES) == pytest.approx(1)
     assert all(metrics[f"attention/gate_{b}/layer_00"] == pytest.approx(0.5, abs=0.1) for b in BRANCHES)
     assert all(0 <= value <= 1 for value in metrics.values())
-    seen = dict(metrics)
     model(tokens)
-    assert metrics == seen
+    assert values(found) == metrics
 
 
 def test_the_probe_compares_layers_within_a_forward_pass(tmp_path):
     """Notices lists of the last pass that the first layer is compared with."""
     sizes = "attention.dsa={topk: 16, index_heads: 2, index_head_dim: 16, index_rotary_dims: 8}"
     config = tiny_config(tmp_path, "attention.kind=[dsa, dense, dsa]", sizes, "model.num_layers=3")
-    model, metrics = Decoder(config.model, config.attention), {}
-    with probe(model.layers, metrics):
+    model, found = Decoder(config.model, config.attention), {}
+    with probe(model.layers, found):
         for _ in range(2):
             model(torch.randint(0, 400, (1, 64)))
+    metrics = values(found)
     assert [name for name in metrics if "layer_overlap" in name] == ["attention/layer_overlap/layer_02"]
     assert 0 < metrics["attention/layer_overlap/layer_02"] < 1
     assert not any(layer._forward_pre_hooks for layer in model.layers)
@@ -162,18 +165,20 @@ def test_the_probe_compares_layers_within_a_forward_pass(tmp_path):
 
 def test_block_statistics():
     document = torch.tensor([0, 0, 0, 1])
+    documents = Documents.of(4, 20, torch.tensor([0, 23, 24], dtype=torch.int32), torch.device("cpu"))
     blocks = torch.tensor([[0, -1], [0, 1], [1, 2], [0, -1]])[None, :, None]  # (B, T, G, n)
     # Follow in one document: 1 after 0 (shares 0 of 0, 1), 2 after 1 (shares 1 of 1, 2).
-    assert block_overlap(blocks, document) == pytest.approx(2 / 4)
+    assert block_overlap(blocks, document).value == pytest.approx(2 / 4)
     # Selected: block 0 twice, 1 twice and 2 once of the first document, block 0 once of the second.
     share = torch.tensor([2, 2, 1, 1]).double() / 6
-    assert block_entropy(blocks, document) == pytest.approx(
+    assert block_entropy(blocks, documents, 8).value == pytest.approx(
         float(-(share * share.log()).sum() / torch.tensor(4.0).log())
     )
-    assert block_entropy(torch.zeros(1, 4, 1, 1, dtype=torch.int32), torch.zeros(4, dtype=torch.int64)) == 0
+    one = Documents.of(4, 0, None, torch.device("cpu"))
+    assert block_entropy(torch.zeros(1, 4, 1, 1, dtype=torch.int32), one, 8).value == 0
     choice = torch.tensor([False, True, True, False])
-    assert first_block_share(blocks, choice) == pytest.approx(0.5)
-    assert first_block_share(blocks, torch.zeros(4, dtype=torch.bool)) == 1
+    assert first_block_share(blocks, choice).value == pytest.approx(0.5)
+    assert first_block_share(blocks, torch.zeros(4, dtype=torch.bool)).value == 1
 
 
 def test_peak_and_memory_are_figures_on_a_cpu():

@@ -8,15 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nsa.config import Config, load_saved
+from nsa.config import Config, dump_config, load_saved
 from nsa.importing import read_weights
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.kind import WITHOUT_INDEXER
 from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
 from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.plan import main as plan
 from nsa.training import checkpoint, start
 from nsa.training.start import is_missing, source_of
+from nsa.training.state import check_beginning
 from tests.small_run import small_config, small_run
 
 INDEX = {"topk": 8, "index_heads": 2, "index_head_dim": 8, "index_rotary_dims": 4}
@@ -279,3 +281,67 @@ def test_a_head_that_is_tied_in_name_only_is_refused(tmp_path, foreign):
     tree["data"]["tokenizer"]["path"] = "tokenizer.model"
     with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         source_of(Config.model_validate(tree), tmp_path / "any")
+
+
+def test_a_dry_run_says_what_the_run_would(tmp_path, run_python):
+    """Of a start of another shape; the plan is printed all the same."""
+    file, run = tmp_path / "run.yaml", small_run(tmp_path / "dense", "dense", v_head_dim=None)
+    file.write_text(dump_config(config_from(tmp_path, run, "dense", v_head_dim=None, intermediate_size=48)))
+    dry, real = (run_python("-m", "nsa.train", str(file), *options) for options in (["--dry-run"], []))
+    assert dry.returncode == real.returncode == 2
+    assert "  model.intermediate_size: 40 there, 48 here" in dry.stderr
+    assert dry.stderr[dry.stderr.index("error: start_from:") :] in real.stderr
+    assert "Memory per GPU" in dry.stdout and not (tmp_path / "next/step_00000003").exists()
+
+
+def test_a_plan_notes_a_start_that_is_not_here(tmp_path, capsys):
+    file, run = tmp_path / "run.yaml", small_run(tmp_path / "dense", "dense", v_head_dim=None)
+    for given, noted in ((tmp_path / "nothing", True), (run, False)):
+        file.write_text(dump_config(config_from(tmp_path, given, "dense", v_head_dim=None)))
+        assert plan([str(file), "--gpus", "1"]) == 0
+        assert ("note: here the run could not begin: start_from" in capsys.readouterr().out) is noted
+
+
+def test_what_a_run_begins_with_is_checked_without_reading_it(tmp_path, dense, monkeypatch, foreign):
+    """The sizes of a checkpoint's files and the shapes in a folder's headers; no tensor and no hash."""
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *_: pytest.fail("reads a checkpoint"))
+    monkeypatch.setattr("nsa.importing.folder.WeightReader._read", lambda *_: pytest.fail("reads a weight"))
+    check_beginning(config_from(tmp_path, dense))
+    tree = config_from(tmp_path, foreign, "dense", v_head_dim=None).model_dump()
+    with pytest.raises(ValueError, match=r"data.tokenizer.path is null"):
+        check_beginning(Config.model_validate(tree))
+    tree["data"]["tokenizer"]["path"] = "tokenizer.model"
+    check_beginning(Config.model_validate(tree))
+    weights = load_file(foreign / "model.safetensors")
+    save_file(weights | {"model.norm.weight": torch.ones(23)}, foreign / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.norm.weight is \[23\], the configuration says \[24\]"):
+        check_beginning(Config.model_validate(tree))
+    cut = shutil.copytree(dense, tmp_path / "cut")
+    for given, words in ((tmp_path / "nothing", "holds no checkpoint"), (cut, "cut short")):
+        for part in given.glob("step_*/model-*"):
+            part.write_bytes(part.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=words):
+            check_beginning(config_from(tmp_path, given))
+
+
+def test_the_tokenizers_are_compared_before_a_run_where_both_are_there(tmp_path, dense):
+    tree = config_from(tmp_path, dense).model_dump()
+    other = tmp_path / "other.model"
+    for content, refused in ((b"", False), (b" ", True)):
+        other.write_bytes((dense / "step_00000003/tokenizer.model").read_bytes() + content)
+        tree["data"]["tokenizer"]["path"] = str(other)
+        if not refused:
+            check_beginning(Config.model_validate(tree))
+            continue
+        with pytest.raises(ValueError, match="another tokenizer"):
+            check_beginning(Config.model_validate(tree))
+
+
+def test_a_run_that_goes_on_is_compared_with_its_checkpoint(tmp_path, dense, monkeypatch):
+    """It does not begin, so what it began with may be gone."""
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", lambda *_: pytest.fail("reads a checkpoint"))
+    there = load_saved(dense / "step_00000003/config.yaml")
+    tree = there.model_dump() | {"start_from": str(tmp_path / "gone")}
+    check_beginning(Config.model_validate(tree))
+    with pytest.raises(ValueError, match=r"written under another configuration:\n  seed: 1234 there, 7 now"):
+        check_beginning(Config.model_validate(tree | {"seed": 7}))

@@ -9,13 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa.baselines import Ledger, Method, Session
 from nsa.baselines.methods.dense import Dense
-from nsa.config import Config, load_config, load_saved
+from nsa.config import load_config, load_saved
 from nsa.evaluation.comparison.config import Training
 from nsa.evaluation.comparison.decoding import DecoderReader, Reader, check, turn_of
 from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
-from nsa.exporting import load_decoder
+from nsa.exporting import load_decoder, load_imported
 from nsa.exporting.folder import CONFIG, is_export
-from nsa.models import Decoder
+from nsa.importing import read_sections
+from nsa.importing.folder import is_own
+from nsa.models import AttentionConfig, Decoder, ModelConfig
 
 
 class Opened(Protocol):
@@ -50,11 +52,11 @@ class OpenedDecoder:
     name: str
     decoder: Decoder
     tokenizer: Any
-    training: Config
+    train_seed: int
 
     def __post_init__(self) -> None:
         config = self.decoder.config
-        self.trained, self.train_seed = trained_as(self.training), self.training.seed
+        self.trained = trained_as(config, self.decoder.attention)
         self.parameters = sum(p.numel() for p in self.decoder.parameters())
         self.num_layers, self.reaches = config.num_layers, config.max_position
         width = config.head_dim + config.attention_shape.v_head_dim
@@ -128,31 +130,40 @@ def candidate_of(training: Training) -> Candidate:
         config = load_saved(folder / CONFIG)
     elif training.arguments is not None:
         config = load_config(training.arguments[0], training.arguments[1:])
+    elif is_own(folder):
+        model, attention = read_sections(folder)
+        return Candidate(name, seed, folder, trained_as(model, attention), seed or 0)
     elif (folder / "config.json").is_file():
         return Candidate(name, seed, folder, OpenedTransformers.trained, seed or 0)
     else:
         raise ValueError(_neither(folder))
-    return Candidate(name, seed, folder, trained_as(config), config.seed if seed is None else seed)
+    trained = trained_as(config.model, config.attention)
+    return Candidate(name, seed, folder, trained, config.seed if seed is None else seed)
 
 
 def _neither(folder: Path) -> str:
     return f"{folder} is no export and no Hugging Face folder: it has no config.json"
 
 
-def trained_as(config: Config) -> str:
+def trained_as(model: ModelConfig, attention: AttentionConfig) -> str:
     """The kinds of attention of a model, in the order of its layers."""
-    return "+".join(dict.fromkeys(kind.name for kind in config.attention.pattern(config.model.num_layers)))
+    return "+".join(dict.fromkeys(kind.name for kind in attention.pattern(model.num_layers)))
 
 
 def open_model(name: str, folder: Path, device: torch.device | str = "cpu") -> Opened:
     """Open an export of ours, or another Hugging Face folder, for answers that are computed on ``device``.
+
+    An export that transformers saved again is one of ours, whose seed is not known: 0.
 
     Raises:
         ValueError: the folder is neither.
     """
     if is_export(folder):
         decoder, config, tokenizer = load_decoder(folder)
-        return OpenedDecoder(name, decoder.eval().requires_grad_(False).to(device), tokenizer, config)
+        return OpenedDecoder(name, decoder.to(device), tokenizer, config.seed)
+    if is_own(folder):
+        decoder, tokenizer = load_imported(folder)
+        return OpenedDecoder(name, decoder.to(device), tokenizer, 0)
     if not (folder / "config.json").is_file():
         raise ValueError(_neither(folder))
     try:

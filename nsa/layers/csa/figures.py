@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.layers.figure import Figure
 from nsa.ops.geometry import Documents, visible_blocks
 from nsa.ops.token_sparse import joined, with_sink
 
@@ -23,7 +24,7 @@ def measure(
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
     earlier: dict[Any, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """The metrics of one layer, from the inputs of its ``attend``. Means are over heads and queries that see an entry.
 
     window_mass, sink_mass: probability of the window and of the sink, among window, sink and all entries.
@@ -37,8 +38,8 @@ def measure(
     far, window = attend.to_entries(q, entries, **where), attend.to_window(q, near, **where)
     lse = with_sink(*joined(far, window), sink)[1]
 
-    def mean(share: Tensor, rows: Tensor, otherwise: float) -> float:
-        return share[..., rows].mean().item() if rows.any() else otherwise
+    def mean(share: Tensor, rows: Tensor, otherwise: float) -> Figure:
+        return Figure.mean_of(share[..., rows], otherwise)
 
     found = {
         "window_mass": mean((window[1] - lse).exp(), seen > 0, 1.0),

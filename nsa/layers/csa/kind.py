@@ -51,9 +51,9 @@ def products(shape: Shape, config: CsaConfig) -> list[Product]:
     found += [Product(1, hidden, 2 * series * width), Product(1, queries, hidden)]
     if config.topk is not None:
         found += [
-            Product(1, latent or hidden, config.index_heads * config.index_head_dim),
-            Product(1, hidden, 2 * series * config.index_head_dim),
-            Product(1, hidden, config.index_heads),
+            Product(1, latent or hidden, config.index_heads * config.index_head_dim, alone=2),
+            Product(1, hidden, 2 * series * config.index_head_dim, alone=2),
+            Product(1, hidden, config.index_heads, alone=2),
         ]
     return found
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.layers.figure import Figure
 from nsa.layers.kind import Pair
 from nsa.ops.dispatch import softmax_scale
 from nsa.ops.geometry import Documents
@@ -25,7 +26,7 @@ def measure(
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
     earlier: dict[Any, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """The metrics of one layer, from the inputs of its ``attend``. Means are over queries that see more than k tokens.
 
     recall: probability, in dense attention, of the selected tokens; mean over heads. Without such queries: 1.
@@ -43,17 +44,17 @@ def measure(
     _, dense = ops.dense_attention(q, k, v, scale=attend.scale, **options, return_lse=True)
     more = documents.query_local >= tokens.shape[2]
 
-    def mass(lists: Tensor) -> float:
+    def mass(lists: Tensor) -> Figure:
         options = {"scale": attend.scale, "return_lse": True, "backend": attend.backend}
         _, lse = ops.token_sparse_attention(q, k, v, lists, **options)
-        return (lse - dense).exp()[..., more].mean().item() if more.any() else 1.0
+        return Figure.mean_of((lse - dense).exp()[..., more])
 
     first = documents.bounds[documents.query_document].to(torch.int32)[None, :, None].expand(len(q), -1, -1)
     overlap = {}
     if earlier is not None:
         before = earlier.get(("dsa", offset))
         if before is not None:
-            overlap["layer_overlap"] = shared(before[:, more], tokens[:, more]) if more.any() else 1.0
+            overlap["layer_overlap"] = shared(before[:, more], tokens[:, more])
         earlier["dsa", offset] = tokens
     p = scores.softmax(-1)
     entropy = -torch.xlogy(p, p).sum(-1) / math.log(max(2, tokens.shape[2]))
@@ -63,40 +64,42 @@ def measure(
         "first_token_mass": mass(first),
         "token_overlap": token_overlap(tokens, documents, more),
         **overlap,
-        "score_entropy": entropy[:, more].mean().item() if more.any() else 1.0,
+        "score_entropy": Figure.mean_of(entropy[:, more]),
     }
 
 
 def recall_bound(
     q: Tensor, k: Tensor, lse: Tensor, documents: Documents, more: Tensor, scale: float | None, topk: int
-) -> float:
+) -> Figure:
     """The largest probability, mean over heads, of any ``topk`` tokens; 1 without queries of ``more`` (T,).
 
     Args:
         q (B, T, H, D), k (B, S, G, D). lse: (B, H, T), of dense attention.
     """
-    rows = more.nonzero().flatten()
-    rows = rows[:: -(-len(rows) // 64) or 1]  # as many as fit in memory
+    every = more.nonzero().flatten()
+    rows = every[:: -(-len(every) // 64) or 1]  # as many as fit in memory
     if not len(rows):
-        return 1.0
+        return Figure.mean(0, 0)
     attention = head_sum(q[:, rows], k, lse[:, :, rows], softmax_scale(scale, q.shape[3])) / q.shape[2]
     key = torch.arange(k.shape[1], device=q.device)
     first, last = documents.bounds[documents.query_document[rows]], documents.query_position[rows]
     visible = (key >= first[:, None]) & (key <= last[:, None])
-    return attention.where(visible, 0).topk(topk, -1).values.sum(-1).mean().item()
+    found = attention.where(visible, 0).topk(topk, -1).values.sum(-1).mean()
+    return Figure.mean(found * len(every), len(every))
 
 
-def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> float:
+def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> Figure:
     """Share of the tokens (B, T, K) of a query that its predecessor in the document selected as well; 1 without any."""
     pairs = more[1:] & (documents.query_document[1:] == documents.query_document[:-1])
-    rows = pairs.nonzero().flatten()[:1024]  # as many as fit in memory
-    if not len(rows):
-        return 1.0
+    rows = pairs.nonzero().flatten()
     return shared(tokens[:, rows], tokens[:, rows + 1])
 
 
-def shared(one: Tensor, other: Tensor) -> float:
-    """Share of tokens (B, T, K) that two lists have in common, mean over at most 1,024 of their rows."""
-    rows = slice(None, None, -(-one.shape[1] // 1024))
+def shared(one: Tensor, other: Tensor) -> Figure:
+    """Share of tokens (B, T, K) that two lists have in common, mean over their rows; at most 1,024 are looked at."""
+    if not one.shape[1]:
+        return Figure.mean(0, 0)
+    rows = slice(None, None, -(-one.shape[1] // 1024))  # as many as fit in memory
     both = torch.cat((one[:, rows], other[:, rows]), -1).sort(-1).values
-    return ((both[..., 1:] == both[..., :-1]).sum(-1) / one.shape[2]).mean().item()
+    share = ((both[..., 1:] == both[..., :-1]).sum(-1) / one.shape[2]).mean()
+    return Figure.mean(share * one.shape[1], one.shape[1])

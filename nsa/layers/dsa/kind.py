@@ -49,8 +49,8 @@ def products(shape: Shape, config: DsaConfig) -> list[Product]:
     queries, latent = config.index_heads * config.index_head_dim, shape.mla.q_lora_rank if shape.mla else None
     return [
         *projection_of(shape).products(shape),
-        Product(1, latent or shape.hidden_size, queries),
-        Product(1, shape.hidden_size, config.index_head_dim + config.index_heads),
+        Product(1, latent or shape.hidden_size, queries, alone=2),
+        Product(1, shape.hidden_size, config.index_head_dim + config.index_heads, alone=2),
     ]
 
 
@@ -74,7 +74,7 @@ def exchanges(shape: Shape, config: DsaConfig) -> dict[str, Exchange]:
         "q": Own(),
         "kv": Gather("keys", projection_of(shape).row_width(shape)),
         "q_idx": Own(),
-        "k_idx": Gather("index keys", config.index_head_dim),
+        "k_idx": Gather("index keys", config.index_head_dim, apart=True),
         "weights": Own(),
     }
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.layers.figure import Figure
 from nsa.layers.kind import Pair
 from nsa.ops.dispatch import softmax_scale
 from nsa.ops.entmax import entmax_scores
@@ -24,7 +25,7 @@ def measure(
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
     earlier: dict[Any, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """The metrics of one layer, from the inputs of its ``attend``. Means are over at most 64 queries, and heads.
 
     support: number of keys with a weight. zeros: share of the visible keys without one. entropy: of the weights, in
@@ -45,8 +46,8 @@ def measure(
     p = ops.entmax(z, attend.alpha)
     support, visible = (p > 0).sum(-1), (z > -torch.inf).sum(-1)
     return {
-        "support": support.float().mean().item(),
-        "zeros": (1 - support / visible).mean().item(),
-        "entropy": -torch.xlogy(p, p).sum(-1).mean().item(),
-        "logit_scale": logit_scale.mean().item(),
+        "support": Figure.mean_of(support),
+        "zeros": Figure.mean_of(1 - support / visible),
+        "entropy": Figure.mean_of(-torch.xlogy(p, p).sum(-1)),
+        "logit_scale": Figure.mean_of(logit_scale),
     }

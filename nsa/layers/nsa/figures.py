@@ -1,6 +1,5 @@
 """Metrics of Native Sparse Attention for TensorBoard: gates, selected blocks and the share of each branch."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
+from nsa.layers.figure import Figure
 from nsa.layers.nsa.layer import BRANCHES
 from nsa.ops.geometry import Documents, clip_borders
 from nsa.ops.native_sparse import branches
@@ -28,7 +28,7 @@ def measure(
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
     earlier: dict[Any, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """The metrics of one layer, from the inputs of its ``attend`` (shapes as in `nsa.ops.native_sparse_attention`).
 
     gate_<branch>: mean gate over tokens and heads.
@@ -49,14 +49,14 @@ def measure(
 
     figures = {}
     norms = [
-        (out.float().norm(dim=-1) * gates[..., i].float()).mean().item()
+        float((out.float().norm(dim=-1) * gates[..., i].float()).sum(dtype=torch.float64))
         for i, out in enumerate((compressed, selected, window))
     ]
     for i, branch in enumerate(BRANCHES):
-        figures[f"gate_{branch}"] = gates[..., i].float().mean().item()
-        figures[f"mass_{branch}"] = norms[i] / max(sum(norms), 1e-30)
+        figures[f"gate_{branch}"] = Figure.mean_of(gates[..., i])
+        figures[f"mass_{branch}"] = Figure.mean(norms[i], sum(norms), otherwise=0.0)
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
-    figures["block_entropy"] = block_entropy(blocks, documents.query_document)
+    figures["block_entropy"] = block_entropy(blocks, documents, sizes["block_size"])
     figures["block_overlap"] = block_overlap(blocks, documents.query_document)
     choice = documents.query_local // sizes["block_size"] >= max(sizes["num_blocks"], sizes["num_local"])
     figures["first_block_share"] = first_block_share(first_block, choice)
@@ -74,7 +74,7 @@ def measure_warm_up(
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
     earlier: dict[Any, Any] | None = None,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """The metrics of one layer whose selection is taught. Shares of the attention that the choice is about: that to
     blocks which are neither always selected nor reached by the window.
 
@@ -100,9 +100,9 @@ def measure_warm_up(
         most += target.topk(min(free, target.shape[3]), -1).values.sum()
         whole += target.sum()
     return {
-        "recall": (held / whole).item() if whole else 1.0,
-        "recall_bound": (most / whole).item() if whole else 1.0,
-        "choice_mass": (whole / chosen[..., 0].numel()).item(),
+        "recall": Figure.mean(held, whole),
+        "recall_bound": Figure.mean(most, whole),
+        "choice_mass": Figure.mean(whole, chosen[..., 0].numel()),
     }
 
 
@@ -114,40 +114,39 @@ def measure_taught(
     kv_slc: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
     *inputs: Any,
     **options: Any,
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     """The metrics of a layer that attends as NSA while its selection is taught: those of both."""
     kv_slc = kv_slc() if callable(kv_slc) else kv_slc
     found = measure(attend, q, kv_cmp, kv_slc, *inputs, **options)
     return found | measure_warm_up(attend, q, kv_cmp, kv_slc, *inputs, **options)
 
 
-def block_entropy(blocks: Tensor, document: Tensor) -> float:
+def block_entropy(blocks: Tensor, documents: Documents, block_size: int) -> Figure:
     """Entropy of how often each block is selected, divided by its maximum; mean over batch and KV heads.
 
     Args:
-        blocks: (B, T, G, n) int, -1 where nothing is selected. document: (T,) int64, of each query.
+        blocks: (B, T, G, n) int, -1 where nothing is selected. documents: of the T queries.
     """
-    entropies = []
-    number = document[:, None] * (int(blocks.max()) + 1) + blocks.permute(0, 2, 1, 3)  # unique across documents
-    for chosen, valid in zip(number.flatten(0, 1), blocks.permute(0, 2, 1, 3).flatten(0, 1) >= 0, strict=True):
-        counts = torch.unique(chosen[valid], return_counts=True)[1].double()
-        share = counts / counts.sum()
-        entropies.append(float(-(share * share.log()).sum()) / math.log(len(counts)) if len(counts) > 1 else 0.0)
-    return sum(entropies) / len(entropies)
+    lengths = documents.bounds.diff()
+    before = ((lengths + block_size - 1) // block_size).cumsum(0).roll(1)  # blocks of the documents before
+    before[0] = 0  # every part of the queries numbers the blocks alike
+    number = before[documents.query_document][:, None] + blocks.permute(0, 2, 1, 3)
+    valid, number = (x.flatten(0, 1) for x in (blocks.permute(0, 2, 1, 3) >= 0, number))
+    bins = int(number.max()) + 1
+    counts = [torch.bincount(row[there], minlength=bins) for row, there in zip(number, valid, strict=True)]
+    return Figure(torch.stack(counts), entropy=True)
 
 
-def block_overlap(blocks: Tensor, document: Tensor) -> float:
-    """Share of the blocks of each query that the previous query of the same document selected, too."""
+def block_overlap(blocks: Tensor, document: Tensor) -> Figure:
+    """Share of the blocks of each query that the previous query of the same document selected, too; 0 without any."""
     now, before = blocks[:, 1:], blocks[:, :-1]
     valid = (now >= 0) & (document[1:] == document[:-1])[:, None, None]
     shared = torch.zeros_like(valid)
     for i in range(blocks.shape[-1]):  # no (T, n, n) in memory
         shared |= now == before[..., i, None]
-    return (shared & valid).sum().item() / max(1, int(valid.sum()))
+    return Figure.mean((shared & valid).sum(), valid.sum(), otherwise=0.0)
 
 
-def first_block_share(blocks: Tensor, choice: Tensor) -> float:
+def first_block_share(blocks: Tensor, choice: Tensor) -> Figure:
     """Share of the queries in ``choice`` (T,) bool that select block 0; 1 if ``choice`` is empty."""
-    if not choice.any():
-        return 1.0
-    return (blocks[:, choice] == 0).any(-1).float().mean().item()
+    return Figure.mean_of((blocks[:, choice] == 0).any(-1))

@@ -8,7 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nsa.layers.kind import Backends, Blocks, Exchange, Gather, Halo, Kind, Own, Parts, Product, Same, Shape
+from nsa.layers.kind import (
+    OF_LOSS,
+    Backends,
+    Blocks,
+    Exchange,
+    Gather,
+    Halo,
+    Kind,
+    Own,
+    Parts,
+    Product,
+    Same,
+    Shape,
+)
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure, measure_taught, measure_warm_up
 from nsa.layers.nsa.guest import GUEST, GUEST_WARM_UP
@@ -29,18 +42,26 @@ def build(shape: Shape, config: NsaConfig, backends: Backends, before: Sequence[
 
 
 def products(shape: Shape, config: NsaConfig) -> list[Product]:
-    """The compression runs once per stride and KV head, on keys and on values."""
+    """The compression runs once per stride and KV head, on keys and on values. In the warm-up that of keys learns."""
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     joint = heads * shape.head_dim + 3 * kv_heads * (shape.head_dim + shape.v_head_dim) + 3 * heads
     linear_maps = [Product(1, shape.hidden_size, joint), Product(1, heads * shape.v_head_dim, shape.hidden_size)]
-    blocks, pooled = kv_heads / config.compress_stride, config.key_compression == "pooled"
-    if pooled:
-        linear_maps += [Product(rows, shape.head_dim, shape.head_dim) for rows in (kv_heads, blocks)]
-    for width in (shape.head_dim, shape.v_head_dim)[pooled:]:
+    blocks, key = kv_heads / config.compress_stride, shape.head_dim
+
+    def mlp(width: int, inner: int, outer: int) -> list[Product]:
         hidden = config.compress_hidden or width
-        linear_maps.append(Product(blocks, config.compress_length * width, hidden))
-        linear_maps.append(Product(blocks, hidden, width))
-    return linear_maps
+        return [
+            Product(blocks, config.compress_length * width, hidden, alone=inner),
+            Product(blocks, hidden, width, alone=outer),
+        ]
+
+    learns = (2, 3) if config.phase == "warm-up" else (1, 1)
+    if config.key_compression == "pooled":
+        rows = zip((kv_heads, blocks), learns, strict=True)
+        linear_maps += [Product(each, key, key, alone=alone) for each, alone in rows]
+    else:
+        linear_maps += mlp(key, *learns)
+    return linear_maps + mlp(shape.v_head_dim, 1, 1)
 
 
 @lru_cache(maxsize=256)
@@ -187,8 +208,8 @@ TAUGHT: Kind = replace(
     NSA,
     title=f"{NSA.title}, whose selection has a loss",
     # Of dense attention's six products forward and backward the loss takes three: both forward, and the scores again.
-    keys=lambda config, tokens: keys(config, tokens) | {"taught": (tokens + 1) / 4},
-    prices={**NSA.prices, "taught": "causal"},
+    keys=lambda config, tokens: keys(config, tokens) | {OF_LOSS: (tokens + 1) / 4},
+    prices={**NSA.prices, OF_LOSS: "causal"},
     recordable=False,
     parts=lambda shape, config: replace(
         NSA.parts(shape, config),
