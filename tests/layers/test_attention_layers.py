@@ -1,7 +1,6 @@
 """Layers: compression against explicit windows, packing, decoding, rotary embedding, and use without a decoder."""
 
 import itertools
-
 import math
 
 import pytest
