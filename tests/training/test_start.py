@@ -68,6 +68,22 @@ def test_another_shape_is_refused(tmp_path, dense, changes, words):
         source_of(config_from(tmp_path, dense, **changes), dense / "step_00000003/tokenizer.model")
 
 
+def test_every_key_of_the_shape_is_compared(tmp_path, dense, monkeypatch):
+    """One after the other: but for those that only say how the weights are used."""
+    config, tokenizer = config_from(tmp_path, dense), dense / "step_00000003/tokenizer.model"
+    here, free = start._shape_of(config.model), set()
+    for key in here:
+        both = iter((here | {key: "another value"}, here))
+        monkeypatch.setattr(start, "_shape_of", lambda _, both=both: next(both))
+        try:
+            source_of(config, tokenizer)
+            free.add(key)
+        except ValueError as error:
+            assert f"  model.{key}: another value there" in str(error)
+    assert free == {"max_position", "rope", "rope_scaling", "init_std", "norm_eps"}
+    assert {"tie_embeddings", "qkv_bias", "moe", "mla", "head_dim"} <= here.keys()
+
+
 def test_other_sources_are_refused(tmp_path, dense):
     tokenizer = dense / "step_00000003/tokenizer.model"
     with pytest.raises(ValueError, match="holds no checkpoint"):
