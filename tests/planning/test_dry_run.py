@@ -26,6 +26,7 @@ LAYOUTS = [  # tensor, context, pipeline, activation checkpointing, rank
     (2, 1, 2, "none", 3),
     (1, 2, 2, "none", 3),
     (1, 1, 4, "none", 2),
+    (1, 1, 4, "none", 0),  # fewer micro batches than stages
     (1, 1, 1, "full", 0),
 ]
 

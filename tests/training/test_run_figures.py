@@ -97,6 +97,7 @@ def test_a_run_remembers_what_it_skipped(found: tuple[Path, dict[str, Any]]) -> 
     kept = found[1]["kept"]
     assert kept["resumed"] == kept["saved"] and kept["saved"]["skipped_in_a_row"] == 1
     assert kept["saved"]["spikes"] == vars(SPIKES)
+    assert kept["in a row after a good step"] == 0
     assert kept["snapshot is a copy"] and kept["training after the probe"]
 
 
@@ -211,8 +212,11 @@ def kept(ranks: Any, folder: Path, overrides: list[str]) -> dict[str, Any]:
     trainer._run_folder.close()
     other = Trainer(config, ranks)
     resumed = asdict(other.progress)
+    other.train_step(StopRequest())
+    in_a_row = other.progress.skipped_in_a_row
     rank_checks.close(other)
     answer = {"bias": bias, "load": loads[0], "figures": figures, "saved": saved, "resumed": resumed}
+    answer["in a row after a good step"] = in_a_row
     return answer | {"snapshot is a copy": is_copy, "training after the probe": training}
 
 
