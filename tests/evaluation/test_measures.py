@@ -81,6 +81,28 @@ def test_an_oracle_scores_one(tokenizer, name: str, solve) -> None:
     assert 0.9 < result.low < 1
 
 
+def test_every_episode_is_another_and_counts_as_one(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of three of ten: no episode is read twice, and they are those of the evaluation alone. A model that
+    has all of an episode right or all of it wrong: the interval is that of ten, not of all answers."""
+    monkeypatch.setattr(recall, "BATCH_TOKENS", 3 * 128)
+    task, read = task_named("copy"), []
+
+    def every_second(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        read.extend(tuple(row.tolist()) for row in tokens)
+        wrong = torch.tensor([int(row[5]) % 2 for row in tokens]).repeat_interleave(asked.sum(1))
+        return echo(tokens, asked) + wrong
+
+    result = recall.measure(every_second, task, tokenizer, 128, 10)
+    right = [int(row[5]) % 2 == 0 for row in read]
+    assert len(set(read)) == len(read) == 10 and 0 < sum(right) < 10
+    assert result.accuracy == pytest.approx(sum(right) / 10) and result.answers > 500
+    assert (result.low, result.high) == pytest.approx(recall.interval(np.array(right)[:, None]), abs=1e-3)
+    trained_on = {
+        tuple(task.episode(tokenizer, 128, seed, i).tokens) for seed in (1234, "1234/copy") for i in range(10)
+    }
+    assert trained_on.isdisjoint(read)
+
+
 @pytest.mark.parametrize("name", ["mqar", "copy", "passkey"])
 def test_a_guess_scores_chance(tokenizer, name: str) -> None:
     """In mqar a guess is one of the values of the episode, in other tasks one of the task's values."""
