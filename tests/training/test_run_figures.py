@@ -127,6 +127,13 @@ def test_a_checkpoint_counts_what_was_read(found: tuple[Path, dict[str, Any]]) -
     }
 
 
+def test_the_size_of_a_checkpoint_is_known_before(found: tuple[Path, dict[str, Any]]) -> None:
+    """Weights and both moments, but for the files' headers: a run is refused at its start if they have no room."""
+    folder, answers = found
+    expected = state.state_bytes(tiny_config(folder / "logged", *LOGGED))
+    assert expected < answers["logged"]["size"] < expected + 20_000
+
+
 def test_figures_of_a_step_on_several_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "peak_flops", lambda device, precision: (1e12, "data sheet"))
     ranks: Any = SimpleNamespace(device=torch.device("cpu"), world_size=4)
@@ -246,7 +253,9 @@ def logged_run(ranks: Any, folder: Path, overrides: list[str]) -> dict[str, Any]
     assert trainer.run() == 0
     run = trainer.folder
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {"lines": lines, "state": json.loads((run / "step_00000007/state.json").read_text())}
+    saved = run / "step_00000007"
+    size = sum(path.stat().st_size for path in saved.glob("*.safetensors"))
+    return {"lines": lines, "state": json.loads((saved / "state.json").read_text()), "size": size}
 
 
 if __name__ == "__main__":
