@@ -164,6 +164,15 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.latest_complete(tmp_path / "absent") is None
 
 
+def test_the_newest_before_a_step_has_fewer_steps(tmp_path):
+    """A state after 6 steps has read what step 6 read: a rollback before that step must not take it."""
+    for step in (4, 6, 7):
+        write(tmp_path, step)
+    found = {before: checkpoint.latest_complete(tmp_path, before) for before in (None, 8, 7, 6, 5, 4)}
+    steps = {before: None if path is None else checkpoint.step_of(path) for before, path in found.items()}
+    assert steps == {None: 7, 8: 7, 7: 6, 6: 4, 5: 4, 4: None}
+
+
 def test_the_last_k_are_kept(tmp_path):
     for step in (1, 2, 10, 100_000_000):
         write(tmp_path, step)
