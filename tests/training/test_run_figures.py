@@ -15,7 +15,7 @@ from tiny import on_ranks, tiny_config
 from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.models import Decoder
-from nsa.training import metrics, state
+from nsa.training import metrics, performance, state
 from nsa.training.metrics import StepMetrics, StepResult
 from nsa.training.spikes import SpikeState
 
@@ -144,6 +144,14 @@ def test_figures_of_a_step_on_several_devices(tmp_path: Path, monkeypatch: pytes
     assert line["perf/mfu_sparse"] == pytest.approx(figures.flops["sparse"] * 512 / (4 * 1e12))
     assert line["comm/tensor_activations_mib"] == 3 and line["moe/max_violation/layer_01"] == 0.5
     assert (line["train/loss"], line["train/grad_norm"], line["train/learning_rate"]) == (2.5, 0.5, 1e-3)
+
+
+def test_a_measured_peak_counts_a_product_and_a_sum_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product takes three seconds of the test's clock."""
+    now = iter(range(0, 99, 3))
+    monkeypatch.setattr(performance, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    measured = performance._measured_flops.__wrapped__(torch.device("cpu"), torch.float32)
+    assert measured == pytest.approx(2 * 1024**3 / 3)
 
 
 def test_ranks_draw_numbers_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
