@@ -104,6 +104,8 @@ def test_the_deepspeed_configuration(tmp_path, stage, precision):
     assert written["zero_optimization"]["stage"] == stage and written["bf16"]["enabled"] == (precision == "bf16")
     assert written["gradient_clipping"] == config.optimizer.gradient_clipping
     assert written["data_types"]["grad_accum_dtype"] == ("bf16" if (stage, precision) == (0, "bf16") else "fp32")
+    assert written["communication_data_type"] == "fp32", "gradients are summed over ranks in fp32"
+    assert written["bf16"]["check_grad_overflow"] is True, "a step whose gradient is not finite is skipped"
     assert json.loads(json.dumps(written)) == written
 
 
