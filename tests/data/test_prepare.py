@@ -133,9 +133,12 @@ def test_ids_of_a_large_vocabulary_come_back(tmp_path: Path, vocab_size: int) ->
     writer = SourceWriter(tmp_path / "s", vocab_size)
     writer.add("d", tokens, 5, False)
     writer.add("e", tokens[::-1], 5, True)
-    source = TokenSource(tmp_path / "s", writer.close(), vocab_size)
+    entry = writer.close()
+    source = TokenSource(tmp_path / "s", entry, vocab_size)
     assert source.read(0).tolist() == tokens.tolist() and source.read(1).tolist() == tokens[::-1].tolist()
     assert [source.document_id(i) for i in (0, 1)] == ["d", "e"]
+    with pytest.raises(ValueError, match=rf"holds token {vocab_size - 1}, the tokenizer has {vocab_size - 1} pieces"):
+        TokenSource(tmp_path / "s", entry, vocab_size - 1)
 
 
 @pytest.mark.parametrize("name", ["tokens-00000.bin", "documents.npy", "names.txt"])

@@ -166,6 +166,22 @@ def test_planned_flops_equal_the_mfus_and_a_dry_runs(name, gpus):
         assert dry_run(config, gpus).flops == pytest.approx(work_of(config, gpus).flops, rel=0.03)
 
 
+@pytest.mark.parametrize(("pipeline", "passes"), [(1, 8), (2, 8), (4, 8), (4, 2)])
+def test_a_pipelines_bubble_stretches_what_its_passes_take(pipeline, passes):
+    """(micro batches + stages - 1) / micro batches of it, and none of what is done once a step. Tokens per second are
+    those of all ranks."""
+    sizes = [f"parallel.pipeline={pipeline}", "training.micro_batch_size=1", f"training.global_batch_size={2 * passes}"]
+    config = load_config(CONFIG, sizes)
+    speed = predict_speed(config, 2 * pipeline, GPUS["H200"])
+    once = {"optimizer", "between steps", "data links"}
+    assert once <= speed.seconds.keys() and min(speed.seconds[kind] for kind in once) > 0
+    in_passes = sum(seconds for kind, seconds in speed.seconds.items() if kind not in once)
+    slots = (passes + pipeline - 1) / passes
+    assert speed.step_seconds == pytest.approx(in_passes * slots + sum(speed.seconds[kind] for kind in once))
+    tokens = 2 * passes * config.data.sequence_length
+    assert speed.tokens_per_second == pytest.approx(tokens / speed.step_seconds)
+
+
 def test_link_speed_within_and_between_nodes():
     gpu = GPUS["H100"]
     sizes = dict.fromkeys(AXES, 1)
