@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from nsa.layers.kinds import NSA
 from nsa.models.sizes import attention_flops, training_flops_per_token
 from nsa.plan import main
 from nsa.planning import constants, measured
+from nsa.planning import fit as fitting
 from nsa.planning.constants import Constants
 from nsa.planning.dry_run import dry_run
 from nsa.planning.fit import fit
@@ -113,6 +115,18 @@ def test_a_fit_finds_the_constants_of_made_up_measurements(tmp_path):
     assert fitted.constants["room"] == before.constants["room"]
     with pytest.raises(ValueError, match="at least two"):
         fit([], before)
+
+
+def test_a_case_is_left_out_of_the_fit_that_predicts_it(monkeypatch):
+    """The error "left out" says how well a step is predicted that was not measured."""
+    errors, fitted = {"a": 0.1, "b": -0.2, "c": 0.3}, []
+    steps = [SimpleNamespace(name=name, error=lambda known, error=error: error) for name, error in errors.items()]
+    monkeypatch.setattr(
+        fitting, "_fitted", lambda cases, before: fitted.append([c.name for c in cases]) or constants.read()
+    )
+    content = fit(steps, constants.read())
+    assert fitted == [["a", "b", "c"], ["b", "c"], ["a", "c"], ["a", "b"]]
+    assert (content.cases, content.mean_error, content.worst_error_left_out) == (3, 0.2, 0.3)
 
 
 def test_the_command_writes_what_it_fits(tmp_path, monkeypatch, capsys):
