@@ -187,6 +187,18 @@ def test_a_changed_or_cut_manifest_is_found(copy: Path) -> None:
         PreparedData(copy)
 
 
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_document_without_tokens_is_found(copy: Path, left: int) -> None:
+    """Every one has a begin and an end. Of an empty one a window would be made for ever."""
+    records = np.load(copy / "text/documents.npy")
+    lengths = np.diff(records["token_end"], prepend=0)
+    at = int(lengths[1:].argmin()) + 1
+    records["token_end"][at - 1] += lengths[at] - left
+    np.save(copy / "text/documents.npy", records)
+    with pytest.raises(ValueError, match=r"documents\.npy: offsets do not fit the shards; run"):
+        PreparedData(copy)
+
+
 def test_a_token_beyond_the_vocabulary_is_found_when_read(copy: Path, config: DataConfig) -> None:
     """Also in a shard that was damaged after it was opened, or opened without hashing."""
     path = copy / "text/tokens-00000.bin"
