@@ -112,6 +112,12 @@ def test_planned_memory_of_a_pipeline_stage_equals_a_dry_runs():
     assert planned["activations"] + own == pytest.approx(run.peak_bytes, rel=0.05)
 
 
+@pytest.mark.parametrize("more", [(), ("model.tie_embeddings=false",), ("model.tie_embeddings=false", *MOE)])
+def test_planned_weights_are_the_decoders(tmp_path, more):
+    config = tiny_config(tmp_path, *BASE, *more, "engine.precision=bf16")
+    assert memory_of(config, 1).device["weights"] == 2 * dry_run(config, 1).parameters
+
+
 def test_dry_run_of_a_large_decoder_is_fast():
     started = time.process_time()
     config = load_config(
