@@ -309,7 +309,10 @@ def test_special_tokens_in_text_are_special_unless_they_are_split(tokenizers) ->
     native, fast = tokenizers
     assert fast("yes" + fast.eos_token).input_ids == [*native.encode("yes"), native.eos_id]
     assert fast.tokenize("a</s>b")[1] == "</s>"
-    assert fast(["x</s>", "y"], padding=True).input_ids[0][-1] == native.eos_id
+    padded = fast(["x</s>", "y"], padding=True)
+    assert padded.input_ids[0][-1] == native.eos_id
+    assert [row[0] for row in padded.attention_mask] == [1, 0], "padded where no text is continued"
+    assert padded.attention_mask[1][-1] == 1
     split = fast("yes</s>", split_special_tokens=True).input_ids
     assert split == native.encode("yes</s>") and native.eos_id not in split
 
