@@ -10,6 +10,7 @@ from nsa.plan import main
 from nsa.planning.measured import compare, error_lines
 from nsa.planning.memory import memory_of
 from nsa.planning.speed import GPUS, predict_speed
+from nsa.planning.traffic import data_bytes
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "configs/1b.yaml"
@@ -150,3 +151,20 @@ def test_memory_with_expert_parallelism():
     memory = memory_of(papers, 64)
     assert memory.device["weights"] == pytest.approx(2 * held)
     assert memory.device["optimizer"] == pytest.approx(12 * held / 8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "mode", "each"),
+    [
+        (0, "none", 2 * 4),  # fp32 gradients are summed: a ring sends them twice
+        (1, "none", 2 * 4 + 2),  # and the new bf16 weights are gathered
+        (2, "none", 4 * 4 + 2),  # each of four passes leaves a part of the sum at its owner
+        (3, "none", 4 * (4 + 2 * 2)),  # and gathers weights for the forward and for the backward pass
+        (3, "full", 4 * (4 + 2 * 3)),  # and for what is recomputed
+    ],
+)
+def test_what_ranks_with_the_same_weights_send(stage, mode, each):
+    """In four passes of a step; all but an eighth leaves each of eight ranks."""
+    passes = ["training.micro_batch_size=2", "training.global_batch_size=64", "engine.precision=bf16"]
+    layout = config(*passes, f"engine.zero_stage={stage}", f"engine.activation_checkpointing={mode}")
+    assert data_bytes(layout, 8, 800.0) == 700 * each
