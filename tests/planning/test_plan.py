@@ -7,8 +7,10 @@ import pytest
 from nsa.config import load_config
 from nsa.models import count_parameters
 from nsa.plan import main
+from nsa.planning.describe import describe_search
 from nsa.planning.measured import compare, error_lines
 from nsa.planning.memory import memory_of
+from nsa.planning.search import Candidate
 from nsa.planning.speed import GPUS, predict_speed
 from nsa.planning.traffic import data_bytes
 from tests.conftest import ROOT
@@ -90,6 +92,9 @@ def test_the_command_plans_the_configured_layout(capsys):
     output = capsys.readouterr().out
     for words in ("4 data x 2 tensor x 2 context", "context/selected", "tokens/s", "dense-equivalent", "at the start"):
         assert words in output, words
+    step = 128 * 8192
+    assert f"= {step:,} tokens; micro batches per GPU" in output
+    assert f"20,000 steps = {20000 * step:,} tokens, {20000 * step / PARAMETERS:.1f} per parameter" in output
 
 
 @pytest.mark.parametrize(("stage", "told"), [("indexer", 1), ("dense", 0)])
@@ -168,3 +173,10 @@ def test_what_ranks_with_the_same_weights_send(stage, mode, each):
     passes = ["training.micro_batch_size=2", "training.global_batch_size=64", "engine.precision=bf16"]
     layout = config(*passes, f"engine.zero_stage={stage}", f"engine.activation_checkpointing={mode}")
     assert data_bytes(layout, 8, 800.0) == 700 * each
+
+
+def test_the_table_of_layouts_shares_the_gpus_out():
+    experts = config("parallel={expert: 8}", "training.global_batch_size=64", name="27b-a5b")
+    found = Candidate(experts, predict_speed(experts, 32, H200), memory_of(experts, 32))
+    row = describe_search([found], 32, H200).splitlines()[-1].split()
+    assert row[:5] == ["1", "1", "1", "8", "4"]

@@ -76,13 +76,15 @@ def test_a_skipped_step_changes_nothing():
 
 
 def test_generators_are_restored_through_json():
-    seed_all(5)
-    state = json.loads(json.dumps(rng_state()))
-
     def draw():
         return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
 
+    seed_all(5)
     first = draw()
+    assert draw() != first
+    seed_all(5)
+    state = json.loads(json.dumps(rng_state()))
+    assert draw() == first, "what is saved is not disturbed"
     assert draw() != first
     set_rng_state(state)
     assert draw() == first
