@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from small_run import TEXT, small_config
 from torch import nn
 
@@ -14,6 +15,9 @@ from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.data.tasks import id_sets, task_named
 from nsa.evaluation import bits_per_byte, recall
+from nsa.evaluation.recall import Recall
+from nsa.evaluation.report import plot_recall
+from nsa.evaluation.runner import _tasks
 from nsa.models import Decoder
 
 
@@ -151,3 +155,28 @@ def test_interval_covers_the_truth() -> None:
         low, high = recall.interval(rng.random((60, 20)) < difficulty)
         covered += low <= 0.25 <= high
     assert 0.90 < covered / 400 < 0.985
+
+
+def test_the_bars_of_the_chart_are_the_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list = []
+    errorbar = Axes.errorbar
+
+    def spy(axes: Axes, *arguments: object, **options: object) -> object:
+        drawn.append(arguments)
+        return errorbar(axes, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    results = [Recall("needle", n, 8, 8, 0.5, 0.25, 0.875, 0.1) for n in (64, 128)]
+    plot_recall(results, 64, tmp_path / "recall.png")
+    [(lengths, accuracies, (below, above))] = drawn
+    assert (lengths, accuracies) == ([64, 128], [0.5, 0.5])
+    assert (below, above) == ([0.25, 0.25], [0.375, 0.375]) and (tmp_path / "recall.png").exists()
+
+
+def test_recall_is_of_the_usual_tasks_and_of_those_trained_on(tmp_path: Path) -> None:
+    """Of those over token ids."""
+    config = small_config(tmp_path)
+    text = config.data.sources[0]
+    learned = [text.model_copy(update={"kind": "task", "task": name}) for name in ("vt_1", "niah_single_1")]
+    data = config.data.model_copy(update={"sources": [text, *learned]})
+    assert [task.name for task in _tasks(config.model_copy(update={"data": data}))] == [*recall.TASKS, "vt_1"]
