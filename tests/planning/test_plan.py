@@ -180,3 +180,9 @@ def test_the_table_of_layouts_shares_the_gpus_out():
     found = Candidate(experts, predict_speed(experts, 32, H200), memory_of(experts, 32))
     row = describe_search([found], 32, H200).splitlines()[-1].split()
     assert row[:5] == ["1", "1", "1", "8", "4"]
+
+
+def test_activations_are_those_of_the_length():
+    """Two plans of a process share what they know of a layer, except where the length differs."""
+    whole, half = (memory_of(config(f"data.sequence_length={n}"), 8).device["activations"] for n in (8192, 4096))
+    assert half == pytest.approx(whole / 2, rel=0.1)
