@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from nsa.layers.around import innermost
-from nsa.layers.means import Mean, mean_of
 
 
 @contextmanager
-def probe(layers: nn.ModuleList, metrics: dict[str, Mean]) -> Iterator[None]:
-    """On exit, add to ``metrics`` the means over the queries of all forward passes of the decoder ``layers`` in the
-    context.
+def probe(layers: nn.ModuleList, metrics: dict[str, float]) -> Iterator[None]:
+    """On exit, add to ``metrics`` the means over the forward passes of the decoder ``layers`` in the context.
 
     Tags are attention/<name>/layer_<number>.
     """
@@ -39,7 +37,7 @@ def probe(layers: nn.ModuleList, metrics: dict[str, Mean]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        metrics |= {name: mean_of(values) for name, values in seen.items()}
+        metrics |= {name: sum(values) / len(values) for name, values in seen.items()}
 
 
 def _hook(figures: Callable[..., dict[str, float]], layer: str, seen: dict[str, list[float]]) -> Any:

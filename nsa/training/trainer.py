@@ -4,6 +4,7 @@ import math
 import time
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from nsa.config import Config
 from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare, refuse_in_import
 from nsa.data.shards import PreparedData
-from nsa.layers.means import Mean, mean_of
 from nsa.ops.geometry import KnownLengths, tell_lengths
 from nsa.parallel.grid import build_grid
 from nsa.parallel.partition import gradient_norm, mark_gradients
@@ -324,9 +324,9 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def probe_attention(self) -> dict[str, Mean]:
+    def probe_attention(self) -> dict[str, float]:
         """Figures of the sparse attention on the first held-out sample: the same text at every step."""
-        metrics: dict[str, Mean] = {}
+        metrics: dict[str, float] = {}
         self.watchdog.beat(f"probe after step {self.progress.step}")
         self.engine.eval()
         with probe(self.engine.module.layers, metrics):
@@ -334,10 +334,9 @@ class Trainer:
         self.engine.train()
         if not self.grid.spread:
             return metrics
-        # Each of its heads and tokens.
-        seen = self.ranks.gather({n: (mean, mean.number) for n, mean in metrics.items()})
+        seen = self.ranks.gather(metrics)  # each of its heads and tokens
         names = dict.fromkeys(name for figures in seen for name in figures)
-        return {n: mean_of([Mean(*figures[n]) for figures in seen if n in figures]) for n in names}
+        return {n: fmean(figures[n] for figures in seen if n in figures) for n in names}
 
     def save(self, wait: bool = False) -> None:
         """Copy the state and let it be written in the background; ``wait`` until it is."""

@@ -1,6 +1,5 @@
 """What TensorBoard shows of a layer's attention, of packed documents and of each branch."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,6 @@ from nsa.layers import CompressedSparseAttention, DeepSeekSparseAttention, Entma
 from nsa.layers.csa import figures as csa
 from nsa.layers.dsa import figures as dsa
 from nsa.layers.entmax import figures as entmax
-from nsa.layers.kind import Blocks, Exchange, Own, Same, Shape
-from nsa.layers.kinds import kind_of
-from nsa.layers.means import Mean, mean_of
 from nsa.layers.nsa import figures as nsa
 from nsa.ops.geometry import RotaryLayout
 from tests.ops.cases import cumulative
@@ -33,18 +29,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., dict[str, float]]
     ),
     "entmax": (lambda: EntmaxAttention(16, 4, 2, 6), entmax.measure),
 }
-SHAPE = Shape(
-    hidden_size=16,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    v_head_dim=6,
-    rope_theta=10000.0,
-    qkv_bias=False,
-    qk_norm=False,
-    norm_eps=1e-6,
-    mla=None,
-)
 # No mean over queries: a share of sums of norms, and an entropy of all documents' blocks.
 NO_MEAN = {"mass_compressed", "mass_selected", "mass_window", "block_entropy"}
 
@@ -82,42 +66,6 @@ def test_figures_of_packed_documents_are_those_of_each_alone(kind: str) -> None:
     for name in packed.keys() - NO_MEAN:
         assert packed[name] == pytest.approx((alone[0][name] + alone[1][name]) / 2, rel=1e-5), name
         assert alone[0][name] != alone[1][name] or name in ("first_block_share", "token_overlap"), name
-
-
-def cut(given: Any, exchange: Exchange, start: int, stop: int) -> Any:
-    """What ``attend`` gets of an input for the queries ``start`` .. ``stop`` - 1, as of a context-parallel rank."""
-    if isinstance(exchange, Same | Blocks):
-        return given
-    if isinstance(given, tuple):
-        return tuple(cut(x, exchange, start, stop) for x in given)
-    return given[:, start if isinstance(exchange, Own) else 0 : stop]
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_figures_of_chunks_are_put_together(kind: str) -> None:
-    """As context-parallel ranks do, of which each has some of the queries: those of the first chunk see no more than
-    they select, so it has nothing to say of what the selection leaves out."""
-    layer, tokens, seen = layer_of(kind), 30, []
-    layer.attend.register_forward_pre_hook(lambda module, inputs, options: seen.append(inputs), with_kwargs=True)
-    layer(torch.randn(1, tokens, 16, dtype=torch.float64))
-    record: Any = kind_of(kind)
-    exchanges = record.exchanges(SHAPE, record.config()).values()
-    measure, parts = LAYERS[kind][1], []
-    whole = measure(layer.attend, *seen[0])
-    for start, stop in ((0, 4), (4, 9), (9, tokens)):
-        inputs = [cut(x, exchange, start, stop) for x, exchange in zip(seen[0], exchanges, strict=True)]
-        parts.append((stop - start, measure(layer.attend, *inputs, offset=start)))
-    for name in whole.keys() - NO_MEAN - {"block_overlap", "token_overlap"}:  # of pairs, which chunks part
-        values = [f[name] if isinstance(f[name], Mean) else Mean(f[name], number) for number, f in parts]
-        assert mean_of(values) == pytest.approx(whole[name], rel=1e-5), name
-    if kind in ("dsa", "csa", "nsa"):
-        assert any(isinstance(value, Mean) and value.number == 0 for value in parts[0][1].values())
-
-
-def test_means_are_put_together_by_their_numbers() -> None:
-    assert mean_of([Mean(1.0, 0), Mean(0.25, 30), Mean(0.5, 10)]) == pytest.approx(0.3125)
-    assert mean_of([Mean(1.0, 0), Mean(1.0, 0)]) == 1 and mean_of([0.5, 0.25]) == 0.375
-    assert json.loads(json.dumps({"figure": Mean(0.5, 3)})) == {"figure": 0.5}
 
 
 def test_a_branch_whose_gate_is_shut_has_no_share() -> None:

@@ -16,11 +16,10 @@ import torch
 from tiny import on_ranks, tiny_config, write_documents
 from torch.nn.functional import cross_entropy
 
-from nsa.data.loader import SampleStream, batch
+from nsa.data.loader import SampleStream
 from nsa.data.prepare import prepare
 from nsa.evaluation import bits_per_byte
 from nsa.models import Decoder
-from nsa.training.attention_probe import probe
 
 # Three batches of 2, 2 and 1 samples: two ranks run four, of which one is surplus.
 SAMPLES, MICRO = 5, 2
@@ -150,19 +149,6 @@ def test_validation_of_a_model_that_two_ranks_share(on_two: dict[str, Any], held
     assert_exact(on_two[axis]["metrics"], read_plainly(decoder, stream, SAMPLES))
 
 
-@pytest.mark.parametrize("axis", SHARED)
-def test_figures_of_attention_of_a_model_that_two_ranks_share(on_two: dict[str, Any], held_out: Any, axis: str) -> None:
-    """Means over all queries of the first sample, of which a rank of context parallelism has some."""
-    _, stream, decoder = held_out
-    alone: dict[str, Any] = {}
-    sample: Any = batch(stream, range(1))
-    with torch.no_grad(), probe(decoder.layers, alone):
-        decoder(sample["input_ids"], cu_seqlens=sample["cu_seqlens"])
-    means = {name: value for name, value in alone.items() if "/gate_" in name or "/first_block_share/" in name}
-    assert len(means) == 4 and on_two[axis]["figures"].keys() == alone.keys()
-    assert {name: on_two[axis]["figures"][name] for name in means} == pytest.approx(means, rel=1e-5)
-
-
 @pytest.mark.parametrize("samples", [1, SAMPLES])
 def test_bits_per_byte_of_an_evaluation(held_out: Any, monkeypatch: pytest.MonkeyPatch, samples: int) -> None:
     """`measure` of a decoder, in batches of two samples: over all, and by position in the document.
@@ -209,10 +195,9 @@ def validate(ranks: Any, folder: Path, overrides: list[str]) -> dict[str, Any]:
     read, rows = [], []
     with mock.patch.object(SampleStream, "__getitem__", noted(SampleStream.__getitem__, read, rows)):
         metrics = trainer.validate()
-    figures = trainer.probe_attention()
     mine = {"read": read, "rows": rows, "training": trainer.engine.module.training}
     rank_checks.close(trainer)
-    return {"metrics": metrics, "figures": figures, "ranks": ranks.gather(mine)}
+    return {"metrics": metrics, "ranks": ranks.gather(mine)}
 
 
 if __name__ == "__main__":

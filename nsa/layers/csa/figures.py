@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.layers.means import Mean
 from nsa.ops.geometry import Documents, visible_blocks
 from nsa.ops.token_sparse import joined, with_sink
 
@@ -38,10 +37,10 @@ def measure(
     far, window = attend.to_entries(q, entries, **where), attend.to_window(q, near, **where)
     lse = with_sink(*joined(far, window), sink)[1]
 
-    def mean(share: Tensor, rows: Tensor, otherwise: float) -> Mean:
-        return Mean(share[..., rows].mean().item() if rows.any() else otherwise, int(rows.sum()))
+    def mean(share: Tensor, rows: Tensor, otherwise: float) -> float:
+        return share[..., rows].mean().item() if rows.any() else otherwise
 
-    found: dict[str, float] = {
+    found = {
         "window_mass": mean((window[1] - lse).exp(), seen > 0, 1.0),
         "sink_mass": mean((sink.to(lse.dtype)[:, None] - lse).exp(), seen > 0, 0.0),
     }

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.layers.kind import Pair
-from nsa.layers.means import Mean
 from nsa.ops.dispatch import softmax_scale
 from nsa.ops.geometry import Documents
 from nsa.ops.indexer_kl import head_sum
@@ -44,20 +43,17 @@ def measure(
     _, dense = ops.dense_attention(q, k, v, scale=attend.scale, **options, return_lse=True)
     more = documents.query_local >= tokens.shape[2]
 
-    def mean(share: Tensor) -> Mean:
-        return Mean(share.mean().item() if share.numel() else 1.0, share.numel())
-
-    def mass(lists: Tensor) -> Mean:
+    def mass(lists: Tensor) -> float:
         options = {"scale": attend.scale, "return_lse": True, "backend": attend.backend}
         _, lse = ops.token_sparse_attention(q, k, v, lists, **options)
-        return mean((lse - dense).exp()[..., more])
+        return (lse - dense).exp()[..., more].mean().item() if more.any() else 1.0
 
     first = documents.bounds[documents.query_document].to(torch.int32)[None, :, None].expand(len(q), -1, -1)
     overlap = {}
     if earlier is not None:
         before = earlier.get(("dsa", offset))
         if before is not None:
-            overlap["layer_overlap"] = shared(before[:, more], tokens[:, more])
+            overlap["layer_overlap"] = shared(before[:, more], tokens[:, more]) if more.any() else 1.0
         earlier["dsa", offset] = tokens
     p = scores.softmax(-1)
     entropy = -torch.xlogy(p, p).sum(-1) / math.log(max(2, tokens.shape[2]))
@@ -67,13 +63,13 @@ def measure(
         "first_token_mass": mass(first),
         "token_overlap": token_overlap(tokens, documents, more),
         **overlap,
-        "score_entropy": mean(entropy[:, more]),
+        "score_entropy": entropy[:, more].mean().item() if more.any() else 1.0,
     }
 
 
 def recall_bound(
     q: Tensor, k: Tensor, lse: Tensor, documents: Documents, more: Tensor, scale: float | None, topk: int
-) -> Mean:
+) -> float:
     """The largest probability, mean over heads, of any ``topk`` tokens; 1 without queries of ``more`` (T,).
 
     Args:
@@ -82,25 +78,25 @@ def recall_bound(
     rows = more.nonzero().flatten()
     rows = rows[:: -(-len(rows) // 64) or 1]  # as many as fit in memory
     if not len(rows):
-        return Mean(1.0, 0)
+        return 1.0
     attention = head_sum(q[:, rows], k, lse[:, :, rows], softmax_scale(scale, q.shape[3])) / q.shape[2]
     key = torch.arange(k.shape[1], device=q.device)
     first, last = documents.bounds[documents.query_document[rows]], documents.query_position[rows]
     visible = (key >= first[:, None]) & (key <= last[:, None])
-    return Mean(attention.where(visible, 0).topk(topk, -1).values.sum(-1).mean().item(), int(more.sum()))
+    return attention.where(visible, 0).topk(topk, -1).values.sum(-1).mean().item()
 
 
-def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> Mean:
+def token_overlap(tokens: Tensor, documents: Documents, more: Tensor) -> float:
     """Share of the tokens (B, T, K) of a query that its predecessor in the document selected as well; 1 without any."""
     pairs = more[1:] & (documents.query_document[1:] == documents.query_document[:-1])
     rows = pairs.nonzero().flatten()[:1024]  # as many as fit in memory
+    if not len(rows):
+        return 1.0
     return shared(tokens[:, rows], tokens[:, rows + 1])
 
 
-def shared(one: Tensor, other: Tensor) -> Mean:
-    """Share of tokens (B, T, K) that two lists have in common, mean over at most 1,024 of their rows; 1 without any."""
-    if not one.shape[1]:
-        return Mean(1.0, 0)
+def shared(one: Tensor, other: Tensor) -> float:
+    """Share of tokens (B, T, K) that two lists have in common, mean over at most 1,024 of their rows."""
     rows = slice(None, None, -(-one.shape[1] // 1024))
     both = torch.cat((one[:, rows], other[:, rows]), -1).sort(-1).values
-    return Mean(((both[..., 1:] == both[..., :-1]).sum(-1) / one.shape[2]).mean().item(), one.shape[1])
+    return ((both[..., 1:] == both[..., :-1]).sum(-1) / one.shape[2]).mean().item()

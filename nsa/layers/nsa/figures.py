@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.layers.means import Mean
 from nsa.layers.nsa.layer import BRANCHES
 from nsa.ops.geometry import Documents, clip_borders
 from nsa.ops.native_sparse import branches
@@ -100,10 +99,9 @@ def measure_warm_up(
         held += (target.gather(3, blocks_here.clamp(min=0)) * (blocks_here >= 0)).sum()  # forced blocks have none of it
         most += target.topk(min(free, target.shape[3]), -1).values.sum()
         whole += target.sum()
-    mass = whole.item()
     return {
-        "recall": Mean(held.item() / mass if mass else 1.0, mass),
-        "recall_bound": Mean(most.item() / mass if mass else 1.0, mass),
+        "recall": (held / whole).item() if whole else 1.0,
+        "recall_bound": (most / whole).item() if whole else 1.0,
         "choice_mass": (whole / chosen[..., 0].numel()).item(),
     }
 
@@ -138,19 +136,18 @@ def block_entropy(blocks: Tensor, document: Tensor) -> float:
     return sum(entropies) / len(entropies)
 
 
-def block_overlap(blocks: Tensor, document: Tensor) -> Mean:
+def block_overlap(blocks: Tensor, document: Tensor) -> float:
     """Share of the blocks of each query that the previous query of the same document selected, too."""
     now, before = blocks[:, 1:], blocks[:, :-1]
     valid = (now >= 0) & (document[1:] == document[:-1])[:, None, None]
     shared = torch.zeros_like(valid)
     for i in range(blocks.shape[-1]):  # no (T, n, n) in memory
         shared |= now == before[..., i, None]
-    number = int(valid.sum())
-    return Mean((shared & valid).sum().item() / max(1, number), number)
+    return (shared & valid).sum().item() / max(1, int(valid.sum()))
 
 
-def first_block_share(blocks: Tensor, choice: Tensor) -> Mean:
+def first_block_share(blocks: Tensor, choice: Tensor) -> float:
     """Share of the queries in ``choice`` (T,) bool that select block 0; 1 if ``choice`` is empty."""
     if not choice.any():
-        return Mean(1.0, 0)
-    return Mean((blocks[:, choice] == 0).any(-1).float().mean().item(), int(choice.sum()))
+        return 1.0
+    return (blocks[:, choice] == 0).any(-1).float().mean().item()
