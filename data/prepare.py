@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -77,7 +77,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         print(f"{gone}\nthe data that were prepared from it are used: {found}", file=sys.stderr)
         return PreparedData(found, verify=True)
     made_from = {**settings, "tokenizer": tokenizer, "sources": described}
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode() + _order(described)).hexdigest()[:16]
     if cache.is_dir() and not os.access(cache, os.W_OK) and reuse.folder_of(cache, key).is_dir():
         return PreparedData(reuse.folder_of(cache, key), verify=True)
     if config.workers > 1 and not reuse.folder_of(cache, key).exists():
@@ -112,6 +112,15 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return PreparedData(folder)
+
+
+def _order(names: Iterable[str]) -> bytes:
+    """What the order of the sources adds to a key: of equal documents the first source's is kept.
+
+    Nothing for names in alphabetical order, so that data that were prepared earlier are found.
+    """
+    names = list(names)
+    return b"" if names == sorted(names) else json.dumps(names).encode()
 
 
 def _make_cache(cache: Path) -> None:

@@ -183,11 +183,13 @@ def load(
 
 
 def _place(path: Path_, lines: dict[Path_, int], overridden: dict[Path_, str]) -> str:
-    for length in range(len(path), 0, -1):
-        if path[:length] in overridden:
-            return f"override {overridden[path[:length]]!r}: "
-        if path[:length] in lines:
-            return f"line {lines[path[:length]]}: "
+    parts = [path[:length] for length in range(len(path), 0, -1)]
+    for part in parts:  # first: what is below an overridden section is no longer that of the file
+        if part in overridden:
+            return f"override {overridden[part]!r}: "
+    for part in parts:
+        if part in lines:
+            return f"line {lines[part]}: "
     made = [override for key, override in overridden.items() if path and key[: len(path)] == path]
     return f"override {made[0]!r}: " if made else ""  # the override created the section that the path names
 

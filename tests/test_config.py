@@ -103,6 +103,22 @@ def test_unknown_key_in_the_file_names_its_line(small):
     assert "model.head_dim is missing (query and key width of a head; even)" in text
 
 
+def test_a_problem_within_an_override_is_not_placed_in_the_file(small):
+    """Though the file has the section that the override replaces."""
+    whole = "model={vocab_size: 8, hidden_size: 8, num_layer: 1}"
+    text = refusal(small, "training.log_every=2", whole)
+    assert f"override {whole!r}: unknown key model.num_layer; the nearest valid one is model.num_layers" in text
+    assert "line " not in text
+
+
+def test_yes_and_no_of_recomputation_mean_all_and_nothing(small):
+    modes = {word: load_config(small, [f"engine.activation_checkpointing={word}"]).engine for word in ("true", "false")}
+    assert {word: engine.activation_checkpointing for word, engine in modes.items()} == {
+        "true": "full",
+        "false": "none",
+    }
+
+
 def test_unknown_key_like_nothing_lists_what_is_valid(small):
     assert "valid in checkpoint: every, keep_last" in refusal(small, "checkpoint.zzzzzz=1")
 

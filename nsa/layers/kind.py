@@ -258,8 +258,8 @@ class Kind:
         parts: (shape, config) -> for tensor parallelism.
         exchanges: (shape, config) -> for context parallelism, what each input of ``attend`` needs: name -> exchange, in
             order.
-        choices: submodules that select (as integers without gradient) what is attended to, or that pass something from
-            layer to layer; recomputation keeps their results.
+        choices: submodules that select (as integers without gradient) what is attended to, draw random numbers, or pass
+            something from layer to layer; recomputation keeps their results.
         placed: (config, place) -> the record of the layer with this number among the layers of the kind, from 0. Layers
             of one kind can differ in what they have; they share a section. None: all are alike.
         borrows: whether it takes from an earlier layer of its kind. Both must be on one pipeline stage.

@@ -40,14 +40,14 @@ class Recomputed(Around):
         self.contexts: Callable[[], Any] = partial(_contexts, choices, expensive)
 
     def forward(self, *inputs: Any, **others: Any) -> Any:
-        # No layer draws random numbers, so there is no generator state to restore.
+        # What layers draw at random is kept (`nsa.layers.kind.Kind.choices`): no generator state has to be restored.
         return checkpoint(
             self.inside, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=self.contexts, **others
         )
 
 
 class KeptChoice(Around):
-    """A module that selects what a layer attends to (integers without gradient), and keeps the selection.
+    """A module that selects what a layer attends to (integers without gradient), or draws it, and keeps the selection.
 
     The recomputed pass must attend to what the first pass attended to, so it takes the selections of the first pass,
     in order. This also saves time: for NSA the selection has T x G x n integers, a hundredth of the layer's

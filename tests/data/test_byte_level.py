@@ -155,6 +155,17 @@ def test_special_tokens_may_be_named_by_the_config_alone(folder: Path, tmp_path:
     assert again.files == tokenizer.files
 
 
+def test_which_tokens_begin_and_end_a_document_is_part_of_its_identity(folder: Path) -> None:
+    """Of one tokenizer.json: text that was prepared with another end has other tokens."""
+    found = {load_tokenizer(folder).sha256}
+    for name, piece in (("eos_token", BOS), ("bos_token", EOS), ("pad_token", BOS)):
+        before = (folder / "tokenizer_config.json").read_text()
+        edit(folder, "tokenizer_config.json", lambda c, name=name, piece=piece: c.update({name: piece}))
+        found.add(load_tokenizer(folder).sha256)
+        (folder / "tokenizer_config.json").write_text(before)
+    assert len(found) == 4
+
+
 def test_an_end_that_is_no_special_token_in_the_file_cannot_be_forged(folder: Path) -> None:
     edit(folder, "tokenizer_config.json", lambda c: c.update(eos_token="<tool>"))  # noqa: S106 - no password
     tokenizer = load_tokenizer(folder)

@@ -13,11 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsa.data.blend import Blend
-from nsa.data.config import DataConfig, TokenizerConfig
+from nsa.data.config import DataConfig, SourceConfig, TokenizerConfig
 from nsa.data.loader import Sample, SampleStream, batch
 from nsa.data.permutation import permute, round_keys
 from nsa.data.prepare import prepare
 from nsa.data.shards import PreparedData
+from tests.data.corpus import write_corpus
 
 FIELDS = ("tokens", "targets", "starts", "num_bytes", "source")
 
@@ -116,6 +117,39 @@ def test_epochs_differ_in_order(prepared: PreparedData, config: DataConfig) -> N
     assert not all(same(stream[i], stream[n + i]) for i in range(5))
 
 
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.9, 0.1), (0.31, 0.69)])
+def test_a_pass_reads_all_of_every_text_source(
+    tmp_path: Path, make_config: Callable[..., DataConfig], prepared: PreparedData, shares: tuple[float, float]
+) -> None:
+    """`len` of a blend: as few samples as hold every token of both sources, of which one is several times longer.
+
+    Notices a pass that ends when the first source is through, and a share that is rounded down.
+    """
+    folders = [write_corpus(tmp_path / "small", 9), write_corpus(tmp_path / "large", 22)]
+    sources = [
+        SourceConfig(name=folder.name, kind="files", path=str(folder), weight=share)
+        for folder, share in zip(folders, shares, strict=True)
+    ]
+    tokenizer = TokenizerConfig(path=str(prepared.folder / "tokenizer.model"))
+    config = make_config(folders[0], tokenizer=tokenizer).model_copy(update={"sources": sources})
+    data = prepare(config, 3, progress=False)
+    for split in ("train", "validation"):
+        stream = SampleStream(data, config, split, 3)
+        missing = {
+            (name, int(row), token)
+            for name, source in data.sources.items()
+            for row in source.members(split)
+            for token in range(len(source.read(int(row))))
+        }
+        counts = Counter(stream[i].source for i in range(len(stream)))
+        for i in range(2 * len(stream)):  # the windows of a pass may be anywhere in the first two
+            missing -= {(s.source, s.row, t) for s in stream.locate(i) for t in range(s.start, s.stop)}
+        assert not missing
+        needed = [-(-int(s.lengths(s.members(split)).sum()) // 64) for s in data.sources.values()]
+        assert all(counts[n] >= least for n, least in enumerate(needed))
+        assert any(counts[n] <= least + 1 for n, least in enumerate(needed)), "and no more samples than that"
+
+
 def test_validation_has_no_synthetic_samples(prepared: PreparedData, config: DataConfig) -> None:
     stream = SampleStream(prepared, config, "validation", 7)
     assert {stream[i].source for i in range(50)} == {0}
@@ -134,6 +168,21 @@ def test_a_source_that_was_not_prepared(prepared: PreparedData, config: DataConf
     other = config.sources[0].model_copy(update={"name": "other"})
     with pytest.raises(ValueError, match="'other' is not in"):
         SampleStream(prepared, config.model_copy(update={"sources": [other]}), "train", 7)
+
+
+def test_no_two_episodes_are_the_same(prepared: PreparedData, config: DataConfig) -> None:
+    """Of one sample, of two samples, or of two sources of one task: what differs is drawn, and not the length alone."""
+    copy = config.sources[3]
+    assert copy.task == "copy"
+    sources = [copy, copy.model_copy(update={"name": "again"})]
+    stream = SampleStream(prepared, config.model_copy(update={"sources": sources}), "train", 7)
+    episodes = []
+    for i in range(60):
+        borders = [*stream[i].starts.tolist(), 128]
+        episodes += [tuple(stream[i].tokens[a:b].tolist()) for a, b in pairwise(borders)]
+    equal_lengths = Counter(map(len, episodes))
+    assert max(equal_lengths.values()) > 3, "some are of one length"
+    assert len(set(episodes)) == len(episodes)
 
 
 def test_samples_too_short_for_a_task(prepared: PreparedData, config: DataConfig) -> None:

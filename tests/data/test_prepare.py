@@ -16,7 +16,7 @@ from nsa.data import prepare as module
 from nsa.data.config import DataConfig, SourceConfig, TokenizerConfig
 from nsa.data.loader import SampleStream
 from nsa.data.prepare import prepare
-from nsa.data.shards import PreparedData, SourceWriter, write_manifest
+from nsa.data.shards import PreparedData, SourceWriter, TokenSource, write_manifest
 from tests.data.corpus import write_corpus
 
 Make = Callable[..., DataConfig]
@@ -126,6 +126,34 @@ def test_shards_part_documents_nowhere(tmp_path: Path, prepared: PreparedData) -
     assert source.members("validation").tolist() == [2]
 
 
+@pytest.mark.parametrize("vocab_size", [1 << 16, (1 << 16) + 1, 1 << 17])
+def test_ids_of_a_large_vocabulary_come_back(tmp_path: Path, vocab_size: int) -> None:
+    """The highest id too: two bytes hold 65536 ids and no more."""
+    tokens = np.array([0, 3, vocab_size - 1, 65535, 1])
+    writer = SourceWriter(tmp_path / "s", vocab_size)
+    writer.add("d", tokens, 5, False)
+    writer.add("e", tokens[::-1], 5, True)
+    entry = writer.close()
+    source = TokenSource(tmp_path / "s", entry, vocab_size)
+    assert source.read(0).tolist() == tokens.tolist() and source.read(1).tolist() == tokens[::-1].tolist()
+    assert [source.document_id(i) for i in (0, 1)] == ["d", "e"]
+    with pytest.raises(ValueError, match=rf"holds token {vocab_size - 1}, the tokenizer has {vocab_size - 1} pieces"):
+        TokenSource(tmp_path / "s", entry, vocab_size - 1)
+
+
+@pytest.mark.parametrize("name", ["tokens-00000.bin", "documents.npy", "names.txt"])
+def test_the_fingerprint_is_that_of_the_content(copy: Path, name: str) -> None:
+    """A run is resumed on the data of its fingerprint: of equal sizes and counts, other content has another."""
+    before = PreparedData(copy)
+    flip(copy / "text" / name)
+    manifest = before.manifest
+    (copy / "manifest.json").unlink()
+    write_manifest(copy, {key: manifest[key] for key in ("made_from", "tokenizer", "sources")})
+    after = PreparedData(copy, verify=True)
+    assert after.manifest["sources"] == manifest["sources"]
+    assert after.fingerprint != before.fingerprint
+
+
 FILES = ["text/tokens-00000.bin", "text/documents.npy", "text/names.txt", "tokenizer.model"]
 
 
@@ -156,6 +184,18 @@ def test_a_changed_or_cut_manifest_is_found(copy: Path) -> None:
         PreparedData(copy)
     path.write_text(whole[:-20])
     with pytest.raises(ValueError, match="no readable manifest"):
+        PreparedData(copy)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_document_without_tokens_is_found(copy: Path, left: int) -> None:
+    """Every one has a begin and an end. Of an empty one a window would be made for ever."""
+    records = np.load(copy / "text/documents.npy")
+    lengths = np.diff(records["token_end"], prepend=0)
+    at = int(lengths[1:].argmin()) + 1
+    records["token_end"][at - 1] += lengths[at] - left
+    np.save(copy / "text/documents.npy", records)
+    with pytest.raises(ValueError, match=r"documents\.npy: offsets do not fit the shards; run"):
         PreparedData(copy)
 
 

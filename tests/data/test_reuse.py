@@ -131,6 +131,23 @@ def test_one_of_two_corpora_is_gone(tmp_path: Path, small: Make, built: list[str
     assert len(built) == 1
 
 
+def test_the_order_of_sources_counts(tmp_path: Path, small: Make, built: list[str]) -> None:
+    """Of equal documents the first source's is kept: sources in another order are other data."""
+    config = small(write_corpus(tmp_path / "a", 8))
+    write_corpus(tmp_path / "b", 12)
+    for name in ("000.txt", "001.txt"):
+        (tmp_path / "b" / name).unlink()
+    second = SourceConfig(name="second", kind="files", path=str(tmp_path / "b"))
+    both = [*config.sources, second]
+    for order in (both, both[::-1]):
+        data = prepare(config.model_copy(update={"sources": order}), 1, progress=False)
+        assert {name: entry["duplicates"] for name, entry in data.manifest["sources"].items()} == {
+            order[0].name: 0,
+            order[1].name: 6,
+        }
+    assert len(built) == 2
+
+
 def test_damaged_data_of_the_same_content_are_not_used(tmp_path: Path, small: Make, built: list[str]) -> None:
     corpus = write_corpus(tmp_path / "text", 8)
     first = prepare(small(corpus), 1, progress=False)

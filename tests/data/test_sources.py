@@ -119,6 +119,30 @@ def test_a_hub_data_set_without_network() -> None:
         list(documents(hub))
 
 
+HUB = {"path": "some/data", "subset": "en", "split": "test", "text_field": "body"}
+
+
+def test_what_names_a_hub_data_set_reaches_it_and_the_prepared_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Path, subset, split and column: each is asked for, and data of another one are not taken for these."""
+    rows = [{"body": "one", "text": "no"}, {"body": None, "text": "no"}]
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda **arguments: asked.append(arguments) or rows)
+    hub = SourceConfig(name="h", kind="hub", **HUB)
+    assert [tuple(d) for d in documents(hub)] == [("some/data#0", b"one"), ("some/data#1", b"")]
+    assert asked == [{"path": "some/data", "name": "en", "split": "test"}]
+    described = sources.describe(hub)
+    for key in HUB:
+        assert sources.describe(hub.model_copy(update={key: "other"})) != described, key
+        assert key == "path" or key in sources.DETERMINED_BY["hub"], "where the data set is gone, too"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path, name: str) -> None:
+    rows = b"\xef\xbb\xbf" + b'{"text": "one"}\n{"text": "\xef\xbb\xbftwo"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(rows) if name.endswith("gz") else rows)
+    assert [d.text.decode() for d in documents(source(tmp_path / name))] == ["one", "\ufefftwo"]
+
+
 def test_no_file_matches(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no file matches"):
         list(documents(source(tmp_path / "*.txt")))

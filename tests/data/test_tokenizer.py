@@ -62,6 +62,28 @@ def test_a_line_longer_than_the_limit(prepared: PreparedData, monkeypatch: pytes
     assert prepared.tokenizer.decode(prepared.tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("pad_id", [3, -1])
+def test_documents_are_padded_by_the_piece_for_it(tmp_path: Path, pad_id: int) -> None:
+    """Not by the end of a document, where there is another: a loss that leaves padding out would leave ends out."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the text of a line " * 9] * 50),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=290,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        pad_id=pad_id,
+        minloglevel=2,
+    )
+    (tmp_path / "model").write_bytes(model.getvalue())
+    tokenizer = Tokenizer(tmp_path / "model")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 3 if pad_id == 3 else 2)
+    assert len(tokenizer.control_pieces()) == (3 if pad_id == 3 else 2)
+
+
 def test_training_is_deterministic_and_reads_back(tmp_path: Path) -> None:
     texts = [f"line {i} {hex(i**5)} of the text\n  and {i * i} more ▁ \x00" for i in range(300)]
     first, second = train(texts, 320, tmp_path / "a"), train(iter(texts), 320, tmp_path / "b")

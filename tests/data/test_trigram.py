@@ -17,8 +17,10 @@ def test_probabilities_sum_to_one() -> None:
         assert min(p) > 0
 
 
-def test_against_the_formula() -> None:
-    text, scored = b"abracadabra", b"abrz"
+@pytest.mark.parametrize("text", [b"abracadabra", b"abra\n\nabr  abz\n\nz"])
+def test_against_the_formula(text: bytes) -> None:
+    """A document begins as a line does after an empty one."""
+    scored = b"abrz"
     model = Trigram([text])
     padded = b"\n\n" + text
     grams = [padded[i : i + 3] for i in range(len(text))]

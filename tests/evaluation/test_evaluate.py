@@ -43,6 +43,22 @@ def test_evaluation_writes_all_results(exported: Path, capsys: pytest.CaptureFix
     assert "chance" in text
 
 
+def test_bits_per_byte_are_of_held_out_text(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each length the documents that the training held out, and no others; the figures of the file are these."""
+    measure, seen = runner.bits_per_byte.measure, []
+
+    def spy(decoder, stream, samples: int):
+        seen.extend((stream.prepared, span) for i in range(samples) for span in stream.locate(i))
+        return measure(decoder, stream, samples)
+
+    monkeypatch.setattr(runner.bits_per_byte, "measure", spy)
+    config = runner.Decoders(exported).config
+    few = config.evaluation.model_copy(update={"recall_samples": 1, "bpb_samples": 4, "length_factors": [1, 2]})
+    told = runner.evaluate(exported, tmp_path, config.model_copy(update={"evaluation": few}), lambda text: None)
+    assert len(seen) > 4 and all(data.sources[span.source].documents["validation"][span.row] for data, span in seen)
+    assert told["training_length"] == 64 and [curve["length"] for curve in told["bits_per_byte"]] == [64, 128]
+
+
 def test_held_out_text_is_read_in_the_tokens_of_the_model(exported: Path) -> None:
     decoders = runner.Decoders(exported)
     config = decoders.config

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from small_run import TEXT, small_config
 from torch import nn
 
@@ -14,6 +15,9 @@ from nsa.data.loader import SampleStream, batch
 from nsa.data.prepare import prepare
 from nsa.data.tasks import id_sets, task_named
 from nsa.evaluation import bits_per_byte, recall
+from nsa.evaluation.recall import Recall
+from nsa.evaluation.report import plot_recall
+from nsa.evaluation.runner import _tasks
 from nsa.models import Decoder
 
 
@@ -81,6 +85,28 @@ def test_an_oracle_scores_one(tokenizer, name: str, solve) -> None:
     assert 0.9 < result.low < 1
 
 
+def test_every_episode_is_another_and_counts_as_one(tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of three of ten: no episode is read twice, and they are those of the evaluation alone. A model that
+    has all of an episode right or all of it wrong: the interval is that of ten, not of all answers."""
+    monkeypatch.setattr(recall, "BATCH_TOKENS", 3 * 128)
+    task, read = task_named("copy"), []
+
+    def every_second(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        read.extend(tuple(row.tolist()) for row in tokens)
+        wrong = torch.tensor([int(row[5]) % 2 for row in tokens]).repeat_interleave(asked.sum(1))
+        return echo(tokens, asked) + wrong
+
+    result = recall.measure(every_second, task, tokenizer, 128, 10)
+    right = [int(row[5]) % 2 == 0 for row in read]
+    assert len(set(read)) == len(read) == 10 and 0 < sum(right) < 10
+    assert result.accuracy == pytest.approx(sum(right) / 10) and result.answers > 500
+    assert (result.low, result.high) == pytest.approx(recall.interval(np.array(right)[:, None]), abs=1e-3)
+    trained_on = {
+        tuple(task.episode(tokenizer, 128, seed, i).tokens) for seed in (1234, "1234/copy") for i in range(10)
+    }
+    assert trained_on.isdisjoint(read)
+
+
 @pytest.mark.parametrize("name", ["mqar", "copy", "passkey"])
 def test_a_guess_scores_chance(tokenizer, name: str) -> None:
     """In mqar a guess is one of the values of the episode, in other tasks one of the task's values."""
@@ -129,3 +155,28 @@ def test_interval_covers_the_truth() -> None:
         low, high = recall.interval(rng.random((60, 20)) < difficulty)
         covered += low <= 0.25 <= high
     assert 0.90 < covered / 400 < 0.985
+
+
+def test_the_bars_of_the_chart_are_the_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list = []
+    errorbar = Axes.errorbar
+
+    def spy(axes: Axes, *arguments: object, **options: object) -> object:
+        drawn.append(arguments)
+        return errorbar(axes, *arguments, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", spy)
+    results = [Recall("needle", n, 8, 8, 0.5, 0.25, 0.875, 0.1) for n in (64, 128)]
+    plot_recall(results, 64, tmp_path / "recall.png")
+    [(lengths, accuracies, (below, above))] = drawn
+    assert (lengths, accuracies) == ([64, 128], [0.5, 0.5])
+    assert (below, above) == ([0.25, 0.25], [0.375, 0.375]) and (tmp_path / "recall.png").exists()
+
+
+def test_recall_is_of_the_usual_tasks_and_of_those_trained_on(tmp_path: Path) -> None:
+    """Of those over token ids."""
+    config = small_config(tmp_path)
+    text = config.data.sources[0]
+    learned = [text.model_copy(update={"kind": "task", "task": name}) for name in ("vt_1", "niah_single_1")]
+    data = config.data.model_copy(update={"sources": [text, *learned]})
+    assert [task.name for task in _tasks(config.model_copy(update={"data": data}))] == [*recall.TASKS, "vt_1"]

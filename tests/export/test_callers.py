@@ -433,3 +433,16 @@ def test_lora_adapts_the_usual_parts_and_can_be_merged(kind: str) -> None:
     assert all((p.grad is not None) == p.requires_grad for p in tuned.parameters())
     assert tuned.generate(input_ids=ids, max_new_tokens=5).shape == (2, 35)
     close(tuned.merge_and_unload()(ids).logits, changed.logits, 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_decoder_has_the_weights_its_config_says(kind: str) -> None:
+    for name, parameter in model(kind).named_parameters():
+        values = parameter.detach()
+        if "norm" in name and "weight" in name:
+            assert (values == 1).all(), name
+        elif name.rpartition(".")[2] in ("position", "sink", "bias"):
+            assert (values == 0).all(), name
+        else:
+            assert values.std().item() == pytest.approx(0.3, abs=0.9 / values.numel() ** 0.5), name
+            assert abs(values.mean().item()) < 1.2 / values.numel() ** 0.5, name

@@ -20,6 +20,7 @@ from nsa.data.tokenizer import Tokenizer
 from nsa.exporting import ExportError, export, folder, load_decoder, proof
 from nsa.exporting.tokenizer import write_tokenizer
 from nsa.models.hf.modeling_nsa import NSAForCausalLM
+from nsa.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with an export in it."""
     path = small_run(tmp_path_factory.mktemp("export"), ["dense", "nsa", "dsa"], num_layers=3)
     metrics = [{"step": 1, "validation/bits_per_byte": 9.0}, {"step": 3, "validation/bits_per_byte": 2.5}, {"step": 3}]
+    metrics.append({"step": 4, "validation/bits_per_byte": 1.0})  # after the last checkpoint
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     export(path)
     return path
@@ -61,7 +63,8 @@ def test_folder_is_complete(run: Path) -> None:
     assert config["attention_kinds"] == ["dense", "nsa", "dsa"]
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "2.5000 bits per byte" in card
+    state = json.loads((exported / "training_state.json").read_text())
+    assert "2.5000 bits per byte" in card and f"3 steps, {state['tokens']:,} tokens" in card
     assert card.count("from_pretrained(") == card.count(", trust_remote_code=True)") == 2, "nothing is asked for"
     assert not (run / "export.tmp").exists()
     assert not (run / "export.old").exists()
@@ -70,14 +73,17 @@ def test_folder_is_complete(run: Path) -> None:
 def test_experts_are_exported_and_proven(tmp_path: Path) -> None:
     """Also in bf16, where the router stays fp32: rounded, it would choose other experts."""
     moe = {"num_experts": 6, "top_k": 2, "num_shared": 1, "expert_size": 8}
-    path, proof = export(small_run(tmp_path, ["dense", "nsa"], moe=moe), dtype="bfloat16")
+    trained_run = small_run(tmp_path, ["dense", "nsa"], moe=moe)
+    path, proof = export(trained_run, dtype="bfloat16")
     assert proof.difference < 1e-4
     exported = NSAForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    router, trained = exported.layers[1].mlp.router, load_decoder(path)[0].layers[1].mlp.router
+    router, weights = exported.layers[1].mlp.router, checkpoint.load_weights(trained_run / "step_00000003")
     assert router.bias.dtype == router.weight.dtype == torch.float32
     assert exported.layers[1].mlp.experts.up.dtype == torch.bfloat16
     assert router.bias.abs().min() > 0
-    assert torch.equal(router.bias, trained.bias) and torch.equal(router.weight, trained.weight)
+    for found in (router, load_decoder(path)[0].layers[1].mlp.router):
+        assert torch.equal(found.bias, weights["layers.1.mlp.router.bias"]), "to the bits of the checkpoint"
+        assert torch.equal(found.weight, weights["layers.1.mlp.router.weight"])
     assert "6 routed and 1 shared of width 8, 2 routed ones per token" in (path / "README.md").read_text()
 
 
@@ -303,7 +309,10 @@ def test_special_tokens_in_text_are_special_unless_they_are_split(tokenizers) ->
     native, fast = tokenizers
     assert fast("yes" + fast.eos_token).input_ids == [*native.encode("yes"), native.eos_id]
     assert fast.tokenize("a</s>b")[1] == "</s>"
-    assert fast(["x</s>", "y"], padding=True).input_ids[0][-1] == native.eos_id
+    padded = fast(["x</s>", "y"], padding=True)
+    assert padded.input_ids[0][-1] == native.eos_id
+    assert [row[0] for row in padded.attention_mask] == [1, 0], "padded where no text is continued"
+    assert padded.attention_mask[1][-1] == 1
     split = fast("yes</s>", split_special_tokens=True).input_ids
     assert split == native.encode("yes</s>") and native.eos_id not in split
 

@@ -108,6 +108,44 @@ def test_defaults_are_those_of_transformers(name: str) -> None:
     assert fresh["rope_parameters"]["rope_theta"] == 10_000.0
 
 
+# Of a model's config.json: fields that are taken out (None) or put in, which transformers reads in its own way.
+READ_AS_THERE: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rms_norm_eps": None}),
+    ("llama", {"rope_parameters": {**YARN, "factor": None}}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 300.0}, "rope_theta": 9.0}),
+    ("llama-tied", {"rope_parameters": None, "rope_theta": 300.0}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2, "layer_types": None}),
+]
+
+
+@pytest.mark.parametrize(("folder", "change"), READ_AS_THERE, indirect=["folder"], ids=range(len(READ_AS_THERE)))
+def test_fields_are_read_as_transformers_reads_them(folder: Path, change: dict[str, Any]) -> None:
+    """Those that are left out, in two places, or at the edge of what they mean: its logits on the changed folder."""
+
+    def apply(config: dict[str, Any]) -> None:
+        for key, value in change.items():
+            config.pop(key, None)
+            if value is not None:
+                config[key] = value
+
+    edit(folder, apply)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ids = torch.randint(61, (1, 200))
+    with torch.no_grad():
+        torch.testing.assert_close(decoder_of(folder)(ids), model(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_window_that_is_left_out_is_mistrals_own(folder: Path) -> None:
+    """4096 tokens: no matter for a model of as many, and refused for a longer one."""
+    edit(folder, lambda c: c.update(architectures=["MistralForCausalLM"], max_position_embeddings=4096))
+    edit(folder, lambda c: c.pop("rope_parameters"))
+    assert read_config(folder)["model"]["max_position"] == 4096
+    edit(folder, lambda c: c.update(max_position_embeddings=4097))
+    with pytest.raises(FolderError, match="a sliding window of 4096 tokens is in use"):
+        read_config(folder)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")

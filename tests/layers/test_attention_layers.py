@@ -1,6 +1,7 @@
 """Layers: compression against explicit windows, packing, decoding, rotary embedding, and use without a decoder."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -149,6 +150,18 @@ def test_yarn_keeps_fast_and_stretches_slow_frequencies() -> None:
     assert torch.equal(yarn[:4], plain[:4])
     torch.testing.assert_close(yarn[-4:], plain[-4:] / 4)
     assert (yarn <= plain).all() and (yarn >= plain / 4 * 0.999).all()
+
+
+def test_yarn_counts_turns_over_the_trained_range() -> None:
+    """And not over the extended one: a loop over the frequencies, by the paper's section 3.2."""
+    rotary, found = Rotary(10000.0, 512, 8.0, 16.0, 2.0), []
+    for pair in range(32):
+        plain = 10000.0 ** (-2 * pair / 64)
+        turns = 512 / (2 * math.pi / plain)
+        gamma = 0.0 if turns < 2 else 1.0 if turns > 16 else (turns - 2) / (16 - 2)
+        found.append((1 - gamma) * plain / 8 + gamma * plain)
+    assert sum(2 < 512 * 10000.0 ** (-pair / 32) / (2 * math.pi) < 16 for pair in range(32)) > 5, "some are between"
+    torch.testing.assert_close(rotary.frequencies(64), torch.tensor(found))
 
 
 def test_dense_layer_decodes_as_the_whole() -> None:

@@ -192,6 +192,12 @@ def test_without_gradients_there_is_no_loss(changes: dict) -> None:
     assert layer.attend.loss.tally is None and layer.attend.loss.take() is None
 
 
+def test_the_weight_of_the_sparse_phase_is_none_of_the_warm_up() -> None:
+    """Its loss is all that is trained there. A file with both stages has one ``kl_weight``."""
+    weights = [layer_of(phase=phase, kl_weight=0.3).attend.loss.weight for phase in ("warm-up", "sparse")]
+    assert weights == [1.0, 0.3]
+
+
 def test_the_loss_is_a_mean_over_the_tokens_of_all_samples() -> None:
     """Equal samples have the loss of one."""
     losses = []

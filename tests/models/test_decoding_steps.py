@@ -171,6 +171,9 @@ def test_drawn_tokens_follow_the_generator() -> None:
         torch.manual_seed(seed)
         drawn.append(generate(decoder, ids, 12, temperature=3.0))
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(generate(decoder, ids, 12, temperature=1e-5), generate(decoder, ids, 12)), "cold: the likeliest"
+    hot = [generate(decoder, ids, 12, temperature=1e5) for _ in range(2)]
+    assert not torch.equal(*hot)
 
 
 def test_mistakes_are_named() -> None:

@@ -94,6 +94,19 @@ def test_kl_equals_its_definition(documents: list[int], ratio: int, offset: int,
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["naive", "torch"])
+def test_a_query_whose_attention_is_elsewhere_teaches_nothing(backend: str) -> None:
+    """All of it is on the window, to the last bit: there is no target, and no gradient towards an even one."""
+    case = case_of([21], 4, 0)
+    lse = torch.zeros(2, 4, 21, dtype=torch.float64)
+    lse[:, :, 5:] = 1e4
+    loss = ops.indexer_kl(*case.index, case.q, case.k, lse, **case.where, backend=backend)
+    d_q, _, d_w = gradients(loss, case.index)
+    assert not d_q[:, 5:].any() and not d_w[:, 5:].any() and loss.isfinite()
+    some = ops.indexer_kl(*case.index, case.q, case.k, torch.zeros_like(lse), **case.where, backend=backend)
+    assert all(gradient[:, 9:].any() for gradient in gradients(some, [case.index[0], case.index[2]]))
+
+
 def test_entries_must_be_there() -> None:
     q_idx, w = torch.zeros(1, 9, 2, 4), torch.zeros(1, 9, 2)
     with pytest.raises(ValueError, match="9 tokens have 2 entries of 4, got 1 keys"):

@@ -113,6 +113,12 @@ def test_ranks_must_be_a_multiple_of_a_replica():
         (["parallel.tensor=4", "model.num_heads=12", "model.num_kv_heads=6"], r"model.num_kv_heads \(6\)"),
         (["parallel.context=3"], r"data.sequence_length \(64\) must be a multiple of 2 x parallel.context \(6\)"),
         (["parallel.tensor=4", "data.sequence_length=62"], r"\(62\) must be a multiple of parallel.tensor \(4\)"),
+        # Two that are multiples by halves: of the ranks, and of the whole sample.
+        (["parallel.context=2", "data.sequence_length=34"], r"\(34\) must be a multiple of 2 x parallel.context \(4\)"),
+        (
+            ["parallel.context=2", "parallel.tensor=4", "data.sequence_length=36"],
+            r"parallel.context \(18\) must be a multiple of parallel.tensor \(4\)",
+        ),
         (["parallel.context=0"], "parallel.context"),
         (["parallel.pipeline=3"], r"parallel.pipeline \(3\) exceeds model.num_layers \(2\)"),
         (["parallel.pipeline=2", "engine.zero_stage=3"], r"use engine.zero_stage 1"),
@@ -156,17 +162,19 @@ class NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_out):
-        return d_out, torch.ones(3), None
+        return d_out, torch.ones(3, dtype=d_out.dtype), None
 
 
-def test_gradients_of_replicated_parameters_are_summed_and_may_be_missing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_replicated_parameters_are_summed_and_may_be_missing(dtype):
+    """In fp32, whatever the parameters are in."""
     with grid_of(rank=0, world_size=2, tensor=2) as grid:
-        there, missing = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        there, missing = (torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(2))
         for parameter in (there, missing):
             sum_over(parameter, grid.tensor)
         add_up_in_backward([there, missing])
-        NoGradient.apply(torch.zeros(3, requires_grad=True), there, missing).sum().backward()
-        assert there.grad is not None and missing.grad is None
+        NoGradient.apply(torch.zeros(3, dtype=dtype, requires_grad=True), there, missing).sum().backward()
+        assert there.grad is not None and there.grad.dtype == dtype and missing.grad is None
         assert grid.traffic.take() == {"tensor/gradients": 12}, "one all-reduce of three fp32 between two ranks"
 
 

@@ -26,6 +26,7 @@ LAYOUTS = [  # tensor, context, pipeline, activation checkpointing, rank
     (2, 1, 2, "none", 3),
     (1, 2, 2, "none", 3),
     (1, 1, 4, "none", 2),
+    (1, 1, 4, "none", 0),  # fewer micro batches than stages
     (1, 1, 1, "full", 0),
 ]
 
@@ -91,6 +92,12 @@ def test_planned_memory_of_a_pipeline_stage_equals_a_dry_runs():
     run, planned = dry_run(config, 64), memory_of(config, 64).device
     own = run.parameters * (4 + 2)  # the pipeline's fp32 sum of gradients, and the gradients of one pass
     assert planned["activations"] + own == pytest.approx(run.peak_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("more", [(), ("model.tie_embeddings=false",), ("model.tie_embeddings=false", *MOE)])
+def test_planned_weights_are_the_decoders(tmp_path, more):
+    config = tiny_config(tmp_path, *BASE, *more, "engine.precision=bf16")
+    assert memory_of(config, 1).device["weights"] == 2 * dry_run(config, 1).parameters
 
 
 def test_dry_run_of_a_large_decoder_is_fast():

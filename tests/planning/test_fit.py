@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from nsa.layers.kinds import NSA
 from nsa.models.sizes import attention_flops, training_flops_per_token
 from nsa.plan import main
 from nsa.planning import constants, measured
+from nsa.planning import fit as fitting
 from nsa.planning.constants import Constants
 from nsa.planning.dry_run import dry_run
 from nsa.planning.fit import fit
@@ -115,6 +117,18 @@ def test_a_fit_finds_the_constants_of_made_up_measurements(tmp_path):
         fit([], before)
 
 
+def test_a_case_is_left_out_of_the_fit_that_predicts_it(monkeypatch):
+    """The error "left out" says how well a step is predicted that was not measured."""
+    errors, fitted = {"a": 0.1, "b": -0.2, "c": 0.3}, []
+    steps = [SimpleNamespace(name=name, error=lambda known, error=error: error) for name, error in errors.items()]
+    monkeypatch.setattr(
+        fitting, "_fitted", lambda cases, before: fitted.append([c.name for c in cases]) or constants.read()
+    )
+    content = fit(steps, constants.read())
+    assert fitted == [["a", "b", "c"], ["b", "c"], ["a", "c"], ["a", "b"]]
+    assert (content.cases, content.mean_error, content.worst_error_left_out) == (3, 0.2, 0.3)
+
+
 def test_the_command_writes_what_it_fits(tmp_path, monkeypatch, capsys):
     path, made = tmp_path / "constants.json", tmp_path / "made.json"
     path.write_bytes(constants.PATH.read_bytes())
@@ -164,6 +178,22 @@ def test_planned_flops_equal_the_mfus_and_a_dry_runs(name, gpus):
             update={"engine": config.engine.model_copy(update={"activation_checkpointing": mode})}
         )
         assert dry_run(config, gpus).flops == pytest.approx(work_of(config, gpus).flops, rel=0.03)
+
+
+@pytest.mark.parametrize(("pipeline", "passes"), [(1, 8), (2, 8), (4, 8), (4, 2)])
+def test_a_pipelines_bubble_stretches_what_its_passes_take(pipeline, passes):
+    """(micro batches + stages - 1) / micro batches of it, and none of what is done once a step. Tokens per second are
+    those of all ranks."""
+    sizes = [f"parallel.pipeline={pipeline}", "training.micro_batch_size=1", f"training.global_batch_size={2 * passes}"]
+    config = load_config(CONFIG, sizes)
+    speed = predict_speed(config, 2 * pipeline, GPUS["H200"])
+    once = {"optimizer", "between steps", "data links"}
+    assert once <= speed.seconds.keys() and min(speed.seconds[kind] for kind in once) > 0
+    in_passes = sum(seconds for kind, seconds in speed.seconds.items() if kind not in once)
+    slots = (passes + pipeline - 1) / passes
+    assert speed.step_seconds == pytest.approx(in_passes * slots + sum(speed.seconds[kind] for kind in once))
+    tokens = 2 * passes * config.data.sequence_length
+    assert speed.tokens_per_second == pytest.approx(tokens / speed.step_seconds)
 
 
 def test_link_speed_within_and_between_nodes():

@@ -7,9 +7,12 @@ import pytest
 from nsa.config import load_config
 from nsa.models import count_parameters
 from nsa.plan import main
+from nsa.planning.describe import describe_search
 from nsa.planning.measured import compare, error_lines
 from nsa.planning.memory import memory_of
+from nsa.planning.search import Candidate
 from nsa.planning.speed import GPUS, predict_speed
+from nsa.planning.traffic import data_bytes
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "configs/1b.yaml"
@@ -89,6 +92,9 @@ def test_the_command_plans_the_configured_layout(capsys):
     output = capsys.readouterr().out
     for words in ("4 data x 2 tensor x 2 context", "context/selected", "tokens/s", "dense-equivalent", "at the start"):
         assert words in output, words
+    step = 128 * 8192
+    assert f"= {step:,} tokens; micro batches per GPU" in output
+    assert f"20,000 steps = {20000 * step:,} tokens, {20000 * step / PARAMETERS:.1f} per parameter" in output
 
 
 def test_the_plan_of_a_taught_selection(capsys):
@@ -143,3 +149,33 @@ def test_memory_with_expert_parallelism():
     memory = memory_of(papers, 64)
     assert memory.device["weights"] == pytest.approx(2 * held)
     assert memory.device["optimizer"] == pytest.approx(12 * held / 8)
+
+
+@pytest.mark.parametrize(
+    ("stage", "mode", "each"),
+    [
+        (0, "none", 2 * 4),  # fp32 gradients are summed: a ring sends them twice
+        (1, "none", 2 * 4 + 2),  # and the new bf16 weights are gathered
+        (2, "none", 4 * 4 + 2),  # each of four passes leaves a part of the sum at its owner
+        (3, "none", 4 * (4 + 2 * 2)),  # and gathers weights for the forward and for the backward pass
+        (3, "full", 4 * (4 + 2 * 3)),  # and for what is recomputed
+    ],
+)
+def test_what_ranks_with_the_same_weights_send(stage, mode, each):
+    """In four passes of a step; all but an eighth leaves each of eight ranks."""
+    passes = ["training.micro_batch_size=2", "training.global_batch_size=64", "engine.precision=bf16"]
+    layout = config(*passes, f"engine.zero_stage={stage}", f"engine.activation_checkpointing={mode}")
+    assert data_bytes(layout, 8, 800.0) == 700 * each
+
+
+def test_the_table_of_layouts_shares_the_gpus_out():
+    experts = config("parallel={expert: 8}", "training.global_batch_size=64", name="27b-a5b")
+    found = Candidate(experts, predict_speed(experts, 32, H200), memory_of(experts, 32))
+    row = describe_search([found], 32, H200).splitlines()[-1].split()
+    assert row[:5] == ["1", "1", "1", "8", "4"]
+
+
+def test_activations_are_those_of_the_length():
+    """Two plans of a process share what they know of a layer, except where the length differs."""
+    whole, half = (memory_of(config(f"data.sequence_length={n}"), 8).device["activations"] for n in (8192, 4096))
+    assert half == pytest.approx(whole / 2, rel=0.1)

@@ -2,10 +2,12 @@
 
 import copy
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_config
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +18,7 @@ from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.projections.config import MlaConfig
 from nsa.layers.projections.mla import Latent
 from nsa.layers.rotary import Rotary
+from nsa.models import Decoder
 from nsa.ops import selection
 from nsa.training.activation_checkpointing import checkpoint_layers
 
@@ -124,6 +127,32 @@ def test_selects_once_and_gives_the_same_gradients(selections: list[int], mode: 
     assert torch.equal(*outs)
     for ours, theirs in zip(recomputed.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("kind", ["csa", "dms", "dsa", "entmax", "nsa"])
+def test_every_kind_has_the_same_gradients(kind: str, mode: str, tmp_path: Path) -> None:
+    """Those of a decoder without recomputation, with its layers' own losses: also where a layer draws at random, as
+    DMS does, which noise decides what is forgotten."""
+    sections = {
+        "csa": "attention.csa={topk: 4, window: 9, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}",
+        "dms": "attention.dms={window: 8, offset: 0.0}",
+        "dsa": "attention.dsa={topk: 8, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}",
+    }
+    overrides = [f"attention.kind={kind}", "model.init_std=0.3", *filter(None, [sections.get(kind)])]
+    config, found = tiny_config(tmp_path, *overrides), []
+    ids = torch.randint(0, 400, (1, 64))
+    for recomputed in (False, True):
+        decoder = Decoder(config.model, config.attention)
+        decoder.initialise(3)
+        if recomputed:
+            checkpoint_layers(decoder.layers, mode)
+        torch.manual_seed(5)
+        decoder(ids, targets=ids).sum().backward()
+        found.append([p.grad for p in decoder.parameters()])
+        found.append([torch.rand(1)])  # and the generator stands where it stood
+    for plain, again in zip(found[0] + found[1], found[2] + found[3], strict=True):
+        assert torch.equal(plain, again)
 
 
 def test_a_layer_used_twice_keeps_both_choices(selections: list[int]) -> None:

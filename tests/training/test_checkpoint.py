@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import TEXT, start, train, write_yaml
 
 from nsa.training import checkpoint, checkpoint_writer, trainer
@@ -147,8 +148,29 @@ def test_a_broken_checkpoint_that_was_kept_is_never_overwritten(tmp_path):
     }
 
 
+def test_a_tensor_of_another_shape_or_type_is_refused(tmp_path):
+    """A run that goes on takes fp32 of its own shapes, and nothing that would be converted to it."""
+    save_file({"low": torch.ones(2, 3).bfloat16(), "high": torch.ones(2, 3)}, tmp_path / "model-00000-000.safetensors")
+    read = checkpoint.TensorReader(tmp_path, "model")
+    assert read("high", torch.Size([2, 3])).equal(torch.ones(2, 3)) and read("low").dtype == torch.bfloat16
+    for name, shape in (("high", [3, 2]), ("high", [6]), ("low", [2, 3])):
+        with pytest.raises(CheckpointError, match=rf"tensor {name} is .*, not fp32 \({shape[0]}"):
+            read(name, torch.Size(shape))
+    with pytest.raises(CheckpointError, match="tensor absent is missing"):
+        read("absent")
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.latest_complete(tmp_path / "absent") is None
+
+
+def test_the_newest_before_a_step_has_fewer_steps(tmp_path):
+    """A state after 6 steps has read what step 6 read: a rollback before that step must not take it."""
+    for step in (4, 6, 7):
+        write(tmp_path, step)
+    found = {before: checkpoint.latest_complete(tmp_path, before) for before in (None, 8, 7, 6, 5, 4)}
+    steps = {before: None if path is None else checkpoint.step_of(path) for before, path in found.items()}
+    assert steps == {None: 7, 8: 7, 7: 6, 6: 4, 5: 4, 4: None}
 
 
 def test_the_last_k_are_kept(tmp_path):

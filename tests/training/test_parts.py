@@ -76,13 +76,15 @@ def test_a_skipped_step_changes_nothing():
 
 
 def test_generators_are_restored_through_json():
-    seed_all(5)
-    state = json.loads(json.dumps(rng_state()))
-
     def draw():
         return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002
 
+    seed_all(5)
     first = draw()
+    assert draw() != first
+    seed_all(5)
+    state = json.loads(json.dumps(rng_state()))
+    assert draw() == first, "what is saved is not disturbed"
     assert draw() != first
     set_rng_state(state)
     assert draw() == first
@@ -104,6 +106,8 @@ def test_the_deepspeed_configuration(tmp_path, stage, precision):
     assert written["zero_optimization"]["stage"] == stage and written["bf16"]["enabled"] == (precision == "bf16")
     assert written["gradient_clipping"] == config.optimizer.gradient_clipping
     assert written["data_types"]["grad_accum_dtype"] == ("bf16" if (stage, precision) == (0, "bf16") else "fp32")
+    assert written["communication_data_type"] == "fp32", "gradients are summed over ranks in fp32"
+    assert written["bf16"]["check_grad_overflow"] is True, "a step whose gradient is not finite is skipped"
     assert json.loads(json.dumps(written)) == written
 
 

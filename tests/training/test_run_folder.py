@@ -61,6 +61,31 @@ def test_a_corpus_may_move(tmp_path):
         check_same(saved, tiny_config(tmp_path, "data.sources.0.weight=2"), tmp_path)
 
 
+# Sections and keys that change neither what was learned up to a checkpoint nor the order of the data.
+FREE = {"name", "output_dir", "start_from", "data.cache_dir", "data.workers"}
+FREE |= {f"training.{key}" for key in ("steps", "micro_batch_size", "validation_every", "validation_samples")}
+FREE |= {f"training.{key}" for key in ("log_every", "probe_every", "max_skipped_steps", "max_hours")}
+FREE_SECTIONS = ("evaluation", "checkpoint", "resume", "recovery", "engine", "parallel")
+
+
+def test_every_other_key_is_compared(tmp_path, monkeypatch):
+    """Of the whole configuration, one after the other: a new key is compared until somebody says that it may change."""
+    saved, config = write_config(tmp_path), tiny_config(tmp_path)
+    now, free = run_folder._compared(config), set()
+    for key in now:
+        both = iter((now | {key: "another value"}, now))
+        monkeypatch.setattr(run_folder, "_compared", lambda _, both=both: next(both))
+        try:
+            check_same(saved, config, tmp_path)
+            free.add(key)
+        except ValueError as error:
+            assert f"  {key}: another value there" in str(error)
+    assert free == {key for key in now if key in FREE or key.startswith(tuple(f"{name}." for name in FREE_SECTIONS))}
+    assert now.keys() >= FREE and {"seed", "train", "data.seed", "data.validation_fraction", "model.mla"} <= now.keys()
+    compared = {"name", "kind", "weight", "task", "lengths", "curriculum"}
+    assert [source.keys() for source in now["data.sources"]] == [compared] * 2, "of a source: not where its rows lie"
+
+
 @pytest.mark.parametrize(
     "override",
     ["seed=7", "model.num_layers=4", "attention.nsa.window=8", "data.sequence_length=32",

@@ -3,11 +3,17 @@
 import json
 import math
 import random
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from tiny import tiny_config
 
 from nsa.config import RecoveryConfig
+from nsa.data.loader import Span
+from nsa.training.quarantine import TrainingError, roll_back
 from nsa.training.spikes import SpikeDetector, SpikeState, batch_number, beyond
+from nsa.training.state import Progress
 
 
 def test_steps_read_the_batches_that_are_not_left_out():
@@ -55,6 +61,44 @@ def test_the_budget_and_the_memory():
     detector.record(28, 50.0, 9.0, spike=True)
     assert detector.exhausted
     assert SpikeState(**json.loads(json.dumps(vars(detector.state)))) == detector.state
+
+
+def test_too_few_steps_are_no_measure():
+    """A quarter of the window, or four of a short one."""
+    for window, least in ((128, 32), (40, 10), (8, 4)):
+        detector = SpikeDetector(RecoveryConfig(window=window, grad_norm_sigma=6), SpikeState())
+        for step in range(least):
+            assert not detector.loss_spikes(1e6) and not detector.norm_spikes(1e6), step
+            detector.record(step, 2.0, 0.5, spike=False)
+        assert detector.loss_spikes(1e6) and detector.norm_spikes(1e6)
+
+
+def test_a_second_rollback_adds_to_what_is_left_out(tmp_path):
+    """Steps 9 and 11 (from 0) read batches 11 and 13, since 3 and 9 are left out: their documents are named, and the
+    run goes on from a checkpoint of at most 9 steps."""
+    asked, spikes = [], SpikeState([2.0], [0.5], [9, 11], [3, 9], rollbacks=1)
+    stream = SimpleNamespace(locate=lambda i: [Span("text", f"document {i}", i, 0, 8)])
+    ranks = SimpleNamespace(is_main=True, on_main=lambda action: action())
+    config = tiny_config(tmp_path, "recovery.max_rollbacks=2")
+
+    def load_before(step):
+        asked.append(step)
+        return Progress(step=8, updates=8)
+
+    progress, cause = roll_back(spikes, config, ranks, tmp_path, stream, load_before)
+    assert asked == [10] and (progress.step, progress.spikes.rollbacks) == (8, 2)
+    assert progress.spikes.quarantine == [3, 9, 11, 13]
+    assert "(steps 10, 12;" in cause and "batches [11, 13] are quarantined" in cause
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["batch"], line["step"], line["samples"]) for line in lines] == [
+        (11, 10, [44, 47]),
+        (13, 12, [52, 55]),
+    ]
+    assert [d["document"] for d in lines[1]["documents"]] == [f"document {i}" for i in range(52, 56)]
+    with pytest.raises(TrainingError, match=r"the run went back 2 times already"):
+        roll_back(replace(spikes, rollbacks=2), config, ranks, tmp_path, stream, load_before)
+    with pytest.raises(TrainingError, match="no good checkpoint from before"):
+        roll_back(spikes, config, ranks, tmp_path, stream, lambda step: None)
 
 
 @pytest.mark.parametrize("launch", ["one_rank", "two_ranks"])

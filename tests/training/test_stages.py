@@ -36,8 +36,10 @@ def test_a_stage_is_resumed_bitwise(one_rank, two_ranks):
 
 
 def test_sections_are_clipped_apart(one_rank, two_ranks):
-    """Each to the bound; a thousandfold loss of the indexer changes no bit of the model's step."""
+    """Each to the bound, and none that is within it; a thousandfold loss of the indexer changes no bit of the model's
+    step."""
     for found in (*one_rank[1]["sections"], *two_ranks[1]["sections"]):
         assert found["same"]
-        (model, _), (_, indexer) = found["lengths"]
+        (model, within), (_, indexer) = found["lengths"]
         assert [model, indexer] == pytest.approx([0.01, 0.01], rel=2e-2)
+        assert 0 < within < 1e-3, "a small gradient is not lengthened"

@@ -14,7 +14,7 @@ from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.kind import WITHOUT_INDEXER
 from nsa.layers.dsa.kind import SERVED
 from nsa.layers.kinds import kind_of
-from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.plan import main as plan
 from nsa.training import checkpoint, start
 from nsa.training.start import is_missing, source_of
@@ -70,6 +70,25 @@ def test_another_shape_is_refused(tmp_path, dense, changes, words):
         source_of(config_from(tmp_path, dense, **changes), dense / "step_00000003/tokenizer.model")
 
 
+def test_every_key_of_the_shape_is_compared(tmp_path, dense, monkeypatch):
+    """One after the other: but for those that only say how the weights are used."""
+    config, tokenizer = config_from(tmp_path, dense), dense / "step_00000003/tokenizer.model"
+    moe = MoEConfig(num_experts=4, top_k=2, expert_size=8)
+    experts = start._shape_of(config.model.model_copy(update={"moe": moe}))["moe"]
+    here, free = start._shape_of(config.model), set()
+    for key in here:
+        both = iter((here | {key: "another value"}, here))
+        monkeypatch.setattr(start, "_shape_of", lambda _, both=both: next(both))
+        try:
+            source_of(config, tokenizer)
+            free.add(key)
+        except ValueError as error:
+            assert f"  model.{key}: another value there" in str(error)
+    assert free == {"max_position", "rope", "rope_scaling", "init_std", "norm_eps"}
+    assert MoEConfig.model_fields.keys() - experts.keys() == {"bias_rate", "loss_weight"}
+    assert {"tie_embeddings", "qkv_bias", "moe", "mla", "head_dim"} <= here.keys()
+
+
 def test_other_sources_are_refused(tmp_path, dense):
     tokenizer = dense / "step_00000003/tokenizer.model"
     with pytest.raises(ValueError, match="holds no checkpoint"):
@@ -82,9 +101,12 @@ def test_other_sources_are_refused(tmp_path, dense):
         source_of(config_from(tmp_path, dense), other)
     broken = shutil.copytree(dense, tmp_path / "broken")
     part = next(broken.glob("step_*/model-*"))
-    part.write_bytes(part.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cut short"):
-        source_of(config_from(tmp_path, broken), tokenizer)
+    content = part.read_bytes()
+    for harmed, words in ((content[:-1], "cut short"), (content[:-1] + b"\1", "its content was changed")):
+        part.write_bytes(harmed)
+        for given in (broken, part.parent):  # a run, and the checkpoint itself
+            with pytest.raises(ValueError, match=words):
+                source_of(config_from(tmp_path, given), tokenizer)
 
 
 def test_an_indexer_of_another_make_is_refused(tmp_path, dense):

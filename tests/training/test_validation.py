@@ -115,17 +115,38 @@ def test_validation_of_one_process(folder: Path, held_out: Any) -> None:
     assert SAMPLES < len(stream) < ALL
 
 
-def test_validation_of_two_ranks(folder: Path, held_out: Any) -> None:
+SHARED = ("tensor", "context", "pipeline")  # ways in which two ranks share the model, and every sample
+
+
+@pytest.fixture(scope="module")
+def on_two(folder: Path) -> dict[str, Any]:
+    """Validations of two ranks: each with the whole model, and sharing it."""
+    checks = {"some": ("validate", {"overrides": overrides(folder)})}
+    checks |= {axis: ("validate", {"overrides": overrides(folder, f"parallel.{axis}=2")}) for axis in SHARED}
+    return on_ranks(2, folder, checks, script=Path(__file__))
+
+
+def test_validation_of_two_ranks(on_two: dict[str, Any], held_out: Any) -> None:
     """The same figures, of three batches: the second rank reads one again, in step with the first.
 
     It would notice: the surplus batch counted twice, a batch that no rank reads, or figures of one rank's share alone.
     """
     _, stream, decoder = held_out
-    checks = {"some": ("validate", {"overrides": overrides(folder)})}
-    found = on_ranks(2, folder, checks, script=Path(__file__))["some"]
+    found = on_two["some"]
     assert_held_out(found["ranks"], stream, SAMPLES, surplus=1)
     assert [rank["read"][:MICRO] for rank in found["ranks"]] == [[0, 1], [2, 3]]
     assert_exact(found["metrics"], read_plainly(decoder, stream, SAMPLES))
+
+
+@pytest.mark.parametrize("axis", SHARED)
+def test_validation_of_a_model_that_two_ranks_share(on_two: dict[str, Any], held_out: Any, axis: str) -> None:
+    """The same figures, whichever way the ranks share it: both read every sample, and it is counted once.
+
+    It would notice: losses, targets or bytes counted by each rank of a sample, or by none.
+    """
+    _, stream, decoder = held_out
+    assert [rank["read"] for rank in on_two[axis]["ranks"]] == [list(range(SAMPLES))] * 2
+    assert_exact(on_two[axis]["metrics"], read_plainly(decoder, stream, SAMPLES))
 
 
 @pytest.mark.parametrize("samples", [1, SAMPLES])

@@ -66,7 +66,7 @@ DMS = Kind(
         "kv": Gather("keys", projection_of(shape).row_width(shape)),
         "log_keep": Gather("eviction logits", shape.num_kv_heads),
     },
-    choices=(),
+    choices=("noise",),
     placed=None,
     borrows=False,
     twin=lambda config: config,

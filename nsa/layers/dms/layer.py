@@ -58,6 +58,15 @@ class DelayedEviction(nn.Module):
         )
 
 
+class LogisticNoise(nn.Module):
+    """What is added to the logits in training. A module, so that a recomputed pass gets the noise of the first one."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Drawn anew, in the shape of the logits."""
+        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+        return uniform.log() - (-uniform).log1p()
+
+
 class MemorySparseAttention(ProjectedLayer):
     """Grouped-query attention whose KV heads learn to forget tokens, each its own; usable in any decoder.
 
@@ -101,6 +110,7 @@ class MemorySparseAttention(ProjectedLayer):
         )
         self.rope_theta, self.evicted, self.temperature, self.offset = rope_theta, evicted, temperature, offset
         self.evict = nn.Linear(hidden_size, num_kv_heads)
+        self.noise = LogisticNoise()
         self.output = Linear(num_heads * (v_head_dim or head_dim), hidden_size, bias=False)
         self.exchange = Local()
         self.attend = DelayedEviction(window, self.projection.scale, backend)
@@ -140,8 +150,7 @@ class MemorySparseAttention(ProjectedLayer):
         """Eviction logits (B, T, G) -> log of what stays, of that shape, and the loss, a sum over tokens (training)."""
         if not self.training:
             return torch.zeros_like(logits).masked_fill(logits > 0, -torch.inf), None
-        uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-        logits = (logits + uniform.log() - (-uniform).log1p()) / self.temperature
+        logits = (logits + self.noise(logits)) / self.temperature
         missing = (self.evicted - logits.sigmoid().mean()).clamp(min=0)
         return functional.logsigmoid(-logits), missing * (logits.shape[0] * logits.shape[1])
 
