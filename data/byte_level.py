@@ -21,13 +21,14 @@ import numpy as np
 
 from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.tokenizer import PROBE
-from nsa.untrusted import inside, read_json
+from nsa.untrusted import inside, read_bytes, read_json
 
 MODEL, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 AT_ONCE = 1 << 20  # characters that the library gets in one call
 # Longer texts are cut after a newline, or here: the library needs a hundred bytes per token of a text.
 MAX_TEXT = 1 << 22
 MOST = 1 << 24  # tokens
+MOST_BYTES = 1 << 28  # of tokenizer.json
 INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no UTF-8 (PEP 383)
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are spelt as the character of this number
 SPELT = {chr(byte): byte for byte in PLAIN} | {
@@ -46,12 +47,12 @@ def read_folder(folder: Path) -> dict[str, bytes]:
         ValueError: a file cannot be read, or no token ends a text.
     """
     try:
-        content = inside(folder, MODEL).read_bytes()
+        content = read_bytes(inside(folder, MODEL), MOST_BYTES)
         settings, config = (_optional(folder, name) for name in (SETTINGS, "config.json"))
         names = {}
         if any(token_name(settings.get(name)) is None for name in ("bos_token", "eos_token")):
             names = _names(_object(json.loads(content), folder / MODEL))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder}: its tokenizer cannot be read ({error}); {HINT}") from None
     found = {name: token_name(settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
     for name, given in found.items():
@@ -90,7 +91,10 @@ class ByteLevelTokenizer(BaseTokenizer):
             ) from None
         self.path, self.files = folder, files
         try:
-            highest = max(_names(_object(json.loads(files[MODEL]), folder / MODEL)), default=-1)
+            tree = _object(json.loads(files[MODEL]), folder / MODEL)
+            highest = max(_names(tree), default=-1)
+            if tree["model"].get("merges") and (prefix := tree["model"].get("continuing_subword_prefix")):
+                raise ValueError(f"model.continuing_subword_prefix is {prefix!r}")  # the library may panic
             if highest >= MOST:
                 raise ValueError(f"a token has the id {highest}, at most {MOST} tokens are possible")
             self._fast = tokenizers.Tokenizer.from_str(files[MODEL].decode())

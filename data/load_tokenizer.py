@@ -47,7 +47,10 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
             return {SENTENCEPIECE: _without_prefix(_read(path / SENTENCEPIECE))}
         if (path / MODEL).exists():
             return _of_json(path)
-        raise ValueError(f"{path} has neither {SENTENCEPIECE} nor {MODEL}; set data.tokenizer.path")
+        raise ValueError(
+            f"{path} has neither {SENTENCEPIECE} nor {MODEL}; set data.tokenizer.path for a run, and else save the "
+            "tokenizer there, too (tokenizer.save_pretrained)"
+        )
     if path.name == MODEL:
         return _of_json(path.parent)
     return {SENTENCEPIECE: _read(path)}

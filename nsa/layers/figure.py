@@ -43,14 +43,12 @@ class Figure:
     @staticmethod
     def added(parts: Sequence["Figure"]) -> "Figure":
         """Of all tokens, from parts that are of other tokens and the same heads."""
-        widest = max(part.sums.shape[1] for part in parts)
-        padded = [torch.nn.functional.pad(part.sums, (0, widest - part.sums.shape[1])) for part in parts]
-        return Figure(torch.stack(padded).sum(0), parts[0].entropy, parts[0].otherwise)
+        return Figure(torch.stack(_as_wide(parts)).sum(0), parts[0].entropy, parts[0].otherwise)
 
     @staticmethod
     def joined(parts: Sequence["Figure"]) -> "Figure":
         """Of all heads, from parts that are of the same tokens and other heads."""
-        return Figure(torch.cat([part.sums for part in parts]), parts[0].entropy, parts[0].otherwise)
+        return Figure(torch.cat(_as_wide(parts)), parts[0].entropy, parts[0].otherwise)
 
     def to_json(self) -> list[Any]:
         """The arguments that make it again, with lists in place of tensors."""
@@ -63,6 +61,12 @@ class Figure:
 
 def values(figures: dict[str, Figure]) -> dict[str, float]:
     return {name: figure.value for name, figure in figures.items()}
+
+
+def _as_wide(parts: Sequence[Figure]) -> list[Tensor]:
+    """The sums, with a count of 0 for what a part has not seen."""
+    widest = max(part.sums.shape[1] for part in parts)
+    return [torch.nn.functional.pad(part.sums, (0, widest - part.sums.shape[1])) for part in parts]
 
 
 def _evenness(counts: Tensor) -> float:

@@ -4,13 +4,14 @@ What is compared with: the tokenizer itself, and transformers.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from nsa.data import byte_level, files, tokenizer
 from nsa.data.load_tokenizer import load_tokenizer, tokenizer_files
@@ -79,6 +80,25 @@ def test_tokens_that_were_added_since_are_known(trained: Tokenizer, saved: Path,
 
 
 @pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("<mask>", lstrip=True, special=False),
+        AddedToken("<mask>", rstrip=True, special=False),
+        AddedToken("ask", single_word=True, special=False),
+        AddedToken("\n\n", special=False),  # lines are cut between them
+    ],
+)
+def test_an_added_token_that_would_be_found_elsewhere_is_refused(
+    saved: Path, tmp_path: Path, token: AddedToken
+) -> None:
+    tuned = PreTrainedTokenizerFast.from_pretrained(saved)
+    tuned.add_tokens([token])
+    tuned.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it was made of a sentencepiece model"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda tree: tree["model"]["merges"].insert(3, tree["model"]["merges"].pop(40)),  # pieces are made otherwise
@@ -86,6 +106,12 @@ def test_tokens_that_were_added_since_are_known(trained: Tokenizer, saved: Path,
         lambda tree: tree["pre_tokenizer"]["pretokenizers"].pop(),
         lambda tree: tree.update(normalizer={"type": "NFC"}),
         lambda tree: tree["model"]["vocab"].update(more=5000),
+        lambda tree: tree["model"].update(type="WordPiece"),
+        lambda tree: tree["model"].update(dropout=0.5),
+        lambda tree: tree["model"].update(ignore_merges=True),
+        lambda tree: tree["model"].update(continuing_subword_prefix="##"),
+        lambda tree: tree["model"].update(end_of_word_suffix="</w>"),
+        lambda tree: tree["model"]["vocab"].update({"a" * 1_000_000: 1200}),  # hours to cut
     ],
 )
 def test_another_one_is_refused(saved: Path, tmp_path: Path, change) -> None:  # type: ignore[no-untyped-def]
@@ -97,4 +123,20 @@ def test_another_one_is_refused(saved: Path, tmp_path: Path, change) -> None:  #
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     (tmp_path / "tokenizer_config.json").write_bytes((saved / "tokenizer_config.json").read_bytes())
     with pytest.raises(ValueError, match=r"it was made of a sentencepiece model|no tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_file_that_is_too_large_or_too_deep_or_none_is_refused(saved: Path, tmp_path: Path) -> None:
+    """At once, and before its end is waited for."""
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="no regular file"):
+        load_tokenizer(tmp_path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(2**32)
+    with pytest.raises(ValueError, match="4294967296 bytes"):
+        load_tokenizer(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="recursion"):
         load_tokenizer(tmp_path)

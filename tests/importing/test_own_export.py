@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from nsa import evaluate
 from nsa.config import Config, load_saved
 from nsa.data.load_tokenizer import load_tokenizer
 from nsa.evaluation import runner
 from nsa.evaluation.comparison.config import SiblingConfig, Training
+from nsa.evaluation.comparison.identity import tokenizer_digest
 from nsa.evaluation.comparison.models import OpenedDecoder, candidate_of, open_model
 from nsa.exporting import ExportError, load_decoder, load_imported
 from nsa.exporting.families import format_of
@@ -425,6 +427,23 @@ def test_a_saved_model_is_opened_without_files_of_the_training(folder: Path, exp
     assert isinstance(opened, OpenedDecoder) and (opened.trained, opened.train_seed) == ("dense+nsa", 0)
     training = Training(SiblingConfig(name="tuned", export=str(folder)), None, folder)
     assert candidate_of(training).trained == "dense+nsa"
+
+
+def test_a_saved_model_is_asked_the_questions_of_its_export(
+    folder: Path, exports: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Its tokenizer is the same, also if another token pads since; one with more tokens is another."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"has neither tokenizer.model nor tokenizer.json.*save_pretrained"):
+        candidate_of(Training(SiblingConfig(name="tuned", export=str(folder)), None, folder))
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    assert tokenizer_digest(folder) == tokenizer_digest(exports("pooled"))
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    assert tokenizer_digest(tmp_path / "more") != tokenizer_digest(folder)
 
 
 def test_a_saved_model_is_measured_with_the_configuration_of_the_training(

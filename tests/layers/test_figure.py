@@ -27,6 +27,8 @@ def test_an_entropy_is_of_the_counts_of_all_tokens_and_a_mean_over_heads():
     heads = [Figure(figure.sums[row : row + 1], entropy=True) for row in (0, 1)]
     assert Figure.joined(heads).value == pytest.approx(figure.value)
     assert Figure(torch.tensor([[0, 3]]), entropy=True).value == 0
+    fewer = Figure(figure.sums[1:, :2], entropy=True)  # the last things that another rank's heads choose are unknown
+    assert Figure.joined([heads[0], fewer]).value == Figure.joined([fewer, heads[0]]).value == figure.value
 
 
 def test_a_figure_comes_from_another_rank_as_it_is():

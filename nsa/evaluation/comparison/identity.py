@@ -1,9 +1,14 @@
 """What results depend on beside their configuration: the code that made them, and the weights of the siblings."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
 import nsa
+from nsa.data.byte_level import MODEL
+from nsa.data.load_tokenizer import SENTENCEPIECE, tokenizer_files
 
 READERS = "evaluation/comparison/reading/"  # what reads results and makes none: a better report is no other result
 CODE = (".py", ".json")  # and the tables that it reads
@@ -36,7 +41,13 @@ def export_digest(folder: Path) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """A fingerprint of the tokenizer of an export."""
+    """A fingerprint of the tokenizer of an export. One that transformers saved again has the same, whatever pads."""
+    with suppress(ValueError):
+        made = tokenizer_files(folder / MODEL)
+        if SENTENCEPIECE in made:
+            model = ModelProto.FromString(made[SENTENCEPIECE])
+            model.trainer_spec.ClearField("pad_piece")
+            return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[:DIGITS]
     return _digest({path.name: path for path in folder.glob("tokenizer.*") if path.is_file()})
 
 

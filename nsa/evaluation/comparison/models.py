@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nsa.baselines import Ledger, Method, Session
 from nsa.baselines.methods.dense import Dense
 from nsa.config import load_config, load_saved
+from nsa.data.load_tokenizer import tokenizer_files
 from nsa.evaluation.comparison.config import Training
 from nsa.evaluation.comparison.decoding import DecoderReader, Reader, check, turn_of
 from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
@@ -132,6 +133,7 @@ def candidate_of(training: Training) -> Candidate:
         config = load_config(training.arguments[0], training.arguments[1:])
     elif is_own(folder):
         model, attention = read_sections(folder)
+        tokenizer_files(folder)  # says what is missing
         return Candidate(name, seed, folder, trained_as(model, attention), seed or 0)
     elif (folder / "config.json").is_file():
         return Candidate(name, seed, folder, OpenedTransformers.trained, seed or 0)
