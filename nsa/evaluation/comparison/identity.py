@@ -4,6 +4,7 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
+from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 import nsa
@@ -41,14 +42,21 @@ def export_digest(folder: Path) -> str:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """A fingerprint of the tokenizer of an export. One that transformers saved again has the same, whatever pads."""
-    with suppress(ValueError):
-        made = tokenizer_files(folder / MODEL)
-        if SENTENCEPIECE in made:
-            model = ModelProto.FromString(made[SENTENCEPIECE])
+    """A fingerprint of the tokenizer of an export. One that transformers saved again has the same, whatever pads.
+
+    It is that of the sentencepiece model that tokenizer.json makes, unless the one in the folder has other pieces.
+    """
+    with suppress(ValueError, KeyError, DecodeError):
+        model = ModelProto.FromString(tokenizer_files(folder / MODEL)[SENTENCEPIECE])
+        own = folder / SENTENCEPIECE
+        if not own.is_file() or _pieces(ModelProto.FromString(own.read_bytes())) == _pieces(model):
             model.trainer_spec.ClearField("pad_piece")
             return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()[:DIGITS]
     return _digest({path.name: path for path in folder.glob("tokenizer.*") if path.is_file()})
+
+
+def _pieces(model: ModelProto) -> list[str]:
+    return [piece.piece for piece in model.pieces]
 
 
 def _digest(files: dict[str, Path]) -> str:
