@@ -119,7 +119,8 @@ class ComparisonConfig(Section):
     decode_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="the same for arms that leave prompts dense, which need less memory; null: as batch_tokens",
+        description="most tokens of prompts that arms read at once if they leave prompts dense; such arms need less "
+        "memory; null: as batch_tokens",
     )
     calibration_samples: int = Field(2, ge=1, description="samples by which a method's threshold is fitted to a budget")
     dense_layers: list[int] = Field(default=[], description="layers that stay dense in all methods, disclosed")

@@ -16,7 +16,7 @@ from nsa.evaluation.comparison.models import Candidate
 from nsa.evaluation.comparison.rows import DENSE, Cell
 from nsa.evaluation.comparison.workers import Workers
 
-LONG = 256  # tokens of an answer
+LONG = 256  # tokens: a task with longer answers is said to take long
 CONTROLS = ("dense", "oracle_topk", "oracle_topp", "random", "sink_window")
 
 

@@ -101,7 +101,7 @@ class Workers:
 
         Args:
             progress: called with a number of cells that are done or left out.
-            then: called again and again while they are answered, and at their end: what is to be answered besides.
+            then: called whenever some of them are answered. Returns what else is to be answered.
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
