@@ -1,7 +1,7 @@
 """What queries attend to: the one form in which every method hands over its choice."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -151,6 +151,17 @@ class View:
     def visible(self) -> Tensor:
         """(B, G, T, S) bool: keys at or before each query."""
         return self.visible_to(torch.arange(self.q.shape[1], device=self.q.device))
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether these are all tokens of their sequences: a prompt in one piece, without padding or an eviction."""
+        same = self.prompt and self.q.shape[1] == self.k.shape[1]
+        return same and bool((self.query_positions >= 0).all() & (self.positions >= 0).all())
+
+    @property
+    def of_one_head(self) -> "View":
+        """With the positions of the first KV head alone: what a method needs that never tells the heads apart."""
+        return replace(self, positions=self.positions[..., :1])
 
     def visible_to(self, rows: Tensor) -> Tensor:
         """(B, G, len(rows), S) bool, for the queries ``rows`` (int64 indices)."""

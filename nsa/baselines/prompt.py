@@ -8,6 +8,8 @@ from torch import Tensor
 from nsa import ops
 from nsa.baselines.plan import Part, Plan, View
 
+MASKED = 2**28  # entries of a mask that are copied at once
+
 
 class BlockLists(NamedTuple):
     """What `nsa.ops.block_sparse_attention` attends to: blocks, counts and columns, as it takes them."""
@@ -17,25 +19,19 @@ class BlockLists(NamedTuple):
     columns: Tensor | None = None
 
 
-def whole(view: View) -> bool:
-    """Whether these are all tokens of their sequences: a prompt in one piece, without padding or an eviction."""
-    same = view.prompt and view.q.shape[1] == view.k.shape[1]
-    return same and bool((view.query_positions >= 0).all() and (view.positions >= 0).all())
-
-
 def on_gpu(view: View) -> bool:
     """Whether there is anything to gain: on a CPU the portable path is as fast."""
     return view.q.is_cuda
 
 
 def by_kernels(view: View) -> bool:
-    """Whether a method chooses by kernels: those of the prompt want it `whole`, and on a GPU."""
-    return on_gpu(view) and whole(view)
+    """Whether a method chooses by kernels: those of the prompt want it `View.whole`, on a GPU."""
+    return on_gpu(view) and view.whole
 
 
 def can_list(view: View, plan: Plan | None) -> bool:
     """Whether `attend_blocks` computes this: parts of blocks for tiles of queries, of one size, and of columns."""
-    if plan is None or plan.terms is not None or plan.blend is not None or not whole(view):
+    if plan is None or plan.terms is not None or plan.blend is not None or not view.whole:
         return False
     if any(p.query_at is not None or p.key_at is not None or p.log_weight is not None for p in plan.parts):
         return False
@@ -72,8 +68,15 @@ def lists_of(view: View, plan: Plan, *, backend: str = "auto") -> BlockLists:
 
 
 def pairs_of(view: View, plan: Plan) -> Tensor | None:
-    """(B, G) fp64: pairs of a query and a key of each KV head; None: only a mask of all pairs could tell."""
-    if not can_list(view, plan) or any(part.keep.shape[1] != view.k.shape[2] for part in plan.parts):
+    """(B, G) fp64: pairs of a query and a key of each KV head; None: only a mask of all parts together could tell."""
+    if any(part.keep.shape[1] != view.k.shape[2] for part in plan.parts):
+        return None
+    keep = plan.parts[0].keep
+    if view.whole and plan.terms is None and len(plan.parts) == 1 and keep.shape[2:] == (view.k.shape[1],) * 2:
+        blocks = keep.split(max(1, MASKED // keep[:, :, 0].numel()), 2)  # rows
+        before = [sum(block.shape[2] for block in blocks[:number]) for number in range(len(blocks))]
+        return sum(block.tril(at).sum((2, 3)).double() for block, at in zip(blocks, before, strict=True))
+    if not can_list(view, plan):
         return None
     (part,), _ = _sorted(plan)
     return pairs(lists_of(view, plan), view.q.shape[1], part.unit) if part.unit == part.tile else None

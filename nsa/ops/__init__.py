@@ -1,7 +1,13 @@
 """The operators: pure functions on tensors. Each folder's README has the definition and derivation."""
 
 from nsa.ops.block_sparse import block_sparse_attention
-from nsa.ops.block_sparse.choice import block_lists, pooled_blocks, slash_blocks, vertical_slash_lines
+from nsa.ops.block_sparse.choice import (
+    attention_mass,
+    block_lists,
+    pooled_blocks,
+    slash_blocks,
+    vertical_slash_lines,
+)
 from nsa.ops.compressed import compressed_attention
 from nsa.ops.compression import compress_blocks, pool_blocks
 from nsa.ops.cross_entropy import linear_cross_entropy
@@ -12,6 +18,7 @@ from nsa.ops.few_rows import few_rows_linear, few_rows_swiglu
 from nsa.ops.geometry import Heads
 from nsa.ops.index_topk import index_topk, index_topk_decode
 from nsa.ops.indexer_kl import indexer_kl
+from nsa.ops.masked import masked_attention
 from nsa.ops.native_sparse import native_sparse_attention
 from nsa.ops.native_sparse_decode import native_sparse_decode
 from nsa.ops.norm import add_rms_norm
@@ -31,6 +38,7 @@ __all__ = [
     "Terms",
     "add_rms_norm",
     "apply_rotary",
+    "attention_mass",
     "block_lists",
     "block_sparse_attention",
     "compress_blocks",
@@ -47,6 +55,7 @@ __all__ = [
     "index_topk_decode",
     "indexer_kl",
     "linear_cross_entropy",
+    "masked_attention",
     "native_sparse_attention",
     "native_sparse_decode",
     "page_bounds",

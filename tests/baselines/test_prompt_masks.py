@@ -8,10 +8,12 @@ import torch
 from sessions import inputs, run
 from views import view_of
 
+from nsa import ops
 from nsa.baselines import Budget, Method, Part, Plan, masked, prompt
-from nsa.baselines.attention import attend
+from nsa.baselines.attention import attend, kept
 from nsa.baselines.method import State
-from nsa.baselines.methods import METHODS
+from nsa.baselines.methods import METHODS, oracle
+from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
 from nsa.baselines.plan import Terms, View
 
 CHOOSE = [
@@ -19,8 +21,6 @@ CHOOSE = [
     for method in (kind(budget=Budget(share=0.4), **kind.small) for kind in METHODS if "prefill" in kind.phases)
     if method.name not in ("sketch_walk", "sketch_walk_damped")  # these need what the layers before them left
 ]
-
-SEVERAL = ("streaming_llm", "lm_infinite", "dual_chunk", "qwen_1m")  # positions of a key, or of a query
 
 
 def expect_the_same(view: View, plan: Plan | None) -> None:
@@ -32,11 +32,7 @@ def expect_the_same(view: View, plan: Plan | None) -> None:
 def test_plans_mean_the_same(method: Method) -> None:
     for tokens, batch in ((65, 1), (33, 2)):
         view = view_of(tokens, batch=batch)
-        plan = method.prefill_select(view, State())
-        if masked.can_mask(view, plan):
-            expect_the_same(view, plan)
-        else:
-            assert method.name in SEVERAL
+        expect_the_same(view, method.prefill_select(view, State()))
 
 
 def test_rows_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +59,7 @@ def test_what_sees_nothing_gives_0() -> None:
 
 
 def test_keys_and_queries_may_be_elsewhere() -> None:
-    """At one other position each; more than one part of this kind is left to the portable path."""
+    """Each part has its own positions; a key of several parts counts once."""
     view = view_of(24)
     keep, place = torch.ones(1, view.k.shape[2], 24, 24, dtype=torch.bool), torch.arange(24)[None]
     keys = (place + 5)[..., None].expand(-1, -1, view.k.shape[2])
@@ -71,7 +67,14 @@ def test_keys_and_queries_may_be_elsewhere() -> None:
     expect_the_same(view, Plan((part,)))
     plain = masked.attend_masked(view, None)
     assert (masked.attend_masked(view, Plan((part,))) - plain).abs().max() > 0.01
-    assert not masked.can_mask(view, Plan((part, Part(keep))))
+    made = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(1, heads, 24, 24, generator=made) < 0.4 for heads in (view.q.shape[2], view.k.shape[2]))
+    first[:, 1, 5] = second[:, 0, 5] = False  # sees nothing
+    first[:, 2, 6] = False  # one of both
+    both = (replace(part, keep=first), replace(part, keep=second))
+    expect_the_same(view, Plan(both))
+    third = Part(second & ~first[:, :: view.group] & ~first[:, 1 :: view.group])
+    expect_the_same(view, Plan((replace(part, keep=first), third)))
 
 
 def test_what_a_mask_cannot_say() -> None:
@@ -109,6 +112,58 @@ def test_a_session_answers_a_prompt_by_it(name: str, monkeypatch: pytest.MonkeyP
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         assert session.ledger.shares() == before.ledger.shares()
+
+
+@pytest.mark.parametrize("method", [OracleTopK(budget=Budget(share=0.3)), OracleTopP(p=0.7)], ids=lambda x: x.name)
+def test_oracles_choose_the_same_by_an_operator(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks of queries, whose masses end with them; not with padding, nor for a part of a prompt."""
+    calls: list[tuple[int, ...]] = []
+    real = ops.attention_mass
+
+    def noted(q: torch.Tensor, k: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((q.shape[1], k.shape[1]))
+        return real(q, k, **options)
+
+    monkeypatch.setattr(ops, "attention_mass", noted)
+    view = view_of(30, batch=2)
+    view = replace(view, q=4 * view.q)
+    padded = replace(view, query_positions=(view.query_positions - 3).clamp(min=-1))
+    late = replace(view, q=view.q[:, 8:], query_positions=view.query_positions[:, 8:])
+    for one, blocks in ((view, [(12, 12), (12, 24), (6, 30)]), (padded, []), (late, [])):
+        expected = method.prefill_select(one, State())
+        assert not calls
+        with monkeypatch.context() as patch:
+            patch.setattr(prompt, "on_gpu", lambda view: True)
+            patch.setattr(oracle, "MASSES", 12 * view.q[:, 0, :, 0].numel() * 30)
+            found = method.prefill_select(one, State())
+        assert calls == blocks
+        calls.clear()
+        assert expected is not None and found is not None
+        masks = [kept(one, plan, torch.arange(one.q.shape[1])) for plan in (found, expected)]
+        assert torch.equal(*masks) and found.estimate == expected.estimate
+
+
+def test_pairs_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are counted in blocks of rows. Keys after a query do not count, whatever the mask says."""
+    monkeypatch.setattr(prompt, "MASKED", 7 * 2 * 2 * 30)
+    view = view_of(30, batch=2)
+    keep = torch.rand(2, view.k.shape[2], 30, 30, generator=torch.Generator().manual_seed(0)) < 0.5
+    expected = (keep & torch.ones(30, 30, dtype=torch.bool).tril()).double().sum((2, 3))
+    assert torch.equal(prompt.pairs_of(view, Plan.of(keep)), expected)  # type: ignore[arg-type]
+    for plan in (
+        Plan.of(keep.repeat_interleave(view.group, 1)),
+        Plan((Part(keep), Part(keep))),
+        Plan.of(keep[:, :, :1]),
+        Plan.of(keep[..., :8], unit=4),
+    ):
+        assert prompt.pairs_of(view, plan) is None
+    assert prompt.pairs_of(replace(view, positions=view.positions.clone().fill_(-1)), Plan.of(keep)) is None
+
+
+def test_a_dense_prompt_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of(24)
+    monkeypatch.delattr(ops, "masked_attention")
+    expect_the_same(view, None)
 
 
 @pytest.mark.gpu

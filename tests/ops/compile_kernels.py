@@ -282,6 +282,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         listed.backward(q, k, v, lists, out, lse, delta, 1.0)
         if max(width, v_width) * q.element_size() <= token_tiles.WIDEST:
             token_tiles.forward(q, k, v, lists, 1.0)
+            token_tiles.tiles_of_mask(torch.zeros(1, tokens, tokens, dtype=torch.bool), q.element_size())
             token_tiles.backward(q, k, v, lists, out, lse, delta, 1.0)
         index = torch.zeros(1, tokens, 4, 128, dtype=dtype), torch.zeros(1, tokens, 128, dtype=dtype)
         indexer_kl.divergence(*index, torch.zeros(1, tokens, 4), q, k, lse, lists, 1.0)

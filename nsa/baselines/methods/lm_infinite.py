@@ -34,10 +34,11 @@ class LMInfinite(Method):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         window = self._window(view)
-        near = view.distance < window[..., None]
-        first = (view.positions < self.num_global).transpose(1, 2)[:, :, None] & ~near
-        ceiling = window[:, 0].expand_as(view.query_positions)
-        return Plan((Part(near), Part(first, query_at=ceiling, key_at=torch.zeros_like(view.positions))))
+        one, heads = view.of_one_head, (-1, view.k.shape[2], -1, -1)
+        near = one.distance < window[..., None]
+        first = (one.positions < self.num_global).transpose(1, 2)[:, :, None] & ~near
+        ceiling, start = window[:, 0].expand_as(view.query_positions), torch.zeros_like(view.positions)
+        return Plan((Part(near.expand(heads)), Part(first.expand(heads), query_at=ceiling, key_at=start)))
 
     decode_select = prefill_select
 

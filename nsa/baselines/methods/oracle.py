@@ -1,13 +1,18 @@
 """Oracles: the choice by the true attention. They cost a pass of dense scores, and bound what a ranking can do."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nsa import ops
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Part, Plan, View, row_blocks
+from nsa.baselines.prompt import by_kernels
 from nsa.ops.choose import cover, top
+
+MASSES = 2**26  # of query heads and keys, that are looked at together by kernels
 
 
 def true_mass(view: View, rows: Tensor | None = None) -> Tensor:
@@ -35,8 +40,7 @@ class OracleTopK(Method):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         budget = self.budget.each(view.seen)
-        keep = [top(mass.masked_fill(~view.visible_to(rows), -torch.inf), budget) for rows, mass in _masses(view)]
-        return Plan((Part(torch.cat(keep, 2)),))
+        return _chosen(view, lambda mass: top(mass, budget), -torch.inf)
 
     decode_select = prefill_select
 
@@ -59,10 +63,25 @@ class OracleTopP(Method):
     def prefill_select(self, view: View, state: State) -> Plan | None:
         if self.p >= 1:
             return Plan((Part(view.visible),))
-        return Plan((Part(torch.cat([cover(mass, self.p) for _, mass in _masses(view)], 2)),))
+        return _chosen(view, lambda mass: cover(mass, self.p), 0.0)
 
     decode_select = prefill_select
 
 
-def _masses(view: View) -> list[tuple[Tensor, Tensor]]:
-    return [(rows, true_mass(view, rows)) for rows in row_blocks(view)]
+def _chosen(view: View, choose: Callable[[Tensor], Tensor], hidden: float) -> Plan:
+    """The keys that ``choose`` takes by the true mass of each query, (B, G, rows, keys).
+
+    ``hidden``: what a key has there that is not visible; from kernels, whose keys are in order, 0.
+    """
+    if not by_kernels(view):
+        found = (true_mass(view, rows).masked_fill(~view.visible_to(rows), hidden) for rows in row_blocks(view))
+        return Plan((Part(torch.cat([choose(mass) for mass in found], 2)),))
+    (batch, tokens, _, _), groups = view.q.shape, view.k.shape[2]
+    keep = torch.zeros(batch, groups, tokens, tokens, dtype=torch.bool, device=view.q.device)
+    begin = 0
+    for rows in row_blocks(view, MASSES):
+        end = begin + len(rows)
+        mass = ops.attention_mass(view.q[:, begin:end], view.k[:, :end], scale=view.scale)
+        keep[:, :, begin:end, :end] = choose(mass)
+        begin = end
+    return Plan((Part(keep),))

@@ -25,8 +25,10 @@ class RandomTokens(Method):
     formula = "k keys and values"
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
-        queries, keys = view.query_positions[:, None, :, None], view.positions.transpose(1, 2)[:, :, None]
-        draw = (draws(view, self.seed) >> 7).float().masked_fill(queries == keys, torch.inf)  # 24 bits: fp32 is exact
-        return Plan.of(top(draw.masked_fill(~view.visible, -torch.inf), self.budget.each(view.seen)))
+        one = view.of_one_head
+        queries, keys = view.query_positions[:, None, :, None], one.positions.transpose(1, 2)[:, :, None]
+        draw = (draws(one, self.seed) >> 7).float().masked_fill(queries == keys, torch.inf)  # 24 bits: fp32 is exact
+        keep = top(draw.masked_fill(~one.visible, -torch.inf), self.budget.each(view.seen))
+        return Plan.of(keep.expand(-1, view.k.shape[2], -1, -1))
 
     decode_select = prefill_select

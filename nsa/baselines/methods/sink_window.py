@@ -22,7 +22,9 @@ class SinkWindow(Method):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         budget = self.budget.each(view.seen, least=self.num_sinks + 1)[..., None]
-        sinks = (view.positions < self.num_sinks).transpose(1, 2)[:, :, None]
-        return Plan.of(sinks | (view.distance < budget - self.num_sinks))
+        one = view.of_one_head
+        sinks = (one.positions < self.num_sinks).transpose(1, 2)[:, :, None]
+        keep = sinks | (one.distance < budget - self.num_sinks)
+        return Plan.of(keep.expand(-1, view.k.shape[2], -1, -1))
 
     decode_select = prefill_select

@@ -41,10 +41,11 @@ class StreamingLLM(Method):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         window = self._window(view) + int(self.evict_after)
-        near = view.distance < window[..., None]
-        sinks = (view.positions < self.num_sinks).transpose(1, 2)[:, :, None] & ~near
+        one, heads = view.of_one_head, (-1, view.k.shape[2], -1, -1)
+        near = one.distance < window[..., None]
+        sinks = (one.positions < self.num_sinks).transpose(1, 2)[:, :, None] & ~near
         place = torch.minimum(view.query_positions, self.num_sinks + window[:, 0] - 1)
-        return Plan((Part(near), Part(sinks, query_at=place)))
+        return Plan((Part(near.expand(heads)), Part(sinks.expand(heads), query_at=place)))
 
     decode_select = prefill_select
 

@@ -10,7 +10,7 @@ from nsa.baselines.importance.lines import block_lines, crossed_blocks, estimate
 from nsa.baselines.method import State
 from nsa.baselines.methods.vertical_slash import VerticalSlash
 from nsa.baselines.plan import Part, Plan, View
-from nsa.baselines.prompt import by_kernels, mask_of, whole
+from nsa.baselines.prompt import by_kernels, mask_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class VerticalSlashBlocks(VerticalSlash):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         """A whole prompt's plan is a part of blocks and one of columns: no mask has queries times keys."""
-        if not whole(view) or self.size(view).min() >= view.seen.max():
+        if not view.whole or self.size(view).min() >= view.seen.max():
             return super().prefill_select(view, state)
         rows = last_rows(view, self.num_queries)
         columns, diagonals = self.by_kernels(view) if by_kernels(view) else self.chosen(view, self.scores(view, rows))

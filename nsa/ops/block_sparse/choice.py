@@ -63,6 +63,31 @@ def pooled_blocks(
 
 @torch.no_grad()
 @autocasts("q", "k")
+def attention_mass(q: Tensor, k: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """The attention probabilities of each query, summed over the heads of a KV head: what importance is made of.
+
+    Args:
+        q: (B, T, H, D). k: (B, S, G, D): with S > T the queries are the last T of the S positions. scale: factor of the
+            scores; None: D ** -0.5. backend: auto, triton, torch or naive.
+
+    Returns:
+        (B, G, T, S) fp32 (float64 for float64), 0 after the query.
+
+    Raises:
+        ValueError: inconsistent shapes, unknown backend.
+    """
+    check_attention(q, k, k, None)
+    check_positions(q, k)
+    scale = scale_of(scale, q.shape[3])
+    if resolve_backend(backend, q, k) == "triton":
+        from nsa.ops.kernels import inference_operators as operators
+
+        return operators.probabilities(q, k, scale)
+    return _probabilities(q, k, scale)
+
+
+@torch.no_grad()
+@autocasts("q", "k")
 def vertical_slash_lines(
     q: Tensor,
     k: Tensor,

@@ -10,6 +10,7 @@ from nsa.ops.kernels import (
     decode,
     mass,
     quest,
+    token_tiles,
     top_p,
 )
 from nsa.ops.kernels import index_topk as indexer
@@ -184,6 +185,33 @@ def block_sparse_attention(
     columns = None if columns is None else columns.contiguous()
     given = [x.contiguous() for x in (q, k, v, blocks, counts)]
     out, lse = _block_sparse_attention(*given, columns, tile_size, block_size, scale)
+    return out, lse.transpose(1, 2)
+
+
+@torch.library.custom_op("nsa::masked_attention", mutates_args=())
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return token_tiles.forward_masked(q, k, v, mask, scale)
+
+
+@_masked_attention.register_fake
+def _masked_attention_fake(q, k, v, mask, scale):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `nsa.ops.masked_attention` with ``return_lse``."""
+    batch, lists = mask.shape[:2]
+    if lists == 1:
+        out, lse = _masked_attention(*(x.contiguous() for x in (q, k, v, mask[:, 0])), scale)
+        return out, lse.transpose(1, 2)
+    # Heads that share a mask are a sequence of their own.
+    q = q.unflatten(2, (lists, -1)).transpose(1, 2).flatten(0, 1).contiguous()  # (B N, T, H / N, D)
+    k, v = (
+        x.repeat_interleave(lists // x.shape[2], 2).transpose(1, 2).flatten(0, 1)[:, :, None].contiguous()
+        for x in (k, v)
+    )  # (B N, S, 1, D), (B N, S, 1, Dv)
+    out, lse = _masked_attention(q, k, v, mask.flatten(0, 1).contiguous(), scale)
+    out, lse = (x.unflatten(0, (batch, lists)).transpose(1, 2).flatten(2, 3) for x in (out, lse))
     return out, lse.transpose(1, 2)
 
 

@@ -84,19 +84,16 @@ def lse_kernel(Q, K, Lse, num_queries, num_keys, offset, part, scale_log2, GROUP
 def mass_kernel(Q, K, Lse, Mass, num_queries, num_keys, offset, scale_log2, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                 D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 SPLITS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Mass (B, G, R, S) fp32 of BM queries and BN keys; Lse as from `lse_kernel`, of SPLITS parts.
-
-    Mass of tiles whose keys come after all their queries is not written.
-    """
+    """Mass (B, G, R, S) fp32 of BM queries and BN keys, 0 after the query; Lse as of `lse_kernel`, of SPLITS parts."""
     group, batch = tl.program_id(2) % GROUPS, tl.program_id(2) // GROUPS
     query0 = tl.program_id(1) * BM
+    query = query0 + tl.arange(0, BM)  # [BM]
+    key = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
+    ok = query < num_queries  # [BM]
+    mass = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
     if tl.program_id(0) * BN < offset + query0 + BM:
-        query = query0 + tl.arange(0, BM)  # [BM]
-        key = tl.program_id(0) * BN + tl.arange(0, BN)  # [BN]
-        ok = query < num_queries  # [BM]
         split = tl.arange(0, SPLITS)  # [SPLITS]
         k1, k2 = _keys(K, batch, group, key, num_keys, GROUPS, D, D1, D2)  # [BN, D1], [BN, D2]
-        mass = tl.zeros([BM, BN], tl.float32)  # [BM, BN]
         for j in tl.range(0, HEADS):
             head = group * HEADS + j
             q_row = (batch.to(tl.int64) * num_queries + query) * (GROUPS * HEADS) + head  # [BM]
@@ -107,9 +104,9 @@ def mass_kernel(Q, K, Lse, Mass, num_queries, num_keys, offset, scale_log2, GROU
             most = tl.max(parts, 1)  # [BM], every query sees a key
             lse = most + tl.log2(tl.sum(tl.exp2(parts - most[:, None]), 1))  # [BM]
             mass += tl.exp2(s - lse[:, None])
-        row = (batch * GROUPS + group).to(tl.int64) * num_queries + query  # [BM]
-        inside = ok[:, None] & (key < num_keys)[None, :]  # [BM, BN]
-        tl.store(Mass + row[:, None] * num_keys + key[None, :], mass, mask=inside)
+    row = (batch * GROUPS + group).to(tl.int64) * num_queries + query  # [BM]
+    inside = ok[:, None] & (key < num_keys)[None, :]  # [BM, BN]
+    tl.store(Mass + row[:, None] * num_keys + key[None, :], mass, mask=inside)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
@@ -144,7 +141,7 @@ def means(x: Tensor, block_size: int) -> Tensor:
 def probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """(B, G, R, S) fp32: the probabilities of q (B, R, H, D) over k (B, S, G, D), summed over the heads of a KV head.
 
-    The queries are the last R of the S positions; both are contiguous. What lies after a query may hold anything.
+    The queries are the last R of the S positions; both are contiguous. After a query it is 0.
     """
     (batch, queries, heads, width), (keys, groups) = q.shape, k.shape[1:3]
     mass = q.new_empty(batch, groups, queries, keys, dtype=torch.float32)

@@ -1,8 +1,9 @@
 """Attention of each query to a list of tokens (DSA) by tiles of all keys, where lists hold a large part of the keys.
 
 The programs are those of dense attention. A word for each query and tile of keys has a bit for each key that the query
-lists; the scores of the others are -inf. Tiles of keys that no query of a tile lists are left out. The time is that of
-dense attention at most, however little neighbouring queries share, and no part of dK and dV goes through memory.
+lists, or that a mask of it allows; the scores of the others are -inf. Tiles of keys that no query of a tile lists are
+left out. The time is that of dense attention at most, however little neighbouring queries share, and no part of dK and
+dV goes through memory.
 `nsa.ops.kernels.tokens` gathers the listed keys instead: `pays` says which of the two a case takes.
 
 Algorithm: FlashAttention-2 (arXiv 2307.08691), with two passes backward, as in `nsa.ops.kernels.ranges`. Nothing is
@@ -68,12 +69,18 @@ def pays(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, longest: int) -> bool:
         longest: tokens of the longest document, or an upper bound.
     """
     (heads, width), groups = q.shape[2:], k.shape[2]
-    if max(width, v.shape[3]) * q.element_size() > WIDEST or not _fits(lists, k.shape[1]):
+    if not takes(q, v) or not _fits(lists, k.shape[1]):
         return False
-    if not INTERPRETED and (q.element_size() != 2 or width != v.shape[3]):
-        return False  # not proven on a GPU: an illegal access was seen there in fp32 (docs/log/2026-11.md)
     products = longest / 2 * (heads // groups) * max(width, v.shape[3]) / 128  # half of the keys lie behind a query
     return products <= PRODUCTS_OF_GATHER * lists.shape[2]
+
+
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether these kernels attend with q (B, T, H, D) to values v (B, S, G, Dv)."""
+    if max(q.shape[3], v.shape[3]) * q.element_size() > WIDEST:
+        return False
+    # Others are not proven on a GPU: an illegal access was seen there in fp32 (docs/log/2026-11.md).
+    return INTERPRETED or (q.element_size() == 2 and q.shape[3] == v.shape[3])
 
 
 def pays_for_loss(keys: int, lists: Tensor, longest: int) -> bool:
@@ -104,6 +111,26 @@ def bits_kernel(Lists, Bits, Occupied, num_tokens, num_slots, num_tiles, BM: tl.
         bit = one << (tl.maximum(key, 0) % BN).to(tl.int64)  # [BLOCK]
         tl.atomic_or(Bits + tile.to(tl.int64) * num_tokens, bit, mask=key >= 0, sem="relaxed")  # in any order
         tl.store(Occupied + tile, tl.full([BLOCK], 1, tl.uint8), mask=key >= 0)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def mask_bits_kernel(Mask, Bits, Occupied, num_tokens, num_keys, num_tiles, BM: tl.constexpr, BN: tl.constexpr):
+    """Bits (B, key tiles, T) int64 of BM queries and BN keys of Mask (B, T, S) uint8; keys after a query have none.
+
+    Occupied (B, query tiles, key tiles) uint8: whether there is a bit.
+    """
+    tile, query_tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token = query_tile * BM + tl.arange(0, BM)  # [BM]
+    within = tl.arange(0, BN)  # [BN]
+    key, ok = tile * BN + within, token < num_tokens  # [BN], [BM]
+    seen = ok[:, None] & (key[None, :] <= (num_keys - num_tokens + token)[:, None])  # [BM, BN]
+    row = batch * num_tokens + token  # [BM]
+    keep = tl.load(Mask + row[:, None] * num_keys + key[None, :], mask=seen, other=0) != 0  # [BM, BN]
+    bit = tl.full([BN], 1, tl.int64) << within.to(tl.int64)  # [BN]
+    word = tl.sum(tl.where(keep, bit[None, :], 0), 1)  # [BM]
+    tl.store(Bits + (batch * num_tiles + tile) * num_tokens + token, word, mask=ok)
+    place = (batch * tl.num_programs(1) + query_tile) * num_tiles + tile
+    tl.store(Occupied + place, tl.max(tl.max(keep.to(tl.int32), 1), 0).to(tl.uint8))
 
 
 @triton.jit
@@ -246,6 +273,19 @@ def tiles_of(lists: Tensor, keys: int, itemsize: int) -> Tiles:
     return Tiles(bits, *_numbers(occupied), *_numbers(occupied.transpose(1, 2)))
 
 
+def tiles_of_mask(mask: Tensor, itemsize: int) -> Tiles:
+    """The same of a mask (B, T, S) bool, without keys after the query, which is one of the last T positions."""
+    batch, tokens, keys = mask.shape
+    queries, of_tile = tile_shape(itemsize)
+    query_tiles, key_tiles = triton.cdiv(tokens, queries), triton.cdiv(keys, of_tile)
+    bits = mask.new_empty(batch, key_tiles, tokens, dtype=torch.int64)
+    occupied = mask.new_empty(batch, query_tiles, key_tiles, dtype=torch.uint8)
+    mask_bits_kernel[key_tiles, query_tiles, batch](
+        mask.view(torch.uint8), bits, occupied, tokens, keys, key_tiles, queries, of_tile, num_warps=8
+    )
+    return Tiles(bits, *_numbers(occupied), *_numbers(occupied.transpose(1, 2)))
+
+
 def _numbers(occupied: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of (B, m, n): the numbers of the columns that are not 0, ascending, then the others; the count."""
     occupied = occupied.contiguous()  # a sort keeps the strides of what it sorts
@@ -255,12 +295,28 @@ def _numbers(occupied: Tensor) -> tuple[Tensor, Tensor]:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """As `nsa.ops.kernels.tokens.forward`."""
+    if not (q.numel() and k.numel() and lists.numel()):
+        return _nothing(q, v)
+    return _forward(q, k, v, tiles_of(lists, k.shape[1], q.element_size()), scale)
+
+
+def forward_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `forward`, for a mask (B, T, S) bool that all heads share: see `tiles_of_mask`. All are contiguous."""
+    if not (q.numel() and k.numel()):
+        return _nothing(q, v)
+    return _forward(q, k, v, tiles_of_mask(mask, q.element_size()), scale)
+
+
+def _nothing(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    return q.new_zeros(*q.shape[:3], v.shape[3]), lse
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> tuple[Tensor, Tensor]:
     (batch, tokens, heads, _), keys = q.shape, k.shape[1]
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
-    if not (q.numel() and k.numel() and lists.numel()):
-        return out.zero_(), lse.fill_(-torch.inf)
-    tiles, (queries, of_tile) = tiles_of(lists, keys, q.element_size()), tile_shape(q.element_size())
+    queries, of_tile = tile_shape(q.element_size())
     forward_kernel[heads, tiles.of_queries.shape[1], batch](
         q, k, v, tiles.bits, tiles.of_queries, tiles.query_count, out, lse, tokens, keys, tiles.of_queries.shape[2],
         scale * LOG2_E, **shape_constants(q, k, v), BM=queries, BN=of_tile, **_options(queries),
