@@ -208,6 +208,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
     driver.set_active(NamedOnly(arch))
     table = f"sm_{arch}" if f"sm_{arch}" in hardware._table() else "sm_80"
     hardware.architecture = lambda: table  # type: ignore[assignment]
+    hardware.capability = lambda: arch  # type: ignore[assignment]
     report: dict[str, dict[str, int]] = {}
     shape_name = ""
 

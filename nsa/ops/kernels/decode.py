@@ -16,12 +16,13 @@ from nsa.ops.geometry import first_columns, memory_rows
 from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import (
     LSE_TO_NATURAL,
+    begin_launch,
     load_row_parts,
     load_rows,
     scores,
     store_rows,
 )
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, MAX_WIDTH, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, MAX_WIDTH, early, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 MOST_ROWS = 64  # heads of a program
@@ -165,7 +166,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
                  SHARED: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, LOOK: tl.constexpr, CHUNK: tl.constexpr,
                  TERM_CHUNK: tl.constexpr, TERM_LOOK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                  D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts of some heads: of ``run`` chunks of the keys, or with TERMS after all of these of ``term_run`` chunks.
 
     Q (B, H, D); K, V (B, S, G, D or Dv), of which the sequences are ``num_rows`` tokens apart; Lengths (B,) int32;
@@ -173,6 +174,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
     LISTS, num_terms); Parts (B, H, num_parts, Dv) fp32; PartLse (B, H, num_parts) fp32; ``num_splits`` parts are those
     of the keys.
     """
+    begin_launch(EARLY)
     batch, index, group, head, ok = place(LISTS, GROUPS, HEADS, BM)
     row = batch * (LISTS * HEADS) + head  # [BM]
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
@@ -210,8 +212,9 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def merge_kernel(Parts, PartLse, Out, Lse, num_parts, MOST: tl.constexpr, SIDE: tl.constexpr, DV: tl.constexpr,
-                 DV1: tl.constexpr):  # fmt: skip
+                 DV1: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Out (B, H, Dv), and Lse (B, H) fp32 in natural units, of one row. A row that sees nothing gets 0 and -inf."""
+    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64)
     out, lse = merged_parts(Parts, PartLse, row, 0, num_parts, num_parts, MOST, SIDE, DV, DV1)
     column = tl.arange(0, DV1)  # [DV1]
@@ -220,8 +223,10 @@ def merge_kernel(Parts, PartLse, Out, Lse, num_parts, MOST: tl.constexpr, SIDE: 
 
 
 @triton.jit
-def append_kernel(Rows, Memories, Slots, Index, WIDTHS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def append_kernel(Rows, Memories, Slots, Index, WIDTHS: tl.constexpr, BLOCK: tl.constexpr,
+                  EARLY: tl.constexpr):  # fmt: skip
     """Each of the Rows (B, width) goes to slot ``Index % slots`` of its memory (B, slots, width)."""
+    begin_launch(EARLY)
     put_row(Rows, Memories, Slots, tl.load(Index), tl.program_id(0), tl.program_id(1).to(tl.int64), WIDTHS, BLOCK)
 
 
@@ -243,6 +248,7 @@ def append(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
     if len(rows[0]):
         append_kernel[len(rows), len(rows[0])](
             tuple(rows), tuple(memories), tuple(x.shape[1] for x in memories), index, *widths_of(rows), num_warps=4,
+            **early(),
         )  # fmt: skip
 
 
@@ -345,10 +351,10 @@ def attention(
             0 if terms is None else term_indices.shape[2], number, run, term_run, scale * LOG2_E,
             LISTS=lists, LISTED=pages is not None, WEIGHTED=log_weights is not None, TERMS=terms is not None,
             SHARED=shared, RUNS=runs, PAGE=page_size, LOOK=look_of(chunk, page_size), CHUNK=chunk,
-            TERM_CHUNK=term_chunk, TERM_LOOK=look_of(1, 1), **constants, **sizes, **options,
+            TERM_CHUNK=term_chunk, TERM_LOOK=look_of(1, 1), **constants, **sizes, **options, **early(),
         )  # fmt: skip
     if lse.numel():
         merge_kernel[(lse.numel(),)](
-            *parts, out, lse, number, **merge_options(number, v.shape[3])
+            *parts, out, lse, number, **merge_options(number, v.shape[3]), **early()
         )  # fmt: skip
     return out, lse

@@ -27,8 +27,16 @@ from nsa.ops.kernels.decode import (
     splits_of,
     tile,
 )
-from nsa.ops.kernels.device_functions import TOP, largest, load_row_parts, load_rows, store_rows, store_taken
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.device_functions import (
+    TOP,
+    begin_launch,
+    largest,
+    load_row_parts,
+    load_rows,
+    store_rows,
+    store_taken,
+)
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, early, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 IMPORTANCE_TILE = 4096  # scores that a program of `importance_kernel` loads at once
@@ -67,12 +75,13 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
                 num_splits, num_parts, run, scale_log2, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
                 CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                 D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks: first the ``num_splits`` of the compressed blocks, then those of the window.
 
     KCmp, VCmp (B, num_compressed, G, ..); KWin, VWin (B, num_near, G, ..), a ring; Scores (B, H, `row_size`) fp32;
     Arrived (2, rows): for the launches after this one.
     """
+    begin_launch(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
@@ -110,13 +119,14 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
                       STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                       N: tl.constexpr, BLOCKS: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr,
                       TOGETHER: tl.constexpr, FAR: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr,
-                      DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
+                      DV: tl.constexpr, DV1: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Importance (B, G, BLOCKS) fp32 of BJ selection blocks (`nsa.ops.select_blocks`), and Blocks (B, G, N) int32.
 
     Or from program ``num_tiles`` on Near (B, H, Dv) fp32 of a head: compressed branch and window, merged, times Gates
     (B, H, 3), summed. Their parts follow each other: ``num_splits``, and the rest. TOGETHER: a power of two, at least
     the compressed blocks that begin in a selection block.
     """
+    begin_launch(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) >= num_tiles:
         own = pair * HEADS + tl.program_id(1) - num_tiles
@@ -189,11 +199,12 @@ def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Ar
                   scale_log2, N: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
                   CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                   DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  BN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks of the selected branch. The last program of its heads also writes Out (B, H, Dv).
 
     K, V (B, num_keys, G, ..); Blocks (B, G, N); Near as from `importance_kernel`.
     """
+    begin_launch(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
@@ -260,7 +271,7 @@ def attention(
     near_kernel[rows, batch, triton.cdiv(splits + near_splits, run)](
         q, k_cmp, v_cmp, k_win, v_win, lengths, scores, *parts, arrived, compressed, k_win.shape[1], splits,
         splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
-        **constants, **sizes, **options,
+        **constants, **sizes, **options, **early(),
     )  # fmt: skip
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
     height, most = triton.next_power_of_2(heads // groups), tile_width(have)
@@ -274,7 +285,7 @@ def attention(
         splits + near_splits, tiles, num_initial, num_local, LENGTH=length, STRIDE=stride, BLOCK_SIZE=block_size,
         GROUPS=groups, HEADS=heads // groups, N=num_blocks, BLOCKS=most, BH=height, BJ=at_once,
         TOGETHER=together, FAR=triton.next_power_of_2(max(1, splits)),
-        **merging | {"num_warps": 8 if most > 1024 else 4},
+        **merging | {"num_warps": 8 if most > 1024 else 4}, **early(),
     )  # fmt: skip
     sizes, options = tile(constants, q.element_size(), listed=True)
     run = run_of(MOST_CHUNK // chosen_chunk, chosen_splits, rows * batch)
@@ -282,6 +293,6 @@ def attention(
     chosen_kernel[rows, batch, triton.cdiv(chosen_splits, run)](
         q, k_slc, v_slc, lengths, blocks, near, gates, *chosen_parts, out, arrived, k_slc.shape[1], chosen_splits, run,
         scale * LOG2_E, N=num_blocks, MOST=side, SIDE=min(4, side), BLOCK_SIZE=block_size,
-        CHUNK=chosen_chunk, **constants, **sizes, **options,
+        CHUNK=chosen_chunk, **constants, **sizes, **options, **early(),
     )  # fmt: skip
     return out, blocks
