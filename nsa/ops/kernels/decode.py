@@ -101,7 +101,9 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
         if WEIGHTED:
             s += (tl.load(LogWeights + slot // PAGE, mask=ok, other=0.0) * BASE_2)[None, :]
         if KEEP:
-            tl.store(Scores + row[:, None] * row_size + key[None, :], s, mask=keep[:, None] & ok[None, :])
+            # A row has whole vectors. So a thread stores one at a time, with the score 0 of what is not there.
+            some = (start + tl.arange(0, BN) // 4 * 4) < stop  # [BN]
+            tl.store(Scores + row[:, None] * row_size + key[None, :], s, mask=keep[:, None] & some[None, :])
         s = tl.where(ok[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
         # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
@@ -266,11 +268,14 @@ def chunk_of(slots: int, least: int) -> int:
 
 
 def tile(
-    constants: dict[str, int | str], itemsize: int, listed: bool = False
+    constants: dict[str, int | str], itemsize: int, listed: bool = False, two: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
     """(tile constants, launch options): rows for the heads of a list, and as many keys as fit beside them.
 
     Keys of lists need twice the stages for the same distance: Triton divides them between the list and the keys.
+
+    Args:
+        listed: whether keys are listed. two: whether a multiprocessor has two programs at most, as with lists.
     """
     rows = min(MOST_ROWS, tile_width(int(constants["HEADS"])))
     if INTERPRETED:
@@ -280,7 +285,14 @@ def tile(
         keys = 64 if hardware.architecture() == "sm_90" else 32  # what shared memory holds
         return {"BM": rows, "BN": keys}, {"num_warps": 8, "num_stages": 2}
     stages = 5 if listed else 3 if bytes_ <= 256 else 2
+    if (listed or two) and deep(bytes_):
+        stages += 2 if listed else 1
     return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, {"num_warps": 4, "num_stages": stages}
+
+
+def deep(row_bytes: int) -> bool:
+    """Whether two programs of a multiprocessor can each have three tiles of 64 keys and values under way."""
+    return hardware.capability() >= 90 and row_bytes <= 256
 
 
 def parts_of(q: Tensor, v_width: int, number: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels import index_topk
-from nsa.ops.kernels.decode import run_of
+from nsa.ops.kernels.decode import deep, run_of
 from nsa.ops.kernels.device_functions import begin_launch, load_row_parts, scores
 from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, early, split_width, tile_width
 
@@ -80,7 +80,8 @@ def pages(
     bound_kernel[groups, batch, triton.cdiv(number, run * block)](
         q, low, high, lengths, bounds, seen, indices, number, page_size, topk, run, SUM=over_group == "sum",
         GROUPS=groups, HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
-        FILL=index_topk.FILL, PRECISION=precision, num_warps=4, num_stages=3,
+        FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
+        num_stages=4 if deep(width * q.element_size()) else 3,
         **early(),
     )  # fmt: skip
     index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
