@@ -101,3 +101,14 @@ def test_older_gpus_launch_one_after_the_other(launches) -> None:
         for early, ptx, _ in kernels:
             assert not early, name
             assert not any("griddepcontrol" in word or "prefetch" in word for word in ptx), name
+
+
+def test_large_launches_of_training_or_with_much_shared_memory_begin_as_usual(monkeypatch) -> None:
+    from nsa.ops.kernels import hardware
+
+    monkeypatch.setattr(hardware, "capability", lambda: 90)
+    for programs, each, expected in ((0, 1, True), (132, 1, True), (133, 1, False), (264, 2, True), (265, 2, False)):
+        options = hardware.early(programs, each)
+        assert options["EARLY"] == options.get("launch_pdl", False) == expected
+    monkeypatch.setattr(hardware, "capability", lambda: 0)  # the interpreter's
+    assert hardware.early() == {"EARLY": False}

@@ -356,14 +356,16 @@ def attention(
         runs = chunk < MOST_CHUNK and not shared  # sums of latents leave no room for what a run needs
         run = run_of(MOST_CHUNK // chunk, splits, rows * batch) if runs else 1
         term_run = run_of(MOST_CHUNK // term_chunk, term_splits, rows * batch)
-        split_kernel[rows, batch, triton.cdiv(splits, run) + triton.cdiv(term_splits, term_run)](
+        programs = triton.cdiv(splits, run) + triton.cdiv(term_splits, term_run)
+        split_kernel[rows, batch, programs](
             q, k, v, lengths, lengths if pages is None else pages, lengths if log_weights is None else log_weights,
             term_k, term_v, term_indices, term_weights, *parts, memory_rows(k), k.shape[1],
             0 if pages is None else pages.shape[2], splits, term_k.shape[1],
             0 if terms is None else term_indices.shape[2], number, run, term_run, scale * LOG2_E,
             LISTS=lists, LISTED=pages is not None, WEIGHTED=log_weights is not None, TERMS=terms is not None,
             SHARED=shared, RUNS=runs, PAGE=page_size, LOOK=look_of(chunk, page_size), CHUNK=chunk,
-            TERM_CHUNK=term_chunk, TERM_LOOK=look_of(1, 1), **constants, **sizes, **options, **early(),
+            TERM_CHUNK=term_chunk, TERM_LOOK=look_of(1, 1), **constants, **sizes, **options,
+            **early(rows * batch * programs),
         )  # fmt: skip
     if lse.numel():
         merge_kernel[(lse.numel(),)](

@@ -28,7 +28,7 @@ BOTH_PASSES = ((64, 64), (128, 128))
 FORWARD = (*BOTH_PASSES, (192, 128))
 VECTOR = 8  # elements: 16 bytes of a 16-bit type, the widest load
 EARLY_FROM = 90  # compute capability: launches may begin before the one before has ended
-MOST_EARLY = 264  # programs: two on each multiprocessor of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def why_not(*tensors: Tensor, heads: bool = True) -> str | None:
@@ -129,14 +129,17 @@ def architecture() -> str:
     return name if name in _table() else "sm_80"
 
 
-def early(programs: int = 0) -> dict[str, bool]:
+def early(programs: int = 0, each: int = 1) -> dict[str, bool]:
     """The constant EARLY of a kernel, and its launch option: see `nsa.ops.kernels.device_functions.begin_launch`.
 
+    Two kinds of launches begin as usual if they are large. Those of training, since their start is a small part of
+    their time. And those that need much shared memory: while a multiprocessor still has programs of the launch before,
+    which need little, it keeps most of this memory as a cache, and a second program finds no room.
+
     Args:
-        programs: of a launch that training has, too. One of more than MOST_EARLY begins as usual: its start is a small
-            part of its time.
+        programs: of such a launch; 0 for others. each: how many of them a multiprocessor may get.
     """
-    if capability() >= EARLY_FROM and programs <= MOST_EARLY:
+    if capability() >= EARLY_FROM and programs <= each * MULTIPROCESSORS:
         return {"EARLY": True, "launch_pdl": True}
     return {"EARLY": False}
 

@@ -481,9 +481,10 @@ def topk_decode(
     scores, seen = q_idx.new_empty(batch, keys, dtype=torch.float32), indices.new_empty(2, batch)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
     block = 16 if INTERPRETED else 64
-    token_score_kernel[triton.cdiv(keys, block), batch](
+    tiles = triton.cdiv(keys, block)
+    token_score_kernel[tiles, batch](
         q_idx, k_idx, weights, lengths, scores, seen, indices, keys, topk, heads, width, tile_width(width),
-        min(64, tile_width(heads)), block, FILL, precision, num_warps=4, **early(),
+        min(64, tile_width(heads)), block, FILL, precision, num_warps=4, **early(tiles * batch),
     )  # fmt: skip
     choose_rows(scores, seen, indices, topk, num_initial, num_local)
     return indices
@@ -501,7 +502,7 @@ def choose_rows(
         width = max(4, triton.next_power_of_2(size))
         short_row_kernel[(rows,)](
             scores, seen, indices, rows, size // vector, topk, num_initial, num_local, VECTOR=vector, WIDTH=width,
-            num_warps=max(4, width // SHORT_ROW_ENTRIES), **early(rows),
+            num_warps=max(4, width // SHORT_ROW_ENTRIES), **early(rows, each=2),
         )  # fmt: skip
         return
     chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)
@@ -549,7 +550,7 @@ def _select(
     splits = found.shape[1]
     block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, sample_of(row_vectors * vector))
     where, forced = (token, here), (topk, num_initial, num_local, vector)
-    options = {"num_warps": 8} | early(here * batch)
+    options = {"num_warps": 8} | early(here * batch, each=2)
     bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, **options)
     for write in (False, True) if splits > 1 else (True,):
         candidate_kernel[here, batch, splits](

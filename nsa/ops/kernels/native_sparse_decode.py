@@ -268,10 +268,11 @@ def attention(
     rows = groups * triton.cdiv(heads // groups, sizes["BM"])
     arrived = q.new_empty(2, batch * rows, dtype=torch.int32)
     run = run_of(MOST_RUN // chunk, splits + near_splits, rows * batch)
-    near_kernel[rows, batch, triton.cdiv(splits + near_splits, run)](
+    programs = triton.cdiv(splits + near_splits, run)
+    near_kernel[rows, batch, programs](
         q, k_cmp, v_cmp, k_win, v_win, lengths, scores, *parts, arrived, compressed, k_win.shape[1], splits,
         splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
-        **constants, **sizes, **options, **early(),
+        **constants, **sizes, **options, **early(rows * batch * programs),
     )  # fmt: skip
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
     height, most = triton.next_power_of_2(heads // groups), tile_width(have)
@@ -290,9 +291,10 @@ def attention(
     sizes, options = tile(constants, q.element_size(), listed=True)
     run = run_of(MOST_CHUNK // chosen_chunk, chosen_splits, rows * batch)
     side = triton.next_power_of_2(chosen_splits)
-    chosen_kernel[rows, batch, triton.cdiv(chosen_splits, run)](
+    programs = triton.cdiv(chosen_splits, run)
+    chosen_kernel[rows, batch, programs](
         q, k_slc, v_slc, lengths, blocks, near, gates, *chosen_parts, out, arrived, k_slc.shape[1], chosen_splits, run,
         scale * LOG2_E, N=num_blocks, MOST=side, SIDE=min(4, side), BLOCK_SIZE=block_size,
-        CHUNK=chosen_chunk, **constants, **sizes, **options, **early(),
+        CHUNK=chosen_chunk, **constants, **sizes, **options, **early(rows * batch * programs),
     )  # fmt: skip
     return out, blocks

@@ -100,7 +100,9 @@ def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None) -
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
         programs = triton.cdiv(rstd.numel(), sizes["R"])
-        norm_kernel[(programs,)](x, delta, weight, h, normed, rstd, eps, x.numel() // width, **sizes, **early(programs))
+        norm_kernel[(programs,)](
+            x, delta, weight, h, normed, rstd, eps, x.numel() // width, **sizes, **early(programs, each=2)
+        )
     return h, normed, rstd
 
 

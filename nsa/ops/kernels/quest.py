@@ -77,12 +77,13 @@ def pages(
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     block = 16 if INTERPRETED else PAGES
     run = run_of(MOST_TILES, triton.cdiv(number, block), batch * groups)
-    bound_kernel[groups, batch, triton.cdiv(number, run * block)](
+    programs = triton.cdiv(number, run * block)
+    bound_kernel[groups, batch, programs](
         q, low, high, lengths, bounds, seen, indices, number, page_size, topk, run, SUM=over_group == "sum",
         GROUPS=groups, HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
         FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
         num_stages=4 if deep(width * q.element_size()) else 3,
-        **early(),
+        **early(groups * batch * programs),
     )  # fmt: skip
     index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
     return indices

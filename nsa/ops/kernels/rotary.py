@@ -126,7 +126,7 @@ def _launch(
         tiles = triton.cdiv(tokens, block)
         heads_kernel[(tiles, total)](
             x, tuple(parts), cos, sin, rows, extra, tokens, x.shape[1], SLOTS=slots, COLUMNS=x.shape[2],
-            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4, **early(tiles * total),
+            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4, **early(tiles * total, each=2),
         )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     if out.numel():
         programs = triton.cdiv(out.numel(), BLOCK)
-        swiglu_kernel[(programs,)](gate, up, out, **_sizes(out), num_warps=8, **early(programs))
+        swiglu_kernel[(programs,)](gate, up, out, **_sizes(out), num_warps=8, **early(programs, each=2))
     return out
 
 

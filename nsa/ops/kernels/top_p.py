@@ -277,11 +277,12 @@ def choose(
     at_once, height = 16 if INTERPRETED else CANDIDATES, min(64, tile_width(heads // groups))
     rows = groups * triton.cdiv(heads // groups, height)
     run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * rows, 2 * PROGRAMS)  # of few registers
-    estimate_kernel[rows, batch, triton.cdiv(slots, run * at_once)](
+    programs = triton.cdiv(slots, run * at_once)
+    estimate_kernel[rows, batch, programs](
         q, codes.view(torch.int16), spans, lengths, which, scores, keys, number, slots, blocks, run, scale * LOG2_E,
         block, **constants, QUARTER=half // 2, H1=tile_width(half // 2), BM=height, BN=at_once,
         STAGES=5 if pages is not None else 3, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
-        **early(),
+        **early(rows * batch * programs),
     )  # fmt: skip
     threshold_kernel[(batch * heads,)](
         scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, WHOLE=blocks == 1,
