@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from nsa.models import Decoder, DecodingSteps
+from nsa.ops.kernels import hardware
+from tests.models.test_decoder import small
 
 # In the order of its instructions, the first word of each that reads, writes or prefetches memory, or waits.
 ORDER = """
@@ -104,11 +108,27 @@ def test_older_gpus_launch_one_after_the_other(launches) -> None:
 
 
 def test_large_launches_of_training_or_with_much_shared_memory_begin_as_usual(monkeypatch) -> None:
-    from nsa.ops.kernels import hardware
-
     monkeypatch.setattr(hardware, "capability", lambda: 90)
     for programs, each, expected in ((0, 1, True), (132, 1, True), (133, 1, False), (264, 2, True), (265, 2, False)):
         options = hardware.early(programs, each)
         assert options["EARLY"] == options.get("launch_pdl", False) == expected
     monkeypatch.setattr(hardware, "capability", lambda: 0)  # the interpreter's
     assert hardware.early() == {"EARLY": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["nsa", "dense"])
+def test_steps_of_a_graph_have_the_bits_of_launches_one_after_the_other(kind: str, monkeypatch) -> None:
+    """A launch that does not wait for all before it would read what they have not written yet, now and then."""
+    torch.manual_seed(0)
+    decoder = Decoder(*small(kind)).cuda().eval()
+    ids, more = torch.randint(0, 97, (2, 40), device="cuda"), torch.randint(0, 97, (64, 2), device="cuda")
+
+    def logits(capture: bool) -> torch.Tensor:
+        steps = DecodingSteps(decoder, ids, 104, products="triton", capture=capture)
+        return torch.stack([steps.step(x).clone() for x in more])
+
+    found = [logits(capture=True) for _ in range(5)]
+    monkeypatch.setattr(hardware, "capability", lambda: 0)
+    alone = logits(capture=False)
+    assert all(torch.equal(x, alone) for x in found)
