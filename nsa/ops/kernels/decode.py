@@ -284,15 +284,16 @@ def tile(
     if bytes_ > MAX_ROW_BYTES:  # latents: their sums take all registers of two warpgroups
         keys = 64 if hardware.architecture() == "sm_90" else 32  # what shared memory holds
         return {"BM": rows, "BN": keys}, {"num_warps": 8, "num_stages": 2}
-    stages = 5 if listed else 3 if bytes_ <= 256 else 2
-    if (listed or two) and deep(bytes_):
-        stages += 2 if listed else 1
-    return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, {"num_warps": 4, "num_stages": stages}
+    options = {"num_warps": 4, "num_stages": 5 if listed else 3 if bytes_ <= 256 else 2}
+    if (listed or two) and deep(bytes_ // itemsize, itemsize):
+        options["num_stages"] += 2 if listed else 1
+        options["maxnreg"] = 240  # else ptxas spills some, so that a third program might fit
+    return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, options
 
 
-def deep(row_bytes: int) -> bool:
+def deep(columns: int, itemsize: int) -> bool:
     """Whether two programs of a multiprocessor can each have three tiles of 64 keys and values under way."""
-    return hardware.capability() >= 90 and row_bytes <= 256
+    return hardware.capability() >= 90 and itemsize == 2 and columns <= 128
 
 
 def parts_of(q: Tensor, v_width: int, number: int) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def pages(
         q, low, high, lengths, bounds, seen, indices, number, page_size, topk, run, SUM=over_group == "sum",
         GROUPS=groups, HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
         FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
-        num_stages=4 if deep(width * q.element_size()) else 3,
+        num_stages=4 if deep(width, q.element_size()) else 3,
         **early(groups * batch * programs),
     )  # fmt: skip
     index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
