@@ -84,6 +84,7 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
     begin_launch(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
+    length = tl.load(Lengths + batch)  # before the queries, for which the program waits
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
     if tl.program_id(2) == 0:
         slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -95,7 +96,6 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
     # computed twice: before the loop it takes registers that are not there.
     begin, until = (first >= num_splits).to(tl.int32), (last >= num_splits).to(tl.int32) + 1
     for near in tl.range(begin, until, disable_licm=True):
-        length = tl.load(Lengths + batch)
         if near == 0:
             K, V, memory, before = KCmp, VCmp, num_compressed, 0
             there = tl.minimum(blocks_seen(length, LENGTH, STRIDE), num_compressed)
