@@ -354,7 +354,7 @@ def projection_rows(
         return [ops.swiglu(*products)] if name == "swiglu" else products
 
     rows = []
-    for number in (1, 2, MOST_ROWS, 2 * MOST_ROWS):
+    for number in (1, 2, 4):
         found: dict[str, Any] = {"projection": name, "outputs": outputs, "columns": columns, "rows": number}
         x = torch.randn(number, columns, device="cuda", dtype=torch.bfloat16)
         exact = [linear(x.double(), w.double()) for w in pairs[0]]

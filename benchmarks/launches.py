@@ -71,6 +71,7 @@ def pretended_gpu(arch: str, launched: Any) -> Iterator[None]:
         mock.patch.object(dispatch, "_on_gpu", lambda *tensors: True),
         mock.patch.object(JITFunction, "__getitem__", launch_instead),
         mock.patch.object(hardware, "architecture", lambda: arch),
+        mock.patch.object(hardware, "capability", lambda: int(arch.removeprefix("sm_"))),
         mock.patch.object(dispatch, "_kernel_obstacle", lambda *tensors, **needs: None),
     ):
         yield

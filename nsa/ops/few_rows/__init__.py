@@ -7,7 +7,8 @@ from torch.nn.functional import linear
 from nsa.ops.dispatch import accumulation_dtype, autocasts, resolve_backend
 from nsa.ops.swiglu import swiglu
 
-MOST_ROWS = 4  # of x, for the kernel: with more, its products take longer than the weights
+MOST_ROWS = 2  # of x, for the kernel: with more, its products take longer than the weights (docs/log/2026-11.md)
+MOST_OUTPUTS = 16384  # for auto: of more, as in an output head, a library reads the weights faster
 VECTOR_BYTES = 16
 
 
@@ -15,13 +16,12 @@ VECTOR_BYTES = 16
 def few_rows_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
     """x W^T + bias, as `torch.nn.functional.linear`.
 
-    The kernel takes at most 4 rows of x, without gradients, and contiguous weights whose rows begin at multiples of 16
+    The kernel takes at most 2 rows of x, without gradients, and contiguous weights whose rows begin at multiples of 16
     bytes. It sums in fp32, in the same order for any number of rows, and rounds once.
 
     Args:
         x: (.., K). weight: (N, K), in x's dtype. bias: (N,), in x's dtype.
-        backend: auto, triton, torch or naive. auto is torch: the kernel has not run on a GPU yet. To have auto take it
-            where it can, delete the first line of `_implementation`.
+        backend: auto, triton, torch or naive. auto leaves an output head (N > 16,384) to torch.
 
     Returns:
         (.., N), in x's dtype.
@@ -72,8 +72,9 @@ def few_rows_swiglu(x: Tensor, gate: Tensor, up: Tensor, *, backend: str = "auto
 
 
 def _implementation(backend: str, x: Tensor, *weights: Tensor) -> str:
-    """As `resolve_backend`; auto is torch wherever the kernel does not fit."""
-    backend = "torch" if backend == "auto" else backend  # until a GPU has run the kernel
+    """As `resolve_backend`; auto is torch wherever the kernel does not fit, or does not pay."""
+    if backend == "auto" and len(weights[0]) > MOST_OUTPUTS:
+        return "torch"
     resolved = resolve_backend(backend, x, *weights, heads=False)
     obstacle = _obstacle(x, *weights) if resolved == "triton" else None
     if obstacle and backend == "triton":

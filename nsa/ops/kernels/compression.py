@@ -28,7 +28,7 @@ from torch import Tensor
 from nsa.ops.geometry import CompressionLayout
 from nsa.ops.kernels import hardware
 from nsa.ops.kernels.decode import put_row, widths_of
-from nsa.ops.kernels.device_functions import load_rows
+from nsa.ops.kernels.device_functions import begin_launch, load_rows
 
 # The split of the sum over rows depends on the shape alone, so the result is bitwise identical on every GPU.
 ROWS_PER_SPLIT, MOST_SPLITS = 1024, 16
@@ -108,7 +108,8 @@ def _newest(X, Ring, Inner, Position, Outer, Out, Cos, Sin, index, block, tile, 
 @triton.jit(do_not_specialize=[*INTEGERS, "num_sequences"])
 def newest_kernel(Rows, Memories, Slots, Inner, Position, Outer, Compressed, Cos, Sin, Index, num_rows, num_sequences,
                   num_blocks, WIDTHS: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr, LENGTH: tl.constexpr,
-                  STRIDE: tl.constexpr, SIZES: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  STRIDE: tl.constexpr, SIZES: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+                  EARLY: tl.constexpr):  # fmt: skip
     """Rows of the token Index, to their memories, and the compression block that ends with it, if there is one.
 
     Of two programs that have the same BM pairs of a sequence and a KV head one computes the key of the block, one the
@@ -117,6 +118,7 @@ def newest_kernel(Rows, Memories, Slots, Inner, Position, Outer, Compressed, Cos
     Compressed (B, num_blocks, G, Dv). Keys are rotated by Cos and Sin (1, D / 2). SIZES of each: D, hidden, Dv, half of
     it, hidden and half up to powers of two, columns of D at a time.
     """
+    begin_launch(EARLY)
     index = tl.load(Index)
     program, computing = tl.program_id(0), 2 * tl.cdiv(num_rows, BM)
     if program < computing:
@@ -152,7 +154,7 @@ def extend(
         tuple(compressed), cos, sin, index, batch * groups, batch, compressed[0].shape[1], *widths_of(rows),
         GROUPS=groups, LENGTH=length, STRIDE=stride, SIZES=tuple(sizes), BM=16,
         PRECISION="tf32x3" if rows[0].dtype == torch.float32 else "tf32",
-        num_warps=8 if max(size[4] for size in sizes) > 128 else 4, num_stages=2,
+        num_warps=8 if max(size[4] for size in sizes) > 128 else 4, num_stages=2, **hardware.early(),
     )  # fmt: skip
 
 

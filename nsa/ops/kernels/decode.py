@@ -16,12 +16,13 @@ from nsa.ops.geometry import first_columns, memory_rows
 from nsa.ops.kernels import hardware
 from nsa.ops.kernels.device_functions import (
     LSE_TO_NATURAL,
+    begin_launch,
     load_row_parts,
     load_rows,
     scores,
     store_rows,
 )
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, MAX_WIDTH, tile_width
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, MAX_ROW_BYTES, MAX_WIDTH, early, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 MOST_ROWS = 64  # heads of a program
@@ -100,7 +101,9 @@ def attend(q1, q2, K, V, Pages, LogWeights, Scores, Parts, PartLse, row, row_ok,
         if WEIGHTED:
             s += (tl.load(LogWeights + slot // PAGE, mask=ok, other=0.0) * BASE_2)[None, :]
         if KEEP:
-            tl.store(Scores + row[:, None] * row_size + key[None, :], s, mask=keep[:, None] & ok[None, :])
+            # A row has whole vectors. So a thread stores one at a time, with the score 0 of what is not there.
+            some = (start + tl.arange(0, BN) // 4 * 4) < stop  # [BN]
+            tl.store(Scores + row[:, None] * row_size + key[None, :], s, mask=keep[:, None] & some[None, :])
         s = tl.where(ok[None, :], s, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(s, 1))  # [BM]
         # A row that has seen nothing yet: exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
@@ -165,7 +168,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
                  SHARED: tl.constexpr, RUNS: tl.constexpr, PAGE: tl.constexpr, LOOK: tl.constexpr, CHUNK: tl.constexpr,
                  TERM_CHUNK: tl.constexpr, TERM_LOOK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                  D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts of some heads: of ``run`` chunks of the keys, or with TERMS after all of these of ``term_run`` chunks.
 
     Q (B, H, D); K, V (B, S, G, D or Dv), of which the sequences are ``num_rows`` tokens apart; Lengths (B,) int32;
@@ -173,6 +176,7 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
     LISTS, num_terms); Parts (B, H, num_parts, Dv) fp32; PartLse (B, H, num_parts) fp32; ``num_splits`` parts are those
     of the keys.
     """
+    begin_launch(EARLY)
     batch, index, group, head, ok = place(LISTS, GROUPS, HEADS, BM)
     row = batch * (LISTS * HEADS) + head  # [BM]
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
@@ -210,8 +214,9 @@ def split_kernel(Q, K, V, Lengths, Pages, LogWeights, TermK, TermV, TermIndices,
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def merge_kernel(Parts, PartLse, Out, Lse, num_parts, MOST: tl.constexpr, SIDE: tl.constexpr, DV: tl.constexpr,
-                 DV1: tl.constexpr):  # fmt: skip
+                 DV1: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Out (B, H, Dv), and Lse (B, H) fp32 in natural units, of one row. A row that sees nothing gets 0 and -inf."""
+    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64)
     out, lse = merged_parts(Parts, PartLse, row, 0, num_parts, num_parts, MOST, SIDE, DV, DV1)
     column = tl.arange(0, DV1)  # [DV1]
@@ -220,8 +225,10 @@ def merge_kernel(Parts, PartLse, Out, Lse, num_parts, MOST: tl.constexpr, SIDE: 
 
 
 @triton.jit
-def append_kernel(Rows, Memories, Slots, Index, WIDTHS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def append_kernel(Rows, Memories, Slots, Index, WIDTHS: tl.constexpr, BLOCK: tl.constexpr,
+                  EARLY: tl.constexpr):  # fmt: skip
     """Each of the Rows (B, width) goes to slot ``Index % slots`` of its memory (B, slots, width)."""
+    begin_launch(EARLY)
     put_row(Rows, Memories, Slots, tl.load(Index), tl.program_id(0), tl.program_id(1).to(tl.int64), WIDTHS, BLOCK)
 
 
@@ -243,6 +250,7 @@ def append(memories: list[Tensor], rows: list[Tensor], index: Tensor) -> None:
     if len(rows[0]):
         append_kernel[len(rows), len(rows[0])](
             tuple(rows), tuple(memories), tuple(x.shape[1] for x in memories), index, *widths_of(rows), num_warps=4,
+            **early(),
         )  # fmt: skip
 
 
@@ -260,11 +268,14 @@ def chunk_of(slots: int, least: int) -> int:
 
 
 def tile(
-    constants: dict[str, int | str], itemsize: int, listed: bool = False
+    constants: dict[str, int | str], itemsize: int, listed: bool = False, two: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:  # fmt: skip
     """(tile constants, launch options): rows for the heads of a list, and as many keys as fit beside them.
 
     Keys of lists need twice the stages for the same distance: Triton divides them between the list and the keys.
+
+    Args:
+        listed: whether keys are listed. two: whether a multiprocessor has two programs at most, as with lists.
     """
     rows = min(MOST_ROWS, tile_width(int(constants["HEADS"])))
     if INTERPRETED:
@@ -273,8 +284,16 @@ def tile(
     if bytes_ > MAX_ROW_BYTES:  # latents: their sums take all registers of two warpgroups
         keys = 64 if hardware.architecture() == "sm_90" else 32  # what shared memory holds
         return {"BM": rows, "BN": keys}, {"num_warps": 8, "num_stages": 2}
-    stages = 5 if listed else 3 if bytes_ <= 256 else 2
-    return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, {"num_warps": 4, "num_stages": stages}
+    options = {"num_warps": 4, "num_stages": 5 if listed else 3 if bytes_ <= 256 else 2}
+    if (listed or two) and deep(bytes_ // itemsize, itemsize):
+        options["num_stages"] += 2 if listed else 1
+        options["maxnreg"] = 240  # else ptxas spills some, so that a third program might fit
+    return {"BM": rows, "BN": 64 if bytes_ <= 384 else 32}, options
+
+
+def deep(columns: int, itemsize: int) -> bool:
+    """Whether two programs of a multiprocessor can each have three tiles of 64 keys and values under way."""
+    return hardware.capability() >= 90 and itemsize == 2 and columns <= 128
 
 
 def parts_of(q: Tensor, v_width: int, number: int) -> tuple[Tensor, Tensor]:
@@ -338,7 +357,8 @@ def attention(
         runs = chunk < MOST_CHUNK and not shared  # sums of latents leave no room for what a run needs
         run = run_of(MOST_CHUNK // chunk, splits, rows * batch) if runs else 1
         term_run = run_of(MOST_CHUNK // term_chunk, term_splits, rows * batch)
-        split_kernel[rows, batch, triton.cdiv(splits, run) + triton.cdiv(term_splits, term_run)](
+        programs = triton.cdiv(splits, run) + triton.cdiv(term_splits, term_run)
+        split_kernel[rows, batch, programs](
             q, k, v, lengths, lengths if pages is None else pages, lengths if log_weights is None else log_weights,
             term_k, term_v, term_indices, term_weights, *parts, memory_rows(k), k.shape[1],
             0 if pages is None else pages.shape[2], splits, term_k.shape[1],
@@ -346,9 +366,10 @@ def attention(
             LISTS=lists, LISTED=pages is not None, WEIGHTED=log_weights is not None, TERMS=terms is not None,
             SHARED=shared, RUNS=runs, PAGE=page_size, LOOK=look_of(chunk, page_size), CHUNK=chunk,
             TERM_CHUNK=term_chunk, TERM_LOOK=look_of(1, 1), **constants, **sizes, **options,
+            **early(rows * batch * programs),
         )  # fmt: skip
     if lse.numel():
         merge_kernel[(lse.numel(),)](
-            *parts, out, lse, number, **merge_options(number, v.shape[3])
+            *parts, out, lse, number, **merge_options(number, v.shape[3]), **early()
         )  # fmt: skip
     return out, lse

@@ -33,6 +33,28 @@ SMALLEST_DOT = tl.constexpr(16)  # columns: tl.dot takes no narrower tile
 
 
 @triton.jit
+def begin_launch(EARLY: tl.constexpr):
+    """The first thing that a program does which `hardware.early` launches: wait for the launches before this one.
+
+    Such a launch begins as soon as all programs of the one before it have called this function, or have ended. So what
+    takes time at the start of a launch takes it while the one before still works. The rule, for every kernel and every
+    program of it:
+
+    - It calls this function before it reads or writes memory, whatever else it does, and whether it has work or not.
+      Writes are no exception: memory that was freed may still be read. Nor are weights: the launch before may be a cast
+      of them. A prefetch to the L2 cache alone may come first, since later writes reach that cache, too.
+    - It lets the next launch begin only here, after the wait. All programs have begun then, so the next launch takes no
+      place from them.
+
+    The wait ends when all programs of the launch before have ended and what they wrote is visible. They had waited for
+    the launch before theirs, and so on. So everything that is earlier in the stream has ended.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def tile_of_program(num_tiles, GROUPS: tl.constexpr):
     """(tile, slot, batch, KV head) of this program. A slot is one pair of batch and KV head.
 

@@ -5,6 +5,8 @@ that a program mostly has a single one. A thread loads all its weights of a tile
 for the first: at most LOADS vectors, 16 KB for four warps. Then it loads x, which all programs read, and multiplies.
 The sums stay apart for each vector of a tile until the end of the program.
 
+Before it waits for the launch before, a program asks the L2 cache for its weights: see `device_functions.begin_launch`.
+
 The order of a sum depends on the number of columns alone. So a row has the same bits whichever rows are beside it.
 """
 
@@ -13,9 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa.ops.kernels.device_functions import begin_launch
+from nsa.ops.kernels.hardware import early
+
 VECTOR_BYTES = 16
 LOADS = 8  # vectors of weights that a thread loads from one tile
 PROGRAMS = 1024  # of a launch at least, if W has so many rows: nearly eight for each multiprocessor of an H100
+FIRST = tl.constexpr(1056)  # programs that begin together, about: eight for each. The others wait for no launch
 
 
 @triton.jit
@@ -27,13 +33,38 @@ def load_tile(X, at, tile, K: tl.constexpr, C: tl.constexpr, V: tl.constexpr, po
     return tl.load(X + at + vector * V, mask=vector < K // V, other=0.0, eviction_policy=policy)
 
 
+@triton.jit
+def prefetch_rows(W, first, count, K: tl.constexpr):
+    """Ask the L2 cache for ``count`` rows of W (.., K) from ``first`` on: whole vectors. One thread does."""
+    size = (count * (K * W.dtype.element_ty.primitive_bitwidth // 8)).to(tl.int32)  # bytes
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred one;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 one, thread, 0;
+        @one cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [(W + first.to(tl.int64) * K).to(tl.int64, bitcast=True), size], dtype=tl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_outputs"])
 def few_rows_kernel(X, W, Up, Bias, Y, num_outputs, K: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr,
-                    R: tl.constexpr, C: tl.constexpr, V: tl.constexpr):  # fmt: skip
+                    R: tl.constexpr, C: tl.constexpr, V: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Y (ROWS, N) from X (ROWS, K) and W (N, K): X W^T + Bias (N,), or silu(X W^T) * (X Up^T) with Up (N, K).
 
     N is num_outputs, and M is ROWS up to a power of two. A tile has C vectors of V elements.
     """
+    if EARLY:
+        first = tl.program_id(0) * R
+        if tl.program_id(0) < FIRST:
+            prefetch_rows(W, first, tl.minimum(R, num_outputs - first), K)
+            if Up is not None:
+                prefetch_rows(Up, first, tl.minimum(R, num_outputs - first), K)
+    begin_launch(EARLY)
     row = tl.arange(0, M)  # [M]
     output = tl.program_id(0) * R + tl.arange(0, R)  # [R]
     element = tl.arange(0, V)[None, None, None, :]  # [1, 1, 1, V]
@@ -84,8 +115,9 @@ def _launch(x: Tensor, weight: Tensor, up: Tensor | None, bias: Tensor | None) -
     rows, vector = y.numel() // num_outputs, VECTOR_BYTES // x.element_size()
     tile = tile_of(num_outputs, width // vector, 1 if up is None else 2)
     few_rows_kernel[(triton.cdiv(num_outputs, tile["R"]),)](
-        x, weight, up, bias, y, num_outputs, K=width, ROWS=rows, M=triton.next_power_of_2(rows), V=vector, **tile
-    )
+        x, weight, up, bias, y, num_outputs, K=width, ROWS=rows, M=triton.next_power_of_2(rows), V=vector, **tile,
+        **early(),
+    )  # fmt: skip
     return y
 
 

@@ -27,6 +27,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BOTH_PASSES = ((64, 64), (128, 128))
 FORWARD = (*BOTH_PASSES, (192, 128))
 VECTOR = 8  # elements: 16 bytes of a 16-bit type, the widest load
+EARLY_FROM = 90  # compute capability: launches may begin before the one before has ended
+MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 def why_not(*tensors: Tensor, heads: bool = True) -> str | None:
@@ -110,13 +112,36 @@ def _table() -> dict:
 
 
 @functools.cache
+def capability() -> int:
+    """Compute capability of the current device: 90 for 9.0. The interpreter has 0."""
+    if INTERPRETED:
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+@functools.cache
 def architecture() -> str:
     """The current device's key in tiles.json."""
     if INTERPRETED:
         return "interpreter"
-    major, minor = torch.cuda.get_device_capability()
-    name = f"sm_{major}{minor}"
+    name = f"sm_{capability()}"
     return name if name in _table() else "sm_80"
+
+
+def early(programs: int = 0, each: int = 1) -> dict[str, bool]:
+    """The constant EARLY of a kernel, and its launch option: see `nsa.ops.kernels.device_functions.begin_launch`.
+
+    Two kinds of launches begin as usual if they are large. Those of training, since their start is a small part of
+    their time. And those that need much shared memory: while a multiprocessor still has programs of the launch before,
+    which need little, it keeps most of this memory as a cache, and a second program finds no room.
+
+    Args:
+        programs: of such a launch; 0 for others. each: how many of them a multiprocessor may get.
+    """
+    if capability() >= EARLY_FROM and programs <= each * MULTIPROCESSORS:
+        return {"EARLY": True, "launch_pdl": True}
+    return {"EARLY": False}
 
 
 @functools.cache

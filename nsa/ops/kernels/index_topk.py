@@ -17,12 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.index_topk.fp8 import LARGEST, SMALLEST
-from nsa.ops.kernels.device_functions import largest, load_rows, store_rows, store_taken
+from nsa.ops.kernels.device_functions import begin_launch, largest, load_rows, store_rows, store_taken
 from nsa.ops.kernels.hardware import (
     INTEGERS,
     INTERPRETED,
     VECTOR,
     architecture,
+    early,
     tile_width,
     vector_of,
 )
@@ -116,11 +117,12 @@ def fp8_kernel(X, W, Values, Scales, token0, num_rows, num_tokens, num_slots, HE
 @triton.jit(do_not_specialize=[*INTEGERS, "topk"])
 def token_score_kernel(Q, K, W, Lengths, Scores, Seen, Indices, num_keys, topk, HEADS: tl.constexpr, D: tl.constexpr,
                        D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr,
-                       PRECISION: tl.constexpr):  # fmt: skip
+                       PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Scores (B, S) fp32 of one query per sequence, with BN of the tokens that are there.
 
     Q (B, Hi, Di); K (B, S, Di); W (B, Hi) fp32. The first program of a sequence calls `begin_rows`.
     """
+    begin_launch(EARLY)
     batch = tl.program_id(1).to(tl.int64)
     length = tl.load(Lengths + batch)
     if tl.program_id(0) == 0:
@@ -238,11 +240,12 @@ def _load_candidates(Candidates, place, found, first, own, num_initial, num_loca
 
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def bound_kernel(Scores, First, Own, Bounds, token0, num_rows, row_vectors, topk, num_initial, num_local,
-                 VECTOR: tl.constexpr, SAMPLE: tl.constexpr):  # fmt: skip
+                 VECTOR: tl.constexpr, SAMPLE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Bounds (B, rows) fp32: a score that most likely somewhat more than topk of a row reach, from a sample of it.
 
     A sample is of pairs of neighbours, which come from memory together. Where the two are alike, it is worth half.
     """
+    begin_launch(EARLY)
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
@@ -281,7 +284,7 @@ def _reaches(Scores, key, bound, start, size, first, own, num_initial, num_local
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_rows, row_vectors, topk, num_initial,
                      num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, SPLITS: tl.constexpr,
-                     WRITE: tl.constexpr):  # fmt: skip
+                     WRITE: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Candidates (B, rows, MOST) int64: the keys that reach the bound, ascending, above the bits of their scores.
 
     Found (B, rows, SPLITS): how many they are.
@@ -292,6 +295,7 @@ def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_
     Two halves of BLOCK scores share a scan. A thread loads single scores: those of a wider load would be neighbours,
     while a store wants them apart, and between the two they would pass through shared memory.
     """
+    begin_launch(EARLY)
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     Candidates += (batch * num_rows + row) * MOST
@@ -329,11 +333,12 @@ def candidate_kernel(Scores, First, Own, Bounds, Candidates, Found, token0, num_
 @triton.jit(do_not_specialize=[*INTEGERS, "token0", "row_vectors", "topk"])
 def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, token0, num_rows, num_tokens,
                 row_vectors, topk, num_initial, num_local, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
-                MOST: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+                MOST: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Indices (B, T, topk) int32 ascending, and Chosen, their scores, of one query. Both are filled with padding.
 
     Scores, Candidates and Found are those of `candidate_kernel`.
     """
+    begin_launch(EARLY)
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     Scores += (batch * num_rows + row) * (row_vectors * VECTOR)
     first, own = tl.load(First + token0 + row), tl.load(Own + token0 + row)
@@ -380,11 +385,12 @@ def topk_kernel(Scores, First, Own, Bounds, Candidates, Found, Indices, Chosen, 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "topk", "row_vectors"])
 def short_row_kernel(Scores, Seen, Indices, num_rows, row_vectors, topk, num_initial, num_local, VECTOR: tl.constexpr,
-                     WIDTH: tl.constexpr):  # fmt: skip
+                     WIDTH: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Indices (rows, topk) int32, ascending, of one row of Scores, which a program holds in registers.
 
     A row has ``row_vectors`` times VECTOR entries. Seen (2, rows) int32: the first and the last entry of each row.
     """
+    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64)
     size = row_vectors * VECTOR
     key = tl.arange(0, WIDTH)  # [WIDTH]
@@ -475,9 +481,10 @@ def topk_decode(
     scores, seen = q_idx.new_empty(batch, keys, dtype=torch.float32), indices.new_empty(2, batch)
     precision = "tf32x3" if q_idx.dtype == torch.float32 else "tf32"
     block = 16 if INTERPRETED else 64
-    token_score_kernel[triton.cdiv(keys, block), batch](
+    tiles = triton.cdiv(keys, block)
+    token_score_kernel[tiles, batch](
         q_idx, k_idx, weights, lengths, scores, seen, indices, keys, topk, heads, width, tile_width(width),
-        min(64, tile_width(heads)), block, FILL, precision, num_warps=4,
+        min(64, tile_width(heads)), block, FILL, precision, num_warps=4, **early(tiles * batch),
     )  # fmt: skip
     choose_rows(scores, seen, indices, topk, num_initial, num_local)
     return indices
@@ -495,7 +502,7 @@ def choose_rows(
         width = max(4, triton.next_power_of_2(size))
         short_row_kernel[(rows,)](
             scores, seen, indices, rows, size // vector, topk, num_initial, num_local, VECTOR=vector, WIDTH=width,
-            num_warps=max(4, width // SHORT_ROW_ENTRIES),
+            num_warps=max(4, width // SHORT_ROW_ENTRIES), **early(rows, each=2),
         )  # fmt: skip
         return
     chosen, splits = scores.new_empty(rows, topk), splits_of(rows, size)
@@ -543,13 +550,14 @@ def _select(
     splits = found.shape[1]
     block, sample = (64, 32) if INTERPRETED else (SELECT_BLOCK, sample_of(row_vectors * vector))
     where, forced = (token, here), (topk, num_initial, num_local, vector)
-    bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, num_warps=8)
+    options = {"num_warps": 8} | early(here * batch, each=2)
+    bound_kernel[here, batch](scores, first, own, bounds, *where, row_vectors, *forced, sample, **options)
     for write in (False, True) if splits > 1 else (True,):
         candidate_kernel[here, batch, splits](
             scores, first, own, bounds, candidates, found, *where, row_vectors, *forced, block, candidates.shape[1],
-            splits, write, num_warps=8,
+            splits, write, **options,
         )  # fmt: skip
     topk_kernel[here, batch](
         scores, first, own, bounds, candidates, found, indices, chosen, *where, tokens, row_vectors, *forced,
-        block // 2, candidates.shape[1], splits, num_warps=8,
+        block // 2, candidates.shape[1], splits, **options,
     )  # fmt: skip

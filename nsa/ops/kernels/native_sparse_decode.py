@@ -27,8 +27,16 @@ from nsa.ops.kernels.decode import (
     splits_of,
     tile,
 )
-from nsa.ops.kernels.device_functions import TOP, largest, load_row_parts, load_rows, store_rows, store_taken
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.device_functions import (
+    TOP,
+    begin_launch,
+    largest,
+    load_row_parts,
+    load_rows,
+    store_rows,
+    store_taken,
+)
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, early, tile_width
 from nsa.ops.kernels.ranges import shape_constants
 
 IMPORTANCE_TILE = 4096  # scores that a program of `importance_kernel` loads at once
@@ -67,14 +75,16 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
                 num_splits, num_parts, run, scale_log2, LENGTH: tl.constexpr, STRIDE: tl.constexpr,
                 CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                 D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                PRECISION: tl.constexpr):  # fmt: skip
+                PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks: first the ``num_splits`` of the compressed blocks, then those of the window.
 
     KCmp, VCmp (B, num_compressed, G, ..); KWin, VWin (B, num_near, G, ..), a ring; Scores (B, H, `row_size`) fp32;
     Arrived (2, rows): for the launches after this one.
     """
+    begin_launch(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
+    length = tl.load(Lengths + batch)  # before the queries, for which the program waits
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
     if tl.program_id(2) == 0:
         slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -86,7 +96,6 @@ def near_kernel(Q, KCmp, VCmp, KWin, VWin, Lengths, Scores, Parts, PartLse, Arri
     # computed twice: before the loop it takes registers that are not there.
     begin, until = (first >= num_splits).to(tl.int32), (last >= num_splits).to(tl.int32) + 1
     for near in tl.range(begin, until, disable_licm=True):
-        length = tl.load(Lengths + batch)
         if near == 0:
             K, V, memory, before = KCmp, VCmp, num_compressed, 0
             there = tl.minimum(blocks_seen(length, LENGTH, STRIDE), num_compressed)
@@ -110,13 +119,14 @@ def importance_kernel(Scores, Parts, PartLse, Gates, Lengths, Importance, Blocks
                       STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr,
                       N: tl.constexpr, BLOCKS: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr,
                       TOGETHER: tl.constexpr, FAR: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr,
-                      DV: tl.constexpr, DV1: tl.constexpr):  # fmt: skip
+                      DV: tl.constexpr, DV1: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Importance (B, G, BLOCKS) fp32 of BJ selection blocks (`nsa.ops.select_blocks`), and Blocks (B, G, N) int32.
 
     Or from program ``num_tiles`` on Near (B, H, Dv) fp32 of a head: compressed branch and window, merged, times Gates
     (B, H, 3), summed. Their parts follow each other: ``num_splits``, and the rest. TOGETHER: a power of two, at least
     the compressed blocks that begin in a selection block.
     """
+    begin_launch(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) >= num_tiles:
         own = pair * HEADS + tl.program_id(1) - num_tiles
@@ -189,15 +199,16 @@ def chosen_kernel(Q, K, V, Lengths, Blocks, Near, Gates, Parts, PartLse, Out, Ar
                   scale_log2, N: tl.constexpr, MOST: tl.constexpr, SIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
                   CHUNK: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                   DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  BN: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts of ``run`` chunks of the selected branch. The last program of its heads also writes Out (B, H, Dv).
 
     K, V (B, num_keys, G, ..); Blocks (B, G, N); Near as from `importance_kernel`.
     """
+    begin_launch(EARLY)
     batch, _list, group, head, ok = place(GROUPS, GROUPS, HEADS, BM)
     row = batch * (GROUPS * HEADS) + head  # [BM]
+    length = tl.load(Lengths + batch)  # before the queries, for which the program waits
     q1, q2 = load_row_parts(Q, row, ok, D, D1, D2)  # [BM, D1], [BM, D2]
-    length = tl.load(Lengths + batch)
     first = tl.program_id(2) * run
     end = tl.minimum(tl.minimum(first + run, num_parts) * CHUNK, N * BLOCK_SIZE)
     attend(
@@ -253,14 +264,15 @@ def attention(
     parts, chosen_parts = (parts_of(q, v_slc.shape[3], n) for n in (splits + near_splits, chosen_splits))
     scores = q.new_empty(batch, heads, triton.cdiv(compressed, hardware.VECTOR) * hardware.VECTOR, dtype=torch.float32)
     constants = shape_constants(q[:, None], k_slc, v_slc)
-    sizes, options = tile(constants, q.element_size())
+    sizes, options = tile(constants, q.element_size(), two=True)
     rows = groups * triton.cdiv(heads // groups, sizes["BM"])
     arrived = q.new_empty(2, batch * rows, dtype=torch.int32)
     run = run_of(MOST_RUN // chunk, splits + near_splits, rows * batch)
-    near_kernel[rows, batch, triton.cdiv(splits + near_splits, run)](
+    programs = triton.cdiv(splits + near_splits, run)
+    near_kernel[rows, batch, programs](
         q, k_cmp, v_cmp, k_win, v_win, lengths, scores, *parts, arrived, compressed, k_win.shape[1], splits,
         splits + near_splits, run, scale * LOG2_E, LENGTH=length, STRIDE=stride, CHUNK=chunk,
-        **constants, **sizes, **options,
+        **constants, **sizes, **options, **early(rows * batch * programs),
     )  # fmt: skip
     near = q.new_empty(batch, heads, v_slc.shape[3], dtype=torch.float32)
     height, most = triton.next_power_of_2(heads // groups), tile_width(have)
@@ -274,14 +286,15 @@ def attention(
         splits + near_splits, tiles, num_initial, num_local, LENGTH=length, STRIDE=stride, BLOCK_SIZE=block_size,
         GROUPS=groups, HEADS=heads // groups, N=num_blocks, BLOCKS=most, BH=height, BJ=at_once,
         TOGETHER=together, FAR=triton.next_power_of_2(max(1, splits)),
-        **merging | {"num_warps": 8 if most > 1024 else 4},
+        **merging | {"num_warps": 8 if most > 1024 else 4}, **early(),
     )  # fmt: skip
     sizes, options = tile(constants, q.element_size(), listed=True)
     run = run_of(MOST_CHUNK // chosen_chunk, chosen_splits, rows * batch)
     side = triton.next_power_of_2(chosen_splits)
-    chosen_kernel[rows, batch, triton.cdiv(chosen_splits, run)](
+    programs = triton.cdiv(chosen_splits, run)
+    chosen_kernel[rows, batch, programs](
         q, k_slc, v_slc, lengths, blocks, near, gates, *chosen_parts, out, arrived, k_slc.shape[1], chosen_splits, run,
         scale * LOG2_E, N=num_blocks, MOST=side, SIDE=min(4, side), BLOCK_SIZE=block_size,
-        CHUNK=chosen_chunk, **constants, **sizes, **options,
+        CHUNK=chosen_chunk, **constants, **sizes, **options, **early(rows * batch * programs),
     )  # fmt: skip
     return out, blocks

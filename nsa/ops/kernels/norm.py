@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.hardware import INTEGERS, vector_of
+from nsa.ops.kernels.device_functions import begin_launch
+from nsa.ops.kernels.hardware import INTEGERS, early, vector_of
 
 PARTS = 528  # programs of the backward pass, at most: four for each multiprocessor of an H100
 ELEMENTS = 2048  # of the rows that a program holds at a time
@@ -18,11 +19,12 @@ PART_ROWS, PART_COLUMNS = 64, 32  # tile of the parts in `sum_parts_kernel`
 
 @triton.jit(do_not_specialize=INTEGERS)
 def norm_kernel(X, Delta, Weight, H, Normed, Rstd, eps, num_rows, num_vectors, VECTOR: tl.constexpr, R: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """H, Normed (rows, C) and Rstd (rows,) from X, Delta (rows, C), in tiles of R rows.
 
     Delta may be None. H is not written then. BLOCK is C up to a power of two.
     """
+    begin_launch(EARLY)
     width = num_vectors * VECTOR
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)  # [R]
     column = tl.arange(0, BLOCK)  # [BLOCK]
@@ -97,8 +99,9 @@ def _add_rms_norm(x: Tensor, weight: Tensor, eps: float, delta: Tensor | None) -
     h, normed = x.new_empty(0) if delta is None else torch.empty_like(x), torch.empty_like(x)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if x.numel():
-        norm_kernel[(triton.cdiv(rstd.numel(), sizes["R"]),)](
-            x, delta, weight, h, normed, rstd, eps, x.numel() // width, **sizes
+        programs = triton.cdiv(rstd.numel(), sizes["R"])
+        norm_kernel[(programs,)](
+            x, delta, weight, h, normed, rstd, eps, x.numel() // width, **sizes, **early(programs, each=2)
         )
     return h, normed, rstd
 

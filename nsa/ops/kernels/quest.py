@@ -6,9 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels import index_topk
-from nsa.ops.kernels.decode import run_of
-from nsa.ops.kernels.device_functions import load_row_parts, scores
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, split_width, tile_width
+from nsa.ops.kernels.decode import deep, run_of
+from nsa.ops.kernels.device_functions import begin_launch, load_row_parts, scores
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, early, split_width, tile_width
 
 PAGES = 64  # that a program takes at once,
 MOST_TILES = 16  # and how often at most
@@ -25,11 +25,13 @@ def signed_parts(Q, row, ok, D, D1: tl.constexpr, D2: tl.constexpr):
 @triton.jit(do_not_specialize=[*INTEGERS, "num_pages", "page_size", "topk", "run"])
 def bound_kernel(Q, Low, High, Lengths, Bounds, Seen, Indices, num_pages, page_size, topk, run, SUM: tl.constexpr,
                  GROUPS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BM: tl.constexpr, BN: tl.constexpr, FILL: tl.constexpr, PRECISION: tl.constexpr,
+                 EARLY: tl.constexpr):  # fmt: skip
     """Bounds (B, G, num_pages) fp32 of ``run`` times BN pages, joined over the heads of a KV head.
 
     Q (B, H, D); Low, High (B, num_pages, G, D). The first program of a KV head calls `index_topk.begin_rows`.
     """
+    begin_launch(EARLY)
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     slot = batch * GROUPS + group
     there = (tl.load(Lengths + batch) + page_size - 1) // page_size
@@ -75,10 +77,13 @@ def pages(
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
     block = 16 if INTERPRETED else PAGES
     run = run_of(MOST_TILES, triton.cdiv(number, block), batch * groups)
-    bound_kernel[groups, batch, triton.cdiv(number, run * block)](
+    programs = triton.cdiv(number, run * block)
+    bound_kernel[groups, batch, programs](
         q, low, high, lengths, bounds, seen, indices, number, page_size, topk, run, SUM=over_group == "sum",
         GROUPS=groups, HEADS=heads // groups, D=width, D1=d1, D2=d2, BM=min(64, tile_width(heads // groups)), BN=block,
-        FILL=index_topk.FILL, PRECISION=precision, num_warps=4, num_stages=3,
+        FILL=index_topk.FILL, PRECISION=precision, num_warps=4,
+        num_stages=4 if deep(width, q.element_size()) else 3,
+        **early(groups * batch * programs),
     )  # fmt: skip
     index_topk.choose_rows(bounds.flatten(0, 1), seen.flatten(1), indices.flatten(0, 1), topk, num_initial, num_local)
     return indices

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.geometry import Heads
-from nsa.ops.kernels.hardware import INTEGERS
+from nsa.ops.kernels.device_functions import begin_launch
+from nsa.ops.kernels.hardware import INTEGERS, early
 
 COPY, ROTATE, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 WAYS = {"copy": COPY.value, "rotate": ROTATE.value, "sigmoid": SIGMOID.value}
@@ -79,7 +80,7 @@ def _convert(X, Part, Cos, Sin, Rows, Extra, row, ok, slot, num_tokens, COLUMNS:
 
 @triton.jit(do_not_specialize=INTEGERS)
 def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
-                 TABLE: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr):  # fmt: skip
+                 TABLE: tl.constexpr, BM: tl.constexpr, BACKWARD: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Parts, each (rows, slots * width), from X (rows, COLUMNS). If BACKWARD, X's gradient from those of the Parts.
 
     Args:
@@ -89,6 +90,7 @@ def heads_kernel(X, Parts, Cos, Sin, Rows, Extra, num_rows, num_tokens, SLOTS: t
             column of X, what to do (COPY, ROTATE or SIGMOID), and of ROTATE pairs that turn, their first dim, and
             whether they are interleaved.
     """
+    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)  # [BM]
     slot = tl.program_id(1)
     ok = row < num_rows  # [BM]
@@ -121,9 +123,10 @@ def _launch(
     slots, total, block = _slots(tuple(counts), tuple(widths), tuple(ways), tuple(layouts))
     tokens = x.shape[0] * x.shape[1]
     if tokens:
-        heads_kernel[(triton.cdiv(tokens, block), total)](
+        tiles = triton.cdiv(tokens, block)
+        heads_kernel[(tiles, total)](
             x, tuple(parts), cos, sin, rows, extra, tokens, x.shape[1], SLOTS=slots, COLUMNS=x.shape[2],
-            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4,
+            TABLE=cos.shape[1], BM=block, BACKWARD=backward, num_warps=4, **early(tiles * total, each=2),
         )  # fmt: skip
 
 

@@ -5,14 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.kernels.hardware import vector_of
+from nsa.ops.kernels.device_functions import begin_launch
+from nsa.ops.kernels.hardware import early, vector_of
 
 BLOCK = 2048  # elements of one program
 
 
 @triton.jit(do_not_specialize=["num_vectors"])
-def swiglu_kernel(Gate, Up, Out, num_vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu_kernel(Gate, Up, Out, num_vectors, VECTOR: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Out (n,) from Gate, Up (n,); n is num_vectors * VECTOR."""
+    begin_launch(EARLY)
     num_elements = num_vectors.to(tl.int64) * VECTOR
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     gate = tl.load(Gate + at, mask=at < num_elements, other=0.0).to(tl.float32)  # [BLOCK]
@@ -44,7 +46,8 @@ def _sizes(x: Tensor) -> dict[str, int]:
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate)
     if out.numel():
-        swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, **_sizes(out), num_warps=8)
+        programs = triton.cdiv(out.numel(), BLOCK)
+        swiglu_kernel[(programs,)](gate, up, out, **_sizes(out), num_warps=8, **early(programs, each=2))
     return out
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa.ops.kernels.decode import COUNTS, PROGRAMS, run_of
-from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, tile_width
+from nsa.ops.kernels.device_functions import begin_launch
+from nsa.ops.kernels.hardware import INTEGERS, INTERPRETED, LOG2_E, early, tile_width
 
 CANDIDATES = 128  # that a program of `estimate_kernel` takes at once,
 MOST_TILES = 16  # and how often at most
@@ -63,13 +64,14 @@ def quarter_of(Q, row, ok, column, there, QUARTER: tl.constexpr):
 def estimate_kernel(Q, Codes, Spans, Lengths, Pages, Scores, num_keys, num_pages, num_slots, blocks, run,
                     scale_log2, BLOCK: tl.constexpr, LISTED: tl.constexpr, PAGE: tl.constexpr, GROUPS: tl.constexpr,
                     HEADS: tl.constexpr, QUARTER: tl.constexpr, H1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    STAGES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                    STAGES: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Scores (B, H, blocks * BLOCK) fp32, to base 2, of ``run`` times BN candidates of a KV head; -inf: not there.
 
     Q (B, H, 4 QUARTER); Codes (B, S, G, QUARTER) int16, each of two neighbours' lower and upper codes; Spans (B, S, G,
     2) fp32: least and step; Pages (B, G, num_pages). Without lists, scores of candidates from the length on are not
     written. A program has BM of the heads.
     """
+    begin_launch(EARLY)
     tiles: tl.constexpr = (HEADS + BM - 1) // BM
     group, batch = tl.program_id(0) // tiles, tl.program_id(1).to(tl.int64)
     pair = batch * GROUPS + group
@@ -137,7 +139,7 @@ def mass_from(Weights, weight, count, bits, WHOLE: tl.constexpr, BLOCK: tl.const
 
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS, "p"])
 def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.constexpr, HEADS: tl.constexpr,
-                     WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+                     WHOLE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Wanted (B, H, blocks * BLOCK) int8: 1 for the candidates that a query head takes, or 0.
 
     Scores (B, H, blocks * BLOCK) are those of `estimate_kernel`; WHOLE: one block is a row. Else all but the first
@@ -147,6 +149,7 @@ def threshold_kernel(Scores, Lengths, Wanted, num_slots, blocks, p, LISTED: tl.c
     Bisection ends where one weight is left between low and high: all from low on are taken. Else several are equal to
     low.
     """
+    begin_launch(EARLY)
     row = tl.program_id(0).to(tl.int64)
     count = num_slots
     if not LISTED:
@@ -222,12 +225,13 @@ def wanted_by_any(Wanted, slot, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr
 @triton.jit(do_not_specialize=[*INTEGERS, *COUNTS])
 def list_kernel(Wanted, Lengths, Pages, Tokens, num_pages, num_slots, blocks, run, LISTED: tl.constexpr,
                 PAGE: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-                STEP: tl.constexpr):  # fmt: skip
+                STEP: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     """Tokens (B, G, num_slots) int32 of a KV head: those that one of its heads wants, then -1.
 
     A program writes those among ``run`` times STEP candidates. It counts what is wanted before them, which is much
     cheaper. The last one writes the -1.
     """
+    begin_launch(EARLY)
     pair = tl.program_id(0).to(tl.int64)
     length = tl.load(Lengths + pair // GROUPS)
     count = num_slots
@@ -273,19 +277,23 @@ def choose(
     at_once, height = 16 if INTERPRETED else CANDIDATES, min(64, tile_width(heads // groups))
     rows = groups * triton.cdiv(heads // groups, height)
     run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * rows, 2 * PROGRAMS)  # of few registers
-    estimate_kernel[rows, batch, triton.cdiv(slots, run * at_once)](
+    programs = triton.cdiv(slots, run * at_once)
+    estimate_kernel[rows, batch, programs](
         q, codes.view(torch.int16), spans, lengths, which, scores, keys, number, slots, blocks, run, scale * LOG2_E,
         block, **constants, QUARTER=half // 2, H1=tile_width(half // 2), BM=height, BN=at_once,
         STAGES=5 if pages is not None else 3, PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", num_warps=4,
+        **early(rows * batch * programs),
     )  # fmt: skip
     threshold_kernel[(batch * heads,)](
         scores, lengths, wanted, slots, blocks, float(p), LISTED=pages is not None, HEADS=heads, WHOLE=blocks == 1,
         BLOCK=block, STEP=min(block, TIES_STEP), num_warps=max(4, block * min(2, blocks) // WARP_WEIGHTS),
         maxnreg=128,  # so that two programs of a whole row share a multiprocessor: one counts while the other waits
+        **early(),
     )  # fmt: skip
     at_once = min(block, LISTED_STEP)
     run = run_of(MOST_TILES, triton.cdiv(slots, at_once), batch * groups, PROGRAMS // 2)  # of many registers
     list_kernel[batch * groups, triton.cdiv(slots, run * at_once)](
         wanted, lengths, which, tokens, number, slots, blocks, run, **constants, BLOCK=block, STEP=at_once, num_warps=8,
+        **early(),
     )  # fmt: skip
     return tokens
