@@ -21,11 +21,11 @@ The longest memory comes first. A row that fails is reported with its error, and
 begins after that time; what is left out is named.
 
 The decoder: milliseconds of a token after a prompt, for each kind of attention, as steps that a CUDA graph replays
-(`nsa.models.DecodingSteps`) and with caches that grow (`new_caches`). `steps_ms` has its linear projections by cuBLAS,
-`few_rows_ms` by the kernel of `nsa.ops.few_rows_linear`; `back_to_back_ms` and `few_rows_back_to_back_ms` are without a
-wait after each token. Before that each projection of a layer, for a few rows of x, by both: microseconds of one of many
-with their own weights, so that none lies in the L2 cache. `over_cublas`: the time by cuBLAS over that of the kernel.
-`error` and `cublas_error` are relative to float64.
+(`nsa.models.DecodingSteps`) and with caches that grow (`new_caches`). `cublas_ms` has all linear projections by cuBLAS;
+`steps_ms` has the kernel of `nsa.ops.few_rows_linear` where that pays. `back_to_back_ms` and `cublas_back_to_back_ms`
+are without a wait after each token. Before that each projection of a layer, for a few rows of x, by both: microseconds
+of one of many with their own weights, so that none lies in the L2 cache. `over_cublas`: the time by cuBLAS over that of
+the kernel. `error` and `cublas_error` are relative to float64.
 
 All of it takes some minutes; with --decoder-alone, two.
 """
@@ -52,7 +52,6 @@ from benchmarks.measure import environment, need_gpu, relative_error, row, time_
 from nsa import ops
 from nsa.config import load_config
 from nsa.models import Decoder, DecodingSteps
-from nsa.ops.few_rows import MOST_ROWS
 
 ROOT = Path(__file__).parents[1]
 PAGE, SHARE = 16, 16  # tokens of a page; one of so many tokens is attended to
@@ -382,9 +381,7 @@ def steps_of(config_name: str, kind: str, prompt: int, batch: int, steps: int = 
     ids = torch.randint(0, config.model.vocab_size, (batch, prompt), device="cuda")
     found: dict[str, Any] = {"decoder": config_name, "kind": kind, "prompt": prompt, "batch": batch}
     found["weights_gb"] = round(sum(p.nbytes for p in decoder.parameters()) / 1e9, 2)
-    for products, name in (("torch", ""), ("triton", "few_rows_")):
-        if products == "triton" and batch > MOST_ROWS:
-            continue
+    for products, name in (("auto", ""), ("torch", "cublas_")):
         fixed = DecodingSteps(decoder, ids, prompt + 2 * steps + 8, products=products)
         found[f"{name or 'steps_'}ms"] = _median_ms(partial(fixed.step, ids[:, 0]), steps)
         start = time.perf_counter()

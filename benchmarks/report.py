@@ -20,7 +20,7 @@ from benchmarks.markdown import length, ms, table, words
 from benchmarks.recall import draw as draw_recall
 from benchmarks.report_decode import decode
 from benchmarks.report_dsa import dsa
-from benchmarks.report_prefill import prefill
+from benchmarks.report_prefill import prefill, prompts
 from benchmarks.report_trainer import preparing, recall, scaling, steady, training
 from nsa.planning import measured
 
@@ -67,6 +67,7 @@ def section(result: dict, figure: Path) -> Iterator[str]:
     yield from dsa(result.get("dsa"))
     yield from decode(result.get("decode"))
     yield from prefill(result.get("prefill"))
+    yield from prompts(result.get("prompts"))
     yield from training(result.get("training", []))
     yield from scaling(result.get("scaling", []))
     yield from recall(result.get("recall", []))

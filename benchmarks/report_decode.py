@@ -43,9 +43,9 @@ def decode(result: dict[str, Any] | None) -> Iterator[str]:
         yield "### A step of a whole decoder\n"
         keys = ("decoder", "kind", "batch", "prompt", "weights_gb", "steps_ms", "growing_ms")
         header = ["model", "attention", "batch", "prompt", "GB of weights", "ms, CUDA graph", "ms, caches that grow"]
-        if any("few_rows_ms" in row for row in result["decoder"]):
-            keys = (*keys, "few_rows_ms", "back_to_back_ms", "few_rows_back_to_back_ms")
-            header += ["ms, few-rows kernel", "ms back to back", "ms back to back, few-rows kernel"]
+        if any("cublas_ms" in row for row in result["decoder"]):
+            keys = (*keys, "back_to_back_ms", "cublas_ms", "cublas_back_to_back_ms")
+            header += ["ms back to back", "ms, all by cuBLAS", "ms back to back, all by cuBLAS"]
         earlier = {"batch": 1}  # of rows that do not say it
         yield from table(header, [[(earlier | row).get(key) for key in keys] for row in result["decoder"]])
 

@@ -1,4 +1,4 @@
-"""The tables of benchmarks/prefill.py, for benchmarks/report.py."""
+"""The tables of benchmarks/prefill.py and prompts.py, for benchmarks/report.py."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,3 +39,20 @@ def prefill(result: dict[str, Any] | None) -> Iterator[str]:
 
 def _ms(row: dict[str, Any]) -> object:
     return ms(row["ms"]) if "ms" in row else row.get("failed")
+
+
+def prompts(result: dict[str, Any] | None) -> Iterator[str]:
+    """The result of benchmarks/prompts.py."""
+    if not result:
+        return
+    yield "### A layer of a prompt, in the comparison\n"
+    yield words(
+        "Two prompts of 4,096 tokens, 8 query heads on 4 KV heads of 64, a budget of an eighth: choice, attention and",
+        "ledger. The first rows are attention alone.\n",
+    )
+    before = {row["call"]: row for row in result.get("before", [])}
+    cells = [
+        [row["call"], *(x.get(key) for x in (row, before.get(row["call"], {})) for key in ("ms", "mib"))]
+        for row in result["rows"]
+    ]
+    yield from table(["call", "ms", "MiB", "ms before", "MiB before"], cells)
