@@ -72,7 +72,7 @@ def pairs_of(view: View, plan: Plan) -> Tensor | None:
     if any(part.keep.shape[1] != view.k.shape[2] for part in plan.parts):
         return None
     keep = plan.parts[0].keep
-    if view.whole and plan.terms is None and len(plan.parts) == 1 and keep.shape[2:] == (view.k.shape[1],) * 2:
+    if view.whole and len(plan.parts) == 1 and keep.shape[2:] == (view.k.shape[1],) * 2:
         blocks = keep.split(max(1, MASKED // keep[:, :, 0].numel()), 2)  # rows
         before = [sum(block.shape[2] for block in blocks[:number]) for number in range(len(blocks))]
         return sum(block.tril(at).sum((2, 3)).double() for block, at in zip(blocks, before, strict=True))

@@ -126,7 +126,7 @@ def test_oracles_choose_the_same_by_an_operator(method: Method, monkeypatch: pyt
 
     monkeypatch.setattr(ops, "attention_mass", noted)
     view = view_of(30, batch=2)
-    view = replace(view, q=4 * view.q)
+    view = replace(view, scale=4 * view.scale)
     padded = replace(view, query_positions=(view.query_positions - 3).clamp(min=-1))
     late = replace(view, q=view.q[:, 8:], query_positions=view.query_positions[:, 8:])
     for one, blocks in ((view, [(12, 12), (12, 24), (6, 30)]), (padded, []), (late, [])):

@@ -40,7 +40,7 @@ class OracleTopK(Method):
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
         budget = self.budget.each(view.seen)
-        return _chosen(view, lambda mass: top(mass, budget), -torch.inf)
+        return _chosen(view, lambda mass: top(mass, budget))
 
     decode_select = prefill_select
 
@@ -63,19 +63,15 @@ class OracleTopP(Method):
     def prefill_select(self, view: View, state: State) -> Plan | None:
         if self.p >= 1:
             return Plan((Part(view.visible),))
-        return _chosen(view, lambda mass: cover(mass, self.p), 0.0)
+        return _chosen(view, lambda mass: cover(mass, self.p))
 
     decode_select = prefill_select
 
 
-def _chosen(view: View, choose: Callable[[Tensor], Tensor], hidden: float) -> Plan:
-    """The keys that ``choose`` takes by the true mass of each query, (B, G, rows, keys).
-
-    ``hidden``: what a key has there that is not visible; from kernels, whose keys are in order, 0.
-    """
+def _chosen(view: View, choose: Callable[[Tensor], Tensor]) -> Plan:
+    """The keys that ``choose`` takes by the true mass of each query, (B, G, rows, keys), which is 0 where not visible."""
     if not by_kernels(view):
-        found = (true_mass(view, rows).masked_fill(~view.visible_to(rows), hidden) for rows in row_blocks(view))
-        return Plan((Part(torch.cat([choose(mass) for mass in found], 2)),))
+        return Plan((Part(torch.cat([choose(true_mass(view, rows)) for rows in row_blocks(view)], 2)),))
     (batch, tokens, _, _), groups = view.q.shape, view.k.shape[2]
     keep = torch.zeros(batch, groups, tokens, tokens, dtype=torch.bool, device=view.q.device)
     begin = 0
