@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,6 +29,9 @@ from nsa.evaluation.comparison.reading.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
 from nsa.evaluation.comparison.runner import Comparison
 from nsa.exporting.folder import CONFIG
+
+# As tqdm has it, but for parts of cells, which are counted and not shown.
+BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 def listing() -> str:
@@ -160,7 +164,8 @@ def compare(path: str, overrides: list[str], minutes: float | None = None, worke
     with alone_in(work.whole.folder):
         folder = work.folder(comparison)
         seldom = 1 if sys.stderr.isatty() else 30
-        with tqdm(total=comparison.most, unit="cell", desc=work.whole.name, mininterval=seldom) as bar:
+        options: dict[str, Any] = {"unit": "cell", "mininterval": seldom, "bar_format": BAR}
+        with tqdm(total=comparison.most, desc=work.whole.name, **options) as bar:
             try:
                 comparison.run(folder, bar.update, lambda: inf if end is None else end - time.monotonic())
             except TimeUpError:

@@ -63,7 +63,7 @@ class Comparison:
         return arms * len(places_of(self.config))
 
     def run(
-        self, folder: ResultsFolder, progress: Callable[[int], None], time_left: Callable[[], float] = lambda: inf
+        self, folder: ResultsFolder, progress: Callable[[float], None], time_left: Callable[[], float] = lambda: inf
     ) -> None:
         """Every cell that is not finished; cell by cell, so that an interruption changes no result. Nor do workers.
 
@@ -72,7 +72,7 @@ class Comparison:
         asked in turns, batch by batch, and each batch is read once for all of them.
 
         Args:
-            progress: called with a number of cells that are done or left out.
+            progress: called with how many cells more are done or left out, parts of cells included.
             time_left: seconds; no cell is begun without any, but for the first.
 
         Raises:

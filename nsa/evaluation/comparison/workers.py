@@ -95,12 +95,12 @@ class Workers:
             worker.connection.close()
 
     def finish(
-        self, units: Sequence[Unit], progress: Callable[[int], None], then: Callable[[], Sequence[Unit]] = list
+        self, units: Sequence[Unit], progress: Callable[[float], None], then: Callable[[], Sequence[Unit]] = list
     ) -> None:
         """Answer what is missing.
 
         Args:
-            progress: called with a number of cells that are done or left out.
+            progress: called with how many cells more are done or left out, parts of cells included.
             then: called whenever some of them are answered. Returns what else is to be answered.
 
         Raises:
@@ -127,7 +127,7 @@ class Workers:
         if waiting or not whole:
             raise TimeUpError
 
-    def _missing(self, units: Sequence[Unit], progress: Callable[[int], None]) -> list[Unit]:
+    def _missing(self, units: Sequence[Unit], progress: Callable[[float], None]) -> list[Unit]:
         """What is missing of them, shared out."""
         found = []
         for unit in units:
@@ -154,7 +154,7 @@ class Workers:
             except OSError:
                 raise self._lost(worker) from None
 
-    def _hear(self, worker: Worker, progress: Callable[[int], None]) -> bool:
+    def _hear(self, worker: Worker, progress: Callable[[float], None]) -> bool:
         """Take one message of a worker. Returns False if the time was over before it had answered its unit."""
         try:
             what, *said = worker.connection.recv()
