@@ -138,7 +138,8 @@ def test_what_is_damaged_or_of_another_run_is_answered_again(
     with pytest.raises(SystemExit):
         run(work)
     (path,) = (work.whole.folder / "begun").glob("*")
-    assert (text := path.read_bytes()).count(b"\n") == 3 and change(text) != text
+    text = path.read_bytes()
+    assert text.count(b"\n") == 3 and change(text) != text
     path.write_bytes(change(text))
     assert run(work) == whole[0]
     assert batches.calls == whole[1] + again
