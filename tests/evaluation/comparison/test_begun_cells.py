@@ -98,7 +98,7 @@ def test_prompts_are_read_for_all_after_a_kill(
     forgets = Counted(monkeypatch, Prompts, "forget")
     run(begun(tmp_path / "other", folders))
     undisturbed, forgets.calls = forgets.calls, 0
-    batches.calls, batches.kill_at = 0, 14
+    batches.calls, batches.kill_at = 0, 18
     with pytest.raises(SystemExit):
         run(work)
     run(work)
