@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from nsa.baselines import Budget, BudgetError, Ledger, Method
 from nsa.baselines.methods.dense import DenseForOthers
 from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
+from nsa.evaluation.comparison.arms import Arm, Place, Unit, places_of
 from nsa.evaluation.comparison.begun import Begun
-from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
+from nsa.evaluation.comparison.config import ComparisonConfig, budget_of, share_of
 from nsa.evaluation.comparison.decoding import AttachError, Prompts, Reader
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
@@ -38,81 +39,6 @@ class TimeUpError(Exception):
 
 class NoSampleError(ValueError):
     """A task has no samples of this length."""
-
-
-class Place(NamedTuple):
-    """What a cell is asked. aware: the question is in the prompt."""
-
-    task: str
-    length: int
-    aware: bool
-
-    def __str__(self) -> str:
-        return f"{self.task} {self.length} {'aware' if self.aware else 'agnostic'}"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A sibling with a method at a budget.
-
-    choice: None: as it was trained. budget: as configured; None: there is none to set.
-    """
-
-    model: Candidate
-    choice: MethodConfig | None
-    budget: float | int | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.model.name}+{self._method}"
-
-    def is_full(self, length: int) -> bool:
-        return self.budget is not None and share_of(self.budget, length) == 1
-
-    def told(self, place: Place) -> str:
-        """A cell of it, for messages."""
-        return f"{self.model.label}+{self._method}@{self.budget} {place}"
-
-    @property
-    def key(self) -> tuple[Candidate, str]:
-        """The same at all of its budgets."""
-        return self.model, self.label
-
-    @property
-    def leaves_prompts_dense(self) -> bool:
-        """Whether its method chooses only while decoding, so that all such arms read a prompt with the same result."""
-        return self.choice is not None and self.choice.build(Budget(share=1.0)).phases == ("decode",)
-
-    @property
-    def _method(self) -> str:
-        return OWN if self.choice is None else self.choice.label
-
-
-def places_of(config: ComparisonConfig) -> list[Place]:
-    return [
-        Place(task, length, question == "before")
-        for length in config.lengths
-        for task in config.tasks
-        for question in config.question
-    ]
-
-
-class Unit(NamedTuple):
-    """Cells of one sibling and place: those that are answered together, or one that is answered alone."""
-
-    arms: tuple[Arm, ...]
-    place: Place
-
-    @property
-    def model(self) -> Candidate:
-        return self.arms[0].model
-
-
-def units_of(arms: Sequence[Arm], place: Place) -> list[Unit]:
-    """Those of a sibling's arms that leave prompts dense together, each other one alone."""
-    together = tuple(arm for arm in arms if arm.leaves_prompts_dense)
-    groups = [together, *((arm,) for arm in arms if arm not in together)]
-    return [Unit(group, place) for group in groups if group]
 
 
 @dataclass(frozen=True)
@@ -169,6 +95,7 @@ class Cells:
     ) -> None:
         self.config, self.folder, self.note, self.device, self.time_left = config, folder, note, device, time_left
         self.left = folder.left_out()
+        self._parts = 1  # a batch is read in so many
         self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
         self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
         self._prompts: Prompts | None = None  # of this model
@@ -201,6 +128,36 @@ class Cells:
                 self._begun = True
                 self._answer(missing, unit.place, tell)
             some = missing
+
+    def read_less(self, unit: Unit) -> int | None:
+        """Of these cells, read half as much at once as before, since the memory is full, until `read_all`.
+
+        Returns:
+            Tokens of prompts; None: it is one sample already, or the model has no place.
+        """
+        self._begun = False  # nothing is answered
+        if self._prompts is not None:
+            self._prompts.forget()
+        torch.cuda.empty_cache()
+        if self._open is None or self._open[0] != unit.model:
+            return None
+        methods = [None if arm.choice is None else arm.choice.build(Budget(share=1.0)) for arm in unit.arms]
+        shortest = min(len(sample.context) for sample in self._block(unit.model, unit.place).samples)
+        if (tokens := max(map(self._at_once, methods))) < 2 * shortest:
+            return None
+        self._parts *= 2
+        return tokens // 2
+
+    def read_all(self) -> None:
+        """Read as much at once as is configured."""
+        self._parts = 1
+
+    def _at_once(self, method: Method | None) -> int:
+        """Tokens of prompts."""
+        tokens = self.config.batch_tokens
+        if method is not None and "prefill" not in method.phases:
+            tokens = self.config.decode_batch_tokens or tokens
+        return tokens // self._parts
 
     def missing(self, unit: Unit) -> tuple[Arm, ...]:
         """Arms whose cells are neither finished nor left out."""
@@ -367,10 +324,7 @@ class Cells:
         """All answers but those that are there, batch by batch, counted into the ledger."""
         model = self.opened(arm.model)
         reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
-        tokens = self.config.batch_tokens
-        if method is not None and "prefill" not in method.phases:
-            tokens = self.config.decode_batch_tokens or tokens
-        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": tokens, "answered": answered}
+        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self._at_once(method), "answered": answered}
         if arm.leaves_prompts_dense:
             options["prompts"] = self._prompts
         return ask(reader, model.tokenizer, block.task, block.samples, **options), reader

@@ -171,11 +171,13 @@ def compare(path: str, overrides: list[str], minutes: float | None = None, worke
             except TimeUpError:
                 return False
             except torch.OutOfMemoryError as error:
+                if workers > 1:  # each has tried with smaller batches
+                    few = f"out of memory, one sample at a time: start fewer --workers than {workers}"
+                    raise ValueError(f"{few} ({error})") from None
                 lower = f"batch_tokens={work.whole.batch_tokens // 2}"
                 if work.whole.decode_batch_tokens is not None:
                     lower += f" and decode_batch_tokens={work.whole.decode_batch_tokens // 2}"
-                fewer = f", or start fewer --workers than {workers}" if workers > 1 else ""
-                raise ValueError(f"out of memory: read less at once, {lower}{fewer} ({error})") from None
+                raise ValueError(f"out of memory: read less at once, {lower} ({error})") from None
         folder.finish(_now())
         report(work.whole.folder)
     if len(work.left) > 1:

@@ -8,7 +8,8 @@ import numpy as np
 
 from nsa.baselines import Budget
 from nsa.data.tasks import UnavailableError, task_named
-from nsa.evaluation.comparison.cells import CALIBRATION, Arm, Cells, Place, Unit, places_of, units_of
+from nsa.evaluation.comparison.arms import Arm, Place, Unit, places_of, units_of
+from nsa.evaluation.comparison.cells import CALIBRATION, Cells
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import tokenizer_digest
@@ -119,7 +120,7 @@ class Comparison:
             units.extend(found)
             return found
 
-        with Workers(self.workers, cells, self.device) as workers:
+        with Workers(self.workers, cells, self.device, self.say) as workers:
             workers.finish(dense, progress, methods)
         cells.keep_first_changes(units)
         folder.plan(planned)
