@@ -154,7 +154,7 @@ def hf_config(config: Config, tokenizer: BaseTokenizer) -> NSAConfig:
 
 def is_export(folder: Path) -> bool:
     """Whether it is an export, of any format, as `nsa.export` writes it: with the configuration of the training."""
-    return (folder / CONFIG).is_file()
+    return (folder / CONFIG).exists()
 
 
 def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, BaseTokenizer]:
