@@ -240,7 +240,7 @@ def _find_checkpoint(source: Path) -> Path:
     if (source / checkpoint.MANIFEST).is_file():
         checkpoint.verify(source)
         return source
-    step = checkpoint.latest_complete(source)
+    step = checkpoint.latest_complete(source, otherwise="To export another run, name its folder")
     if step is None:
         raise ExportError(f"{source} holds no complete checkpoint: name a run folder or a step_* folder")
     return step
