@@ -380,7 +380,7 @@ class Cells:
             for cell in [cell for cell in self._below_full(arm) if self._has(*cell)][1:]:
                 self.folder.drop_figure("changes", *_key(*cell))
 
-    def _method(self, arm: Arm, block: Block, threshold: float | None) -> Method | None:
+    def _method(self, arm: Arm, block: Block, threshold: float | None = None) -> Method | None:
         """The method of an arm; a threshold is fitted to its budget by what it spends on other samples.
 
         Args:

@@ -14,7 +14,8 @@ import transformers
 from nsa.baselines import METHODS, Budget, Ledger, Method, Session, method_named
 from nsa.baselines.methods.dense import DenseForOthers
 from nsa.evaluation.comparison import commands
-from nsa.evaluation.comparison.cells import Arm, Asked, TimeUpError, seconds_for
+from nsa.evaluation.comparison.arms import Arm
+from nsa.evaluation.comparison.cells import Asked, TimeUpError, seconds_for
 from nsa.evaluation.comparison.decoding import Prompts
 from nsa.evaluation.comparison.models import open_model
 from tests.small_run import small_config, small_export
