@@ -1,5 +1,6 @@
 """Answers cells: all answers of one arm to one task. Cells whose methods leave prompts dense are answered together."""
 
+import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,6 +139,7 @@ class Cells:
         self._begun = False  # nothing is answered
         if self._prompts is not None:
             self._prompts.forget()
+        gc.collect()  # what the failed call held in cycles
         torch.cuda.empty_cache()
         if self._open is None or self._open[0] != unit.model:
             return None

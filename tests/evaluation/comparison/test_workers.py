@@ -12,6 +12,7 @@ from multiprocessing import Pipe, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -366,9 +367,29 @@ def test_a_worker_without_memory_for_one_sample_gives_up(
     comparison = work.comparison()
     cells = Cells(work.config, work.folder(comparison), lambda *_: None, "cpu", lambda: 0.0)
     (unit, *_) = units_of(list(comparison.arms(comparison.candidates[0], methods=True)), Place("mqar", 64, False))
-    full_above(0, monkeypatch)
     said: list[Any] = []
-    with pytest.raises(torch.OutOfMemoryError, match="1 sequences"):
+    sessions: WeakSet[Session] = WeakSet()
+    begin, attend, read_less = Session.begin, Session.attend, Cells.read_less
+
+    def full(self: Session, *inputs: Any) -> torch.Tensor:
+        """While it decodes, after the prompt was read for all."""
+        if not self.prompt:
+            raise torch.OutOfMemoryError("full")
+        return attend(self, *inputs)
+
+    def begun(self: Session, *more: Any) -> None:
+        sessions.add(self)
+        begin(self, *more)
+
+    def less(self: Cells, unit: Unit) -> int | None:
+        found = read_less(self, unit)
+        assert len(sessions) == 0, "what the failed call had read is still in memory"
+        return found
+
+    monkeypatch.setattr(Session, "begin", begun)
+    monkeypatch.setattr(Session, "attend", full)
+    monkeypatch.setattr(Cells, "read_less", less)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
         workers._finish(cells, unit, lambda *what: said.append(what))
     assert [text.split()[-2] for what, text in said if what == workers.SAID] == ["256", "128", "64"]
     assert cells._at_once(None) == 512
