@@ -8,7 +8,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 
 from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.byte_level import MODEL, SETTINGS, ByteLevelTokenizer, read_folder, token_name
-from nsa.data.tokenizer import Tokenizer
+from nsa.data.tokenizer import Tokenizer, read_model
 from nsa.data.tokenizer_json import sentencepiece_of
 
 SENTENCEPIECE = "tokenizer.model"
@@ -44,7 +44,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     """
     if path.is_dir():
         if (path / SENTENCEPIECE).exists():
-            return {SENTENCEPIECE: _without_prefix(_read(path / SENTENCEPIECE))}
+            return {SENTENCEPIECE: _without_prefix(read_model(path / SENTENCEPIECE))}
         if (path / MODEL).exists():
             return _of_json(path)
         raise ValueError(
@@ -53,7 +53,7 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
         )
     if path.name == MODEL:
         return _of_json(path.parent)
-    return {SENTENCEPIECE: _read(path)}
+    return {SENTENCEPIECE: read_model(path)}
 
 
 def _of_json(folder: Path) -> dict[str, bytes]:
@@ -65,13 +65,6 @@ def _of_json(folder: Path) -> dict[str, bytes]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return files  # of another make, or unsound: `ByteLevelTokenizer` says which
     return files if model is None else {SENTENCEPIECE: model}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
 
 
 def _without_prefix(content: bytes) -> bytes:

@@ -106,6 +106,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         made_from |= {"contents": contents, "tokenizer_path": config.tokenizer.path}
+        made_from["patterns"] = reuse.patterns(texts)
         try:
             _build(partial, config, texts, seed, made_from, progress)
             partial.rename(folder)

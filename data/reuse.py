@@ -6,15 +6,23 @@ corpus that was moved, copied or touched has another key, and the same content: 
 their fingerprint, and others by the very path of the corpus.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nsa.data.config import DataConfig
+from nsa.data.config import DataConfig, SourceConfig
 from nsa.data.sources import DETERMINED_BY
 from nsa.untrusted import read_json
 
 SETTINGS = ("format", "seed", "validation_fraction")
+PATTERNS = ("include", "exclude")
+# What data of an earlier version were most likely made with, which do not say it.
+USUAL = {name: SourceConfig.model_fields[name].default for name in PATTERNS}
+
+
+def patterns(sources: Iterable[SourceConfig]) -> dict[str, dict[str, list[str]]]:
+    """By source of local files, which of them it reads. Where the files are there, their listing tells the same."""
+    return {source.name: source.model_dump(include=set(PATTERNS)) for source in sources if source.kind == "files"}
 
 
 def folder_of(cache: Path, key: str) -> Path:
@@ -55,7 +63,7 @@ def same_content(cache: Path, made_from: dict[str, Any], contents: dict[str, str
 def of_a_lost_corpus(
     config: DataConfig, settings: dict[str, Any], tokenizer: dict[str, Any] | None, fingerprint: str | None
 ) -> Path | None:
-    """Data with ``fingerprint`` or, for None, the newest that were made from sources of these very paths.
+    """Data with ``fingerprint`` or, for None, the newest that were made from sources of these very paths and patterns.
 
     settings: the values of `SETTINGS`. tokenizer: its description; None: its file is gone, too.
     """
@@ -77,6 +85,7 @@ def of_a_lost_corpus(
                 and all(found.get(name) == getattr(source, name) for name in DETERMINED_BY[source.kind])
                 for source in texts
             )
+            and all(other.get("patterns", {}).get(name, USUAL) == pattern for name, pattern in patterns(texts).items())
         ):
             return folder
     return None

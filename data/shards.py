@@ -20,7 +20,7 @@ import numpy as np
 
 from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.load_tokenizer import load_tokenizer
-from nsa.untrusted import inside, read_json
+from nsa.untrusted import UntrustedError, inside, read_json, regular_size
 
 FORMAT = 1
 SHARD_TOKENS = 1 << 27
@@ -133,6 +133,7 @@ class TokenSource:
             self._shards.append(np.memmap(path, self._dtype, mode="r"))
         self._shard_ends = np.cumsum([len(s) for s in self._shards])
         try:
+            regular_size(folder / "documents.npy")
             self.documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy parses the header as Python literals, and lets that parser's errors through
             raise ValueError(f"{folder / 'documents.npy'}: cannot be read ({error}); {REPAIR}") from error
@@ -261,9 +262,11 @@ def file_sha256(path: Path) -> str:
 
 def _expect_size(path: Path, size: int) -> None:
     try:
-        found = path.stat().st_size
+        found = regular_size(path)
     except OSError as error:
         raise ValueError(f"{path}: missing ({error.strerror}); {REPAIR}") from error
+    except UntrustedError as error:
+        raise ValueError(f"{error}; {REPAIR}") from None
     if found != size:
         raise ValueError(f"{path}: {found} bytes, the manifest says {size}; {REPAIR}")
 

@@ -21,6 +21,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec  # type: ignore[attr-defined]
 
 from nsa.data.base_tokenizer import BaseTokenizer
+from nsa.untrusted import UntrustedError, regular_size
 
 SPACE = "\u2581"
 # Characters that sentencepiece would not give back: its space mark, and the bytes that are not UTF-8 (PEP 383).
@@ -39,6 +40,17 @@ PROBE = (
 )
 
 
+def read_model(path: Path) -> bytes:
+    """The file of a model. Raises ValueError if it is no regular one, or a link to one, or cannot be read."""
+    try:
+        regular_size(path, follow=True)
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
+    except UntrustedError as error:
+        raise ValueError(f"{error}; set data.tokenizer.path") from None
+
+
 class Tokenizer(BaseTokenizer):
     """A sentencepiece tokenizer. See `BaseTokenizer`."""
 
@@ -49,10 +61,7 @@ class Tokenizer(BaseTokenizer):
         """
         self.path = Path(path)
         if model is None:
-            try:
-                model = self.path.read_bytes()
-            except OSError as error:
-                raise ValueError(f"{path}: cannot be read ({error.strerror}); set data.tokenizer.path") from error
+            model = read_model(self.path)
         self.model = model
         self.files = {"tokenizer.model": model}
         try:

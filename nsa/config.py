@@ -316,7 +316,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_saved(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """As `load_config`, for a file that a run saved: one of an earlier version is brought up to date."""
+    """As `load_config`, for a file that a run saved: one of an earlier version is brought up to date.
+
+    Raises ``ConfigError`` also if it is no regular file.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(f"{path} is no regular file")
     return strict_yaml.load(Config, path, overrides, upgraded)
 
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa.config import load_config
-from nsa.evaluation.runner import check, evaluate
-from nsa.exporting.folder import CONFIG
+from nsa.config import Config, EvaluationConfig, load_config
+from nsa.evaluation.runner import check, evaluate, measured
+from nsa.exporting.folder import CONFIG, is_export
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,10 +24,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for the results (default: evaluation, beside the export)")
     options = parser.parse_intermixed_args(arguments)
     try:
-        check(Path(options.export), options.config is not None)
-        path = Path(options.config or Path(options.export) / CONFIG)
-        config = load_config(path, options.overrides) if options.config or options.overrides else None
-        evaluate(options.export, options.out, config)
+        export = Path(options.export)
+        check(export)
+        config: Config | EvaluationConfig | None = None
+        if options.config or (is_export(export) and options.overrides):
+            config = load_config(options.config or export / CONFIG, options.overrides)
+        elif options.overrides:
+            config = measured(options.overrides)
+        evaluate(export, options.out, config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -163,7 +163,19 @@ def load(
 
     Raises ``ConfigError`` that lists all problems.
     """
-    tree, lines = _parse(_read(path), str(path))
+    return read(section, _read(path), str(path), overrides, upgrade, finish)
+
+
+def read(
+    section: type[SectionT],
+    text: str,
+    path: str,
+    overrides: Sequence[str] = (),
+    upgrade: Callable[[Any], Any] = lambda tree: tree,
+    finish: Callable[[Any], None] = lambda tree: None,
+) -> SectionT:
+    """As `load`, from the text of a file. ``path``: for error messages."""
+    tree, lines = _parse(text, path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys such as {', '.join(list(section.model_fields)[:4])}")
     tree = upgrade(tree)

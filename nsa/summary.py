@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nsa.untrusted import regular_size
+
 LEFT_BEHIND = {  # name -> pattern of its files in the run folder
     "configuration": "config.yaml",
     "figures": "metrics.jsonl",
@@ -19,6 +21,7 @@ LEFT_BEHIND = {  # name -> pattern of its files in the run folder
 def summarise(run: Path) -> str:
     """A few lines of text. Raises ``ValueError`` if ``run`` is not the folder of a run that was validated."""
     try:
+        regular_size(run / "metrics.jsonl", follow=True)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     except OSError as error:
         raise ValueError(f"{run}: not the folder of a run (no metrics.jsonl: {error.strerror})") from error

@@ -39,9 +39,17 @@ def inside(folder: Path, name: Any) -> Path:
     return path
 
 
-def regular_size(path: Path) -> int:
-    """Bytes of a regular file. Raises UntrustedError for a link, pipe, device or folder, OSError if it is absent."""
-    status = path.lstat()
+def regular_size(path: Path, *, follow: bool = False) -> int:
+    """Bytes of a regular file, since a pipe would be waited for without end, and a device has no end.
+
+    Args:
+        follow: a link to a regular file is one, too.
+
+    Raises:
+        UntrustedError: it is a link, pipe, device or folder.
+        OSError: it is absent.
+    """
+    status = path.stat() if follow else path.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise UntrustedError(f"{path} is no regular file")
     return status.st_size

@@ -1,6 +1,7 @@
 """nsa.summary: the end of the demo."""
 
 import json
+import os
 
 import pytest
 
@@ -30,9 +31,11 @@ def test_tells_the_last_validation_and_what_is_there(tmp_path):
     assert "export" not in text
 
 
-@pytest.mark.parametrize("content", [None, '{"step": 1, "train/loss": 7.0}\n'])
+@pytest.mark.parametrize("content", [None, "a pipe", '{"step": 1, "train/loss": 7.0}\n'])
 def test_a_folder_that_is_no_finished_run_is_reported(tmp_path, capsys, content):
-    if content:
+    if content == "a pipe":
+        os.mkfifo(tmp_path / "metrics.jsonl")
+    elif content:
         (tmp_path / "metrics.jsonl").write_text(content)
     assert main([str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

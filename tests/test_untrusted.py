@@ -118,6 +118,7 @@ HOSTILE = {
     "an extra file": lambda s: (s / "model-99999-000.safetensors").write_bytes(save({"x": torch.ones(1)})),
     "a link": lambda s: replace_by_link(s / "state.json"),
     "a pipe": lambda s: ((s / "state.json").unlink(), os.mkfifo(s / "state.json")),
+    "a configuration that is a pipe": lambda s: as_pipe(s / "config.yaml"),
     "names of other folders": lambda s: rename(s, "../config.yaml"),
     "an absolute name": lambda s: rename(s, "/etc/passwd"),
     "no entry": lambda s: set_manifest(s, lambda m: m["files"].update({"state.json": None})),
@@ -149,6 +150,11 @@ def rename(step, name):
     set_manifest(step, lambda m: m["files"].update({name: m["files"].pop("config.yaml")}))
 
 
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 def replace_by_link(path):
     path.rename(path.parent.parent / "elsewhere")
     path.symlink_to(path.parent.parent / "elsewhere")
@@ -172,6 +178,8 @@ EXPORTS = {
     "a huge header": lambda e: (e / "model.safetensors").write_bytes(with_header("{}", length=2**40)),
     "duplicate keys": lambda e: (e / "model.safetensors").write_bytes(HEADERS["duplicate"][0]),
     "two files": lambda e: (e / "model-2.safetensors").write_bytes((e / "model.safetensors").read_bytes()),
+    "a configuration that is a pipe": lambda e: as_pipe(e / "training_config.yaml"),
+    "a tokenizer that is a pipe": lambda e: as_pipe(e / "tokenizer.model"),
     "a tokenizer that is none": lambda e: (e / "tokenizer.model").write_bytes(b"\x80\x04\x95"),
 }
 

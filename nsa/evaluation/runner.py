@@ -3,14 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsa.config import Config
+from nsa import strict_yaml
+from nsa.config import Config, ConfigError, EvaluationConfig
 from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.loader import SampleStream
 from nsa.data.prepare import prepare
@@ -20,15 +21,17 @@ from nsa.evaluation import bits_per_byte, recall, report
 from nsa.exporting import load_decoder, load_imported
 from nsa.exporting.folder import CONFIG, STATE, is_export
 from nsa.models import Decoder
+from nsa.schema import Section
 from nsa.untrusted import read_json
 
+_NAME_IT = f"Transformers does not save that file: name that of the export, with --config EXPORT/{CONFIG}"
 PLOTS = ("bits_per_byte.png", "recall.png")
 
 
 def evaluate(
     export: Path | str,
     out: Path | str | None = None,
-    config: Config | None = None,
+    config: Config | EvaluationConfig | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measure an export; write evaluation.json, bits_per_byte.png and recall.png (what there is to show of them).
@@ -37,31 +40,36 @@ def evaluate(
         export: folder written by `nsa.export`, or another that can be imported, such as one that transformers saved
             of it.
         out: folder for the results; None: ``evaluation`` beside the export.
-        config: its ``data`` and ``evaluation`` sections are used; None: those of the training, which only an export as
-            `nsa.export` writes it has.
+        config: its ``data`` and ``evaluation`` sections are used; None: those of the training. Only an export as
+            `nsa.export` writes it has that configuration. Without one bits per byte are left out, and lengths are
+            multiples of the model's range; then the evaluation section may be given alone.
         say: called with the rows of the tables as they are computed.
 
     Returns:
         The content of evaluation.json.
 
     Raises:
-        ValueError: the folder cannot be read, or a configuration is needed. Where the text is not available bits per
-            byte are left out, and it is said.
+        ValueError: the folder cannot be read. Where the text is not available bits per byte are left out, and it is
+            said.
     """
     began = time.monotonic()
     export = Path(export)
     out = Path(out) if out is not None else export.resolve().parent / "evaluation"
-    check(export, config is not None)
-    decoders = Decoders(export, config)
+    check(export)
+    decoders = Decoders(export, config if isinstance(config, Config) else None)
     trained = decoders.config
-    config = config or trained
-    factors = config.evaluation.length_factors
-    length = trained.data.sequence_length
+    whole = config if isinstance(config, Config) else trained
+    section = config if isinstance(config, EvaluationConfig) else whole.evaluation if whole else EvaluationConfig()
+    factors = section.length_factors
+    length = trained.data.sequence_length if trained else decoders.range
     prepared, left_out = None, None
-    try:
-        prepared = _prepare(config, decoders.tokenizer, export)
-    except ValueError as e:  # recall needs no text
-        left_out = f"bits per byte are left out, since the held-out text cannot be prepared: {e}"
+    if whole is None:
+        left_out = f"bits per byte are left out: no {CONFIG} says which text was held out. {_NAME_IT}"
+    else:
+        try:
+            prepared = _prepare(whole, decoders.tokenizer, export)
+        except ValueError as e:  # recall needs no text
+            left_out = f"bits per byte are left out, since the held-out text cannot be prepared: {e}"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -69,16 +77,17 @@ def evaluate(
 
     curves = []
     for factor in dict.fromkeys((1, max(factors))):
-        if prepared is None:
+        if prepared is None or whole is None:
             break
         decoder, _ = decoders.reaching(factor * length)
-        data = config.data.model_copy(update={"sequence_length": factor * length})
-        stream = SampleStream(prepared, data, "validation", config.seed)
-        samples = min(len(stream), max(1, config.evaluation.bpb_samples // factor))
+        data = whole.data.model_copy(update={"sequence_length": factor * length})
+        stream = SampleStream(prepared, data, "validation", whole.seed)
+        samples = min(len(stream), max(1, section.bpb_samples // factor))
         curves.append(bits_per_byte.measure(decoder, stream, samples))
     say((left_out or report.curve_table(curves)) + "\n")
 
-    say(f"recall (trained on samples of {length} tokens)\n" + report.recall_header())
+    known = f"trained on samples of {length} tokens" if trained else f"made for {length} tokens"
+    say(f"recall ({known})\n" + report.recall_header())
     results, rows = [], []
     for task in _tasks(trained):
         for factor in factors:
@@ -86,9 +95,7 @@ def evaluate(
             if factor * length < task.least(decoders.tokenizer):
                 continue
             predict = recall.predictor(decoder)
-            result = recall.measure(
-                predict, task, decoders.tokenizer, factor * length, config.evaluation.recall_samples
-            )
+            result = recall.measure(predict, task, decoders.tokenizer, factor * length, section.recall_samples)
             results.append(result)
             rows.append({**asdict(result), "factor": factor, "yarn_factor": yarn})
             say(report.recall_row(result, factor, yarn))
@@ -96,7 +103,7 @@ def evaluate(
     document = {
         "export": str(export),
         "training": read_json(export / STATE) if (export / STATE).exists() else None,
-        "training_length": length,
+        "training_length": length if trained else None,
         "bits_per_byte": [asdict(curve) for curve in curves],
         "left_out": left_out,
         "recall": rows,
@@ -114,40 +121,53 @@ def evaluate(
     return document
 
 
-def check(export: Path, configured: bool) -> None:
-    """Raise ValueError if there is no ``export``, or if it lacks the training's configuration and none is given."""
-    if is_export(export) or (configured and (export / "config.json").exists()):
-        return
-    if (export / "config.json").exists():
-        raise ValueError(
-            f"{export} has no {CONFIG}, as after transformers has saved a model: name that of the export that it was "
-            f"made of, with --config EXPORT/{CONFIG}"
-        )
-    raise ValueError(f"{export} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
+def check(export: Path) -> None:
+    """Raise ValueError if there is no ``export``."""
+    if not is_export(export) and not (export / "config.json").exists():
+        raise ValueError(f"{export} is no export: it has no {CONFIG}; make one with python -m nsa.export RUN")
+
+
+class _Measured(Section):
+    """What can be set where nothing says what a model was trained on."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def measured(overrides: Sequence[str]) -> EvaluationConfig:
+    """The evaluation section with ``evaluation.key=value`` overrides, for a folder without a configuration.
+
+    Raises:
+        ConfigError: another key is named, or a value is wrong.
+    """
+    try:
+        return strict_yaml.read(_Measured, "{}", "without a configuration", overrides).evaluation
+    except ConfigError as error:
+        raise ConfigError(f"{error}. {_NAME_IT}") from None
 
 
 class Decoders:
     """The decoder of a folder. For lengths beyond its rotary range YaRN extends it to that length.
 
     Attributes:
-        config: of the training, or the one given for a folder that has none.
+        config: of the training, or the one given for a folder that has none; None: none was given.
+        range: of its positions, in tokens, without an extension.
     """
 
     def __init__(self, folder: Path, given: Config | None = None) -> None:
-        self._folder, self._given = folder, None if is_export(folder) else given
+        self._folder, self._given = folder, given
         decoder, self.config, self.tokenizer = self._load(None)
-        self._range, self._yarn = decoder.config.max_position, decoder.config.rope.yarn_factor
+        self.range, self._yarn = decoder.config.max_position, decoder.config.rope.yarn_factor
         self._decoders = {self._yarn: self._place(decoder)}
 
-    def _load(self, yarn_factor: float | None) -> tuple[Decoder, Config, BaseTokenizer]:
-        if self._given is None:
+    def _load(self, yarn_factor: float | None) -> tuple[Decoder, Config | None, BaseTokenizer]:
+        if is_export(self._folder):
             return load_decoder(self._folder, yarn_factor)
         decoder, tokenizer = load_imported(self._folder, yarn_factor)
         return decoder, self._given, tokenizer
 
     def reaching(self, length: int) -> tuple[Decoder, float]:
         """A decoder for sequences of ``length`` tokens, and its YaRN factor (1: none)."""
-        factor = max(self._yarn, length / self._range)
+        factor = max(self._yarn, length / self.range)
         if factor not in self._decoders:
             self._decoders[factor] = self._place(self._load(factor)[0])
         return self._decoders[factor], factor
@@ -155,13 +175,13 @@ class Decoders:
     def _place(self, decoder: Decoder) -> Decoder:
         if not torch.cuda.is_available():
             return decoder
-        half = self.config.engine.precision == "bf16"
+        half = self.config is not None and self.config.engine.precision == "bf16"
         return decoder.to("cuda", torch.bfloat16 if half else torch.float32)
 
 
-def _tasks(trained: Config) -> list[Task]:
-    """The usual tasks over token ids, and those that the model was trained on."""
-    of_sources = [source.task for source in trained.data.sources if source.task]
+def _tasks(trained: Config | None) -> list[Task]:
+    """The usual tasks over token ids, and those that the model was trained on, if that is known."""
+    of_sources = [source.task for source in trained.data.sources if source.task] if trained else []
     tasks = [task_named(name) for name in dict.fromkeys((*recall.TASKS, *of_sources))]
     return [task for task in tasks if task.over == "ids"]
 

@@ -154,7 +154,7 @@ def hf_config(config: Config, tokenizer: BaseTokenizer) -> NSAConfig:
 
 def is_export(folder: Path) -> bool:
     """Whether it is an export, of any format, as `nsa.export` writes it: with the configuration of the training."""
-    return (folder / CONFIG).is_file()
+    return (folder / CONFIG).exists()
 
 
 def load_decoder(folder: Path | str, yarn_factor: float | None = None) -> tuple[Decoder, Config, BaseTokenizer]:
@@ -240,7 +240,7 @@ def _find_checkpoint(source: Path) -> Path:
     if (source / checkpoint.MANIFEST).is_file():
         checkpoint.verify(source)
         return source
-    step = checkpoint.latest_complete(source)
+    step = checkpoint.latest_complete(source, otherwise="To export another run, name its folder")
     if step is None:
         raise ExportError(f"{source} holds no complete checkpoint: name a run folder or a step_* folder")
     return step

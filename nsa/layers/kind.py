@@ -108,6 +108,10 @@ class Parts:
             None: the input is the same on all ranks.
         gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in the inputs of one of
             them.
+        drawn: modules that draw random numbers in fp32, one for each token and KV head, kept like `Kind.choices`: ranks
+            with the same KV head must get the same ones.
+        averaged: modules whose tensor is a mean over query heads that choose together, for the probe alone -> whether
+            all query heads do; else those of a KV head.
     """
 
     columns: tuple[str, ...]
@@ -118,6 +122,8 @@ class Parts:
     one_kv_head: bool
     gathered: Mapping[str, tuple[int | None, ...]]
     gathered_bytes: Callable[[Shape, int], int]
+    drawn: tuple[str, ...]
+    averaged: Mapping[str, bool]
 
 
 @dataclass(frozen=True)

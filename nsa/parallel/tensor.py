@@ -13,16 +13,18 @@ Replicated parameters (norms, NSA's compression) see a part of the tokens or hea
 summed over the ranks. The record of a kind (`nsa.layers.kind.Parts`) says how each module of a layer is sharded.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nsa.layers.around import Around
 from nsa.layers.kind import Parts
 from nsa.models import Decoder
 from nsa.models.moe import MixtureOfExperts
-from nsa.parallel.collectives import all_gather, gather_parts, reduce_scatter
+from nsa.parallel.collectives import all_gather, all_reduce, gather_parts, reduce_scatter
 from nsa.parallel.grid import Axis
 from nsa.parallel.partition import Partition, mark, part_of, sum_over
 from nsa.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
@@ -87,12 +89,19 @@ def _split_attention(
         setattr(attention.get_submodule(parent), child, part_of(attention.get_parameter(name), columns))
     for name in parts.whole:
         _replicate(attention.get_submodule(name), axis)
-    others = axis if parts.one_kv_head else sharers
-    if others.size > 1:
-        for name, axes in parts.gathered.items():
-            parent, _, child = name.rpartition(".")
-            inside = attention.get_submodule(name)
-            setattr(attention.get_submodule(parent), child, WithAllHeads(inside, others, axes))
+    for name, axes in parts.gathered.items():
+        _wrap(attention, name, WithAllHeads, axis if parts.one_kv_head else sharers, axes)
+    for name in parts.drawn:
+        _wrap(attention, name, OfFirst, sharers)
+    for name, of_all in parts.averaged.items():
+        _wrap(attention, name, Averaged, axis if of_all else sharers)
+
+
+def _wrap(attention: nn.Module, name: str, wrapper: Callable[..., nn.Module], ranks: Axis, *more: Any) -> None:
+    """Put a wrapper around a submodule, if there are several ranks."""
+    if ranks.size > 1:
+        parent, _, child = name.rpartition(".")
+        setattr(attention.get_submodule(parent), child, wrapper(attention.get_submodule(name), ranks, *more))
 
 
 def _split_vocabulary(model: Decoder, axis: Axis, tokens: int | None) -> None:
@@ -143,3 +152,30 @@ class WithAllHeads(Around):
             for x, axis in zip(inputs, self.heads, strict=True)
         ]
         return self.inside(*whole, **others)
+
+
+class OfFirst(Around):
+    """A module that draws random numbers, which the first of ``sharers`` gives to all of them."""
+
+    def __init__(self, inside: nn.Module, sharers: Axis) -> None:
+        super().__init__(inside)
+        self.sharers = sharers
+
+    @torch.no_grad()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        drawn: Tensor = self.inside(*inputs)
+        if self.sharers.rank:
+            drawn = torch.zeros_like(drawn)
+        return all_reduce(drawn, self.sharers, "noise")
+
+
+class Averaged(Around):
+    """A module whose result is averaged over the ranks."""
+
+    def __init__(self, inside: nn.Module, ranks: Axis) -> None:
+        super().__init__(inside)
+        self.ranks = ranks
+
+    @torch.no_grad()
+    def forward(self, mean: Tensor) -> Tensor:
+        return all_reduce(self.inside(mean).contiguous().clone(), self.ranks, "figures") / self.ranks.size

@@ -82,6 +82,9 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
             head = parts.gathered_bytes(model.attention_shape, width)
             times = sum(1 + (again and path not in kind.choices) for path in parts.gathered)  # a choice is kept
             sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * times
+            sharers, heads = max(1, p // model.num_kv_heads), max(1, model.num_kv_heads // p)
+            if sharers > 1:
+                sent["tensor/noise"] += passes * len(parts.drawn) * _all_reduce(4 * tokens * heads, sharers)
     if p > 1:
         # A pipeline sums gradients once per step; without one they are summed after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(

@@ -182,6 +182,10 @@ def verify_files(folder: Path, files: dict[str, Any], content: bool = True) -> N
             raise CheckpointError(f"{folder}: {MANIFEST} does not say size and sha256 of {name}") from None
 
 
+# What else a run that goes on can do than mend its checkpoints.
+START_OVER = "To start over from step 0 instead, move the step_* folders away or set another name (name=...)"
+
+
 def checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first, verified or not."""
     if not run_folder.is_dir():
@@ -190,12 +194,15 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def latest_complete(run_folder: Path | str, before: int | None = None, content: bool = True) -> Path | None:
+def latest_complete(
+    run_folder: Path | str, before: int | None = None, content: bool = True, otherwise: str = START_OVER
+) -> Path | None:
     """The newest checkpoint (of fewer than ``before`` steps) that is what its manifest says; broken ones are reported
     and passed over.
 
     Args:
         content: whether files are read to verify them; else their sizes alone are.
+        otherwise: what else can be done than to mend a broken one, as a sentence: it depends on what it is for.
 
     Returns:
         None if there is no checkpoint.
@@ -220,8 +227,7 @@ def latest_complete(run_folder: Path | str, before: int | None = None, content: 
     if reasons:
         causes = "\n".join(f"  {reason}" for reason in reasons)
         raise CheckpointError(
-            f"{run_folder}: none of its checkpoints can be used:\n{causes}\nMend one of them. To start over from step "
-            "0 instead, move the step_* folders away or set another name (name=...)"
+            f"{run_folder}: none of its checkpoints can be used:\n{causes}\nMend one of them. {otherwise}"
         )
     return None
 

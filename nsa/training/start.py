@@ -82,7 +82,8 @@ def source_of(config: Config, tokenizer: Path | None, content: bool = True) -> P
     elif _is_foreign(given):
         folder = given
     else:
-        newest = checkpoint.latest_complete(given, content=content) if given.is_dir() else None
+        other = "To begin with another model, name its folder in start_from"
+        newest = checkpoint.latest_complete(given, content=content, otherwise=other) if given.is_dir() else None
         if newest is None:
             raise ValueError(
                 f"start_from: {given} holds no checkpoint; name a run folder, one of its step_* folders, or a Hugging "

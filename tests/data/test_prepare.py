@@ -1,6 +1,7 @@
 """Prepared data: the same for everyone, split by document, checked when opened, and never half written."""
 
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -173,6 +174,9 @@ def test_a_file_cut_short_or_gone_is_found(copy: Path, name: str) -> None:
         PreparedData(copy)
     (copy / name).unlink()
     with pytest.raises(ValueError, match=rf"{name}.*missing.*nsa\.data\.prepare"):
+        PreparedData(copy)
+    os.mkfifo(copy / name)  # is not waited for
+    with pytest.raises(ValueError, match=rf"{name} is no regular file.*nsa\.data\.prepare"):
         PreparedData(copy)
 
 

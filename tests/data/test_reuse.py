@@ -120,6 +120,30 @@ def test_the_corpus_is_gone(
         prepare(config, 1, progress=False, fingerprint=first.fingerprint)
 
 
+def test_a_corpus_that_is_gone_was_read_with_the_same_patterns(
+    tmp_path: Path, small: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data of an earlier version do not say with which: they count as made with the usual ones."""
+
+    def reading(**patterns: list[str]) -> DataConfig:
+        config = small(tmp_path / "text")
+        return config.model_copy(update={"sources": [config.sources[0].model_copy(update=patterns)]})
+
+    write_corpus(tmp_path / "text", 8)
+    usual = reading()
+    few = reading(include=["00[0-4].txt"])
+    made = [prepare(config, 1, progress=False).folder for config in (few, usual)]
+    with monkeypatch.context() as patch:
+        patch.setattr(module.reuse, "patterns", lambda sources: {})
+        old = prepare(usual, 2, progress=False).folder
+    shutil.rmtree(tmp_path / "text")
+    assert [prepare(config, 1, progress=False).folder for config in (few, usual)] == made
+    assert prepare(usual, 2, progress=False).folder == old
+    for other, seed in ((reading(exclude=["003.txt"]), 1), (reading(include=["*.txt"]), 1), (few, 2)):
+        with pytest.raises(ValueError, match="no file matches"):
+            prepare(other, seed, progress=False)
+
+
 def test_one_of_two_corpora_is_gone(tmp_path: Path, small: Make, built: list[str]) -> None:
     config = small(write_corpus(tmp_path / "text", 8))
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')

@@ -132,6 +132,11 @@ def test_a_file_that_is_too_large_or_too_deep_or_none_is_refused(saved: Path, tm
     os.mkfifo(path)
     with pytest.raises(ValueError, match="no regular file"):
         load_tokenizer(tmp_path)
+    os.mkfifo(tmp_path / "tokenizer.model")
+    for name in (tmp_path, tmp_path / "tokenizer.model"):
+        with pytest.raises(ValueError, match=r"tokenizer.model is no regular file; set data.tokenizer.path"):
+            load_tokenizer(name)
+    (tmp_path / "tokenizer.model").unlink()
     path.unlink()
     with path.open("wb") as file:
         file.truncate(2**32)

@@ -265,6 +265,9 @@ def test_a_tie_that_fp32_rounds_either_way_is_no_difference(run: Path, monkeypat
 def test_wrong_arguments_are_explained(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([str(tmp_path)]) == 2
     assert "no complete checkpoint" in capsys.readouterr().err
+    (tmp_path / "broken/step_00000003").mkdir(parents=True)
+    assert command.main([str(tmp_path / "broken")]) == 2
+    assert capsys.readouterr().err.endswith("Mend one of them. To export another run, name its folder\n")
     (tmp_path / "photos").mkdir()
     assert command.main([str(run), "--out", str(tmp_path / "photos")]) == 2
     assert "is no export" in capsys.readouterr().err

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from nsa import evaluate
 from nsa.config import Config, load_saved
 from nsa.data.load_tokenizer import load_tokenizer
-from nsa.evaluation import runner
 from nsa.evaluation.comparison.config import SiblingConfig, Training
 from nsa.evaluation.comparison.identity import tokenizer_digest
 from nsa.evaluation.comparison.models import OpenedDecoder, candidate_of, open_model
@@ -446,16 +445,15 @@ def test_a_saved_model_is_asked_the_questions_of_its_export(
     assert tokenizer_digest(tmp_path / "more") != tokenizer_digest(folder)
 
 
-def test_a_saved_model_is_measured_with_the_configuration_of_the_training(
+def test_a_saved_model_is_measured(
     folder: Path, exports: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is asked for. The results are those of the export, whose weights these are."""
+    """The results are those of the export, whose weights these are. Only which text was held out must be named."""
     (folder / "tokenizer.model").unlink()
     few = ["evaluation.recall_samples=3", "evaluation.bpb_samples=4", "evaluation.length_factors=[1]"]
-    assert evaluate.main([str(folder), *few]) == 2
-    assert f"name that of the export that it was made of, with --config EXPORT/{CONFIG}" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=rf"with --config EXPORT/{CONFIG}"):
-        runner.evaluate(folder)
+    assert evaluate.main([str(folder), *few, "data.seed=3"]) == 2
+    error = capsys.readouterr().err
+    assert "unknown key data" in error and f"with --config EXPORT/{CONFIG}" in error
     export = exports("pooled")
     assert evaluate.main([str(export), "--out", str(tmp_path / "there"), *few]) == 0
     given = ["--config", str(export / CONFIG)]
@@ -463,3 +461,12 @@ def test_a_saved_model_is_measured_with_the_configuration_of_the_training(
     there, here = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("there", "here"))
     assert here["bits_per_byte"] == there["bits_per_byte"] != []
     assert here["recall"] == there["recall"] and (here["training"], there["training"]["step"]) == (None, 3)
+    assert evaluate.main([str(folder), "--out", str(tmp_path / "alone"), *few]) == 0
+    assert f"bits per byte are left out: no {CONFIG} says which text was held out" in capsys.readouterr().out
+    alone = json.loads((tmp_path / "alone/evaluation.json").read_text())
+    reach, trained = load_saved(export / CONFIG).model.max_position, there["training_length"]
+    assert (alone["training_length"], alone["bits_per_byte"]) == (None, [])
+    long = [*few[:2], f"evaluation.length_factors=[{reach // trained}]"]
+    assert evaluate.main([str(export), "--out", str(tmp_path / "long"), *long]) == 0
+    expected = json.loads((tmp_path / "long/evaluation.json").read_text())["recall"]
+    assert [{**row, "factor": reach // trained} for row in alone["recall"]] == expected and len(expected) > 1

@@ -62,7 +62,7 @@ def test_parts_and_exchanges_match_the_layer(kind: Kind, options: dict[str, Any]
     assert listed == {id(p) for p in layer.parameters()}, (
         "tensor-parallel ranks would hold a parameter unsplit, unsummed"
     )
-    for name in (*parts.gathered, *kind.keeps_scale):
+    for name in (*parts.gathered, *parts.drawn, *parts.averaged, *kind.keeps_scale):
         layer.get_submodule(name)
     exchanges = kind.exchanges(shape, config)
     inputs = inspect.signature(layer.attend.forward).parameters

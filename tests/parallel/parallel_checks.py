@@ -170,6 +170,22 @@ def probed(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str,
     return answer
 
 
+def drawn(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
+    """For each case, of a step of training: some of the noise of each rank and each time that a layer draws it, and the
+    bytes of it that a rank sent."""
+    answer = []
+    for number, overrides in enumerate(cases):
+        trainer, seen = Trainer(tiny_config(folder, f"name=drawn{number}", *overrides), ranks), list[list[float]]()
+        for layer in trainer.engine.module.layers:
+            layer.attention.noise.register_forward_hook(
+                lambda module, args, out, seen=seen: seen.append(out.flatten()[:20].tolist())
+            )
+        sent = trainer.train_step(StopRequest()).sent
+        answer.append({"noise": ranks.gather(seen), "sent": sent.get("tensor/noise", 0)})
+        close(trainer)
+    return answer
+
+
 def taught(ranks: Ranks, folder: Path, cases: list[list[str]], steps: int) -> list[dict[str, Any]]:
     """For each case, a run that trains its indexers or NSA's selection: of every step the loss, the norm of the
     gradient and the loss of each layer; of the run, what has moments, which weights changed, whether stages sent each

@@ -42,6 +42,16 @@ def test_a_run_and_one_of_its_checkpoints_mean_the_same(tmp_path, dense):
         assert source_of(config_from(tmp_path, given), tokenizer) == dense / "step_00000003"
 
 
+def test_a_broken_run_to_start_from_is_told_with_what_to_do(tmp_path, dense):
+    """Not to start over: the new run has not begun."""
+    there = tmp_path / "there"
+    shutil.copytree(dense, there)
+    (there / "step_00000003/state.json").unlink()
+    with pytest.raises(ValueError, match=r"none of its checkpoints can be used") as error:
+        source_of(config_from(tmp_path, there), None)
+    assert str(error.value).endswith("Mend one of them. To begin with another model, name its folder in start_from")
+
+
 def test_text_that_the_first_run_was_trained_on_is_not_held_out_in_silence(tmp_path, dense, capsys):
     tokenizer = dense / "step_00000003/tokenizer.model"
     tree = config_from(tmp_path, dense).model_dump()

@@ -1,6 +1,6 @@
 """Asks a model the questions of a task: prompt, then decoding, token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -31,6 +31,7 @@ def ask(
     aware: bool,
     batch_tokens: int,
     prompts: Prompts | None = None,
+    answered: Collection[tuple[int, int]] = (),
 ) -> Iterator[list[Answer]]:
     """The answers to all queries of the samples, prompts after prompts. Between them the reader holds none.
 
@@ -40,8 +41,10 @@ def ask(
         aware: the question is part of the prompt, which is read again for each; else the prompt is the context alone,
             and its questions are decoded after it.
         prompts: reads them, once for all readers that are asked in turns; None: this reader reads them itself.
+        answered: queries of samples, both by number, that are not asked again.
     """
-    pairs = [(i, j) for i, sample in enumerate(samples) for j in range(len(sample.queries))]
+    all_pairs = ((i, j) for i, sample in enumerate(samples) for j in range(len(sample.queries)))
+    pairs = [pair for pair in all_pairs if pair not in answered]
 
     def read(ids: Tensor) -> None:
         if prompts is None:
@@ -60,10 +63,10 @@ def ask(
             reader.begin()
             yield found
         return
-    for few in _batches(range(len(samples)), lambda i: len(samples[i].context), batch_tokens):
+    for few in _batches(list(dict.fromkeys(i for i, _ in pairs)), lambda i: len(samples[i].context), batch_tokens):
         ids = _ids([samples[i].context for i in few])
         read(ids)
-        mine, found = [(i, j) for i in few for j in range(len(samples[i].queries))], []
+        mine, found = [pair for i in few for pair in pairs if pair[0] == i], []
         for group in _batches(mine, lambda pair: len(query_of(samples, pair).tokens), None):
             rows = torch.tensor([few.index(i) for i, _ in group])
             ahead = torch.cat([ids[rows, -1:], _ids([query_of(samples, pair).tokens for pair in group])], 1)

@@ -1,11 +1,12 @@
 """Answers cells: all answers of one arm to one task. Cells whose methods leave prompts dense are answered together."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import gc
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from nsa.baselines import Budget, BudgetError, Ledger, Method
 from nsa.baselines.methods.dense import DenseForOthers
 from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
-from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig, budget_of, share_of
+from nsa.evaluation.comparison.arms import Arm, Place, Unit, places_of
+from nsa.evaluation.comparison.begun import Begun
+from nsa.evaluation.comparison.config import ComparisonConfig, budget_of, share_of
 from nsa.evaluation.comparison.decoding import AttachError, Prompts, Reader
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import export_digest, tokenizer_digest
@@ -26,7 +29,7 @@ from nsa.exporting.folder import CONFIG
 CALIBRATION = "calibration"  # the seed of samples that no result is measured on
 KEPT = 8  # lists of samples: those of one place of a sibling, and some
 DECIMALS = 5  # of figures: a folder of many cells stays small
-TOGETHER = 600.0  # seconds that cells are answered together, at most, if one alone takes less: a kill costs that much
+TOGETHER = 600.0  # seconds that cells are answered together, at most, if one alone takes less: then they are written
 STEPS = 12  # of bisection
 CLOSE = 0.01  # relative: of what is spent to the budget
 
@@ -37,81 +40,6 @@ class TimeUpError(Exception):
 
 class NoSampleError(ValueError):
     """A task has no samples of this length."""
-
-
-class Place(NamedTuple):
-    """What a cell is asked. aware: the question is in the prompt."""
-
-    task: str
-    length: int
-    aware: bool
-
-    def __str__(self) -> str:
-        return f"{self.task} {self.length} {'aware' if self.aware else 'agnostic'}"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A sibling with a method at a budget.
-
-    choice: None: as it was trained. budget: as configured; None: there is none to set.
-    """
-
-    model: Candidate
-    choice: MethodConfig | None
-    budget: float | int | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.model.name}+{self._method}"
-
-    def is_full(self, length: int) -> bool:
-        return self.budget is not None and share_of(self.budget, length) == 1
-
-    def told(self, place: Place) -> str:
-        """A cell of it, for messages."""
-        return f"{self.model.label}+{self._method}@{self.budget} {place}"
-
-    @property
-    def key(self) -> tuple[Candidate, str]:
-        """The same at all of its budgets."""
-        return self.model, self.label
-
-    @property
-    def leaves_prompts_dense(self) -> bool:
-        """Whether its method chooses only while decoding, so that all such arms read a prompt with the same result."""
-        return self.choice is not None and self.choice.build(Budget(share=1.0)).phases == ("decode",)
-
-    @property
-    def _method(self) -> str:
-        return OWN if self.choice is None else self.choice.label
-
-
-def places_of(config: ComparisonConfig) -> list[Place]:
-    return [
-        Place(task, length, question == "before")
-        for length in config.lengths
-        for task in config.tasks
-        for question in config.question
-    ]
-
-
-class Unit(NamedTuple):
-    """Cells of one sibling and place: those that are answered together, or one that is answered alone."""
-
-    arms: tuple[Arm, ...]
-    place: Place
-
-    @property
-    def model(self) -> Candidate:
-        return self.arms[0].model
-
-
-def units_of(arms: Sequence[Arm], place: Place) -> list[Unit]:
-    """Those of a sibling's arms that leave prompts dense together, each other one alone."""
-    together = tuple(arm for arm in arms if arm.leaves_prompts_dense)
-    groups = [together, *((arm,) for arm in arms if arm not in together)]
-    return [Unit(group, place) for group in groups if group]
 
 
 @dataclass(frozen=True)
@@ -126,23 +54,26 @@ class Block:
 
 @dataclass
 class Asked:
-    """A cell while it is answered. ``seconds``: that it took so far."""
+    """A cell while it is answered. ``begun``: what is known of it so far."""
 
     arm: Arm
     block: Block
     method: Method | None
-    ledger: Ledger
     reader: Reader
     batches: Iterator[list[Answer]]
-    answers: list[Answer] = field(default_factory=list)
-    seconds: float = 0.0
+    begun: Begun
 
     def go_on(self) -> bool:
         """Answer the next batch. True."""
-        begun = perf_counter()
-        self.answers += next(self.batches)
-        self.seconds += perf_counter() - begun
+        start = perf_counter()
+        found = next(self.batches)
+        self.begun.add(found, self.begun.seconds + perf_counter() - start, figures_of(self.reader))
         return True
+
+
+def figures_of(reader: Reader) -> list[dict[str, Any]]:
+    """What was seen of a reader's attention; empty: it is not watched."""
+    return getattr(getattr(reader, "session", None), "figures", [])
 
 
 Made = TypeVar("Made")
@@ -165,30 +96,70 @@ class Cells:
     ) -> None:
         self.config, self.folder, self.note, self.device, self.time_left = config, folder, note, device, time_left
         self.left = folder.left_out()
+        self._parts = 1  # a batch is read in so many
         self._begun = False  # the first cell of a run is answered whatever the time, so that every run gets further
         self._open: tuple[Candidate, Opened, str, str] | None = None  # one at a time: memory; with its fingerprints
         self._prompts: Prompts | None = None  # of this model
         self._samples: dict[tuple[Any, ...], list[Sample]] = {}
 
-    def finish(self, unit: Unit, progress: Callable[[int], None]) -> None:
+    def finish(self, unit: Unit, progress: Callable[[float], None]) -> None:
         """Answer what is missing of these cells.
 
         Args:
-            progress: called with a number of cells that are done or left out.
+            progress: called with how many cells more are done or left out, parts of cells included.
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
         """
+        told = dict.fromkeys(unit.arms, 0.0)  # of each cell
+
+        def tell(arm: Arm, part: float) -> None:
+            progress(part - told[arm])
+            told[arm] = part
+
         some = unit.arms
         while some:
             missing = self.missing(Unit(some, unit.place))
-            progress(len(some) - len(missing))
+            for arm in some:
+                if arm not in missing:
+                    tell(arm, 1.0)
             if missing and self._begun and self.time_left() <= 0:
                 raise TimeUpError
             if missing:
                 self._begun = True
-                self._answer(missing, unit.place)
+                self._answer(missing, unit.place, tell)
             some = missing
+
+    def read_less(self, unit: Unit) -> int | None:
+        """Of these cells, read half as much at once as before, since the memory is full, until `read_all`.
+
+        Returns:
+            Tokens of prompts; None: it is one sample already, or the model has no place.
+        """
+        self._begun = False  # nothing is answered
+        if self._prompts is not None:
+            self._prompts.forget()
+        gc.collect()  # what the failed call held in cycles
+        torch.cuda.empty_cache()
+        if self._open is None or self._open[0] != unit.model:
+            return None
+        methods = [None if arm.choice is None else arm.choice.build(Budget(share=1.0)) for arm in unit.arms]
+        shortest = min(len(sample.context) for sample in self._block(unit.model, unit.place).samples)
+        if (tokens := max(map(self._at_once, methods))) < 2 * shortest:
+            return None
+        self._parts *= 2
+        return tokens // 2
+
+    def read_all(self) -> None:
+        """Read as much at once as is configured."""
+        self._parts = 1
+
+    def _at_once(self, method: Method | None) -> int:
+        """Tokens of prompts."""
+        tokens = self.config.batch_tokens
+        if method is not None and "prefill" not in method.phases:
+            tokens = self.config.decode_batch_tokens or tokens
+        return tokens // self._parts
 
     def missing(self, unit: Unit) -> tuple[Arm, ...]:
         """Arms whose cells are neither finished nor left out."""
@@ -240,10 +211,13 @@ class Cells:
 
     # ------------------------------------------------------------------------------------------ cells, in turns
 
-    def _answer(self, arms: Sequence[Arm], place: Place) -> None:
+    def _answer(self, arms: Sequence[Arm], place: Place, tell: Callable[[Arm, float], None]) -> None:
         """Answer and write cells, batch by batch in turns: as many as there is time for, the first in any case.
 
-        What is begun and not written here is begun again when it is asked for again.
+        What is begun and not written here is gone on with when it is asked for again.
+
+        Args:
+            tell: called with a cell and the part of it that is answered.
         """
         end = perf_counter() + TOGETHER
         cells: list[Asked] = []
@@ -252,13 +226,15 @@ class Cells:
                 begun = self._tried(arm, place, partial(self._begin, arm, place))
                 cells += [begun] if begun is not None else []
         questions = sum(len(sample.queries) for sample in cells[0].block.samples) if cells else 0
-        while cells and len(cells[0].answers) < questions:
+        while cells and (fewest := min(len(cell.begun.answers) for cell in cells)) < questions:
             answered: list[Asked] = []
             for cell in cells:
                 if answered and seconds_for([*answered, cell], questions) > self._rest(end):
                     break
-                if self._tried(cell.arm, place, cell.go_on):
+                # Who is ahead waits, so that prompts are read for all.
+                if len(cell.begun.answers) > fewest or self._tried(cell.arm, place, cell.go_on):
                     answered.append(cell)
+                    tell(cell.arm, len(cell.begun.answers) / questions)
             cells = answered
         if self._prompts is not None:
             self._prompts.forget()
@@ -275,20 +251,30 @@ class Cells:
             return do()
         except (BudgetError, AttachError, NoSampleError) as error:
             self.leave_out(arm.told(place), str(error))
+            self.folder.forget(*_key(arm, place))
             return None
 
     def _begin(self, arm: Arm, place: Place) -> Asked:
         block = self._block(arm.model, place)
-        method = self._method(arm, block)
         assert self._open is not None
         self.folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
         self.folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
-        ledger = Ledger()
-        batches, reader = self._ask(arm, method, block, ledger, watch=self.config.watch and method is not None)
-        return Asked(arm, block, method, ledger, reader, batches)
+        begun = self.folder.begun(self._open[2], *_key(arm, place))
+        method = self._method(arm, block, begun.threshold)
+        batches, reader = self._ask(
+            arm,
+            method,
+            block,
+            begun.ledger,
+            watch=self.config.watch and method is not None,
+            answered={(answer.sample, answer.query) for answer in begun.answers},
+        )
+        figures_of(reader).extend(begun.figures)
+        begun.begin(None if method is None or method.knob is None else getattr(method, method.knob[0]))
+        return Asked(arm, block, method, reader, batches, begun)
 
     def _write(self, cell: Asked, place: Place) -> None:
-        arm, block, method, ledger, rows = cell.arm, cell.block, cell.method, cell.ledger, []
+        arm, block, method, ledger, rows = cell.arm, cell.block, cell.method, cell.begun.ledger, []
         model = self.opened(arm.model)
         assert self._open is not None
         vocabulary = as_vocabulary(model.tokenizer)
@@ -312,7 +298,7 @@ class Cells:
             "dense_layers": self._dense_layers(method),
             "ran": method is None or self._ran(model, method, ledger),
         }
-        for answer in cell.answers:
+        for answer in cell.begun.answers:
             bos = int(np.count_nonzero(block.samples[answer.sample].context == vocabulary.bos_id))
             rows.append(
                 Row(
@@ -328,15 +314,19 @@ class Cells:
         self.folder.write(rows, figures, self._open[2])
 
     def _ask(
-        self, arm: Arm, method: Method | None, block: Block, ledger: Ledger, *, watch: bool
+        self,
+        arm: Arm,
+        method: Method | None,
+        block: Block,
+        ledger: Ledger,
+        *,
+        watch: bool,
+        answered: Collection[tuple[int, int]] = (),
     ) -> tuple[Iterator[list[Answer]], Reader]:
-        """All answers, batch by batch, counted into the ledger."""
+        """All answers but those that are there, batch by batch, counted into the ledger."""
         model = self.opened(arm.model)
         reader = model.reader(method, dense_layers=self._dense_layers(method), watch=watch, ledger=ledger)
-        tokens = self.config.batch_tokens
-        if method is not None and "prefill" not in method.phases:
-            tokens = self.config.decode_batch_tokens or tokens
-        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": tokens}
+        options: dict[str, Any] = {"aware": block.aware, "batch_tokens": self._at_once(method), "answered": answered}
         if arm.leaves_prompts_dense:
             options["prompts"] = self._prompts
         return ask(reader, model.tokenizer, block.task, block.samples, **options), reader
@@ -355,7 +345,7 @@ class Cells:
             "reads": [None if (r := ledger.shares([n])["reads"]) is None else round(r, DECIMALS) for n in layers],
             "kv_bytes": model.kv_elements * block.length * 2,  # in bf16
         }
-        seen = [f for f in getattr(getattr(reader, "session", None), "figures", []) if not f["prompt"]]
+        seen = [f for f in figures_of(reader) if not f["prompt"]]
         if seen:
             by_layer = [[f for f in seen if f["layer"] == layer] for layer in layers]
             for name in ("sink_mass", "kept_mass"):
@@ -392,8 +382,12 @@ class Cells:
             for cell in [cell for cell in self._below_full(arm) if self._has(*cell)][1:]:
                 self.folder.drop_figure("changes", *_key(*cell))
 
-    def _method(self, arm: Arm, block: Block) -> Method | None:
-        """The method of an arm; a threshold is fitted to its budget by what it spends on other samples."""
+    def _method(self, arm: Arm, block: Block, threshold: float | None = None) -> Method | None:
+        """The method of an arm; a threshold is fitted to its budget by what it spends on other samples.
+
+        Args:
+            threshold: that was fitted before; None: none was.
+        """
         if arm.choice is None:
             return None
         if arm.budget is None:
@@ -401,8 +395,9 @@ class Cells:
         method = arm.choice.build(budget_of(arm.budget, self.config.counts))
         if method.knob is None:
             return method
-        # Of this training alone, and never kept: the threshold does not depend on what ran before it.
-        return arm.choice.build(method.budget, **{method.knob[0]: self._fit(arm, method, block)})
+        # Of this cell alone: the threshold does not depend on what ran before it.
+        fitted = self._fit(arm, method, block) if threshold is None else threshold
+        return arm.choice.build(method.budget, **{method.knob[0]: fitted})
 
     def _fit(self, arm: Arm, method: Method, block: Block) -> float:
         choice = arm.choice
@@ -432,10 +427,10 @@ def _key(arm: Arm, place: Place) -> tuple[str, float | None, str, int, bool, int
 def seconds_for(cells: Sequence[Asked], questions: int) -> float:
     """What is left to do will take so long, by what it took so far; one that has not begun takes what another takes."""
     left = whole = 0.0
-    for cell in cells:
-        if cell.answers:
-            whole = cell.seconds * questions / len(cell.answers)
-        left += whole - cell.seconds
+    for begun in (cell.begun for cell in cells):
+        if begun.answers:
+            whole = begun.seconds * questions / len(begun.answers)
+        left += whole - begun.seconds
     return left
 
 

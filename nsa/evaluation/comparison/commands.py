@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -28,6 +29,9 @@ from nsa.evaluation.comparison.reading.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
 from nsa.evaluation.comparison.runner import Comparison
 from nsa.exporting.folder import CONFIG
+
+# As tqdm has it, but for parts of cells, which are counted and not shown.
+BAR = "{l_bar}{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 def listing() -> str:
@@ -160,17 +164,20 @@ def compare(path: str, overrides: list[str], minutes: float | None = None, worke
     with alone_in(work.whole.folder):
         folder = work.folder(comparison)
         seldom = 1 if sys.stderr.isatty() else 30
-        with tqdm(total=comparison.most, unit="cell", desc=work.whole.name, mininterval=seldom) as bar:
+        options: dict[str, Any] = {"unit": "cell", "mininterval": seldom, "bar_format": BAR}
+        with tqdm(total=comparison.most, desc=work.whole.name, **options) as bar:
             try:
                 comparison.run(folder, bar.update, lambda: inf if end is None else end - time.monotonic())
             except TimeUpError:
                 return False
             except torch.OutOfMemoryError as error:
+                if workers > 1:  # each has tried with smaller batches
+                    few = f"out of memory, one sample at a time: start fewer --workers than {workers}"
+                    raise ValueError(f"{few} ({error})") from None
                 lower = f"batch_tokens={work.whole.batch_tokens // 2}"
                 if work.whole.decode_batch_tokens is not None:
                     lower += f" and decode_batch_tokens={work.whole.decode_batch_tokens // 2}"
-                fewer = f", or start fewer --workers than {workers}" if workers > 1 else ""
-                raise ValueError(f"out of memory: read less at once, {lower}{fewer} ({error})") from None
+                raise ValueError(f"out of memory: read less at once, {lower} ({error})") from None
         folder.finish(_now())
         report(work.whole.folder)
     if len(work.left) > 1:

@@ -3,6 +3,7 @@
 manifest.json           config, code, commit, versions, hardware, when it began and ended
 cells/ID/cell.json      what all answers of a cell share, with the counts of the ledger, and where it was made
 cells/ID/answers.jsonl  one answer a line
+begun/ID.jsonl          batches of a cell that is not finished (`begun.Begun`)
 siblings/NAME.yaml      how a sibling was trained
 left_out.json           cells that cannot be, such as a budget that a method cannot meet, and why
 cells.json, cells.parquet   one line a cell, written at the end
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nsa.evaluation.comparison.begun import Begun
 from nsa.evaluation.comparison.reading import packed
 from nsa.evaluation.comparison.rows import Cell, ResultsError, Row, build_cell, cell_id, cell_of, digest, tidy
 from nsa.untrusted import UntrustedError, parse_json, read_bytes, read_json
@@ -24,6 +26,7 @@ from nsa.untrusted import UntrustedError, parse_json, read_bytes, read_json
 FORMAT = 2
 MANIFEST, CELLS, CELL, ANSWERS = "manifest.json", "cells", "cell.json", "answers.jsonl"
 SIBLINGS = "siblings"
+BEGUN = "begun"
 LEFT_OUT = "left_out.json"
 UNFINISHED = ".unfinished-"  # begins the name of a cell's folder while it is written
 GROWS = ("siblings", "methods", "stages")  # of a configuration: lists that may grow, since no cell depends on them
@@ -121,6 +124,18 @@ class ResultsFolder:
     def _place(self, *key: Any) -> Path:
         return self.path / CELLS / cell_id(*key)
 
+    def begun(self, weights: str, *key: Any) -> Begun:
+        """What is known of a cell that is not finished. ``key``: as of `has`. ``weights``: as of `write`."""
+        by = {"origin": self.manifest.origin, "made": {**self.made, "weights": weights}, "cell": key}
+        return Begun(self._begun(*key), by)
+
+    def forget(self, *key: Any) -> None:
+        """What is known of a cell is not needed any more. ``key``: as of `has`."""
+        self._begun(*key).unlink(missing_ok=True)
+
+    def _begun(self, *key: Any) -> Path:
+        return self.path / BEGUN / f"{cell_id(*key)}.jsonl"
+
     def check_weights(self, model: str, train_seed: int, weights: str) -> None:
         """Raises ResultsError if there are results of another training of this sibling and seed."""
         if (there := self.weights.setdefault((model, train_seed), weights)) != weights:
@@ -152,6 +167,7 @@ class ResultsFolder:
         _write(temporary / CELL, json.dumps(head, indent=1) + "\n")
         _write(temporary / ANSWERS, "".join(json.dumps(answer) + "\n" for answer in cell.answers()))
         temporary.rename(final)
+        (self.path / BEGUN / f"{cell.id}.jsonl").unlink(missing_ok=True)
         return cell
 
     def drop_figure(
@@ -201,6 +217,7 @@ class ResultsFolder:
         _write(self.path / "cells.json", json.dumps(whole, indent=1) + "\n")
         self.manifest = replace(self.manifest, finished=self.manifest.finished or finished)
         self._write_manifest()
+        shutil.rmtree(self.path / BEGUN, ignore_errors=True)
         return replace(results, manifest=self.manifest)
 
 

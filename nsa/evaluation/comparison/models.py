@@ -19,6 +19,7 @@ from nsa.exporting.folder import CONFIG, is_export
 from nsa.importing import read_sections
 from nsa.importing.folder import is_own
 from nsa.models import AttentionConfig, Decoder, ModelConfig
+from nsa.untrusted import regular_size
 
 
 class Opened(Protocol):
@@ -169,6 +170,9 @@ def open_model(name: str, folder: Path, device: torch.device | str = "cpu") -> O
     if not (folder / "config.json").is_file():
         raise ValueError(_neither(folder))
     try:
+        for path in folder.iterdir():
+            if not path.is_dir():
+                regular_size(path, follow=True)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

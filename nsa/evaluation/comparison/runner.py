@@ -8,7 +8,8 @@ import numpy as np
 
 from nsa.baselines import Budget
 from nsa.data.tasks import UnavailableError, task_named
-from nsa.evaluation.comparison.cells import CALIBRATION, Arm, Cells, Place, Unit, places_of, units_of
+from nsa.evaluation.comparison.arms import Arm, Place, Unit, places_of, units_of
+from nsa.evaluation.comparison.cells import CALIBRATION, Cells
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import tokenizer_digest
@@ -63,7 +64,7 @@ class Comparison:
         return arms * len(places_of(self.config))
 
     def run(
-        self, folder: ResultsFolder, progress: Callable[[int], None], time_left: Callable[[], float] = lambda: inf
+        self, folder: ResultsFolder, progress: Callable[[float], None], time_left: Callable[[], float] = lambda: inf
     ) -> None:
         """Every cell that is not finished; cell by cell, so that an interruption changes no result. Nor do workers.
 
@@ -72,7 +73,7 @@ class Comparison:
         asked in turns, batch by batch, and each batch is read once for all of them.
 
         Args:
-            progress: called with a number of cells that are done or left out.
+            progress: called with how many cells more are done or left out, parts of cells included.
             time_left: seconds; no cell is begun without any, but for the first.
 
         Raises:
@@ -119,7 +120,7 @@ class Comparison:
             units.extend(found)
             return found
 
-        with Workers(self.workers, cells, self.device) as workers:
+        with Workers(self.workers, cells, self.device, self.say) as workers:
             workers.finish(dense, progress, methods)
         cells.keep_first_changes(units)
         folder.plan(planned)

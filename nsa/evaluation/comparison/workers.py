@@ -20,7 +20,8 @@ from typing import Any, Self
 
 import torch
 
-from nsa.evaluation.comparison.cells import Cells, Place, TimeUpError, Unit
+from nsa.evaluation.comparison.arms import Place, Unit
+from nsa.evaluation.comparison.cells import Cells, TimeUpError
 from nsa.evaluation.comparison.config import ComparisonConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.models import Candidate
@@ -28,7 +29,7 @@ from nsa.exporting.folder import CONFIG
 from nsa.training.signals import die_with_parent, ignore
 
 # What a worker says: of a unit that it answers, and how that ended.
-PROGRESS, LEFT_OUT = "progress", "left out"
+PROGRESS, LEFT_OUT, SAID = "progress", "left out", "said"
 DONE, TIME_UP, MISTAKE, MEMORY, FAULT = "done", "time up", "mistake", "memory", "fault"
 
 
@@ -66,11 +67,13 @@ class Workers:
 
     Args:
         cells: of this process. device: "cuda" (worker i computes on GPU i modulo their number) or another one for all.
+        say: called with what happens, in words.
     """
 
     count: int
     cells: Cells
     device: str
+    say: Callable[[str], None]
     _begun: bool = False
     _workers: list[Worker] = field(default_factory=list)
 
@@ -95,18 +98,19 @@ class Workers:
             worker.connection.close()
 
     def finish(
-        self, units: Sequence[Unit], progress: Callable[[int], None], then: Callable[[], Sequence[Unit]] = list
+        self, units: Sequence[Unit], progress: Callable[[float], None], then: Callable[[], Sequence[Unit]] = list
     ) -> None:
         """Answer what is missing.
 
         Args:
-            progress: called with a number of cells that are done or left out.
+            progress: called with how many cells more are done or left out, parts of cells included.
             then: called whenever some of them are answered. Returns what else is to be answered.
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
             WorkerLostError: a worker was killed.
-            torch.OutOfMemoryError, ValueError: what a worker raised.
+            torch.OutOfMemoryError: a worker had too little memory for one sample.
+            ValueError: what a worker raised.
         """
         if self.count == 1:
             while units:
@@ -127,7 +131,7 @@ class Workers:
         if waiting or not whole:
             raise TimeUpError
 
-    def _missing(self, units: Sequence[Unit], progress: Callable[[int], None]) -> list[Unit]:
+    def _missing(self, units: Sequence[Unit], progress: Callable[[float], None]) -> list[Unit]:
         """What is missing of them, shared out."""
         found = []
         for unit in units:
@@ -154,7 +158,7 @@ class Workers:
             except OSError:
                 raise self._lost(worker) from None
 
-    def _hear(self, worker: Worker, progress: Callable[[int], None]) -> bool:
+    def _hear(self, worker: Worker, progress: Callable[[float], None]) -> bool:
         """Take one message of a worker. Returns False if the time was over before it had answered its unit."""
         try:
             what, *said = worker.connection.recv()
@@ -164,6 +168,8 @@ class Workers:
             progress(*said)
         elif what == LEFT_OUT:
             self.cells.leave_out(*said)
+        elif what == SAID:
+            self.say(f"worker {worker.number}: {said[0]}")
         elif what == MISTAKE:
             raise ValueError(*said)
         elif what == MEMORY:
@@ -209,14 +215,22 @@ def shared_out(units: Sequence[Unit], workers: int) -> list[Unit]:
 
 
 def next_of(units: Sequence[Unit], model: Candidate | None, place: Place | None) -> Unit:
-    """Which unit comes next: many cells and long samples first, and what this worker has in memory.
+    """Which unit comes next: one without a method first, then what takes longest, then what this worker has in memory.
+
+    So methods can begin everywhere, and the last to be dealt are small. How long a unit takes is estimated by its
+    cells and the length of their samples.
 
     Args:
         units: those that wait, at least one. model, place: of the worker's last unit; None: it had none.
     """
     return min(
         units,
-        key=lambda unit: (-len(unit.arms), unit.place != place, unit.model != model, -unit.place.length),
+        key=lambda unit: (
+            any(arm.chooses for arm in unit.arms),
+            -len(unit.arms) * unit.place.length,
+            unit.place != place,
+            unit.model != model,
+        ),
     )
 
 
@@ -243,7 +257,7 @@ def _work(start: Start, connection: Connection) -> None:
         except EOFError:
             return
         try:
-            cells.finish(unit, lambda number: send(PROGRESS, number))
+            _finish(cells, unit, send)
             send(DONE)
         except TimeUpError:
             send(TIME_UP)
@@ -253,3 +267,28 @@ def _work(start: Start, connection: Connection) -> None:
             send(MISTAKE, str(error))
         except Exception:
             send(FAULT, traceback.format_exc())
+
+
+def _finish(cells: Cells, unit: Unit, send: Callable[..., None]) -> None:
+    """Answer a unit, in smaller batches if the memory is too small for those that are configured.
+
+    Raises:
+        torch.OutOfMemoryError: it is too small for one sample.
+    """
+    try:
+        while (full := _memory_full(cells, unit, send)) is not None:
+            # Only here, where no frame of the failed call is left, is its memory free.
+            if (tokens := cells.read_less(unit)) is None:
+                raise torch.OutOfMemoryError(full)
+            send(SAID, f"out of memory at {unit.model.label} {unit.place}: tries again with batches of {tokens} tokens")
+    finally:
+        cells.read_all()
+
+
+def _memory_full(cells: Cells, unit: Unit, send: Callable[..., None]) -> str | None:
+    """Answer a unit. What torch says if there is too little memory."""
+    try:
+        cells.finish(unit, lambda part: send(PROGRESS, part))
+    except torch.OutOfMemoryError as error:
+        return str(error)
+    return None

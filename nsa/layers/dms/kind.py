@@ -27,9 +27,8 @@ def build(shape: Shape, config: DmsConfig, backends: Backends, before: Sequence[
 
 
 def parts(shape: Shape, config: DmsConfig) -> Parts:
-    """Eviction logits belong to KV heads."""
-    found = parts_of(shape)
-    return replace(found, kv_heads=(*found.kv_heads, "evict"))
+    """Eviction logits belong to KV heads, and so does their noise."""
+    return parts_of(shape, kv_heads=("evict",), drawn=("noise",))
 
 
 def products(shape: Shape, config: DmsConfig) -> list[Product]:

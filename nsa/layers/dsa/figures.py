@@ -60,7 +60,7 @@ def measure(
     entropy = -torch.xlogy(p, p).sum(-1) / math.log(max(2, tokens.shape[2]))
     return {
         "recall": mass(tokens),
-        "recall_bound": recall_bound(q, k, dense, documents, more, attend.scale, tokens.shape[2]),
+        "recall_bound": recall_bound(q, k, dense, documents, more, attend.scale, tokens.shape[2], attend.together),
         "first_token_mass": mass(first),
         "token_overlap": token_overlap(tokens, documents, more),
         **overlap,
@@ -69,18 +69,27 @@ def measure(
 
 
 def recall_bound(
-    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, more: Tensor, scale: float | None, topk: int
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    documents: Documents,
+    more: Tensor,
+    scale: float | None,
+    topk: int,
+    together: Callable[[Tensor], Tensor] = lambda mean: mean,
 ) -> Figure:
     """The largest probability, mean over heads, of any ``topk`` tokens; 1 without queries of ``more`` (T,).
 
     Args:
         q (B, T, H, D), k (B, S, G, D). lse: (B, H, T), of dense attention.
+        together: of a mean over these heads, that over all heads which choose together.
     """
     every = more.nonzero().flatten()
     rows = every[:: -(-len(every) // 64) or 1]  # as many as fit in memory
     if not len(rows):
         return Figure.mean(0, 0)
     attention = head_sum(q[:, rows], k, lse[:, :, rows], softmax_scale(scale, q.shape[3])) / q.shape[2]
+    attention = together(attention)
     key = torch.arange(k.shape[1], device=q.device)
     first, last = documents.bounds[documents.query_document[rows]], documents.query_position[rows]
     visible = (key >= first[:, None]) & (key <= last[:, None])

@@ -19,6 +19,10 @@ from nsa.ops.geometry import RotaryLayout
 LAYOUT = {"index_rotary_dims", "index_rotary_place", "index_rotary_pairs", "share_layers", "share_from"}
 
 
+# The indexer chooses for all query heads.
+AVERAGED = {"attend.together": True}
+
+
 def build(
     shape: Shape, config: DsaConfig, backends: Backends, before: Sequence[Any] = (), served: bool = False
 ) -> nn.Module:
@@ -139,7 +143,7 @@ DSA: Kind = Kind(
     dense_library=False,
     recordable=True,
     options=("qkv_bias", "qk_norm", "mla", "v_head_dim"),
-    parts=lambda shape, config: parts_of(shape, whole=("indexer",)),
+    parts=lambda shape, config: parts_of(shape, whole=("indexer",), averaged=AVERAGED),
     exchanges=exchanges,
     choices=("attend.choose", "shared"),
     placed=lambda config, place: SERVED if config.is_served(place) else DSA,
@@ -167,7 +171,7 @@ SERVED: Kind = replace(
     build=partial(build, served=True),
     products=served_products,
     other_flops=lambda config, tokens: 0.0,
-    parts=lambda shape, config: parts_of(shape),
+    parts=lambda shape, config: parts_of(shape, averaged=AVERAGED),
     exchanges=served_exchanges,
     borrows=True,
     twin=lambda config: config.model_copy(update={"share_layers": 2, "share_from": 0}),

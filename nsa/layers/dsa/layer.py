@@ -101,6 +101,7 @@ class IndexedAttention(nn.Module):
         choose: the selection. loss: the indexer's, which is attached to the output. In the sparse phase it is computed
             in the attention's backward pass, if there is one.
         scale: factor of the attention's scores; None: D ** -0.5.
+        together: of a mean over query heads, that over all of them, also where ranks share these.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class IndexedAttention(nn.Module):
         self.scale = scale
         self.choose, self.loss = choose, loss
         self.phase, self.backend = phase, backend
+        self.together = nn.Identity()
 
     def forward(
         self,

@@ -97,7 +97,7 @@ def measure_warm_up(
         here = sizes | dense | {"window": attend.window, "offset": offset + start, "cu_seqlens": borders}
         target, blocks_here = block_attention(q[:, rows], k[:, :end], lse[:, :, rows], **here), chosen[:, :, rows]
         held += (target.gather(3, blocks_here.clamp(min=0)) * (blocks_here >= 0)).sum()  # forced blocks have none of it
-        most += target.topk(min(free, target.shape[3]), -1).values.sum()
+        most += attend.together(target).topk(min(free, target.shape[3]), -1).values.sum()
         whole += target.sum()
     return {
         "recall": Figure.mean(held, whole),

@@ -164,6 +164,8 @@ NSA: Kind = Kind(
         one_kv_head=False,
         gathered={"attend.choose": (2, None, 1)},  # queries and their LSE
         gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
+        drawn=(),
+        averaged={"attend.together": False},
     ),
     exchanges=exchanges,
     choices=("attend.choose",),

@@ -129,6 +129,7 @@ class GatedBranches(nn.Module):
     Attributes:
         choose: the selection. diverge: the loss that teaches it, loss: attaches that to the output; both None if it is
             not taught. dense: whether queries attend to all tokens, as in the warm-up.
+        together: of a mean over the query heads of a KV head, that over all of them, also where ranks share these.
     """
 
     diverge: Divergence | None
@@ -138,6 +139,7 @@ class GatedBranches(nn.Module):
         super().__init__()
         self.choose, self.window, self.dense = choose, window, phase == "warm-up"
         self.sizes, self.scale, self.backend = choose.sizes, choose.scale, choose.backend
+        self.together = nn.Identity()
         self.diverge = self.loss = None
         if self.dense or kl_weight:
             self.diverge, self.loss = Divergence(choose, window), AuxiliaryLoss(1.0 if self.dense else kl_weight)

@@ -1,6 +1,8 @@
 """The projection that the shape of a layer asks for."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from nsa.layers.kind import Parts, Shape
 from nsa.layers.projections.gqa import GQA
@@ -13,7 +15,21 @@ def projection_of(shape: Shape) -> ProjectionRecord:
     return GQA if shape.mla is None else MLA
 
 
-def parts_of(shape: Shape, whole: tuple[str, ...] = (), columns: tuple[str, ...] = ()) -> Parts:
-    """The parts of a layer with this projection, and its own: replicated ones, and those by query heads."""
+def parts_of(
+    shape: Shape,
+    whole: tuple[str, ...] = (),
+    columns: tuple[str, ...] = (),
+    kv_heads: tuple[str, ...] = (),
+    drawn: tuple[str, ...] = (),
+    averaged: Mapping[str, bool] = MappingProxyType({}),
+) -> Parts:
+    """The parts of a layer with this projection, and its own."""
     parts = projection_of(shape).parts(shape)
-    return replace(parts, whole=(*parts.whole, *whole), columns=(*parts.columns, *columns))
+    return replace(
+        parts,
+        whole=(*parts.whole, *whole),
+        columns=(*parts.columns, *columns),
+        kv_heads=(*parts.kv_heads, *kv_heads),
+        drawn=drawn,
+        averaged=averaged,
+    )

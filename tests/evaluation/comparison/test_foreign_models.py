@@ -1,6 +1,8 @@
 """A folder of transformers as SmolLM2's is: nine heads on three, tied embeddings, another rotary base, no BOS."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,15 @@ def test_sizes_are_those_of_the_model(opened: OpenedTransformers) -> None:
     assert "lm_head.weight" not in named, "tied embeddings are counted once"
     assert opened.parameters == sum(opened.model.get_parameter(name).numel() for name in named)
     assert opened.kv_elements == LAYERS * 3 * 2 * WIDTH and opened.reaches == 512
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer.json"])
+def test_a_pipe_is_not_waited_for(name: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink()
+    os.mkfifo(tmp_path / "copy" / name)
+    with pytest.raises(ValueError, match=f"{name} is no regular file"):
+        open_model("llama", tmp_path / "copy")
 
 
 def test_keys_turn_as_the_model_turns_them(opened: OpenedTransformers) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +14,8 @@ import transformers
 from nsa.baselines import METHODS, Budget, Ledger, Method, Session, method_named
 from nsa.baselines.methods.dense import DenseForOthers
 from nsa.evaluation.comparison import commands
-from nsa.evaluation.comparison.cells import Arm, Asked, TimeUpError, seconds_for
+from nsa.evaluation.comparison.arms import Arm
+from nsa.evaluation.comparison.cells import Asked, TimeUpError, seconds_for
 from nsa.evaluation.comparison.decoding import Prompts
 from nsa.evaluation.comparison.models import open_model
 from tests.small_run import small_config, small_export
@@ -251,7 +253,7 @@ def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_the_time_may_end_anywhere(folders: dict[str, Path], whole: dict[str, Any], tmp_path: Path) -> None:
-    """Each run finishes a cell or more; what was half done begins again."""
+    """Each run finishes a cell or more; what was half done is gone on with."""
     work, done, several = compared(tmp_path / "parts", folders, *SMALLER), 0, 0
     for looks in range(100):  # at the clock until it is over
         clock = iter([1e6] * looks)
@@ -265,7 +267,7 @@ def test_the_time_may_end_anywhere(folders: dict[str, Path], whole: dict[str, An
     assert looks > 3 and several > 0 and found == whole
 
 
-def test_what_was_killed_begins_again(
+def test_what_was_killed_goes_on(
     folders: dict[str, Path], whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, batches, go_on = compared(tmp_path / "parts", folders, *SMALLER), [0], Asked.go_on
@@ -309,7 +311,11 @@ def test_one_batch_is_kept_at_a_time(folders: dict[str, Path], tmp_path: Path, m
 
 def test_how_long_cells_will_take_is_known_from_those_that_have_begun() -> None:
     """Five of ten questions took 3 and 2 seconds; the last one has not begun."""
-    begun: list[Any] = [Asked(*[None] * 6, answers=[None] * 5, seconds=seconds) for seconds in (3.0, 2.0)]  # type: ignore
-    fresh = Asked(*[None] * 6)  # type: ignore[arg-type]
+
+    def asked(answers: int, seconds: float) -> Any:
+        known: Any = SimpleNamespace(answers=[None] * answers, seconds=seconds)
+        return Asked(*[None] * 5, begun=known)  # type: ignore[arg-type]
+
+    begun, fresh = [asked(5, 3.0), asked(5, 2.0)], asked(0, 0.0)
     assert [seconds_for(cells, 10) for cells in ([], begun[:1], begun, [*begun, fresh])] == [0, 3, 5, 5 + 4]
     assert seconds_for(begun, 5) == 0

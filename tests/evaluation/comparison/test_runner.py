@@ -21,7 +21,8 @@ from nsa.data.tasks import Query, task_named
 from nsa.data.tasks.narrow import Mqar
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import Answer, ask
-from nsa.evaluation.comparison.cells import Arm, Asked, Cells, Place, fit
+from nsa.evaluation.comparison.arms import Arm, Place
+from nsa.evaluation.comparison.cells import Asked, Cells, fit
 from nsa.evaluation.comparison.config import MethodConfig, budget_of, load, trainings_of
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.models import Candidate, OpenedDecoder, open_model
@@ -391,8 +392,8 @@ def test_what_was_answered_is_written_as_it_was(siblings: dict[str, Path], tmp_p
     answers = [Answer(0, 0, None), Answer(0, 1, 0.5), Answer(1, 0, 0.0)]
     for budget, ran in ((0.5, {("decode", 0)}), (0.25, {("decode", 1), ("prefill", 0)})):
         arm = Arm(model, MethodConfig(name="quest", page=4), budget)
-        ledger = Ledger(ran=ran)
-        cells._write(Asked(arm, block, cells._method(arm, block), ledger, reader, iter(()), list(answers)), place)
+        known: Any = SimpleNamespace(ledger=Ledger(ran=ran), answers=answers)
+        cells._write(Asked(arm, block, cells._method(arm, block), reader, iter(()), known), place)
         cell = cells.folder.cell(arm.label, budget, *place, model.train_seed)
         assert cell is not None
         assert cell.parsed.tolist() == [False, True, True] and cell.score.tolist() == [0.0, 0.5, 0.0]

@@ -12,13 +12,16 @@ from multiprocessing import Pipe, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from weakref import WeakSet
 
 import pytest
 import torch
 
+from nsa.baselines import Session
 from nsa.compare import main
 from nsa.evaluation.comparison import commands, workers
-from nsa.evaluation.comparison.cells import Cells, Place, TimeUpError, Unit
+from nsa.evaluation.comparison.arms import Place, Unit, units_of
+from nsa.evaluation.comparison.cells import Cells, TimeUpError
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.workers import Worker, WorkerLostError, Workers, next_of, shared_out
 from tests.small_run import small_export
@@ -226,7 +229,7 @@ def test_what_comes_up_while_others_answer_is_answered(monkeypatch: pytest.Monke
         monkeypatch.setattr(Workers, "_deal", deal)
         monkeypatch.setattr(Workers, "_hear", hear)
         monkeypatch.setattr(workers, "wait", list)
-        Workers(count, cells, "cpu").finish([first], lambda cells: None, lambda new=new: next(new, []))  # type: ignore[misc]
+        Workers(count, cells, "cpu", print).finish([first], lambda cells: None, lambda new=new: next(new, []))  # type: ignore[misc]
         assert done == [first, second, third]
 
 
@@ -292,7 +295,104 @@ def test_too_little_memory_for_several_is_said(
 
     monkeypatch.setattr(Workers, "finish", full)
     assert main([str(configured(tmp_path, siblings)), "batch_tokens=128", "--workers", "4"]) == 2
-    assert "batch_tokens=64, or start fewer --workers than 4 (80 GiB)" in capsys.readouterr().err
+    assert "one sample at a time: start fewer --workers than 4 (80 GiB)" in capsys.readouterr().err
+
+
+class Line:
+    """A connection to a worker of this process: units that it is sent, and what it says."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units, self.said = list(units), list[Any]()
+
+    def recv(self) -> Unit:
+        if not self.units:
+            raise EOFError
+        return self.units.pop(0)
+
+    def send(self, what: Any) -> None:
+        self.said.append(what)
+
+
+def full_above(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on there is no memory for more than so many sequences. Those of each prompt that was read."""
+    read, attend = list[int](), Session.attend
+
+    def attended(self: Session, layer: int, q: torch.Tensor, *more: Any) -> torch.Tensor:
+        if self.prompt and layer == 1 and len(q) > rows:
+            raise torch.OutOfMemoryError(f"{len(q)} sequences")
+        if self.prompt and layer == 1:
+            read.append(len(q))
+        return attend(self, layer, q, *more)
+
+    monkeypatch.setattr(Session, "attend", attended)
+    return read
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(2, 128), (1, 64)])
+def test_a_worker_with_too_little_memory_reads_less_at_once(
+    rows: int, tokens: int, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight samples; the next unit begins with what is configured. Answers are those of small batches."""
+    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
+    monkeypatch.setattr(workers, "ignore", lambda: None)
+    path, threads = configured(tmp_path, siblings), torch.get_num_threads()
+    found, said, read = [], list[Any](), list[int]()
+    for name, batch in (("less", 512), ("few", rows * 64)):
+        overrides = [f"output_dir={tmp_path}/{name}", f"batch_tokens={batch}", "samples=8", "lengths=[64]"]
+        work = commands.work_of(str(path), overrides)
+        comparison = work.comparison()
+        model = comparison.candidates[0]
+        units = units_of(list(comparison.arms(model, methods=True)), Place("mqar", 64, False))[:3]
+        assert [len(unit.arms) > 1 for unit in units] == [True, False, False]
+        folder = work.folder(comparison)
+        assert folder.manifest.config["batch_tokens"] == batch
+        line: Any = Line(units)
+        with monkeypatch.context() as patch:
+            read = full_above(rows, patch) if name == "less" else read
+            workers._work(workers.Start(work.config, folder, "cpu", 1, time.monotonic() + 999, os.getppid()), line)
+        said = line.said if name == "less" else said
+        found.append({path.parent.name: path.read_text() for path in folder.path.glob("cells/*/answers.jsonl")})
+    torch.set_num_threads(threads)
+    assert found[0] == found[1] and len(found[0]) > 4
+    assert {what for what, *_ in said} <= {workers.PROGRESS, workers.SAID, workers.DONE, workers.LEFT_OUT}
+    lines = [text for what, *more in said for text in more if what == workers.SAID]
+    assert len(lines) == 3 * {2: 2, 1: 3}[rows] and max(read) == rows  # it was halved so often for each unit
+    assert lines[-1] == f"out of memory at dense mqar 64 agnostic: tries again with batches of {tokens} tokens"
+
+
+def test_a_worker_without_memory_for_one_sample_gives_up(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = commands.work_of(str(configured(tmp_path, siblings)), ["batch_tokens=512"])
+    comparison = work.comparison()
+    cells = Cells(work.config, work.folder(comparison), lambda *_: None, "cpu", lambda: 0.0)
+    (unit, *_) = units_of(list(comparison.arms(comparison.candidates[0], methods=True)), Place("mqar", 64, False))
+    said: list[Any] = []
+    sessions: WeakSet[Session] = WeakSet()
+    begin, attend, read_less = Session.begin, Session.attend, Cells.read_less
+
+    def full(self: Session, *inputs: Any) -> torch.Tensor:
+        """While it decodes, after the prompt was read for all."""
+        if not self.prompt:
+            raise torch.OutOfMemoryError("full")
+        return attend(self, *inputs)
+
+    def begun(self: Session, *more: Any) -> None:
+        sessions.add(self)
+        begin(self, *more)
+
+    def less(self: Cells, unit: Unit) -> int | None:
+        found = read_less(self, unit)
+        assert len(sessions) == 0, "what the failed call had read is still in memory"
+        return found
+
+    monkeypatch.setattr(Session, "begin", begun)
+    monkeypatch.setattr(Session, "attend", full)
+    monkeypatch.setattr(Cells, "read_less", less)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        workers._finish(cells, unit, lambda *what: said.append(what))
+    assert [text.split()[-2] for what, text in said if what == workers.SAID] == ["256", "128", "64"]
+    assert cells._at_once(None) == 512
 
 
 def test_a_mistake_of_a_worker_is_sent(
@@ -346,19 +446,26 @@ def test_a_mistake_of_a_worker_is_sent(
 
 
 def test_units_are_dealt_out() -> None:
-    def unit(arms: int, model: str, length: int, task: str = "mqar") -> Unit:
-        return Unit(tuple(cast(Any, Stub(model)) for _ in range(arms)), Place(task, length, False))
+    """Without methods first, where each kind has the longest first; then what is in memory."""
 
     class Stub:
-        def __init__(self, model: str) -> None:
-            self.model = model
+        def __init__(self, model: str, chooses: bool) -> None:
+            self.model, self.chooses = model, chooses
+
+    def unit(arms: int, model: str, length: int, chooses: bool = True) -> Unit:
+        return Unit(tuple(cast(Any, Stub(model, chooses)) for _ in range(arms)), Place("mqar", length, False))
 
     units = [unit(1, "a", 64), unit(7, "a", 64), unit(1, "b", 64), unit(1, "b", 128), unit(7, "b", 128)]
-    assert next_of(units, None, None) is units[4]  # many cells of long samples
-    alone = [u for u in units if len(u.arms) == 1]
-    assert next_of(alone, cast(Any, "b"), alone[0].place) is alone[1]  # place and sibling are in memory
-    assert next_of(alone, cast(Any, "b"), None) is alone[2]
-    assert next_of(alone[:2], cast(Any, "c"), None) is alone[0]
+    dense = [unit(1, "a", 64, False), unit(1, "b", 64, False), unit(1, "b", 128, False)]
+    both, order = [*units, *dense], []
+    while both:
+        order.append(next_of(both, None, None))
+        both.remove(order[-1])
+    assert order == [dense[2], *dense[:2], units[4], units[1], units[3], units[0], units[2]]
+    alone = [units[0], units[2], dense[0], dense[1]]
+    assert next_of(alone, cast(Any, "b"), alone[0].place) is dense[1]  # place and sibling are in memory
+    assert next_of(alone[:2], cast(Any, "b"), None) is units[2]
+    assert next_of(alone[:2], cast(Any, "c"), None) is units[0]
     # 17 cells for three: at most six together.
     assert [len(u.arms) for u in shared_out(units, 3)] == [1, 6, 1, 1, 1, 6, 1]
     assert [u.place for u in shared_out(units, 3)] == [units[i].place for i in (0, 1, 1, 2, 3, 4, 4)]
@@ -383,7 +490,7 @@ def test_workers_are_spread_over_the_gpus(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     monkeypatch.setattr(workers, "get_context", lambda kind: type("", (), {"Pipe": Pipe, "Process": Process}))
-    four = Workers(4, cells, "cuda")
+    four = Workers(4, cells, "cuda", print)
     for number in range(4):
         four._started(number)
     assert begun == [(f"cuda:{number % gpus}", 2) for number in range(4)]
