@@ -69,7 +69,7 @@ class OracleTopP(Method):
 
 
 def _chosen(view: View, choose: Callable[[Tensor], Tensor]) -> Plan:
-    """The keys that ``choose`` takes by the true mass of each query, (B, G, rows, keys), which is 0 where not visible."""
+    """The keys that ``choose`` takes by the true mass of each query, (B, G, rows, keys); not visible: 0."""
     if not by_kernels(view):
         return Plan((Part(torch.cat([choose(true_mass(view, rows)) for rows in row_blocks(view)], 2)),))
     (batch, tokens, _, _), groups = view.q.shape, view.k.shape[2]
