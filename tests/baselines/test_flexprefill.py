@@ -146,6 +146,19 @@ def test_both_branches_are_taken() -> None:
             assert (distance < 0.1) == low, distance
 
 
+@pytest.mark.parametrize("case", range(3))
+def test_the_divergence_is_the_root_of_jensen_and_shannons(case: int) -> None:
+    """Of each query head alone, and of the means over the heads of a KV head."""
+    view = cases()[case]
+    rows = last_rows(view, BLOCK)
+    means, mass = mean_query_attention(view, rows, BLOCK), view.scores(rows).softmax(-1).sum(2)
+    each = divergence(view, rows, means, mass, BLOCK)[0].tolist()
+    assert each == pytest.approx([Loops(view, [head]).distance for head in range(HEADS)], abs=1e-4)
+    of_groups = divergence(view, rows, *(view.per_group(x).mean(2) for x in (means, mass)), BLOCK)[0].tolist()
+    heads = [list(range(group * GROUP, (group + 1) * GROUP)) for group in range(GROUPS)]
+    assert of_groups == pytest.approx([Loops(view, some).distance for some in heads], abs=1e-4)
+
+
 @pytest.mark.parametrize("gamma", [0.3, 0.6, 0.9, 0.99])
 def test_the_last_block_of_queries_keeps_the_mass_that_was_asked_for(gamma: float) -> None:
     """Columns alone have gamma of it; the release takes one column fewer, and rounds up to blocks."""

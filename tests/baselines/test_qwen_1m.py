@@ -165,6 +165,36 @@ def test_refinement_grows_the_budgets_of_heads_that_keep_too_little() -> None:
     assert refined(view, method, threshold=1.0)[1] >= 6, "it ends when a head has all"
 
 
+def padded(*lengths: int, **changes: Any) -> View:
+    """Random sequences of these lengths, padded on the left."""
+    longest, seen = max(lengths), torch.tensor(lengths)
+    place = (torch.arange(longest) - (longest - seen)[:, None]).clamp(min=-1)
+    slots = place[..., None].expand(-1, -1, GROUPS)
+    view = view_of(longest, batch=len(lengths), scale=0.3)
+    return replace(view, query_positions=place, positions=slots, seen=seen, **changes)
+
+
+def test_the_mass_that_is_kept_is_a_mean_over_all_queries_without_padding() -> None:
+    view, dice = padded(2, 5), torch.Generator().manual_seed(0)
+    lse = torch.randn(2, HEADS, 5, generator=dice)
+    whole = lse + torch.rand(2, HEADS, 5, generator=dice)
+    shares = (lse - whole).exp()
+    queries = [(0, 3), (0, 4), *((1, t) for t in range(5))]
+    for group, found in enumerate(recall(view, lse, whole).tolist()):
+        heads = range(group * GROUP, (group + 1) * GROUP)
+        assert found == pytest.approx(sum(float(shares[b, h, t]) for b, t in queries for h in heads) / (7 * GROUP))
+
+
+def test_refinement_goes_on_until_the_longest_sequence_keeps_enough() -> None:
+    """The shorter one has all its tokens long before."""
+    view, method = padded(14, 60), Qwen1M(budget=Budget(tokens=10), **SMALL)
+    factors = refined(view, method, threshold=0.95)
+    trial = replace(method, factors=(factors,))
+    assert trial.size(view)[0].tolist() == [14, 14]
+    whole = attend(view, Plan(dual_chunk_parts(view, CHUNK, LOCAL)))[1]
+    assert (recall(view, attend(view, trial.prefill_select(view, State()))[1], whole) >= 0.95).all()
+
+
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="local"):
         DualChunk(chunk=8, local=8)
