@@ -40,9 +40,10 @@ def test_each_sequence_has_its_own_length_and_its_own_overhead() -> None:
     assert found.tolist() == [[[20 - 10]], [[6 - 3]]] and found.dtype == torch.int64
 
 
-@pytest.mark.parametrize(
-    "bad", [{}, {"share": 0.5, "tokens": 3}, {"share": 0.0}, {"share": 1.1}, {"tokens": 0}, {"tokens": 3, "counts": "k"}]
-)
+BAD = [{}, {"share": 0.5, "tokens": 3}, {"share": 0.0}, {"share": 1.1}, {"tokens": 0}, {"tokens": 3, "counts": "k"}]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=str)
 def test_bad_budgets_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="budget"):
         Budget(**bad)

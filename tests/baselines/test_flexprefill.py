@@ -11,6 +11,7 @@ from torch import Tensor
 from views import GROUP, SCALE, best, mask_of, softmax, view_of
 
 from nsa.baselines import View
+from nsa.baselines.attention import kept
 from nsa.baselines.importance.agreement import divergence, mean_query_attention
 from nsa.baselines.importance.lines import last_rows
 from nsa.baselines.method import State
@@ -184,6 +185,25 @@ def test_the_release_is_dense_up_to_two_blocks_or_its_least_budget() -> None:
     for tokens, dense in ((16, True), (24, True), (80, False)):
         mask = mask_of(FlexPrefillReleased(gamma=0.5, tau=0.0, block=BLOCK, min_budget=20), view_of(tokens))
         assert bool((mask == torch.ones(tokens, tokens, dtype=torch.bool).tril()).all()) == dense
+
+
+@pytest.mark.parametrize("kind", [FlexPrefill, FlexPrefillReleased])
+def test_a_sequence_chooses_blocks_as_it_does_alone_beside_one_that_has_more(kind: type[FlexPrefill]) -> None:
+    """Of six blocks the shorter one has two. What both cost is their mean."""
+    method, both = kind(tau=2.0, **SMALL), view_of(48, batch=2, scale=1.0)
+    place = torch.stack([torch.arange(48), (torch.arange(48) - 35).clamp(min=-1)])
+    slots = place[..., None].expand(-1, -1, GROUPS)
+    both = replace(both, query_positions=place, positions=slots, seen=torch.tensor([48, 13]))
+    plans = [method.prefill_select(both, State())]
+    for row, start in enumerate((0, 35)):
+        q, k, v = (x[row : row + 1, start:] for x in (both.q, both.k, both.v))
+        alone = view_of(48 - start, q=q, k=k, v=v)
+        plans.append(method.prefill_select(alone, State()))
+        mask = kept(both, plans[0], torch.arange(start, 48))[row, ..., start:]
+        assert torch.equal(mask, kept(alone, plans[-1], torch.arange(48 - start))[0])
+    assert all(plan is not None for plan in plans)
+    reads = [plan.estimate.read for plan in plans]  # type: ignore[union-attr]
+    assert reads[0] == sum(reads[1:]) / 2
 
 
 def test_padding_is_in_no_mean_and_in_no_share() -> None:

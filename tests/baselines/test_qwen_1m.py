@@ -180,9 +180,9 @@ def test_the_mass_that_is_kept_is_a_mean_over_all_queries_without_padding() -> N
     whole = lse + torch.rand(2, HEADS, 5, generator=dice)
     shares = (lse - whole).exp()
     queries = [(0, 3), (0, 4), *((1, t) for t in range(5))]
-    for group, found in enumerate(recall(view, lse, whole).tolist()):
+    for group, kept_mass in enumerate(recall(view, lse, whole).tolist()):
         heads = range(group * GROUP, (group + 1) * GROUP)
-        assert found == pytest.approx(sum(float(shares[b, h, t]) for b, t in queries for h in heads) / (7 * GROUP))
+        assert kept_mass == pytest.approx(sum(float(shares[b, h, t]) for b, t in queries for h in heads) / (7 * GROUP))
 
 
 def test_refinement_goes_on_until_the_longest_sequence_keeps_enough() -> None:
