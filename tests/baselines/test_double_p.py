@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from decoding import Step, decoded
-from sessions import HEADS, WIDTH, inputs, run
+from sessions import GROUPS, HEADS, WIDTH, inputs, run
+from views import view_of
 
 from nsa.baselines import Budget
+from nsa.baselines.importance.clusters import cluster
 from nsa.baselines.methods.double_p import DoubleP
 
 PADDING = torch.tensor([0, 5])
@@ -30,6 +32,17 @@ def k_means(keys: torch.Tensor, size: int, iterations: int) -> list[list[int]]:
                     total = centred[chosen].sum(0)
                     centroids[c] = total / total.norm()
     return members
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cluster_that_got_no_token_stays_where_it_was_and_ties_go_to_the_first(seed: int) -> None:
+    """Two clusters of three begin with one key; so the second of them has no token at first."""
+    view = view_of(24, seed=seed)
+    view.k[:, 8] = view.k[:, 0]
+    made = cluster(view, torch.tensor([0]), torch.tensor([24]), size=8, iterations=3, segment=24)
+    for group in range(GROUPS):
+        members = [(made.labels[0, :, group] == c + 1).nonzero()[:, 0].tolist() for c in range(3)]
+        assert members == k_means(view.k[0, :, group], 8, 3)
 
 
 def clusters_of(step: Step, row: int, kv: int, stops: list[int]) -> list[list[int]]:

@@ -189,18 +189,18 @@ def test_the_release_is_dense_up_to_two_blocks_or_its_least_budget() -> None:
 
 @pytest.mark.parametrize("kind", [FlexPrefill, FlexPrefillReleased])
 def test_a_sequence_chooses_blocks_as_it_does_alone_beside_one_that_has_more(kind: type[FlexPrefill]) -> None:
-    """Of six blocks the shorter one has two. What both cost is their mean."""
-    method, both = kind(tau=2.0, **SMALL), view_of(48, batch=2, scale=1.0)
-    place = torch.stack([torch.arange(48), (torch.arange(48) - 35).clamp(min=-1)])
+    """Of twelve blocks the shorter one has five. What both cost is their mean."""
+    method, both = kind(tau=2.0, **SMALL), view_of(92, batch=2, scale=1.0)
+    place = torch.stack([torch.arange(92), (torch.arange(92) - 55).clamp(min=-1)])
     slots = place[..., None].expand(-1, -1, GROUPS)
-    both = replace(both, query_positions=place, positions=slots, seen=torch.tensor([48, 13]))
+    both = replace(both, query_positions=place, positions=slots, seen=torch.tensor([92, 37]))
     plans = [method.prefill_select(both, State())]
-    for row, start in enumerate((0, 35)):
+    for row, start in enumerate((0, 55)):
         q, k, v = (x[row : row + 1, start:] for x in (both.q, both.k, both.v))
-        alone = view_of(48 - start, q=q, k=k, v=v)
+        alone = view_of(92 - start, q=q, k=k, v=v)
         plans.append(method.prefill_select(alone, State()))
-        mask = kept(both, plans[0], torch.arange(start, 48))[row, ..., start:]
-        assert torch.equal(mask, kept(alone, plans[-1], torch.arange(48 - start))[0])
+        mask = kept(both, plans[0], torch.arange(start, 92))[row, ..., start:]
+        assert torch.equal(mask, kept(alone, plans[-1], torch.arange(92 - start))[0])
     assert all(plan is not None for plan in plans)
     reads = [plan.estimate.read for plan in plans]  # type: ignore[union-attr]
     assert reads[0] == sum(reads[1:]) / 2

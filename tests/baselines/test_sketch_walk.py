@@ -148,6 +148,17 @@ def test_a_decoded_row_is_the_last_of_a_prompt(settings: dict[str, Any]) -> None
             torch.testing.assert_close(one[:, tokens - 1], two[:, -1], atol=1e-6, rtol=1e-6)
 
 
+def test_chunks_of_padded_sequences_choose_as_each_alone_does() -> None:
+    """The second chunk begins in another block of each sequence; the first has nothing of the last one."""
+    given, padding = inputs(44, batch=3), torch.tensor([0, 13, 23])
+    method = SketchWalk(budget=Budget(tokens=12), block=BLOCK)
+    outs = run(method, given, prompt=40, chunks=(20,), padding=padding)[0]
+    for row, start in enumerate(padding.tolist()):
+        alone = run(method, given.row(row, start), prompt=40 - start, chunks=(20 - start,) if start < 20 else ())[0]
+        for one, two in zip(outs, alone, strict=True):
+            torch.testing.assert_close(one[row : row + 1, start:], two, atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_has_one_choice_for_all_heads_if_asked() -> None:
     given = inputs(40, batch=1)
     for scope, same in (("layer", True), ("group", False)):
