@@ -107,6 +107,7 @@ def test_what_is_kept_of_clusters_is_what_their_tokens_say() -> None:
     (*_, step), states = decoded(DoubleP(**SETTINGS), given, 50, PADDING, chunks=(7, 30))
     rest = states[0].rest
     assert rest["until"].tolist() == [52, 47]
+    assert rest["sizes"].shape[1] == 6 + 4 + 3, "of 24, 14 and 10 tokens; no step makes empty ones"
     for row, pad in enumerate(PADDING.tolist()):
         labels = rest["labels"][row]
         assert (labels[4 : 52 - pad] > 0).all() and (labels[:4] == 0).all() and (labels[52 - pad :] == 0).all()
@@ -185,6 +186,13 @@ def test_short_prompts_have_no_clusters_or_few(prompt: int) -> None:
     outs, _ = run(DoubleP(p2=1.0, **SETTINGS), given, prompt=prompt)
     assert torch.isfinite(outs[0]).all()
     torch.testing.assert_close(outs, run(DoubleP(budget=Budget(tokens=1), p2=1.0), given, prompt=prompt)[0])
+
+
+def test_sinks_are_in_no_cluster_however_short_the_prompt_was() -> None:
+    for prompt in (1, 3, 4):
+        _, states = decoded(DoubleP(**SETTINGS), inputs(40, layers=1), prompt)
+        labels = states[0].rest["labels"]
+        assert (labels[:, :4] == 0).all() and (labels[:, 4:22] > 0).all()
 
 
 def test_clusters_are_paid_for() -> None:

@@ -10,7 +10,7 @@ import torch
 from sessions import GROUPS, HEADS, WIDTH, Inputs, half, inputs, run
 from torch import Tensor
 
-from nsa.baselines import METHODS, Budget, Method, Session, method_named
+from nsa.baselines import METHODS, Budget, BudgetError, Method, Session, method_named
 from nsa.baselines.importance.observed import column_sums
 from nsa.baselines.plan import View
 
@@ -294,6 +294,13 @@ def test_a_full_safeguard_is_snapkv(name: str) -> None:
     assert stays(ada[1]) == stays(snap[1])
 
 
+@pytest.mark.parametrize("name", ["ada_snapkv", "ada_snapkv_safeguard"])
+def test_a_prompt_as_long_as_the_budget_stays_whole(name: str) -> None:
+    """Rounded counts would be 7 of the 8 tokens beside the window."""
+    _, session = run(made(name), inputs(16, layers=1), prompt=16)
+    assert all(positions == list(range(16)) for positions in stays(session).values())
+
+
 def test_heads_that_compete_keep_no_less_of_the_scores_than_snapkv() -> None:
     """The paper's theorem, at the same scores; with each safeguard the total of the budgets is exact."""
     for seed in range(2):
@@ -351,6 +358,8 @@ def test_pyramidkv_of_kvpress() -> None:
     most, least = 2 * 2048 - 2048 / 20, 2048 / 20
     assert [x + 64 for x in layers] == [round(most - layer * (most - least) / 31) for layer in range(32)]
     assert method.layers(1024 - 64, 64, 4096, 32) == [1024 - 64] * 32  # 1024 / 20 is less than 64
+    just = method.layers(1280 - 64, 64, 4096, 32)  # and 1280 / 20 is as much
+    assert (just[0], just[-1]) == (2 * 1280 - 64 - 64, 0)
 
 
 # All of them
@@ -370,6 +379,31 @@ def test_what_was_evicted_never_comes_back_and_memory_stays(kind: type[Method]) 
         sizes.append(session.caches[0].rows._memory[0].shape[1])  # type: ignore[index]
     if "all decoded ones" not in kind.formula:
         assert max(sizes) <= 2 * 64 and len(now[0, 0]) <= 12
+
+
+@pytest.mark.parametrize(("name", "least"), [("h2o", 3), ("tova", 2), ("key_norm", 2)])
+def test_the_next_token_is_in_the_budget_which_is_a_share_of_what_there_is_then(name: str, least: int) -> None:
+    given = inputs(TOKENS, layers=1)
+    _, session = run(method_named(name)(budget=Budget(share=0.3)), given, prompt=PROMPT, decode=False)
+    for token in range(PROMPT, TOKENS):
+        assert {len(positions) for positions in stays(session).values()} == {round(0.3 * (token + 1)) - 1}
+        session.attend(0, *(x[:, token : token + 1] for x in given.layers[0]), WIDTH**-0.5)
+    _, session = run(made(name, least), given, prompt=PROMPT)
+    assert {len(positions) for positions in stays(session).values()} == {least - 1}
+    with pytest.raises(BudgetError, match=f"{least} tokens are the least"):
+        run(made(name, least - 1), given, prompt=PROMPT)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "lm_infinite"])
+def test_a_share_is_of_a_whole_prompt_so_nothing_goes_before_its_end(name: str) -> None:
+    given = inputs(40, batch=1, layers=1)
+    session = Session(method_named(name)(budget=Budget(share=0.5)), 1, turn=given.turn)
+    with session.more_to_come():
+        session.attend(0, *given.cut(0, 24)[0], WIDTH**-0.5)
+    assert stays(session)[0, 0] == list(range(24))
+    session.attend(0, *given.cut(24, 40)[0], WIDTH**-0.5)
+    first = 4 if name == "streaming_llm" else 10
+    assert stays(session)[0, 0] == [*range(first), *range(40 - (20 - first), 40)]
 
 
 @evicting

@@ -53,7 +53,7 @@ class Loops:
         for number, block in enumerate(self.blocks):
             a, b = self.by_means[number], sum(self.vertical[j] for j in block)
             total += sum(0.5 * x * math.log(x / ((a + b) / 2)) for x in (a, b) if x > 0)
-        return math.sqrt(total)
+        return math.sqrt(max(0.0, total))
 
 
 def fewest(mass: list[float], gamma: float) -> list[int]:
@@ -182,8 +182,8 @@ def test_more_gamma_keeps_more_and_costs_are_counted() -> None:
 
 
 def test_the_release_is_dense_up_to_two_blocks_or_its_least_budget() -> None:
-    for tokens, dense in ((16, True), (24, True), (80, False)):
-        mask = mask_of(FlexPrefillReleased(gamma=0.5, tau=0.0, block=BLOCK, min_budget=20), view_of(tokens))
+    for tokens, budget, dense in ((16, 1, True), (17, 1, False), (16, 20, True), (24, 20, True), (80, 20, False)):
+        mask = mask_of(FlexPrefillReleased(gamma=0.1, tau=0.0, block=BLOCK, min_budget=budget), view_of(tokens))
         assert bool((mask == torch.ones(tokens, tokens, dtype=torch.bool).tril()).all()) == dense
 
 
@@ -204,6 +204,14 @@ def test_a_sequence_chooses_blocks_as_it_does_alone_beside_one_that_has_more(kin
     assert all(plan is not None for plan in plans)
     reads = [plan.estimate.read for plan in plans]  # type: ignore[union-attr]
     assert reads[0] == sum(reads[1:]) / 2
+
+
+def test_a_head_at_tau_itself_takes_lines() -> None:
+    """One block is its own mean: the divergence is 0, or almost. As a block it attends to all."""
+    few: dict[str, Any] = {"block": BLOCK, "min_budget": 1, "gamma": 0.1}
+    for tau, dense in ((0.0, False), (1e-3, True)):
+        mask = mask_of(FlexPrefill(tau=tau, **few), view_of(BLOCK))
+        assert [torch.equal(one, torch.ones_like(one).tril()) for one in mask] == [dense] * GROUPS
 
 
 def test_padding_is_in_no_mean_and_in_no_share() -> None:
