@@ -187,10 +187,12 @@ def test_the_release_is_dense_up_to_two_blocks_or_its_least_budget() -> None:
         assert bool((mask == torch.ones(tokens, tokens, dtype=torch.bool).tril()).all()) == dense
 
 
+@pytest.mark.parametrize("tau", [0.0, 2.0])
 @pytest.mark.parametrize("kind", [FlexPrefill, FlexPrefillReleased])
-def test_a_sequence_chooses_blocks_as_it_does_alone_beside_one_that_has_more(kind: type[FlexPrefill]) -> None:
+def test_a_sequence_chooses_as_it_does_alone_beside_one_that_has_more(kind: type[FlexPrefill], tau: float) -> None:
     """Of twelve blocks the shorter one has five. What both cost is their mean."""
-    method, both = kind(tau=2.0, **SMALL), view_of(92, batch=2, scale=1.0)
+    method, both = kind(tau=tau, **{**SMALL, "min_budget": 21}), view_of(92, batch=2, scale=1.0)
+    both.k[1, 55:63] = 2 * both.q[1, 84:, ::GROUP]  # its last queries look at the farthest diagonals
     place = torch.stack([torch.arange(92), (torch.arange(92) - 55).clamp(min=-1)])
     slots = place[..., None].expand(-1, -1, GROUPS)
     both = replace(both, query_positions=place, positions=slots, seen=torch.tensor([92, 37]))
@@ -212,6 +214,14 @@ def test_a_head_at_tau_itself_takes_lines() -> None:
     for tau, dense in ((0.0, False), (1e-3, True)):
         mask = mask_of(FlexPrefill(tau=tau, **few), view_of(BLOCK))
         assert [torch.equal(one, torch.ones_like(one).tril()) for one in mask] == [dense] * GROUPS
+
+
+@pytest.mark.parametrize(
+    "bad", [{"gamma": 0.0}, {"gamma": 1.1}, {"tau": -0.1}, {"block": 0}, {"min_budget": 0}], ids=str
+)
+def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        FlexPrefill(**bad)
 
 
 def test_padding_is_in_no_mean_and_in_no_share() -> None:
