@@ -38,6 +38,8 @@ def test_the_least_is_asked_for_where_there_are_so_many_tokens() -> None:
 def test_each_sequence_has_its_own_length_and_its_own_overhead() -> None:
     found = Budget(share=0.5, counts="reads").each(torch.tensor([40, 12]), least=2, overhead=0.25)
     assert found.tolist() == [[[20 - 10]], [[6 - 3]]] and found.dtype == torch.int64
+    squares = Budget(tokens=20, counts="reads").each(torch.tensor([30, 40]), overhead=lambda n: n * n / 200)
+    assert squares.tolist() == [[[20 - 4]], [[20 - 8]]], "4.5 is rounded to even"
 
 
 BAD = [{}, {"share": 0.5, "tokens": 3}, {"share": 0.0}, {"share": 1.1}, {"tokens": 0}, {"tokens": 3, "counts": "k"}]

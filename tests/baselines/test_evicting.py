@@ -251,6 +251,25 @@ def test_snapkv_is_its_definition(settings: dict[str, Any], chunks: tuple[int, .
     same(mine, outputs(given, lambda b, g, i: seen[i] if i < PROMPT else [j for j in after[b, g] if j <= i]))
 
 
+def test_of_an_odd_budget_the_window_has_the_smaller_half() -> None:
+    """Of 15 tokens 7; the one before them is looked at by nobody."""
+    given = inputs(PROMPT, layers=1)
+    q, k, _ = given.layers[0]
+    q[:, -12:], k[:, PROMPT - 8] = 1.0, -9.0
+    _, session = run(made("snapkv", 15, window=12, kernel=1), given, prompt=PROMPT)
+    for positions in stays(session).values():
+        assert positions[-7:] == LAST[1:] and PROMPT - 8 not in positions and len(positions) == 15
+
+
+@pytest.mark.parametrize("name", ["snapkv", "tova", "pyramidkv"])
+def test_a_prompt_in_chunks_costs_what_it_costs_whole_and_leaves_no_queries_behind(name: str) -> None:
+    given = inputs(TOKENS, layers=1)
+    sessions = [run(made(name), given, prompt=PROMPT, chunks=chunks)[1] for chunks in ((), (7, 30))]
+    one, two = (session.ledger.counts["prefill", 0] for session in sessions)
+    assert torch.equal(one.scored, two.scored) and torch.equal(one.reads, two.reads)
+    assert not any(session.states[0].rest for session in sessions)
+
+
 def test_snapkv_of_one_query_without_pooling_is_the_oracle_of_that_query() -> None:
     given = inputs(TOKENS, layers=1)
     q, k, _ = given.layers[0]
@@ -379,6 +398,14 @@ def test_what_was_evicted_never_comes_back_and_memory_stays(kind: type[Method]) 
         sizes.append(session.caches[0].rows._memory[0].shape[1])  # type: ignore[index]
     if "all decoded ones" not in kind.formula:
         assert max(sizes) <= 2 * 64 and len(now[0, 0]) <= 12
+
+
+@pytest.mark.parametrize(("name", "least"), [("streaming_llm", 5), ("lm_infinite", 11), ("sink_window", 5)])
+def test_sinks_and_the_query_itself_are_the_least(name: str, least: int) -> None:
+    given = inputs(TOKENS, layers=1)
+    assert run(made(name, least), given, prompt=PROMPT)[0][0].isfinite().all()
+    with pytest.raises(BudgetError, match=f"{least} tokens are the least"):
+        run(made(name, least - 1), given, prompt=PROMPT)
 
 
 @pytest.mark.parametrize(("name", "least"), [("h2o", 3), ("tova", 2), ("key_norm", 2)])

@@ -1,6 +1,8 @@
 """vAttention: its definition, its certificate by seeds, and what the release's sampling does to it."""
 
+import itertools
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from decoding import decoded
 from sessions import HEADS, inputs
 
-from nsa.baselines import Budget
+from nsa.baselines import Budget, BudgetError
 from nsa.baselines.importance.draws import mixed
 from nsa.baselines.importance.sampling import sample
 from nsa.baselines.methods.vattention import VAttention
@@ -200,11 +202,32 @@ def test_draws_differ_by_query_layer_and_seed() -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(sampled) for b in sampled[:i])
 
 
-def test_the_release_is_its_definition() -> None:
+def test_draws_of_the_release_differ_by_layer_and_seed_too() -> None:
+    (step,), _ = decoded(VAttentionReleased(budget=Budget(tokens=14), window=4, page=4), inputs(64, layers=1), 63)
+    drawn = [
+        VAttentionReleased(seed=seed)._drawn(replace(step.view, layer=layer), torch.tensor([[[55]]] * 2), stream)
+        for seed, layer, stream in itertools.product((0, 1), repeat=3)
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_sinks_and_window_are_the_least() -> None:
+    with pytest.raises(BudgetError, match="8 tokens are the least"):
+        decoded(VAttention(budget=Budget(tokens=7), window=4, page=4), inputs(43, layers=1), 40)
+
+
+@pytest.mark.parametrize("base_share", [0.2, 0.01])
+def test_the_release_is_its_definition(base_share: float) -> None:
     """Counts, weights and outputs from its own draws: with replacement, heavy hitters among them."""
     epsilon, delta = 0.2, 0.2
     method = VAttentionReleased(
-        budget=Budget(tokens=14), epsilon=epsilon, delta=delta, window=4, page=4, ranking="oracle", base_share=0.2
+        budget=Budget(tokens=14),
+        epsilon=epsilon,
+        delta=delta,
+        window=4,
+        page=4,
+        ranking="oracle",
+        base_share=base_share,
     )
     z, overlaps = NormalDist().inv_cdf(1 - delta), 0
     for step in decoded(method, inputs(83, layers=1, scale=0.5), 80, PADDING)[0]:
@@ -216,7 +239,7 @@ def test_the_release_is_its_definition() -> None:
             for head in range(HEADS):
                 heavy = set(heavy_rows[head // 2].nonzero()[:, 0].tolist())
                 e = (scores[row, head].double() - scores[row, head].max()).exp()
-                count = int(0.2 * n)
+                count = max(2, int(base_share * n))
                 first = base[row, head, :count].tolist()
                 total = e[sorted(heavy)].sum() + e[sorted(set(first))].sum() * n / count
                 size = int(min(max((z * float(e[first].std()) * n / (epsilon * float(total))) ** 2, 1), n))

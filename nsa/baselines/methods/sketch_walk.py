@@ -71,13 +71,18 @@ class SketchWalk(Method):
         number, width = torch.arange(blocks, device=rows.device), view.k.shape[3] + view.v.shape[3]
         forced, later = (number == rows[..., None]) | (number == 0), number > rows[..., None]
         size = state.rest["keys"].shape[-1]
-        overhead = size / (self.block * width)
+        share = walk.shape[1] / view.k.shape[2]
+
+        def overhead(tokens: int) -> float:
+            there = -(-tokens // self.block)
+            return (there * size + chained * there * (there + 1) / 2) * share / width
+
         budget = self.budget.each(view.seen, least=2 * self.block, overhead=overhead)
         count = torch.where(budget >= view.seen[:, None, None], blocks, budget // self.block)
         score = reach.masked_fill(forced[:, None], torch.inf).masked_fill(later[:, None], -torch.inf)
         keep = top(score, count).expand(-1, view.k.shape[2], -1, -1)
 
-        share, triangle = walk.shape[1] / view.k.shape[2], blocks * (blocks + 1) / 2
+        triangle = blocks * (blocks + 1) / 2
         products = float((~later).sum()) / len(rows) * size + chained * rows.shape[1] * triangle
         read = blocks * size + chained * triangle + view.prompt * view.q.shape[1] * view.k.shape[3]
         kept = 2 * blocks * size + triangle
