@@ -1,5 +1,6 @@
 """The analysis finds what the simulation put in; the report shows it in one page."""
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from simulated import MANIFEST, cell, cells, rows_of, write
 
+from nsa.baselines import METHODS
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.reading import cards, statistics
 from nsa.evaluation.comparison.reading.analysis import Table
@@ -165,6 +167,28 @@ def test_cards_of_the_study_tell_signs() -> None:
     forgets = [replace(cell(name, budget=1 / 8, samples=200), score=none.score) for name in ("snapkv", "streaming_llm")]
     assert told("What forgets", dense, quest, *forgets) == cards.AGREES
     assert told("What forgets", dense, quest, forgets[0], replace(forgets[1], score=dense.score)) == cards.UNDECIDED
+
+
+def test_random_is_compared_with_what_looks_at_content_at_the_same_place() -> None:
+    """Neither a window with sinks nor another question, task or budget is a rival of it."""
+    chance = replace(cell("random", budget=0.25), score=np.zeros(200))
+    best = replace(cell("quest", budget=0.25), score=np.ones(200))
+    others = [
+        *(replace(best, method=name, arm=f"dense+{name}") for name in ("sink_window", "streaming_llm", "lm_infinite")),
+        replace(best, question_aware=False), replace(best, budget=0.1), replace(best, length=4096),
+        replace(best, task="variable_tracking"), replace(best, model="nsa", trained="nsa", arm="nsa+quest"),
+    ]  # fmt: skip
+    (card,) = [card for card in cards.CARDS if "A random gate" in card.claim]
+    assert card.measure(Table([chance, *others])) == ("", cards.ABSENT)
+    told, verdict = card.measure(Table([chance, *others, best]))
+    assert told == "+100.0 points [+100.0, +100.0] over 1 pairs of cells" and verdict == cards.AGREES
+
+
+def test_cards_ask_for_methods_that_there_are() -> None:
+    names = set(re.findall(r"method\((.*?)\)|at_most\([^,]*, (.*?)\)", inspect.getsource(cards)))
+    asked = {word for pair in names for word in re.findall(r'"(\w+)"', " ".join(pair))}
+    assert {"quest", "snapkv", "ada_snapkv", "oracle_topk"} <= asked
+    assert asked | set(cards.BLIND) <= {method.name for method in METHODS}
 
 
 def test_trained_sparsity_has_rivals_length_by_length() -> None:
