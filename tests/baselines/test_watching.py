@@ -14,6 +14,7 @@ def test_masses_are_means_over_queries_without_padding(name: str) -> None:
     method = method_named(name)(budget=Budget(tokens=6 if name == "sink_window" else 99))
     _, session = run(method, given, prompt=prompt, padding=padding, watch=["prefill", "decode"])
     q, k, _ = given.layers[0]
+    assert session.caches[0].positions[1, :, 0].tolist() == [-1] * 7 + list(range(13)), "as a view says of padding"
     assert [figure["prompt"] for figure in session.figures] == [True, False]
     for figure, queries in zip(session.figures, (range(prompt), range(prompt, 20)), strict=True):
         kept: list[list[float]] = [[] for _ in range(GROUPS)]
