@@ -63,6 +63,11 @@ def step(kept: dict[str, Any], rows: Tensor, scale: float, power: float, normali
     return kept["walk"]
 
 
+def looked_at(blocks: int, size: int, chained: bool) -> float:
+    """Elements that a walk reads to choose: a sketch for each block; the layer's own step, if others came before."""
+    return blocks * size + chained * blocks * (blocks + 1) / 2
+
+
 def reached(
     shared: dict[str, Any], walk: Tensor, rows: Tensor, layer: int, direct: float, normalise: bool
 ) -> tuple[Tensor, bool]:
