@@ -4,6 +4,7 @@ import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -182,6 +183,47 @@ def test_random_is_compared_with_what_looks_at_content_at_the_same_place() -> No
     assert card.measure(Table([chance, *others])) == ("", cards.ABSENT)
     told, verdict = card.measure(Table([chance, *others, best]))
     assert told == "+100.0 points [+100.0, +100.0] over 1 pairs of cells" and verdict == cards.AGREES
+
+
+def test_verdicts_of_several_parts_agree_only_if_all_do() -> None:
+    agrees, other, none = ("a", cards.AGREES), ("b", cards.DISAGREES), ("", cards.ABSENT)
+    assert cards._all([("x", agrees), ("y", agrees)]) == ("x: a; y: a", cards.AGREES)
+    for second in (other, none):
+        assert cards._all([("x", agrees), ("y", second)])[1] == cards.UNDECIDED
+    assert cards._all([("x", none), ("y", none)]) == none
+
+
+@pytest.mark.parametrize(
+    ("intervals", "verdict"),
+    [
+        ([(0.3, 0.7), (0.4, 0.9), (0.8, 1.2)], cards.AGREES),
+        ([(0.3, 0.7), (0.8, 1.2)], cards.UNDECIDED),
+        ([(0.3, 0.7), (0.4, 0.9), (1.1, 1.2)], cards.UNDECIDED),
+        ([(1.3, 1.7), (1.1, 1.2), (0.8, 1.2)], cards.DISAGREES),
+    ],
+)
+def test_exponents_agree_if_most_lie_below_one_and_none_above(intervals: list, verdict: str) -> None:
+    laws = [SimpleNamespace(label="dense+quest", law=statistics.Law(1, 1, *of)) for of in intervals]
+    table = SimpleNamespace(required=lambda: laws, points=Table([cell("quest", budget=0.1)]).points)
+    assert cards._budget_law(table)[1] == verdict  # type: ignore[arg-type]
+
+
+def test_losses_by_scope_are_shares_of_dense_at_the_smallest_budget() -> None:
+    made = []
+    for task, whole, scores in (("passkey", 200, {0.25: 0, 0.1: 180}), ("mqar", 160, {0.25: 160, 0.1: 120})):
+        made.append(replace(cell("dense", task=task), score=(np.arange(200) < whole).astype(np.float64)))
+        for budget, right in scores.items():
+            made.append(replace(cell("quest", budget=budget, task=task), score=(np.arange(200) < right) * 1.0))
+    (card,) = [card for card in cards.CARDS if "A single query tolerates" in card.claim]
+    told, verdict = card.measure(Table(made))
+    assert told.startswith("single query loses 10 %, the rest 25 %") and verdict == cards.AGREES
+
+
+def test_points_of_both_questions_are_pairs_of_their_own() -> None:
+    made = [cell("dense"), cell("twilight", budget=0.25), cell("quest", budget=0.25)]
+    made += [replace(c, question_aware=False) for c in made]
+    pairs = cards.between(Table(made), cards.method("twilight"), cards.method("quest"))
+    assert pairs[0].endswith("over 2 pairs of cells")
 
 
 def test_cards_ask_for_methods_that_there_are() -> None:
