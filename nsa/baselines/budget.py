@@ -1,5 +1,6 @@
 """How many tokens a query may attend to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,9 +66,11 @@ class Budget:
             raise BudgetError(f"a budget of {said} cannot be met: {why}{least} tokens are the least")
         return min(left, seen)
 
-    def each(self, seen: Tensor, *, least: int = LEAST, overhead: float = 0.0) -> Tensor:
-        """As `of` for each sequence: seen (B,) int64 -> (B, 1, 1) int64. ``overhead``: of each token so far."""
-        counts = [self.of(n, least=least, overhead=overhead * n) for n in seen.tolist()]  # one wait for a GPU
+    def each(self, seen: Tensor, *, least: int = LEAST, overhead: float | Callable[[int], float] = 0.0) -> Tensor:
+        """As `of` for each sequence: seen (B,) int64 -> (B, 1, 1) int64. ``overhead``: of each token so far, or by it
+        of so many tokens."""
+        spent = overhead if callable(overhead) else lambda n: overhead * n
+        counts = [self.of(n, least=least, overhead=spent(n)) for n in seen.tolist()]  # one wait for a GPU
         return torch.tensor(counts, dtype=torch.int64, device=seen.device)[:, None, None]
 
     def __str__(self) -> str:

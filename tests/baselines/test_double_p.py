@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from decoding import Step, decoded
-from sessions import HEADS, WIDTH, inputs, run
+from sessions import GROUPS, HEADS, WIDTH, inputs, run
+from views import view_of
 
 from nsa.baselines import Budget
+from nsa.baselines.importance.clusters import cluster
 from nsa.baselines.methods.double_p import DoubleP
 
 PADDING = torch.tensor([0, 5])
@@ -30,6 +32,17 @@ def k_means(keys: torch.Tensor, size: int, iterations: int) -> list[list[int]]:
                     total = centred[chosen].sum(0)
                     centroids[c] = total / total.norm()
     return members
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_cluster_that_got_no_token_stays_where_it_was_and_ties_go_to_the_first(seed: int) -> None:
+    """Two clusters of three begin with one key; so the second of them has no token at first."""
+    view = view_of(24, seed=seed)
+    view.k[:, 8] = view.k[:, 0]
+    made = cluster(view, torch.tensor([0]), torch.tensor([24]), size=8, iterations=3, segment=24)
+    for group in range(GROUPS):
+        members = [(made.labels[0, :, group] == c + 1).nonzero()[:, 0].tolist() for c in range(3)]
+        assert members == k_means(view.k[0, :, group], 8, 3)
 
 
 def clusters_of(step: Step, row: int, kv: int, stops: list[int]) -> list[list[int]]:
@@ -94,6 +107,7 @@ def test_what_is_kept_of_clusters_is_what_their_tokens_say() -> None:
     (*_, step), states = decoded(DoubleP(**SETTINGS), given, 50, PADDING, chunks=(7, 30))
     rest = states[0].rest
     assert rest["until"].tolist() == [52, 47]
+    assert rest["sizes"].shape[1] == 6 + 4 + 3, "of 24, 14 and 10 tokens; no step makes empty ones"
     for row, pad in enumerate(PADDING.tolist()):
         labels = rest["labels"][row]
         assert (labels[4 : 52 - pad] > 0).all() and (labels[:4] == 0).all() and (labels[52 - pad :] == 0).all()
@@ -172,6 +186,13 @@ def test_short_prompts_have_no_clusters_or_few(prompt: int) -> None:
     outs, _ = run(DoubleP(p2=1.0, **SETTINGS), given, prompt=prompt)
     assert torch.isfinite(outs[0]).all()
     torch.testing.assert_close(outs, run(DoubleP(budget=Budget(tokens=1), p2=1.0), given, prompt=prompt)[0])
+
+
+def test_sinks_are_in_no_cluster_however_short_the_prompt_was() -> None:
+    for prompt in (1, 3, 4):
+        _, states = decoded(DoubleP(**SETTINGS), inputs(40, layers=1), prompt)
+        labels = states[0].rest["labels"]
+        assert (labels[:, :4] == 0).all() and (labels[:, 4:22] > 0).all()
 
 
 def test_clusters_are_paid_for() -> None:

@@ -10,7 +10,7 @@ import torch
 from sessions import GROUPS, HEADS, WIDTH, Inputs, half, inputs, run
 from torch import Tensor
 
-from nsa.baselines import METHODS, Budget, Method, Session, method_named
+from nsa.baselines import METHODS, Budget, BudgetError, Method, Session, method_named
 from nsa.baselines.importance.observed import column_sums
 from nsa.baselines.plan import View
 
@@ -251,6 +251,25 @@ def test_snapkv_is_its_definition(settings: dict[str, Any], chunks: tuple[int, .
     same(mine, outputs(given, lambda b, g, i: seen[i] if i < PROMPT else [j for j in after[b, g] if j <= i]))
 
 
+def test_of_an_odd_budget_the_window_has_the_smaller_half() -> None:
+    """Of 15 tokens 7; the one before them is looked at by nobody."""
+    given = inputs(PROMPT, layers=1)
+    q, k, _ = given.layers[0]
+    q[:, -12:], k[:, PROMPT - 8] = 1.0, -9.0
+    _, session = run(made("snapkv", 15, window=12, kernel=1), given, prompt=PROMPT)
+    for positions in stays(session).values():
+        assert positions[-7:] == LAST[1:] and PROMPT - 8 not in positions and len(positions) == 15
+
+
+@pytest.mark.parametrize("name", ["snapkv", "tova", "pyramidkv"])
+def test_a_prompt_in_chunks_costs_what_it_costs_whole_and_leaves_no_queries_behind(name: str) -> None:
+    given = inputs(TOKENS, layers=1)
+    sessions = [run(made(name), given, prompt=PROMPT, chunks=chunks)[1] for chunks in ((), (7, 30))]
+    one, two = (session.ledger.counts["prefill", 0] for session in sessions)
+    assert torch.equal(one.scored, two.scored) and torch.equal(one.reads, two.reads)
+    assert not any(session.states[0].rest for session in sessions)
+
+
 def test_snapkv_of_one_query_without_pooling_is_the_oracle_of_that_query() -> None:
     given = inputs(TOKENS, layers=1)
     q, k, _ = given.layers[0]
@@ -292,6 +311,13 @@ def test_a_full_safeguard_is_snapkv(name: str) -> None:
     for mine, theirs in zip(ada[0], snap[0], strict=True):
         assert torch.equal(mine, theirs)
     assert stays(ada[1]) == stays(snap[1])
+
+
+@pytest.mark.parametrize("name", ["ada_snapkv", "ada_snapkv_safeguard"])
+def test_a_prompt_as_long_as_the_budget_stays_whole(name: str) -> None:
+    """Rounded counts would be 7 of the 8 tokens beside the window."""
+    _, session = run(made(name), inputs(16, layers=1), prompt=16)
+    assert all(positions == list(range(16)) for positions in stays(session).values())
 
 
 def test_heads_that_compete_keep_no_less_of_the_scores_than_snapkv() -> None:
@@ -351,6 +377,8 @@ def test_pyramidkv_of_kvpress() -> None:
     most, least = 2 * 2048 - 2048 / 20, 2048 / 20
     assert [x + 64 for x in layers] == [round(most - layer * (most - least) / 31) for layer in range(32)]
     assert method.layers(1024 - 64, 64, 4096, 32) == [1024 - 64] * 32  # 1024 / 20 is less than 64
+    just = method.layers(1280 - 64, 64, 4096, 32)  # and 1280 / 20 is as much
+    assert (just[0], just[-1]) == (2 * 1280 - 64 - 64, 0)
 
 
 # All of them
@@ -370,6 +398,39 @@ def test_what_was_evicted_never_comes_back_and_memory_stays(kind: type[Method]) 
         sizes.append(session.caches[0].rows._memory[0].shape[1])  # type: ignore[index]
     if "all decoded ones" not in kind.formula:
         assert max(sizes) <= 2 * 64 and len(now[0, 0]) <= 12
+
+
+@pytest.mark.parametrize(("name", "least"), [("streaming_llm", 5), ("lm_infinite", 11), ("sink_window", 5)])
+def test_sinks_and_the_query_itself_are_the_least(name: str, least: int) -> None:
+    given = inputs(TOKENS, layers=1)
+    assert run(made(name, least), given, prompt=PROMPT)[0][0].isfinite().all()
+    with pytest.raises(BudgetError, match=f"{least} tokens are the least"):
+        run(made(name, least - 1), given, prompt=PROMPT)
+
+
+@pytest.mark.parametrize(("name", "least"), [("h2o", 3), ("tova", 2), ("key_norm", 2)])
+def test_the_next_token_is_in_the_budget_which_is_a_share_of_what_there_is_then(name: str, least: int) -> None:
+    given = inputs(TOKENS, layers=1)
+    _, session = run(method_named(name)(budget=Budget(share=0.3)), given, prompt=PROMPT, decode=False)
+    for token in range(PROMPT, TOKENS):
+        assert {len(positions) for positions in stays(session).values()} == {round(0.3 * (token + 1)) - 1}
+        session.attend(0, *(x[:, token : token + 1] for x in given.layers[0]), WIDTH**-0.5)
+    _, session = run(made(name, least), given, prompt=PROMPT)
+    assert {len(positions) for positions in stays(session).values()} == {least - 1}
+    with pytest.raises(BudgetError, match=f"{least} tokens are the least"):
+        run(made(name, least - 1), given, prompt=PROMPT)
+
+
+@pytest.mark.parametrize("name", ["streaming_llm", "lm_infinite"])
+def test_a_share_is_of_a_whole_prompt_so_nothing_goes_before_its_end(name: str) -> None:
+    given = inputs(40, batch=1, layers=1)
+    session = Session(method_named(name)(budget=Budget(share=0.5)), 1, turn=given.turn)
+    with session.more_to_come():
+        session.attend(0, *given.cut(0, 24)[0], WIDTH**-0.5)
+    assert stays(session)[0, 0] == list(range(24))
+    session.attend(0, *given.cut(24, 40)[0], WIDTH**-0.5)
+    first = 4 if name == "streaming_llm" else 10
+    assert stays(session)[0, 0] == [*range(first), *range(40 - (20 - first), 40)]
 
 
 @evicting

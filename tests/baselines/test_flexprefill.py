@@ -11,6 +11,7 @@ from torch import Tensor
 from views import GROUP, SCALE, best, mask_of, softmax, view_of
 
 from nsa.baselines import View
+from nsa.baselines.attention import kept
 from nsa.baselines.importance.agreement import divergence, mean_query_attention
 from nsa.baselines.importance.lines import last_rows
 from nsa.baselines.method import State
@@ -52,7 +53,7 @@ class Loops:
         for number, block in enumerate(self.blocks):
             a, b = self.by_means[number], sum(self.vertical[j] for j in block)
             total += sum(0.5 * x * math.log(x / ((a + b) / 2)) for x in (a, b) if x > 0)
-        return math.sqrt(total)
+        return math.sqrt(max(0.0, total))
 
 
 def fewest(mass: list[float], gamma: float) -> list[int]:
@@ -146,6 +147,19 @@ def test_both_branches_are_taken() -> None:
             assert (distance < 0.1) == low, distance
 
 
+@pytest.mark.parametrize("case", range(3))
+def test_the_divergence_is_the_root_of_jensen_and_shannons(case: int) -> None:
+    """Of each query head alone, and of the means over the heads of a KV head."""
+    view = cases()[case]
+    rows = last_rows(view, BLOCK)
+    means, mass = mean_query_attention(view, rows, BLOCK), view.scores(rows).softmax(-1).sum(2)
+    each = divergence(view, rows, means, mass, BLOCK)[0].tolist()
+    assert each == pytest.approx([Loops(view, [head]).distance for head in range(HEADS)], abs=1e-4)
+    of_groups = divergence(view, rows, *(view.per_group(x).mean(2) for x in (means, mass)), BLOCK)[0].tolist()
+    heads = [list(range(group * GROUP, (group + 1) * GROUP)) for group in range(GROUPS)]
+    assert of_groups == pytest.approx([Loops(view, some).distance for some in heads], abs=1e-4)
+
+
 @pytest.mark.parametrize("gamma", [0.3, 0.6, 0.9, 0.99])
 def test_the_last_block_of_queries_keeps_the_mass_that_was_asked_for(gamma: float) -> None:
     """Columns alone have gamma of it; the release takes one column fewer, and rounds up to blocks."""
@@ -168,9 +182,46 @@ def test_more_gamma_keeps_more_and_costs_are_counted() -> None:
 
 
 def test_the_release_is_dense_up_to_two_blocks_or_its_least_budget() -> None:
-    for tokens, dense in ((16, True), (24, True), (80, False)):
-        mask = mask_of(FlexPrefillReleased(gamma=0.5, tau=0.0, block=BLOCK, min_budget=20), view_of(tokens))
+    for tokens, budget, dense in ((16, 1, True), (17, 1, False), (16, 20, True), (24, 20, True), (80, 20, False)):
+        mask = mask_of(FlexPrefillReleased(gamma=0.1, tau=0.0, block=BLOCK, min_budget=budget), view_of(tokens))
         assert bool((mask == torch.ones(tokens, tokens, dtype=torch.bool).tril()).all()) == dense
+
+
+@pytest.mark.parametrize("tau", [0.0, 2.0])
+@pytest.mark.parametrize("kind", [FlexPrefill, FlexPrefillReleased])
+def test_a_sequence_chooses_as_it_does_alone_beside_one_that_has_more(kind: type[FlexPrefill], tau: float) -> None:
+    """Of twelve blocks the shorter one has five. What both cost is their mean."""
+    method, both = kind(tau=tau, **{**SMALL, "min_budget": 21}), view_of(92, batch=2, scale=1.0)
+    both.k[1, 55:63] = 2 * both.q[1, 84:, ::GROUP]  # its last queries look at the farthest diagonals
+    place = torch.stack([torch.arange(92), (torch.arange(92) - 55).clamp(min=-1)])
+    slots = place[..., None].expand(-1, -1, GROUPS)
+    both = replace(both, query_positions=place, positions=slots, seen=torch.tensor([92, 37]))
+    plans = [method.prefill_select(both, State())]
+    for row, start in enumerate((0, 55)):
+        q, k, v = (x[row : row + 1, start:] for x in (both.q, both.k, both.v))
+        alone = view_of(92 - start, q=q, k=k, v=v)
+        plans.append(method.prefill_select(alone, State()))
+        mask = kept(both, plans[0], torch.arange(start, 92))[row, ..., start:]
+        assert torch.equal(mask, kept(alone, plans[-1], torch.arange(92 - start))[0])
+    assert all(plan is not None for plan in plans)
+    reads = [plan.estimate.read for plan in plans]  # type: ignore[union-attr]
+    assert reads[0] == sum(reads[1:]) / 2
+
+
+def test_a_head_at_tau_itself_takes_lines() -> None:
+    """One block is its own mean: the divergence is 0, or almost. As a block it attends to all."""
+    few: dict[str, Any] = {"block": BLOCK, "min_budget": 1, "gamma": 0.1}
+    for tau, dense in ((0.0, False), (1e-3, True)):
+        mask = mask_of(FlexPrefill(tau=tau, **few), view_of(BLOCK))
+        assert [torch.equal(one, torch.ones_like(one).tril()) for one in mask] == [dense] * GROUPS
+
+
+@pytest.mark.parametrize(
+    "bad", [{"gamma": 0.0}, {"gamma": 1.1}, {"tau": -0.1}, {"block": 0}, {"min_budget": 0}], ids=str
+)
+def test_bad_settings_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        FlexPrefill(**bad)
 
 
 def test_padding_is_in_no_mean_and_in_no_share() -> None:

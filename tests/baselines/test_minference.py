@@ -79,6 +79,11 @@ def test_bad_patterns_are_refused() -> None:
         mask_of(MInference(budget=BUDGET, patterns=MIXED), view_of(20))
     with pytest.raises(ValueError, match="in one piece"):
         run(Calibration(find=repr), inputs(20), prompt=20, chunks=(10,))
+    given = inputs(20, layers=1)
+    session = Session(Calibration(find=repr), 1)
+    session.attend(0, *given.cut(0, 10)[0], 1.0)
+    with pytest.raises(ValueError, match="in one piece"):  # nobody said that there was more to come
+        session.attend(0, *given.cut(10, 20)[0], 1.0)
     with pytest.raises(ValueError, match=r"layers \[0, 1\]"):
         found(Session(Calibration(find=repr), 2))
 

@@ -117,6 +117,14 @@ def test_one_column_and_one_diagonal_are_recovered() -> None:
     assert diagonals.nonzero()[:, 2].tolist() == [0, back] * GROUPS
 
 
+def test_whatever_the_share_of_columns_there_is_a_column_and_a_diagonal() -> None:
+    for share, split in ((0.99, (15, 1)), (0.01, (1, 15)), (0.5, (8, 8))):
+        method = VerticalSlash(budget=Budget(tokens=16), vertical_share=share)
+        assert [int(number) for number in method.split(view_of(40))] == list(split)
+    with pytest.raises(BudgetError, match="2 tokens are the least"):
+        mask_of(VerticalSlash(budget=Budget(tokens=1)), view_of(40))
+
+
 def test_few_diagonals_are_the_nearest_and_never_without_the_query_itself() -> None:
     """The release forces 100 by infinity and takes any of them if it has room for fewer."""
     method = VerticalSlash(budget=Budget(tokens=40), vertical_share=0.25)

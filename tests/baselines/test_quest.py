@@ -111,15 +111,15 @@ def test_a_page_of_one_token_is_ranked_by_its_score() -> None:
 
 def test_bounds_kept_are_bounds_computed_anew() -> None:
     """Whole, in chunks, padded; a token changes no page but its own; memory grows by doubling."""
-    given = inputs(80, layers=1)
+    given = inputs(84, layers=1)
     _, states = decoded(Quest(budget=Budget(tokens=8), page=4), given, 33, PADDING, chunks=(2, 20))
     low, high = states[0].rest["low"], states[0].rest["high"]
     k = given.layers[0][1]
     for row, start in enumerate(PADDING.tolist()):
-        for page, slots in enumerate(torch.arange(start, 80).split(4)):
+        for page, slots in enumerate(torch.arange(start, 84).split(4)):
             assert torch.equal(low[row, page], k[row, slots].amin(0))
             assert torch.equal(high[row, page], k[row, slots].amax(0))
-    assert low.shape[1] < 50
+    assert low.shape[1] == high.shape[1] == 40, "1, 5, 10, 20 and 40 pages, for 21"
 
 
 def test_zero_queries_and_empty_pages_give_no_nan() -> None:

@@ -22,19 +22,19 @@ CHUNK, LOCAL, SIZE = 16, 4, 12
 SMALL: dict[str, Any] = {"chunk": CHUNK, "local": LOCAL, "num_queries": 8, "vertical_share": 0.5, "sinks": 1, "near": 2}
 
 
-def distance(i: int, j: int, critical: bool = False) -> int:
+def distance(i: int, j: int, critical: bool = False, size: int = SIZE) -> int:
     """Between query i and key j, from the paper: three cases, in positions that start anew with each chunk."""
-    a, b, r = i // SIZE, j // SIZE, i % SIZE
+    a, b, r = i // size, j // size, i % size
     if a == b:
         at = r
     elif a == b + 1:
-        at = r + SIZE if critical else min(r + SIZE, CHUNK)
+        at = r + size if critical else min(r + size, CHUNK)
     else:
-        at = r + CHUNK if critical else min(SIZE - 1 + SIZE, CHUNK)
-    return at - j % SIZE
+        at = r + CHUNK if critical else min(size - 1 + size, CHUNK)
+    return at - j % size
 
 
-def logits_by_loops(view: View, critical: bool = False) -> Tensor:
+def logits_by_loops(view: View, critical: bool = False, size: int = SIZE) -> Tensor:
     """(H, T, T): unrotated queries and keys, turned by the distance of each pair."""
     n, turn = view.q.shape[1], view.turn
     assert turn is not None
@@ -42,16 +42,17 @@ def logits_by_loops(view: View, critical: bool = False) -> Tensor:
     logits = torch.full((HEADS, n, n), -torch.inf)
     for i in range(n):
         for j in range(i + 1):
-            turned = turn(q[None, None, i], torch.tensor([[distance(i, j, critical)]]))[0, 0]
+            turned = turn(q[None, None, i], torch.tensor([[distance(i, j, critical, size)]]))[0, 0]
             logits[:, i, j] = (turned.view(GROUPS, GROUP, WIDTH) * k[j][:, None]).sum(-1).flatten() * SCALE
     return logits
 
 
-@pytest.mark.parametrize("tokens", [13, 45])
-def test_dual_chunk_attention_is_its_loops(tokens: int) -> None:
+@pytest.mark.parametrize(("tokens", "local"), [(13, LOCAL), (45, LOCAL), (45, 10)])
+def test_dual_chunk_attention_is_its_loops(tokens: int, local: int) -> None:
+    """With a local window of 10 two chunks are shorter than the longest distance."""
     view = view_of(tokens)
-    out, lse = attend(view, DualChunk(chunk=CHUNK, local=LOCAL).prefill_select(view, State()))
-    logits = logits_by_loops(view)
+    out, lse = attend(view, DualChunk(chunk=CHUNK, local=local).prefill_select(view, State()))
+    logits = logits_by_loops(view, size=CHUNK - local)
     values = view.v[0].transpose(0, 1).repeat_interleave(GROUP, 0)
     torch.testing.assert_close(out[0].transpose(0, 1), logits.softmax(-1) @ values, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse[0], logits.logsumexp(-1), atol=1e-5, rtol=1e-5)
@@ -163,6 +164,36 @@ def test_refinement_grows_the_budgets_of_heads_that_keep_too_little() -> None:
         assert before[1] < 0.8 and (after >= 0.8).all()
         assert (better.size(view) <= 60).all()
     assert refined(view, method, threshold=1.0)[1] >= 6, "it ends when a head has all"
+
+
+def padded(*lengths: int, **changes: Any) -> View:
+    """Random sequences of these lengths, padded on the left."""
+    longest, seen = max(lengths), torch.tensor(lengths)
+    place = (torch.arange(longest) - (longest - seen)[:, None]).clamp(min=-1)
+    slots = place[..., None].expand(-1, -1, GROUPS)
+    view = view_of(longest, batch=len(lengths), scale=0.3)
+    return replace(view, query_positions=place, positions=slots, seen=seen, **changes)
+
+
+def test_the_mass_that_is_kept_is_a_mean_over_all_queries_without_padding() -> None:
+    view, dice = padded(2, 5), torch.Generator().manual_seed(0)
+    lse = torch.randn(2, HEADS, 5, generator=dice)
+    whole = lse + torch.rand(2, HEADS, 5, generator=dice)
+    shares = (lse - whole).exp()
+    queries = [(0, 3), (0, 4), *((1, t) for t in range(5))]
+    for group, kept_mass in enumerate(recall(view, lse, whole).tolist()):
+        heads = range(group * GROUP, (group + 1) * GROUP)
+        assert kept_mass == pytest.approx(sum(float(shares[b, h, t]) for b, t in queries for h in heads) / (7 * GROUP))
+
+
+def test_refinement_goes_on_until_the_longest_sequence_keeps_enough() -> None:
+    """The shorter one has all its tokens long before."""
+    view, method = padded(14, 60), Qwen1M(budget=Budget(tokens=10), **SMALL)
+    factors = refined(view, method, threshold=0.95)
+    trial = replace(method, factors=(factors,))
+    assert trial.size(view)[0].tolist() == [14, 14]
+    whole = attend(view, Plan(dual_chunk_parts(view, CHUNK, LOCAL)))[1]
+    assert (recall(view, attend(view, trial.prefill_select(view, State()))[1], whole) >= 0.95).all()
 
 
 def test_bad_settings_are_refused() -> None:

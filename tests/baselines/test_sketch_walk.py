@@ -10,7 +10,7 @@ from sessions import GROUPS, LAYERS, WIDTH, Inputs, inputs, run
 from torch import Tensor
 from views import GROUP, SCALE, best, softmax, view_of
 
-from nsa.baselines import Budget, Method, View
+from nsa.baselines import Budget, BudgetError, Method, View
 from nsa.baselines.attention import kept
 from nsa.baselines.importance.blocks import pooled_attention
 from nsa.baselines.importance.sketch import hadamard_sketch
@@ -148,6 +148,17 @@ def test_a_decoded_row_is_the_last_of_a_prompt(settings: dict[str, Any]) -> None
             torch.testing.assert_close(one[:, tokens - 1], two[:, -1], atol=1e-6, rtol=1e-6)
 
 
+def test_chunks_of_padded_sequences_choose_as_each_alone_does() -> None:
+    """The second chunk begins in another block of each sequence; the first has nothing of the last one."""
+    given, padding = inputs(44, batch=3), torch.tensor([0, 13, 23])
+    method = SketchWalk(budget=Budget(tokens=12), block=BLOCK)
+    outs = run(method, given, prompt=40, chunks=(20,), padding=padding)[0]
+    for row, start in enumerate(padding.tolist()):
+        alone = run(method, given.row(row, start), prompt=40 - start, chunks=(20 - start,) if start < 20 else ())[0]
+        for one, two in zip(outs, alone, strict=True):
+            torch.testing.assert_close(one[row : row + 1, start:], two, atol=1e-5, rtol=1e-5)
+
+
 def test_a_layer_has_one_choice_for_all_heads_if_asked() -> None:
     given = inputs(40, batch=1)
     for scope, same in (("layer", True), ("group", False)):
@@ -184,6 +195,28 @@ def test_what_a_decoded_token_costs() -> None:
     assert [c.read for c in costs[2:]] == [9 * 8, 9 * 8 + 45]
     assert [c.pairs for c in costs[2:]] == [9 * 8 / WIDTH, (9 * 8 + 45) / WIDTH]
     assert [c.resident for c in costs[2:]] == [2 * 9 * 8 + 45] * 2
+
+
+def test_a_budget_of_reads_pays_for_the_sketches_and_from_the_second_layer_on_for_the_walk() -> None:
+    """At 33 tokens 9 sketches of 8 elements, 72 / 32 tokens of keys and values; with 45 steps of the walk 117 / 32."""
+    given = inputs(33, layers=2)
+    for scope, blocks in (("group", (4, 3)), ("layer", (4, 4))):  # 18 - 2 and 18 - 4 tokens; 18 - 1 and 18 - 2
+        method = SketchWalk(budget=Budget(tokens=18, counts="reads"), block=BLOCK, sketch=8, scope=scope)
+        _, session = run(method, given, prompt=32)
+        for layer, number in enumerate(blocks):
+            read = session.ledger.counts["decode", layer].reads / 2 - (72 + 45 * layer) / (1 + (scope == "layer"))
+            assert read.tolist() == [((number - 1) * BLOCK + 1) * 2 * WIDTH] * GROUPS, "the last block has one token"
+
+
+def test_another_seed_is_another_sketch_and_another_choice() -> None:
+    given = inputs(64, batch=1, layers=1)
+    masks = [masks_of(SketchWalk(budget=BUDGET, block=BLOCK, sketch=4, seed=seed), given, 64)[0] for seed in (0, 1)]
+    assert not torch.equal(*masks)
+
+
+def test_a_budget_below_the_two_blocks_that_are_always_in_is_refused() -> None:
+    with pytest.raises(BudgetError, match="8 tokens are the least"):
+        run(SketchWalk(budget=Budget(tokens=7), block=BLOCK), inputs(20), prompt=20)
 
 
 def test_bad_settings_are_refused() -> None:

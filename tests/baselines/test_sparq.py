@@ -79,6 +79,12 @@ def attention_of_all(given: object, row: int) -> torch.Tensor:
     return torch.stack(outs)
 
 
+def test_nothing_is_left_to_a_mean_where_all_is_kept() -> None:
+    """Not even what rounding leaves of the sum of probabilities."""
+    for step in decoded(SparQ(budget=Budget(tokens=50), dims=4), inputs(44, layers=1), 40, PADDING)[0]:
+        assert step.plan.blend[0].eq(1).all()
+
+
 def test_temperature_makes_up_for_the_dims_that_are_missing() -> None:
     """Without it approximate probabilities are too flat or too sharp: they differ, and the plan has another share."""
     given = inputs(41, layers=1)

@@ -62,7 +62,7 @@ def test_the_operator_chooses_what_the_formula_does(base: Method, p: float) -> N
 def test_the_sketch_follows_the_cache() -> None:
     """It grows by the new tokens, also where a session goes on with its sequences in another order."""
     given = inputs(60, layers=1)
-    session = Session(Twilight(base=Quest(page=4), budget=Budget(share=0.5)), 1, turn=given.turn)
+    session, rooms = Session(Twilight(base=Quest(page=4), budget=Budget(share=0.5)), 1, turn=given.turn), set()
     for start, stop in [(0, 20), *((t, t + 1) for t in range(20, 60))]:
         session.attend(0, *given.cut(start, stop)[0], WIDTH**-0.5)
         session.end_prompt()
@@ -70,9 +70,11 @@ def test_the_sketch_follows_the_cache() -> None:
             sketch, whole = session.states[0].rest["sketch"], ops.sketch_keys(session.caches[0].keys)
             for name, kept in sketch.items():
                 assert torch.equal(kept[:, :stop], getattr(whole, name)) and kept.shape[1] <= 90
+                rooms.add(kept.shape[1])
         if start == 50:
             session = session.take(torch.tensor([1, 0]))
             given = replace(given, layers=[tuple(x.flip(0) for x in layer) for layer in given.layers])
+    assert rooms == {21, 44, 90}, "what has no room is sketched anew: a token costs O(1), since the room doubles"
 
 
 def of_head(step: Step, candidates: torch.Tensor, row: int, head: int, p: float, bits: int) -> set[int]:
@@ -136,6 +138,7 @@ def test_a_key_read_back_is_near() -> None:
         assert ((quantised(k, bits) - k).abs().amax(-1) <= step / 2 + 1e-6).all()
         assert len(quantised(k, bits)[0].unique()) <= 2**bits
     assert torch.equal(quantised(torch.full((1, 4), 3.0), 4), torch.full((1, 4), 3.0))
+    assert torch.equal(quantised(k, 16), k) and not torch.equal(quantised(k, 15), k)
 
 
 @pytest.mark.parametrize("base", [OracleTopK(), SparQ(dims=4)])

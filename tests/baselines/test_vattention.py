@@ -1,6 +1,8 @@
 """vAttention: its definition, its certificate by seeds, and what the release's sampling does to it."""
 
+import itertools
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from decoding import decoded
 from sessions import HEADS, inputs
 
-from nsa.baselines import Budget
+from nsa.baselines import Budget, BudgetError
 from nsa.baselines.importance.draws import mixed
 from nsa.baselines.importance.sampling import sample
 from nsa.baselines.methods.vattention import VAttention
@@ -101,18 +103,24 @@ def test_the_certificate_holds_as_often_as_it_says(bound: str, epsilon: float, d
 
 @pytest.mark.parametrize("bound", ["bernstein", "hoeffding"])
 def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -> None:
-    """Bardenet and Maillard's inequalities for one sample at a time; the least delta of equal shares over the looks."""
-    epsilon, delta, n = 0.3, 0.2, 1016
-    scores = torch.randn(4, 1, 1024, generator=torch.Generator().manual_seed(2)) * 0.2
-    fixed = torch.arange(1024).expand(4, 1, 1024) < 8
-    draw = torch.arange(1024).expand(4, 1, 1024)  # the first ones
-    top = scores.amax(-1, keepdim=True) + 0.1
+    """Bardenet and Maillard's inequalities for one sample at a time; the least delta of equal shares over the looks.
+
+    Row by row what is fixed has more of the sum: nothing at first, then almost all.
+    """
+    epsilon, delta, n, rows = 0.3, 0.2, 1016, 200
+    scores = torch.randn(rows, 2, 1024, generator=torch.Generator().manual_seed(2)) * 0.2
+    scores[..., :8] += torch.linspace(-2, 9, rows)[:, None, None]
+    scores[:, 1, 8:] *= torch.rand(rows, 1, generator=torch.Generator().manual_seed(3)) * 2
+    fixed = torch.arange(1024).expand(rows, 1, 1024) < 8
+    draw = torch.arange(1024).expand(rows, 1, 1024)  # the first ones
+    top = scores[..., 8:].amax(-1, keepdim=True) + 0.1
     drawn = sample(
         scores, fixed, ~fixed, draw, epsilon=epsilon, delta=delta, least=32, share=0.0, bound=bound, ceiling=top
     )
     looks, sizes = math.ceil(math.log2(n / 32)) + 1, set()
-    for row in range(4):
-        e, highest, b = scores[row, 0].double().exp(), math.exp(float(top[row])), 32
+
+    def needed(e: torch.Tensor, highest: float) -> int:
+        b = 32
         while b < n:
             some = e[8 : 8 + b]
             rho = 1 - (b - 1) / n if b <= n / 2 else (1 - b / n) * (1 + 1 / b)
@@ -125,9 +133,16 @@ def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -
             if n * width <= epsilon * least:
                 break
             b = min(2 * b, n)
-        assert int(drawn.size[row]) == b
-        sizes.add(b)
-    assert max(sizes) < n
+        return b
+
+    for row in range(rows):
+        heads = zip(scores[row].double().exp(), top[row].double().exp().flatten().tolist(), strict=True)
+        sizes.add(size := max(needed(e, highest) for e, highest in heads))
+        assert int(drawn.size[row]) == size
+    assert len(sizes) > 3
+    args = {"epsilon": 1e-6, "delta": delta, "least": 32, "share": 0.0, "bound": bound, "ceiling": top}
+    drawn = sample(scores, fixed, ~fixed, draw, **args)
+    assert (drawn.size == n).all() and torch.equal(drawn.sampled, ~fixed), "never more than there are"
 
 
 def test_one_sided_z_covers_less_than_it_says() -> None:
@@ -187,11 +202,32 @@ def test_draws_differ_by_query_layer_and_seed() -> None:
     assert all(not torch.equal(a, b) for i, a in enumerate(sampled) for b in sampled[:i])
 
 
-def test_the_release_is_its_definition() -> None:
+def test_draws_of_the_release_differ_by_layer_and_seed_too() -> None:
+    (step,), _ = decoded(VAttentionReleased(budget=Budget(tokens=14), window=4, page=4), inputs(64, layers=1), 63)
+    drawn = [
+        VAttentionReleased(seed=seed)._drawn(replace(step.view, layer=layer), torch.tensor([[[55]]] * 2), stream)
+        for seed, layer, stream in itertools.product((0, 1), repeat=3)
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_sinks_and_window_are_the_least() -> None:
+    with pytest.raises(BudgetError, match="8 tokens are the least"):
+        decoded(VAttention(budget=Budget(tokens=7), window=4, page=4), inputs(43, layers=1), 40)
+
+
+@pytest.mark.parametrize("base_share", [0.2, 0.01])
+def test_the_release_is_its_definition(base_share: float) -> None:
     """Counts, weights and outputs from its own draws: with replacement, heavy hitters among them."""
     epsilon, delta = 0.2, 0.2
     method = VAttentionReleased(
-        budget=Budget(tokens=14), epsilon=epsilon, delta=delta, window=4, page=4, ranking="oracle", base_share=0.2
+        budget=Budget(tokens=14),
+        epsilon=epsilon,
+        delta=delta,
+        window=4,
+        page=4,
+        ranking="oracle",
+        base_share=base_share,
     )
     z, overlaps = NormalDist().inv_cdf(1 - delta), 0
     for step in decoded(method, inputs(83, layers=1, scale=0.5), 80, PADDING)[0]:
@@ -203,7 +239,7 @@ def test_the_release_is_its_definition() -> None:
             for head in range(HEADS):
                 heavy = set(heavy_rows[head // 2].nonzero()[:, 0].tolist())
                 e = (scores[row, head].double() - scores[row, head].max()).exp()
-                count = int(0.2 * n)
+                count = max(2, int(base_share * n))
                 first = base[row, head, :count].tolist()
                 total = e[sorted(heavy)].sum() + e[sorted(set(first))].sum() * n / count
                 size = int(min(max((z * float(e[first].std()) * n / (epsilon * float(total))) ** 2, 1), n))

@@ -64,6 +64,22 @@ def test_bits_per_byte_of_a_known_model(stream: SampleStream, samples: int, monk
     assert curve.bits_per_byte == pytest.approx(bits.sum() / size.sum())
 
 
+def test_buckets_are_two_per_octave() -> None:
+    assert bits_per_byte.bucket_starts(8) == [0]
+    assert bits_per_byte.bucket_starts(64) == [0, 8, 12, 16, 24, 32, 48]
+    assert bits_per_byte.bucket_starts(97) == [0, 8, 12, 16, 24, 32, 48, 64, 96]
+
+
+def test_there_are_no_bits_per_byte_where_targets_have_no_bytes(
+    stream: SampleStream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of special tokens: their loss is divided by nothing."""
+    lengths = stream.prepared.tokenizer.byte_lengths
+    monkeypatch.setattr(stream.prepared.tokenizer, "byte_lengths", np.zeros_like(lengths))
+    curve = bits_per_byte.measure(Known(), stream, 2)
+    assert curve.bytes == 0 and np.isnan(curve.by_position).all()
+
+
 def lookup(tokens: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
     """Solves mqar: predicts what followed this key the first time."""
     predictions = []
@@ -145,6 +161,17 @@ def test_interval_counts_episodes_if_answers_are_correlated() -> None:
     assert high - low == pytest.approx(2 * 1.96 * 0.5 / math.sqrt(200), rel=0.1)
     assert recall.interval(np.ones((10, 50), bool)) == pytest.approx((1 / (1 + 1.96**2 / 10), 1.0))
     assert recall.interval(np.zeros((1, 4), bool))[0] == 0.0
+
+
+def test_interval_divides_by_the_design_effect() -> None:
+    """Of four episodes with 1, 2, 3 and 4 of 4 right the variance is 5 / 48, that of single answers 15 / 256; of two
+    with the same mean the answers are independent."""
+    rows = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]], bool)
+    for correct, p, effect in ((rows, 10 / 16, (5 / 48) / (15 / 256)), (rows[[1, 1]], 0.5, 1.0)):
+        n, z = correct.size / effect, 1.96
+        middle, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / 4 / n**2)
+        expected = ((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n))
+        assert recall.interval(correct) == pytest.approx(expected)
 
 
 def test_interval_covers_the_truth() -> None:

@@ -40,9 +40,9 @@ def pooled_attention(view: View, block: int) -> tuple[Tensor, Tensor]:
     """
     blocks = num_blocks(view, block)
     q, queries = pooled(view.q, view.query_positions, block, blocks)
-    k, keys = pooled(view.k, view.positions, block, blocks)
+    k, _ = pooled(view.k, view.positions, block, blocks)
     order = torch.arange(blocks, device=q.device)
-    seen = (order <= order[:, None]) & (view.per_head(keys) > 0)[:, :, None]
+    seen = order <= order[:, None]
     scores = (q @ view.per_head(k).transpose(-1, -2)) * view.scale
     there = queries[:, :1, :, None] > 0
     probabilities = scores.masked_fill(~(seen & there), -torch.inf).softmax(-1).nan_to_num(0.0)

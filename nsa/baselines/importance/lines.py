@@ -60,9 +60,11 @@ def crossed_blocks(diagonals: Tensor, block: int) -> Tensor:
 
 
 def first_and_near(view: View, first: int, near: int) -> tuple[Tensor, Tensor]:
-    """The columns of the first ``first`` tokens and the diagonals nearer than ``near``: (B, G, S) and (S,) bool."""
-    columns = ((view.positions >= 0) & (view.positions < first)).transpose(1, 2)
-    return columns, torch.arange(view.k.shape[1], device=view.k.device) < near
+    """The columns of the first ``first`` tokens and the diagonals nearer than ``near``: (B, G, S) and (S,) bool.
+
+    The columns are senseless for empty slots.
+    """
+    return (view.positions < first).transpose(1, 2), torch.arange(view.k.shape[1], device=view.k.device) < near
 
 
 def estimate_of(view: View, rows: Tensor) -> Estimate:

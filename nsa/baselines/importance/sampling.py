@@ -64,7 +64,7 @@ def sample(
         return Sample(residual & (rank < size), size, whole)
     assert ceiling is not None
     looks = torch.where(base > 0, whole.double() / base.clamp(min=1), 1).log2().ceil().long() + 1
-    size, done = base.clone(), whole <= base
+    size = base
     highest = (ceiling.double() - spread.top).exp()
     for _ in range(int(looks.max())):
         total, mean, variance = spread.of(residual & (rank < size), size, whole)
@@ -74,8 +74,7 @@ def sample(
         n = _heads(whole, scores)
         lowest = total - n * torch.minimum(width, mean)
         holds = (n * width <= epsilon * lowest).unflatten(1, (len(residual[0]), -1)).all(2)
-        done = done | holds
-        size = torch.where(done, size, torch.minimum(2 * size, whole))
+        size = torch.where(holds, size, torch.minimum(2 * size, whole))
     return Sample(residual & (rank < size), size, whole)
 
 

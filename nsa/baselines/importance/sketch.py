@@ -53,14 +53,19 @@ def step(kept: dict[str, Any], rows: Tensor, scale: float, power: float, normali
     counts, index = kept["counts"].clamp(min=1), rows[:, None, :, None]
     keys = kept["keys"] / counts
     queries = (kept["queries"] / counts).gather(2, index.expand(-1, keys.shape[1], -1, keys.shape[3]))
-    hidden = (torch.arange(keys.shape[2], device=rows.device) > index) | (kept["counts"] == 0).transpose(2, 3)
+    hidden = torch.arange(keys.shape[2], device=rows.device) > index
     scores = ((queries @ keys.transpose(2, 3)).double() * scale).masked_fill(hidden, -torch.inf)
     # softmax(x)^s with rows that sum to 1 is softmax(s x).
     made = (scores * power).softmax(-1) if normalise else scores.softmax(-1) ** power
     old = kept.get("walk", made[:, :, :0, :0])
     grown = pad(old, (0, keys.shape[2] - old.shape[3], 0, keys.shape[2] - old.shape[2]))
-    kept["walk"] = grown.scatter(2, index.expand(made.shape), made.nan_to_num(0.0))
+    kept["walk"] = grown.scatter(2, index.expand(made.shape), made)
     return kept["walk"]
+
+
+def looked_at(blocks: int, size: int, chained: bool) -> float:
+    """Elements that a walk reads to choose: a sketch for each block; the layer's own step, if others came before."""
+    return blocks * size + chained * blocks * (blocks + 1) / 2
 
 
 def reached(

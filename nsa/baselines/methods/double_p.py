@@ -57,7 +57,6 @@ class DoubleP(Method):
         """Attention of the prompt is dense; its end pays for the clusters."""
         if not view.last:
             return None
-        state.rest.clear()
         return Plan.of(view.positions.transpose(1, 2)[:, :, None] >= 0, self._add(view, state))
 
     def decode_select(self, view: View, state: State) -> Plan | None:
@@ -88,7 +87,7 @@ class DoubleP(Method):
     def _add(self, view: View, state: State) -> Estimate:
         """Cluster the tokens that are in no cluster yet, up to the recent window; later on ``refresh`` at once."""
         until = state.rest.get("until")
-        start = view.seen.clamp(max=self.num_sinks) if until is None else until
+        start = torch.full_like(view.seen, self.num_sinks) if until is None else until
         stop = torch.maximum(start, view.seen - self.recent)
         stop = torch.where(stop - start >= (0 if until is None else self.refresh), stop, start)
         made = cluster(view, start, stop, size=self.cluster_size, iterations=self.iterations, segment=self.segment)

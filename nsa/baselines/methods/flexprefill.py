@@ -53,6 +53,12 @@ class FlexPrefill(Method):
     knob = ("gamma", 0.5, 1.0)
     small = {"block": 16, "min_budget": 8, "tau": 0.2}  # noqa: RUF012 - never changed
 
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma <= 1 or self.tau < 0:
+            raise ValueError(f"gamma must be in (0, 1], tau at least 0: got {self.gamma:g} and {self.tau:g}")
+        if min(self.block, self.min_budget) < 1:
+            raise ValueError(f"block and min_budget must be at least 1, got {self.block} and {self.min_budget}")
+
     def prefill_select(self, view: View, state: State) -> Plan | None:
         if self.gamma >= 1:
             return Plan.of(view.visible)

@@ -64,6 +64,5 @@ class FlexPrefillReleased(FlexPrefill):
         limit = self.gamma * there.sum(2)
         below = torch.zeros_like(ordered, dtype=torch.bool).scatter_(2, order, ordered.cumsum(-1) <= limit)
         keep |= below.view_as(means) & aware[..., None, None]
-        dense = view.seen <= max(2 * self.block, least * self.block)
-        blocks_kept = by_blocks(view, keep | dense[:, None, None, None], self.block)
-        return Plan((blocks_kept,), estimate=self.cost(view, rows, there, aware))
+        # Two blocks are all kept here, and those of min_budget tokens; the release leaves such prompts dense at once.
+        return Plan((by_blocks(view, keep, self.block),), estimate=self.cost(view, rows, there, aware))

@@ -46,7 +46,7 @@ class PyramidKV(SnapKV):
         exact = [most - (most - least) * layer / max(1, number - 1) for layer in range(number)]
         if number == 1:
             return [mean]
-        counts = [int(x + 1e-9) for x in exact]  # a whole number stays one
+        counts = [int(x) for x in exact]
         by_rest = sorted(range(number), key=lambda layer: counts[layer] - exact[layer])
         for layer in by_rest[: number * mean - sum(counts)]:
             counts[layer] += 1

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from nsa.baselines.importance.blocks import num_blocks, of_tokens
-from nsa.baselines.importance.sketch import grow, hadamard_sketch, reached, step
+from nsa.baselines.importance.sketch import grow, hadamard_sketch, looked_at, reached, step
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Estimate, Plan, View
 from nsa.ops.choose import top
@@ -71,15 +71,16 @@ class SketchWalk(Method):
         number, width = torch.arange(blocks, device=rows.device), view.k.shape[3] + view.v.shape[3]
         forced, later = (number == rows[..., None]) | (number == 0), number > rows[..., None]
         size = state.rest["keys"].shape[-1]
-        overhead = size / (self.block * width)
+        share = walk.shape[1] / view.k.shape[2]
+        overhead = lambda n: looked_at(-(-n // self.block), size, chained) * share / width  # noqa: E731
         budget = self.budget.each(view.seen, least=2 * self.block, overhead=overhead)
         count = torch.where(budget >= view.seen[:, None, None], blocks, budget // self.block)
         score = reach.masked_fill(forced[:, None], torch.inf).masked_fill(later[:, None], -torch.inf)
         keep = top(score, count).expand(-1, view.k.shape[2], -1, -1)
 
-        share, triangle = walk.shape[1] / view.k.shape[2], blocks * (blocks + 1) / 2
+        triangle = blocks * (blocks + 1) / 2
         products = float((~later).sum()) / len(rows) * size + chained * rows.shape[1] * triangle
-        read = blocks * size + chained * triangle + view.prompt * view.q.shape[1] * view.k.shape[3]
+        read = looked_at(blocks, size, chained) + view.prompt * view.q.shape[1] * view.k.shape[3]
         kept = 2 * blocks * size + triangle
         cost = Estimate(read * share, products / view.k.shape[3] * share, kept * share)
         return Plan.of(of_tokens(view, keep, self.block, first), cost)

@@ -69,7 +69,7 @@ class VAttention(Method):
         size: dict[str, Any] = {"least": self.least, "share": self.base_share, "bound": self.bound, "ceiling": highest}
         scores, draw = view.scores()[:, :, 0], draws(view, self.seed)[:, :, 0]
         drawn = sample(scores, fixed, residual, draw, epsilon=self.epsilon, delta=self.delta, **size)
-        weight = (drawn.whole / drawn.size.clamp(min=1)).clamp(min=1).log()[..., None]
+        weight = (drawn.whole / drawn.size.clamp(min=1)).log()[..., None]
         parts = Part(fixed[:, :, None]), Part(drawn.sampled[:, :, None], log_weight=weight)
         return Plan(parts, estimate=estimate)
 

@@ -49,7 +49,7 @@ class VAttentionReleased(VAttention):
         size = torch.minimum(need.clamp(min=1), span.clamp(min=1).double()).long()
         sampled = _distinct(torch.where(number < size, self._drawn(view, span, 1), -1), scores)
         sampled = torch.where(span < 2, view.per_head(view.visible)[:, :, 0], sampled) & ~seen
-        log_weight = torch.where(span < 2, 0, (span / size).clamp(min=1).log())[..., None]
+        log_weight = torch.where(span < 2, 0, (span / size).log())[..., None]
         rows = len(view.q) * view.k.shape[2]
         read = float(view.per_group(_distinct(drawn, scores)).any(2).sum()) / rows * view.k.shape[3]
         estimate = estimate + Estimate(read, float(base.double().mean()) * view.group)

@@ -33,7 +33,7 @@ class VerticalSlashBlocks(VerticalSlash):
         columns, diagonals = self.by_kernels(view) if by_kernels(view) else self.chosen(view, self.scores(view, rows))
         number = torch.arange(-(-view.q.shape[1] // self.block), device=view.q.device)
         back = number[:, None] - number
-        blocks = crossed_blocks(diagonals, self.block)[:, :, back.clamp(min=0)] & (back >= 0)
+        blocks = crossed_blocks(diagonals, self.block)[:, :, back.clamp(min=0)]
         parts = Part(blocks, unit=self.block, tile=self.block), Part(columns[:, :, None])
         return Plan(parts, estimate=estimate_of(view, rows))
 

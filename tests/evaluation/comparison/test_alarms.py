@@ -90,6 +90,9 @@ def test_every_alarm_was_planted() -> None:
         planted(3, counted={**GOOD[3].counted, "reads": 0.1019}),
         planted(3, figures={**FOUND, "reads": [1.0] + [0.1] * (LAYERS - 1)}, dense_layers=[0]),
         planted(1, score=np.where(np.arange(200) < 2, 1 - DENSE.score, DENSE.score)),
+        leaky([0.0, 1e-6]),
+        planted(2, counted={**GOOD[2].counted, "reads": 0.1 * (1 - 1e-7)}, budget=0.1 * (1 + 1e-3)),
+        planted(3, figures={**FOUND, "reads": [1.2] + [0.1] * (LAYERS - 1)}),  # branches beside may honestly read more
     ],
 )
 def test_silent_within_the_limits(cells) -> None:
@@ -164,6 +167,42 @@ def test_one_of_many_comparisons_must_be_surer_than_one_alone() -> None:
     low = replace(DENSE, score=np.ones(200))  # dense is best: only budgets are compared
     assert set(ringing([low, sure, large[0]])) == {"not monotone in the budget"}
     assert ringing([low, sure, *slight, *large]) == {}
+
+
+def test_arms_that_are_neither_above_nor_below_are_not_in_the_family() -> None:
+    sure, same = (
+        flipped(cell("quest", budget=0.1), 8, 1),
+        [replace(cell(m, budget=0.1), score=DENSE.score) for m in OTHERS],
+    )
+    assert set(ringing([DENSE, sure, *same])) == {"sparse above dense"}
+
+
+def test_one_training_of_a_sparse_sibling_is_as_sure_as_its_samples() -> None:
+    """60 samples up of 60: no bootstrap of 10,000 draws could tell."""
+    low = replace(cell("dense", samples=60), score=np.zeros(240))
+    own = replace(cell("own", "nsa", 0.1, samples=60), score=np.ones(240))
+    (text,) = ringing([low, own])["sparse above dense"]
+    assert float(text.partition("(p ")[2].partition(")")[0]) < 1e-9
+
+
+def test_a_full_budget_with_fewer_answers_than_dense_is_unlike_it() -> None:
+    dense, full = cell("dense", "nsa"), cell("quest", "nsa", 1.0, samples=40)
+    assert "differs from dense in 100.0 %" in ringing([dense, full])["full budget unlike dense"][0]
+
+
+def test_at_a_full_budget_nothing_is_left_out_so_no_figures_are_missed() -> None:
+    full = replace(GOOD[1], figures={k: v for k, v in GOOD[1].figures.items() if k != "changes"})
+    assert alarms.ring(Table([GOOD[0], full])) == []
+
+
+def test_the_cell_that_is_farthest_off_its_budget_is_named() -> None:
+    tasks = {"mqar": 0.104, "passkey": 0.08, "niah_multikey": 0.1}
+    made = []
+    for task, reads in tasks.items():
+        made += [cell("dense", task=task), cell("quest", budget=0.1, task=task)]
+        made[-1] = replace(made[-1], score=made[-2].score, counted={**made[-1].counted, "reads": reads})
+    (text,) = ringing(made)["counted budget off the nominal one"]
+    assert "counted at 0.080 reads (passkey, 1024); 2 of 3 cells differ" in text
 
 
 def test_budgets_are_compared_with_all_larger_ones_at_the_same_length() -> None:

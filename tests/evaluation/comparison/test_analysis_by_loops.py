@@ -10,9 +10,9 @@ from simulated import cell
 
 from nsa.evaluation import recall
 from nsa.evaluation.comparison.reading import alarms, report, statistics
-from nsa.evaluation.comparison.reading.analysis import FLOOR, LEVEL, MARGIN, TOLERANCE, Point, Table
+from nsa.evaluation.comparison.reading.analysis import FLOOR, LEVEL, MARGIN, TOLERANCE, Comparison, Point, Table
 from nsa.evaluation.comparison.reading.pages import Grid, Section
-from nsa.evaluation.comparison.rows import Cell
+from nsa.evaluation.comparison.rows import Cell, ResultsError
 
 TASKS = {"mqar": 0.95, "passkey": 0.9, "story_filtering": 0.75}  # dense solves two of them
 SEEDS, BUDGETS, SAMPLES = (0, 1, 2), (0.25, 0.1), 60
@@ -158,6 +158,59 @@ def test_an_interval_of_one_training_is_of_samples() -> None:
     (point,) = Table([replace(even, **uneven)]).points
     means = [uneven["score"][uneven["sample"] == s].mean() for s in range(40)]
     assert point.interval == pytest.approx(recall.interval(np.array(means)[:, None]))
+
+
+def test_an_interval_of_several_trainings_is_of_scores() -> None:
+    """Student's t of one that failed, one in the middle and one that did not is wider than all scores."""
+    made = [replace(cell("dense", train_seed=s), score=np.tile([s / 2], 200)) for s in (0, 1, 2)]
+    (point,) = Table(made).points
+    assert point.interval == (0.0, 1.0)
+
+
+def test_cells_of_any_order_are_in_the_order_of_their_trainings(cells: list[Cell], table: Table) -> None:
+    turned = Table(cells[::-1])
+    assert all([c.train_seed for c in p.cells] == [0, 1, 2] and p.cell.train_seed == 0 for p in turned.points)
+    one, two = (
+        {(c.point.label, c.point.cell.budget, c.point.cell.task): c.p for c in t.comparisons} for t in (table, turned)
+    )
+    assert one == two
+
+
+def test_trainings_with_other_questions_are_refused() -> None:
+    one, two = cell("dense"), cell("dense", train_seed=1)
+    for changes in ({"query": two.query + 1}, {"sample": two.sample + 1}):
+        with pytest.raises(ResultsError, match="answered different questions"):
+            Table([one, replace(two, **changes)])
+        with pytest.raises(ResultsError, match="answered different questions"):
+            Table([one, two, replace(two, train_seed=2, **changes)])
+
+
+def test_the_base_is_the_siblings_own_then_the_nearest_in_size_with_the_same_question_then_the_first() -> None:
+    def dense(model: str, parameters: int, aware: bool) -> Cell:
+        made = replace(cell("dense", model, parameters=parameters), question_aware=aware)
+        return replace(made, trained="dense", arm=f"{model}+dense")
+
+    bases = [dense(m, n, a) for m, n in (("big", 900), ("one", 300), ("two", 300)) for a in (True, False)]
+    quest = [replace(b, arm=f"{b.model}+quest", method="quest", budget=0.25, phases=["decode"]) for b in bases]
+    own = [replace(cell("own", "nsa", 0.1, parameters=n), question_aware=a) for n in (310, 800) for a in (True, False)]
+    table = Table([*bases, *quest, *own[:2]])
+    for point in table.select(lambda c: c.method == "quest"):
+        base = table.base(point)
+        assert base is not None and base.cell.model == point.cell.model
+        assert base.cell.question_aware == point.cell.question_aware
+    for number, name in ((0, "one"), (2, "big")):
+        table = Table([*bases, *own[number : number + 2]])
+        for point in table.select(lambda c: c.method == "own"):
+            base = table.base(point)
+            assert base is not None
+            assert (base.cell.model, base.cell.question_aware) == (name, point.cell.question_aware)
+
+
+def test_what_dense_just_solves_counts_and_a_p_of_just_the_level_proves_nothing() -> None:
+    table = Table([cell("dense", dense_score=0.8), cell("quest", budget=0.25)])
+    (dense,), (quest,) = (table.select(lambda c, m=m: c.method == m) for m in ("dense", "quest"))
+    assert dense.mean == 0.8 and table.informative(table.points) == [dense, quest]
+    assert [Comparison(quest, dense, 0, 0, 0, p).noninferior for p in (0.049, 0.05, 0.08)] == [True, False, False]
 
 
 def test_trainings_that_both_have_are_paired(cells: list[Cell]) -> None:

@@ -1,13 +1,16 @@
 """The analysis finds what the simulation put in; the report shows it in one page."""
 
+import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from simulated import MANIFEST, cell, cells, rows_of, write
 
+from nsa.baselines import METHODS
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.reading import cards, statistics
 from nsa.evaluation.comparison.reading.analysis import Table
@@ -165,6 +168,69 @@ def test_cards_of_the_study_tell_signs() -> None:
     forgets = [replace(cell(name, budget=1 / 8, samples=200), score=none.score) for name in ("snapkv", "streaming_llm")]
     assert told("What forgets", dense, quest, *forgets) == cards.AGREES
     assert told("What forgets", dense, quest, forgets[0], replace(forgets[1], score=dense.score)) == cards.UNDECIDED
+
+
+def test_random_is_compared_with_what_looks_at_content_at_the_same_place() -> None:
+    """Neither a window with sinks nor another question, task or budget is a rival of it."""
+    chance = replace(cell("random", budget=0.25), score=np.zeros(200))
+    best = replace(cell("quest", budget=0.25), score=np.ones(200))
+    others = [
+        *(replace(best, method=name, arm=f"dense+{name}") for name in ("sink_window", "streaming_llm", "lm_infinite")),
+        replace(best, question_aware=False), replace(best, budget=0.1), replace(best, length=4096),
+        replace(best, task="variable_tracking"), replace(best, model="nsa", trained="nsa", arm="nsa+quest"),
+    ]  # fmt: skip
+    (card,) = [card for card in cards.CARDS if "A random gate" in card.claim]
+    assert card.measure(Table([chance, *others])) == ("", cards.ABSENT)
+    told, verdict = card.measure(Table([chance, *others, best]))
+    assert told == "+100.0 points [+100.0, +100.0] over 1 pairs of cells" and verdict == cards.AGREES
+
+
+def test_verdicts_of_several_parts_agree_only_if_all_do() -> None:
+    agrees, other, none = ("a", cards.AGREES), ("b", cards.DISAGREES), ("", cards.ABSENT)
+    assert cards._all([("x", agrees), ("y", agrees)]) == ("x: a; y: a", cards.AGREES)
+    for second in (other, none):
+        assert cards._all([("x", agrees), ("y", second)])[1] == cards.UNDECIDED
+    assert cards._all([("x", none), ("y", none)]) == none
+
+
+@pytest.mark.parametrize(
+    ("intervals", "verdict"),
+    [
+        ([(0.3, 0.7), (0.4, 0.9), (0.8, 1.2)], cards.AGREES),
+        ([(0.3, 0.7), (0.8, 1.2)], cards.UNDECIDED),
+        ([(0.3, 0.7), (0.4, 0.9), (1.1, 1.2)], cards.UNDECIDED),
+        ([(1.3, 1.7), (1.1, 1.2), (0.8, 1.2)], cards.DISAGREES),
+    ],
+)
+def test_exponents_agree_if_most_lie_below_one_and_none_above(intervals: list, verdict: str) -> None:
+    laws = [SimpleNamespace(label="dense+quest", law=statistics.Law(1, 1, *of)) for of in intervals]
+    table = SimpleNamespace(required=lambda: laws, points=Table([cell("quest", budget=0.1)]).points)
+    assert cards._budget_law(table)[1] == verdict  # type: ignore[arg-type]
+
+
+def test_losses_by_scope_are_shares_of_dense_at_the_smallest_budget() -> None:
+    made = []
+    for task, whole, scores in (("passkey", 200, {0.25: 0, 0.1: 180}), ("mqar", 160, {0.25: 160, 0.1: 120})):
+        made.append(replace(cell("dense", task=task), score=(np.arange(200) < whole).astype(np.float64)))
+        for budget, right in scores.items():
+            made.append(replace(cell("quest", budget=budget, task=task), score=(np.arange(200) < right) * 1.0))
+    (card,) = [card for card in cards.CARDS if "A single query tolerates" in card.claim]
+    told, verdict = card.measure(Table(made))
+    assert told.startswith("single query loses 10 %, the rest 25 %") and verdict == cards.AGREES
+
+
+def test_points_of_both_questions_are_pairs_of_their_own() -> None:
+    made = [cell("dense"), cell("twilight", budget=0.25), cell("quest", budget=0.25)]
+    made += [replace(c, question_aware=False) for c in made]
+    pairs = cards.between(Table(made), cards.method("twilight"), cards.method("quest"))
+    assert pairs[0].endswith("over 2 pairs of cells")
+
+
+def test_cards_ask_for_methods_that_there_are() -> None:
+    names = set(re.findall(r"method\((.*?)\)|at_most\([^,]*, (.*?)\)", inspect.getsource(cards)))
+    asked = {word for pair in names for word in re.findall(r'"(\w+)"', " ".join(pair))}
+    assert {"quest", "snapkv", "ada_snapkv", "oracle_topk"} <= asked
+    assert asked | set(cards.BLIND) <= {method.name for method in METHODS}
 
 
 def test_trained_sparsity_has_rivals_length_by_length() -> None:

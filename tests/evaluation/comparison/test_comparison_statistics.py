@@ -83,6 +83,19 @@ def test_noninferiority_rejects_rarely_at_the_margin_and_often_at_no_loss() -> N
     assert at_margin <= 9 and at_none >= 80
 
 
+def test_noninferiority_counts_a_loss_of_just_the_margin_and_never_says_that_it_is_certain() -> None:
+    """One of n + 1 samples is the imaginary one; a bootstrap has none of it in a share of about 1 / e."""
+    assert statistics.noninferiority_p(one_seed(np.full(50, -0.02)), 0.02) == 1
+    assert statistics.noninferiority_p(one_seed(np.zeros(10_000)), 0.02, 1000) == 1 / 1001
+
+
+def test_another_seed_draws_other_samples_and_other_errors_of_trainings() -> None:
+    data = one_seed(np.repeat([[0.2], [0.3], [0.7]], 30, axis=1))  # no differences between samples
+    drawn = [statistics.draw_means(data, 100, seed) - data.mean for seed in (1, 2)]
+    assert not np.isclose(drawn[0], drawn[1]).any()
+    np.testing.assert_array_equal(drawn[0], statistics.draw_means(data, 100, 1) - data.mean)
+
+
 def binomial_p(heads: int, tosses: int) -> float:
     return sum(math.comb(tosses, k) for k in range(heads, tosses + 1)) / 2**tosses
 
@@ -104,6 +117,18 @@ def test_sign_flips_weigh_samples_by_their_differences(number: int) -> None:
     exact = np.mean([np.dot(s, mean) >= mean.sum() - 1e-12 for s in itertools.product((-1, 1), repeat=number)])
     assert 0.01 < exact < 0.3
     assert statistics.greater_p(Clusters(values, np.arange(1, number + 1))) == pytest.approx(exact, abs=0.01)
+
+
+def test_sign_flips_of_decimal_fractions_count_ties_whatever_the_rounding() -> None:
+    """0.1 + 0.2 is not 0.3 in binary, but as many thirds and tenths are as many."""
+    dice = np.random.default_rng(12)
+    for _ in range(300):
+        whole = [int(n) for n in dice.integers(-9, 10, 6)]
+        signs = list(itertools.product((1, -1), repeat=6))
+        exact = np.mean([sum(s * n for s, n in zip(flip, whole, strict=True)) >= sum(whole) for flip in signs])
+        for unit in (10, 3):
+            p = statistics.greater_p(one_seed([n / unit for n in whole]))
+            assert p == pytest.approx(exact if any(whole) else 1)
 
 
 def test_noninferiority_is_a_bootstrap_of_samples_and_of_one_that_lost_all() -> None:
@@ -149,15 +174,16 @@ def test_required_share() -> None:
             [0.85, 0.9, 0.9],  # all suffice
             [0.1, 0.1, 0.1],  # above 0.2: towards dense
             [0.9, 0.2, 0.9],  # one lucky budget does not count
+            [0.81, 0.9, 0.9],  # just what may be lost
         ]
     )
-    found, bound = statistics.required_share(shares, scores, np.full(4, 0.9), 0.1)
-    np.testing.assert_array_equal(bound, [False, True, False, False])
+    found, bound = statistics.required_share(shares, scores, np.full(5, 0.9), 0.1)
+    np.testing.assert_array_equal(bound, [False, True, False, False, True])
 
     def between(low: float, high: float, at_low: float, at_high: float) -> float:
         return low * (high / low) ** ((0.81 - at_low) / (at_high - at_low))
 
-    expected = [between(0.1, 0.2, 0.5, 0.9), 0.05, between(0.2, 1, 0.1, 0.9), between(0.1, 0.2, 0.2, 0.9)]
+    expected = [between(0.1, 0.2, 0.5, 0.9), 0.05, between(0.2, 1, 0.1, 0.9), between(0.1, 0.2, 0.2, 0.9), 0.05]
     np.testing.assert_allclose(found, expected)
 
 

@@ -129,11 +129,44 @@ def test_ids_tell_cells_apart() -> None:
         ([row(method="dense")], "write null"),
         ([row(counted={"reads": 0.1})], "lacks attended"),
         ([row(bos=-2)], "BOS"),
+        *(([row(counted={**row().counted, "scored": x})], "a share is a number from 0") for x in (-0.1, float("inf"))),
+        ([row(length=0)], "must be at least 1"),
+        ([row(parameters=0)], "must be at least 1"),
     ],
 )
 def test_bad_rows_are_refused(rows: list, words: str) -> None:
     with pytest.raises(ResultsError, match=words):
         cell_of(rows)
+
+
+def test_a_prompt_may_have_no_bos_and_a_tokenizer_none_to_count() -> None:
+    assert cell_of([row(bos=0), row(sample=1, bos=None)]).bos.tolist() == [0, -1]
+
+
+def test_cells_that_were_renamed_or_added_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "one", CELLS)
+    stray = write(tmp_path / "other", [cell("h2o", budget=0.25, samples=3)]).path / "cells"
+    (stray,) = stray.iterdir()
+    stray.rename(tmp_path / "one" / "cells" / stray.name)
+    with pytest.raises(ResultsError, match="4 of 3 cells are there"):
+        read_results(tmp_path / "one")
+    (tmp_path / "one" / "cells" / stray.name).rename(tmp_path / "one" / "cells" / "other")
+    with pytest.raises(ResultsError, match=r"holds the cell .*h2o.*: it was renamed"):
+        read_results(tmp_path / "one")
+
+
+def test_what_was_noted_first_stays(tmp_path: Path) -> None:
+    """When results were begun and ended, although their lists have grown, and how a sibling was trained."""
+    write(tmp_path / "results", CELLS)
+    config = {**MANIFEST.config, "methods": [{"name": "quest"}]}
+    again = ResultsFolder(tmp_path / "results", replace(MANIFEST, config=config, planned=3, started="later"))
+    assert (again.manifest.started, again.manifest.finished) == (MANIFEST.started, None)
+    ended = ResultsFolder(tmp_path / "ended", replace(MANIFEST, planned=0))
+    assert [ended.finish(at).manifest.finished for at in ("first", "second")] == ["first", "first"]
+    for text in ("one", "two"):
+        (tmp_path / "config.yaml").write_text(text)
+        again.keep_training("dense", tmp_path / "config.yaml")
+    assert (tmp_path / "results/siblings/dense.yaml").read_text() == "one"
 
 
 def test_unknown_figures_are_refused() -> None:

@@ -149,6 +149,7 @@ def test_answers_are_those_of_a_loop_over_single_sequences(siblings: dict[str, P
 def test_a_threshold_is_fitted_to_a_budget() -> None:
     threshold, spent = fit(lambda x: x**2, 0.25, 0.0, 1.0)
     assert abs(threshold - 0.5) < 0.01 and abs(spent - 0.25) <= 0.0025
+    assert abs(fit(lambda x: x**2, 0.02, 0.0, 1.0)[1] - 0.02) <= 0.0002, "near, by the budget's own measure"
     assert fit(lambda x: 1 - x, 0.3, 1.0, 0.0)[0] == pytest.approx(0.7, abs=0.01)
     assert fit(lambda x: 0.5 + x / 2, 0.1, 0.0, 1.0) == (0.0, 0.5)  # out of reach: the nearest
 
@@ -285,6 +286,27 @@ def test_tasks_with_long_answers_are_said(siblings: dict[str, Path], tmp_path: P
     config = load(str(path), ["tasks=[copy_wide, mqar]", "lengths=[64, 256]"])
     Comparison(config, [model], said.append)._check_tasks(cells)
     assert len(said) == 1
+
+
+def test_the_floor_is_that_of_a_siblings_own_dense_run_or_of_the_nearest_in_size(tmp_path: Path) -> None:
+    """By the mean over its trainings; what just reaches the floor is asked."""
+    sizes = {"one": 300, "two": 300, "nsa": 310, "big": 900}
+    means = {("one", 0): 0.4, ("one", 1): 0.6, ("two", 0): 0.3, ("nsa", 0): 0.9, ("big", 0): 0.1}
+
+    def candidate(key: tuple[str, int]) -> Candidate:
+        return Candidate(key[0], key[1], tmp_path, "nsa" if key[0] == "nsa" else "dense", key[1])
+
+    def cell(arm: str, budget: None, task: str, length: int, aware: bool, seed: int) -> Any:
+        name = arm.partition("+")[0]
+        return SimpleNamespace(mean=means[name, seed], parameters=sizes[name])
+
+    path = tmp_path / "c.yaml"
+    path.write_text(CONFIG.format(out=tmp_path, dense="a", nsa="b") + "floor: 0.5\n")
+    candidates = [candidate(key) for key in (("two", 0), *(key for key in means if key[0] != "two"))]
+    comparison, folder = Comparison(load(path), candidates, print), SimpleNamespace(cell=cell)
+    whys = {key: comparison._below(folder, candidate(key), Place("mqar", 64, True)) for key in means}  # type: ignore[arg-type]
+    low = {"two": "dense reaches 0.300, below 0.5", "big": "dense reaches 0.100, below 0.5"}
+    assert whys == {key: low.get("two" if key[0] == "nsa" else key[0]) for key in means}
 
 
 def test_listing_and_explaining() -> None:

@@ -155,7 +155,7 @@ def required_share(shares: Floats, scores: Floats, dense: Floats, tolerance: flo
     high, low = whole[row, first], whole[row, below]
     part = np.divide(target - low, high - low, out=np.ones(len(scores)), where=high - low > 1e-12)
     logs = np.log(grid)
-    return np.exp(logs[below] + np.clip(part, 0, 1) * (logs[first] - logs[below])), first == 0
+    return np.exp(logs[below] + part * (logs[first] - logs[below])), first == 0
 
 
 @dataclass(frozen=True)
