@@ -127,7 +127,11 @@ class Cells:
                 raise TimeUpError
             if missing:
                 self._begun = True
-                self._answer(missing, unit.place, tell)
+                try:
+                    self._answer(missing, unit.place, tell)
+                except torch.OutOfMemoryError:
+                    progress(-sum(told.values()))  # told again, if these cells are tried again
+                    raise
             some = missing
 
     def read_less(self, unit: Unit) -> int | None:
