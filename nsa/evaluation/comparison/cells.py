@@ -110,6 +110,7 @@ class Cells:
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
+            ValueError: a file cannot be written or read.
         """
         told = dict.fromkeys(unit.arms, 0.0)  # of each cell
 
@@ -132,6 +133,10 @@ class Cells:
                 except torch.OutOfMemoryError:
                     progress(-sum(told.values()))  # told again, if these cells are tried again
                     raise
+                except OSError as error:  # such as a full disk
+                    raise ValueError(
+                        f"{error}. The answers so far are in {self.folder.path}: mend this, and run the same command again"
+                    ) from error
             some = missing
 
     def read_less(self, unit: Unit) -> int | None:
