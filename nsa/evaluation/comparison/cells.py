@@ -134,9 +134,8 @@ class Cells:
                     progress(-sum(told.values()))  # told again, if these cells are tried again
                     raise
                 except OSError as error:  # such as a full disk
-                    raise ValueError(
-                        f"{error}. The answers so far are in {self.folder.path}: mend this, and run the same command again"
-                    ) from error
+                    kept = f"The answers so far are in {self.folder.path}"
+                    raise ValueError(f"{error}. {kept}: mend this, and run the same command again") from error
             some = missing
 
     def read_less(self, unit: Unit) -> int | None:
