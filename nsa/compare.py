@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the time is over; finished cells are written: run the same command again to continue", file=sys.stderr
             )
             return REQUEUE
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # such as a folder that cannot be written
         print(f"error: {error}", file=sys.stderr)
         return USER
     except WorkerLostError as error:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nsa.config import Config, EvaluationConfig, load_config
+from nsa.config import Config, EvaluationConfig, load_config, load_saved
 from nsa.evaluation.runner import check, evaluate, measured
 from nsa.exporting.folder import CONFIG, is_export
 
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(export)
         config: Config | EvaluationConfig | None = None
         if options.config or (is_export(export) and options.overrides):
-            config = load_config(options.config or export / CONFIG, options.overrides)
+            path = Path(options.config or export / CONFIG)
+            config = (load_saved if path.name == CONFIG else load_config)(path, options.overrides)
         elif options.overrides:
             config = measured(options.overrides)
         evaluate(export, options.out, config)

@@ -47,7 +47,7 @@ def attend_blocks(view: View, plan: Plan, *, backend: str = "auto") -> tuple[Ten
         view.q, view.k, view.v, blocks, counts, tile_size=part.tile, block_size=part.unit, columns=columns,
         scale=view.scale, return_lse=True, backend=backend,
     )  # fmt: skip
-    return out, lse
+    return out.to(view.q.dtype), lse  # autocast may have another
 
 
 def lists_of(view: View, plan: Plan, *, backend: str = "auto") -> BlockLists:

@@ -1,5 +1,6 @@
 """A prompt by kernels: plans of blocks and columns mean the same, and the choice is that of the portable path."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,23 @@ def test_kernels_choose_what_the_portable_path_chooses(
         masks = [kept(view, plan, torch.arange(tokens)) for plan in (found, expected)]
         assert torch.equal(*masks) and found.estimate == expected.estimate
         assert torch.equal(prompt.pairs_of(view, found), masks[0].double().sum((2, 3)))
+
+
+@by_method(*METHODS[:2])
+def test_a_prompt_of_few_blocks_keeps_all(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer than those that are always in."""
+    monkeypatch.setattr(prompt, "on_gpu", lambda view: True)
+    view = view_of(3)
+    plan = replace(method, budget=Budget(tokens=5)).prefill_select(view, State())
+    assert torch.equal(kept(view, plan, torch.arange(3)), view.visible)
+
+
+@by_method(METHODS[0])
+def test_autocast_changes_no_dtype(method: Method) -> None:
+    view = view_of(33)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = prompt.attend_blocks(view, method.prefill_select(view, State()))
+    assert found.dtype == view.q.dtype == torch.float32
 
 
 def _noted(called: list[str], name: str, choice: Any, backend: str, *given: Any, **options: Any) -> Any:

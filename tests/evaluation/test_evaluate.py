@@ -1,15 +1,19 @@
 """`python -m nsa.evaluate`, from an export to the files that it writes."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from small_run import small_export
 
 from nsa import evaluate as command
 from nsa.data.prepare import prepare
 from nsa.data.tasks import SET_SIZE
 from nsa.evaluation import runner
+from nsa.exporting.folder import CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +103,22 @@ def test_errors_are_reported(exported: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "file").touch()
     assert command.main([str(exported), "--out", str(tmp_path / "file"), "evaluation.recall_samples=4"]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_overrides_change_what_an_earlier_version_saved(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the export, or named; and a pipe in its place is not waited for."""
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    saved = yaml.safe_load((copy / CONFIG).read_text())
+    saved["attention"]["block_size"] = saved["attention"]["nsa"].pop("block_size")
+    (copy / CONFIG).write_text(yaml.safe_dump(saved))
+    some = ["--out", str(tmp_path / "out"), "evaluation.length_factors=[1]", *FEW]
+    assert command.main([str(copy), *some]) == 0
+    assert command.main([str(copy), "--config", str(copy / CONFIG), *some]) == 0
+    (copy / CONFIG).unlink()
+    os.mkfifo(copy / CONFIG)
+    capsys.readouterr()
+    assert command.main([str(copy), *some]) == 2
+    assert f"{CONFIG} is no regular file" in capsys.readouterr().err

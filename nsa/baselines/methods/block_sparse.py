@@ -62,10 +62,11 @@ class BlockSparse(Method):
 
     def by_kernels(self, view: View) -> Plan:
         """The same of a whole prompt: all sequences have the same budget."""
-        tokens, blocks = view.q.shape[1], -(-view.q.shape[1] // self.block)
-        budget = self.budget.of(tokens, least=self.block * (1 + self.first + self.near))
+        tokens, blocks, forced = view.q.shape[1], -(-view.q.shape[1] // self.block), 1 + self.first + self.near
+        budget = self.budget.of(tokens, least=self.block * forced)
         found, _ = ops.pooled_blocks(
-            view.q, view.k, block_size=self.block, num_blocks=blocks if budget >= tokens else budget // self.block,
+            view.q, view.k, block_size=self.block,
+            num_blocks=max(blocks, forced) if budget >= tokens else budget // self.block,
             num_initial=self.first, num_local=1 + self.near, scale=view.scale,
         )  # fmt: skip
         cost = Estimate(read=keys_once(view), pairs=blocks * (blocks + 1) / 2 * view.group)

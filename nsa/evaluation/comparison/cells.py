@@ -110,6 +110,7 @@ class Cells:
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
+            ValueError: a file cannot be written or read.
         """
         told = dict.fromkeys(unit.arms, 0.0)  # of each cell
 
@@ -127,7 +128,14 @@ class Cells:
                 raise TimeUpError
             if missing:
                 self._begun = True
-                self._answer(missing, unit.place, tell)
+                try:
+                    self._answer(missing, unit.place, tell)
+                except torch.OutOfMemoryError:
+                    progress(-sum(told.values()))  # told again, if these cells are tried again
+                    raise
+                except OSError as error:  # such as a full disk
+                    kept = f"The answers so far are in {self.folder.path}"
+                    raise ValueError(f"{error}. {kept}: mend this, and run the same command again") from error
             some = missing
 
     def read_less(self, unit: Unit) -> int | None:

@@ -1,6 +1,7 @@
 """A cell that is not finished keeps the batches that were answered, and goes on from there with the same results."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from test_reading_once import compared, run
 
 from nsa.baselines.ledger import Counts
+from nsa.compare import main
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import Answer
 from nsa.evaluation.comparison.begun import Begun
@@ -162,6 +164,37 @@ def test_other_batches_go_on_with_the_same_questions(
 
 def compared_again(work: commands.Work, *overrides: str) -> commands.Work:
     return commands.work_of(str(work.whole.folder.parent / "c.yaml"), [*OVERRIDES, *overrides])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_told_and_costs_no_batch_before_it(
+    workers: int, folders: dict[str, Path], whole: tuple[dict[str, Any], int, int], tmp_path: Path
+) -> None:
+    """No file can grow beyond 1,500 bytes: the last line of a cell's is written in part."""
+    work = begun(tmp_path / "in", folders)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        Counted(patch, Asked, "go_on").kill_at = 1
+        run(work)
+    comparison = work.comparison("cpu", workers)
+    folder = work.folder(comparison)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limit[1]))
+    try:
+        with pytest.raises(ValueError, match=r"File too large\. The answers so far are in .*in/small: mend this"):
+            comparison.run(folder, lambda cells: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path for path in (work.whole.folder / "begun").iterdir() if path.read_bytes()[-1:] != b"\n"]
+    assert run(work) == whole[0]
+
+
+def test_a_folder_that_cannot_be_made_is_told(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun(tmp_path / "in", folders)
+    (tmp_path / "file").write_text("")
+    assert main([str(tmp_path / "in/c.yaml"), f"output_dir={tmp_path}/file/results"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_nothing_is_left_of_it_at_the_end(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from nsa.baselines import Session
 from nsa.compare import main
 from nsa.evaluation.comparison import commands, workers
 from nsa.evaluation.comparison.arms import Place, Unit, units_of
-from nsa.evaluation.comparison.cells import Cells, TimeUpError
+from nsa.evaluation.comparison.cells import Asked, Cells, TimeUpError
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.workers import Worker, WorkerLostError, Workers, next_of, shared_out
 from tests.small_run import small_export
@@ -358,6 +358,28 @@ def test_a_worker_with_too_little_memory_reads_less_at_once(
     lines = [text for what, *more in said for text in more if what == workers.SAID]
     assert len(lines) == 3 * {2: 2, 1: 3}[rows] and max(read) == rows  # it was halved so often for each unit
     assert lines[-1] == f"out of memory at dense mqar 64 agnostic: tries again with batches of {tokens} tokens"
+
+
+def test_what_is_tried_again_is_counted_once(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory is full when the second cell of a group has a batch of eight."""
+    work = commands.work_of(str(configured(tmp_path, siblings)), ["batch_tokens=512", "samples=8", "queries=4"])
+    comparison = work.comparison()
+    cells = Cells(work.config, work.folder(comparison), lambda *_: None, "cpu", lambda: 999.0)
+    (unit, *_) = units_of(list(comparison.arms(comparison.candidates[0], methods=True)), Place("mqar", 64, False))
+    calls, said, go_on = [0], list[Any](), Asked.go_on
+
+    def full(self: Asked) -> bool:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise torch.OutOfMemoryError("full")
+        return go_on(self)
+
+    monkeypatch.setattr(Asked, "go_on", full)
+    workers._finish(cells, unit, lambda *what: said.append(what))
+    parts = [part for what, part in said if what == workers.PROGRESS]
+    assert len(unit.arms) > 2 and min(parts) < 0 and sum(parts) == pytest.approx(len(unit.arms))
 
 
 def test_a_worker_without_memory_for_one_sample_gives_up(
