@@ -65,4 +65,4 @@ def test_weights_of_few_rows_are_under_way_before_the_first_product(run_python, 
     assert done.returncode == 0, done.stderr[-3000:]
     loads = [re.match("(w+)x[^w?]*$", line) for line in done.stdout.split()]
     assert all(loads), done.stdout
-    assert [len(found[1]) for found in loads if found] == [4, 8, 8] * 3
+    assert [len(found[1]) for found in loads if found] == [4, 8, 8] * 2
