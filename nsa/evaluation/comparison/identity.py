@@ -1,6 +1,7 @@
 """What results depend on beside their configuration: the code that made them, and the weights of the siblings."""
 
 import hashlib
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 import nsa
 from nsa.data.byte_level import MODEL
 from nsa.data.load_tokenizer import SENTENCEPIECE, tokenizer_files
+from nsa.exporting.folder import CONFIG
 
 READERS = "evaluation/comparison/reading/"  # what reads results and makes none: a better report is no other result
 CODE = (".py", ".json")  # and the tables that it reads
@@ -37,8 +39,14 @@ def code_digest(root: Path | None = None) -> str:
 
 
 def export_digest(folder: Path) -> str:
-    """A fingerprint of the files of an export, by which two trainings under one name are told apart."""
-    return _digest({path.name: path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"})
+    """A fingerprint of the files of an export, by which two trainings under one name are told apart.
+
+    A training that was repeated bit by bit has the same, however many hours it was given.
+    """
+    files = {path.name: path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"}
+    config = files.pop(CONFIG, None)
+    given = re.sub(rb"(?m)^ *max_hours:.*\n", b"", config.read_bytes()) if config else b""
+    return hashlib.sha256(_digest(files).encode() + given).hexdigest()[:DIGITS]
 
 
 def tokenizer_digest(folder: Path) -> str:
