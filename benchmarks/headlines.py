@@ -44,7 +44,7 @@ SHAPES = {
     "long": "32 / 2, 128",
     "hN": "4 N / 4, 128: N query heads to a KV head",
 }
-SCALING, DECODE = "scaling-h200-2026-11-30", "decode-64k-h200-2026-11-30"
+SCALING, DECODE = "scaling-h200-2026-11-30", "decode-64k-h200-2026-12-01"
 DECODER_STEPS = "decode-1b-h200-2026-12-01"
 PREFILL = "prefill-h200-2026-11-30"
 PEERS = {
