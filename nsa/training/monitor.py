@@ -1,16 +1,25 @@
 """Where figures go: metrics.jsonl and TensorBoard, with one curve however often the run was resumed."""
 
 import json
+import re
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+OVERVIEW = {
+    "loss": ("train/loss", "validation/loss"),
+    "gradient norm": ("train/grad_norm",),
+    "tokens per second": ("perf/tokens_per_second",),
+    "learning rate": ("train/learning_rate",),
+}
+
 
 class Monitor:
-    """Writes scalars by step to ``<run>/metrics.jsonl`` and ``<run>/tensorboard``.
+    """Writes scalars by step to ``<run>/metrics.jsonl`` and ``<run>/tensorboard``, there with an overview (`charts`).
 
     Args:
         folder: the run folder. resumed: steps that the run has behind it; what an earlier process logged after them
@@ -31,6 +40,7 @@ class Monitor:
         board = folder / "tensorboard"
         _date_back(board)
         self._tensorboard = SummaryWriter(str(board), purge_step=resumed + 1, max_queue=1000)
+        self._shown: set[str] = set()
         self._hook = threading.excepthook
         threading.excepthook = _say_nothing_of_the_disk(self._hook)
 
@@ -40,6 +50,9 @@ class Monitor:
         self._jsonl.flush()
         for tag, value in metrics.items():
             self._tensorboard.add_scalar(tag, value, step)
+        if not self._shown.issuperset(metrics):
+            self._shown.update(metrics)
+            self._tensorboard.add_custom_scalars(charts(self._shown))
         self._tensorboard.flush()
 
     def close(self) -> None:
@@ -48,6 +61,22 @@ class Monitor:
         finally:
             self._tensorboard.close()
             threading.excepthook = self._hook
+
+
+def charts(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
+    """What TensorBoard shows under *Custom scalars*: section -> chart -> patterns of its curves (`SummaryWriter`).
+
+    What to look at first comes first. A metric of all layers is one chart. Metrics whose names begin alike share a
+    section, so that it is the same in all runs: TensorBoard loses charts that are new in a section of a third run.
+
+    Args:
+        tags: names of curves, ``group/name`` or ``group/name/layer_XX``.
+    """
+    found: dict[str, dict[str, list[Any]]] = {"overview": {k: ["Multiline", list(v)] for k, v in OVERVIEW.items()}}
+    for metric in sorted({tag.rpartition("/layer_")[0] for tag in tags if "/layer_" in tag}):
+        section = f"{metric.partition('_')[0]} by layer"
+        found.setdefault(section, {})[metric] = ["Multiline", [f"{re.escape(metric)}/layer_.*"]]
+    return found
 
 
 def _lines_until(path: Path, step: int) -> tuple[list[str], int]:

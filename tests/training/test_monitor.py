@@ -1,6 +1,7 @@
 """Figures: what is measured, and that each step has one point however often a run was resumed."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tiny import start, tiny_config, train, write_yaml
 
 from nsa.layers.figure import values
@@ -19,7 +21,7 @@ from nsa.ops.geometry import Documents
 from nsa.planning.describe import describe
 from nsa.training.attention_probe import probe
 from nsa.training.console import Console
-from nsa.training.monitor import Monitor
+from nsa.training.monitor import Monitor, charts
 from nsa.training.performance import memory_gib, peak_flops
 
 BRANCHES = ("compressed", "selected", "window")
@@ -50,6 +52,38 @@ def test_a_resumed_run_has_one_point_a_step(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines] == expected
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(point.step, point.value) for point in board.Scalars("train/loss")] == expected
+
+
+def test_an_overview_shows_the_loss_first_and_all_layers_in_one_chart(tmp_path):
+    monitor = Monitor(tmp_path, 0)
+    monitor.write(1, {"perf/tokens_per_second": 5.0, "train/loss": 1.0})
+    monitor.write(2, {"train/loss": 1.0, "attention/recall/layer_10": 0.5, "attention/recall/layer_02": 0.5})
+    monitor.write(3, {"train/loss": 1.0, "validation/loss": 1.0, "attention/recall_bound/layer_02": 0.5})
+    monitor.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (event,) = board.Tensors("custom_scalars__config__")[-1:]
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    charts_of = {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout.category
+    }
+    assert charts_of.pop("overview")["loss"] == ["train/loss", "validation/loss"]
+    assert charts_of == {
+        "attention/recall by layer": {
+            "attention/recall": ["attention/recall/layer_.*"],
+            "attention/recall_bound": ["attention/recall_bound/layer_.*"],
+        }
+    }
+    assert layout.category[0].title == "overview" and layout.category[0].chart[0].title == "loss"
+
+
+def test_runs_of_several_kinds_have_the_same_charts_in_a_section():
+    """TensorBoard merges sections of one title, and of the third run it drops what the first two do not have."""
+    layers = [f"attention/{name}/layer_{i:02}" for name in ("gate_window", "mass_window", "recall") for i in (0, 11)]
+    few, many = charts(["train/loss", layers[0]]), charts([*layers, "train/loss", "validation/loss"])
+    assert few.keys() < many.keys() and all(many[section] == few[section] for section in few)
+    (pattern,) = many["attention/gate by layer"]["attention/gate_window"][1]
+    assert [tag for tag in layers if re.fullmatch(pattern, tag)] == layers[:2]
 
 
 def test_nothing_is_hidden_where_the_clock_went_back(tmp_path, monkeypatch):
@@ -97,7 +131,7 @@ READ_ONLY = """
 import errno, os, sys
 from tensorboard.compat.tensorflow_stub.io import gfile
 from nsa.training.console import Console
-from nsa.training.monitor import Monitor
+from nsa.training.monitor import Monitor, charts
 def refuse(self, filename, *arguments):
     raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fsencode(filename))
 write = Monitor.write
