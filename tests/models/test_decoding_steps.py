@@ -254,4 +254,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="must not be negative"):
         generate(decoder, ids, -1)
     with pytest.raises(ValueError, match="how many tokens each expert gets"):
-        DecodingSteps(decoder_of("dense", moe=MoEConfig(num_experts=2, top_k=1, expert_size=8)), ids, 4, capture=True)
+        DecodingSteps(decoder_of("dense", moe=MoEConfig(num_experts=2, top_k=2, expert_size=8)), ids, 4, capture=True)
