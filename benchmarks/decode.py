@@ -4,13 +4,15 @@
         [--decoder 1b] [--decoder-batches 1 4] [--prompt 32768] [--no-decoder | --decoder-alone]
         [--milliseconds 250] [--seconds 170]
 
-bf16; the median of replays of a CUDA graph with the L2 cache flushed between them. Dense decoding by torch's
-FlashAttention and cuDNN is timed beside ours. Sparse methods attend to 1/16 of the tokens: pages of 16 that Quest
-chooses (`quest`: with the estimation; `pages`: without) and single tokens (`tokens`). `twilight` estimates a quarter of
-the tokens, Quest's pages, from 4-bit keys; its p is set so that the heads of a KV head want 1/16 of all tokens together
-(`twilight_list`: the attention alone). NSA has its own sizes (`nsa`: 16 blocks of 64, window 512, compressed blocks of
-32 at 16). Latents are those of DeepSeek-V3.2 (128 heads, 512 + 64 columns): all (`latent`), 2,048 of them
-(`latent_tokens`), their choice by 64 index heads of 128 (`latent_index`), and both (`latent_dsa`).
+bf16; the median of replays of a CUDA graph with the L2 cache flushed between them, for all calls alike by reading 256
+MB (`l2_flush`): a step reads weights before its attention. A flush by writing, as the results until 2026-12-01 have it,
+adds some 10 us for the eviction of what it wrote. Dense decoding by torch's FlashAttention and cuDNN is timed beside
+ours. Sparse methods attend to 1/16 of the tokens: pages of 16 that Quest chooses (`quest`: with the estimation;
+`pages`: without) and single tokens (`tokens`). `twilight` estimates a quarter of the tokens, Quest's pages, from 4-bit
+keys; its p is set so that the heads of a KV head want 1/16 of all tokens together (`twilight_list`: the attention
+alone). NSA has its own sizes (`nsa`: 16 blocks of 64, window 512, compressed blocks of 32 at 16). Latents are those of
+DeepSeek-V3.2 (128 heads, 512 + 64 columns): all (`latent`), 2,048 of them (`latent_tokens`), their choice by 64 index
+heads of 128 (`latent_index`), and both (`latent_dsa`).
 
 `gb_per_s` is of the bytes that a method must read at least; `floor_share` is the time that these, or the operations,
 take at the ceiling in benchmarks/measure.py. `over_dense`: the time of the fastest dense call over this one. The
@@ -295,7 +297,7 @@ def rows_of(
             continue
         try:
             with torch.no_grad():
-                milliseconds, recorded = time_ms(call, stream, each=each)
+                milliseconds, recorded = time_ms(call, stream, each=each, clean=True)
                 found |= row(milliseconds, memory.operations(name), elements * ITEM) | {"recorded": recorded}
                 found |= memory.facts(name)
         except Exception as error:
@@ -362,7 +364,9 @@ def projection_rows(
         for key, call in calls.items():
             try:
                 found[f"{key}error"] = float(f"{relative_error(call(x, pairs[0])[0], exact[0]):.2g}")
-                milliseconds, _ = time_ms(lambda call=call, x=x: [call(x, pair) for pair in pairs], stream, each=each)
+                milliseconds, _ = time_ms(
+                    lambda call=call, x=x: [call(x, pair) for pair in pairs], stream, each=each, clean=True
+                )
                 found[f"{key}us"] = round(milliseconds * 1e3 / count / (1 if name == "swiglu" else 2), 2)
             except Exception as error:
                 found[f"{key}failed"] = _said(error)
@@ -430,7 +434,7 @@ def main() -> None:
     torch.manual_seed(0)
     end = time.monotonic() + options.seconds
     stream, rows = torch.cuda.Stream(), []
-    result: dict[str, Any] = {"errors": {}, "projections": [], "decoder": []}
+    result: dict[str, Any] = {"l2_flush": "read", "errors": {}, "projections": [], "decoder": []}
     kinds: dict[str, Callable[[int, int], Memory | Latents]] = {}
     if not options.decoder_alone:
         kinds = {name: partial(Memory, SHAPES[name]) for name in options.shapes} | {Latents.name: Latents}

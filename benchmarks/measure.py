@@ -5,12 +5,15 @@ import datetime
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 from triton.testing import do_bench
 
 # What a bf16 matrix product of random data, and a copy (read + write), reach on an H200. Floors are computed from them.
@@ -53,15 +56,21 @@ class Times(NamedTuple):
     recorded: bool
 
 
-def called_ms(call: Callable[[], object], each: int = 250) -> float:
+def called_ms(call: Callable[[], object], each: int = 250, clean: bool = False) -> float:
     """Median milliseconds of eager calls, with the L2 cache flushed between repeats.
 
-    ``each``: milliseconds of the warm-up, and of the measuring.
+    Args:
+        each: milliseconds of the warm-up, and of the measuring.
+        clean: whether the flush reads 256 MB, as a decoding step reads weights before its attention. Else it writes
+            them. Then the call also pays for the eviction of what the cache holds of these zeros: up to 50 MB, some 10
+            microseconds of an H200.
 
     Measured in a steady state, as in training: a GPU at its power limit takes some tenths of a second to settle at the
     clock that a kernel allows (H100: 1.98 GHz at first, then 1.5 to 1.8).
     """
-    return do_bench(call, warmup=each, rep=each, return_mode="median")
+    gpu = driver.active
+    with mock.patch.object(gpu, "clear_cache", torch.amax) if clean else nullcontext():
+        return do_bench(call, warmup=each, rep=each, return_mode="median")
 
 
 def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph | None:
@@ -85,11 +94,15 @@ def recording(call: Callable[[], object], stream: torch.cuda.Stream) -> torch.cu
 
 
 def time_ms(
-    call: Callable[[], object], stream: torch.cuda.Stream | None = None, record: bool = True, each: int = 250
+    call: Callable[[], object],
+    stream: torch.cuda.Stream | None = None,
+    record: bool = True,
+    each: int = 250,
+    clean: bool = False,
 ) -> tuple[float, bool]:
     """(`called_ms` of a CUDA graph, True), as in training; (eager, False) for what cannot be captured."""
     graph = recording(call, stream or torch.cuda.Stream()) if record else None
-    return called_ms(graph.replay if graph else call, each), graph is not None
+    return called_ms(graph.replay if graph else call, each, clean), graph is not None
 
 
 def forward_backward(call: Call, record: bool = True) -> Times:

@@ -57,7 +57,9 @@ def _attention(result: dict[str, Any]) -> Iterator[str]:
     yield words(
         f"{described}. Sparse calls attend to 1/16 of the tokens, NSA to its own sizes, `latent_dsa` to 2,048. What",
         "each call does is in `benchmarks/decode.py`. Over dense: the time of the fastest of FlashAttention, cuDNN and",
-        "ours (`latent`: of ours) over this one.\n",
+        "ours (`latent`: of ours) over this one.",
+        *(["The L2 cache is flushed by reading before each call."] if result.get("l2_flush") == "read" else []),
+        "\n",
     )
     header = ["shape", "batch", "call"]
     for tokens in lengths:

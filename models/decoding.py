@@ -32,7 +32,8 @@ class DecodingSteps:
         length: tokens of a sequence so far.
 
     Raises:
-        ValueError: no prompt, too little room, an unknown name in ``products``, or a layer that has no such cache.
+        ValueError: no prompt, too little room, an unknown name in ``products``, a layer that has no such cache, or a
+            capture of a decoder with experts.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class DecodingSteps:
         if room < ids.shape[1]:
             raise ValueError(f"room for {room} tokens does not hold the prompt of {ids.shape[1]}")
         check_backend(products)
+        if capture and decoder.config.moe is not None:
+            raise ValueError("capture=True: the host reads how many tokens each expert gets; use None or False")
         layers: list[Any] = list(decoder.layers)
         for number, layer in enumerate(layers):
             if not hasattr(layer.attention, "fix"):

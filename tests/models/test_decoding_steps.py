@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from nsa.cache.rows import Rows
 from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.index_sets import record_index_sets
 from nsa.layers.projections.config import MlaConfig
-from nsa.models import Decoder, DecodingSteps, generate
+from nsa.models import Decoder, DecodingSteps, MoEConfig, generate
 from tests.models.test_decoder import small
 
 KINDS = ["dense", "nsa", ["nsa", "dense"]]
@@ -31,6 +33,36 @@ class NoWait(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+class Apart(NoWait):
+    """Refuses also what is on the CPU: a step on the meta device stands for one on a GPU.
+
+    The operators choose as on a GPU: kernels, of which the meta device knows the shapes of results, or PyTorch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(function, types, args, kwargs)
+        for x in tree_leaves((args, kwargs, found)):
+            assert not isinstance(x, torch.Tensor) or x.is_meta, f"{function.name()} reads or writes host memory"
+        self.names.add(function.name())
+        return found
+
+
+def without_values(steps: DecodingSteps) -> DecodingSteps:
+    """Everything that a step reads or writes moves to the meta device."""
+    steps.decoder.to("meta")
+    for owner in (steps, steps._position):
+        for name, x in vars(owner).items():
+            if isinstance(x, torch.Tensor):
+                setattr(owner, name, x.to("meta"))
+    for part in (rows for cache in steps.caches for rows in vars(cache).values() if isinstance(rows, Rows)):
+        part._memory = tuple(x.to("meta") for x in part.memory)
+    return steps
+
+
 def decoder_of(kind, **changes) -> Decoder:
     torch.manual_seed(0)
     return Decoder(*small(kind, **changes)).double().eval()
@@ -50,6 +82,7 @@ def test_steps_equal_the_whole(kind, prompt: int) -> None:
 
 
 LATENT = MlaConfig(kv_lora_rank=6, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+BY_KERNELS = {"v_head_dim": 8}  # in fp32; those of attention take no rows of 24 bytes
 WITH_LATENTS = {"projection": "mla", "mla": LATENT, "num_kv_heads": 4, "head_dim": 12}
 
 
@@ -133,6 +166,36 @@ def test_a_step_waits_for_nothing_and_keeps_its_addresses(kind) -> None:
     assert addresses() == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("model", [{}, BY_KERNELS, WITH_LATENTS], ids=["6", "8", "latents"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("dense", {}), *(("dsa", x) for x in CHANGES), *(("nsa", x) for x in ({}, *TAUGHT))],
+    ids=str,
+)
+def test_a_step_on_another_device_has_no_part_on_the_host(kind, changes: dict, model: dict, dtype: torch.dtype) -> None:
+    """Else no CUDA graph can capture it."""
+    if kind == "nsa" and model is WITH_LATENTS:
+        pytest.skip("no such projection")
+    config, attention = small(kind, **model)
+    if kind != "dense":
+        sizes = DsaConfig(**DSA | changes) if kind == "dsa" else attention.nsa.model_copy(update=changes)
+        attention = attention.model_copy(update={kind: sizes})
+    decoder = Decoder(config, attention).to(dtype).eval()
+    steps = without_values(DecodingSteps(decoder, torch.randint(0, 97, (2, 20)), 24))
+    with Apart() as watch:
+        steps.step(torch.zeros(2, dtype=torch.int64, device="meta"))
+    by_kernels = watch.names & {"nsa::decode_attention", "nsa::native_sparse_decode"}
+    assert bool(by_kernels) == (dtype == torch.float32 and model is BY_KERNELS), "not the way that was meant"
+
+
+def test_the_watch_sees_the_host() -> None:
+    x = torch.ones(2, device="meta")
+    for bad in (lambda: torch.tensor([1.0]).to(x), lambda: x.new_zeros(2) + torch.zeros(()), lambda: torch.zeros(2)):
+        with pytest.raises(AssertionError, match="host memory"), Apart():
+            bad()
+
+
 def test_the_watch_sees_waits() -> None:
     x = torch.ones(3)
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: x[x > 0], lambda: bool((x > 0).all())):
@@ -190,3 +253,5 @@ def test_mistakes_are_named() -> None:
         DecodingSteps(decoder_of("entmax"), ids, 4)
     with pytest.raises(ValueError, match="must not be negative"):
         generate(decoder, ids, -1)
+    with pytest.raises(ValueError, match="how many tokens each expert gets"):
+        DecodingSteps(decoder_of("dense", moe=MoEConfig(num_experts=2, top_k=2, expert_size=8)), ids, 4, capture=True)

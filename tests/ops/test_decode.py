@@ -1,5 +1,7 @@
 """Decoding with one query token: against the definition, against the operators of prefill, and against plans."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,8 @@ from nsa import ops
 from nsa.baselines.attention import attend
 from nsa.baselines.plan import Part, Plan, View
 from nsa.baselines.plan import Terms as PlanTerms
+from nsa.ops.choose import cover, top
+from tests.models.test_decoding_steps import Apart
 from tests.ops.decode_cases import CASES, INDEX_CASES, Case, IndexCase, case_of, index_case_of, listed
 
 BACKENDS = ["naive", "torch"]
@@ -121,3 +125,27 @@ def test_mistakes_are_named(change: dict[str, Tensor | int], message: str) -> No
     arguments = {"q": torch.zeros(2, 4, 4), "k": k, "v": k, "lengths": torch.ones(2, dtype=torch.int32)}
     with pytest.raises(ValueError, match=message):
         ops.decode_attention(**arguments | change)  # type: ignore[arg-type]
+
+
+def test_the_fallbacks_of_all_choices_have_no_part_on_the_host() -> None:
+    """A CUDA graph can capture them: on the meta device nothing can be read, and nothing comes from the CPU."""
+    meta: dict[str, Any] = {"device": "meta", "dtype": torch.float64}
+    q, k, v = torch.empty(2, 4, 8, **meta), torch.empty(2, 40, 2, 8, **meta), torch.empty(2, 40, 2, 6, **meta)
+    lengths = torch.empty(2, dtype=torch.int32, device="meta")
+    pages, logs = lengths.new_empty(2, 2, 5), torch.empty(2, 2, 5, **meta)
+    terms = ops.Terms(k[:, :9], v[:, :9], pages, logs)
+    with Apart() as watch:
+        ops.decode_attention(q, k, v, lengths)
+        ops.decode_attention(q, k, v, lengths, pages=pages, page_size=4, log_weights=logs, terms=terms)
+        low, high = ops.page_bounds(k, lengths, page_size=4)
+        ops.extend_page_bounds(low, high, k[:, 0], lengths, page_size=4)
+        for over in ("sum", "max"):
+            ops.quest_pages(q, low, high, lengths, page_size=4, topk=3, over_group=over)
+        sketch = ops.sketch_keys(k)
+        ops.extend_key_sketch(sketch, k[:, 0], lengths)
+        for p in (0.5, 1.0):
+            ops.top_p_tokens(q, sketch, lengths, p=p)
+            ops.top_p_tokens(q, sketch, lengths, p=p, pages=pages, page_size=4)
+        ops.index_topk_decode(q, k[:, :, 0], q[:, :, 0], lengths, topk=3, num_local=1)
+        top(logs, 2), cover(logs, 0.5), cover(logs, logs[..., 0])
+    assert not any(name.startswith("nsa::") for name in watch.names), "a kernel"

@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 from nsa.models import Decoder, DecodingSteps
 from nsa.ops.kernels import hardware
 from tests.models.test_decoder import small
+from tests.models.test_decoding_steps import BY_KERNELS
 
 # In the order of its instructions, the first word of each that reads, writes or prefetches memory, or waits.
 ORDER = """
@@ -121,7 +122,7 @@ def test_large_launches_of_training_or_with_much_shared_memory_begin_as_usual(mo
 def test_steps_of_a_graph_have_the_bits_of_launches_one_after_the_other(kind: str, monkeypatch) -> None:
     """A launch that does not wait for all before it would read what they have not written yet, now and then."""
     torch.manual_seed(0)
-    decoder = Decoder(*small(kind)).cuda().eval()
+    decoder = Decoder(*small(kind, **BY_KERNELS)).cuda().eval()
     ids, more = torch.randint(0, 97, (2, 40), device="cuda"), torch.randint(0, 97, (64, 2), device="cuda")
 
     def logits(capture: bool) -> torch.Tensor:

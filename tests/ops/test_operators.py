@@ -77,9 +77,9 @@ def test_query_without_blocks_gives_zero(backend: str) -> None:
 
 
 def test_overlap_weights_of_the_paper() -> None:
-    assert overlap_weights(32, 16, 64).tolist() == [1, 2, 2, 2, 1]
-    assert overlap_weights(16, 16, 16).tolist() == [1]
-    assert overlap_weights(32, 16, 32).tolist() == [1, 2, 1]
+    assert overlap_weights(32, 16, 64, torch.empty(0)).tolist() == [1, 2, 2, 2, 1]
+    assert overlap_weights(16, 16, 16, torch.empty(0)).tolist() == [1]
+    assert overlap_weights(32, 16, 32, torch.empty(0)).tolist() == [1, 2, 1]
 
 
 def brute_force_selection(q, k_cmp, *, length, stride, block_size, num_blocks, num_initial, num_local):

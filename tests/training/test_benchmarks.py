@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,44 @@ def test_a_crossover_is_the_length_from_which_on_a_call_is_faster() -> None:
         for tokens, ratio in found.items()
     ]
     assert {x["call"]: x["faster_from"] for x in crossovers(rows)} == {"quest": 16, "nsa": None}
+
+
+class Clock:
+    """What Triton asks of a device when it times a call: here each takes 10 ms, and the cache is some memory."""
+
+    def __init__(self) -> None:
+        self.memory = torch.full((8,), 7, dtype=torch.int32)
+
+    def get_device_interface(self):
+        return SimpleNamespace(synchronize=lambda: None, Event=lambda enable_timing: self)
+
+    def get_empty_cache_for_benchmark(self):
+        return self.memory
+
+    def clear_cache(self, cache):
+        cache.zero_()
+
+    def record(self): ...
+
+    def elapsed_time(self, other):
+        return 10.0
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_flush_by_reading_writes_nothing(clean: bool, monkeypatch) -> None:
+    """Before each call that is timed; and the next call flushes as usual."""
+    pytest.importorskip("triton")
+    from benchmarks import measure
+
+    clock, written, read = Clock(), [], []
+    monkeypatch.setattr(measure, "driver", SimpleNamespace(active=clock))
+    monkeypatch.setattr("triton.testing.runtime", SimpleNamespace(driver=measure.driver))
+    monkeypatch.setattr(torch, "amax", lambda cache: read.append(cache is clock.memory))
+    assert measure.called_ms(lambda: written.append(bool((clock.memory == 0).all())), 30, clean) == 10
+    assert not any(written[:1]) and all(written[1:]) != clean
+    assert len(read) == (5 + 15) * clean and all(read)  # five calls guess at 2 ms, so 15 are timed
+    measure.called_ms(lambda: None, 30)
+    assert not clock.memory.any()
 
 
 def test_blocks_by_means_of_keys() -> None:

@@ -49,8 +49,7 @@ def cover(weights: Tensor, share: float | Tensor, *, backend: str = "auto") -> T
     total = ordered.double().sum(-1, keepdim=True)
     wanted = share[..., None] if isinstance(share, Tensor) else share
     chosen = torch.zeros_like(weights, dtype=torch.bool)
-    full = torch.as_tensor(wanted, device=weights.device) >= 1
-    return chosen.scatter_(-1, order, (before < wanted * total) | full) & (weights > 0)
+    return chosen.scatter_(-1, order, (before < wanted * total) | (wanted >= 1)) & (weights > 0)
 
 
 def _by_kernel(backend: str, rows: Tensor) -> bool:

@@ -51,7 +51,8 @@ def native_sparse_decode(
         (B, H, Dv) in q's dtype. A sequence without tokens gives 0.
 
     Raises:
-        ValueError: inconsistent shapes or sizes, memory that is not contiguous (for the kernels), unknown backend.
+        ValueError: inconsistent shapes or sizes, memory that is not contiguous (for the kernels), unknown backend, the
+            backend naive within a capture.
     """
     for kv in (kv_cmp, kv_slc, kv_win):
         check(q, *kv, lengths)
@@ -100,6 +101,8 @@ def _naive(
     scale: float,
 ) -> Tensor:
     """`native_sparse_attention` of each sequence alone, on what is there of its memory, in order."""
+    if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError("backend='naive' reads the lengths, which no CUDA graph can capture: use another one")
     window, found = kv_win[0].shape[1], []
     for row, tokens in enumerate(lengths.tolist()):
         if tokens == 0:
@@ -134,7 +137,7 @@ def _blocks(
     lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (k.shape[2], -1))[..., None]
     p = (scores - lse).exp().sum(2).masked_fill(absent[:, None], 0)
     # Selection block j sums over the compressed blocks from j * per_block - lead on.
-    weights, per_block, lead = overlap_weights(length, stride, block_size).to(p), block_size // stride, length // stride
+    weights, per_block, lead = overlap_weights(length, stride, block_size, p), block_size // stride, length // stride
     have = -(-tokens // block_size)
     room = have * per_block + len(weights)
     p = torch.nn.functional.pad(p, (lead - 1, room))[..., :room]

@@ -146,7 +146,7 @@ def _importance_tiles(
     keys = k_cmp.to(dtype).transpose(1, 2)
     # exp2(s - 0) is masked below; exp2(s - -inf) would be inf.
     lse = lse.masked_fill(lse == -torch.inf, 0).unflatten(1, (groups, -1)) * LOG2_E
-    weights = overlap_weights(length, stride, block_size).to(queries)
+    weights = overlap_weights(length, stride, block_size, queries)
     first_block = documents.compressed_bounds(length, stride)[documents.query_document]
     for tile in Runs(visible).tiles(q.shape[1], k_cmp.shape[1], q.shape[0] * q.shape[2]):
         assert isinstance(tile.keys, slice)
@@ -167,11 +167,12 @@ def _importance_tiles(
         yield rows, weighed.sum(-1)
 
 
-def overlap_weights(length: int, stride: int, block_size: int) -> Tensor:
+def overlap_weights(length: int, stride: int, block_size: int, like: Tensor) -> Tensor:
     """Stride units that compressed block p j - lead + m shares with selection block j, p = block_size/stride.
 
-    (p + lead,) float, lead = length/stride - 1; 1, 2, 2, 2, 1 for 32/16/64.
+    (p + lead,) in the dtype and on the device of ``like``, made there: a CUDA graph cannot capture a copy from the
+    host. lead = length/stride - 1; 1, 2, 2, 2, 1 for 32/16/64.
     """
     units, per_block = length // stride, block_size // stride
-    shared = [min(m, per_block - 1) - max(m - units + 1, 0) + 1 for m in range(per_block + units - 1)]
-    return torch.tensor(shared, dtype=torch.float32)
+    m = torch.arange(per_block + units - 1, device=like.device)
+    return (m.clamp(max=per_block - 1) - (m - units + 1).clamp(min=0) + 1).to(like.dtype)
