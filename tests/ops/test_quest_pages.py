@@ -39,6 +39,71 @@ def test_bounds_that_grow_equal_those_of_the_whole() -> None:
             assert torch.equal(ours, theirs)
 
 
+def test_bounds_in_fp8_are_the_nearest_outside() -> None:
+    """Every number of fp8 and what lies between two of them, against a search in the list of all."""
+    exact = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = exact[exact.isfinite()].unique()
+    between = (exact[1:] + exact[:-1]) / 2
+    k = torch.cat([exact, between, torch.nextafter(exact, exact + 1), torch.nextafter(exact, exact - 1)]).clamp(
+        -448, 448
+    )
+    low, high = ops.page_bounds(k[None, :, None, None], torch.tensor([len(k)]), page_size=1, fp8=True)
+    assert low.dtype == high.dtype == torch.float8_e4m3fn
+    assert torch.equal(high.float().flatten(), exact[torch.searchsorted(exact, k)])
+    assert torch.equal(low.float().flatten(), exact[torch.searchsorted(exact, k, right=True) - 1])
+    large = torch.tensor([500.0, -500.0])[None, :, None, None]
+    for bounds in ops.page_bounds(large, torch.tensor([2]), page_size=1, fp8=True):
+        assert bounds.flatten().tolist() == [448, -448]
+
+
+def test_bounds_in_fp8_that_grow_equal_those_of_the_whole() -> None:
+    k, page = 30 * torch.randn(2, 10, 2, 4), 4
+    low, high = ops.page_bounds(k, torch.tensor([3, 0]), page_size=page, fp8=True)
+    for step in range(7):
+        lengths = torch.tensor([4 + step, 1 + step], dtype=torch.int32)
+        new = torch.stack([k[0, 3 + step], k[1, step]])
+        ops.extend_page_bounds(low, high, new, lengths, page_size=page)
+        for ours, theirs in zip((low, high), ops.page_bounds(k, lengths, page_size=page, fp8=True), strict=True):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_pages_by_bounds_in_fp8_are_those_of_the_same_numbers(backend: str) -> None:
+    for case in QUEST_CASES:
+        (q, low, high, lengths), options = quest_case_of(case, torch.float32, fp8=True)
+        found = ops.quest_pages(q, low, high, lengths, **options, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = ops.quest_pages(q.bfloat16(), low, high, lengths, **options, backend=backend)
+        assert torch.equal(found, ops.quest_pages(q, low.float(), high.float(), lengths, **options, backend="naive"))
+        same = ops.quest_pages(q.bfloat16().float(), low.float(), high.float(), lengths, **options, backend="naive")
+        assert torch.equal(under, same)
+
+
+def test_the_baseline_in_fp8_takes_these_pages_and_pays_half_for_them() -> None:
+    """Sequences of two lengths, so that one call does not do for both."""
+    torch.manual_seed(3)
+    batch, tokens, groups, width, page = 2, 40, 2, 8, 4
+    q, k = torch.randn(batch, 4, width), torch.randn(batch, tokens, groups, width)
+    positions = torch.arange(tokens).expand(batch, tokens) - torch.tensor([0, 12])[:, None]
+    whole, seen = positions[..., None].expand(-1, -1, groups), torch.tensor([40, 28])
+    plans = {}
+    for fp8 in (False, True):
+        method, state = Quest(page=page, fp8=fp8, budget=Budget(share=0.5)), State(shared={})
+        prompt = View(k.repeat_interleave(2, 2), k, k, positions, whole, seen, width**-0.5, 0, 1, True, True)
+        method.observe(prompt, None, state)
+        step = View(q[:, None], k, k, positions[:, -1:], whole, seen, width**-0.5, 0, 1, False, True)
+        plans[fp8] = method.decode_select(step, state)
+    few, many = plans[False].estimate, plans[True].estimate
+    assert (many.read, many.resident, many.pairs) == (few.read / 2, few.resident / 2, few.pairs)
+    for row, length in enumerate(seen.tolist()):
+        own = k[row, None, tokens - length :]
+        chosen = plans[True].parts[0].keep[row, :, 0, tokens - length :: page]
+        lengths = torch.tensor([length], dtype=torch.int32)
+        bounds = ops.page_bounds(own, lengths, page_size=page, fp8=True)
+        found = ops.quest_pages(q[row, None], *bounds, lengths, page_size=page, topk=int(chosen[0].sum()))
+        assert torch.equal(found, listed(chosen[None])[..., : found.shape[2]])
+
+
 @pytest.mark.parametrize("case", QUEST_CASES, ids=str)
 @pytest.mark.parametrize("over_group", ["sum", "max"])
 def test_the_fallback_equals_the_definition(case, over_group: str) -> None:
