@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from nsa import ops
 from nsa.baselines.budget import Budget
+from nsa.baselines.importance import pages
 from nsa.baselines.method import State
 from nsa.baselines.methods.quest import Quest
 from nsa.baselines.plan import View
@@ -79,6 +81,24 @@ def test_pages_by_bounds_in_fp8_are_those_of_the_same_numbers(backend: str) -> N
         assert torch.equal(under, same)
 
 
+def test_the_baseline_rounds_as_the_operator_does() -> None:
+    k, positions = 30 * torch.randn(1, 12, 2, 8), torch.arange(12)[None]
+    whole, state = positions[..., None].expand(-1, -1, 2), State(shared={})
+    view = View(k, k, k, positions, whole, torch.tensor([12]), 1.0, 0, 1, True, True)
+    ours = pages.rounded(pages.fold(view, state, 4), True)
+    for found, expected in zip(ours, ops.page_bounds(k, torch.tensor([12]), page_size=4, fp8=True), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_autocast_leaves_bounds_in_fp8_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, low, high, lengths), options = quest_case_of(QUEST_CASES[0], torch.float32, fp8=True)
+    read: list[torch.dtype] = []
+    monkeypatch.setattr(Tensor, "to", lambda x, *a, to=Tensor.to, **k: read.append(x.dtype) or to(x, *a, **k))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ops.quest_pages(q, low, high, lengths, **options)
+    assert read.count(torch.float8_e4m3fn) == 2 and read.count(torch.bfloat16) == 1, "q alone is cast twice"
+
+
 def test_the_baseline_in_fp8_takes_these_pages_and_pays_half_for_them() -> None:
     """Sequences of two lengths, so that one call does not do for both."""
     torch.manual_seed(3)
@@ -88,13 +108,15 @@ def test_the_baseline_in_fp8_takes_these_pages_and_pays_half_for_them() -> None:
     whole, seen = positions[..., None].expand(-1, -1, groups), torch.tensor([40, 28])
     plans = {}
     for fp8 in (False, True):
-        method, state = Quest(page=page, fp8=fp8, budget=Budget(share=0.5)), State(shared={})
+        method, state = Quest(page=page, fp8=fp8, budget=Budget(share=0.5, counts="reads")), State(shared={})
         prompt = View(k.repeat_interleave(2, 2), k, k, positions, whole, seen, width**-0.5, 0, 1, True, True)
         method.observe(prompt, None, state)
         step = View(q[:, None], k, k, positions[:, -1:], whole, seen, width**-0.5, 0, 1, False, True)
         plans[fp8] = method.decode_select(step, state)
     few, many = plans[False].estimate, plans[True].estimate
     assert (many.read, many.resident, many.pairs) == (few.read / 2, few.resident / 2, few.pairs)
+    kept = {fp8: plan.parts[0].keep.sum((1, 2, 3)) for fp8, plan in plans.items()}
+    assert (kept[True] > kept[False]).all(), "what the bounds no longer take goes to keys"
     for row, length in enumerate(seen.tolist()):
         own = k[row, None, tokens - length :]
         chosen = plans[True].parts[0].keep[row, :, 0, tokens - length :: page]

@@ -85,8 +85,9 @@ def pages(
     bounds = q.new_empty(batch, groups, number, dtype=torch.float32)
     seen = q.new_empty(2, batch, groups, dtype=torch.int32)
     d1, d2 = split_width(width)
+    narrow = low.element_size() == 1
     precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
-    block = 16 if INTERPRETED else PAGES * 2 // min(2, low.element_size())  # as many bytes, but in fp32
+    block = 16 if INTERPRETED else PAGES * 2 if narrow and not d2 else PAGES  # as many bytes as of 16 bits
     run = run_of(MOST_TILES, triton.cdiv(number, block), batch * groups)
     programs = triton.cdiv(number, run * block)
     bound_kernel[groups, batch, programs](
