@@ -74,6 +74,7 @@ class Memory:
         self.kv, self.window = self.pair(tokens), self.pair(shape.window)
         self.compressed = self.pair(shape.num_compressed(tokens))
         self.bounds = ops.page_bounds(self.kv[0], self.lengths, page_size=PAGE)
+        self.bounds_fp8 = ops.page_bounds(self.kv[0], self.lengths, page_size=PAGE, fp8=True)
         self.topk = max(1, tokens // SHARE // PAGE)
         listed = torch.rand(batch, shape.groups, tokens, device="cuda").argsort(-1)[..., : tokens // SHARE]
         self.listed = listed.sort(-1).values.int()
@@ -86,8 +87,15 @@ class Memory:
         groups = self.shape.groups
         return self.normal(slots, groups, self.shape.width), self.normal(slots, groups, self.shape.v_width)
 
-    def quest_pages(self) -> Tensor:
-        return ops.quest_pages(self.q, *self.bounds, self.lengths, page_size=PAGE, topk=self.topk)
+    def quest_pages(self, fp8: bool = False) -> Tensor:
+        bounds = self.bounds_fp8 if fp8 else self.bounds
+        return ops.quest_pages(self.q, *bounds, self.lengths, page_size=PAGE, topk=self.topk)
+
+    def same_pages(self) -> float:
+        """Share of the pages of bounds in 16 bits that are also those of bounds in fp8."""
+        exact, found = self.pages, self.quest_pages(fp8=True)
+        row = torch.zeros(*exact.shape[:2], -(-self.tokens // PAGE) + 1, dtype=torch.bool, device=exact.device)
+        return row.scatter_(2, found.long() + 1, True).gather(2, exact.long() + 1).float().mean().item()
 
     @cached_property
     def sketch(self) -> ops.KeySketch:
@@ -148,6 +156,10 @@ class Memory:
                 lambda: self.attend(pages=self.quest_pages(), page_size=PAGE),
                 each * (chosen * both + pages * 2 * shape.width),
             ),
+            "quest_fp8": (
+                lambda: self.attend(pages=self.quest_pages(fp8=True), page_size=PAGE),
+                each * (chosen * both + pages * shape.width),
+            ),
             "nsa": (self.nsa, each * (blocks + near) * both),
             "twilight_list": (lambda: self.attend(pages=self.chosen), each * listed * both),
             "twilight": (
@@ -163,6 +175,8 @@ class Memory:
 
     def facts(self, name: str) -> dict[str, float]:
         """What else belongs into a row."""
+        if name == "quest_fp8":
+            return {"same_pages": round(self.same_pages(), 4)}
         if not name.startswith("twilight"):
             return {}
         return {"p": round(self.p, 4), "attended": round((self.chosen >= 0).sum(-1).float().mean().item(), 1)}

@@ -133,7 +133,8 @@ class _NoDerivative(torch.autograd.Function):
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_cast(part, dtype) for part in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    floats = isinstance(value, Tensor) and value.is_floating_point() and value.element_size() > 1  # fp8 stays as it is
+    return value.to(dtype) if floats else value
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, offset: int | None = None) -> None:

@@ -141,7 +141,8 @@ def decoding(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     decode.attention(q, k, v, lengths, None, 1, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, None, None, 1.0)
     decode.attention(q, k, v, lengths, pages, 16, log_weights, (k, v, pages, log_weights), 1.0)
-    quest.pages(q, k[:, :64], k[:, :64].clone(), lengths, 16, 16, 0, 1, "sum")
+    for bounds in (k[:, :64], k[:, :64].to(torch.float8_e4m3fn)):
+        quest.pages(q, bounds, bounds.clone(), lengths, 16, 16, 0, 1, "sum")
     sketch = k.new_zeros(*k.shape[:3], k.shape[3] // 2, dtype=torch.uint8), torch.zeros(*k.shape[:3], 2)
     top_p.choose(q, *sketch, lengths, pages, 16, 0.9, 1.0)
     decode.append([k, v[:, :1]], [k[:, :1], v[:, :1]], lengths.long())
@@ -245,6 +246,8 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
                     if kwargs["DELTA"]
                     else " of compressed keys"
                 )
+            elif module == "quest" and args[1].element_size() == 1:
+                of = " of fp8"
             elif module == "mass" and args[0].dtype == torch.float32 and "fp32" not in shape_name:
                 of = " of means"
             elif "Sums" in kwargs and "P" in kwargs and kwargs["P"] is None:

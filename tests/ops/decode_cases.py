@@ -181,7 +181,9 @@ QUEST_CASES = [
 ]
 
 
-def quest_case_of(case: QuestCase, dtype: torch.dtype, device: str = "cpu") -> tuple[list[Tensor], dict[str, Any]]:
+def quest_case_of(
+    case: QuestCase, dtype: torch.dtype, device: str = "cpu", fp8: bool = False
+) -> tuple[list[Tensor], dict[str, Any]]:
     """(q, low, high, lengths), options. Pages behind a sequence have no bounds (inf, -inf).
 
     With an odd number of heads all products are negative.
@@ -193,7 +195,7 @@ def quest_case_of(case: QuestCase, dtype: torch.dtype, device: str = "cpu") -> t
     if case.heads % 2:
         q, k = -q.abs(), k.abs()
     options = {name: getattr(case, name) for name in ("page_size", "topk", "num_initial", "num_local")}
-    bounds = ops.page_bounds(k, lengths, page_size=case.page_size)
+    bounds = ops.page_bounds(k, lengths, page_size=case.page_size, fp8=fp8)
     return [x.to(device) for x in (q, *bounds, lengths)], options
 
 

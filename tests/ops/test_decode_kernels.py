@@ -172,6 +172,18 @@ def test_quest_pages(case: QuestCase, over_group: str, poisoned: None) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("case", QUEST_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("over_group", ["sum", "max"])
+def test_quest_pages_by_bounds_in_fp8(case: QuestCase, dtype: torch.dtype, over_group: str, poisoned: None) -> None:
+    (q, *others), options = quest_case_of(case, torch.float32, DEVICE, fp8=True)
+    q = q.to(dtype)
+    found = ops.quest_pages(q, *others, **options, over_group=over_group, backend="triton")
+    expected = ops.quest_pages(q.double(), *others, **options, over_group=over_group, backend="naive")
+    assert torch.equal(found, expected)
+
+
+@needs_kernels
 @pytest.mark.parametrize("case", INDEX_CASES, ids=str)
 def test_index_sets(case: IndexCase, poisoned: None) -> None:
     inputs, options = index_case_of(case, torch.float32, DEVICE)
@@ -338,10 +350,11 @@ def test_native_sparse_in_bf16(heads: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter's bf16 is wrong")
-def test_quest_pages_in_bf16() -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+def test_quest_pages_in_bf16(fp8: bool) -> None:
     """Of the pages that the reference chooses nearly all: bounds that are nearly equal may change places."""
-    inputs, options = quest_case_of(QuestCase(32, 8, 128, (60000, 9000), 16, 200), torch.float32, DEVICE)
-    rounded = [x.bfloat16() for x in inputs[:3]]
+    inputs, options = quest_case_of(QuestCase(32, 8, 128, (60000, 9000), 16, 200), torch.float32, DEVICE, fp8)
+    rounded = [inputs[0].bfloat16(), *(x if fp8 else x.bfloat16() for x in inputs[1:3])]
     found = ops.quest_pages(*rounded, inputs[3], **options, backend="triton")
     expected = ops.quest_pages(*(x.float() for x in rounded), inputs[3], **options, backend="naive")
     missing = (expected[..., None] != found[..., None, :]).all(-1).float().mean()

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from nsa import ops
 from nsa.baselines.budget import Budget
+from nsa.baselines.importance import pages
 from nsa.baselines.method import State
 from nsa.baselines.methods.quest import Quest
 from nsa.baselines.plan import View
@@ -37,6 +39,91 @@ def test_bounds_that_grow_equal_those_of_the_whole() -> None:
         ops.extend_page_bounds(low, high, new, lengths, page_size=page)
         for ours, theirs in zip((low, high), ops.page_bounds(k, lengths, page_size=page), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_bounds_in_fp8_are_the_nearest_outside() -> None:
+    """Every number of fp8 and what lies between two of them, against a search in the list of all."""
+    exact = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    exact = exact[exact.isfinite()].unique()
+    between = (exact[1:] + exact[:-1]) / 2
+    k = torch.cat([exact, between, torch.nextafter(exact, exact + 1), torch.nextafter(exact, exact - 1)]).clamp(
+        -448, 448
+    )
+    low, high = ops.page_bounds(k[None, :, None, None], torch.tensor([len(k)]), page_size=1, fp8=True)
+    assert low.dtype == high.dtype == torch.float8_e4m3fn
+    assert torch.equal(high.float().flatten(), exact[torch.searchsorted(exact, k)])
+    assert torch.equal(low.float().flatten(), exact[torch.searchsorted(exact, k, right=True) - 1])
+    large = torch.tensor([500.0, -500.0])[None, :, None, None]
+    for bounds in ops.page_bounds(large, torch.tensor([2]), page_size=1, fp8=True):
+        assert bounds.flatten().tolist() == [448, -448]
+
+
+def test_bounds_in_fp8_that_grow_equal_those_of_the_whole() -> None:
+    k, page = 30 * torch.randn(2, 10, 2, 4), 4
+    low, high = ops.page_bounds(k, torch.tensor([3, 0]), page_size=page, fp8=True)
+    for step in range(7):
+        lengths = torch.tensor([4 + step, 1 + step], dtype=torch.int32)
+        new = torch.stack([k[0, 3 + step], k[1, step]])
+        ops.extend_page_bounds(low, high, new, lengths, page_size=page)
+        for ours, theirs in zip((low, high), ops.page_bounds(k, lengths, page_size=page, fp8=True), strict=True):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_pages_by_bounds_in_fp8_are_those_of_the_same_numbers(backend: str) -> None:
+    for case in QUEST_CASES:
+        (q, low, high, lengths), options = quest_case_of(case, torch.float32, fp8=True)
+        found = ops.quest_pages(q, low, high, lengths, **options, backend=backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = ops.quest_pages(q.bfloat16(), low, high, lengths, **options, backend=backend)
+        assert torch.equal(found, ops.quest_pages(q, low.float(), high.float(), lengths, **options, backend="naive"))
+        same = ops.quest_pages(q.bfloat16().float(), low.float(), high.float(), lengths, **options, backend="naive")
+        assert torch.equal(under, same)
+
+
+def test_the_baseline_rounds_as_the_operator_does() -> None:
+    k, positions = 30 * torch.randn(1, 12, 2, 8), torch.arange(12)[None]
+    whole, state = positions[..., None].expand(-1, -1, 2), State(shared={})
+    view = View(k, k, k, positions, whole, torch.tensor([12]), 1.0, 0, 1, True, True)
+    ours = pages.rounded(pages.fold(view, state, 4), True)
+    for found, expected in zip(ours, ops.page_bounds(k, torch.tensor([12]), page_size=4, fp8=True), strict=True):
+        assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_autocast_leaves_bounds_in_fp8_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (q, low, high, lengths), options = quest_case_of(QUEST_CASES[0], torch.float32, fp8=True)
+    read: list[torch.dtype] = []
+    monkeypatch.setattr(Tensor, "to", lambda x, *a, to=Tensor.to, **k: read.append(x.dtype) or to(x, *a, **k))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ops.quest_pages(q, low, high, lengths, **options)
+    assert read.count(torch.float8_e4m3fn) == 2 and read.count(torch.bfloat16) == 1, "q alone is cast twice"
+
+
+def test_the_baseline_in_fp8_takes_these_pages_and_pays_half_for_them() -> None:
+    """Sequences of two lengths, so that one call does not do for both."""
+    torch.manual_seed(3)
+    batch, tokens, groups, width, page = 2, 40, 2, 8, 4
+    q, k = torch.randn(batch, 4, width), torch.randn(batch, tokens, groups, width)
+    positions = torch.arange(tokens).expand(batch, tokens) - torch.tensor([0, 12])[:, None]
+    whole, seen = positions[..., None].expand(-1, -1, groups), torch.tensor([40, 28])
+    plans = {}
+    for fp8 in (False, True):
+        method, state = Quest(page=page, fp8=fp8, budget=Budget(share=0.5, counts="reads")), State(shared={})
+        prompt = View(k.repeat_interleave(2, 2), k, k, positions, whole, seen, width**-0.5, 0, 1, True, True)
+        method.observe(prompt, None, state)
+        step = View(q[:, None], k, k, positions[:, -1:], whole, seen, width**-0.5, 0, 1, False, True)
+        plans[fp8] = method.decode_select(step, state)
+    few, many = plans[False].estimate, plans[True].estimate
+    assert (many.read, many.resident, many.pairs) == (few.read / 2, few.resident / 2, few.pairs)
+    kept = {fp8: plan.parts[0].keep.sum((1, 2, 3)) for fp8, plan in plans.items()}
+    assert (kept[True] > kept[False]).all(), "what the bounds no longer take goes to keys"
+    for row, length in enumerate(seen.tolist()):
+        own = k[row, None, tokens - length :]
+        chosen = plans[True].parts[0].keep[row, :, 0, tokens - length :: page]
+        lengths = torch.tensor([length], dtype=torch.int32)
+        bounds = ops.page_bounds(own, lengths, page_size=page, fp8=True)
+        found = ops.quest_pages(q[row, None], *bounds, lengths, page_size=page, topk=int(chosen[0].sum()))
+        assert torch.equal(found, listed(chosen[None])[..., : found.shape[2]])
 
 
 @pytest.mark.parametrize("case", QUEST_CASES, ids=str)

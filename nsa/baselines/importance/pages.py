@@ -43,12 +43,24 @@ def upper(view: View, low: Tensor, high: Tensor) -> Tensor:
     return (most * view.scale).masked_fill(empty, -torch.inf).flatten(1, 2)
 
 
-def best(view: View, state: State, counts: Tensor, size: int, over_group: str) -> Tensor:
+def rounded(bounds: tuple[Tensor, Tensor], fp8: bool) -> tuple[Tensor, Tensor]:
+    """The bounds, in fp8 if ``fp8``: rounded as those that `nsa.ops.page_bounds` keeps.
+
+    Bounds of bounds in pages of one token are these, so that no second place rounds.
+    """
+    if not fp8:
+        return bounds
+    pages = torch.full((len(bounds[0]),), bounds[0].shape[1], device=bounds[0].device)
+    low, high = (ops.page_bounds(x, pages, page_size=1, fp8=True) for x in bounds)
+    return low[0], high[1]
+
+
+def best(view: View, state: State, counts: Tensor, size: int, over_group: str, fp8: bool = False) -> Tensor:
     """(B, G, P) bool: of each KV head the current page and the others with the highest bounds, ``counts`` (B,) in all.
 
     By `nsa.ops.quest_pages`, after `fold`. Sequences of equal counts are one call.
     """
-    low, high = state.rest["low"], state.rest["high"]
+    low, high = rounded((state.rest["low"], state.rest["high"]), fp8)
     chosen = torch.zeros(len(low), low.shape[2], low.shape[1] + 1, dtype=torch.bool, device=low.device)
     lengths, numbers = view.seen.int(), counts.unique().tolist()
     for number in numbers:

@@ -18,11 +18,13 @@ class Quest(Method):
 
     Attributes:
         page: tokens of a page. over_group: how the query heads of a KV head agree on pages: "sum" of their bounds (a
-            page that two heads want goes before one that a single head wants a little more), or "max".
+            page that two heads want goes before one that a single head wants a little more), or "max". fp8: whether
+            bounds are kept in 8 bits, rounded outwards (`nsa.ops.page_bounds`), which the paper does not do.
     """
 
     page: int = 16
     over_group: str = "sum"
+    fp8: bool = False
 
     name = "quest"
     title = "Quest"
@@ -50,7 +52,7 @@ class Quest(Method):
         current = (view.seen - 1) // self.page
         budget = self.budget.each(view.seen, least=self.page, overhead=self._overhead(view))[:, 0, 0]
         others = (budget - (view.seen - current * self.page)) // self.page
-        chosen = pages.best(view, state, 1 + others, self.page, self.over_group)
+        chosen = pages.best(view, state, 1 + others, self.page, self.over_group, self.fp8)
         return Plan.of(pages.tokens_of(view, chosen, self.page), self._cost(view, current))
 
     def observe(self, view: View, plan: Plan | None, state: State) -> None:
@@ -59,13 +61,18 @@ class Quest(Method):
 
     def _overhead(self, view: View) -> float:
         width = view.k.shape[3]
-        return 2 * width / self.page / (width + view.v.shape[3])
+        return self._row * width / self.page / (width + view.v.shape[3])
+
+    @property
+    def _row(self) -> float:
+        """Rows of keys that the two bounds of a page take; keys have 16 bits."""
+        return 1 if self.fp8 else 2
 
     def _cost(self, view: View, scored: Tensor) -> Estimate:
         """``scored``: (B, ...), pages whose bounds are read; a bound is two products."""
         number, width = float(scored.double().mean()), view.k.shape[3]
         held = float((-(-view.seen // self.page)).double().mean())
-        return Estimate(2 * width * number, 2 * view.group * number, 2 * width * held)
+        return Estimate(self._row * width * number, 2 * view.group * number, self._row * width * held)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class QuestEval(Quest):
     formula = "union over the group of max(3, k // 16) pages per query head, and 2 rows of D per page"
 
     def decode_select(self, view: View, state: State) -> Plan | None:
-        low, high = pages.fold(view, state, self.page)
+        low, high = pages.rounded(pages.fold(view, state, self.page), self.fp8)
         budget = self.budget.each(view.seen, overhead=self._overhead(view))
         held = -(-view.seen // self.page)[:, None, None]
         count = torch.where(budget >= view.seen[:, None, None], held, (budget // self.page).clamp(min=3))

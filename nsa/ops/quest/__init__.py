@@ -7,18 +7,23 @@ from nsa.ops.decode import check_contiguous
 from nsa.ops.dispatch import accumulation_dtype, autocasts, resolve_backend
 
 OVER_GROUP = ("sum", "max")
+FP8 = torch.float8_e4m3fn
+LARGEST = torch.finfo(FP8).max
 
 
 @torch.no_grad()
-def page_bounds(k: Tensor, lengths: Tensor, *, page_size: int) -> tuple[Tensor, Tensor]:
+def page_bounds(k: Tensor, lengths: Tensor, *, page_size: int, fp8: bool = False) -> tuple[Tensor, Tensor]:
     """The least and the greatest of each dim over the tokens of a page.
 
     Args:
         k: (B, S, G, D), the memory of a cache. lengths: (B,) integer, tokens of each sequence. page_size: tokens of a
             page; page j has tokens ``page_size * j .. page_size * (j + 1) - 1``.
+        fp8: whether the bounds are kept in 8 bits (float8_e4m3fn), so that half as many bytes are read. They are
+            rounded outwards, so they hold for all keys up to 448; larger ones count as 448.
 
     Returns:
-        low, high: (B, P, G, D) in k's dtype, P = ceil(S / page_size). A page without tokens has inf and -inf.
+        low, high: (B, P, G, D) in k's dtype or fp8, P = ceil(S / page_size). A page without tokens has inf and -inf,
+        in fp8 448 and -448.
 
     Raises:
         ValueError: a page without room for a token.
@@ -30,7 +35,21 @@ def page_bounds(k: Tensor, lengths: Tensor, *, page_size: int) -> tuple[Tensor, 
     low, high = (
         padded.masked_fill(absent, value).unflatten(1, (pages, page_size)) for value in (torch.inf, -torch.inf)
     )
-    return low.amin(2), high.amax(2)
+    low, high = low.amin(2), high.amax(2)
+    return (_rounded_down(low), _rounded_up(high)) if fp8 else (low, high)
+
+
+def _rounded_up(x: Tensor) -> Tensor:
+    """The least number of `FP8` that is not below x, up to 448."""
+    near = x.float().clamp(-LARGEST, LARGEST).to(FP8)
+    bits = near.view(torch.uint8)
+    # Numbers of one sign are ordered as their bits are.
+    above = torch.where(bits < 0x80, bits + 1, bits - 1)
+    return torch.where(near.float() < x.float().clamp(-LARGEST, LARGEST), above, bits).view(FP8)
+
+
+def _rounded_down(x: Tensor) -> Tensor:
+    return (_rounded_up(-x).view(torch.uint8) ^ 0x80).view(FP8)
 
 
 @torch.no_grad()
@@ -38,14 +57,21 @@ def extend_page_bounds(low: Tensor, high: Tensor, k: Tensor, lengths: Tensor, *,
     """Take the newest token of each sequence into the bounds of its page, in place.
 
     Args:
-        low, high: (B, P, G, D), from `page_bounds`, with room for the token. k: (B, G, D), the keys of the token.
+        low, high: (B, P, G, D), from `page_bounds`, with room for the token; in fp8 too. k: (B, G, D), the keys of the
+            token.
         lengths: (B,) integer, tokens of each sequence, the new one included. page_size: as for `page_bounds`.
     """
     _check_page(page_size)
     row = torch.arange(len(k), device=k.device)
     page = ((lengths.long() - 1) // page_size).clamp(min=0)
-    low[row, page] = torch.minimum(low[row, page], k)
-    high[row, page] = torch.maximum(high[row, page], k)
+    if low.dtype != FP8:
+        low[row, page] = torch.minimum(low[row, page], k)
+        high[row, page] = torch.maximum(high[row, page], k)
+        return
+    below, above = low.view(torch.uint8), high.view(torch.uint8)  # to which all of torch's indexing applies
+    least = torch.minimum(below[row, page].view(FP8).float(), k.float())
+    most = torch.maximum(above[row, page].view(FP8).float(), k.float())
+    below[row, page], above[row, page] = (x.view(torch.uint8) for x in (_rounded_down(least), _rounded_up(most)))
 
 
 @torch.no_grad()
@@ -69,7 +95,8 @@ def quest_pages(
     a CUDA graph can capture the call. Not differentiable.
 
     Args:
-        q: (B, H, D). low, high: (B, P, G, D), from `page_bounds`; contiguous for the kernels.
+        q: (B, H, D). low, high: (B, P, G, D), from `page_bounds`, in q's dtype or in fp8; contiguous for the kernels.
+            With bounds in fp8 the kernels take q of 16 bits as fp16.
         lengths: (B,) int32, tokens of each sequence, the new one included.
         page_size: tokens of a page. topk: pages per KV head, the forced ones included.
         num_initial, num_local: pages that are always among them: the first ones, and the most recent ones (the
@@ -101,7 +128,8 @@ def quest_pages(
         )
     if over_group not in OVER_GROUP:
         raise ValueError(f"bounds are joined over a group by sum or max, not {over_group!r}")
-    implementation = resolve_backend(backend, q, low, high)
+    narrow = low.dtype == high.dtype == FP8
+    implementation = resolve_backend(backend, q, *(() if narrow else (low, high)))
     if implementation == "triton":
         from nsa.ops.kernels import inference_operators as operators
 
