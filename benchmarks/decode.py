@@ -449,12 +449,13 @@ def main() -> None:
     torch.manual_seed(0)
     end = time.monotonic() + options.seconds
     stream, rows = torch.cuda.Stream(), []
-    result: dict[str, Any] = {"l2_flush": "read", "errors": {}, "projections": [], "decoder": []}
+    checked = min(CHECKED, *options.lengths)
+    result: dict[str, Any] = {"l2_flush": "read", "errors_at": checked, "errors": {}, "projections": [], "decoder": []}
     kinds: dict[str, Callable[[int, int], Memory | Latents]] = {}
     if not options.decoder_alone:
         kinds = {name: partial(Memory, SHAPES[name]) for name in options.shapes} | {Latents.name: Latents}
     for name, kind in kinds.items():
-        result["errors"][name] = errors_of(partial(kind, 2, min(CHECKED, *options.lengths)))
+        result["errors"][name] = errors_of(partial(kind, 2, checked))
         print(name, result["errors"][name], flush=True)
     for tokens in sorted(options.lengths, reverse=True):
         for batch in sorted(options.batches, reverse=True):

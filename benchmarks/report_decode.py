@@ -72,7 +72,8 @@ def _attention(result: dict[str, Any]) -> Iterator[str]:
             ["shape", "batch", "call", "tokens"],
             [[x["shape"], x["batch"], x["call"], x["faster_from"] or "none of these"] for x in slower],
         )
-    yield words("Relative errors against fp32 at the shortest length (at most 8K):", _errors(result["errors"]) + ".\n")
+    at = f"{result['errors_at']:,} tokens" if "errors_at" in result else "the shortest length"
+    yield words(f"Relative errors against fp32 at {at}:", _errors(result["errors"]) + ".\n")
 
 
 def _errors(errors: dict[str, dict[str, float]]) -> str:
