@@ -35,6 +35,12 @@ class NsaConfig(Section):
         "layers). 0: the selection learns through the compressed branch alone, as in the paper. The loss costs half "
         "as much as dense attention: its forward pass, and its scores again. In the warm-up the weight is 1",
     )
+    kl_stride: int = Field(
+        1,
+        ge=1,
+        description="queries for each that this loss looks at: of so many neighbours one, drawn in every pass, which "
+        "counts for all of them. So the mean of the loss stays, and its cost is divided. 1: all. In the warm-up all",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "NsaConfig":
@@ -57,5 +63,10 @@ class NsaConfig(Section):
             raise ValueError(
                 f"attention.nsa.num_initial + attention.nsa.num_local ({self.num_initial + self.num_local}) exceed "
                 f"attention.nsa.num_blocks ({self.num_blocks}): raise num_blocks or force fewer blocks"
+            )
+        if self.kl_stride > 1 and not self.kl_weight and self.phase == "sparse":
+            raise ValueError(
+                f"attention.nsa.kl_stride ({self.kl_stride}) thins out the queries of a loss that has no weight: set "
+                "attention.nsa.kl_weight above 0, or leave kl_stride out"
             )
         return self
