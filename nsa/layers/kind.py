@@ -110,7 +110,7 @@ class Parts:
             them.
         thinned: those of them that get one of so many neighbouring tokens -> how many; others get all.
         drawn: modules that draw random numbers of four bytes, kept like `Kind.choices`: ranks with the same KV head
-            must get the same ones -> (samples, tokens of each, KV heads of the rank) -> how many numbers.
+            must get the same ones -> (tokens, KV heads of the rank) -> how many numbers.
         averaged: modules whose tensor is a mean over query heads that choose together, for the probe alone -> whether
             all query heads do; else those of a KV head.
     """
@@ -124,7 +124,7 @@ class Parts:
     gathered: Mapping[str, tuple[int | None, ...]]
     gathered_bytes: Callable[[Shape, int], int]
     thinned: Mapping[str, int]
-    drawn: Mapping[str, Callable[[int, int, int], int]]
+    drawn: Mapping[str, Callable[[int, int], int]]
     averaged: Mapping[str, bool]
 
 

@@ -68,8 +68,7 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     width, again = element_bytes(config), has.again != "none"
     tokens = config.training.micro_batch_size * config.data.sequence_length // n  # per rank
     # A context-parallel rank attends in two chunks, one after the other.
-    samples, calls = config.training.micro_batch_size, 2 if n > 1 else 1
-    each = tokens // samples // calls
+    calls = 2 if n > 1 else 1
     shard = tokens // p * model.hidden_size * width  # bytes of its part of the residual stream
 
     sent: Counter[str] = Counter()
@@ -85,12 +84,12 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
             head = parts.gathered_bytes(model.attention_shape, width)
             for path in parts.gathered:
                 times = 1 + (again and path not in kind.choices)  # a choice is kept
-                here = samples * calls * -(-each // parts.thinned.get(path, 1))
+                here = calls * -(-tokens // calls // parts.thinned.get(path, 1))
                 sent["tensor/queries"] += passes * here * (model.num_heads // p) * head * (copies - 1) * times
             sharers, heads = max(1, p // model.num_kv_heads), max(1, model.num_kv_heads // p)
             for path, numbers in parts.drawn.items() if sharers > 1 else ():
                 often = calls if path.startswith("attend.") else 1
-                num_bytes = 4 * numbers(samples, tokens // samples // often, heads)
+                num_bytes = 4 * numbers(tokens // often, heads)
                 sent["tensor/noise"] += passes * often * _all_reduce(num_bytes, sharers)
     if p > 1:
         # A pipeline sums gradients once per step; without one they are summed after each micro batch.

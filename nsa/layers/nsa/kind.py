@@ -248,7 +248,7 @@ THINNED: Kind = replace(
     parts=lambda shape, config: replace(
         TAUGHT.parts(shape, config),
         thinned={"attend.diverge": config.kl_stride},
-        drawn={"attend.draw": lambda samples, tokens, heads: -(-tokens // config.kl_stride)},
+        drawn={"attend.draw": lambda tokens, heads: -(-tokens // config.kl_stride)},
     ),
     choices=("attend.choose", "attend.draw"),
 )

@@ -20,7 +20,7 @@ def parts_of(
     whole: tuple[str, ...] = (),
     columns: tuple[str, ...] = (),
     kv_heads: tuple[str, ...] = (),
-    drawn: Mapping[str, Callable[[int, int, int], int]] = MappingProxyType({}),
+    drawn: Mapping[str, Callable[[int, int], int]] = MappingProxyType({}),
     averaged: Mapping[str, bool] = MappingProxyType({}),
 ) -> Parts:
     """The parts of a layer with this projection, and its own."""
