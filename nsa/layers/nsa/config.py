@@ -38,8 +38,9 @@ class NsaConfig(Section):
     kl_stride: int = Field(
         1,
         ge=1,
-        description="queries for each that this loss looks at: of so many neighbours one, drawn in every pass, which "
-        "counts for all of them. So the mean of the loss stays, and its cost is divided. 1: all. In the warm-up all",
+        description="the loss of kl_weight looks at one query in so many: each pass draws one of every kl_stride "
+        "neighbours, which counts for all of them. The loss stays the same in the mean, and its cost is divided by "
+        "this. 1: every query. The warm-up looks at every query",
     )
 
     @model_validator(mode="after")
