@@ -212,7 +212,6 @@ TAUGHT: Kind = replace(
     # Of dense attention's six products forward and backward the loss takes three: both forward, and the scores again.
     keys=lambda config, tokens: keys(config, tokens) | {OF_LOSS: (tokens + 1) / 4},
     prices={**NSA.prices, OF_LOSS: "causal"},
-    recordable=False,
     parts=lambda shape, config: replace(
         NSA.parts(shape, config),
         gathered={**NSA.parts(shape, config).gathered, "attend.diverge": (2, None, None, 1)},
