@@ -336,6 +336,15 @@ GOING_ON = ["attention.kind=nsa", "attention.nsa={kl_weight: 0.5, block_size: 32
             "attention.nsa.kl_weight 0.5: the window (96 tokens) reaches all of a sample (128 tokens) but the initial",
         ),
         ([*GOING_ON, "attention.nsa.kl_weight=-1"], "attention.nsa.kl_weight"),
+        ([*GOING_ON, "attention.nsa.kl_stride=0"], "attention.nsa.kl_stride"),
+        (
+            [*GOING_ON, "attention.nsa.kl_weight=0", "attention.nsa.kl_stride=4"],
+            "attention.nsa.kl_stride (4) thins out the queries of a loss that has no weight: set attention.nsa.kl_wei",
+        ),
+        (
+            [*GOING_ON, "attention.nsa.kl_stride=129"],
+            "attention.nsa.kl_stride (129) exceeds a sample (128 tokens)",
+        ),
     ],
 )
 def test_a_selection_that_cannot_be_taught_is_refused(small, overrides, words):
@@ -346,6 +355,7 @@ def test_a_selection_that_cannot_be_taught_is_refused(small, overrides, words):
 def test_a_selection_can_be_taught(small, more):
     config = load_config(small, [*TAUGHT, *INDEXER, *more])
     assert {kind.apart for kind in config.attention.kinds(2)} <= {(), ("compress.key",)}
+    load_config(small, [*TAUGHT, *INDEXER, *more, "attention.nsa.kl_stride=8"])  # for a later stage of the file
     sparse = load_config(small, [*TAUGHT, "attention.nsa.phase=sparse", "attention.nsa.num_local=3"])
     assert all(kind.apart == () for kind in sparse.attention.kinds(2))
 

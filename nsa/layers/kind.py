@@ -108,8 +108,9 @@ class Parts:
             None: the input is the same on all ranks.
         gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in the inputs of one of
             them.
-        drawn: modules that draw random numbers in fp32, one for each token and KV head, kept like `Kind.choices`: ranks
-            with the same KV head must get the same ones.
+        thinned: those of them that get one of so many neighbouring tokens -> how many; others get all.
+        drawn: modules that draw random numbers of four bytes, kept like `Kind.choices`: ranks with the same KV head
+            must get the same ones -> (tokens, KV heads of the rank) -> how many numbers.
         averaged: modules whose tensor is a mean over query heads that choose together, for the probe alone -> whether
             all query heads do; else those of a KV head.
     """
@@ -122,7 +123,8 @@ class Parts:
     one_kv_head: bool
     gathered: Mapping[str, tuple[int | None, ...]]
     gathered_bytes: Callable[[Shape, int], int]
-    drawn: tuple[str, ...]
+    thinned: Mapping[str, int]
+    drawn: Mapping[str, Callable[[int, int], int]]
     averaged: Mapping[str, bool]
 
 

@@ -181,6 +181,17 @@ def check_positions(q: Tensor, k: Tensor) -> int:
     return offset
 
 
+def check_places(positions: Tensor, queries: int, keys: int) -> None:
+    """Raise ValueError unless ``positions`` (T,) int32 are places of T = ``queries`` tokens among ``keys``, rising."""
+    if positions.shape != (queries,) or positions.dtype != torch.int32:
+        raise ValueError(f"positions must be ({queries},) int32, got {tuple(positions.shape)} {positions.dtype}")
+    # On a GPU, reading the values would wait for the device.
+    if positions.device.type == "cpu" and queries:
+        inside = int(positions[0]) >= 0 and int(positions[-1]) < keys
+        if not inside or not bool((positions[1:] > positions[:-1]).all()):
+            raise ValueError(f"positions must rise, from 0 to at most {keys - 1}, the last key's")
+
+
 def check_compression(length: int, stride: int, block_size: int | None = None) -> None:
     """Raise ValueError unless d | l, and d | l' and l <= l' (NSA, arXiv 2502.11089, Eq. 9)."""
     if length < 1 or stride < 1 or length % stride:

@@ -65,6 +65,17 @@ class Documents:
             return _one_document(num_queries, offset, device)
         return derived(cu_seqlens, _packed_documents, num_queries, offset)
 
+    @classmethod
+    def at(cls, positions: Tensor, num_keys: int, cu_seqlens: Tensor | None) -> "Documents":
+        """Queries at ``positions`` (T,) int32, rising, among ``num_keys`` tokens of one sequence, or packed."""
+        whole = cls.of(num_keys, 0, cu_seqlens, positions.device)
+        return derived(positions, _documents_at, whole)
+
+    @property
+    def query_bounds(self) -> Tensor:
+        """(N+1,) int64: which of the queries is the first one of each document; T for documents behind them."""
+        return torch.searchsorted(self.query_position, self.bounds)
+
     @property
     def lengths(self) -> Tensor:
         """(N,) number of tokens of each document."""
@@ -95,7 +106,10 @@ _known_packings: MutableMapping[Tensor, tuple[int, dict[Any, Any]]] = WeakTensor
 
 
 def derived(cu_seqlens: Tensor, function: Callable[..., _Result], *args: Any) -> _Result:
-    """``function(cu_seqlens, *args)``, cached: all layers of a step pass the same tensor. ``args`` are hashable."""
+    """``function(cu_seqlens, *args)``, cached: all layers of a step pass the same tensor. ``args`` are hashable.
+
+    What the function returns must not hold the tensor, which would then live for ever.
+    """
     if torch.compiler.is_compiling() or cu_seqlens.is_inference():
         return function(cu_seqlens, *args)
     # The version changes if the tensor is written to.
@@ -198,6 +212,11 @@ def _packed_documents(cu_seqlens: Tensor, num_queries: int, offset: int) -> Docu
     position = torch.arange(offset, offset + num_queries, device=cu_seqlens.device)
     # right=True skips empty documents: a token lies in the last document that starts at or before it.
     return Documents(bounds, position, torch.searchsorted(bounds[1:].contiguous(), position, right=True))
+
+
+def _documents_at(positions: Tensor, whole: Documents) -> Documents:
+    position = positions.to(torch.int64)
+    return Documents(whole.bounds, position, whole.query_document[position])
 
 
 def _cumulate(counts: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class OfFirst(Around):
         self.sharers = sharers
 
     @torch.no_grad()
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         drawn: Tensor = self.inside(*inputs)
         if self.sharers.rank:
             drawn = torch.zeros_like(drawn)

@@ -67,6 +67,8 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     has = passes_of(config)
     width, again = element_bytes(config), has.again != "none"
     tokens = config.training.micro_batch_size * config.data.sequence_length // n  # per rank
+    # A context-parallel rank attends in two chunks, one after the other.
+    calls = 2 if n > 1 else 1
     shard = tokens // p * model.hidden_size * width  # bytes of its part of the residual stream
 
     sent: Counter[str] = Counter()
@@ -80,11 +82,15 @@ def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
             parts = kind.parts(model.attention_shape, config.attention.of(kind))
             copies = p if parts.one_kv_head else max(1, p // model.num_kv_heads)
             head = parts.gathered_bytes(model.attention_shape, width)
-            times = sum(1 + (again and path not in kind.choices) for path in parts.gathered)  # a choice is kept
-            sent["tensor/queries"] += passes * tokens * (model.num_heads // p) * head * (copies - 1) * times
+            for path in parts.gathered:
+                times = 1 + (again and path not in kind.choices)  # a choice is kept
+                here = calls * -(-tokens // calls // parts.thinned.get(path, 1))
+                sent["tensor/queries"] += passes * here * (model.num_heads // p) * head * (copies - 1) * times
             sharers, heads = max(1, p // model.num_kv_heads), max(1, model.num_kv_heads // p)
-            if sharers > 1:
-                sent["tensor/noise"] += passes * len(parts.drawn) * _all_reduce(4 * tokens * heads, sharers)
+            for path, numbers in parts.drawn.items() if sharers > 1 else ():
+                often = calls if path.startswith("attend.") else 1
+                num_bytes = 4 * numbers(tokens // often, heads)
+                sent["tensor/noise"] += passes * often * _all_reduce(num_bytes, sharers)
     if p > 1:
         # A pipeline sums gradients once per step; without one they are summed after each micro batch.
         sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(

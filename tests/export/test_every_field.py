@@ -41,6 +41,7 @@ NAMES = {
     **{f"attention.entmax.{name}": f"entmax_{name}" for name in ("alpha", "scaling", "nope_heads", "position")},
 }
 TRAINING_ONLY = {"model.moe.bias_rate", "model.moe.loss_weight", "attention.dsa.kl_weight", "attention.nsa.kl_weight"}
+TRAINING_ONLY |= {"attention.nsa.kl_stride"}
 # What logits do not depend on: how fresh weights are drawn; the number of layers, which attention_kinds has, too; and
 # a tie where the weights of both are there and differ, which `transformers` then leaves apart.
 NO_LOGIT = {"initializer_range", "num_hidden_layers", "tie_word_embeddings"}

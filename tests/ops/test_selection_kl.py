@@ -143,6 +143,53 @@ def test_chunks_of_queries_add_up(documents: list[int], backend: str) -> None:
     torch.testing.assert_close((loss, gradient), whole)
 
 
+@pytest.mark.parametrize("scores", [None, 700], ids=["one tile", "small tiles"])
+@pytest.mark.parametrize("documents", [[50], [1, 20, 0, 3, 26, 0]])
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_queries_that_lie_apart_add_up(
+    documents: list[int], backend: str, scores: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three parts of the queries, evenly spaced and drawn; their LSEs are those of dense attention at these places."""
+    if scores:
+        monkeypatch.setattr(operator, "MAX_SCORES", scores)
+    options = sizes_of((8, 4, 8, 1, 1, 6))
+    q, k_cmp, k, lse = inputs_of(1, documents, 4, 2, 8, options)
+    options |= {"cu_seqlens": packing(documents), "backend": backend}
+    whole = loss_and_gradient(q, k_cmp, k, lse, **options)
+    others = torch.tensor([t for t in range(50) if t % 3])
+    drawn = torch.rand(len(others), generator=torch.Generator().manual_seed(0)) < 0.5
+    loss, gradient = 0, 0
+    for rows in (torch.arange(0, 50, 3), others[drawn], others[~drawn]):
+        positions = rows.int()
+        _, there = ops.dense_attention(
+            q[:, rows], k, k, cu_seqlens=options["cu_seqlens"], positions=positions, return_lse=True, backend=backend
+        )
+        torch.testing.assert_close(there, lse[..., rows])
+        found = loss_and_gradient(q[:, rows], k_cmp, k, there, **options, positions=positions)
+        loss, gradient = loss + found[0], gradient + found[1]
+    assert len(others[drawn]) != len(others[~drawn])
+    torch.testing.assert_close((loss, gradient), whole)
+
+
+@pytest.mark.parametrize("backend", ["torch", "naive"])
+def test_places_that_are_none_are_refused(backend: str) -> None:
+    options = sizes_of((8, 4, 8, 1, 1, 6))
+    q, k_cmp, k, lse = inputs_of(1, [50], 4, 2, 8, options)
+
+    def refusal(positions: Tensor) -> str:
+        with pytest.raises(ValueError, match="positions must") as raised:
+            ops.selection_kl(q[:, :3], k_cmp, k, lse[..., :3], **options, positions=positions, backend=backend)
+        with pytest.raises(ValueError, match="positions must") as again:
+            ops.dense_attention(q[:, :3], k, k, positions=positions, backend=backend)
+        assert str(raised.value) == str(again.value)
+        return str(raised.value)
+
+    assert "(3,) int32, got (2,) torch.int32" in refusal(torch.tensor([1, 2]).int())
+    assert "(3,) int32, got (3,) torch.int64" in refusal(torch.tensor([1, 2, 3]))
+    for places in ([1, 3, 2], [1, 1, 2], [-1, 2, 3], [1, 2, 50]):
+        assert "must rise, from 0 to at most 49" in refusal(torch.tensor(places).int())
+
+
 @pytest.mark.parametrize("backend", ["torch", "naive"])
 @pytest.mark.parametrize(
     ("documents", "sizes"),

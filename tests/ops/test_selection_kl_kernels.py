@@ -78,11 +78,9 @@ def test_chunks_of_queries_add_up(documents: list[int], monkeypatch: pytest.Monk
     launches: list[int] = []
     whole = selection_kl._learn
 
-    def learn(q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, *rest: Any):
-        """Documents end with the queries: tiles are made of them."""
-        assert cu_seqlens is None or cu_seqlens[-1] == offset + q.shape[1]
+    def learn(q: Tensor, *rest: Any):
         launches.append(q.shape[1])
-        return whole(q, k_cmp, k, lse, cu_seqlens, offset, *rest)
+        return whole(q, *rest)
 
     monkeypatch.setattr(selection_kl, "_learn", learn)
     monkeypatch.setattr(selection_kl, "MOST_NUMBERS", 2 * -(-max(documents) // 8) * 25)
@@ -102,6 +100,30 @@ def test_chunks_of_queries_add_up(documents: list[int], monkeypatch: pytest.Monk
     if len(documents) == 1:
         part = block_attention(q[:, 30:], k, lse[..., 30:], **options, offset=30, backend="triton")
         torch.testing.assert_close(part, target[:, :, 30:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("chunk", [None, 17], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("documents", [[90], [1, 40, 0, 3, 46, 0]])
+def test_queries_that_lie_apart_equal_the_definition(
+    documents: list[int], chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evenly spaced ones, those that were drawn, and those of some documents alone; with their LSEs by the kernels."""
+    from nsa.ops.kernels import selection_kl
+
+    there, exact, options = given(1, documents, 4, 2, 16, sizes_of((8, 4, 8, 1, 1, 6)))
+    if chunk:
+        monkeypatch.setattr(selection_kl, "MOST_NUMBERS", 2 * -(-max(documents) // 8) * chunk)
+    drawn = torch.rand(90, generator=torch.Generator().manual_seed(0)) < 0.4
+    for rows in (torch.arange(2, 90, 3), drawn.nonzero()[:, 0], torch.arange(45, 90, 2)):
+        found, borders = [], (packing(documents, DEVICE), packing(documents))
+        for (q, k_cmp, k, _), cu_seqlens, backend in zip((there, exact), borders, ("triton", "naive"), strict=True):
+            here = rows.to(q.device)
+            where = {"cu_seqlens": cu_seqlens, "positions": here.int(), "backend": backend}
+            _, lse = ops.dense_attention(q[:, here], k, k, **where, return_lse=True)
+            found.append(loss_and_gradient(q[:, here], k_cmp, k, lse, **options, **where))
+        agree(*found)
+        assert found[1][0] > 0
 
 
 @needs_kernels
@@ -192,7 +214,7 @@ def test_fakes_are_as_the_operators() -> None:
     lse = lse.transpose(1, 2).contiguous()
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        torch.ops.nsa.selection_kl, (q, k_cmp, k, lse, None, 0, 8, 4, 8, 1, 1, 6, 41, 0.25), test_utils=checks
+        torch.ops.nsa.selection_kl, (q, k_cmp, k, lse, None, 0, None, 8, 4, 8, 1, 1, 6, 41, 0.25), test_utils=checks
     )
     torch.library.opcheck(torch.ops.nsa.block_attention, (q, k, lse, None, 0, 8, 1, 1, 6, 41, 0.25), test_utils=checks)
 

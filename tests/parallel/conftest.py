@@ -18,6 +18,8 @@ LATENT += ["model.mla={q_lora_rank: 12, kv_lora_rank: 16, qk_nope_head_dim: 8, q
 LATENT += [*DSA, "attention.kind=[dense, dsa]"]
 # The selection learns from its loss while all is trained. Attention is not flat, so the loss is more than rounding.
 GOING_ON = [*SPARSE, "attention.nsa.kl_weight=30", "attention.nsa.num_local=1", "model.init_std=0.3"]
+# The same of one of four neighbouring queries: chunks of 16 tokens have whole fours.
+DRAWN = [*GOING_ON, "attention.nsa.kl_stride=4"]
 CASES = [
     [*BASE, *SGD, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *SGD, *GOING_ON, *layout(tensor=2, context=2, zero=1)],
@@ -87,6 +89,8 @@ SENT = [
     [*BASE, *layout(tensor=2, context=2, zero=1), "engine.activation_checkpointing=full"],
     [*BASE, *SPARSE, *layout(tensor=4, zero=0)],
     [*BASE, *GOING_ON, *layout(tensor=4, zero=0), "engine.activation_checkpointing=full"],
+    [*BASE, *DRAWN, *layout(tensor=4, zero=0), "engine.activation_checkpointing=full"],
+    [*BASE, *DRAWN, "model.num_kv_heads=1", *layout(tensor=2, context=2, zero=0)],
     [*BASE, *layout(tensor=2, pipeline=2, zero=1)],
     [*BASE, *LATENT, *layout(tensor=2, context=2, zero=1)],
     [*BASE, *CSA, *layout(tensor=2, context=2, zero=1)],

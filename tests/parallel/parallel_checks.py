@@ -25,6 +25,7 @@ from nsa.layers.dsa.config import DsaConfig
 from nsa.layers.entmax.config import EntmaxConfig
 from nsa.layers.kinds import CSA, DSA
 from nsa.layers.nsa.config import NsaConfig
+from nsa.layers.nsa.layer import Draw
 from nsa.layers.projections.config import MlaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.models.head import LanguageModelHead
@@ -54,7 +55,8 @@ def decoders(
     """The largest difference of a sharded decoder from the whole one, for each layout and seed, over all ranks.
 
     Compared are losses, and gradients relative to their largest element. ``latent``: with latent attention. ``kind``:
-    of all layers; None: it is drawn. ``taught``: with NSA whose selection is taught in two of three seeds.
+    of all layers; None: it is drawn. ``taught``: with NSA whose selection is taught, in two of three seeds in a
+    warm-up, else by the last of some neighbouring queries.
     """
     answer = []
     for layout in layouts:
@@ -64,7 +66,8 @@ def decoders(
         }
         differences = []
         for seed in range(seeds):
-            with ranks.device if ranks.device.type == "cuda" else nullcontext():  # which looks at each operation
+            device = ranks.device if ranks.device.type == "cuda" else nullcontext()  # which looks at each operation
+            with device, patch.object(Draw, "forward", last_of_neighbours):
                 difference = decoder_difference(grids, seed, latent, kind, taught)
             differences.append(max(ranks.gather(difference)))
         answer.append(differences)
@@ -90,8 +93,11 @@ def decoder_difference(
     if taught:
         nsa, warm_up = attention.nsa, seed % 3 < 2
         changes = {"phase": "warm-up" if warm_up else "sparse", "key_compression": ["pooled", "mlp"][seed % 2]}
-        if warm_up:  # sizes that leave a choice
-            changes |= {"block_size": nsa.compress_length, "window": min(nsa.window, 7)}
+        changes |= {"block_size": nsa.compress_length, "window": min(nsa.window, 7)}  # sizes that leave a choice
+        if not warm_up:
+            chunk = tokens // (2 * grid.context.size)
+            divisors = [n for n in (1, 2, 3, 4, 5, 6) if chunk % n == 0]  # the neighbours of chunks are those of all
+            changes |= {"kl_weight": 1.0, "kl_stride": divisors[-1]}
         attention = attention.model_copy(update={"nsa": nsa.model_copy(update=changes)})
     torch.manual_seed(seed)
     whole = Decoder(config, attention).double()
@@ -145,6 +151,11 @@ def decoder_difference(
     return difference
 
 
+def last_of_neighbours(draw: Draw, tokens: int, device: torch.device) -> torch.Tensor:
+    """In the place of what is drawn."""
+    return torch.arange(draw.stride - 1, tokens, draw.stride, dtype=torch.int32, device=device)
+
+
 def gradient(p: torch.nn.Parameter) -> torch.Tensor:
     """The gradient, or zeros if there is none: for a sample shorter than a compression block."""
     return torch.zeros_like(p) if p.grad is None else p.grad
@@ -171,15 +182,15 @@ def probed(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str,
 
 
 def drawn(ranks: Ranks, folder: Path, cases: list[list[str]]) -> list[dict[str, Any]]:
-    """For each case, of a step of training: some of the noise of each rank and each time that a layer draws it, and the
-    bytes of it that a rank sent."""
+    """For each case, of a step of training: some of what each rank gets each time that a layer draws noise, or queries,
+    and the bytes of it that a rank sent."""
     answer = []
     for number, overrides in enumerate(cases):
         trainer, seen = Trainer(tiny_config(folder, f"name=drawn{number}", *overrides), ranks), list[list[float]]()
         for layer in trainer.engine.module.layers:
-            layer.attention.noise.register_forward_hook(
-                lambda module, args, out, seen=seen: seen.append(out.flatten()[:20].tolist())
-            )
+            attention = layer.attention
+            draw = attention.noise if hasattr(attention, "noise") else attention.attend.draw
+            draw.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out.flatten()[:20].tolist()))
         sent = trainer.train_step(StopRequest()).sent
         answer.append({"noise": ranks.gather(seen), "sent": sent.get("tensor/noise", 0)})
         close(trainer)

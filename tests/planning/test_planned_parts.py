@@ -82,6 +82,28 @@ def test_a_layer_that_learns_nothing_is_not_priced_as_if(tmp_path):
     assert work_of(plain, 1).attention["causal"] < work_of(taught, 1).attention["causal"]
 
 
+@pytest.mark.parametrize(("tensor", "context", "kv_heads"), [(1, 1, 2), (4, 1, 2), (2, 2, 1), (4, 1, 1), (1, 4, 2)])
+def test_a_loss_of_some_queries_is_planned_as_so_much(tmp_path, tensor, context, kv_heads):
+    """What it computes, sends and keeps: 64 tokens, of which 7 neighbours are no whole part."""
+    taught = ["attention.kind=nsa", "attention.nsa.num_local=1", f"model.num_kv_heads={kv_heads}"]
+    taught += ["training.micro_batch_size=2", "engine.activation_checkpointing=full"]
+    of_loss, sent = [], []
+    for loss in ([], ["attention.nsa.kl_weight=1"], ["attention.nsa.kl_weight=1", "attention.nsa.kl_stride=7"]):
+        config, ranks = in_layout(tmp_path, tensor, context, 1, *taught, *loss), tensor * context
+        of_loss.append(work_of(config, ranks).attention.get("causal", 0.0))
+        for rank in range(ranks):
+            found = dry_run(config, ranks, rank).sent
+            assert found == bytes_sent(config, ranks, rank), (loss, rank)
+        sent.append(found)
+    without, whole, some = of_loss
+    assert 7 * (some - without) == pytest.approx(whole - without) and whole > without
+    shared = tensor > kv_heads
+    assert [("tensor/noise" in each) for each in sent] == [False, False, shared]
+    if shared:
+        queries = [each["tensor/queries"] for each in sent]
+        assert queries[0] < queries[2] < queries[0] + 0.25 * (queries[1] - queries[0])
+
+
 ALLOCATED = [
     (kind, precision, zero)
     for kind in ("nsa", "pooled", "dsa", "csa", "shared", "all")

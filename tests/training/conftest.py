@@ -13,6 +13,8 @@ OFFLOAD = "engine.offload_optimizer=true"
 SELECTIVE = "engine.activation_checkpointing=selective"
 CONSTANT = "optimizer.schedule=constant"
 POOLED = "attention.nsa.key_compression=pooled"
+DRAWN = [f"attention.nsa.{key}" for key in ("kl_weight=30", "kl_stride=4", "num_local=1")]
+DRAWN += ["attention.kind=nsa", "model.init_std=0.3"]
 STEPS = 10
 BY_LOSS = "recovery.loss_sigma=6"
 BY_NORM = ["recovery.loss_sigma=0", "recovery.grad_norm_sigma=6"]
@@ -34,6 +36,7 @@ def one_rank(tmp_path_factory):
     checks = {
         "curves": ("curves", {"cases": [SGD, ADAMW], "steps": STEPS}),
         "resume": ("resume", {"cases": engines("fp32", stages=[0]) + engines("bf16", stages=[2]), "after": [4]}),
+        "drawn": ("resume", {"cases": engines("fp32", *DRAWN, stages=[0]), "after": [2]}),
         "rolled_back": ("rolled_back", {"cases": engines("fp32", BY_LOSS, stages=[0])}),
         "stages": ("stages", {"cases": learning("fp32", stages=[0])}),
         "stages of nsa": ("stages", {"cases": learning("fp32", POOLED, stages=[0]), "kind": "nsa"}),
@@ -53,12 +56,14 @@ def two_ranks(tmp_path_factory, one_rank):
     curves += engines("fp32", *ADAMW, stages=[0, 2])
     curves += engines("fp32", *ADAMW, OFFLOAD, stages=[3])
     resumed = engines("bf16", stages=[1]) + engines("fp32", stages=[2, 3]) + engines("bf16", OFFLOAD, stages=[1])
+    drawn = engines("bf16", *DRAWN, "parallel.tensor=2", "engine.activation_checkpointing=full", stages=[1])
     staged = learning("bf16", stages=[1]) + learning("bf16", *MOE, stages=[3])
     staged += learning("bf16", "parallel.pipeline=2", stages=[1])
     nsa = learning("bf16", POOLED, stages=[1]) + learning("fp32", stages=[3])
     checks = {
         "curves": ("curves", {"cases": curves, "steps": STEPS}),
         "resume": ("resume", {"cases": resumed, "after": [2]}),
+        "drawn": ("resume", {"cases": drawn, "after": [2]}),
         "elsewhere": ("go_on", {"overrides": elsewhere, "checkpoint_of": begun}),
         "not_finite": ("not_finite", {"cases": engines("fp32") + engines("bf16")}),
         "rolled_back": ("rolled_back", {"cases": engines("bf16", *BY_NORM, stages=[1]) + engines("fp32", stages=[3])}),

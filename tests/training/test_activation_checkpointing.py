@@ -130,16 +130,18 @@ def test_selects_once_and_gives_the_same_gradients(selections: list[int], mode: 
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("kind", ["csa", "dms", "dsa", "entmax", "nsa"])
+@pytest.mark.parametrize("kind", ["csa", "dms", "dsa", "entmax", "nsa", "nsa of drawn queries"])
 def test_every_kind_has_the_same_gradients(kind: str, mode: str, tmp_path: Path) -> None:
-    """Those of a decoder without recomputation, with its layers' own losses: also where a layer draws at random, as
-    DMS does, which noise decides what is forgotten."""
+    """Those of a decoder without recomputation, with its layers' own losses: also where a layer draws at random: as
+    DMS does, which noise decides what is forgotten, or NSA, which queries its loss looks at."""
     sections = {
         "csa": "attention.csa={topk: 4, window: 9, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}",
         "dms": "attention.dms={window: 8, offset: 0.0}",
         "dsa": "attention.dsa={topk: 8, index_heads: 2, index_head_dim: 8, index_rotary_dims: 4}",
     }
-    overrides = [f"attention.kind={kind}", "model.init_std=0.3", *filter(None, [sections.get(kind)])]
+    overrides = [f"attention.kind={kind.split()[0]}", "model.init_std=0.3", *filter(None, [sections.get(kind)])]
+    if kind == "nsa of drawn queries":
+        overrides += [f"attention.nsa.{key}" for key in ("kl_weight=30", "kl_stride=4", "num_local=1")]
     config, found = tiny_config(tmp_path, *overrides), []
     ids = torch.randint(0, 400, (1, 64))
     for recomputed in (False, True):

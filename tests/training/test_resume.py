@@ -18,6 +18,12 @@ def test_resume_is_bitwise_with_experts(two_ranks):
     assert two_ranks[1]["experts"] == [[[]]]
 
 
+def test_resume_is_bitwise_where_layers_draw(one_rank, two_ranks):
+    """Which queries NSA's loss looks at; also where two ranks share what they draw, and layers are recomputed."""
+    assert one_rank[1]["drawn"] == [[[]]]
+    assert two_ranks[1]["drawn"] == [[[]]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_resume_is_bitwise_everywhere(tmp_path, world_size):

@@ -39,7 +39,8 @@ def parts(shape: Shape, config: CsaConfig) -> Parts:
         one_kv_head=True,
         gathered={"attend.diverge": (2, 1, None, None, None, None, None)} if indexed else {},  # queries and their LSE
         gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
-        drawn=(),
+        thinned={},
+        drawn={},
         averaged={},
     )
 

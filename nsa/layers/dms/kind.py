@@ -28,7 +28,7 @@ def build(shape: Shape, config: DmsConfig, backends: Backends, before: Sequence[
 
 def parts(shape: Shape, config: DmsConfig) -> Parts:
     """Eviction logits belong to KV heads, and so does their noise."""
-    return parts_of(shape, kv_heads=("evict",), drawn=("noise",))
+    return parts_of(shape, kv_heads=("evict",), drawn={"noise": lambda tokens, heads: tokens * heads})
 
 
 def products(shape: Shape, config: DmsConfig) -> list[Product]:

@@ -35,6 +35,13 @@ class NsaConfig(Section):
         "layers). 0: the selection learns through the compressed branch alone, as in the paper. The loss costs half "
         "as much as dense attention: its forward pass, and its scores again. In the warm-up the weight is 1",
     )
+    kl_stride: int = Field(
+        1,
+        ge=1,
+        description="the loss of kl_weight looks at one query in so many: each pass draws one of every kl_stride "
+        "neighbours, which counts for all of them. The loss stays the same in the mean, and its cost is divided by "
+        "this. 1: every query. The warm-up looks at every query",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "NsaConfig":
@@ -57,5 +64,10 @@ class NsaConfig(Section):
             raise ValueError(
                 f"attention.nsa.num_initial + attention.nsa.num_local ({self.num_initial + self.num_local}) exceed "
                 f"attention.nsa.num_blocks ({self.num_blocks}): raise num_blocks or force fewer blocks"
+            )
+        if self.kl_stride > 1 and not self.kl_weight and self.phase == "sparse":
+            raise ValueError(
+                f"attention.nsa.kl_stride ({self.kl_stride}) thins out the queries of a loss that has no weight: set "
+                "attention.nsa.kl_weight above 0, or leave kl_stride out"
             )
         return self

@@ -138,6 +138,17 @@ def from_dense(name: str, shape: torch.Size, config: NsaConfig, read: Callable[[
     return outer
 
 
+OF_TRAINING = ("kl_weight", "kl_stride")  # keys of the loss
+
+
+def at_work(config: NsaConfig) -> Kind:
+    if config.phase == "warm-up":
+        return WARM_UP
+    if not config.kl_weight:
+        return NSA
+    return TAUGHT if config.kl_stride == 1 else THINNED
+
+
 NSA: Kind = Kind(
     name="nsa",
     title="Native Sparse Attention (arXiv 2502.11089)",
@@ -164,12 +175,13 @@ NSA: Kind = Kind(
         one_kv_head=False,
         gathered={"attend.choose": (2, None, 1)},  # queries and their LSE
         gathered_bytes=lambda shape, width: shape.head_dim * width + 4,
-        drawn=(),
+        thinned={},
+        drawn={},
         averaged={"attend.together": False},
     ),
     exchanges=exchanges,
     choices=("attend.choose",),
-    placed=lambda config, place: WARM_UP if config.phase == "warm-up" else TAUGHT if config.kl_weight else NSA,
+    placed=lambda config, place: at_work(config),
     borrows=False,
     twin=lambda config: config,
     expensive=("range_attention", "selected_attention", "compress_blocks"),
@@ -178,11 +190,13 @@ NSA: Kind = Kind(
     taught=False,
     from_dense=from_dense,
     holds_dense=False,
-    free=("num_blocks", "num_initial", "num_local", "window", "phase", "kl_weight"),
+    free=("num_blocks", "num_initial", "num_local", "window", "phase", *OF_TRAINING),
     problem=lambda config, tokens: None,
     figures=measure,
     guest=GUEST,
-    export={name: "nsa_phase" if name == "phase" else name for name in NsaConfig.model_fields if name != "kl_weight"},
+    export={
+        name: "nsa_phase" if name == "phase" else name for name in NsaConfig.model_fields if name not in OF_TRAINING
+    },
     known=lambda shape, config: None,
     card=card,
 )
@@ -190,6 +204,11 @@ NSA: Kind = Kind(
 
 def nothing_to_teach(config: NsaConfig, tokens: int) -> str | None:
     what = "phase warm-up" if config.phase == "warm-up" else f"kl_weight {config.kl_weight:g}"
+    if config.phase == "sparse" and config.kl_stride > tokens:
+        return (
+            f"attention.nsa.kl_stride ({config.kl_stride}) exceeds a sample ({tokens} tokens), and most would teach "
+            "nothing: lower it"
+        )
     initial = config.num_initial * config.block_size
     choice = initial + config.num_local * config.block_size
     if tokens <= choice:
@@ -210,7 +229,8 @@ TAUGHT: Kind = replace(
     NSA,
     title=f"{NSA.title}, whose selection has a loss",
     # Of dense attention's six products forward and backward the loss takes three: both forward, and the scores again.
-    keys=lambda config, tokens: keys(config, tokens) | {OF_LOSS: (tokens + 1) / 4},
+    # Of so many queries one has them.
+    keys=lambda config, tokens: keys(config, tokens) | {OF_LOSS: (tokens + 1) / 4 / config.kl_stride},
     prices={**NSA.prices, OF_LOSS: "causal"},
     parts=lambda shape, config: replace(
         NSA.parts(shape, config),
@@ -219,6 +239,17 @@ TAUGHT: Kind = replace(
     loss=("attend.loss", "selection_kl"),
     problem=nothing_to_teach,
     figures=measure_taught,
+)
+
+# The same, where the loss looks at some of the queries.
+THINNED: Kind = replace(
+    TAUGHT,
+    parts=lambda shape, config: replace(
+        TAUGHT.parts(shape, config),
+        thinned={"attend.diverge": config.kl_stride},
+        drawn={"attend.draw": lambda tokens, heads: -(-tokens // config.kl_stride)},
+    ),
+    choices=("attend.choose", "attend.draw"),
 )
 
 # A layer whose selection is taught: it attends like the dense layer that it was, and only its keys' compression learns.
@@ -241,7 +272,7 @@ WARM_UP: Kind = replace(
     loss=("attend.loss", "selection_kl"),
     apart=("compress.key",),
     taught=True,
-    free=("num_blocks", "num_initial", "num_local", "window", "kl_weight"),
+    free=("num_blocks", "num_initial", "num_local", "window", *OF_TRAINING),
     problem=nothing_to_teach,
     figures=measure_warm_up,
     guest=GUEST_WARM_UP,

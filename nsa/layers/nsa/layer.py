@@ -116,11 +116,33 @@ class Divergence(nn.Module):
         self.scale, self.backend = choose.scale, choose.backend
 
     def forward(
-        self, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0
+        self,
+        q: Tensor,
+        k_cmp: Tensor,
+        k: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor | None = None,
+        offset: int = 0,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """As `nsa.ops.selection_kl`: a scalar, the sum over tokens."""
         options: dict[str, Any] = self.sizes | {"scale": self.scale, "backend": self.backend}
-        return ops.selection_kl(q, k_cmp, k, lse, **options, cu_seqlens=cu_seqlens, offset=offset)
+        options |= {"cu_seqlens": cu_seqlens, "offset": offset, "positions": positions}
+        return ops.selection_kl(q, k_cmp, k, lse, **options)
+
+
+class Draw(nn.Module):
+    """Which queries the loss looks at. A module, so that a recomputed pass gets those of the first one."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, tokens: int, device: torch.device) -> Tensor:
+        """(ceil(tokens / stride),) int32: one of each ``stride`` neighbours, drawn anew. The last may be beyond
+        ``tokens``: then it is none, so that each token is drawn with the same probability."""
+        first = torch.arange(0, tokens, self.stride, dtype=torch.int32, device=device)
+        return first + torch.randint(self.stride, first.shape, dtype=torch.int32, device=device)
 
 
 class GatedBranches(nn.Module):
@@ -128,21 +150,27 @@ class GatedBranches(nn.Module):
 
     Attributes:
         choose: the selection. diverge: the loss that teaches it, loss: attaches that to the output; both None if it is
-            not taught. dense: whether queries attend to all tokens, as in the warm-up.
+            not taught. draw: the queries that the loss looks at; None: all.
+        dense: whether queries attend to all tokens, as in the warm-up.
         together: of a mean over the query heads of a KV head, that over all of them, also where ranks share these.
     """
 
     diverge: Divergence | None
     loss: AuxiliaryLoss | None
+    draw: Draw | None
 
-    def __init__(self, choose: BlockChoice, *, window: int, phase: Phase = "sparse", kl_weight: float = 0.0) -> None:
+    def __init__(
+        self, choose: BlockChoice, *, window: int, phase: Phase = "sparse", kl_weight: float = 0.0, kl_stride: int = 1
+    ) -> None:
         super().__init__()
         self.choose, self.window, self.dense = choose, window, phase == "warm-up"
         self.sizes, self.scale, self.backend = choose.sizes, choose.scale, choose.backend
         self.together = nn.Identity()
-        self.diverge = self.loss = None
+        self.diverge = self.loss = self.draw = None
         if self.dense or kl_weight:
             self.diverge, self.loss = Divergence(choose, window), AuxiliaryLoss(1.0 if self.dense else kl_weight)
+        if kl_weight and kl_stride > 1 and not self.dense:
+            self.draw = Draw(kl_stride)
 
     def forward(
         self,
@@ -161,12 +189,10 @@ class GatedBranches(nn.Module):
         if self.dense:
             out, lse = self._dense(q, kv_slc, cu_seqlens, offset)
         else:
-            out = self._sparse(q, kv_cmp, kv_slc, kv_win, gates, cu_seqlens, offset)
-            if not kv_cmp[0].requires_grad:
-                return out
-            with torch.no_grad():
-                _, lse = self._dense(q, kv_slc, cu_seqlens, offset)
-        return self._taught(out, q, kv_cmp[0], kv_slc[0], lse, cu_seqlens, offset)
+            out, lse = self._sparse(q, kv_cmp, kv_slc, kv_win, gates, cu_seqlens, offset), None
+        if not kv_cmp[0].requires_grad:
+            return out
+        return self._taught(out, q, kv_cmp[0], kv_slc, lse, cu_seqlens, offset)
 
     def _sparse(
         self,
@@ -193,22 +219,44 @@ class GatedBranches(nn.Module):
             backend=self.backend,
         )
 
-    def _dense(self, q: Tensor, kv: Pair, cu_seqlens: Tensor | None, offset: int) -> Pair:
-        """Dense attention and its LSE."""
-        assert offset + q.shape[1] == kv[0].shape[1], "the queries must be those of the last tokens"
+    def _dense(
+        self, q: Tensor, kv: Pair, cu_seqlens: Tensor | None, offset: int, positions: Tensor | None = None
+    ) -> Pair:
+        """Dense attention and its LSE. The queries are at ``positions``, or if that is None the last ones."""
+        if positions is None:
+            assert offset + q.shape[1] == kv[0].shape[1], "the queries must be those of the last tokens"
         options: dict[str, Any] = {"scale": self.scale, "cu_seqlens": cu_seqlens, "backend": self.backend}
-        return ops.dense_attention(q, *kv, **options, return_lse=True)
+        return ops.dense_attention(q, *kv, **options, positions=positions, return_lse=True)
 
     def _taught(
-        self, out: Tensor, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int
+        self,
+        out: Tensor,
+        q: Tensor,
+        k_cmp: Tensor,
+        kv: Pair,
+        lse: Tensor | None,
+        cu_seqlens: Tensor | None,
+        offset: int,
     ) -> Tensor:
-        """``out`` with the loss attached, by which k_cmp learns where dense attention of q to k goes."""
+        """``out`` with the loss attached, by which k_cmp learns where dense attention of q to kv goes.
+
+        lse: of this attention; None: it is computed.
+        """
         assert self.diverge is not None and self.loss is not None
-        if not k_cmp.requires_grad:
-            return out
-        target = q.detach(), k.detach(), lse.detach()  # tensor-parallel ranks gather them without gradient
-        divergence = self.diverge(target[0], k_cmp, *target[1:], cu_seqlens=cu_seqlens, offset=offset)
-        return self.loss(out, divergence, q.shape[0] * q.shape[1])
+        tokens, positions, each = q.shape[1], None, 1
+        with torch.no_grad():  # tensor-parallel ranks gather the target without gradient
+            if self.draw is not None:
+                drawn, each = self.draw(tokens, q.device), self.draw.stride
+                rows = drawn.clamp(max=tokens - 1)
+                q, positions = q.index_select(1, rows), offset + rows
+            if lse is None:
+                _, lse = self._dense(q, kv, cu_seqlens, offset, positions)
+            if self.draw is not None:
+                lse = lse.masked_fill(drawn > rows, -torch.inf)  # what is no query has no target
+            target = q.detach(), kv[0].detach(), lse.detach()
+        where = {"cu_seqlens": cu_seqlens, "offset": offset, "positions": positions}
+        divergence = self.diverge(target[0], k_cmp, *target[1:], **where)
+        return self.loss(out, each * divergence, len(out) * tokens)
 
     def decode(self, q: Tensor, kv_cmp: Pair, kv_slc: Pair, kv_win: Pair, gates: Tensor, lengths: Tensor) -> Tensor:
         """As `nsa.ops.native_sparse_decode`, with an axis of one token: q (B, 1, H, D) -> (B, 1, H, Dv)."""
@@ -244,6 +292,7 @@ class NativeSparseAttention(nn.Module):
         window: tokens of the sliding window (w).
         phase: "warm-up" or "sparse", see above.
         kl_weight: weight of the selection's loss in the sparse phase; 0: it has none.
+        kl_stride: of so many neighbouring queries this loss looks at one (`Draw`); 1: at all.
         rope_theta: base of the rotary frequencies if ``forward`` gets no tables.
         backend: implementation of the operators: auto, triton, torch or naive.
 
@@ -270,6 +319,7 @@ class NativeSparseAttention(nn.Module):
         window: int = 512,
         phase: Phase = "sparse",
         kl_weight: float = 0.0,
+        kl_stride: int = 1,
         rope_theta: float = 10000.0,
         backend: str = "auto",
     ) -> None:
@@ -302,7 +352,7 @@ class NativeSparseAttention(nn.Module):
             backend=backend,
         )
         self.exchange = Local()
-        self.attend = GatedBranches(choose, window=window, phase=phase, kl_weight=kl_weight)
+        self.attend = GatedBranches(choose, window=window, phase=phase, kl_weight=kl_weight, kl_stride=kl_stride)
 
     def forward(
         self,

@@ -113,7 +113,8 @@ def parts(shape: Shape) -> Parts:
         one_kv_head=False,
         gathered={},
         gathered_bytes=lambda shape, width: 0,
-        drawn=(),
+        thinned={},
+        drawn={},
         averaged={},
     )
 

@@ -1,6 +1,6 @@
 """The projection that the shape of a layer asks for."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -20,7 +20,7 @@ def parts_of(
     whole: tuple[str, ...] = (),
     columns: tuple[str, ...] = (),
     kv_heads: tuple[str, ...] = (),
-    drawn: tuple[str, ...] = (),
+    drawn: Mapping[str, Callable[[int, int], int]] = MappingProxyType({}),
     averaged: Mapping[str, bool] = MappingProxyType({}),
 ) -> Parts:
     """The parts of a layer with this projection, and its own."""

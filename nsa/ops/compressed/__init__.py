@@ -60,14 +60,17 @@ def compressed_ranges(
     q: Tensor, k_cmp: Tensor, length: int, stride: int, cu_seqlens: Tensor | None, offset: int
 ) -> tuple[Documents, Ranges]:
     """The documents of the queries and the range of compressed blocks that each query sees."""
-    check_compression(length, stride)
-    needed = num_compressed(offset + q.shape[1], length, stride)
-    if cu_seqlens is None and k_cmp.shape[1] < needed:
-        raise ValueError(
-            f"{offset + q.shape[1]} tokens have {needed} blocks of {length} at {stride}, got {k_cmp.shape[1]}"
-        )
+    check_blocks(k_cmp, offset + q.shape[1], length, stride, cu_seqlens)
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     return documents, visible_blocks(documents, length, stride)
+
+
+def check_blocks(k_cmp: Tensor, tokens: int, length: int, stride: int, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError for sizes that do not belong together, or fewer blocks than ``tokens`` have."""
+    check_compression(length, stride)
+    needed = num_compressed(tokens, length, stride)
+    if cu_seqlens is None and k_cmp.shape[1] < needed:
+        raise ValueError(f"{tokens} tokens have {needed} blocks of {length} at {stride}, got {k_cmp.shape[1]}")
 
 
 def naive_mask(documents: Documents, num_blocks: int, length: int, stride: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dense import libraries
-from nsa.ops.dispatch import autocasts, check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_places, check_positions, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, KnownLengths, known_lengths, window_ranges
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Runs, tiled_attention
@@ -21,6 +21,7 @@ def dense_attention(
     window: int | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> Tensor: ...
@@ -35,6 +36,7 @@ def dense_attention(
     window: int | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]: ...
@@ -49,6 +51,7 @@ def dense_attention(
     window: int | None = None,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    positions: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -61,10 +64,12 @@ def dense_attention(
         scale: factor of the scores; None: D ** -0.5.
         cu_seqlens: (N+1,) int32 boundaries of packed documents among the S positions, with B = 1; no query attends
             across one.
+        positions: (T,) int32, rising: the places of the queries among the S positions; None: the last T.
         return_lse: also return the log-sum-exp of the scores.
         backend: auto, triton, torch, naive, or the name of a library (`nsa.ops.dense.libraries`). A library computes
-            the calls that it supports: no window, no ``return_lse``, as many queries as keys, and for cuDNN documents
-            of one length. Our kernels compute the others. auto: the fastest that was measured on this kind of GPU.
+            the calls that it supports: no window, ``positions`` or ``return_lse``, as many queries as keys, and for
+            cuDNN documents of one length. Our kernels compute the others. auto: the fastest that was measured on this
+            kind of GPU.
 
     Returns:
         (B, T, H, Dv) in q's dtype; with ``return_lse`` also (B, H, T) fp32 (float64 for float64).
@@ -73,14 +78,20 @@ def dense_attention(
         ValueError: inconsistent shapes, window < 1, unknown backend, a library that is not available.
     """
     check_attention(q, k, v, cu_seqlens)
+    if positions is not None:
+        check_places(positions, q.shape[1], k.shape[1])
     check_window(window)
     scale = softmax_scale(scale, q.shape[3])
     if backend in libraries.NAMES or (backend == "auto" and q.is_cuda):
-        if library := _library(backend, q, k, v, cu_seqlens, plain=window is None and not return_lse):
+        plain = window is None and positions is None and not return_lse
+        if library := _library(backend, q, k, v, cu_seqlens, plain):
             name, lengths = library
             return libraries.attend(name, q, k, v, scale, cu_seqlens, lengths)
         backend = "auto"
-    documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
+    if positions is None:
+        documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
+    else:
+        documents = Documents.at(positions, k.shape[1], cu_seqlens)
     reach = k.shape[1] if window is None else window
     implementation = resolve_backend(backend, q, k, v)
     if implementation == "naive":

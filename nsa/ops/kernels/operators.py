@@ -90,7 +90,7 @@ def _select_blocks(
     documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     visible = visible_blocks(documents, length, stride)
     sizes = (length, stride, block_size, num_blocks, num_initial, num_local)
-    return selection.select(q, k, lse, documents, visible, offset, *sizes, scale)
+    return selection.select(q, k, lse, documents, visible, *sizes, scale)
 
 
 @_select_blocks.register_fake
@@ -116,7 +116,8 @@ def _block_attention(
     num_local: int, window: int, longest: int, scale: float,
 ) -> Tensor:  # fmt: skip
     sizes = BlockSizes(0, 0, block_size, num_initial, num_local, window)
-    return selection_kl.block_attention(q, k, lse, cu_seqlens, offset, sizes, longest, scale)
+    documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    return selection_kl.block_attention(q, k, lse, documents, sizes, longest, scale)
 
 
 @_block_attention.register_fake
@@ -136,11 +137,12 @@ def block_attention(
 
 @torch.library.custom_op("nsa::selection_kl", mutates_args=())
 def _selection_kl(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, length: int, stride: int,
-    block_size: int, num_initial: int, num_local: int, window: int, longest: int, scale: float,
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int,
+    positions: Tensor | None, length: int, stride: int, block_size: int, num_initial: int, num_local: int, window: int,
+    longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sizes = BlockSizes(length, stride, block_size, num_initial, num_local, window)
-    return selection_kl.divergence(q, k_cmp, k, lse, cu_seqlens, offset, sizes, longest, scale)
+    return selection_kl.divergence(q, k_cmp, k, lse, cu_seqlens, offset, positions, sizes, longest, scale)
 
 
 @_selection_kl.register_fake
@@ -149,12 +151,12 @@ def _selection_kl_fake(q, k_cmp, k, lse, *rest):
 
 
 def selection_loss(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: tuple[int, ...],
-    longest: int, scale: float,
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int,
+    positions: Tensor | None, sizes: tuple[int, ...], longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The loss of `nsa.ops.selection_kl` and its gradient with respect to k_cmp; lse (B, H, T)."""
     given = q.contiguous(), k_cmp.contiguous(), k.contiguous(), lse.transpose(1, 2).float().contiguous()
-    return _selection_kl(*given, cu_seqlens, offset, *sizes, longest, scale)
+    return _selection_kl(*given, cu_seqlens, offset, positions, *sizes, longest, scale)
 
 
 @torch.library.custom_op("nsa::selected_attention", mutates_args=())

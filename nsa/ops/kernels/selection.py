@@ -146,12 +146,9 @@ def select_kernel(Q1, Q2, K, Lse, First, Last, Local, TileStart, TileEnd, Out, n
 
 
 @cached
-def document_tiles(documents: Documents, offset: int, size: int) -> tuple[Tensor, Tensor]:
-    """(start, end) int32 of tiles of at most ``size`` queries, each within one document. The last tiles may be empty.
-
-    ``offset`` is the position of the first query: keys may precede it.
-    """
-    bounds, tokens = (documents.bounds - offset).clamp(min=0), len(documents.query_position)
+def document_tiles(documents: Documents, size: int) -> tuple[Tensor, Tensor]:
+    """(start, end) int32 of tiles of at most ``size`` queries, each within one document. The last may be empty."""
+    bounds, tokens = documents.query_bounds, len(documents.query_position)
     counts = torch.nn.functional.pad(((bounds[1:] - bounds[:-1] + size - 1) // size).cumsum(0), (1, 0))
     start, document = block_starts(bounds, counts, size, tokens // size + len(bounds) - 1)
     end = torch.minimum(start + size, bounds[document + 1])
@@ -159,7 +156,7 @@ def document_tiles(documents: Documents, offset: int, size: int) -> tuple[Tensor
 
 
 def select(
-    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, visible: Ranges, offset: int, length: int, stride: int,
+    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, visible: Ranges, length: int, stride: int,
     block_size: int, num_blocks: int, num_initial: int, num_local: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """(B, T, G, num_blocks) int32, as `nsa.ops.select_blocks`.
@@ -167,7 +164,6 @@ def select(
     Args:
         q: (B, T, H, D), k: (B, S, G, D), lse: (B, T, H) fp32; all contiguous.
         visible: the range of compressed keys that each query sees.
-        offset: position of the first query.
     """
     (batch, tokens), groups = q.shape[:2], k.shape[2]
     out = q.new_empty(batch, tokens, groups, num_blocks, dtype=torch.int32)
@@ -177,7 +173,7 @@ def select(
     if _on_hopper(q, k, ratio, units, num_blocks, scale):
         from nsa.ops.kernels.hopper import selection as hopper
 
-        tiles = document_tiles(documents, offset, hopper.TILE)
+        tiles = document_tiles(documents, hopper.TILE)
         runs = (*int32_runs(visible), local_positions(documents))
         hopper.select(
             q, k, lse, runs, tiles, out, (num_blocks, num_initial, num_local, block_size), ratio, units, scale
@@ -189,7 +185,7 @@ def select(
     constants = shape_constants(q, k, k)
     del constants["DV"], constants["DV1"]
     tile, options = select_tile(q, k, ratio, num_blocks)
-    start, end = document_tiles(documents, offset, tile["BQ"])
+    start, end = document_tiles(documents, tile["BQ"])
     select_kernel[(len(start) * batch * groups,)](
         descriptor(q, tile["BQ"], constants["D1"]),
         descriptor(q, tile["BQ"], constants["D2"] or constants["D1"]),

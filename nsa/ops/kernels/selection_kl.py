@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa.ops.geometry import BlockSizes, Documents, Ranges, block_starts, cached, clip_borders, visible_blocks
+from nsa.ops.geometry import BlockSizes, Documents, Ranges, block_starts, cached, visible_blocks
 from nsa.ops.kernels import hardware, ranges
 from nsa.ops.kernels.device_functions import (
     SMALLEST_DOT,
@@ -255,31 +255,26 @@ class _Keys(NamedTuple):
 
 
 def block_attention(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    offset: int,
-    sizes: BlockSizes,
-    longest: int,
-    scale: float,
+    q: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: BlockSizes, longest: int, scale: float
 ) -> Tensor:
     """(B, G, M, T) fp32: the target of `nsa.ops.selection_kl`, with M blocks of ``longest`` tokens.
 
     Args:
         q: (B, T, H, D), k: (B, S, G, D), lse: (B, T, H) fp32; all contiguous. longest: no document has more tokens.
     """
-    documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
     keys = _Keys(k, *_outside_of_window(documents, sizes.window), sizes.block_size, 1)
     out = q.new_zeros(len(q), k.shape[2], triton.cdiv(longest, sizes.block_size), q.shape[1], dtype=torch.float32)
-    return _sums(q, lse, keys, documents, offset, sizes, None, out, k.shape[2] / q.shape[2], scale)
+    return _sums(q, lse, keys, documents, sizes, None, out, k.shape[2] / q.shape[2], scale)
 
 
 def divergence(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: BlockSizes,
-    longest: int, scale: float,
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int,
+    positions: Tensor | None, sizes: BlockSizes, longest: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The loss (), fp32, and its gradient with respect to k_cmp (B, M, G, D); other arguments as `block_attention`."""
+    """The loss (), fp32, and its gradient with respect to k_cmp (B, M, G, D); other arguments as `block_attention`.
+
+    Queries are at ``positions`` (T,) int32, or if that is None at ``offset`` and behind.
+    """
     (batch, tokens), groups = q.shape[:2], k.shape[2]
     total = q.new_zeros((), dtype=torch.float32)
     if not q.numel() or not k_cmp.numel():
@@ -289,12 +284,13 @@ def divergence(
     gradient = None
     for start in range(0, tokens, rows):
         stop = min(start + rows, tokens)
-        borders = cu_seqlens
-        if cu_seqlens is not None and stop < tokens:
-            borders = clip_borders(cu_seqlens, 0, offset + stop)
         part = slice(start, stop)
+        if positions is None:
+            documents = Documents.of(stop - start, offset + start, cu_seqlens, q.device)
+        else:  # of the tensor itself, if that is all of it: its documents are known
+            documents = Documents.at(positions if rows == tokens else positions[part], k.shape[1], cu_seqlens)
         found, d_k = _learn(
-            q[:, part].contiguous(), k_cmp, k, lse[:, part].contiguous(), borders, offset + start, sizes, longest, scale
+            q[:, part].contiguous(), k_cmp, k, lse[:, part].contiguous(), documents, sizes, longest, scale
         )
         total = total + found
         gradient = d_k if gradient is None else gradient + d_k
@@ -303,21 +299,20 @@ def divergence(
 
 
 def _learn(
-    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int, sizes: BlockSizes,
-    longest: int, scale: float,
+    q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, documents: Documents, sizes: BlockSizes, longest: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `divergence`, of a chunk of queries: the sum over KV heads, and the fp32 gradient of their mean."""
     (batch, tokens), groups = q.shape[:2], k.shape[2]
-    documents = Documents.of(tokens, offset, cu_seqlens, q.device)
     visible = visible_blocks(documents, sizes.length, sizes.stride)
     first, last = int32_runs(visible)
     ratio, units = sizes.block_size // sizes.stride, sizes.length // sizes.stride
     keys = _Keys(k_cmp, first, _counts(visible), ratio, units)
-    target = block_attention(q, k, lse, cu_seqlens, offset, sizes, longest, scale)
+    target = block_attention(q, k, lse, documents, sizes, longest, scale)
     values = k_cmp[..., :WIDEST_VALUES].contiguous()  # any will do, since the LSE alone is taken
     _, lse_cmp = ranges.forward(q, k_cmp, values, first, last, scale)
     importance = torch.zeros_like(target)
-    _sums(q, lse_cmp, keys, documents, offset, sizes, None, importance, 1.0, scale)
+    _sums(q, lse_cmp, keys, documents, sizes, None, importance, 1.0, scale)
     loss = target.new_empty(batch, groups, tokens)
     wide, long = (4, 16) if INTERPRETED else DIVERGENCE_TILE
     divergence_kernel[triton.cdiv(tokens, long), batch * groups](
@@ -325,10 +320,10 @@ def _learn(
         sizes.num_local, sizes.block_size, RATIO=ratio, UNITS=units, BLOCKS=wide, BT=long, num_warps=4,
     )  # fmt: skip
     slope = importance
-    delta = _sums(q, lse_cmp, keys, documents, offset, sizes, slope, torch.empty_like(lse_cmp), 1.0, scale)
+    delta = _sums(q, lse_cmp, keys, documents, sizes, slope, torch.empty_like(lse_cmp), 1.0, scale)
 
     count, (tile, options) = k_cmp.shape[1], key_tile(q, ratio)
-    tiles = _key_tiles(documents, offset, sizes.length, sizes.stride, count, tile["BN"])
+    tiles = _key_tiles(documents, sizes.length, sizes.stride, count, tile["BN"])
     full_tiles = triton.cdiv(count, tile["BN"]) * batch * groups  # documents make more of them, but no more work
     splits = max(1, min(MOST_SPLITS, KEY_PROGRAMS // full_tiles, tokens // (TILES_PER_SPLIT * tile["BT"])))
     d_key = target.new_zeros(splits, *k_cmp.shape)
@@ -341,7 +336,7 @@ def _learn(
 
 
 def _sums(
-    q: Tensor, lse: Tensor, keys: _Keys, documents: Documents, offset: int, sizes: BlockSizes, slope: Tensor | None,
+    q: Tensor, lse: Tensor, keys: _Keys, documents: Documents, sizes: BlockSizes, slope: Tensor | None,
     out: Tensor, factor: float, scale: float,
 ) -> Tensor:  # fmt: skip
     """``out`` (B, G, M, T), zeros before: the sums of blocks. With a slope (B, G, M, T): (B, T, H), the deltas."""
@@ -350,7 +345,7 @@ def _sums(
     if not out.numel() or not keys.k.numel():
         return out
     tile, options = block_tile(q, keys.k, keys.ratio + keys.units - 1)
-    start, end = document_tiles(documents, offset, tile["BQ"])
+    start, end = document_tiles(documents, tile["BQ"])
     block_attention_kernel[(len(start) * batch * groups,)](
         q, keys.k, lse, keys.first, keys.seen, local_positions(documents), start, end, slope, out, tokens,
         keys.k.shape[1], len(start), blocks, sizes.num_initial, sizes.num_local, sizes.block_size, scale * LOG2_E,
@@ -407,17 +402,17 @@ def _outside_of_window(documents: Documents, window: int) -> tuple[Tensor, Tenso
 
 
 @cached
-def _key_tiles(documents: Documents, offset: int, length: int, stride: int, count: int, size: int) -> Tensor:
+def _key_tiles(documents: Documents, length: int, stride: int, count: int, size: int) -> Tensor:
     """(5, n) int32 of tiles of at most ``size`` of ``count`` compressed keys, each within one document.
 
     The first key, the one behind the last, the number of the first within its document, and the range of queries that
-    see some of them. Tiles may be empty. ``offset`` is the position of the first query.
+    see some of them. Tiles may be empty.
     """
-    bounds, tokens = documents.compressed_bounds(length, stride), len(documents.query_position)
+    bounds = documents.compressed_bounds(length, stride)
     counts = torch.nn.functional.pad(((bounds[1:] - bounds[:-1] + size - 1) // size).cumsum(0), (1, 0))
     start, document = block_starts(bounds, counts, size, count // size + len(bounds) - 1)
     end = torch.minimum(start + size, bounds[document + 1]).clamp(max=count)
     place = start - bounds[document]
     first = documents.bounds[document] + place * stride + length - 1
-    queries = (torch.stack([first, documents.bounds[document + 1]]) - offset).clamp(0, tokens)
+    queries = torch.searchsorted(documents.query_position, torch.stack([first, documents.bounds[document + 1]]))
     return torch.stack([start, end, place, *queries]).int()

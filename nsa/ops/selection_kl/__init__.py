@@ -6,16 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nsa.ops.compressed import compressed_ranges
+from nsa.ops.compressed import check_blocks
 from nsa.ops.dispatch import (
     accumulation_dtype,
     autocasts,
     check_attention,
+    check_places,
     differentiable_once,
     resolve_backend,
     softmax_scale,
 )
-from nsa.ops.geometry import BlockSizes, Documents, Ranges, block_starts, cached, longest_document, window_ranges
+from nsa.ops.geometry import (
+    BlockSizes,
+    Documents,
+    Ranges,
+    block_starts,
+    cached,
+    longest_document,
+    visible_blocks,
+    window_ranges,
+)
 from nsa.ops.selection import check_selection, naive_importance
 from nsa.ops.tiles import MAX_ROWS, MAX_SCORES
 
@@ -36,6 +46,7 @@ def selection_kl(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     offset: int = 0,
+    positions: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """How far NSA's importance of blocks is from the dense attention that they get: a sum over queries of KL.
@@ -56,6 +67,8 @@ def selection_kl(
         k_cmp: (B, M, G, D), the compressed keys, as for `select_blocks`; these have a gradient.
         length, stride, block_size, num_initial, num_local, scale, cu_seqlens, offset: as for `select_blocks`.
         window: tokens that the window branch sees, the query's own included.
+        positions: (T,) int32, rising: the places of the queries among the S tokens of k, which ``cu_seqlens`` then
+            describes; None: from ``offset`` on.
         backend: auto, triton, torch or naive.
 
     Returns:
@@ -64,24 +77,31 @@ def selection_kl(
     Raises:
         ValueError: inconsistent shapes, unknown backend.
     """
-    check_attention(q, k, k, cu_seqlens, offset)
-    check_attention(q, k_cmp, k_cmp, cu_seqlens, offset)
+    end = offset + q.shape[1] if positions is None else k.shape[1]
+    check_attention(q, k, k, cu_seqlens, end - q.shape[1])
+    check_attention(q, k_cmp, k_cmp, cu_seqlens, end - q.shape[1])
     check_selection(length, stride, block_size, num_initial + num_local + 1, num_initial, num_local)
     if k_cmp.shape[2] != k.shape[2]:
         raise ValueError(f"k_cmp has {k_cmp.shape[2]} heads, k has {k.shape[2]}")
-    if offset + q.shape[1] > k.shape[1]:
-        raise ValueError(f"k has {k.shape[1]} tokens, the queries end at {offset + q.shape[1]}")
+    if end > k.shape[1]:
+        raise ValueError(f"k has {k.shape[1]} tokens, the queries end at {end}")
     if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise ValueError(f"lse must be {(q.shape[0], q.shape[2], q.shape[1])}, got {tuple(lse.shape)}")
     sizes = BlockSizes(length, stride, block_size, num_initial, num_local, window)
-    documents, visible = compressed_ranges(q, k_cmp, length, stride, cu_seqlens, offset)
+    check_blocks(k_cmp, end, length, stride, cu_seqlens)
+    if positions is None:
+        documents = Documents.of(q.shape[1], offset, cu_seqlens, q.device)
+    else:
+        check_places(positions, q.shape[1], end)
+        documents = Documents.at(positions, end, cu_seqlens)
     q, k, lse, factor = q.detach(), k.detach(), lse.detach(), softmax_scale(scale, q.shape[3])
     implementation = resolve_backend(backend, q, k_cmp, k)
     if implementation == "naive":
         return _naive(q, k_cmp, k, lse, documents, sizes, factor)
     longest = longest_document(cu_seqlens, k.shape[1])
     if implementation == "triton":
-        return _FusedKL.apply(q, k_cmp, k, lse, cu_seqlens, offset, longest, sizes, factor)
+        return _FusedKL.apply(q, k_cmp, k, lse, cu_seqlens, offset, positions, longest, sizes, factor)
+    visible = visible_blocks(documents, length, stride)
     return _SelectionKL.apply(q, k_cmp, k, lse, documents, visible, longest, sizes, factor)
 
 
@@ -176,11 +196,12 @@ class _FusedKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k_cmp: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor | None, offset: int,
-        longest: int, sizes: BlockSizes, scale: float,
+        positions: Tensor | None, longest: int, sizes: BlockSizes, scale: float,
     ) -> Tensor:  # fmt: skip
         from nsa.ops.kernels import operators
 
-        loss, gradient = operators.selection_loss(q, k_cmp, k, lse, cu_seqlens, offset, sizes, longest, scale)
+        where = cu_seqlens, offset, positions
+        loss, gradient = operators.selection_loss(q, k_cmp, k, lse, *where, sizes, longest, scale)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -188,7 +209,7 @@ class _FusedKL(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, d_total: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return None, gradient * d_total.to(gradient.dtype), *(None,) * 7
+        return None, gradient * d_total.to(gradient.dtype), *(None,) * 8
 
 
 class _SelectionKL(torch.autograd.Function):
