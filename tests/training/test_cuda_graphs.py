@@ -25,6 +25,9 @@ from tests.training.tiny import tiny_config, train
 GPU = torch.device("cuda")
 EXPERTS = ("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
 
+# The loss looks at queries that are drawn: a replay draws what the pass draws.
+TAUGHT = ("attention.nsa.kl_weight=1", "attention.nsa.kl_stride=2")
+
 
 def test_borders_are_filled_up_with_empty_documents():
     borders = torch.tensor([0, 3, 10], dtype=torch.int32)
@@ -148,20 +151,28 @@ def test_losses_and_gradients_have_the_bits_of_the_decoder(kind, experts, kl_wei
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("recomputed", "zero", "experts"),
-    [("none", 0, False), ("none", 1, True), ("selective", 2, False), ("full", 1, True)],
+    ("recomputed", "zero", "experts", "taught"),
+    [
+        ("none", 0, False, False),
+        ("none", 1, True, False),
+        ("selective", 2, False, False),
+        ("full", 1, True, False),
+        ("none", 1, False, True),
+        ("full", 1, False, True),
+    ],
 )
-def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, zero, experts):
+def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, zero, experts, taught):
     curves = []
     for graphs in ("true", "false"):
         (tmp_path / graphs).mkdir()
         overrides = ["engine.precision=bf16", f"engine.activation_checkpointing={recomputed}", "attention.kind=nsa"]
         overrides += [f"engine.cuda_graphs={graphs}", f"engine.zero_stage={zero}", "training.global_batch_size=4"]
         overrides += [*EXPERTS, "model.moe.bias_rate=0.01"] if experts else []
+        overrides += TAUGHT if taught else []
         result = train(tmp_path / graphs, *overrides)
         assert result.returncode == 0, result.stdout
         lines = (tmp_path / graphs / "runs/run/metrics.jsonl").read_text().splitlines()
         names = ("train/loss", "train/grad_norm", "validation/loss")
         steps = [json.loads(line).items() for line in lines]
-        curves.append([{k: v for k, v in line if k in names or k.startswith("moe/")} for line in steps])
+        curves.append([{k: v for k, v in line if k in names or k.startswith(("moe/", "attention/"))} for line in steps])
     assert curves[0] == curves[1] and len(curves[0]) >= 6
