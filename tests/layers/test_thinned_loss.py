@@ -166,3 +166,8 @@ def test_in_the_warm_up_and_without_a_loss_nothing_is_drawn() -> None:
     assert taught().attend.draw is None and taught(kl_stride=8).attend.draw.stride == 8
     records = [NsaConfig(kl_weight=1.0, kl_stride=stride, phase=p) for stride in (1, 8) for p in ("warm-up", "sparse")]
     assert ["attend.draw" in NSA.placed(config, 0).choices for config in records] == [False, False, False, True]
+
+
+def test_an_export_does_not_say_how_its_selection_was_taught() -> None:
+    assert set(NsaConfig.model_fields) - set(NSA.export) == {"kl_weight", "kl_stride"}
+    assert {"kl_weight", "kl_stride"} <= set(NSA.free)

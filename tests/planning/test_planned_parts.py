@@ -104,6 +104,16 @@ def test_a_loss_of_some_queries_is_planned_as_so_much(tmp_path, tensor, context,
         assert queries[0] < queries[2] < queries[0] + 0.25 * (queries[1] - queries[0])
 
 
+def test_a_loss_of_some_queries_keeps_less(tmp_path):
+    """Selective recomputation keeps what dense attention returns, of the queries that the loss looks at."""
+    more = ["attention.kind=nsa", "attention.nsa.num_local=1", "engine.activation_checkpointing=selective"]
+    losses = [[], ["attention.nsa.kl_weight=1"], ["attention.nsa.kl_weight=1", "attention.nsa.kl_stride=8"]]
+    without, whole, some = (
+        memory_of(in_layout(tmp_path, 1, 1, 1, *more, *loss), 1).device["activations"] for loss in losses
+    )
+    assert without < some < without + 0.2 * (whole - without)
+
+
 ALLOCATED = [
     (kind, precision, zero)
     for kind in ("nsa", "pooled", "dsa", "csa", "shared", "all")
