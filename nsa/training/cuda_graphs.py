@@ -158,7 +158,9 @@ class _Recording:
         }
         leaves = [leaf for leaf in stand_ins.values() if leaf.requires_grad]
         record = partial(self._record, decoder.inside, leaves, borders)
+        random_state = torch.cuda.get_rng_state()
         functional_call(_Holder(decoder.inside), stand_ins, (record,))
+        torch.cuda.set_rng_state(random_state)  # the first replay draws what the pass would draw without a recording
 
     def _record(self, model: nn.Module, leaves: Sequence[Tensor], borders: Tensor) -> None:
         def run() -> Tensor:

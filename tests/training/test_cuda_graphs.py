@@ -7,6 +7,7 @@ import torch
 
 from nsa.layers.auxiliary_loss import AuxiliaryLoss
 from nsa.layers.dsa.config import DsaConfig
+from nsa.layers.nsa.config import NsaConfig
 from nsa.models import AttentionConfig, Decoder, ModelConfig
 from nsa.models.config import MoEConfig
 from nsa.ops.geometry import KnownLengths
@@ -23,6 +24,9 @@ from tests.training.tiny import tiny_config, train
 
 GPU = torch.device("cuda")
 EXPERTS = ("model.moe.num_experts=8", "model.moe.top_k=2", "model.moe.expert_size=16")
+
+# The loss looks at queries that are drawn: a replay draws what the pass draws.
+TAUGHT = ("attention.nsa.kl_weight=1", "attention.nsa.kl_stride=2")
 
 
 def test_borders_are_filled_up_with_empty_documents():
@@ -42,6 +46,7 @@ def test_where_graphs_serve(tmp_path):
     for override in ("engine.cuda_graphs=false", "engine.zero_stage=3", "parallel.pipeline=2"):
         assert not serve(override), override
     assert serve("attention.kind=dsa", "attention.dsa.topk=8") and not serve("attention.kind=entmax")
+    assert serve("attention.nsa.kl_weight=1")
     assert serve(*EXPERTS, "engine.precision=bf16") and serve(*EXPERTS, "engine.precision=bf16", "parallel.context=2")
     assert not serve(*EXPERTS, "engine.precision=fp32"), "a kernel for each expert"
     assert not serve(*EXPERTS, "engine.precision=bf16", "model.moe.expert_size=12")
@@ -101,17 +106,22 @@ def packed(lengths: list[int], generator: torch.Generator) -> tuple[torch.Tensor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "experts"), [("nsa", False), ("dense", False), ("dense", True), ("dsa", False)])
-def test_losses_and_gradients_have_the_bits_of_the_decoder(kind, experts):
+@pytest.mark.parametrize(
+    ("kind", "experts", "kl_weight"),
+    [("nsa", False, 0), ("nsa", False, 1), ("dense", False, 0), ("dense", True, 0), ("dsa", False, 0)],
+)
+def test_losses_and_gradients_have_the_bits_of_the_decoder(kind, experts, kl_weight):
     torch.manual_seed(0)
     moe = MoEConfig(num_experts=8, top_k=2, expert_size=64, loss_weight=0.1) if experts else None
     sizes = {"hidden_size": 128, "num_layers": 2, "num_heads": 8, "num_kv_heads": 1, "head_dim": 64}
     config = ModelConfig(vocab_size=64, intermediate_size=256, max_position=4096, moe=moe, **sizes)
     with torch.device("cuda"):
-        attention = AttentionConfig(kind=kind, dsa=DsaConfig(topk=256, index_heads=4, index_head_dim=64))
+        dsa = DsaConfig(topk=256, index_heads=4, index_head_dim=64)
+        nsa = NsaConfig(num_blocks=8, window=128, kl_weight=kl_weight)
+        attention = AttentionConfig(kind=kind, dsa=dsa, nsa=nsa)
         model = Decoder(config, attention, dense_attention="triton").bfloat16()
     auxiliary = [module for module in model.modules() if isinstance(module, AuxiliaryLoss)]
-    assert len(auxiliary) == (2 if kind == "dsa" else experts * 1)
+    assert len(auxiliary) == (2 if kind == "dsa" or kl_weight else experts * 1)
     graphed = GraphedDecoder(model)
     generator = torch.Generator("cuda").manual_seed(1)
     # Few documents, others, more than there was room for, few again; the third has other shapes.
@@ -141,20 +151,28 @@ def test_losses_and_gradients_have_the_bits_of_the_decoder(kind, experts):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("recomputed", "zero", "experts"),
-    [("none", 0, False), ("none", 1, True), ("selective", 2, False), ("full", 1, True)],
+    ("recomputed", "zero", "experts", "taught"),
+    [
+        ("none", 0, False, False),
+        ("none", 1, True, False),
+        ("selective", 2, False, False),
+        ("full", 1, True, False),
+        ("none", 1, False, True),
+        ("full", 1, False, True),
+    ],
 )
-def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, zero, experts):
+def test_a_run_with_graphs_has_the_losses_of_one_without(tmp_path, recomputed, zero, experts, taught):
     curves = []
     for graphs in ("true", "false"):
         (tmp_path / graphs).mkdir()
         overrides = ["engine.precision=bf16", f"engine.activation_checkpointing={recomputed}", "attention.kind=nsa"]
         overrides += [f"engine.cuda_graphs={graphs}", f"engine.zero_stage={zero}", "training.global_batch_size=4"]
         overrides += [*EXPERTS, "model.moe.bias_rate=0.01"] if experts else []
+        overrides += TAUGHT if taught else []
         result = train(tmp_path / graphs, *overrides)
         assert result.returncode == 0, result.stdout
         lines = (tmp_path / graphs / "runs/run/metrics.jsonl").read_text().splitlines()
         names = ("train/loss", "train/grad_norm", "validation/loss")
         steps = [json.loads(line).items() for line in lines]
-        curves.append([{k: v for k, v in line if k in names or k.startswith("moe/")} for line in steps])
+        curves.append([{k: v for k, v in line if k in names or k.startswith(("moe/", "attention/"))} for line in steps])
     assert curves[0] == curves[1] and len(curves[0]) >= 6

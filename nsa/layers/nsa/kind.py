@@ -232,7 +232,6 @@ TAUGHT: Kind = replace(
     # Of so many queries one has them.
     keys=lambda config, tokens: keys(config, tokens) | {OF_LOSS: (tokens + 1) / 4 / config.kl_stride},
     prices={**NSA.prices, OF_LOSS: "causal"},
-    recordable=False,
     parts=lambda shape, config: replace(
         NSA.parts(shape, config),
         gathered={**NSA.parts(shape, config).gathered, "attend.diverge": (2, None, None, 1)},
