@@ -10,7 +10,9 @@ from torch import Tensor
 from nsa.baselines import METHODS, Budget, Ledger, Method, Plan, Session, View, attend, method_named
 from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
 from nsa.evaluation.comparison.leaks import _far, changes
+from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from nsa.evaluation.comparison.rows import DENSE
+from tests.small_run import small_export
 
 LEAVES_OUT = [kind for kind in METHODS if kind.name not in (DENSE, "dual_chunk")]
 
@@ -28,6 +30,13 @@ def model() -> Any:
         initializer_range=0.3,
     )
     return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> OpenedDecoder:
+    opened = open_model("dense", small_export(tmp_path_factory.mktemp("dense"), "dense"))
+    assert isinstance(opened, OpenedDecoder)
+    return opened
 
 
 def seen(model: Any, method: Method, *dense: int) -> dict[str, list[float]]:
@@ -49,6 +58,15 @@ def sparse(kind: type[Method]) -> Method:
 def test_what_is_left_out_changes_nothing(kind: type[Method], model: Any) -> None:
     found = seen(model, sparse(kind))
     assert set(found) == set(kind.phases)
+    assert all(left_out == 0 and attended > 0.1 for left_out, attended in found.values()), found
+
+
+@pytest.mark.parametrize("name", ["quest", "h2o", "snapkv", "vertical_slash"])
+def test_it_is_seen_in_a_decoder_of_ours_too(name: str, decoder: OpenedDecoder) -> None:
+    method = sparse(method_named(name))
+    ids = torch.randint(2, 400, (1, 40), generator=torch.Generator().manual_seed(1))
+    found = changes(lambda ledger: decoder.reader(method, dense_layers=[], watch=False, ledger=ledger), method, ids)
+    assert set(found) == set(method.phases)
     assert all(left_out == 0 and attended > 0.1 for left_out, attended in found.values()), found
 
 
