@@ -54,6 +54,7 @@ def test_the_matrix_is_of_the_budget_of_most_arms_at_the_longest_length(drawn: d
         scored(0.0, "quest", budget=0.25, length=1024), scored(0.6, "h2o", budget=0.1, **long),
     ]  # fmt: skip
     made += [replace(made[7], question_aware=False, score=np.zeros(200))]
+    made += [scored(0.0, "quest", budget=0.25, length=n) for n in range(100, 110)]  # more cells, not more arms
     section = report._matrix(Table(made))
     nan = pytest.approx(float("nan"), nan_ok=True)
     assert drawn == {
