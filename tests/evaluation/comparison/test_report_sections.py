@@ -166,3 +166,14 @@ def test_a_need_below_the_smallest_budget_is_a_bound(monkeypatch: pytest.MonkeyP
         ["dense+h2o", "70 at 1,024", "-", "-", "1"],
     ]
     assert drawn == [{"dense": [("quest", needs[0])]}]
+
+
+def test_what_is_filtered_is_of_siblings_that_were_trained_dense() -> None:
+    """Random tokens solve what they solve as well as dense, if dense solves it; of dense-trained siblings, too."""
+    made = []
+    for task, share in (("passkey", 0.9), ("mqar", 0.5)):
+        made += [scored(share, "dense", task=task), scored(0.3, "dense", "a", task=task)]
+        made += [scored(share, "random", budget=0.1, task=task), scored(share, "random", "a", 0.1, task=task)]
+    grid, solved = report._filtered(Table(made)).parts
+    assert isinstance(grid, Grid) and [line[:4] for line in grid.lines] == [["dense", "mqar", "1,024", "0.500"]]
+    assert isinstance(solved, str) and "no arms apart: passkey at 1,024. They were kept." in solved
