@@ -177,3 +177,17 @@ def test_what_is_filtered_is_of_siblings_that_were_trained_dense() -> None:
     grid, solved = report._filtered(Table(made)).parts
     assert isinstance(grid, Grid) and [line[:4] for line in grid.lines] == [["dense", "mqar", "1,024", "0.500"]]
     assert isinstance(solved, str) and "no arms apart: passkey at 1,024. They were kept." in solved
+
+
+def test_arms_on_the_front_are_listed_by_length_and_by_what_they_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("frontiers", "fronts"):
+        monkeypatch.setattr(figures, name, lambda *_: b"")
+    made = []
+    for length in (4096, 16384, 512):
+        made.append(scored(0.95, "dense", length=length))
+        made += [scored(b, "quest", budget=b, length=length) for b in (0.5, 0.1, 0.09)]
+        made += [scored(0.3, "random", budget=0.05, length=length), scored(0.05, "h2o", budget=0.2, length=length)]
+    grid = next(part for part in report._fronts(Table(made)).parts if isinstance(part, Grid))
+    expected = [(n, s) for n in ("512", "4,096", "16,384") for s in ("9 %", "10 %", "50 %")]
+    assert [(line[1], line[3]) for line in grid.lines] == expected
+    assert {line[2] for line in grid.lines} == {"dense+quest"}
