@@ -36,6 +36,8 @@ def test_units_are_dealt_out() -> None:
     assert next_of(alone, cast(Any, "b"), alone[0].place) is dense[1]  # place and sibling are in memory
     assert next_of(alone[:2], cast(Any, "b"), None) is units[2]
     assert next_of(alone[:2], cast(Any, "c"), None) is units[0]
+    elsewhere = Unit(units[2].arms, Place("copy", 64, False))
+    assert next_of([elsewhere, units[0]], cast(Any, "b"), units[0].place) is units[0]  # the place before the sibling
     # 17 cells for three: at most six together.
     assert [len(u.arms) for u in shared_out(units, 3)] == [1, 6, 1, 1, 1, 6, 1]
     assert [u.place for u in shared_out(units, 3)] == [units[i].place for i in (0, 1, 1, 2, 3, 4, 4)]

@@ -9,8 +9,8 @@ import pytest
 from simulated import MANIFEST, cell
 
 from nsa.evaluation.comparison.folder import Results
-from nsa.evaluation.comparison.reading import alarms, figures, report
-from nsa.evaluation.comparison.reading.analysis import Required, Table
+from nsa.evaluation.comparison.reading import alarms, cards, figures, report
+from nsa.evaluation.comparison.reading.analysis import Comparison, Reduction, Required, Table
 from nsa.evaluation.comparison.reading.pages import Grid, Note
 from nsa.evaluation.comparison.reading.statistics import Law
 from nsa.evaluation.comparison.rows import Cell
@@ -191,3 +191,36 @@ def test_arms_on_the_front_are_listed_by_length_and_by_what_they_cost(monkeypatc
     expected = [(n, s) for n in ("512", "4,096", "16,384") for s in ("9 %", "10 %", "50 %")]
     assert [(line[1], line[3]) for line in grid.lines] == expected
     assert {line[2] for line in grid.lines} == {"dense+quest"}
+
+
+def test_comparisons_and_cards_are_told_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = Table([scored(0.9, "dense"), scored(0.8, "quest", budget=0.1)]).points
+    found = [Comparison(points[1], points[0], -0.1, -0.125, -0.075, p) for p in (0.05, 0.04)]
+    table: Any = SimpleNamespace(comparisons=found, reductions=lambda: [Reduction("dense+quest", 1024, 0.1, 0.2, 3)])
+    short, whole = [part for part in report._noninferiority(table).parts if isinstance(part, Grid)]
+    assert short.lines == [["dense+quest", "1,024", "3", "10 %", "20 %", "5.0 x"]]
+    told = ["dense+quest", "10 %", "mqar", "1,024", "-10.0 [-12.5, -7.5]"]
+    assert whole.lines == [[*told, "0.05", "not shown"], [*told, "0.04", "non-inferior"]]
+    told_by = (("so much", cards.AGREES), ("", cards.ABSENT))
+    made = tuple(cards.Card("claim", "source", "form", lambda table, said=said: said) for said in told_by)
+    monkeypatch.setattr(cards, "CARDS", made)
+    grid = report._cards(table).parts[0]
+    assert isinstance(grid, Grid) and grid.lines == [
+        ["claim", "source", "form", "so much", "agrees"],
+        ["claim", "source", "form", "-", "not measured here"],
+    ]
+
+
+def test_a_line_of_dense_is_the_largest_siblings_and_a_share_of_nothing_counts() -> None:
+    """In whichever order the siblings come; a mean over tasks."""
+    made = []
+    for model, share, parameters in (("small", 0.85, 10), ("large", 0.95, 100)):
+        sizes: dict[str, Any] = {"parameters": parameters}
+        made += [scored(share, "dense", model, **sizes), scored(0.5, "quest", model, 0.1, **sizes)]
+    for order in (made, made[::-1]):
+        table = Table(order)
+        points = [p for p in table.points if p.cell.method == "quest"]
+        assert report._dense_lines(table, points) == {("retrieval", 1024): 0.95}
+    counted = [{**made[1].counted, "resident": share} for share in (0.0, 0.5, None)]
+    points = Table([replace(made[1], counted=c, train_seed=i) for i, c in enumerate(counted)]).points
+    assert report._share(points, "resident") == "25 %"

@@ -197,6 +197,24 @@ def test_memory_that_was_kept_is_given_back_before_less_is_read(
     assert emptied == [2], "and once more when the unit was answered, for others"
 
 
+def test_the_first_cell_is_answered_whatever_the_time_also_after_too_little_memory(
+    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells, unit = some_cells(siblings, tmp_path)
+    cells.time_left = lambda: 0.0
+    fails, go_on = [torch.OutOfMemoryError("full")], Asked.go_on
+
+    def full_once(self: Asked) -> bool:
+        if fails:
+            raise fails.pop()
+        return go_on(self)
+
+    monkeypatch.setattr(Asked, "go_on", full_once)
+    with pytest.raises(TimeUpError):
+        workers._finish(cells, unit, lambda *_: None)
+    assert len(cells.missing(unit)) == len(unit.arms) - 1
+
+
 def test_nothing_of_an_answered_unit_waits_for_the_collector(
     siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
