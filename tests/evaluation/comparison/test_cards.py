@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from simulated import cell
 
 from nsa.evaluation.comparison.reading import cards
 from nsa.evaluation.comparison.reading.analysis import Table
+from nsa.evaluation.comparison.reading.statistics import Law
 from nsa.evaluation.comparison.rows import Cell
 
 YES, NO, OPEN, NONE = cards.AGREES, cards.DISAGREES, cards.UNDECIDED, cards.ABSENT
@@ -170,3 +172,15 @@ def test_what_forgets_is_compared_at_an_eighth_or_less() -> None:
 
     assert told("What forgets", *both(1 / 8))[1] == YES
     assert told("What forgets", *both(1 / 4))[1] == NONE
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "verdict"), [("quest", "dense", YES), ("random", "dense", NONE), ("quest", "nsa", NONE)]
+)
+def test_exponents_are_of_what_chooses_on_siblings_that_were_trained_dense(
+    method: str, model: str, verdict: str
+) -> None:
+    point = cell(method, model, 0.1)
+    need = SimpleNamespace(label=point.arm, law=Law(1, 0.5, 0.3, 0.7))
+    table: Any = SimpleNamespace(required=lambda: [need], points=Table([point]).points)
+    assert cards._budget_law(table)[1] == verdict
