@@ -111,3 +111,12 @@ def test_what_is_left_out_is_said_once(siblings: dict[str, Path], tmp_path: Path
     for why in ("first", "second"):
         cells.leave_out("a cell", why)
     assert said == [("a cell", "first")] and cells.left == {"a cell": "first"}
+
+
+def test_the_bar_counts_all_methods_that_are_not_asked(siblings: dict[str, Path], tmp_path: Path) -> None:
+    """Nothing here is solved outright, so below a floor of 1 all methods are left out, and the bar is full."""
+    work = commands.work_of(str(configured(tmp_path, siblings)), ["floor=1.0"])
+    comparison, moves = work.comparison(), list[float]()
+    folder = work.folder(comparison)
+    comparison.run(folder, moves.append)
+    assert len(folder.left_out()) == 4 and sum(moves) == pytest.approx(comparison.most)
