@@ -71,6 +71,12 @@ class Asked:
         return True
 
 
+def is_memory(error: RuntimeError) -> bool:
+    """Whether the memory of the device is too small, by whichever library says so: torch, cuBLAS, the driver."""
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "status_alloc_failed" in said
+
+
 def figures_of(reader: Reader) -> list[dict[str, Any]]:
     """What was seen of a reader's attention; empty: it is not watched."""
     return getattr(getattr(reader, "session", None), "figures", [])
@@ -110,6 +116,7 @@ class Cells:
 
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
+            torch.OutOfMemoryError: the memory is too small; what was answered is kept.
             ValueError: a file cannot be written or read.
         """
         told = dict.fromkeys(unit.arms, 0.0)  # of each cell
@@ -130,25 +137,30 @@ class Cells:
                 self._begun = True
                 try:
                     self._answer(missing, unit.place, tell)
-                except torch.OutOfMemoryError:
+                except RuntimeError as error:
+                    if not is_memory(error):
+                        raise
                     progress(-sum(told.values()))  # told again, if these cells are tried again
-                    raise
+                    raise torch.OutOfMemoryError(str(error)) from error
                 except OSError as error:  # such as a full disk
                     kept = f"The answers so far are in {self.folder.path}"
                     raise ValueError(f"{error}. {kept}: mend this, and run the same command again") from error
             some = missing
 
-    def read_less(self, unit: Unit) -> int | None:
-        """Of these cells, read half as much at once as before, since the memory is full, until `read_all`.
-
-        Returns:
-            Tokens of prompts; None: it is one sample already, or the model has no place.
-        """
+    def free(self) -> None:
+        """Give back what a call has read that failed since the memory was full."""
         self._begun = False  # nothing is answered
         if self._prompts is not None:
             self._prompts.forget()
         gc.collect()  # what the failed call held in cycles
         torch.cuda.empty_cache()
+
+    def read_less(self, unit: Unit) -> int | None:
+        """Of these cells, read half as much at once as before, until `read_all`.
+
+        Returns:
+            Tokens of prompts; None: it is one sample already, or the model has no place.
+        """
         if self._open is None or self._open[0] != unit.model:
             return None
         methods = [None if arm.choice is None else arm.choice.build(Budget(share=1.0)) for arm in unit.arms]

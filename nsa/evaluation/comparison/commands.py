@@ -172,8 +172,9 @@ def compare(path: str, overrides: list[str], minutes: float | None = None, worke
                 return False
             except torch.OutOfMemoryError as error:
                 if workers > 1:  # each has tried with smaller batches
-                    few = f"out of memory, one sample at a time: start fewer --workers than {workers}"
-                    raise ValueError(f"{few} ({error})") from None
+                    alone = "out of memory, one sample at a time and with no other worker left"
+                    what = "end what else uses the GPU and run the same command again, or compare at shorter lengths"
+                    raise ValueError(f"{alone}: {what} ({error})") from None
                 lower = f"batch_tokens={work.whole.batch_tokens // 2}"
                 if work.whole.decode_batch_tokens is not None:
                     lower += f" and decode_batch_tokens={work.whole.decode_batch_tokens // 2}"

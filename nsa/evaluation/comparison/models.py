@@ -160,6 +160,7 @@ def open_model(name: str, folder: Path, device: torch.device | str = "cpu") -> O
 
     Raises:
         ValueError: the folder is neither.
+        AttachError: methods cannot be put onto this model.
     """
     if is_export(folder):
         decoder, config, tokenizer = load_decoder(folder)
@@ -177,6 +178,5 @@ def open_model(name: str, folder: Path, device: torch.device | str = "cpu") -> O
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder}: {error}") from error
-    opened = OpenedTransformers(name, model.eval().requires_grad_(False).to(device), theirs)
-    session_of(opened.model, Dense())  # refuses what methods cannot be put onto
-    return opened
+    session_of(model, Dense())  # refuses what methods cannot be put onto
+    return OpenedTransformers(name, model.eval().requires_grad_(False).to(device), theirs)

@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from nsa.evaluation.comparison.arms import Place, Unit
-from nsa.evaluation.comparison.cells import Cells, TimeUpError
+from nsa.evaluation.comparison.cells import Cells, TimeUpError, is_memory
 from nsa.evaluation.comparison.config import ComparisonConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.models import Candidate
@@ -51,7 +51,10 @@ class Start:
 
 @dataclass
 class Worker:
-    """A process. unit: that it answers; None: it waits. model, place: of its last unit, still in its memory."""
+    """A process. unit: that it answers; None: it waits. model, place: of its last unit, still in its memory.
+
+    alone: whether there was no other since it got its unit.
+    """
 
     number: int
     process: SpawnProcess
@@ -59,11 +62,14 @@ class Worker:
     unit: Unit | None = None
     model: Candidate | None = None
     place: Place | None = None
+    alone: bool = False
 
 
 @dataclass
 class Workers:
     """Within a ``with``: so many processes, which are killed at its end; with a count of 1 this process answers.
+
+    A process without memory for one sample ends. Others get its cells when all else is dealt out, at last one alone.
 
     Args:
         cells: of this process. device: "cuda" (worker i computes on GPU i modulo their number) or another one for all.
@@ -76,6 +82,7 @@ class Workers:
     say: Callable[[str], None]
     _begun: bool = False
     _workers: list[Worker] = field(default_factory=list)
+    _given_back: list[Unit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._start = Start(
@@ -109,7 +116,7 @@ class Workers:
         Raises:
             TimeUpError: no time is left; not before the first cell of a run is done.
             WorkerLostError: a worker was killed.
-            torch.OutOfMemoryError: a worker had too little memory for one sample.
+            torch.OutOfMemoryError: a worker had too little memory for one sample, and there was no other.
             ValueError: what a worker raised.
         """
         if self.count == 1:
@@ -128,7 +135,7 @@ class Workers:
             ready = wait([worker.connection for worker in busy])
             for worker in (worker for worker in busy if worker.connection in ready):
                 whole = self._hear(worker, progress) and whole
-        if waiting or not whole:
+        if waiting or self._given_back or not whole:
             raise TimeUpError
 
     def _missing(self, units: Sequence[Unit], progress: Callable[[float], None]) -> list[Unit]:
@@ -141,17 +148,17 @@ class Workers:
         return shared_out(found, self.count)
 
     def _deal(self, waiting: list[Unit]) -> None:
-        """Give units to workers that have none, while there is time."""
-        while waiting and (not self._begun or self.cells.time_left() > 0):
+        """Give units to workers that have none, while there is time; what was given back comes last."""
+        while (units := waiting or self._given_back) and (not self._begun or self.cells.time_left() > 0):
             worker = next((worker for worker in self._workers if worker.unit is None), None)
             if worker is None and len(self._workers) < self.count:
                 worker = self._started(len(self._workers))
             if worker is None:
                 return
             self._begun = True
-            worker.unit = unit = next_of(waiting, worker.model, worker.place)
-            worker.model, worker.place = unit.model, unit.place
-            waiting.remove(unit)
+            worker.unit = unit = next_of(units, worker.model, worker.place)
+            worker.model, worker.place, worker.alone = unit.model, unit.place, len(self._workers) == 1
+            units.remove(unit)
             self.cells.folder.keep_training(unit.model.label, unit.model.folder / CONFIG)
             try:
                 worker.connection.send(unit)
@@ -173,12 +180,34 @@ class Workers:
         elif what == MISTAKE:
             raise ValueError(*said)
         elif what == MEMORY:
-            raise torch.OutOfMemoryError(*said)
+            self._give_back(worker, said[0], progress)
         elif what == FAULT:
             raise RuntimeError(f"worker {worker.number} failed:\n{said[0]}")
         else:
             worker.unit = None
         return bool(what != TIME_UP)
+
+    def _give_back(self, worker: Worker, why: str, progress: Callable[[float], None]) -> None:
+        """One without memory for one sample ends, so that others have its memory.
+
+        Raises:
+            torch.OutOfMemoryError: there was no other.
+        """
+        assert worker.unit is not None
+        self._workers.remove(worker)
+        worker.process.join(10)
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
+        if worker.alone:
+            raise torch.OutOfMemoryError(why)
+        self._given_back += self._missing([worker.unit], progress)
+        self.count = len(self._workers) or 1
+        rest = f"{self.count} go on" if self._workers else "another begins alone"
+        self.say(
+            f"worker {worker.number}: out of memory at {worker.unit.model.label} {worker.unit.place}, one sample at a "
+            f"time: it ends, {rest}"
+        )
 
     def _started(self, number: int) -> Worker:
         context = get_context("spawn")  # this process may have threads, which a forked one would lack
@@ -191,6 +220,8 @@ class Workers:
         process.start()
         its.close()  # so that its end is seen here
         worker = Worker(number, process, mine)
+        for other in self._workers:
+            other.alone = False
         self._workers.append(worker)
         return worker
 
@@ -235,14 +266,12 @@ def next_of(units: Sequence[Unit], model: Candidate | None, place: Place | None)
 
 
 def _work(start: Start, connection: Connection) -> None:
-    """What a worker does: answers units until the process that started it ends."""
+    """What a worker does: answers units until the process that started it ends, or it has no memory for one sample."""
     die_with_parent()
     ignore()  # of a signal the other process decides
     if os.getppid() != start.parent:
         return
     torch.set_num_threads(start.threads)
-    if start.device.startswith("cuda"):
-        torch.cuda.set_device(start.device)
 
     def send(what: str, *said: Any) -> None:
         connection.send((what, *said))
@@ -257,32 +286,42 @@ def _work(start: Start, connection: Connection) -> None:
         except EOFError:
             return
         try:
+            if start.device.startswith("cuda"):
+                torch.cuda.set_device(start.device)  # which takes memory
             _finish(cells, unit, send)
             send(DONE)
         except TimeUpError:
             send(TIME_UP)
-        except torch.OutOfMemoryError as error:
-            send(MEMORY, str(error))
         except ValueError as error:
             send(MISTAKE, str(error))
-        except Exception:
+        except Exception as error:
+            if isinstance(error, RuntimeError) and is_memory(error):
+                send(MEMORY, str(error))
+                return
             send(FAULT, traceback.format_exc())
 
 
 def _finish(cells: Cells, unit: Unit, send: Callable[..., None]) -> None:
-    """Answer a unit, in smaller batches if the memory is too small for those that are configured.
+    """Answer a unit. If the memory is full, once again with what was kept given back, then in smaller batches.
 
     Raises:
         torch.OutOfMemoryError: it is too small for one sample.
     """
+    freed = False
     try:
         while (full := _memory_full(cells, unit, send)) is not None:
             # Only here, where no frame of the failed call is left, is its memory free.
-            if (tokens := cells.read_less(unit)) is None:
-                raise torch.OutOfMemoryError(full)
-            send(SAID, f"out of memory at {unit.model.label} {unit.place}: tries again with batches of {tokens} tokens")
+            cells.free()
+            how = "with what was kept given back"
+            if freed:
+                if (tokens := cells.read_less(unit)) is None:
+                    raise torch.OutOfMemoryError(full)
+                how = f"with batches of {tokens} tokens"
+            freed = True
+            send(SAID, f"out of memory at {unit.model.label} {unit.place}: tries again {how}")
     finally:
         cells.read_all()
+        torch.cuda.empty_cache()  # other processes may need what the next unit does not
 
 
 def _memory_full(cells: Cells, unit: Unit, send: Callable[..., None]) -> str | None:

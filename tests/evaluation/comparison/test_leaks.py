@@ -7,10 +7,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from nsa.baselines import METHODS, Budget, Method, Plan, Session, View, attend, method_named
+from nsa.baselines import METHODS, Budget, Ledger, Method, Plan, Session, View, attend, method_named
 from nsa.evaluation.comparison.hugging_face import TransformersReader, session_of
-from nsa.evaluation.comparison.leaks import changes
+from nsa.evaluation.comparison.leaks import _far, changes
+from nsa.evaluation.comparison.models import OpenedDecoder, open_model
 from nsa.evaluation.comparison.rows import DENSE
+from tests.small_run import small_export
 
 LEAVES_OUT = [kind for kind in METHODS if kind.name not in (DENSE, "dual_chunk")]
 
@@ -30,9 +32,21 @@ def model() -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def seen(model: Any, method: Method) -> dict[str, list[float]]:
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> OpenedDecoder:
+    opened = open_model("dense", small_export(tmp_path_factory.mktemp("dense"), "dense"))
+    assert isinstance(opened, OpenedDecoder)
+    return opened
+
+
+def seen(model: Any, method: Method, *dense: int) -> dict[str, list[float]]:
+    """``dense``: layers that stay so."""
     ids = torch.randint(2, 60, (1, 40), generator=torch.Generator().manual_seed(1))
-    return changes(lambda ledger: TransformersReader(model, session_of(model, method, ledger=ledger)), method, ids)
+
+    def open_reader(ledger: Ledger) -> TransformersReader:
+        return TransformersReader(model, session_of(model, method, ledger=ledger, dense_layers=dense))
+
+    return changes(open_reader, method, ids)
 
 
 def sparse(kind: type[Method]) -> Method:
@@ -47,9 +61,29 @@ def test_what_is_left_out_changes_nothing(kind: type[Method], model: Any) -> Non
     assert all(left_out == 0 and attended > 0.1 for left_out, attended in found.values()), found
 
 
-def test_where_nothing_is_left_out_nothing_is_said(model: Any) -> None:
-    assert seen(model, method_named("quest")(budget=Budget(share=1.0))) == {}
-    assert seen(model, method_named("h2o")(budget=Budget(share=1.0))) == {}
+@pytest.mark.parametrize("name", ["quest", "h2o", "snapkv", "vertical_slash"])
+def test_it_is_seen_in_a_decoder_of_ours_too(name: str, decoder: OpenedDecoder) -> None:
+    method = sparse(method_named(name))
+    ids = torch.randint(2, 400, (1, 40), generator=torch.Generator().manual_seed(1))
+    found = changes(lambda ledger: decoder.reader(method, dense_layers=[], watch=False, ledger=ledger), method, ids)
+    assert set(found) == set(method.phases)
+    assert all(left_out == 0 and attended > 0.1 for left_out, attended in found.values()), found
+
+
+@pytest.mark.parametrize("name", ["quest", "h2o", "vertical_slash", "oracle_topk", "block_sparse"])
+def test_where_nothing_is_left_out_nothing_is_said(name: str, model: Any) -> None:
+    assert seen(model, method_named(name)(budget=Budget(share=1.0))) == {}
+
+
+@pytest.mark.parametrize("dense", [0, 1])
+def test_one_layer_that_leaves_something_out_is_enough(dense: int, model: Any) -> None:
+    left_out, attended = seen(model, sparse(method_named("quest")), dense)["decode"]
+    assert left_out == 0 and attended > 0.1
+
+
+def test_a_change_counts_in_either_direction() -> None:
+    one, other = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 1.75]])
+    assert _far(one, other) == _far(other, one) == 0.5
 
 
 @pytest.mark.parametrize("name", ["quest", "sink_window", "vertical_slash"])

@@ -177,3 +177,25 @@ def test_unknown_figures_are_refused() -> None:
 def test_rows_of_any_order_give_the_same_cell() -> None:
     rows = rows_of(CELLS[1])
     assert equal(cell_of(rows[::-1], CELLS[1].figures), CELLS[1])
+
+
+def test_two_trainings_of_a_sibling_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """However they came there; each seed has a training of its own."""
+    results = ResultsFolder(tmp_path, replace(MANIFEST, planned=3))
+    for one, weights in zip([*CELLS[:2], cell("dense", samples=3, train_seed=1)], "aab", strict=True):
+        results.write(rows_of(one), weights=weights)
+    results.finish("now")
+    assert len(read_results(tmp_path).cells) == 3
+    path = tmp_path / "cells" / CELLS[1].id / "cell.json"
+    path.write_text(path.read_text().replace('"weights": "a"', '"weights": "b"'))
+    with pytest.raises(ResultsError, match=r"two trainings of sibling dense, seed 0 \(weights .*first export back"):
+        read_results(tmp_path)
+
+
+def test_a_finished_cell_is_begun_no_more(tmp_path: Path) -> None:
+    results = ResultsFolder(tmp_path, replace(MANIFEST, planned=1))
+    begun = results.begun("", "dense", None, "mqar", 1024, True, 0)
+    begun.begin(None)
+    assert begun.path.is_file()
+    results.write(rows_of(CELLS[0]))
+    assert not begun.path.exists()

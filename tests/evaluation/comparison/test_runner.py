@@ -290,8 +290,8 @@ def test_tasks_with_long_answers_are_said(siblings: dict[str, Path], tmp_path: P
 
 def test_the_floor_is_that_of_a_siblings_own_dense_run_or_of_the_nearest_in_size(tmp_path: Path) -> None:
     """By the mean over its trainings; what just reaches the floor is asked."""
-    sizes = {"one": 300, "two": 300, "nsa": 310, "big": 900}
-    means = {("one", 0): 0.4, ("one", 1): 0.6, ("two", 0): 0.3, ("nsa", 0): 0.9, ("big", 0): 0.1}
+    sizes = {"one": 300, "two": 300, "nsa": 310, "big": 900, "tiny": 30}
+    means = {("one", 0): 0.4, ("one", 1): 0.6, ("two", 0): 0.3, ("nsa", 0): 0.9, ("big", 0): 0.1, ("tiny", 0): 0.9}
 
     def candidate(key: tuple[str, int]) -> Candidate:
         return Candidate(key[0], key[1], tmp_path, "nsa" if key[0] == "nsa" else "dense", key[1])

@@ -12,34 +12,18 @@ from multiprocessing import Pipe, get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
-from weakref import WeakSet
 
 import pytest
 import torch
+from small_comparison import configured, same, told
 
-from nsa.baselines import Session
 from nsa.compare import main
 from nsa.evaluation.comparison import commands, workers
-from nsa.evaluation.comparison.arms import Place, Unit, units_of
-from nsa.evaluation.comparison.cells import Asked, Cells, TimeUpError
+from nsa.evaluation.comparison.arms import Place, Unit
+from nsa.evaluation.comparison.cells import Cells, TimeUpError
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.workers import Worker, WorkerLostError, Workers, shared_out
 from tests.small_run import small_export
-
-CONFIG = """
-name: small
-output_dir: {out}
-siblings:
-  - {{name: dense, export: {dense}}}
-  - {{name: nsa, export: {nsa}}}
-methods: [{{name: quest, page: 4}}, twilight]
-budgets: [1.0, 8]  # 8 tokens are too few for twilight
-tasks: [mqar]
-lengths: [48, 64]
-samples: 2
-queries: 1
-calibration_samples: 1
-"""
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +31,10 @@ def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
 
 
-def configured(out: Path, siblings: dict[str, Path]) -> Path:
-    path = out / "small.yaml"
-    path.write_text(CONFIG.format(out=out, **siblings))
-    return path
-
-
 @pytest.fixture(autouse=True)
 def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take time."""
     monkeypatch.setattr(commands, "write_report", lambda folder: None)
-
-
-def told(folder: Path) -> dict[str, Any]:
-    """All that a folder says, by file, but for when it was made."""
-    found: dict[str, Any] = {
-        str(path.relative_to(folder)): path.read_text()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml")
-    }
-    manifest = json.loads(found.pop("manifest.json"))
-    return {**found, "planned": manifest["planned"]}
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +49,6 @@ def whole(siblings: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     assert len([name for name in found if name.endswith("answers.jsonl")]) == found["planned"] - 4 > 45
     assert len(json.loads(found["left_out.json"])) == 4 and "siblings/nsa.yaml" in found
     return found
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
 
 
 def changed(found: dict[str, Any]) -> list[tuple[str, Any, int]]:
@@ -260,7 +223,6 @@ def test_workers_end_with_the_process_that_started_them(siblings: dict[str, Path
     ("said", "kind", "text"),
     [
         ((workers.MISTAKE, "two trainings"), ValueError, "two trainings"),
-        ((workers.MEMORY, "80 GiB"), torch.OutOfMemoryError, "80 GiB"),
         ((workers.FAULT, "Traceback"), RuntimeError, "worker 3 failed:\nTraceback"),
     ],
 )
@@ -287,147 +249,18 @@ def test_a_worker_that_says_no_more_was_killed() -> None:
         Workers._hear(cast(Any, Two()), Worker(1, cast(Any, Process()), mine), lambda number: None)
 
 
-def test_too_little_memory_for_several_is_said(
-    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("80 GiB")
-
-    monkeypatch.setattr(Workers, "finish", full)
-    assert main([str(configured(tmp_path, siblings)), "batch_tokens=128", "--workers", "4"]) == 2
-    assert "one sample at a time: start fewer --workers than 4 (80 GiB)" in capsys.readouterr().err
-
-
-class Line:
-    """A connection to a worker of this process: units that it is sent, and what it says."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units, self.said = list(units), list[Any]()
-
-    def recv(self) -> Unit:
-        if not self.units:
-            raise EOFError
-        return self.units.pop(0)
-
-    def send(self, what: Any) -> None:
-        self.said.append(what)
-
-
-def full_above(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """From now on there is no memory for more than so many sequences. Those of each prompt that was read."""
-    read, attend = list[int](), Session.attend
-
-    def attended(self: Session, layer: int, q: torch.Tensor, *more: Any) -> torch.Tensor:
-        if self.prompt and layer == 1 and len(q) > rows:
-            raise torch.OutOfMemoryError(f"{len(q)} sequences")
-        if self.prompt and layer == 1:
-            read.append(len(q))
-        return attend(self, layer, q, *more)
-
-    monkeypatch.setattr(Session, "attend", attended)
-    return read
-
-
-@pytest.mark.parametrize(("rows", "tokens"), [(2, 128), (1, 64)])
-def test_a_worker_with_too_little_memory_reads_less_at_once(
-    rows: int, tokens: int, siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of eight samples; the next unit begins with what is configured. Answers are those of small batches."""
-    monkeypatch.setattr(workers, "die_with_parent", lambda: None)
-    monkeypatch.setattr(workers, "ignore", lambda: None)
-    path, threads = configured(tmp_path, siblings), torch.get_num_threads()
-    found, said, read = [], list[Any](), list[int]()
-    for name, batch in (("less", 512), ("few", rows * 64)):
-        overrides = [f"output_dir={tmp_path}/{name}", f"batch_tokens={batch}", "samples=8", "lengths=[64]"]
-        work = commands.work_of(str(path), overrides)
-        comparison = work.comparison()
-        model = comparison.candidates[0]
-        units = units_of(list(comparison.arms(model, methods=True)), Place("mqar", 64, False))[:3]
-        assert [len(unit.arms) > 1 for unit in units] == [True, False, False]
-        folder = work.folder(comparison)
-        assert folder.manifest.config["batch_tokens"] == batch
-        line: Any = Line(units)
-        with monkeypatch.context() as patch:
-            read = full_above(rows, patch) if name == "less" else read
-            workers._work(workers.Start(work.config, folder, "cpu", 1, time.monotonic() + 999, os.getppid()), line)
-        said = line.said if name == "less" else said
-        found.append({path.parent.name: path.read_text() for path in folder.path.glob("cells/*/answers.jsonl")})
-    torch.set_num_threads(threads)
-    assert found[0] == found[1] and len(found[0]) > 4
-    assert {what for what, *_ in said} <= {workers.PROGRESS, workers.SAID, workers.DONE, workers.LEFT_OUT}
-    lines = [text for what, *more in said for text in more if what == workers.SAID]
-    assert len(lines) == 3 * {2: 2, 1: 3}[rows] and max(read) == rows  # it was halved so often for each unit
-    assert lines[-1] == f"out of memory at dense mqar 64 agnostic: tries again with batches of {tokens} tokens"
-
-
-def test_what_is_tried_again_is_counted_once(
-    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The memory is full when the second cell of a group has a batch of eight."""
-    work = commands.work_of(str(configured(tmp_path, siblings)), ["batch_tokens=512", "samples=8", "queries=4"])
-    comparison = work.comparison()
-    cells = Cells(work.config, work.folder(comparison), lambda *_: None, "cpu", lambda: 999.0)
-    (unit, *_) = units_of(list(comparison.arms(comparison.candidates[0], methods=True)), Place("mqar", 64, False))
-    calls, said, go_on = [0], list[Any](), Asked.go_on
-
-    def full(self: Asked) -> bool:
-        calls[0] += 1
-        if calls[0] == 3:
-            raise torch.OutOfMemoryError("full")
-        return go_on(self)
-
-    monkeypatch.setattr(Asked, "go_on", full)
-    workers._finish(cells, unit, lambda *what: said.append(what))
-    parts = [part for what, part in said if what == workers.PROGRESS]
-    assert len(unit.arms) > 2 and min(parts) < 0 and sum(parts) == pytest.approx(len(unit.arms))
-
-
-def test_a_worker_without_memory_for_one_sample_gives_up(
-    siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = commands.work_of(str(configured(tmp_path, siblings)), ["batch_tokens=512"])
-    comparison = work.comparison()
-    cells = Cells(work.config, work.folder(comparison), lambda *_: None, "cpu", lambda: 0.0)
-    (unit, *_) = units_of(list(comparison.arms(comparison.candidates[0], methods=True)), Place("mqar", 64, False))
-    said: list[Any] = []
-    sessions: WeakSet[Session] = WeakSet()
-    begin, attend, read_less = Session.begin, Session.attend, Cells.read_less
-
-    def full(self: Session, *inputs: Any) -> torch.Tensor:
-        """While it decodes, after the prompt was read for all."""
-        if not self.prompt:
-            raise torch.OutOfMemoryError("full")
-        return attend(self, *inputs)
-
-    def begun(self: Session, *more: Any) -> None:
-        sessions.add(self)
-        begin(self, *more)
-
-    def less(self: Cells, unit: Unit) -> int | None:
-        found = read_less(self, unit)
-        assert len(sessions) == 0, "what the failed call had read is still in memory"
-        return found
-
-    monkeypatch.setattr(Session, "begin", begun)
-    monkeypatch.setattr(Session, "attend", full)
-    monkeypatch.setattr(Cells, "read_less", less)
-    with pytest.raises(torch.OutOfMemoryError, match="full"):
-        workers._finish(cells, unit, lambda *what: said.append(what))
-    assert [text.split()[-2] for what, text in said if what == workers.SAID] == ["256", "128", "64"]
-    assert cells._at_once(None) == 512
-
-
 def test_a_mistake_of_a_worker_is_sent(
     siblings: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: what `_work` says of units that end in different ways, and that it ends without more of them."""
+    """In this process: what `_work` says of units that end in different ways. Without memory it takes no more."""
     work = commands.work_of(str(configured(tmp_path, siblings)), [])
     comparison = work.comparison()
     start = workers.Start(work.config, work.folder(comparison), "cpu", 1, 0.0, os.getppid())
     prepared: list[str] = []
     monkeypatch.setattr(workers, "die_with_parent", lambda: prepared.append("ends with its parent"))
     monkeypatch.setattr(workers, "ignore", lambda: prepared.append("hears no signal"))
-    ends = iter([None, TimeUpError(), torch.OutOfMemoryError("full"), ValueError("wrong"), KeyError("fault")])
+    full = [torch.OutOfMemoryError("full")] * 2  # before and after it gave back what it kept
+    ends = iter([None, TimeUpError(), ValueError("wrong"), KeyError("fault"), *full])
 
     def finish(self: Cells, unit: Unit, progress: Callable[[int], None]) -> None:
         progress(len(unit.arms))
@@ -439,7 +272,7 @@ def test_a_mistake_of_a_worker_is_sent(
     mine, its = Pipe()
     model = comparison.candidates[0]
     unit = Unit(tuple(comparison.arms(model, methods=False)), Place("mqar", 64, False))
-    for _ in range(5):
+    for _ in range(6):
         mine.send(unit)
     threads = torch.get_num_threads()
     said: list[Any] = []
@@ -457,11 +290,11 @@ def test_a_mistake_of_a_worker_is_sent(
     while mine.poll(0):
         said.append(mine.recv())
     assert [what for what, *_ in said] == [
-        *("progress", "left out", "done", "progress", "time up", "progress", "memory", "progress", "mistake"),
-        *("progress", "fault"),
+        *("progress", "left out", "done", "progress", "time up", "progress", "mistake", "progress", "fault"),
+        *("progress", "said", "progress", "memory"),
     ]
-    assert said[1] == ("left out", "a cell", "why") and said[6] == ("memory", "full") and said[8][1] == "wrong"
-    assert "KeyError: 'fault'" in said[10][1]
+    assert said[1] == ("left out", "a cell", "why") and said[6][1] == "wrong" and said[-1] == ("memory", "full")
+    assert "KeyError: 'fault'" in said[8][1]
 
 
 @pytest.mark.parametrize("gpus", [1, 3])
