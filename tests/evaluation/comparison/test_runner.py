@@ -29,7 +29,6 @@ from nsa.evaluation.comparison.models import Candidate, OpenedDecoder, open_mode
 from nsa.evaluation.comparison.runner import CONTROLS, Comparison
 from nsa.strict_yaml import ConfigError
 from tests.conftest import ROOT
-from tests.small_run import small_export
 
 CONFIG = """
 name: small
@@ -44,11 +43,6 @@ lengths: [64]
 samples: 2
 question: [after, before]
 """
-
-
-@pytest.fixture(scope="module")
-def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
 
 
 @pytest.fixture(scope="module")

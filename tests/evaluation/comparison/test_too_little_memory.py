@@ -21,12 +21,6 @@ from nsa.evaluation.comparison import commands, workers
 from nsa.evaluation.comparison.arms import Place, Unit, units_of
 from nsa.evaluation.comparison.cells import Asked, Cells, TimeUpError
 from nsa.evaluation.comparison.workers import Worker, Workers
-from tests.small_run import small_export
-
-
-@pytest.fixture(scope="module")
-def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
 
 
 @pytest.fixture(autouse=True)

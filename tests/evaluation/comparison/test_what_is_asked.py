@@ -12,12 +12,6 @@ from nsa.evaluation.comparison.cells import Cells
 from nsa.evaluation.comparison.config import MethodConfig, load
 from nsa.evaluation.comparison.models import Candidate
 from nsa.evaluation.comparison.runner import Comparison
-from tests.small_run import small_export
-
-
-@pytest.fixture(scope="module")
-def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
 
 
 def candidate(name: str, seed: int | None = None, trained: str = "dense") -> Candidate:

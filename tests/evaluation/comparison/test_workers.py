@@ -23,12 +23,6 @@ from nsa.evaluation.comparison.arms import Place, Unit
 from nsa.evaluation.comparison.cells import Cells, TimeUpError
 from nsa.evaluation.comparison.folder import read_results
 from nsa.evaluation.comparison.workers import Worker, WorkerLostError, Workers, shared_out
-from tests.small_run import small_export
-
-
-@pytest.fixture(scope="module")
-def siblings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: small_export(tmp_path_factory.mktemp(kind), kind) for kind in ("dense", "nsa")}
 
 
 @pytest.fixture(autouse=True)
