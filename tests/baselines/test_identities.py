@@ -183,7 +183,7 @@ def test_a_seed_and_a_layer_have_draws_of_their_own(kind: type[Method]) -> None:
 SNAP = {"window": 32, "kernel": 5, "pooling": "avg", "group": "mean"}
 ADA = {"window": 32, "kernel": 7, "pooling": "max", "group": "mean", "safeguard": 0.2}
 LINES = {"num_queries": 64, "vertical_share": 1000 / 7096, "sinks": 30, "near": 100}
-PAGES = {"page": 16, "over_group": "sum"}
+PAGES = {"page": 16, "over_group": "sum", "fp8": False}
 DIMS = {"dims": 32, "local": 0.25, "temperature": True, "mean_over": "all"}
 CERTIFIED = {"epsilon": 0.1, "delta": 0.1, "bound": "clt", "ranking": "bounds", "num_sinks": 4, "window": 32,
              "page": 16, "least": 64, "base_share": 0.01, "seed": 0}  # fmt: skip
