@@ -53,6 +53,9 @@ def test_bounds_in_fp8_are_the_nearest_outside() -> None:
     assert low.dtype == high.dtype == torch.float8_e4m3fn
     assert torch.equal(high.float().flatten(), exact[torch.searchsorted(exact, k)])
     assert torch.equal(low.float().flatten(), exact[torch.searchsorted(exact, k, right=True) - 1])
+    fine = torch.tensor([1 + 1e-10, -1 - 1e-10], dtype=torch.float64)[None, :, None, None]  # in fp32 they are 1 and -1
+    for bounds in ops.page_bounds(fine, torch.tensor([2]), page_size=2, fp8=True):
+        assert bounds.float().abs().item() == 1.125
     large = torch.tensor([500.0, -500.0])[None, :, None, None]
     for bounds in ops.page_bounds(large, torch.tensor([2]), page_size=1, fp8=True):
         assert bounds.flatten().tolist() == [448, -448]
