@@ -40,7 +40,8 @@ class Monitor:
         board = folder / "tensorboard"
         _date_back(board)
         self._tensorboard = SummaryWriter(str(board), purge_step=resumed + 1, max_queue=1000)
-        self._shown: set[str] = set()
+        self._before: set[str] = set().union(*map(json.loads, kept))
+        self._shown: set[str] = set()  # by this process's last layout, which takes the place of all others
         self._hook = threading.excepthook
         threading.excepthook = _say_nothing_of_the_disk(self._hook)
 
@@ -51,7 +52,7 @@ class Monitor:
         for tag, value in metrics.items():
             self._tensorboard.add_scalar(tag, value, step)
         if not self._shown.issuperset(metrics):
-            self._shown.update(metrics)
+            self._shown.update(metrics, self._before)
             self._tensorboard.add_custom_scalars(charts(self._shown))
         self._tensorboard.flush()
 

@@ -68,6 +68,17 @@ def test_the_mean_over_all_draws_is_the_whole_loss(
     assert any(abs(each[1] - expected[1]) > 1e-3 * expected[1] for each in found), "each draw is another estimate"
 
 
+@pytest.mark.parametrize("borders", [None, [0, 9, 10, 40], list(range(41))], ids=["one", "packed", "single tokens"])
+def test_the_definition_has_the_loss_of_the_same_draw(borders: list[int] | None) -> None:
+    """With a last draw beyond the tokens, which is no query."""
+    x, found = some_input(40), []
+    packed = None if borders is None else torch.tensor(borders).int()
+    with patch.object(Draw, "forward", lambda draw, tokens, device: torch.tensor([1, 13, 20, 27, 41]).int()):
+        for backend in ("naive", "torch"):
+            found.append(learned(taught(kl_stride=9, backend=backend), x, packed))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=3e-6)
+
+
 @pytest.mark.parametrize("borders", [None, [0, 9, 10, 40]])
 def test_chunks_of_queries_have_the_loss_of_their_draws(borders: list[int] | None) -> None:
     """As context-parallel ranks call it: each chunk draws among its own queries. With the gradients of the compressed

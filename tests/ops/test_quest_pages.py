@@ -8,7 +8,7 @@ from nsa import ops
 from nsa.baselines.budget import Budget
 from nsa.baselines.importance import pages
 from nsa.baselines.method import State
-from nsa.baselines.methods.quest import Quest
+from nsa.baselines.methods.quest import Quest, QuestEval
 from nsa.baselines.plan import View
 from tests.ops.decode_cases import QUEST_CASES, listed, quest_case_of
 
@@ -53,6 +53,9 @@ def test_bounds_in_fp8_are_the_nearest_outside() -> None:
     assert low.dtype == high.dtype == torch.float8_e4m3fn
     assert torch.equal(high.float().flatten(), exact[torch.searchsorted(exact, k)])
     assert torch.equal(low.float().flatten(), exact[torch.searchsorted(exact, k, right=True) - 1])
+    fine = torch.tensor([1 + 1e-10, -1 - 1e-10], dtype=torch.float64)[None, :, None, None]  # in fp32 they are 1 and -1
+    for bounds in ops.page_bounds(fine, torch.tensor([2]), page_size=2, fp8=True):
+        assert bounds.float().abs().item() == 1.125
     large = torch.tensor([500.0, -500.0])[None, :, None, None]
     for bounds in ops.page_bounds(large, torch.tensor([2]), page_size=1, fp8=True):
         assert bounds.flatten().tolist() == [448, -448]
@@ -97,6 +100,26 @@ def test_autocast_leaves_bounds_in_fp8_as_they_are(monkeypatch: pytest.MonkeyPat
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ops.quest_pages(q, low, high, lengths, **options)
     assert read.count(torch.float8_e4m3fn) == 2 and read.count(torch.bfloat16) == 1, "q alone is cast twice"
+
+
+def test_the_released_evaluation_in_fp8_takes_the_pages_with_the_highest_bounds() -> None:
+    """Each query head three pages of its own; pages behind the tokens, for which there is room, are none."""
+    torch.manual_seed(4)
+    tokens, page, width = 28, 4, 8
+    q, k = torch.randn(1, 1, 4, width), 30 * torch.randn(1, tokens, 2, width)
+    positions = torch.arange(tokens)[None]
+    whole, seen = positions[..., None].expand(-1, -1, 2), torch.tensor([tokens])
+    method, state = QuestEval(page=page, fp8=True, budget=Budget(share=0.5, counts="reads")), State(shared={})
+    prompt = View(k.repeat_interleave(2, 2), k, k, positions, whole, seen, width**-0.5, 0, 1, True, True)
+    method.observe(prompt, None, state)
+    plan = method.decode_select(View(q, k, k, positions[:, -1:], whole, seen, width**-0.5, 0, 1, False, True), state)
+    low, high = (x.double() for x in ops.page_bounds(k, seen, page_size=page, fp8=True))
+    for head in range(4):
+        mine = q[0, 0, head].double()
+        bounds = torch.maximum(mine * low[0, :, head // 2], mine * high[0, :, head // 2]).sum(-1)
+        assert set(plan.parts[0].keep[0, head, 0].nonzero()[:, 0].tolist()) == {
+            page * int(j) + i for j in bounds.topk(3).indices for i in range(page)
+        }
 
 
 def test_the_baseline_in_fp8_takes_these_pages_and_pays_half_for_them() -> None:

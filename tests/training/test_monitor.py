@@ -77,6 +77,17 @@ def test_an_overview_shows_the_loss_first_and_all_layers_in_one_chart(tmp_path):
     assert layout.category[0].title == "overview" and layout.category[0].chart[0].title == "loss"
 
 
+def test_a_resumed_run_shows_the_charts_of_its_first_life(tmp_path):
+    """What is measured now and then may not be measured again before the end."""
+    for resumed, metrics in ((0, {"train/loss": 1.0, "attention/recall/layer_00": 0.5}), (1, {"train/loss": 1.0})):
+        monitor = Monitor(tmp_path, resumed)
+        monitor.write(resumed + 1, metrics)
+        monitor.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    layout = Layout.FromString(board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["overview", "attention/recall by layer"]
+
+
 def test_runs_of_several_kinds_have_the_same_charts_in_a_section():
     """TensorBoard merges sections of one title, and of the third run it drops what the first two do not have."""
     layers = [f"attention/{name}/layer_{i:02}" for name in ("gate_window", "mass_window", "recall") for i in (0, 11)]

@@ -36,9 +36,9 @@ def fold(view: View, state: State, size: int) -> tuple[Tensor, Tensor]:
 
 def upper(view: View, low: Tensor, high: Tensor) -> Tensor:
     """(B, H, P) fp32: no key of a page has a higher score with the one query (Quest, Algorithm 1); -inf: no token."""
-    q = view.q[:, 0].float().unflatten(1, (view.k.shape[2], view.group))
-    most = torch.einsum("bgjd,bpgd->bgjp", q.clamp(min=0), high.float())
-    most = most + torch.einsum("bgjd,bpgd->bgjp", q.clamp(max=0), low.float())
+    q, low, high = view.q[:, 0].float().unflatten(1, (view.k.shape[2], view.group)), low.float(), high.float()
+    most = torch.einsum("bgjd,bpgd->bgjp", q.clamp(min=0), high)
+    most = most + torch.einsum("bgjd,bpgd->bgjp", q.clamp(max=0), low)
     empty = (low > high).all(-1).transpose(1, 2)[:, :, None]
     return (most * view.scale).masked_fill(empty, -torch.inf).flatten(1, 2)
 

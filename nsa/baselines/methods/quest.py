@@ -38,7 +38,7 @@ class Quest(Method):
         "differs from the release because its kernels know no groups: there each query head has a KV head of its own. "
         "Its first two layers are dense: give them as dense layers"
     )
-    formula = "k keys and values, the current page included, and 2 rows of D per page before it"
+    formula = "k keys and values, the current page included, and 2 rows of D per page before it (with fp8 1)"
     small: ClassVar[dict[str, Any]] = {"page": 4}
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class QuestEval(Quest):
         "differs from the release because a budget of all tokens keeps all pages: there the last is lost at lengths "
         "that are no multiple of 16. Its first two layers are dense: give them as dense layers"
     )
-    formula = "union over the group of max(3, k // 16) pages per query head, and 2 rows of D per page"
+    formula = "union over the group of max(3, k // 16) pages per query head, and 2 rows of D per page (with fp8 1)"
 
     def decode_select(self, view: View, state: State) -> Plan | None:
         low, high = pages.rounded(pages.fold(view, state, self.page), self.fp8)

@@ -206,8 +206,8 @@ def nothing_to_teach(config: NsaConfig, tokens: int) -> str | None:
     what = "phase warm-up" if config.phase == "warm-up" else f"kl_weight {config.kl_weight:g}"
     if config.phase == "sparse" and config.kl_stride > tokens:
         return (
-            f"attention.nsa.kl_stride ({config.kl_stride}) exceeds a sample ({tokens} tokens), and most would teach "
-            "nothing: lower it"
+            f"attention.nsa.kl_stride ({config.kl_stride}) exceeds a sample ({tokens} tokens), and most passes "
+            "would teach nothing: lower it"
         )
     initial = config.num_initial * config.block_size
     choice = initial + config.num_local * config.block_size

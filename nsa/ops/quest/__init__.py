@@ -41,11 +41,12 @@ def page_bounds(k: Tensor, lengths: Tensor, *, page_size: int, fp8: bool = False
 
 def _rounded_up(x: Tensor) -> Tensor:
     """The least number of `FP8` that is not below x, up to 448."""
-    near = x.float().clamp(-LARGEST, LARGEST).to(FP8)
+    exact = x.to(accumulation_dtype(x)).clamp(-LARGEST, LARGEST)
+    near = exact.to(FP8)
     bits = near.view(torch.uint8)
     # Numbers of one sign are ordered as their bits are.
     above = torch.where(bits < 0x80, bits + 1, bits - 1)
-    return torch.where(near.float() < x.float().clamp(-LARGEST, LARGEST), above, bits).view(FP8)
+    return torch.where(near.to(exact.dtype) < exact, above, bits).view(FP8)
 
 
 def _rounded_down(x: Tensor) -> Tensor:
@@ -69,8 +70,9 @@ def extend_page_bounds(low: Tensor, high: Tensor, k: Tensor, lengths: Tensor, *,
         high[row, page] = torch.maximum(high[row, page], k)
         return
     below, above = low.view(torch.uint8), high.view(torch.uint8)  # to which all of torch's indexing applies
-    least = torch.minimum(below[row, page].view(FP8).float(), k.float())
-    most = torch.maximum(above[row, page].view(FP8).float(), k.float())
+    k = k.to(accumulation_dtype(k))
+    least = torch.minimum(below[row, page].view(FP8).to(k.dtype), k)
+    most = torch.maximum(above[row, page].view(FP8).to(k.dtype), k)
     below[row, page], above[row, page] = (x.view(torch.uint8) for x in (_rounded_down(least), _rounded_up(most)))
 
 

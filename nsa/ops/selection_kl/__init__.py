@@ -63,7 +63,7 @@ def selection_kl(
 
     Args:
         q: (B, T, H, D). k: (B, S, G, D). lse: (B, H, T), the second result of `dense_attention`. They are the target,
-            and have no gradient.
+            and have no gradient. A query whose lse is -inf adds nothing.
         k_cmp: (B, M, G, D), the compressed keys, as for `select_blocks`; these have a gradient.
         length, stride, block_size, num_initial, num_local, scale, cu_seqlens, offset: as for `select_blocks`.
         window: tokens that the window branch sees, the query's own included.
@@ -285,7 +285,8 @@ def _naive(
         return (found * scale).masked_fill(~mask, -torch.inf)
 
     everything, near = (causal(documents, k.shape[1], reach) for reach in (k.shape[1], sizes.window))
-    dense = (scores(k, everything & ~near) - lse.to(dtype)[..., None]).exp().unflatten(1, (groups, -1)).mean(2)
+    lse = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf)
+    dense = (scores(k, everything & ~near) - lse[..., None]).exp().unflatten(1, (groups, -1)).mean(2)
     key = torch.arange(k.shape[1], device=k.device)
     begin = documents.bounds[(key[:, None] >= documents.bounds[1:]).sum(1).clamp(max=len(documents.bounds) - 2)]
     sees = complete(documents, k_cmp.shape[1], sizes.length, sizes.stride)
