@@ -67,15 +67,16 @@ class Monitor:
 def charts(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """What TensorBoard shows under *Custom scalars*: section -> chart -> patterns of its curves (`SummaryWriter`).
 
-    What to look at first comes first. A metric of all layers is one chart. Metrics whose names begin alike share a
-    section, so that it is the same in all runs: TensorBoard loses charts that are new in a section of a third run.
+    What to look at first comes first. A metric of all layers is one chart. Metrics whose names differ in the last word
+    share a section. A kind of attention has all of them or none, so that the section is the same in all runs:
+    TensorBoard loses charts that are new in a section of a third run.
 
     Args:
         tags: names of curves, ``group/name`` or ``group/name/layer_XX``.
     """
     found: dict[str, dict[str, list[Any]]] = {"overview": {k: ["Multiline", list(v)] for k, v in OVERVIEW.items()}}
     for metric in sorted({tag.rpartition("/layer_")[0] for tag in tags if "/layer_" in tag}):
-        section = f"{metric.partition('_')[0]} by layer"
+        section = f"{metric.rpartition('_')[0] or metric} by layer"
         found.setdefault(section, {})[metric] = ["Multiline", [f"{re.escape(metric)}/layer_.*"]]
     return found
 

@@ -93,6 +93,8 @@ def test_runs_of_several_kinds_have_the_same_charts_in_a_section():
     layers = [f"attention/{name}/layer_{i:02}" for name in ("gate_window", "mass_window", "recall") for i in (0, 11)]
     few, many = charts(["train/loss", layers[0]]), charts([*layers, "train/loss", "validation/loss"])
     assert few.keys() < many.keys() and all(many[section] == few[section] for section in few)
+    dsa, nsa = (charts([f"attention/first_{name}/layer_00"]) for name in ("token_mass", "block_share"))
+    assert dsa.keys() & nsa.keys() == {"overview"}
     (pattern,) = many["attention/gate by layer"]["attention/gate_window"][1]
     assert [tag for tag in layers if re.fullmatch(pattern, tag)] == layers[:2]
 

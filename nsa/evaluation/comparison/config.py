@@ -64,12 +64,17 @@ class MethodConfig(Section):
     @model_validator(mode="after")
     def _known(self) -> "MethodConfig":
         kind = method_named(self.name)
-        there = [f.name for f in fields(kind) if f.name != "budget"]
-        for name in self.settings:
+        there = {f.name: f.default for f in fields(kind) if f.name != "budget"}
+        for name, value in self.settings.items():
             if name not in there:
                 near = difflib.get_close_matches(name, there, 1)
                 hint = f": did you mean {near[0]}?" if near else f": it has {', '.join(there) or 'none'}"
                 raise ValueError(f"method {self.name} has no setting {name}{hint}")
+            if isinstance(there[name], Method):
+                raise ValueError(f"method {self.name}: {name} is a method, which no file can give: leave it out")
+            if isinstance(there[name], bool) != isinstance(value, bool):
+                only = "must" if isinstance(there[name], bool) else "cannot"
+                raise ValueError(f"method {self.name}: {name} {only} be true or false, got {value!r}")
         try:
             self.build(Budget(share=1.0))
         except (TypeError, ValueError) as error:

@@ -178,6 +178,9 @@ def test_a_llama_of_transformers_is_an_arm(siblings: dict[str, Path], tmp_path: 
     [
         ("methods: [quets]", r"no method 'quets': did you mean 'quest'\?"),
         ("methods: [{name: quest, pages: 4}]", r"quest has no setting pages: did you mean page\?"),
+        ("methods: [{name: quest, fp8: 'false'}]", "quest: fp8 must be true or false, got 'false'"),
+        ("methods: [{name: quest, page: true}]", "quest: page cannot be true or false, got True"),
+        ("methods: [{name: twilight, base: {name: quest}}]", "twilight: base is a method, which no file can give"),
         ("methods: [quest, quest]", "quest is there twice"),
         ("tasks: [mqra]", r"unknown task 'mqra'; did you mean 'mqar'\?"),
         ("budgets: [1.5]", r"must be in \(0, 1\], got 1.5"),
