@@ -182,3 +182,9 @@ def test_in_the_warm_up_and_without_a_loss_nothing_is_drawn() -> None:
 def test_an_export_does_not_say_how_its_selection_was_taught() -> None:
     assert set(NsaConfig.model_fields) - set(NSA.export) == {"kl_weight", "kl_stride"}
     assert {"kl_weight", "kl_stride"} <= set(NSA.free)
+
+
+@pytest.mark.parametrize("stride", [0, -2])
+def test_a_stride_below_one_is_refused(stride: int) -> None:
+    with pytest.raises(ValueError, match="kl_stride must be at least 1"):
+        NativeSparseAttention(32, 4, 2, 8, kl_weight=1.0, kl_stride=stride)

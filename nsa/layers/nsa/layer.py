@@ -136,6 +136,8 @@ class Draw(nn.Module):
 
     def __init__(self, stride: int) -> None:
         super().__init__()
+        if stride < 1:
+            raise ValueError(f"kl_stride must be at least 1, got {stride}")
         self.stride = stride
 
     def forward(self, tokens: int, device: torch.device) -> Tensor:
@@ -169,7 +171,7 @@ class GatedBranches(nn.Module):
         self.diverge = self.loss = self.draw = None
         if self.dense or kl_weight:
             self.diverge, self.loss = Divergence(choose, window), AuxiliaryLoss(1.0 if self.dense else kl_weight)
-        if kl_weight and kl_stride > 1 and not self.dense:
+        if kl_weight and kl_stride != 1 and not self.dense:
             self.draw = Draw(kl_stride)
 
     def forward(
