@@ -8,16 +8,18 @@ bf16; the median of replays of a CUDA graph with the L2 cache flushed between th
 MB (`l2_flush`): a step reads weights before its attention. A flush by writing, as the results until 2026-12-01 have it,
 adds some 10 us for the eviction of what it wrote. Dense decoding by torch's FlashAttention and cuDNN is timed beside
 ours. Sparse methods attend to 1/16 of the tokens: pages of 16 that Quest chooses (`quest`: with the estimation;
-`pages`: without) and single tokens (`tokens`). `twilight` estimates a quarter of the tokens, Quest's pages, from 4-bit
-keys; its p is set so that the heads of a KV head want 1/16 of all tokens together (`twilight_list`: the attention
-alone). NSA has its own sizes (`nsa`: 16 blocks of 64, window 512, compressed blocks of 32 at 16). Latents are those of
+`pages`: without) and single tokens (`tokens`). `quest_fp8` estimates from bounds in 8 bits; `same_pages`: the share of
+Quest's pages that it chooses, too. `twilight` estimates a quarter of the tokens, Quest's pages, from 4-bit keys; its p
+is set so that the heads of a KV head want 1/16 of all tokens together (`twilight_list`: the attention alone). NSA has
+its own sizes (`nsa`: 16 blocks of 64, window 512, compressed blocks of 32 at 16). Latents are those of
 DeepSeek-V3.2 (128 heads, 512 + 64 columns): all (`latent`), 2,048 of them (`latent_tokens`), their choice by 64 index
 heads of 128 (`latent_index`), and both (`latent_dsa`).
 
 `gb_per_s` is of the bytes that a method must read at least; `floor_share` is the time that these, or the operations,
 take at the ceiling in benchmarks/measure.py. `over_dense`: the time of the fastest dense call over this one. The
 crossover is the shortest length from which on a method is faster than all dense calls. `error`: the relative error
-against the reference in fp32, at the shortest length, or at 8,192 tokens: the reference needs much memory.
+against the reference in fp32, at the shortest length (`errors_at`), but at 8,192 tokens at most: the reference needs
+much memory.
 
 The longest memory comes first. A row that fails is reported with its error, and the others go on. With --seconds no row
 begins after that time; what is left out is named.

@@ -108,7 +108,7 @@ class Parts:
             None: the input is the same on all ranks.
         gathered_bytes: (shape, bytes per activation) -> bytes of one query head of one token in the inputs of one of
             them.
-        thinned: those of them that get one of so many neighbouring tokens -> how many; others get all.
+        thinned: of these modules, those that get one of n neighbouring tokens -> n. The others get all tokens.
         drawn: modules that draw random numbers of four bytes, kept like `Kind.choices`: ranks with the same KV head
             must get the same ones -> (tokens, KV heads of the rank) -> how many numbers.
         averaged: modules whose tensor is a mean over query heads that choose together, for the probe alone -> whether

@@ -142,6 +142,7 @@ OF_TRAINING = ("kl_weight", "kl_stride")  # keys of the loss
 
 
 def at_work(config: NsaConfig) -> Kind:
+    """What a layer is with these keys: NSA, with the selection's loss of all queries or of some, or the warm-up."""
     if config.phase == "warm-up":
         return WARM_UP
     if not config.kl_weight:
@@ -229,7 +230,7 @@ TAUGHT: Kind = replace(
     NSA,
     title=f"{NSA.title}, whose selection has a loss",
     # Of dense attention's six products forward and backward the loss takes three: both forward, and the scores again.
-    # Of so many queries one has them.
+    # One query in kl_stride has them.
     keys=lambda config, tokens: keys(config, tokens) | {OF_LOSS: (tokens + 1) / 4 / config.kl_stride},
     prices={**NSA.prices, OF_LOSS: "causal"},
     parts=lambda shape, config: replace(
