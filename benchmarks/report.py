@@ -21,7 +21,7 @@ from benchmarks.recall import draw as draw_recall
 from benchmarks.report_decode import decode
 from benchmarks.report_dsa import dsa
 from benchmarks.report_prefill import prefill, prompts
-from benchmarks.report_trainer import preparing, recall, scaling, steady, training
+from benchmarks.report_trainer import draw_validation, preparing, recall, scaling, steady, training, validation
 from nsa.planning import measured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,6 +71,7 @@ def section(result: dict, figure: Path) -> Iterator[str]:
     yield from training(result.get("training", []))
     yield from scaling(result.get("scaling", []))
     yield from recall(result.get("recall", []))
+    yield from validation(result.get("validation", []))
     yield from preparing(result)
 
 
@@ -425,6 +426,8 @@ def page(name: str, result: dict) -> str:
         draw_steps(result, figure)
     if result.get("recall"):
         draw_recall(result["recall"], figure)
+    if result.get("validation"):
+        draw_validation(result["validation"], figure)
     lines += section(result, figure)
     return "\n".join(lines).rstrip() + "\n"
 

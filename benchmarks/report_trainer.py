@@ -1,6 +1,7 @@
 """Tables of what the trainer does: its steps, over time, on several GPUs, learning to recall, preparing text."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from benchmarks.markdown import length, table, words
 
@@ -73,6 +74,41 @@ def recall(runs: list[dict]) -> Iterator[str]:
             for run, at in rows
         ],
     )
+
+
+def validation(runs: list[dict]) -> Iterator[str]:
+    """Validation losses of whole trainings: the lowest and the last."""
+    if not runs:
+        return
+    yield "### Validation loss, nats\n"
+    header = ["attention", "seed", "lowest", "at step", "last", "at step"]
+    cells: list[list[object]] = []
+    for run in runs:
+        lowest, last = min(run["curve"], key=lambda at: at["validation_loss"]), run["curve"][-1]
+        losses = [f"{at['validation_loss']:.3f}" for at in (lowest, last)]
+        cells.append([run["kind"], run["seed"], losses[0], lowest["step"], losses[1], last["step"]])
+    yield from table(header, cells)
+
+
+def draw_validation(runs: list[dict], path: Path) -> None:
+    """Validation loss by tokens seen, a line a seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    colours = {kind: f"C{number}" for number, kind in enumerate(dict.fromkeys(run["kind"] for run in runs))}
+    lowest, first = min(at["validation_loss"] for run in runs for at in run["curve"]), runs[0]["seed"]
+    for run in runs:
+        x = [at["tokens"] / 1e6 for at in run["curve"]]
+        y = [at["validation_loss"] for at in run["curve"]]
+        axis.plot(x, y, color=colours[run["kind"]], label=run["kind"] if run["seed"] == first else None)
+    axis.set(xlabel="million tokens trained on", ylabel="validation loss, nats", ylim=(lowest - 0.1, lowest + 1.2))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def preparing(result: dict) -> Iterator[str]:
