@@ -72,6 +72,16 @@ def test_bounds_in_fp8_that_grow_equal_those_of_the_whole() -> None:
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_bounds_of_two_dtypes_do_not_grow(narrow: int) -> None:
+    """Nor does one of them: the message comes before a change."""
+    bounds = [torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16) for _ in range(2)]
+    bounds[narrow] = bounds[narrow].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="low and high must have one dtype, got .*(bfloat16|e4m3fn)"):
+        ops.extend_page_bounds(*bounds, torch.ones(1, 1, 4).bfloat16(), torch.tensor([1]), page_size=4)
+    assert all(not bound.float().any() for bound in bounds)
+
+
 @pytest.mark.parametrize("backend", ["torch", "naive"])
 def test_pages_by_bounds_in_fp8_are_those_of_the_same_numbers(backend: str) -> None:
     for case in QUEST_CASES:

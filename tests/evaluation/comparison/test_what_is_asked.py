@@ -12,6 +12,7 @@ from nsa.evaluation.comparison.cells import Cells
 from nsa.evaluation.comparison.config import MethodConfig, load
 from nsa.evaluation.comparison.models import Candidate
 from nsa.evaluation.comparison.runner import Comparison
+from nsa.strict_yaml import ConfigError
 
 
 def candidate(name: str, seed: int | None = None, trained: str = "dense") -> Candidate:
@@ -42,6 +43,24 @@ def test_controls_come_first_unless_they_are_named_and_what_sets_its_threshold_h
     expected = [(n, b) for n in asked for b in ([None] if "p=" in n else [0.5, 0.25])]
     assert arms(dense, True) == arms(nsa, True) == expected
     assert comparison.most == (3 + 2 * len(expected)) * 2  # at two lengths of one task
+
+
+@pytest.mark.parametrize("written", ["{name: quest, fp8: false}", "{name: quest, page: 16, over_group: sum}"])
+def test_a_setting_that_says_the_default_makes_no_other_arm(written: str, tmp_path: Path) -> None:
+    """Nor another configuration: results that were begun with the one are gone on with by the other."""
+    path = str(configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")}))
+    said, plain = (load(path, [f"methods=[{method}]"]) for method in (written, "quest"))
+    assert [method.label for method in said.methods] == ["quest"]
+    assert said == plain and said.model_dump_json() == plain.model_dump_json()
+    with pytest.raises(ConfigError, match="quest is there twice"):
+        load(path, [f"methods=[{written}, quest]"])
+
+
+def test_a_threshold_that_is_its_default_is_said_all_the_same(tmp_path: Path) -> None:
+    """Said, it is not fitted to the budgets; a default beside it goes."""
+    path = configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")})
+    (method,) = load(str(path), ["methods=[{name: double_p, p2: 0.7, p1: 0.95}]"]).methods
+    assert method.label == "double_p,p2=0.7" and method.settings == {"p2": 0.7}
 
 
 @pytest.mark.parametrize(
