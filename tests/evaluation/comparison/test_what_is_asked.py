@@ -109,7 +109,7 @@ def test_a_cell_says_how_it_was_asked(watch: bool, siblings: dict[str, Path], tm
         (None, None), (0.5, None), (24 / 64, 24), (1.0, None),
     ]  # fmt: skip
     assert dense.dense_layers == [] and half.dense_layers == full.dense_layers == [1]
-    assert dense.settings == {} and half.settings == quest.build(cells._method(arms[1], None).budget).settings()  # type: ignore[arg-type,union-attr]
+    assert dense.settings == {} and half.settings == quest.build(cells._method(arms[1], None, None).budget).settings()  # type: ignore[arg-type,union-attr]
     assert len(half.settings) > 0 and half.settings["page"] == 4
     assert (half.group, half.scope, half.phases, dense.phases) == ("retrieval", "single", ["decode"], [])
     assert [("changes" in cell.figures, "kept_mass" in cell.figures) for cell in (half, tokens, full)] == [
