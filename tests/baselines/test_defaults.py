@@ -52,3 +52,22 @@ def test_a_bare_name_has_these_settings(kind: type[Method]) -> None:
     assert found == DEFAULTS.get(kind.name, {})
     if said := re.search(r"of (\d+)", kind.axes.unit):
         assert int(said[1]) in found.values(), "the axis names the size of a unit"
+
+
+PROMPTS = {"block_sparse", "block_sparse_frontier", "vertical_slash", "vertical_slash_blocks", "minference", "qwen_1m"}
+PROMPTS |= {"flexprefill", "flexprefill_released"}
+WALKS = {"sketch_walk", "sketch_walk_damped"}
+CONTROLS = {"oracle_topk", "oracle_topp", "random", "sink_window"}
+STREAMS = {"streaming_llm", "lm_infinite"}
+
+
+def test_what_methods_say_of_themselves() -> None:
+    """Which identities a method must keep follows from this: one that claims less would be looked at less."""
+    said = {
+        flag: {m.name for m in METHODS if getattr(m, flag)} for flag in ("causal", "chunkable", "stepwise", "alone")
+    }
+    names = {kind.name for kind in METHODS}
+    assert said["causal"] == said["chunkable"] == names - PROMPTS - WALKS
+    assert said["stepwise"] == CONTROLS | STREAMS | {"dual_chunk"} and said["alone"] == names - WALKS
+    assert {m.name for m in METHODS if "prefill" in m.phases} == CONTROLS | STREAMS | PROMPTS | WALKS
+    assert {m.name for m in METHODS if "decode" in m.phases} == names - PROMPTS - {"dense", "dual_chunk"}

@@ -12,6 +12,7 @@ from sessions import HEADS, inputs
 
 from nsa.baselines import Budget, BudgetError
 from nsa.baselines.importance.draws import mixed
+from nsa.baselines.importance.sampling import _half_width as half_width
 from nsa.baselines.importance.sampling import sample
 from nsa.baselines.methods.vattention import VAttention
 from nsa.baselines.methods.vattention_released import VAttentionReleased
@@ -143,6 +144,21 @@ def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -
     args = {"epsilon": 1e-6, "delta": delta, "least": 32, "share": 0.0, "bound": bound, "ceiling": top}
     drawn = sample(scores, fixed, ~fixed, draw, **args)
     assert (drawn.size == n).all() and torch.equal(drawn.sampled, ~fixed), "never more than there are"
+
+
+@pytest.mark.parametrize("b", [1, 2, 7, 8, 9, 16])
+def test_widths_are_those_of_the_inequalities(b: int) -> None:
+    """Bardenet and Maillard, corollary 2.5 and theorem 4.3, for 16 numbers: half of them or fewer have a factor apart."""
+    n, delta, variance, highest = 16, 0.05, 0.3, 1.7
+    given = (torch.tensor(x, dtype=torch.float64) for x in (variance, highest, b, n, delta))
+    variances, *others = given
+    rho = 1 - (b - 1) / n if b <= n / 2 else (1 - b / n) * (1 + 1 / b)
+    kappa = 7 / 3 + 3 / math.sqrt(2)
+    hoeffding = highest * math.sqrt(rho * math.log(2 / delta) / (2 * b))
+    bernstein = math.sqrt(variance) * math.sqrt(2 * rho * math.log(10 / delta) / b)
+    bernstein += kappa * highest * math.log(10 / delta) / b
+    assert float(half_width("hoeffding", variances, *others)) == pytest.approx(hoeffding, rel=1e-12)
+    assert float(half_width("bernstein", variances, *others)) == pytest.approx(bernstein, rel=1e-12)
 
 
 def test_one_sided_z_covers_less_than_it_says() -> None:
