@@ -148,7 +148,7 @@ def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -
 
 @pytest.mark.parametrize("b", [1, 2, 7, 8, 9, 16])
 def test_widths_are_those_of_the_inequalities(b: int) -> None:
-    """Bardenet and Maillard, corollary 2.5 and theorem 4.3, for 16 numbers: half of them or fewer have a factor apart."""
+    """Bardenet and Maillard, corollary 2.5 and theorem 4.3, of 16 numbers; up to half of them has its own factor."""
     n, delta, variance, highest = 16, 0.05, 0.3, 1.7
     given = (torch.tensor(x, dtype=torch.float64) for x in (variance, highest, b, n, delta))
     variances, *others = given
