@@ -237,7 +237,7 @@ def test_what_is_kept_is_what_was_counted(tmp_path: Path) -> None:
     for seconds, key in ((1.0, ("prefill", 1)), (1 / 3, ("decode", 0)), (2.5, ("prefill", 1))):
         counts = Counts(*torch.rand(7, 3, generator=generator, dtype=torch.float64))
         one.ledger.add(*key, counts)
-        one.ledger.add(*key, counts, beside=True)
+        one.ledger.add(*key, counts + counts, beside=True)
         one.ledger.ran.add(key)
         one.add([Answer(int(seconds), 1, None), Answer(2, 3, 0.1)], seconds, [*one.figures, {"sink_mass": seconds}])
     other = Begun(path, by)
