@@ -107,6 +107,20 @@ def test_a_plan_means_what_loops_compute(of: int, interleaved: bool, monkeypatch
             torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, TOKENS, 1), (2, GROUPS, 1, TOKENS), (1, HEADS, TOKENS, 1)], ids=str)
+def test_a_weight_may_be_of_queries_or_of_keys_alone(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it were written out for each pair; also where queries are taken a few at a time."""
+    q, k, v = inputs(TOKENS, layers=1).layers[0]
+    slots = PLACES[..., None].expand(-1, -1, GROUPS)
+    view = View(q, k, v, PLACES, slots, torch.full((2,), TOKENS), WIDTH**-0.5, 0, 1, True, True)
+    weight, heads = torch.randn(shape), max(shape[1], GROUPS)
+    keep = torch.ones(2, heads, TOKENS, TOKENS, dtype=torch.bool)
+    expected = attend(view, Plan((Part(keep, log_weight=weight.expand(2, heads, TOKENS, TOKENS)),)))
+    monkeypatch.setattr(attention, "row_blocks", lambda view: torch.arange(TOKENS).split(4))
+    for mine, theirs in zip(attend(view, Plan((Part(keep, log_weight=weight),))), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_what_is_dense_attention_and_what_is_not() -> None:
     """The ledger counts a plan that says so as dense, without a look at its mask."""
     q, k, v = inputs(TOKENS, layers=1).layers[0]

@@ -51,6 +51,19 @@ def test_a_layer_that_learns_nothing_has_no_figure(tmp_path, overrides, shown):
     assert all(value > 0 for value in figures.values())
 
 
+def test_without_a_loss_there_are_no_figures(tmp_path):
+    assert not [name for name in figures_of_a_step(tiny_config(tmp_path)) if name.startswith("attention/")]
+
+
+def test_layers_of_another_stage_have_none_here(tmp_path):
+    """All are named, since all ranks sum alike; those that are here are asked."""
+    config = tiny_config(tmp_path, DSA % 1, "attention.kind=dsa", *PART)
+    model = Decoder(config.model, config.attention, backend="torch")
+    model.layers[0] = torch.nn.Identity()
+    losses = AttentionLosses(model, config, RANKS, GRID)  # type: ignore[arg-type]
+    assert list(losses.here) == [1] and list(losses.means()) == [f"attention/indexer_kl/layer_0{n}" for n in (0, 1)]
+
+
 def test_all_that_is_trained_has_figures(tmp_path):
     overrides = [DSA % 1, "attention.kind=[dsa, nsa]", f"{TAUGHT}, kl_weight: 1}}", EXPERTS]
     figures = figures_of_a_step(tiny_config(tmp_path, *overrides))
