@@ -149,11 +149,7 @@ def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -
 
 def test_the_ceiling_is_the_highest_bound_of_what_is_left() -> None:
     """By loops over pages of 4. One that is too high is no error: it only costs samples."""
-    method, state, given = (
-        VAttention(budget=Budget(tokens=12), window=4, page=4),
-        State(shared={}),
-        inputs(41, layers=1),
-    )
+    method, state = VAttention(budget=Budget(tokens=12), window=4, page=4), State(shared={})
     (q, k, v), place = inputs(41, layers=1).layers[0], torch.arange(41).expand(2, 41)
     slots = place[..., None].expand(-1, -1, k.shape[2])
     options = (place[:, :40], slots[:, :40], torch.full((2,), 40), 0.25, 0, 1)
