@@ -167,6 +167,15 @@ def test_the_fallback_equals_the_definition(case, over_group: str) -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_short_sequence_has_its_pages_and_no_others(backend: str) -> None:
+    """Of 5 pages that are asked for, and 4 that there are room for: 2 and 1 with tokens, and of no tokens none."""
+    lengths = torch.tensor([7, 4, 0], dtype=torch.int32)
+    low, high = ops.page_bounds(torch.randn(3, 16, 1, 4), lengths, page_size=4)
+    found = ops.quest_pages(torch.randn(3, 2, 4), low, high, lengths, page_size=4, topk=5, backend=backend)
+    assert found[:, 0].tolist() == [[0, 1, -1, -1, -1], [0, -1, -1, -1, -1], [-1] * 5] and found.dtype == torch.int32
+
+
 @pytest.mark.parametrize("over_group", ["sum", "max"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pages_are_those_of_the_baseline(backend: str, over_group: str) -> None:

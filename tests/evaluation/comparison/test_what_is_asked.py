@@ -56,6 +56,21 @@ def test_a_setting_that_says_the_default_makes_no_other_arm(written: str, tmp_pa
         load(path, [f"methods=[{written}, quest]"])
 
 
+RANGES = {"samples": (1, 0), "queries": (1, 0), "batch_tokens": (1, 0), "decode_batch_tokens": (1, 0)}
+RANGES |= {"calibration_samples": (1, 0), "trainings_per_gpu": (1, 0), "floor": (0.0, -0.1)}
+
+
+@pytest.mark.parametrize(("key", "there", "beyond"), [(key, *values) for key, values in RANGES.items()])
+def test_the_least_of_a_number_is_taken_and_less_is_refused(key: str, there: Any, beyond: Any, tmp_path: Path) -> None:
+    path = str(configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")}))
+    assert getattr(load(path, [f"{key}={there}"]), key) == there
+    with pytest.raises(ConfigError, match=key):
+        load(path, [f"{key}={beyond}"])
+    assert load(path, ["floor=1.0"]).floor == 1
+    with pytest.raises(ConfigError, match="floor"):
+        load(path, ["floor=1.01"])
+
+
 def test_a_threshold_that_is_its_default_is_said_all_the_same(tmp_path: Path) -> None:
     """Said, it is not fitted to the budgets; a default beside it goes."""
     path = configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")})
