@@ -82,8 +82,11 @@ def test_layers_of_another_stage_have_none_here(tmp_path):
     config = tiny_config(tmp_path, DSA % 1, "attention.kind=dsa", *PART)
     model = Decoder(config.model, config.attention, backend="torch")
     model.layers[0] = torch.nn.Identity()
-    losses = AttentionLosses(model, config, RANKS, GRID)  # type: ignore[arg-type]
-    assert list(losses.here) == [1] and list(losses.means()) == [f"attention/indexer_kl/layer_0{n}" for n in (0, 1)]
+    others = SimpleNamespace(device=torch.device("cpu"), sum=lambda seen: seen.add_(torch.tensor([3.0, 5.0])))
+    losses = AttentionLosses(model, config, others, GRID)  # type: ignore[arg-type]
+    assert list(losses.here) == [1]
+    found = {f"attention/indexer_kl/layer_0{layer}": part / losses.tokens for layer, part in enumerate((3.0, 5.0))}
+    assert losses.means() == found
 
 
 def test_all_that_is_trained_has_figures(tmp_path):

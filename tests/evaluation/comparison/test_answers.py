@@ -71,8 +71,13 @@ def test_as_many_are_read_at_once_as_there_are_tokens_for(batch_tokens: int, tog
     task = task_named("niah_single_1", new_tokens=1)
     samples = [Sample(np.array([256, 65, 65]), (Query(np.array([65]), np.array([66]), ("1",)),), 0.0)] * 5
     reader = Scripted([])
-    reader.read = lambda ids: torch.zeros(len(ids), 256)  # type: ignore[method-assign]
-    batches = list(ask(reader, Bytes(), task, samples, aware=aware, batch_tokens=batch_tokens))
+    held: list[bool] = []
+    reader.read = lambda ids: held.append(True) or torch.zeros(len(ids), 256)  # type: ignore[method-assign]
+    reader.begin = lambda: held.append(False)  # type: ignore[method-assign]
+    batches = []
+    for batch in ask(reader, Bytes(), task, samples, aware=aware, batch_tokens=batch_tokens):
+        assert not held[-1], "between batches nothing is held"
+        batches.append(batch)
     assert [len(batch) for batch in batches] == [together] * (5 // together) + [1] * (5 % together)
     assert [(answer.sample, answer.query) for batch in batches for answer in batch] == [(i, 0) for i in range(5)]
 
