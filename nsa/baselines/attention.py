@@ -96,5 +96,5 @@ def _scores_of(view: View, part: Part, rows: Tensor) -> Tensor:
     scores = score(*moved(view, part, rows), view.scale)
     if part.log_weight is not None:
         weight = part.log_weight[:, :, rows] if part.log_weight.shape[2] > 1 else part.log_weight
-        scores = scores + view.per_head(weight)
+        scores = scores + (view.per_head(weight) if weight.shape[1] > 1 else weight)
     return scores

@@ -55,8 +55,8 @@ def _log_weights(view: View, parts: tuple[Part, ...], keep: Tensor) -> Tensor | 
     total = torch.zeros(keep.shape, device=keep.device)
     for part in parts:
         if part.log_weight is not None:
-            weight = part.log_weight[:, :, 0].expand(-1, -1, keep.shape[2])
             mask = part.mask(row, keep.shape[2])[:, :, 0]
+            weight = part.log_weight[:, :, 0].expand(-1, mask.shape[1], keep.shape[2])
             if keep.shape[1] != view.k.shape[2]:  # a list for each query head
                 weight, mask = view.per_head(weight), view.per_head(mask)
             total = torch.where(mask, weight, total)

@@ -42,6 +42,10 @@ def test_each_sequence_has_its_own_length_and_its_own_overhead() -> None:
     assert squares.tolist() == [[[20 - 4]], [[20 - 8]]], "4.5 is rounded to even"
 
 
+def test_a_budget_is_told_as_it_was_given() -> None:
+    assert [str(Budget(share=0.25)), str(Budget(tokens=64))] == ["0.25", "64 tokens"]
+
+
 BAD = [{}, {"share": 0.5, "tokens": 3}, {"share": 0.0}, {"share": 1.1}, {"tokens": 0}, {"tokens": 3, "counts": "k"}]
 
 

@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from sessions import WIDTH, half, inputs
+import torch
+from sessions import GROUPS, HEADS, WIDTH, half, inputs
+from views import view_of
 
-from nsa.baselines import METHODS, Budget, Method, Session, View, method_named
+from nsa.baselines import METHODS, Budget, Ledger, Method, Session, View, method_named
 from nsa.baselines.methods.flexprefill import FlexPrefill
 from nsa.baselines.plan import Estimate, Plan
 
@@ -112,3 +114,26 @@ def test_clusters_that_are_made_while_decoding_are_paid_for() -> None:
     extra = [a.read - b.read for a, b in zip(found, plain, strict=True)]
     # at the 48th token: 8 tokens, 2 centroids, 10 times; from then on two more centroids are looked at
     assert extra == [0] * 8 + [10 * 8 * WIDTH + 2 * (WIDTH + 1), 2 * (WIDTH + 1)]
+
+
+@pytest.mark.parametrize("lists", [GROUPS, HEADS], ids=["per KV head", "per query head"])
+@pytest.mark.parametrize("size", [4, 1], ids=["blocks", "tokens"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_each_kv_head_has_its_own_counts(lists: int, size: int, whole: bool) -> None:
+    """Three sequences, so that no sum over them can be one over KV heads; also after an eviction."""
+    tokens, batch, view = 24, 3, view_of(24, batch=3)
+    keep = torch.rand(batch, lists, tokens // size, tokens // size) < torch.tensor([0.2, 0.9]).repeat_interleave(
+        lists // GROUPS
+    ).view(1, -1, 1, 1)
+    if not whole:
+        view = replace(view, positions=view.positions.masked_fill(view.positions == 5, -1))  # it was evicted
+    ledger = Ledger()
+    ledger.record(view, Plan.of(keep, unit=size, tile=size))
+    mask = keep.repeat_interleave(size, 2).repeat_interleave(size, 3).tril()
+    if not whole:
+        mask[..., 5] = False
+    heads = mask.repeat_interleave(HEADS // lists, 1).unflatten(1, (GROUPS, GROUP)).double()
+    counts = ledger.counts["prefill", 0]
+    assert counts.attended.tolist() == heads.sum((0, 2, 3, 4)).tolist()
+    assert counts.reads.tolist() == (heads.amax(2).sum((0, 2, 3)) * 2 * WIDTH).tolist()
+    assert counts.visible.tolist() == [batch * tokens * (tokens + 1) / 2 * GROUP] * GROUPS

@@ -477,8 +477,12 @@ def test_the_mass_that_was_evicted_is_missed(kind: type[Method]) -> None:
     [
         ("snapkv", {"kernel": 4}),
         ("snapkv", {"pooling": "mean"}),
+        ("snapkv", {"group": "sum"}),
+        ("snapkv", {"window": 0}),
         ("ada_snapkv", {"safeguard": 2.0}),
+        ("ada_snapkv", {"kernel": 4}),
         ("pyramidkv", {"beta": 0.5}),
+        ("pyramidkv", {"pooling": "mean"}),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(name: str, settings: dict[str, Any]) -> None:

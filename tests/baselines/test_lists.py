@@ -1,9 +1,12 @@
 """A plan as masks and as lists."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from sessions import half, inputs, run
+from sessions import GROUPS, HEADS, half, inputs, run
 from torch import Tensor
+from views import view_of
 
 from nsa.baselines import METHODS, Method, Part, Plan, View
 from nsa.baselines.attention import attend
@@ -49,3 +52,16 @@ def test_lists_for_kernels_give_what_the_plan_means(kind: type[Method], monkeypa
     monkeypatch.setattr("nsa.baselines.session.attend", both)
     run(half(kind), inputs(52, layers=2), prompt=48, padding=torch.tensor([0, 5]))
     assert len(listed) == 8 and all(listed) == (kind.name not in ("streaming_llm", "lm_infinite"))
+
+
+@pytest.mark.parametrize("heads", [GROUPS, HEADS])
+def test_a_weight_of_all_heads_is_each_ones_own(heads: int) -> None:
+    """In a list for each KV head, and for each query head where another part has that."""
+    view = view_of(12, batch=2)
+    view = replace(view, q=view.q[:, -1:], query_positions=view.query_positions[:, -1:], prompt=False)
+    weight, first = torch.randn(1, 1, 1, 12), torch.rand(2, GROUPS, 1, 12) < 0.5
+    other = Part((torch.rand(2, heads, 1, 12) < 0.5) & ~first.repeat_interleave(heads // GROUPS, 1))
+    found = attend_listed(view, Plan((Part(first, log_weight=weight), other)))
+    written = Part(first, log_weight=weight.expand(2, GROUPS, 1, 12))
+    for ours, theirs in zip(found, attend(view, Plan((written, other))), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)

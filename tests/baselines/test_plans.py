@@ -1,5 +1,6 @@
 """What a plan means, against loops in float64: all that it may have, at once, whole and by blocks of queries."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -38,6 +39,17 @@ def turned(x: Tensor, by: int, frequencies: Tensor, interleaved: bool) -> Tensor
     angles = torch.polar(torch.ones(len(frequencies)).double(), by * frequencies.double())
     made = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * angles)
     return torch.cat([(made if interleaved else made.T).reshape(-1), x[width:]])
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "pairs"])
+def test_a_turned_vector_has_its_dims_where_they_were(interleaved: bool) -> None:
+    """Scores alone do not say: queries and keys whose dims change places alike have the same products."""
+    turn, x = Turn(torch.tensor([1.0, 0.3]), interleaved), torch.randn(2, 3, 2, 6)
+    by = torch.randint(-9, 9, (2, 3, 2))
+    found = turn(x, by)
+    for b, t, n in itertools.product(range(2), range(3), range(2)):
+        expected = turned(x[b, t, n].double(), int(by[b, t, n]), turn.frequencies, interleaved)
+        torch.testing.assert_close(found[b, t, n].double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_are_exact_in_any_dtype() -> None:
@@ -93,6 +105,20 @@ def test_a_plan_means_what_loops_compute(of: int, interleaved: bool, monkeypatch
     for found in (together, attend(view, plan)):
         for mine, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, TOKENS, 1), (2, GROUPS, 1, TOKENS), (1, HEADS, TOKENS, 1)], ids=str)
+def test_a_weight_may_be_of_queries_or_of_keys_alone(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it were written out for each pair; also where queries are taken a few at a time."""
+    q, k, v = inputs(TOKENS, layers=1).layers[0]
+    slots = PLACES[..., None].expand(-1, -1, GROUPS)
+    view = View(q, k, v, PLACES, slots, torch.full((2,), TOKENS), WIDTH**-0.5, 0, 1, True, True)
+    weight, heads = torch.randn(shape), max(shape[1], GROUPS)
+    keep = torch.ones(2, heads, TOKENS, TOKENS, dtype=torch.bool)
+    expected = attend(view, Plan((Part(keep, log_weight=weight.expand(2, heads, TOKENS, TOKENS)),)))
+    monkeypatch.setattr(attention, "row_blocks", lambda view: torch.arange(TOKENS).split(4))
+    for mine, theirs in zip(attend(view, Plan((Part(keep, log_weight=weight),))), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_what_is_dense_attention_and_what_is_not() -> None:

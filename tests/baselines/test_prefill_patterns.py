@@ -53,10 +53,10 @@ def test_a_mean_is_of_the_tokens_that_a_block_has() -> None:
     """Not of empty places after the last token, nor of padding, which moves no border."""
     x = torch.randn(1, 12, 1, 4, generator=torch.Generator().manual_seed(0))
     positions = (torch.arange(12) - 2).clamp(min=-1)[None]
-    means, counts = pooled(x, positions, 4, 3)
+    means, counts = pooled(x, positions, 4, 4)
     wanted = torch.stack([x[0, 2:6, 0].mean(0), x[0, 6:10, 0].mean(0), x[0, 10:, 0].mean(0)])
-    torch.testing.assert_close(means[0, 0], wanted)
-    assert counts.tolist() == [[[4, 4, 2]]]
+    torch.testing.assert_close(means[0, 0, :3], wanted)
+    assert counts.tolist() == [[[4, 4, 2, 0]]] and means[0, 0, 3].tolist() == [0.0] * 4, "nor one of nothing"
 
 
 def test_a_block_whose_mean_is_aligned_is_found_and_one_token_alone_is_not() -> None:

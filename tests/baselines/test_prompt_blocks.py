@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from sessions import GROUPS, inputs, run
+from sessions import GROUPS, HEADS, inputs, run
 from views import view_of
 
 from nsa import ops
@@ -45,6 +45,16 @@ def test_blocks_give_what_the_plan_means(method: Method, backend: str) -> None:
         found, expected = prompt.attend_blocks(view, plan, backend=backend), attend(view, plan)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_a_kv_head_and_columns_of_a_query_head_go_together() -> None:
+    """With as many blocks as query heads, which are told apart all the same."""
+    view = view_of(4 * HEADS, batch=2)
+    blocks, columns = torch.rand(2, GROUPS, HEADS, HEADS) < 0.5, torch.rand(2, HEADS, 1, 4 * HEADS) < 0.3
+    plan = Plan((Part(blocks | torch.eye(HEADS, dtype=torch.bool), unit=4, tile=4), Part(columns)))
+    assert prompt.can_list(view, plan) and prompt.pairs_of(view, plan) is None
+    for ours, theirs in zip(prompt.attend_blocks(view, plan), attend(view, plan), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

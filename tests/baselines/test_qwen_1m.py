@@ -199,6 +199,7 @@ def test_refinement_goes_on_until_the_longest_sequence_keeps_enough() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="local"):
         DualChunk(chunk=8, local=8)
+    assert DualChunk(chunk=8, local=0).local == Qwen1M(chunk=8, local=0).local == 0, "no distance over a border"
     with pytest.raises(ValueError, match="at least 1"):
         Qwen1M(factors=((0.5,),))
     with pytest.raises(ValueError, match="threshold"):

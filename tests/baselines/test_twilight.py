@@ -158,3 +158,4 @@ def test_settings_name_the_base_and_bad_ones_are_refused() -> None:
     for bad in ({"p": 1.5}, {"bits": 1}):
         with pytest.raises(ValueError, match=r"p must|bits"):
             Twilight(**bad)
+    assert [Twilight(bits=bits, p=p).bits for bits, p in ((2, 0.0), (16, 1.0))] == [2, 16]

@@ -10,9 +10,11 @@ import torch
 from decoding import decoded
 from sessions import HEADS, inputs
 
-from nsa.baselines import Budget, BudgetError
+from nsa.baselines import Budget, BudgetError, View
 from nsa.baselines.importance.draws import mixed
+from nsa.baselines.importance.sampling import _half_width as half_width
 from nsa.baselines.importance.sampling import sample
+from nsa.baselines.method import State
 from nsa.baselines.methods.vattention import VAttention
 from nsa.baselines.methods.vattention_released import VAttentionReleased
 
@@ -143,6 +145,39 @@ def test_finite_bounds_double_the_sample_as_their_inequalities_say(bound: str) -
     args = {"epsilon": 1e-6, "delta": delta, "least": 32, "share": 0.0, "bound": bound, "ceiling": top}
     drawn = sample(scores, fixed, ~fixed, draw, **args)
     assert (drawn.size == n).all() and torch.equal(drawn.sampled, ~fixed), "never more than there are"
+
+
+def test_the_ceiling_is_the_highest_bound_of_what_is_left() -> None:
+    """By loops over pages of 4. One that is too high is no error: it only costs samples."""
+    method, state = VAttention(budget=Budget(tokens=12), window=4, page=4), State(shared={})
+    (q, k, v), place = inputs(41, layers=1).layers[0], torch.arange(41).expand(2, 41)
+    slots = place[..., None].expand(-1, -1, k.shape[2])
+    options = (place[:, :40], slots[:, :40], torch.full((2,), 40), 0.25, 0, 1)
+    method.observe(View(q[:, :40], k[:, :40], v[:, :40], *options, True, True), None, state)
+    step = View(q[:, 40:], k, v, place[:, 40:], slots, torch.full((2,), 41), 0.25, 0, 1, False, True)
+    fixed, residual, highest, _ = method._heavy(step, state)
+    assert (fixed ^ residual).all() and (fixed.sum(-1) == 12).all()
+    for b, h in itertools.product(range(2), range(HEADS)):
+        g, bounds = h // step.group, []
+        for token in residual[b, g].nonzero()[:, 0].tolist():
+            page = k[b, token // 4 * 4 : token // 4 * 4 + 4, g]
+            bounds.append(float(torch.maximum(q[b, 40, h] * page.amin(0), q[b, 40, h] * page.amax(0)).sum()) * 0.25)
+        assert float(highest[b, h, 0]) == pytest.approx(max(bounds), rel=1e-5)
+
+
+@pytest.mark.parametrize("b", [1, 2, 7, 8, 9, 16])
+def test_widths_are_those_of_the_inequalities(b: int) -> None:
+    """Bardenet and Maillard, corollary 2.5 and theorem 4.3, of 16 numbers; up to half of them has its own factor."""
+    n, delta, variance, highest = 16, 0.05, 0.3, 1.7
+    given = (torch.tensor(x, dtype=torch.float64) for x in (variance, highest, b, n, delta))
+    variances, *others = given
+    rho = 1 - (b - 1) / n if b <= n / 2 else (1 - b / n) * (1 + 1 / b)
+    kappa = 7 / 3 + 3 / math.sqrt(2)
+    hoeffding = highest * math.sqrt(rho * math.log(2 / delta) / (2 * b))
+    bernstein = math.sqrt(variance) * math.sqrt(2 * rho * math.log(10 / delta) / b)
+    bernstein += kappa * highest * math.log(10 / delta) / b
+    assert float(half_width("hoeffding", variances, *others)) == pytest.approx(hoeffding, rel=1e-12)
+    assert float(half_width("bernstein", variances, *others)) == pytest.approx(bernstein, rel=1e-12)
 
 
 def test_one_sided_z_covers_less_than_it_says() -> None:

@@ -164,6 +164,11 @@ def test_another_source_does_not_reorder_the_text(prepared: PreparedData, config
     assert all(np.array_equal(s.tokens, alone[i].tokens) for i, s in enumerate(mixed))
 
 
+def test_there_are_two_splits(prepared: PreparedData, config: DataConfig) -> None:
+    with pytest.raises(ValueError, match="split must be train or validation, not 'test'"):
+        SampleStream(prepared, config, "test", 0)
+
+
 def test_a_source_that_was_not_prepared(prepared: PreparedData, config: DataConfig) -> None:
     other = config.sources[0].model_copy(update={"name": "other"})
     with pytest.raises(ValueError, match="'other' is not in"):

@@ -4,11 +4,14 @@ and the same where the loss goes on in the sparse phase."""
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from nsa import ops
 from nsa.layers import DenseAttention, NativeSparseAttention
 from nsa.layers.figure import values
+from nsa.layers.kind import Shape
 from nsa.layers.nsa import figures
+from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure, measure_taught, measure_warm_up
 from nsa.layers.nsa.kind import WARM_UP
 from nsa.layers.rotary import Rotary
@@ -325,3 +328,21 @@ def test_figures_of_a_known_selection() -> None:
         most += sum(sorted(blocks)[-2:])
     assert found["choice_mass"] == pytest.approx(mass / 40)
     assert found["recall_bound"] == pytest.approx(most / mass)
+
+
+@pytest.mark.parametrize("compression", ["mlp", "pooled"])
+@pytest.mark.parametrize("phase", ["warm-up", "sparse"])
+def test_products_of_the_compression_are_those_that_are_computed(phase: str, compression: str) -> None:
+    """Where the loss of the selection alone trains: in the warm-up keys' compression learns, its inputs do not. Of many
+    tokens, so that the ends of a sample and the positions in a block hardly count."""
+    tokens, config = 4000, NsaConfig(**SIZES, phase=phase, key_compression=compression)
+    layer, x = layer_of(phase=phase, key_compression=compression), torch.randn(1, tokens, 2, 6, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        found = layer.compress.key(x)
+        if phase == "warm-up":
+            found.sum().backward()
+        with torch.no_grad():
+            layer.compress.value(x[..., :4])
+    listed = WARM_UP.products(Shape(16, 4, 2, 6, 4, 100.0), config)[2:]
+    expected = sum(2 * tokens * p.rows * p.inner * p.outer * p.alone for p in listed)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)

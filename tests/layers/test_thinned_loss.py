@@ -1,5 +1,6 @@
 """NSA's loss of the selection where it looks at one of several neighbouring queries (``kl_stride``)."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nsa.layers.figure import values
+from nsa.layers.kind import OF_LOSS, Shape
 from nsa.layers.nsa.config import NsaConfig
 from nsa.layers.nsa.figures import measure_taught
 from nsa.layers.nsa.kind import NSA
@@ -182,6 +184,40 @@ def test_in_the_warm_up_and_without_a_loss_nothing_is_drawn() -> None:
 def test_an_export_does_not_say_how_its_selection_was_taught() -> None:
     assert set(NsaConfig.model_fields) - set(NSA.export) == {"kl_weight", "kl_stride"}
     assert {"kl_weight", "kl_stride"} <= set(NSA.free)
+
+
+SMALL = {"compress_length": 4, "compress_stride": 2, "block_size": 4, "num_blocks": 4, "num_initial": 1, "num_local": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "last", "message"),
+    [
+        ({"window": 3}, 8, "no block beside the initial and local ones"),  # two blocks of 4
+        ({"window": 20}, 24, "the window .* reaches all of a sample"),  # behind a block of 4
+        ({"window": 3, "kl_stride": 31}, 30, "kl_stride .31. exceeds a sample .30 tokens"),
+    ],
+)
+@pytest.mark.parametrize("phase", ["sparse", "warm-up"])
+def test_a_sample_in_which_nothing_is_taught_is_refused(keys: dict, last: int, message: str, phase: str) -> None:
+    """Of the longest such sample; one token more is enough. In the warm-up no stride counts."""
+    config = NsaConfig(**{**SMALL, "kl_weight": 1.0, "phase": phase, **keys})
+    problem = NSA.placed(config, 0).problem
+    if phase == "warm-up" and "kl_stride" in keys:
+        assert problem(config, last) is None
+    else:
+        assert re.search(message, problem(config, last) or "")
+    assert problem(config, last + 1) is None
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 9])
+def test_a_plan_knows_how_many_are_drawn_and_what_they_cost(tokens: int) -> None:
+    """A loss of all queries costs half of what dense attention costs, forward and backward."""
+    config, shape = NsaConfig(**SMALL, window=3, kl_weight=1.0, kl_stride=4), Shape(16, 4, 2, 6, 4, 100.0)
+    kind = NSA.placed(config, 0)
+    (count,) = kind.parts(shape, config).drawn.values()
+    assert count(tokens, 2) == len(Draw(4)(tokens, torch.device("cpu")))
+    seen = sum(range(1, tokens + 1)) / tokens
+    assert kind.keys(config, tokens)[OF_LOSS] == seen / 2 / 4
 
 
 @pytest.mark.parametrize("stride", [0, -2])

@@ -72,6 +72,16 @@ def test_bounds_in_fp8_that_grow_equal_those_of_the_whole() -> None:
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
+@pytest.mark.parametrize("narrow", [0, 1])
+def test_bounds_of_two_dtypes_do_not_grow(narrow: int) -> None:
+    """Nor does one of them: the message comes before a change."""
+    bounds = [torch.zeros(1, 2, 1, 4, dtype=torch.bfloat16) for _ in range(2)]
+    bounds[narrow] = bounds[narrow].to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="low and high must have one dtype, got torch"):
+        ops.extend_page_bounds(*bounds, torch.ones(1, 1, 4).bfloat16(), torch.tensor([1]), page_size=4)
+    assert all(not bound.float().any() for bound in bounds)
+
+
 @pytest.mark.parametrize("backend", ["torch", "naive"])
 def test_pages_by_bounds_in_fp8_are_those_of_the_same_numbers(backend: str) -> None:
     for case in QUEST_CASES:
@@ -155,6 +165,15 @@ def test_the_fallback_equals_the_definition(case, over_group: str) -> None:
     inputs, options = quest_case_of(case, torch.float64)
     ours, theirs = (ops.quest_pages(*inputs, **options, over_group=over_group, backend=b) for b in BACKENDS)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_short_sequence_has_its_pages_and_no_others(backend: str) -> None:
+    """Of 5 pages that are asked for, and 4 that there are room for: 2 and 1 with tokens, and of no tokens none."""
+    lengths = torch.tensor([7, 4, 0], dtype=torch.int32)
+    low, high = ops.page_bounds(torch.randn(3, 16, 1, 4), lengths, page_size=4)
+    found = ops.quest_pages(torch.randn(3, 2, 4), low, high, lengths, page_size=4, topk=5, backend=backend)
+    assert found[:, 0].tolist() == [[0, 1, -1, -1, -1], [0, -1, -1, -1, -1], [-1] * 5] and found.dtype == torch.int32
 
 
 @pytest.mark.parametrize("over_group", ["sum", "max"])

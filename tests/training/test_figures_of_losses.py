@@ -51,6 +51,44 @@ def test_a_layer_that_learns_nothing_has_no_figure(tmp_path, overrides, shown):
     assert all(value > 0 for value in figures.values())
 
 
+def test_a_loss_is_a_mean_over_the_tokens_of_the_global_batch(tmp_path):
+    """Of three replicas, over which gradients are averaged; each step has its own."""
+    overrides = ["attention.kind=dsa", "training.global_batch_size=6", "training.micro_batch_size=2", *PART]
+    config = tiny_config(tmp_path, DSA % 1, *overrides)
+    torch.manual_seed(0)
+    model = Decoder(config.model, config.attention, backend="torch")
+    freeze_others(model, config)
+    grid, tokens = SimpleNamespace(replicas=SimpleNamespace(size=3)), 6 * config.data.sequence_length
+    losses, sums = AttentionLosses(model, config, RANKS, grid), []  # type: ignore[arg-type]
+    for loss in losses.here.values():
+        assert loss.scale == 3 / tokens
+    for _ in range(2):
+        ids = torch.randint(400, (1, 64))
+        model(ids, targets=ids)
+        whole = losses.take()
+        whole.backward()
+        sums.append(sum(float(loss.tally[0]) for loss in losses.here.values()))
+        assert float(whole.detach()) == pytest.approx(sums[-1] * 3 / tokens, rel=1e-4)
+        assert sum(losses.end_step().values()) == pytest.approx(sums[-1] / tokens)
+    assert sums[0] != sums[1] and min(sums) > 0 and not any(losses.means().values())
+
+
+def test_without_a_loss_there_are_no_figures(tmp_path):
+    assert not [name for name in figures_of_a_step(tiny_config(tmp_path)) if name.startswith("attention/")]
+
+
+def test_layers_of_another_stage_have_none_here(tmp_path):
+    """All are named, since all ranks sum alike; those that are here are asked."""
+    config = tiny_config(tmp_path, DSA % 1, "attention.kind=dsa", *PART)
+    model = Decoder(config.model, config.attention, backend="torch")
+    model.layers[0] = torch.nn.Identity()
+    others = SimpleNamespace(device=torch.device("cpu"), sum=lambda seen: seen.add_(torch.tensor([3.0, 5.0])))
+    losses = AttentionLosses(model, config, others, GRID)  # type: ignore[arg-type]
+    assert list(losses.here) == [1]
+    found = {f"attention/indexer_kl/layer_0{layer}": part / losses.tokens for layer, part in enumerate((3.0, 5.0))}
+    assert losses.means() == found
+
+
 def test_all_that_is_trained_has_figures(tmp_path):
     overrides = [DSA % 1, "attention.kind=[dsa, nsa]", f"{TAUGHT}, kl_weight: 1}}", EXPERTS]
     figures = figures_of_a_step(tiny_config(tmp_path, *overrides))

@@ -21,7 +21,7 @@ from nsa.ops.geometry import Documents
 from nsa.planning.describe import describe
 from nsa.training.attention_probe import probe
 from nsa.training.console import Console
-from nsa.training.monitor import Monitor, charts
+from nsa.training.monitor import Monitor, _say_nothing_of_the_disk, charts
 from nsa.training.performance import memory_gib, peak_flops
 
 BRANCHES = ("compressed", "selected", "window")
@@ -262,3 +262,11 @@ def test_a_kind_that_no_export_carries_is_told_at_the_start(tmp_path, capsys, mo
     for text in said():
         assert "no export can carry Native Sparse Attention" in text
         assert "take attention.kind dense or nsa" in text
+
+
+def test_only_an_error_of_the_disk_in_the_writer_is_not_printed():
+    told = []
+    hook, writer = _say_nothing_of_the_disk(told.append), type("_AsyncWriterThread", (), {})()
+    for error, thread in ((OSError(), writer), (ValueError(), writer), (OSError(), object())):
+        hook(SimpleNamespace(exc_value=error, thread=thread))
+    assert [type(raised.exc_value) for raised in told] == [ValueError, OSError]

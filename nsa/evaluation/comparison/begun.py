@@ -1,7 +1,8 @@
 """What is known of a cell that is not finished: the batches that were answered, so that a kill costs one at most.
 
 A file for each such cell, removed when the cell is written. Its first line says who answered, and the threshold that
-was fitted. Each other line is a batch: its answers and figures, and what was counted and how long it took up to there.
+was fitted. While it is fitted, each other line is a threshold and what it spends. Later each is a batch: its answers
+and figures, and what was counted and how long it took up to there.
 """
 
 import json
@@ -27,12 +28,14 @@ class Begun:
         by: what must be the same for a cell to be gone on with; JSON can hold it.
 
     Attributes:
-        threshold: that was fitted. answers, seconds, ledger, figures: of all batches so far.
+        threshold: that was fitted. tried: thresholds while none is, with what each spends. answers, seconds, ledger,
+            figures: of all batches so far.
     """
 
     def __init__(self, path: Path, by: Mapping[str, Any]) -> None:
         self.path, self.by = path, dict(by)
         self.threshold: float | None = None
+        self.tried: dict[float, float] = {}
         self.answers: list[Answer] = []
         self.seconds = 0.0
         self.ledger = Ledger()
@@ -48,6 +51,11 @@ class Begun:
                     self._take(parse_json(line, str(path)))
 
     def _take(self, batch: dict[str, Any]) -> None:
+        if "tried" in batch:
+            threshold, spent = map(float, batch["tried"])
+            self.tried[threshold] = spent
+            self._lines.append(batch)
+            return
         answers, seconds = [Answer(*answer) for answer in batch["answers"]], float(batch["seconds"])
         ledger, figures = _ledger(batch["ledger"]), list(batch["figures"])
         self.answers, self.seconds, self.ledger = self.answers + answers, seconds, ledger
@@ -55,13 +63,18 @@ class Begun:
         self._lines.append(batch)
 
     def begin(self, threshold: float | None) -> None:
-        """Write what is known, from which `add` goes on."""
+        """Write what is known, from which `keep_trial` or `add` goes on. A second call leaves out trials."""
         self.path.parent.mkdir(exist_ok=True)
         temporary = self.path.with_name(f"{self.path.name}.tmp")
         lines = [{"by": self.by, "threshold": threshold}, *self._lines]
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         temporary.rename(self.path)
         self._lines = []
+
+    def keep_trial(self, threshold: float, spent: float) -> None:
+        """Keep what a threshold spends, after ``begin(None)``."""
+        self._append({"tried": [threshold, spent]})
+        self.tried[threshold] = spent
 
     def add(self, answers: Sequence[Answer], seconds: float, figures: Sequence[dict[str, Any]]) -> None:
         """Keep a batch, which the ledger has counted.
@@ -76,11 +89,14 @@ class Begun:
             "figures": new,
             "ledger": _told(self.ledger),
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(batch) + "\n")
+        self._append(batch)
         self.answers += answers
         self.seconds = seconds
         self.figures += new
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def _told(ledger: Ledger) -> dict[str, Any]:

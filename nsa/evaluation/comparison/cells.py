@@ -280,7 +280,7 @@ class Cells:
         self.folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
         self.folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
         begun = self.folder.begun(self._open[2], *_key(arm, place))
-        method = self._method(arm, block, begun.threshold)
+        method = self._method(arm, block, begun)
         batches, reader = self._ask(
             arm,
             method,
@@ -402,11 +402,10 @@ class Cells:
             for cell in [cell for cell in self._below_full(arm) if self._has(*cell)][1:]:
                 self.folder.drop_figure("changes", *_key(*cell))
 
-    def _method(self, arm: Arm, block: Block, threshold: float | None = None) -> Method | None:
+    def _method(self, arm: Arm, block: Block, begun: Begun) -> Method | None:
         """The method of an arm; a threshold is fitted to its budget by what it spends on other samples.
 
-        Args:
-            threshold: that was fitted before; None: none was.
+        ``begun``: has the threshold, if it was fitted before, or those that were tried.
         """
         if arm.choice is None:
             return None
@@ -416,26 +415,30 @@ class Cells:
         if method.knob is None:
             return method
         # Of this cell alone: the threshold does not depend on what ran before it.
-        fitted = self._fit(arm, method, block) if threshold is None else threshold
+        fitted = self._fit(arm, method, block, begun) if begun.threshold is None else begun.threshold
         return arm.choice.build(method.budget, **{method.knob[0]: fitted})
 
-    def _fit(self, arm: Arm, method: Method, block: Block) -> float:
+    def _fit(self, arm: Arm, method: Method, block: Block, begun: Begun) -> float:
         choice = arm.choice
-        assert method.knob is not None and choice is not None
+        assert method.knob is not None and choice is not None and arm.budget is not None
         name, low, high = method.knob
-        assert arm.budget is not None
-        share = share_of(arm.budget, block.length)
         others = self._block(arm.model, Place(block.task.name, block.length, block.aware), calibrate=True)
-        axis = "prefill" if "decode" not in method.phases else self.config.counts
+        begun.begin(None)
 
         def spent(threshold: float) -> float:
-            ledger = Ledger()
-            trial = choice.build(method.budget, **{name: threshold})
-            for _ in self._ask(arm, trial, others, ledger, watch=False)[0]:
-                pass
-            return ledger.shares(beside=False)[axis] or 0.0
+            if threshold not in begun.tried:
+                trial = choice.build(method.budget, **{name: threshold})
+                begun.keep_trial(threshold, self._spent(arm, trial, others))
+            return begun.tried[threshold]
 
-        return fit(spent, share, low, high)[0]
+        return fit(spent, share_of(arm.budget, block.length), low, high)[0]
+
+    def _spent(self, arm: Arm, method: Method, block: Block) -> float:
+        ledger = Ledger()
+        for _ in self._ask(arm, method, block, ledger, watch=False)[0]:
+            pass
+        axis = "prefill" if "decode" not in method.phases else self.config.counts
+        return ledger.shares(beside=False)[axis] or 0.0
 
 
 def _key(arm: Arm, place: Place) -> tuple[str, float | None, str, int, bool, int]:

@@ -51,7 +51,11 @@ class StageConfig(Section):
 
 
 class MethodConfig(Section):
-    """A method, and settings other than its defaults."""
+    """A method, and settings other than its defaults.
+
+    A setting that says the default is left out, so that the arm is the same. Its `Method.knob` stays: said, it is not
+    fitted.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -79,6 +83,10 @@ class MethodConfig(Section):
             self.build(Budget(share=1.0))
         except (TypeError, ValueError) as error:
             raise ValueError(f"method {self.name}: {error}") from error
+        knob = kind.knob[0] if kind.knob else None
+        for name, value in self.settings.items():
+            if value == there[name] and name != knob and self.model_extra is not None:
+                del self.model_extra[name]
         return self
 
     def build(self, budget: Budget, **knob: float) -> Method:

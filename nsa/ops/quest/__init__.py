@@ -61,8 +61,13 @@ def extend_page_bounds(low: Tensor, high: Tensor, k: Tensor, lengths: Tensor, *,
         low, high: (B, P, G, D), from `page_bounds`, with room for the token; in fp8 too. k: (B, G, D), the keys of the
             token.
         lengths: (B,) integer, tokens of each sequence, the new one included. page_size: as for `page_bounds`.
+
+    Raises:
+        ValueError: a page without room for a token, or bounds of two dtypes.
     """
     _check_page(page_size)
+    if low.dtype != high.dtype:
+        raise ValueError(f"low and high must have one dtype, got {low.dtype} and {high.dtype}")
     row = torch.arange(len(k), device=k.device)
     page = ((lengths.long() - 1) // page_size).clamp(min=0)
     if low.dtype != FP8:

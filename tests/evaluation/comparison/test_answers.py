@@ -64,6 +64,24 @@ def test_what_is_generated_for_a_longer_answer_beside_it_does_not_count() -> Non
     assert [answer.score for answer in answers] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("aware", [False, True])
+@pytest.mark.parametrize(("batch_tokens", "together"), [(1, 1), (3, 1), (8, 2), (999, 5)])
+def test_as_many_are_read_at_once_as_there_are_tokens_for(batch_tokens: int, together: int, aware: bool) -> None:
+    """A prompt that is longer than that is read alone. Prompts have 3 tokens, or with their questions 4."""
+    task = task_named("niah_single_1", new_tokens=1)
+    samples = [Sample(np.array([256, 65, 65]), (Query(np.array([65]), np.array([66]), ("1",)),), 0.0)] * 5
+    reader = Scripted([])
+    held: list[bool] = []
+    reader.read = lambda ids: held.append(True) or torch.zeros(len(ids), 256)  # type: ignore[method-assign]
+    reader.begin = lambda: held.append(False)  # type: ignore[method-assign]
+    batches = []
+    for batch in ask(reader, Bytes(), task, samples, aware=aware, batch_tokens=batch_tokens):
+        assert not held[-1], "between batches nothing is held"
+        batches.append(batch)
+    assert [len(batch) for batch in batches] == [together] * (5 // together) + [1] * (5 % together)
+    assert [(answer.sample, answer.query) for batch in batches for answer in batch] == [(i, 0) for i in range(5)]
+
+
 @pytest.mark.parametrize("task", OVER_TEXT, ids=lambda task: task.name)
 def test_what_is_final_stays(task: TextTask) -> None:
     query = Query(np.array([65]), np.array([66]), ("12", "345"))

@@ -22,6 +22,7 @@ from tests.small_run import small_export
 
 # Of five samples two, two and one are read at once.
 SMALL: Any = ("{name: quest, page: 4}, {name: block_sparse, block: 4}, twilight", ("dense",))
+Whole = tuple[dict[str, Any], int, int, int]
 OVERRIDES = ("question=[after]", "budgets=[0.5, 0.25]", "samples=5")
 
 
@@ -53,34 +54,38 @@ class Counted:
 
 
 @pytest.fixture(scope="module")
-def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], int, int]:
-    """What an undisturbed run says, and how many batches it answers and thresholds it fits."""
+def whole(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """What an undisturbed run says, and how many batches it answers, thresholds it fits and thresholds it tries."""
     with pytest.MonkeyPatch.context() as patch:
         batches, fits = Counted(patch, Asked, "go_on"), Counted(patch, Cells, "_fit")
+        trials = Counted(patch, Cells, "_spent")
         found = run(begun(tmp_path_factory.mktemp("whole") / "in", folders))
     assert fits.calls == 3 and batches.calls > 30  # oracle_topp and twilight; one of its budgets cannot be met
-    return found, batches.calls, fits.calls
+    assert trials.calls > 10
+    return found, batches.calls, fits.calls, trials.calls
 
 
-def test_a_kill_at_any_batch_costs_none_before_it(
-    folders: dict[str, Path], whole: tuple[dict[str, Any], int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_kill_at_any_batch_or_trial_costs_none_before_it(
+    folders: dict[str, Path], whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A trial is what one threshold spends, while one is fitted."""
     batches, fits = Counted(monkeypatch, Asked, "go_on"), Counted(monkeypatch, Cells, "_fit")
+    trials = Counted(monkeypatch, Cells, "_spent")
     work = begun(tmp_path / "in", folders)
-    for at in (1, 9, 10, 23, 31):
-        batches.kill_at = at
+    for counted, at in ((batches, 1), (trials, 1), (trials, 3), (batches, 10), (batches, 23), (batches, 31)):
+        counted.kill_at = at
         with pytest.raises(SystemExit):
             run(work)
         assert list((work.whole.folder / "begun").glob("*.jsonl"))
     assert run(work) == whole[0]
-    assert (batches.calls, fits.calls) == whole[1:]
+    assert (batches.calls, fits.calls, trials.calls) == whole[1:]
 
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_a_kill_while_cells_are_written_costs_no_batch(
     removed: bool,
     folders: dict[str, Path],
-    whole: tuple[dict[str, Any], int, int],
+    whole: Whole,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -130,7 +135,7 @@ def test_what_is_damaged_or_of_another_run_is_answered_again(
     change: Callable[[bytes], bytes],
     again: int,
     folders: dict[str, Path],
-    whole: tuple[dict[str, Any], int, int],
+    whole: Whole,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -148,7 +153,7 @@ def test_what_is_damaged_or_of_another_run_is_answered_again(
 
 
 def test_other_batches_go_on_with_the_same_questions(
-    folders: dict[str, Path], whole: tuple[dict[str, Any], int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: dict[str, Path], whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = begun(tmp_path / "in", folders)
     with monkeypatch.context() as patch:
@@ -168,7 +173,7 @@ def compared_again(work: commands.Work, *overrides: str) -> commands.Work:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_told_and_costs_no_batch_before_it(
-    workers: int, folders: dict[str, Path], whole: tuple[dict[str, Any], int, int], tmp_path: Path
+    workers: int, folders: dict[str, Path], whole: Whole, tmp_path: Path
 ) -> None:
     """No file can grow beyond 1,500 bytes: the last line of a cell's is written in part."""
     work = begun(tmp_path / "in", folders)
@@ -232,7 +237,7 @@ def test_what_is_kept_is_what_was_counted(tmp_path: Path) -> None:
     for seconds, key in ((1.0, ("prefill", 1)), (1 / 3, ("decode", 0)), (2.5, ("prefill", 1))):
         counts = Counts(*torch.rand(7, 3, generator=generator, dtype=torch.float64))
         one.ledger.add(*key, counts)
-        one.ledger.add(*key, counts, beside=True)
+        one.ledger.add(*key, counts + counts, beside=True)
         one.ledger.ran.add(key)
         one.add([Answer(int(seconds), 1, None), Answer(2, 3, 0.1)], seconds, [*one.figures, {"sink_mass": seconds}])
     other = Begun(path, by)
@@ -246,3 +251,22 @@ def test_what_is_kept_is_what_was_counted(tmp_path: Path) -> None:
                 assert torch.equal(value, vars(theirs[key])[name])
     assert json.loads(path.read_text().splitlines()[0])["by"]["cell"] == ["quest", 1 / 3]
     assert Begun(path, {**by, "cell": ("quest", 0.5)}).answers == []
+
+
+def test_trials_are_kept_until_a_threshold_is(tmp_path: Path) -> None:
+    """In all bits, and after a second kill, too. What is damaged is tried again."""
+    path, tried = tmp_path / "begun/cell.jsonl", {0.0: 1 / 3, 1.0: 0.7, 0.1 + 0.2: 0.1}
+    for count in (1, 3):
+        one = Begun(path, {})
+        one.begin(None)
+        for threshold in list(tried)[len(one.tried) : count]:
+            one.keep_trial(threshold, tried[threshold])
+        other = Begun(path, {})
+        assert other.threshold is None and list(other.tried.items()) == list(tried.items())[:count]
+        assert one.tried == other.tried
+    path.write_text(path.read_text()[:-5])
+    assert len(Begun(path, {}).tried) == 2 and Begun(path, {"made": "elsewhere"}).tried == {}
+    one.begin(0.25)
+    one.add([Answer(0, 1, 0.5)], 1.0, [])
+    other = Begun(path, {})
+    assert (other.threshold, other.tried, other.answers) == (0.25, {}, [Answer(0, 1, 0.5)])

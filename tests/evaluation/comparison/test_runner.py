@@ -22,6 +22,7 @@ from nsa.data.tasks.narrow import Mqar
 from nsa.evaluation.comparison import commands
 from nsa.evaluation.comparison.answers import Answer, ask
 from nsa.evaluation.comparison.arms import Arm, Place
+from nsa.evaluation.comparison.begun import Begun
 from nsa.evaluation.comparison.cells import Asked, Cells, fit
 from nsa.evaluation.comparison.config import MethodConfig, budget_of, load, trainings_of
 from nsa.evaluation.comparison.folder import read_results
@@ -390,7 +391,8 @@ def test_a_threshold_is_fitted_to_what_its_method_spends(
 
     monkeypatch.setattr(Cells, "_ask", spends)
     arm = Arm(model, MethodConfig(name=name), 0.3)
-    method = cells._method(arm, cells._block(model, Place("mqar", 64, True)))
+    known = Begun(tmp_path / "begun/cell.jsonl", {})
+    method = cells._method(arm, cells._block(model, Place("mqar", 64, True)), known)
     assert method is not None and method.knob is not None
     field, low, high = method.knob
     assert (getattr(method, field) - low) / (high - low) == pytest.approx(0.3 ** (1 / power), rel=0.01)
@@ -412,7 +414,7 @@ def test_what_was_answered_is_written_as_it_was(siblings: dict[str, Path], tmp_p
     for budget, ran in ((0.5, {("decode", 0)}), (0.25, {("decode", 1), ("prefill", 0)})):
         arm = Arm(model, MethodConfig(name="quest", page=4), budget)
         known: Any = SimpleNamespace(ledger=Ledger(ran=ran), answers=answers)
-        cells._write(Asked(arm, block, cells._method(arm, block), reader, iter(()), known), place)
+        cells._write(Asked(arm, block, cells._method(arm, block, known), reader, iter(()), known), place)
         cell = cells.folder.cell(arm.label, budget, *place, model.train_seed)
         assert cell is not None
         assert cell.parsed.tolist() == [False, True, True] and cell.score.tolist() == [0.0, 0.5, 0.0]

@@ -12,6 +12,7 @@ from nsa.evaluation.comparison.cells import Cells
 from nsa.evaluation.comparison.config import MethodConfig, load
 from nsa.evaluation.comparison.models import Candidate
 from nsa.evaluation.comparison.runner import Comparison
+from nsa.strict_yaml import ConfigError
 
 
 def candidate(name: str, seed: int | None = None, trained: str = "dense") -> Candidate:
@@ -42,6 +43,39 @@ def test_controls_come_first_unless_they_are_named_and_what_sets_its_threshold_h
     expected = [(n, b) for n in asked for b in ([None] if "p=" in n else [0.5, 0.25])]
     assert arms(dense, True) == arms(nsa, True) == expected
     assert comparison.most == (3 + 2 * len(expected)) * 2  # at two lengths of one task
+
+
+@pytest.mark.parametrize("written", ["{name: quest, fp8: false}", "{name: quest, page: 16, over_group: sum}"])
+def test_a_setting_that_says_the_default_makes_no_other_arm(written: str, tmp_path: Path) -> None:
+    """Nor another configuration: results that were begun with the one are gone on with by the other."""
+    path = str(configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")}))
+    said, plain = (load(path, [f"methods=[{method}]"]) for method in (written, "quest"))
+    assert [method.label for method in said.methods] == ["quest"]
+    assert said == plain and said.model_dump_json() == plain.model_dump_json()
+    with pytest.raises(ConfigError, match="quest is there twice"):
+        load(path, [f"methods=[{written}, quest]"])
+
+
+RANGES = {"samples": (1, 0), "queries": (1, 0), "batch_tokens": (1, 0), "decode_batch_tokens": (1, 0)}
+RANGES |= {"calibration_samples": (1, 0), "trainings_per_gpu": (1, 0), "floor": (0.0, -0.1)}
+
+
+@pytest.mark.parametrize(("key", "there", "beyond"), [(key, *values) for key, values in RANGES.items()])
+def test_the_least_of_a_number_is_taken_and_less_is_refused(key: str, there: Any, beyond: Any, tmp_path: Path) -> None:
+    path = str(configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")}))
+    assert getattr(load(path, [f"{key}={there}"]), key) == there
+    with pytest.raises(ConfigError, match=key):
+        load(path, [f"{key}={beyond}"])
+    assert load(path, ["floor=1.0"]).floor == 1
+    with pytest.raises(ConfigError, match="floor"):
+        load(path, ["floor=1.01"])
+
+
+def test_a_threshold_that_is_its_default_is_said_all_the_same(tmp_path: Path) -> None:
+    """Said, it is not fitted to the budgets; a default beside it goes."""
+    path = configured(tmp_path, {"dense": Path("dense"), "nsa": Path("nsa")})
+    (method,) = load(str(path), ["methods=[{name: double_p, p2: 0.7, p1: 0.95}]"]).methods
+    assert method.label == "double_p,p2=0.7" and method.settings == {"p2": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -90,7 +124,7 @@ def test_a_cell_says_how_it_was_asked(watch: bool, siblings: dict[str, Path], tm
         (None, None), (0.5, None), (24 / 64, 24), (1.0, None),
     ]  # fmt: skip
     assert dense.dense_layers == [] and half.dense_layers == full.dense_layers == [1]
-    assert dense.settings == {} and half.settings == quest.build(cells._method(arms[1], None).budget).settings()  # type: ignore[arg-type,union-attr]
+    assert dense.settings == {} and half.settings == quest.build(cells._method(arms[1], None, None).budget).settings()  # type: ignore[arg-type,union-attr]
     assert len(half.settings) > 0 and half.settings["page"] == 4
     assert (half.group, half.scope, half.phases, dense.phases) == ("retrieval", "single", ["decode"], [])
     assert [("changes" in cell.figures, "kept_mass" in cell.figures) for cell in (half, tokens, full)] == [
