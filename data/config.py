@@ -13,8 +13,8 @@ class SourceConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="unique; names the source's folder of shards")
     kind: Literal["builtin", "files", "hub", "synthetic"] = Field(
-        description="builtin: the Python standard library's sources and docs, and those of packages; files: local text, "
-        "JSONL or Parquet; hub: a data set by name; synthetic: generated recall tasks"
+        description="builtin: the Python standard library's sources and docs, and those of packages; files: local "
+        "text, JSONL or Parquet; hub: a data set by name; synthetic: generated recall tasks"
     )
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
     packages: list[str] = Field(
