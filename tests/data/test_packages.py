@@ -7,6 +7,7 @@ import shutil
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -38,6 +39,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "site/site_b/latin.py").write_bytes(b"# caf\xe9")
     monkeypatch.setattr(builtin, "root", lambda: tmp_path / "library")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setitem(sys.modules, "made_up", ModuleType("made_up"))
     return tmp_path / "site"
 
 
@@ -70,7 +72,7 @@ def test_packages_of_this_project_are_text() -> None:
 
 
 def test_without_packages_nothing_changes(site: Path) -> None:
-    """The description that names the prepared data, as it always was. Planted: a key for packages that are not there."""
+    """The description that names the prepared data, as it was. Planted: a key for packages that are not there."""
     listing = [(name, (site.parent / "library" / name).stat().st_size) for name in LIBRARY]
     digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     version = ".".join(map(str, sys.version_info[:3]))
@@ -103,7 +105,7 @@ def test_what_determines_the_text_is_described(site: Path, change: str) -> None:
         ("zipfile", "of the standard library"),
         ("bare", "package 'bare' is a folder without __init__.py .*site/bare.*: read it with a source of kind files"),
         ("compiled", "package 'compiled' has no .py files .*: take it out of the source's packages"),
-        ("__main__", "package '__main__' is not installed"),
+        ("made_up", "package 'made_up' is not installed"),
     ],
 )
 def test_a_package_that_cannot_be_read_is_named(site: Path, package: str, words: str) -> None:
