@@ -314,7 +314,7 @@ def main(arguments: list[str]) -> None:
             f"  {name} left out: {entry['duplicates']:,} duplicate and {entry['empty']:,} empty documents, "
             f"{entry.get('bad_rows', 0):,} rows that cannot be used"
         )
-    print("\n".join([f"a run of {training.steps:,} steps reads", *lines]))
+    print("\n".join([f"in a run of {training.steps:,} steps:", *(f"  {line}" for line in lines)]))
 
 
 if __name__ == "__main__":

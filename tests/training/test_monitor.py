@@ -272,8 +272,8 @@ def test_rank_0_says_at_the_start_how_often_the_text_is_read(tmp_path, capsys):
 def test_a_resumed_run_knows_the_lowest_validation_loss(tmp_path):
     """To the last bit, from metrics.jsonl, as if it had not stopped. Planted: lines of before, or dropped lines of
     after the resumption, left out or counted; a loss that is not finite; the last of equal losses."""
-    losses = {1: 3.1, 2: math.nan, 3: 0.1 + 0.2, 4: 0.1, 5: 0.1 + 0.2, 6: 0.3}
-    expected = {1: (3.1, 1), 2: (3.1, 1), 3: (0.1 + 0.2, 3), 4: (0.1, 4), 5: (0.1, 4), 6: (0.1, 4)}
+    losses = {1: math.nan, 2: 3.1, 3: math.inf, 4: 0.1 + 0.2, 5: 0.1 + 0.2, 6: 0.4}
+    expected = {1: None, 2: (3.1, 2), 3: (3.1, 2), **dict.fromkeys((4, 5, 6), (0.1 + 0.2, 4))}
     for resumed in range(7):
         folder = tmp_path / str(resumed)
         folder.mkdir()
