@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tiny import start, tiny_config, train, write_yaml
 
+from nsa import plan
+from nsa.data import prepare
 from nsa.layers.figure import values
 from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
 from nsa.layers.nsa.kind import NSA
@@ -292,9 +294,9 @@ def test_a_resumed_run_knows_the_lowest_validation_loss(tmp_path):
         again.close()
 
 
-def test_the_lowest_validation_loss_is_said_and_survives_a_resumption(tmp_path):
-    """In the lines of real runs: one that goes through and one that is resumed, whose text a plan knows, too. Planted:
-    a resumed run that counts anew."""
+def test_the_lowest_validation_loss_is_said_and_survives_a_resumption(tmp_path, capsys):
+    """In the lines of real runs: one that goes through and one that is resumed. What they say of their text, the plan
+    and nsa.data.prepare say, too. Planted: a resumed run that counts anew; a command that does not say it."""
     often = ["training.validation_every=1", "training.log_every=1", "optimizer.learning_rate=3", "training.steps=4"]
 
     def said(*overrides):
@@ -315,6 +317,10 @@ def test_the_lowest_validation_loss_is_said_and_survives_a_resumption(tmp_path):
     assert lowest[1] == 1, "before the resumption"
     (reading,) = [line for line in output.splitlines() if re.match(r"text: .* tokens, read .* times$", line)]
     assert f"  {reading}" in describe_text(tiny_config(tmp_path, "training.steps=4")).splitlines()
+    prepare.main([str(write_yaml(tmp_path)), "training.steps=4"])
+    assert f"in a run of 4 steps:\n  {reading}\n" in capsys.readouterr().out
+    assert plan.main([str(write_yaml(tmp_path)), "--gpus", "1", "training.steps=4"]) == 0
+    assert f"Text:\n  {reading}\n" in capsys.readouterr().out
 
 
 def test_a_kind_that_no_export_carries_is_told_at_the_start(tmp_path, capsys, monkeypatch):
