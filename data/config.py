@@ -13,10 +13,15 @@ class SourceConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="unique; names the source's folder of shards")
     kind: Literal["builtin", "files", "hub", "synthetic"] = Field(
-        description="builtin: the Python standard library's sources and docs; files: local text, JSONL or Parquet; "
-        "hub: a data set by name; synthetic: generated recall tasks"
+        description="builtin: the Python standard library's sources and docs, and those of packages; files: local "
+        "text, JSONL or Parquet; hub: a data set by name; synthetic: generated recall tasks"
     )
     weight: float = Field(1.0, gt=0, description="share of the samples, relative to the other sources")
+    packages: list[str] = Field(
+        [],
+        description="builtin: installed packages whose .py files are read, too, by the names that are imported, for "
+        "instance [sympy, torch]",
+    )
     path: str | None = Field(None, description="files: a file, folder or glob; hub: the data set's name")
     subset: str | None = Field(None, description="hub: the data set's configuration name")
     split: str = Field("train", description="hub: the split to read")
@@ -54,6 +59,20 @@ class SourceConfig(Section):
     def _as_a_shell_reads_it(cls, value: str | None) -> str | None:
         return value and shell_path(value)
 
+    @field_validator("packages")
+    @classmethod
+    def _names_of_packages(cls, value: list[str]) -> list[str]:
+        """In alphabetical order, so that the order in the file makes no other data."""
+        for name in value:
+            if not name.isidentifier():
+                raise ValueError(
+                    f"{name!r} is no name of a package: write the one that is imported, without dots (sklearn, not "
+                    "scikit-learn)"
+                )
+        if len(set(value)) != len(value):
+            raise ValueError(f"the packages must differ, got {value}")
+        return sorted(value)
+
     @field_validator("task")
     @classmethod
     def _known(cls, value: str | None) -> str | None:
@@ -65,6 +84,8 @@ class SourceConfig(Section):
             raise ValueError(f"data source {self.name!r}: kind {self.kind} needs a path")
         if (self.kind == "synthetic") != (self.task is not None):
             raise ValueError(f"data source {self.name!r}: a task goes with kind synthetic and only with it")
+        if self.packages and self.kind != "builtin":
+            raise ValueError(f"data source {self.name!r}: packages go with kind builtin only")
         if self.kind != "synthetic" and (self.lengths != "short" or self.curriculum):
             raise ValueError(f"data source {self.name!r}: lengths and curriculum go with kind synthetic only")
         return self

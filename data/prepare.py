@@ -26,6 +26,7 @@ from nsa.data import reuse, sources
 from nsa.data.base_tokenizer import BaseTokenizer
 from nsa.data.config import DataConfig, SourceConfig
 from nsa.data.encoders import Encode, encoders
+from nsa.data.epochs import describe_readings
 from nsa.data.load_tokenizer import load_tokenizer, tokenizer_files
 from nsa.data.progress import Progress
 from nsa.data.scan import DUPLICATE, EMPTY, VALIDATION, Scan, choose, scan
@@ -61,11 +62,11 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         ValueError: bad input; nothing is written then.
         RuntimeError: a script without ``if __name__ == "__main__":``, which the workers would run again.
     """
-    texts = [source for source in config.sources if source.kind != "synthetic"]
+    texts = _texts(config)
     if not texts:
         raise ValueError("data.sources: at least one source must be text (builtin, files or hub), not synthetic")
     cache, seed = Path(config.cache_dir), config.seed_of(seed)
-    settings = {"format": FORMAT, "seed": seed, "validation_fraction": config.validation_fraction}
+    settings = _settings(config, seed)
     tokenizer = None
     try:
         tokenizer = _describe_tokenizer(config)
@@ -77,7 +78,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         print(f"{gone}\nthe data that were prepared from it are used: {found}", file=sys.stderr)
         return PreparedData(found, verify=True)
     made_from = {**settings, "tokenizer": tokenizer, "sources": described}
-    key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode() + _order(described)).hexdigest()[:16]
+    key = _key(made_from)
     if cache.is_dir() and not os.access(cache, os.W_OK) and reuse.folder_of(cache, key).is_dir():
         return PreparedData(reuse.folder_of(cache, key), verify=True)
     if config.workers > 1 and not reuse.folder_of(cache, key).exists():
@@ -113,6 +114,32 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return PreparedData(folder)
+
+
+def find_prepared(config: DataConfig, seed: int) -> PreparedData | None:
+    """What `prepare` would find, if it is there; nothing is built, and files are checked by their sizes alone."""
+    cache, seed = Path(config.cache_dir), config.seed_of(seed)
+    if not cache.is_dir():
+        return None
+    try:
+        described = {source.name: sources.describe(source) for source in _texts(config)}
+        made_from = {**_settings(config, seed), "tokenizer": _describe_tokenizer(config), "sources": described}
+        return PreparedData(reuse.folder_of(cache, _key(made_from)))
+    except ValueError:
+        return None
+
+
+def _texts(config: DataConfig) -> list[SourceConfig]:
+    return [source for source in config.sources if source.kind != "synthetic"]
+
+
+def _settings(config: DataConfig, seed: int) -> dict[str, Any]:
+    return {"format": FORMAT, "seed": seed, "validation_fraction": config.validation_fraction}
+
+
+def _key(made_from: dict[str, Any]) -> str:
+    described = made_from["sources"]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode() + _order(described)).hexdigest()[:16]
 
 
 def _order(names: Iterable[str]) -> bytes:
@@ -274,6 +301,8 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments[0], arguments[1:])
     data = prepare(config.data, config.seed)
     print(f"{data.folder}: vocabulary {data.vocab_size}, fingerprint {data.fingerprint[:16]}")
+    training = config.training
+    lines = describe_readings(data, config.data, training.steps, training.global_batch_size)
     for name, entry in data.manifest["sources"].items():
         for split in ("train", "validation"):
             counts = entry[split]
@@ -285,6 +314,7 @@ def main(arguments: list[str]) -> None:
             f"  {name} left out: {entry['duplicates']:,} duplicate and {entry['empty']:,} empty documents, "
             f"{entry.get('bad_rows', 0):,} rows that cannot be used"
         )
+    print("\n".join([f"in a run of {training.steps:,} steps:", *(f"  {line}" for line in lines)]))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SETTINGS = ("format", "seed", "validation_fraction")
 PATTERNS = ("include", "exclude")
 # What data of an earlier version were most likely made with, which do not say it.
 USUAL = {name: SourceConfig.model_fields[name].default for name in PATTERNS}
+WITHOUT: dict[str, Any] = {"packages": []}  # what a description does not say of a source that has none
 
 
 def patterns(sources: Iterable[SourceConfig]) -> dict[str, dict[str, list[str]]]:
@@ -80,7 +81,7 @@ def of_a_lost_corpus(
             and (other.get("tokenizer_path") == path if tokenizer is None else other["tokenizer"] == tokenizer)
             and list(other["sources"]) == [source.name for source in texts]
             and all(
-                (found := other["sources"][source.name])["kind"] == source.kind
+                (found := WITHOUT | other["sources"][source.name])["kind"] == source.kind
                 and found.get("path") == (str(Path(source.path or "")) if source.kind == "files" else source.path)
                 and all(found.get(name) == getattr(source, name) for name in DETERMINED_BY[source.kind])
                 for source in texts

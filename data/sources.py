@@ -16,7 +16,7 @@ from nsa.data.progress import Progress
 
 CACHE_TAG = "CACHEDIR.TAG"  # bford.info/cachedir: a folder with this file holds nothing of its own
 # By kind, what beside its path determines the documents of a source.
-DETERMINED_BY = {"builtin": (), "files": ("text_field",), "hub": ("subset", "split", "text_field")}
+DETERMINED_BY = {"builtin": ("packages",), "files": ("text_field",), "hub": ("subset", "split", "text_field")}
 # Folders that hold nothing of a corpus, by what is in them: caches, prepared data, runs, exports and evaluations.
 OWN = (
     (CACHE_TAG,),
@@ -42,10 +42,13 @@ class BadByte(NamedTuple):
 def describe(source: SourceConfig) -> dict[str, Any]:
     """What determines the documents, cheap to tell (sizes and times of files, not their content), as JSON data."""
     if source.kind == "builtin":
-        root = builtin.root()
-        listing = [(p.relative_to(root).as_posix(), p.stat().st_size) for p in builtin.files()]
+        python = sys.version.split()[0]
+        if source.packages:
+            digest = _listing(_python_files(source))
+            return {"kind": "builtin", "python": python, "listing": digest, "packages": source.packages}
+        listing = [(id, path.stat().st_size) for id, path in _python_files(source)]
         digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-        return {"kind": "builtin", "python": sys.version.split()[0], "listing": digest}
+        return {"kind": "builtin", "python": python, "listing": digest}
     if source.kind == "files":
         path = str(Path(source.path or ""))
         # Ids once were paths, of a glob's files.
@@ -72,15 +75,17 @@ def _listing(found: Iterable[tuple[str, Path]]) -> str:
 
 
 def content(source: SourceConfig, progress: bool = False) -> str | None:
-    """sha256 of what the files of a `files` source hold, in turn, wherever they lie; None for another. Reads them all.
+    """sha256 of what a source's files hold, in turn, wherever they lie. Reads them all.
 
-    How a file is read counts (its suffix), its name does not.
+    None for a source that is not of kind `files` and names no packages. How a file is read counts (its suffix), its
+    name does not.
     """
-    if source.kind != "files":
+    if source.kind != "files" and not source.packages:
         return None
+    found = _files(source) if source.kind == "files" else _python_files(source)
     digest = hashlib.sha256()
     with Progress(f"hash {source.name}", enabled=progress) as bar:
-        for _, path in _files(source):
+        for _, path in found:
             with path.open("rb") as file:
                 of_file = hashlib.file_digest(file, "sha256").hexdigest()
                 bar.update(file.tell())
@@ -137,11 +142,10 @@ def documents(source: SourceConfig, tell: Tell | None = None) -> Iterator[Docume
         ValueError: the source cannot be read, or more rows than ``bad_rows`` allows; says what to do.
     """
     if source.kind == "builtin":
-        root = builtin.root()
-        for path in builtin.files():
+        for id, path in _python_files(source):
             text = path.read_bytes()
             if files.is_utf8(text):  # the standard library tests other encodings with a few files
-                yield Document(path.relative_to(root).as_posix(), text)
+                yield Document(id, text)
     elif source.kind == "files":
         yield from _good(source, _of_files(source, tell), tell)
     elif source.kind == "hub":
@@ -231,6 +235,14 @@ def _unfinished(data: bytes) -> int:
         if byte < 0x80:
             return 0
     return 0
+
+
+def _python_files(source: SourceConfig) -> list[tuple[str, Path]]:
+    """(id, path) of every file of a `builtin` source. Raises ValueError if a package is not there."""
+    try:
+        return builtin.files(source.packages)
+    except ValueError as error:
+        raise ValueError(f"data source {source.name!r}: {error}") from error
 
 
 def _files(source: SourceConfig) -> Iterator[tuple[str, Path]]:

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from nsa.planning.describe import describe, describe_dry_run, describe_search, describe_speed
+    from nsa.planning.describe import describe, describe_dry_run, describe_search, describe_speed, describe_text
     from nsa.planning.dry_run import dry_run
     from nsa.planning.memory import memory_of
     from nsa.planning.search import search
@@ -67,7 +67,7 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigError(f"--gpu {options.gpu}: one of {', '.join(GPUS)}")
     if options.memory is not None and options.memory <= 0:
         raise ConfigError(f"--memory {options.memory:g}: GB of a GPU")
-    print(describe(config, gpus))
+    print(describe(config, gpus) + "\n\n" + describe_text(config))
     if config.start_from is not None:
         try:
             check_beginning(config)

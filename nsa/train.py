@@ -62,11 +62,12 @@ def _main() -> int:
         print(dump_config(config), end="")
         return 0
     if arguments.dry_run:
-        from nsa.planning.describe import describe
+        from nsa.planning.describe import describe, describe_text
         from nsa.training.state import check_beginning
 
         try:
-            print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))), flush=True)
+            print(describe(config, int(os.environ.get("WORLD_SIZE", "1"))))
+            print("\n" + describe_text(config), flush=True)
         except ValueError as e:
             more = f"For another number of ranks: python -m nsa.plan {arguments.config} --gpus N"
             print(f"error: {e}\n{more}", file=sys.stderr)

@@ -1,6 +1,8 @@
 """Formats a plan as text."""
 
 from nsa.config import Config
+from nsa.data.epochs import describe_readings
+from nsa.data.prepare import find_prepared
 from nsa.models import count_parameters, training_flops_per_token
 from nsa.parallel.config import ParallelConfig
 from nsa.parallel.grid import data_parallel_size
@@ -56,6 +58,15 @@ def describe(config: Config, gpus: int) -> str:
     if limits := limits_of(config):
         lines += ["", limits]
     return "\n".join(lines)
+
+
+def describe_text(config: Config) -> str:
+    """How often the run reads each text source, where its data are prepared here."""
+    prepared = find_prepared(config.data, config.seed)
+    if prepared is None:
+        return "Text: not prepared here; python -m nsa.data.prepare with this configuration says how often it is read"
+    lines = describe_readings(prepared, config.data, config.training.steps, config.training.global_batch_size)
+    return "\n".join(["Text:", *(line if line.startswith("warning") else f"  {line}" for line in lines)])
 
 
 def describe_speed(speed: Speed, memory: Memory, gpus: int, gpu: Gpu) -> str:

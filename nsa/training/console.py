@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from nsa.config import Config
+from nsa.data.epochs import describe_readings
+from nsa.data.shards import PreparedData
 from nsa.layers.kinds import KINDS
 from nsa.models import count_parameters
 from nsa.training.deepspeed_config import micro_batches_per_step
@@ -24,12 +26,14 @@ class Console:
             except BrokenPipeError:
                 reader_gone()
 
-    def greet(self, layout: str, figures: StepMetrics, dense_attention: str | None, step: int) -> None:
+    def greet(
+        self, layout: str, figures: StepMetrics, dense_attention: str | None, step: int, prepared: PreparedData
+    ) -> None:
         """At the start.
 
         Args:
             layout: how the ranks are dealt out. dense_attention: what computes it; None: no layer asks.
-            step: after which the run goes on.
+            step: after which the run goes on. prepared: its data.
         """
         config, ranks = self.config, self.ranks
         parameters = count_parameters(config.model, config.attention)
@@ -45,11 +49,21 @@ class Console:
             self.say(f"dense attention: {dense_attention}")
         if limits := limits_of(config):
             self.say(limits)
+        if ranks.is_main:
+            steps, batch = config.training.steps, config.training.global_batch_size
+            self.say("\n".join(describe_readings(prepared, config.data, max(steps, step), batch)))
         if step:
             self.say(f"resumed {self.folder} after step {step}")
 
-    def step(self, step: int, result: StepResult, metrics: dict[str, float]) -> None:
-        """A line of a step; ``metrics``: those of it that were taken, by their tags."""
+    def step(
+        self, step: int, result: StepResult, metrics: dict[str, float], lowest: tuple[float, int] | None = None
+    ) -> None:
+        """A line of a step.
+
+        Args:
+            metrics: those of it that were taken, by their tags. lowest: the lowest validation loss so far, and its
+                step.
+        """
         steps = self.config.training.steps
         parts = [f"step {step:>{len(str(steps))}}/{steps}"]
         parts.append(f"loss {result.loss:.4f}")
@@ -59,7 +73,8 @@ class Console:
             parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tok/s  eta {duration(left)}")
         if "validation/loss" in metrics:
             loss, bits = metrics["validation/loss"], metrics["validation/bits_per_byte"]
-            parts.append(f"validation loss {loss:.4f}  bpb {bits:.4f}")
+            best = f", lowest {lowest[0]:.4f} at step {lowest[1]}" if lowest else ""
+            parts.append(f"validation loss {loss:.4f}{best}  bpb {bits:.4f}")
         self.say("  |  ".join(parts))
 
     def spike(self, step: int, result: StepResult, samples: str, spikes: int) -> None:

@@ -1,6 +1,7 @@
 """Where figures go: metrics.jsonl and TensorBoard, with one curve however often the run was resumed."""
 
 import json
+import math
 import re
 import threading
 import time
@@ -26,6 +27,7 @@ class Monitor:
             is dropped, since it will be logged again. log_every: steps between two lines.
 
     Attributes:
+        lowest: the lowest validation loss up to now and the first step that had it, from metrics.jsonl; or None.
         lost: which lines of the steps before are not there (a file that was cut or changed), in words; or "".
     """
 
@@ -40,7 +42,11 @@ class Monitor:
         board = folder / "tensorboard"
         _date_back(board)
         self._tensorboard = SummaryWriter(str(board), purge_step=resumed + 1, max_queue=1000)
-        self._before: set[str] = set().union(*map(json.loads, kept))
+        before = [json.loads(line) for line in kept]
+        self.lowest: tuple[float, int] | None = None
+        for metrics in before:
+            self._note_lowest(metrics["step"], metrics)
+        self._before: set[str] = set().union(*before)
         self._shown: set[str] = set()  # by this process's last layout, which takes the place of all others
         self._hook = threading.excepthook
         threading.excepthook = _say_nothing_of_the_disk(self._hook)
@@ -49,12 +55,18 @@ class Monitor:
         """One line of JSON, and a point of each curve."""
         self._jsonl.write(json.dumps({"step": step} | metrics) + "\n")
         self._jsonl.flush()
+        self._note_lowest(step, metrics)
         for tag, value in metrics.items():
             self._tensorboard.add_scalar(tag, value, step)
         if not self._shown.issuperset(metrics):
             self._shown.update(metrics, self._before)
             self._tensorboard.add_custom_scalars(charts(self._shown))
         self._tensorboard.flush()
+
+    def _note_lowest(self, step: int, metrics: dict[str, Any]) -> None:
+        loss = metrics.get("validation/loss")
+        if isinstance(loss, float) and math.isfinite(loss) and (self.lowest is None or loss < self.lowest[0]):
+            self.lowest = loss, step
 
     def close(self) -> None:
         try:

@@ -36,7 +36,8 @@ CHANGEABLE = (
 )
 
 
-WHERE = ("path", "subset", "split", "text_field", "include", "exclude", "bad_rows")  # of a source: which rows are read
+# Of a source: which rows are read.
+WHERE = ("path", "packages", "subset", "split", "text_field", "include", "exclude", "bad_rows")
 LOCK_SECONDS = 60.0  # that a run waits for the one before: ranks whose launcher was killed finish a step and save
 
 

@@ -123,7 +123,8 @@ class Trainer:
             The exit code (`nsa.training.exit_codes`).
         """
         config, training = self.config, self.config.training
-        self.console.greet(self.grid.describe(), self.step_metrics, self.dense_attention, self.progress.step)
+        step, prepared = self.progress.step, self.train_stream.prepared
+        self.console.greet(self.grid.describe(), self.step_metrics, self.dense_attention, step, prepared)
         if self.ranks.is_main:
             self._run_folder.label(config, deepspeed_config(config, self.ranks.world_size))
         stop = self._stop = StopRequest(
@@ -161,7 +162,7 @@ class Trainer:
                 if self.monitor and metrics:
                     self.monitor.write(step, metrics)
                 if logged or "validation/loss" in metrics:
-                    self.console.step(step, result, metrics)
+                    self.console.step(step, result, metrics, self.monitor.lowest if self.monitor else None)
                 if logged:
                     since, seconds, data_seconds = step, 0.0, 0.0
                 if step % config.checkpoint.every == 0 or last:

@@ -126,12 +126,22 @@ def test_invalid_arguments_are_reported(capsys, arguments, words):
     assert words in capsys.readouterr().err
 
 
-def test_the_trainers_dry_run_prints_the_plan(run_python):
+def test_the_trainers_dry_run_prints_the_plan(run_python, tmp_path):
     """Overrides may stand after an option."""
-    result = run_python("-m", "nsa.train", str(CONFIG), "--dry-run", "training.steps=20000")
+    nowhere = f"data.cache_dir={tmp_path}/none"
+    result = run_python("-m", "nsa.train", str(CONFIG), "--dry-run", "training.steps=20000", nowhere)
     assert result.returncode == 0, result.stderr
-    for words in ("1,039,404,544 parameters", "dense-equivalent", "weights", "gradients", "optimizer", "activations"):
-        assert words in result.stdout
+    for words in (
+        "1,039,404,544 parameters",
+        "dense-equivalent",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "Text: not prepared",
+    ):
+        assert words in result.stdout, words
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_dry_run_of_a_layout_for_many_ranks_points_to_the_plan(run_python):

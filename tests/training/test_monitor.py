@@ -1,6 +1,7 @@
 """Figures: what is measured, and that each step has one point however often a run was resumed."""
 
 import json
+import math
 import re
 import time
 from dataclasses import replace
@@ -12,15 +13,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tiny import start, tiny_config, train, write_yaml
 
+from nsa import plan
+from nsa.data import prepare
 from nsa.layers.figure import values
 from nsa.layers.nsa.figures import block_entropy, block_overlap, first_block_share
 from nsa.layers.nsa.kind import NSA
 from nsa.models import Decoder
 from nsa.models import config as model_config
 from nsa.ops.geometry import Documents
-from nsa.planning.describe import describe
+from nsa.planning.describe import describe, describe_text
 from nsa.training.attention_probe import probe
 from nsa.training.console import Console
+from nsa.training.exit_codes import REQUEUE
 from nsa.training.monitor import Monitor, _say_nothing_of_the_disk, charts
 from nsa.training.performance import memory_gib, peak_flops
 
@@ -248,13 +252,84 @@ def test_the_farewell_says_what_was_done(tmp_path, capsys):
     assert capsys.readouterr().out == f"done: 6 steps in {tmp_path}\n"
 
 
+def of_tokens(tokens):
+    """Prepared data whose text has so many tokens."""
+    return SimpleNamespace(manifest={"sources": {"text": {"train": {"tokens": tokens}}}})
+
+
+def test_rank_0_says_at_the_start_how_often_the_text_is_read(tmp_path, capsys):
+    """Over the whole run, also if it is resumed. Planted: the steps that are left; other ranks that compute it, too."""
+    config, figures = tiny_config(tmp_path), SimpleNamespace(peak=1e12, peak_source="measured")
+    tokens = 6 * 4 * 0.8 * 64  # of the text in all steps
+    for step in (0, 4):
+        for main in (True, False):
+            ranks = SimpleNamespace(is_main=main, world_size=2, device=torch.device("cpu"))
+            data = of_tokens(int(tokens) // 5) if main else None
+            Console(config, ranks, tmp_path).greet("2 data", figures, None, step, data)
+            said = capsys.readouterr().out
+            assert ("\ntext: 245 tokens, read 4.96 times\nwarning: this run reads text 4.96 times." in said) == main
+            assert bool(said) == main
+
+
+def test_a_resumed_run_knows_the_lowest_validation_loss(tmp_path):
+    """To the last bit, from metrics.jsonl, as if it had not stopped. Planted: lines of before, or dropped lines of
+    after the resumption, left out or counted; a loss that is not finite; the last of equal losses."""
+    losses = {1: math.nan, 2: 3.1, 3: math.inf, 4: 0.1 + 0.2, 5: 0.1 + 0.2, 6: 0.4}
+    expected = {1: None, 2: (3.1, 2), 3: (3.1, 2), **dict.fromkeys((4, 5, 6), (0.1 + 0.2, 4))}
+    for resumed in range(7):
+        folder = tmp_path / str(resumed)
+        folder.mkdir()
+        first = Monitor(folder, 0)
+        assert first.lowest is None
+        for step in range(1, 7):
+            first.write(step, {"train/loss": 0.01, "validation/loss": losses[step]})
+            assert first.lowest == expected[step]
+        first.close()
+        again = Monitor(folder, resumed)
+        assert again.lowest == expected.get(resumed)
+        again.write(resumed + 1, {"train/loss": 0.01})
+        assert again.lowest == expected.get(resumed)
+        again.write(resumed + 2, {"validation/loss": 0.05})
+        assert again.lowest == (0.05, resumed + 2)
+        again.close()
+
+
+def test_the_lowest_validation_loss_is_said_and_survives_a_resumption(tmp_path, capsys):
+    """In the lines of real runs: one that goes through and one that is resumed. What they say of their text, the plan
+    and nsa.data.prepare say, too. Planted: a resumed run that counts anew; a command that does not say it."""
+    often = ["training.validation_every=1", "training.log_every=1", "optimizer.learning_rate=3", "training.steps=4"]
+
+    def said(*overrides):
+        done = train(tmp_path, *often, *overrides)
+        assert done.returncode in (0, REQUEUE), done.stdout
+        lines = [line for line in done.stdout.splitlines() if "validation loss" in line]
+        return [re.sub(r"  \|  [^|]* tok/s  eta [^|]*", "", line).split("  bpb")[0] for line in lines], done.stdout
+
+    through, output = said("name=through")
+    halves = said("name=halves", "training.max_hours=0.0000001")[0]
+    assert len(halves) == 1, "it stopped after its first step"
+    assert halves + said("name=halves")[0] == through
+    lowest = [math.inf, 0]
+    for step, line in enumerate(through, 1):
+        loss, best, at = re.search(r"validation loss ([\d.]+), lowest ([\d.]+) at step (\d+)$", line).groups()
+        lowest = min(lowest, [float(loss), step])
+        assert [float(best), int(at)] == lowest
+    assert lowest[1] == 1, "before the resumption"
+    (reading,) = [line for line in output.splitlines() if re.match(r"text: .* tokens, read .* times$", line)]
+    assert f"  {reading}" in describe_text(tiny_config(tmp_path, "training.steps=4")).splitlines()
+    prepare.main([str(write_yaml(tmp_path)), "training.steps=4"])
+    assert f"in a run of 4 steps:\n  {reading}\n" in capsys.readouterr().out
+    assert plan.main([str(write_yaml(tmp_path)), "--gpus", "1", "training.steps=4"]) == 0
+    assert f"Text:\n  {reading}\n" in capsys.readouterr().out
+
+
 def test_a_kind_that_no_export_carries_is_told_at_the_start(tmp_path, capsys, monkeypatch):
     """Planted: the greeting, and the plan, without the note."""
     config, ranks = tiny_config(tmp_path), SimpleNamespace(is_main=True, world_size=1, device=torch.device("cpu"))
     figures = SimpleNamespace(peak=1e12, peak_source="measured")
 
     def said() -> list[str]:
-        Console(config, ranks, tmp_path).greet("1 data", figures, None, 0)
+        Console(config, ranks, tmp_path).greet("1 data", figures, None, 0, of_tokens(10**6))
         return [capsys.readouterr().out, describe(config, 1)]
 
     assert all("note:" not in text for text in said())
