@@ -22,9 +22,10 @@ usage: bash launch.sh [COMMAND] [ARGUMENTS]
                                     report (without CONFIG: a small one, within half an hour on two CPU cores).
                                     --minutes N: begin nothing new after that, exit with 75; the same command continues
                                     --workers N: train and answer in N processes at once, spread over the GPUs
-  compare --report FOLDER [--pack OUT]
+  compare --report FOLDER [--partial] [--pack OUT]
                                     write the report again from the results in FOLDER, or from committed results
                                     (docs/results); with OUT: also pack results and report into few files, for git
+                                    --partial: of a comparison that was stopped, from the cells that are there
   tensorboard [FOLDER]              show the runs in FOLDER (checkpoints) on http://127.0.0.1:6006
 
 Paths are relative to the folder in which you give the command. A CONFIG that is not there is looked for in this project.

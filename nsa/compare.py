@@ -6,6 +6,7 @@ Command:
     python -m nsa.compare CONFIG --workers 8                          # in eight processes, spread over the GPUs
     python -m nsa.compare report checkpoints/compare-demo             # the report again, from its results
     python -m nsa.compare report checkpoints/compare-demo --pack OUT  # and results and report in few files
+    python -m nsa.compare report FOLDER --partial                     # of a comparison that was stopped
     python -m nsa.compare list                                        # methods and tasks
     python -m nsa.compare explain quest                               # what a method does, and what is counted
 
@@ -33,7 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once, spread over the GPUs")
     parser.add_argument("--launch", type=Path, metavar="LAUNCH_SH", help="train what is not trained, stage by stage")
     parser.add_argument("--pack", metavar="OUT", help="with report: also write the results, in few files, to OUT")
+    parser.add_argument(
+        "--partial", action="store_true", help="with report: of a comparison that was stopped, from the cells there are"
+    )
     options = parser.parse_intermixed_args(arguments)
+    if options.partial and options.what != "report":
+        parser.error("--partial goes with report")
     if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
         parser.error("--pack goes with report and one folder of results")
     if options.workers < 1:
@@ -51,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n\n".join(commands.explain(name) for name in options.rest or [""]))
         elif options.what == "report":
             for folder in options.rest or [""]:
-                commands.report(folder, options.pack)
+                commands.report(folder, options.pack, options.partial)
         elif options.launch is not None:
             from nsa.evaluation.comparison import trainings
 

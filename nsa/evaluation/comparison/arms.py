@@ -72,6 +72,12 @@ def places_of(config: ComparisonConfig) -> list[Place]:
     ]
 
 
+def key_of(arm: Arm, place: Place) -> tuple[str, float | None, str, int, bool, int]:
+    """By which a folder knows a cell."""
+    share = None if arm.budget is None else share_of(arm.budget, place.length)
+    return arm.label, share, *place, arm.model.train_seed
+
+
 class Unit(NamedTuple):
     """Cells of one sibling and place: those that are answered together, or one that is answered alone."""
 

@@ -15,7 +15,7 @@ from nsa.baselines import Budget, BudgetError, Ledger, Method
 from nsa.baselines.methods.dense import DenseForOthers
 from nsa.data.tasks import Sample, Task, as_vocabulary, task_named
 from nsa.evaluation.comparison.answers import Answer, ask
-from nsa.evaluation.comparison.arms import Arm, Place, Unit, places_of
+from nsa.evaluation.comparison.arms import Arm, Place, Unit, key_of, places_of
 from nsa.evaluation.comparison.begun import Begun
 from nsa.evaluation.comparison.config import ComparisonConfig, budget_of, share_of
 from nsa.evaluation.comparison.decoding import AttachError, Prompts, Reader
@@ -192,7 +192,7 @@ class Cells:
             self.left[what] = why
 
     def _has(self, arm: Arm, place: Place) -> bool:
-        return self.folder.has(*_key(arm, place))
+        return self.folder.has(*key_of(arm, place))
 
     def opened(self, model: Candidate) -> Opened:
         if self._open is None or self._open[0] != model:
@@ -271,7 +271,7 @@ class Cells:
             return do()
         except (BudgetError, AttachError, NoSampleError) as error:
             self.leave_out(arm.told(place), str(error))
-            self.folder.forget(*_key(arm, place))
+            self.folder.forget(*key_of(arm, place))
             return None
 
     def _begin(self, arm: Arm, place: Place) -> Asked:
@@ -279,7 +279,7 @@ class Cells:
         assert self._open is not None
         self.folder.check_weights(arm.model.name, arm.model.train_seed, self._open[2])
         self.folder.keep_training(arm.model.label, arm.model.folder / CONFIG)
-        begun = self.folder.begun(self._open[2], *_key(arm, place))
+        begun = self.folder.begun(self._open[2], *key_of(arm, place))
         method = self._method(arm, block, begun)
         batches, reader = self._ask(
             arm,
@@ -400,7 +400,7 @@ class Cells:
         """Of all cells of an arm only the first has ``changes``, in whichever order they were answered."""
         for arm in {arm.key: arm for unit in units for arm in unit.arms}.values():
             for cell in [cell for cell in self._below_full(arm) if self._has(*cell)][1:]:
-                self.folder.drop_figure("changes", *_key(*cell))
+                self.folder.drop_figure("changes", *key_of(*cell))
 
     def _method(self, arm: Arm, block: Block, begun: Begun) -> Method | None:
         """The method of an arm; a threshold is fitted to its budget by what it spends on other samples.
@@ -439,12 +439,6 @@ class Cells:
             pass
         axis = "prefill" if "decode" not in method.phases else self.config.counts
         return ledger.shares(beside=False)[axis] or 0.0
-
-
-def _key(arm: Arm, place: Place) -> tuple[str, float | None, str, int, bool, int]:
-    """By which a folder knows a cell."""
-    share = None if arm.budget is None else share_of(arm.budget, place.length)
-    return arm.label, share, *place, arm.model.train_seed
 
 
 def seconds_for(cells: Sequence[Asked], questions: int) -> float:

@@ -100,7 +100,9 @@ class Work:
             stage=self.stage,
             started=_now(),
         )
-        return ResultsFolder(self.whole.folder, manifest)
+        folder = ResultsFolder(self.whole.folder, manifest)
+        folder.keep_plan(comparison.plan())
+        return folder
 
     def comparison(self, device: str = "cpu", workers: int = 1) -> Comparison:
         candidates = [candidate_of(training) for training in self.trainings if training.sibling.compared]
@@ -202,11 +204,12 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def report(folder: str | Path, pack_into: str | None = None) -> None:
-    """Write the report of finished results beside them, and say where.
+def report(folder: str | Path, pack_into: str | None = None, partial: bool = False) -> None:
+    """Write the report of results beside them, and say where.
 
     Args:
         folder: of results. pack_into: another folder, which gets the results in few files, and the report.
+        partial: the comparison may have been stopped.
 
     Raises:
         ResultsError: the folder is no finished comparison; the message says what to do.
@@ -214,18 +217,21 @@ def report(folder: str | Path, pack_into: str | None = None) -> None:
     if not str(folder):
         raise ResultsError("name a results folder: python -m nsa.compare report FOLDER")
     if pack_into is not None:
-        pack(Path(folder), Path(pack_into))
-        folder = pack_into
-    write_report(folder)
+        pack(Path(folder), Path(pack_into), partial)
+        write_report(pack_into)
+    elif partial:
+        write_report(folder, partial=True)
+    else:
+        write_report(folder)
 
 
-def pack(folder: Path, out: Path) -> None:
-    """Write finished results in few files into another folder.
+def pack(folder: Path, out: Path, partial: bool = False) -> None:
+    """Write results in few files into another folder. ``partial``: the comparison may have been stopped.
 
     Raises:
         ResultsError: the results are not finished, or the other folder is not there to be written.
     """
-    results = read_results(folder)
+    results = read_results(folder, partial)
     if out.resolve() == folder.resolve():
         raise ResultsError(f"{out} holds the results themselves: name another folder to pack them into")
     heads = {name: {"origin": results.manifest.origin, "made": made} for name, made in results.made.items()}

@@ -5,6 +5,7 @@ cells/ID/cell.json      what all answers of a cell share, with the counts of the
 cells/ID/answers.jsonl  one answer a line
 begun/ID.jsonl          batches of a cell that is not finished (`begun.Begun`)
 siblings/NAME.yaml      how a sibling was trained
+plan.json               the planned cells, by which those that are missing are named (`reading.partial`)
 left_out.json           cells that cannot be, such as a budget that a method cannot meet, and why
 cells.json, cells.parquet   one line a cell, written at the end
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa.evaluation.comparison.begun import Begun
-from nsa.evaluation.comparison.reading import packed
+from nsa.evaluation.comparison.reading import packed, partial
 from nsa.evaluation.comparison.rows import Cell, ResultsError, Row, build_cell, cell_id, cell_of, digest, tidy
 from nsa.untrusted import UntrustedError, parse_json, read_bytes, read_json
 
@@ -64,15 +65,25 @@ class Manifest:
         """What each cell says of where it was made."""
         return {"commit": self.commit, "versions": self.versions, "hardware": self.hardware}
 
+    @property
+    def asks(self) -> str:
+        """A fingerprint of what the planned cells follow from."""
+        return digest([self.origin, self.stage, {name: self.config.get(name) for name in GROWS}])[:12]
+
 
 @dataclass(frozen=True)
 class Results:
-    """What a finished folder holds. left_out: in words, which cell -> why it cannot be. made: by cell, where."""
+    """What a folder holds.
+
+    left_out: in words, which cell -> why it cannot be, or that it was not answered. made: by cell, where. planned:
+    cells of a comparison that was stopped; None: it ended.
+    """
 
     manifest: Manifest
     cells: list[Cell]
     left_out: Mapping[str, str]
     made: Mapping[str, dict[str, Any]]
+    planned: int | None = None
 
 
 class ResultsFolder:
@@ -114,6 +125,10 @@ class ResultsFolder:
         if cells != self.manifest.planned:
             self.manifest = replace(self.manifest, planned=cells)
             self._write_manifest()
+
+    def keep_plan(self, plan: partial.Plan) -> None:
+        """Keep which cells are planned, so that those that are missing can be named."""
+        _write(self.path / partial.PLAN, json.dumps(plan.told(self.manifest.asks), indent=1) + "\n")
 
     def has(
         self, arm: str, budget: float | None, task: str, length: int, question_aware: bool, train_seed: int = 0
@@ -221,8 +236,12 @@ class ResultsFolder:
         return replace(results, manifest=self.manifest)
 
 
-def read_results(path: Path | str) -> Results:
+def read_results(path: Path | str, stopped: bool = False) -> Results:
     """All cells of a finished folder, or of one that `nsa.evaluation.comparison.reading.packed` wrote.
+
+    Args:
+        path: the folder. stopped: the comparison may have been stopped; what is missing is then left out. A packed
+            folder says by itself if it was.
 
     Raises:
         ResultsError: it is no such folder, it is half written, or its cells come from two commits or configurations, or
@@ -230,6 +249,10 @@ def read_results(path: Path | str) -> Results:
     """
     path = Path(path)
     manifest = read_manifest(path)
+    if manifest.finished is None and (stopped or packed.is_packed(path)):
+        results = _there(path, manifest)
+        left_out, planned = partial.missing(path, manifest.asks, results.made, results.left_out, manifest.commit)
+        return replace(results, left_out=left_out, planned=planned)
     results = _read(path, manifest)
     if manifest.finished is None:
         raise ResultsError(_half_written(path, len(results.cells), manifest))
@@ -237,6 +260,14 @@ def read_results(path: Path | str) -> Results:
 
 
 def _read(path: Path, manifest: Manifest) -> Results:
+    """Raises ResultsError unless all cells are there or left out."""
+    results = _there(path, manifest)
+    if len(results.cells) + len(results.left_out) != manifest.planned:
+        raise ResultsError(_half_written(path, len(results.cells), manifest))
+    return results
+
+
+def _there(path: Path, manifest: Manifest) -> Results:
     cells, made = [], {}
     weights: dict[tuple[str, int], str] = {}
     for cell, of_cell in read_cells(path, manifest):
@@ -245,10 +276,7 @@ def _read(path: Path, manifest: Manifest) -> Results:
         its = of_cell.get("weights", "")
         if (there := weights.setdefault((cell.model, cell.train_seed), its)) != its:
             raise ResultsError(_retrained(path, cell.model, cell.train_seed, there, its))
-    left_out = _left_out(path)
-    if len(cells) + len(left_out) != manifest.planned:
-        raise ResultsError(_half_written(path, len(cells), manifest))
-    return Results(manifest, cells, left_out, made)
+    return Results(manifest, cells, _left_out(path), made)
 
 
 def _weights(path: Path) -> dict[tuple[str, int], str]:
@@ -375,9 +403,12 @@ def _retrained(path: Path, model: str, seed: int, one: str, other: str) -> str:
 
 
 def _half_written(path: Path, cells: int, manifest: Manifest) -> str:
+    stopped = (
+        "" if manifest.finished else ". For a report of what is there: python -m nsa.compare report FOLDER --partial"
+    )
     return (
         f"{path} is half-written: {cells} of {manifest.planned} cells are there. Run the same command again: "
-        f"it skips finished cells and goes on with the others"
+        f"it skips finished cells and goes on with the others{stopped}"
     )
 
 

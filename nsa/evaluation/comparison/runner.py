@@ -8,13 +8,14 @@ import numpy as np
 
 from nsa.baselines import Budget
 from nsa.data.tasks import UnavailableError, task_named
-from nsa.evaluation.comparison.arms import Arm, Place, Unit, places_of, units_of
+from nsa.evaluation.comparison.arms import Arm, Place, Unit, key_of, places_of, units_of
 from nsa.evaluation.comparison.cells import CALIBRATION, Cells
 from nsa.evaluation.comparison.config import ComparisonConfig, MethodConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.identity import tokenizer_digest
 from nsa.evaluation.comparison.models import Candidate
-from nsa.evaluation.comparison.rows import DENSE, Cell
+from nsa.evaluation.comparison.reading.partial import Plan
+from nsa.evaluation.comparison.rows import DENSE, Cell, cell_id
 from nsa.evaluation.comparison.workers import Workers
 
 LONG = 256  # tokens: a task with longer answers is said to take long
@@ -62,6 +63,16 @@ class Comparison:
             1 for model in self.candidates for methods in (False, True) for _ in self.arms(model, methods=methods)
         )
         return arms * len(places_of(self.config))
+
+    def plan(self) -> Plan:
+        """All of these cells, and what one note leaves out together."""
+        cells, together = dict[str, str](), dict[str, list[str]]()
+        for model in self.candidates:
+            for place in places_of(self.config):
+                own, methods = ([*self.arms(model, methods=those)] for those in (False, True))
+                cells |= {arm.told(place): cell_id(*key_of(arm, place)) for arm in own + methods}
+                together[methods_on(model, place)] = [arm.told(place) for arm in methods]
+        return Plan(cells, together)
 
     def run(
         self, folder: ResultsFolder, progress: Callable[[float], None], time_left: Callable[[], float] = lambda: inf
@@ -112,7 +123,7 @@ class Comparison:
                     arms = list(self.arms(model, methods=True))
                     if why := self._below(folder, model, place):
                         planned += 1
-                        cells.leave_out(f"methods on {model.label} {place}", why)
+                        cells.leave_out(methods_on(model, place), why)
                         progress(len(arms))
                         continue
                     planned += len(arms)
@@ -178,3 +189,8 @@ class Comparison:
         nearest = min(others, key=lambda of: (of.name != model.name, round(abs(log(others[of].parameters / size)), 6)))
         mean = float(np.mean([cell.mean for of, cell in others.items() if of.name == nearest.name]))
         return None if mean >= self.config.floor else f"dense reaches {mean:.3f}, below {self.config.floor:g}"
+
+
+def methods_on(model: Candidate, place: Place) -> str:
+    """All methods on a sibling at a place, as they are left out together."""
+    return f"methods on {model.label} {place}"

@@ -11,18 +11,22 @@ from nsa.evaluation.comparison.reading import alarms, cards, figures
 from nsa.evaluation.comparison.reading.analysis import EFFECTIVE, FLOOR, MARGIN, TOLERANCE, Point, Table
 from nsa.evaluation.comparison.reading.internals import internals, iso_cost
 from nsa.evaluation.comparison.reading.pages import Grid, Note, Picture, Section, write_html, write_markdown
+from nsa.evaluation.comparison.reading.partial import NOT_ANSWERED
 from nsa.evaluation.comparison.rows import DENSE, OWN, RANDOM, digest
 
 TITLE = "Trained against training-free sparse attention"
 SCOPES = ("single", "multi", "high")
 
 
-def write_report(folder: Path | str, out: Path | str | None = None, say: Callable[[str], None] = print) -> Path:
-    """Write the report of a finished results folder.
+def write_report(
+    folder: Path | str, out: Path | str | None = None, say: Callable[[str], None] = print, partial: bool = False
+) -> Path:
+    """Write the report of a results folder.
 
     Args:
         folder: of results. out: folder for the report; None: the same.
         say: called with each alarm that rings, and with where the report is.
+        partial: the comparison may have been stopped.
 
     Returns:
         The path of report.html.
@@ -30,7 +34,7 @@ def write_report(folder: Path | str, out: Path | str | None = None, say: Callabl
     Raises:
         ResultsError: the folder is half-written, or holds results of two commits or configurations.
     """
-    results = read_results(folder)
+    results = read_results(folder, partial)
     out = Path(out if out is not None else folder)
     out.mkdir(parents=True, exist_ok=True)
     table = Table(results.cells)
@@ -48,6 +52,7 @@ def write_report(folder: Path | str, out: Path | str | None = None, say: Callabl
 def make_sections(results: Results, table: Table, findings: list[alarms.Finding]) -> list[Section]:
     """All sections that the cells give something for, in reading order."""
     made = [
+        _unfinished(results),
         _alarms(table, findings),
         _summary(table),
         _filtered(table),
@@ -63,6 +68,27 @@ def make_sections(results: Results, table: Table, findings: list[alarms.Finding]
         _provenance(results),
     ]
     return [section for section in made if section.parts]
+
+
+def _unfinished(results: Results) -> Section:
+    section = Section("An unfinished comparison")
+    if results.planned is None:
+        return section
+    section.parts.append(
+        Note(
+            f"This comparison was stopped: {len(results.cells):,} of {results.planned:,} cells are there, and "
+            f"{_not_answered(results):,} were not answered. All that follows is of the cells that are there.",
+            True,
+        )
+    )
+    lines = [[what, why] for what, why in sorted(results.left_out.items())]
+    if lines:
+        section.parts.append(Grid(["cell", "why"], lines, "All that is left out", True))
+    return section
+
+
+def _not_answered(results: Results) -> int:
+    return sum(why == NOT_ANSWERED for why in results.left_out.values())
 
 
 def _alarms(table: Table, findings: list[alarms.Finding]) -> Section:
@@ -335,6 +361,9 @@ def _cards(table: Table) -> Section:
 
 def _provenance(results: Results) -> Section:
     m = results.manifest
+    left = f"{len(results.left_out):,} left out"
+    if results.planned is not None:
+        left += f", of which {_not_answered(results):,} were not answered"
     section = Section("Where this comes from")
     answers = sum(len(cell.score) for cell in results.cells)
     made: Counter[tuple[str, str, str]] = Counter()
@@ -345,8 +374,8 @@ def _provenance(results: Results) -> Section:
         ["code", f"fingerprint {m.code}"], ["configuration", f"digest {digest(m.config)[:12]}, whole in manifest.json"],
         *([f"{number:,} cell{'s' * (number > 1)}", f"commit {commit}, {hardware}, {versions}"]
           for (commit, hardware, versions), number in made.most_common()),
-        ["began, ended", f"{m.started}, {m.finished}"],
-        ["cells, answers", f"{len(results.cells):,} and {answers:,}; {len(results.left_out):,} left out"],
+        ["began, ended", f"{m.started}, {m.finished or 'stopped before its end'}"],
+        ["cells, answers", f"{len(results.cells):,} and {answers:,}; {left}"],
     ]  # fmt: skip
     section.parts.append(Grid(["", ""], lines))
     return section
