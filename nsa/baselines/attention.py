@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa.baselines.plan import Part, Plan, View, row_blocks, score
+from nsa.baselines.plan import Part, Plan, View, of_one_head, row_blocks, score
 
 
 def attend(view: View, plan: Plan | None) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def is_dense(view: View, plan: Plan | None) -> bool:
         plain = all(p.query_at is None and p.key_at is None and p.log_weight is None for p in plan.parts)
         if len(plan.parts) != 1 or not plain or plan.terms is not None or plan.blend is not None:
             return False
-        if not plan.parts[0].keep.all():
+        if not of_one_head(plan.parts[0].keep).all():
             return False
     return bool(((view.positions >= 0).sum(1) == view.seen[:, None]).all())
 

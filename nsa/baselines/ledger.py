@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nsa.baselines.attention import is_dense, kept
-from nsa.baselines.plan import Plan, View, row_blocks
+from nsa.baselines.plan import Plan, View, of_few_heads, row_blocks
 from nsa.baselines.prompt import pairs_of
 
 
@@ -115,12 +115,17 @@ def _count(view: View, plan: Plan | None) -> Counts:
         counts.attended += pairs.sum(0).cpu() * view.group
         counts.reads += pairs.sum(0).cpu() * width
     else:
+        seeing, same = of_few_heads(view, plan)
+        attended, read = [], []
         for rows in row_blocks(view):
-            mask = kept(view, plan, rows)
-            union = mask if mask.shape[1] == groups else view.per_group(mask).any(2)
-            pairs = mask.sum((0, 2, 3)).double().cpu()
-            counts.attended += pairs * view.group if mask.shape[1] == groups else pairs.view(groups, -1).sum(1)
-            counts.reads += union.sum((0, 2, 3)).double().cpu() * width
+            mask = kept(seeing, same, rows)
+            alone = mask.shape[1] in (1, groups)  # no query head has its own
+            union = mask if alone else view.per_group(mask).any(2)
+            pairs = mask.sum((0, 2, 3)).double()
+            attended.append(pairs * view.group if alone else pairs.view(groups, -1).sum(1))
+            read.append(union.sum((0, 2, 3)).double() * width)
+        counts.attended += torch.stack(attended).sum(0).cpu()  # of one head: that of each
+        counts.reads += torch.stack(read).sum(0).cpu()
     if plan is not None:
         batch = len(view.q)
         counts.scored += plan.estimate.pairs * batch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.baselines.attention import kept, moved
-from nsa.baselines.plan import Plan, View, row_blocks
+from nsa.baselines.plan import Plan, View, of_few_heads, of_one_head, row_blocks
 
 PAIRS = 2**28  # of a mask of all query heads: that many bytes
 
@@ -29,14 +29,15 @@ def attend_masked(view: View, plan: Plan | None) -> Tensor:
     """The output of `nsa.baselines.attention.attend`, where `can_mask`: (B, T, H, Dv) in q's dtype."""
     if plan is None and view.whole:
         return ops.dense_attention(view.q, view.k, view.v, scale=view.scale).to(view.q.dtype)
+    mask = _mask_of(view, plan)
+    seeing, plan = of_few_heads(view, plan)
     pieces = [plan] if plan is None else _pieces(plan)
     placed = [(view.q, view.k) if piece is None else moved(view, piece.parts[0]) for piece in pieces]
-    mask = _mask_of(view, plan)
     outs, begin, before = [], 0, view.k.shape[1] - view.q.shape[1]
     for rows in row_blocks(view, PAIRS):
         end = begin + len(rows)
         seen = slice(before + end)  # slots are in the order of positions: those after it come after these queries
-        masks = [mask[:, :, begin:end]] if mask is not None else _disjoint(view, pieces, rows)
+        masks = [mask[:, :, begin:end]] if mask is not None else _disjoint(seeing, pieces, rows)
         outs.append(
             _softmax_over(
                 [
@@ -88,4 +89,4 @@ def _mask_of(view: View, plan: Plan | None) -> Tensor | None:
     keep = plan.parts[0].keep
     if keep.shape[2:] != (view.q.shape[1], view.k.shape[1]):
         return None
-    return keep[:, :1] if keep.stride(1) == 0 else keep  # of one, for all
+    return of_one_head(keep)

@@ -1,6 +1,6 @@
 """What queries attend to: the one form in which every method hands over its choice."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -193,6 +193,21 @@ class View:
         return x.unflatten(1, (self.k.shape[2], self.group))
 
 
+def of_one_head(keep: Tensor) -> Tensor:
+    """A mask (B, N, ...) of the first head alone, where it is an expanded one, the same for all; else as it is."""
+    return keep[:, :1] if keep.stride(1) == 0 else keep
+
+
+def of_few_heads(view: View, plan: Plan | None) -> tuple[View, Plan | None]:
+    """For masks: a whole prompt and its plan for the first KV head alone, where all keep the same; else as they are."""
+    if plan is None or not view.whole:
+        return view, plan
+    parts = tuple(replace(part, keep=of_one_head(part.keep)) for part in plan.parts)
+    if any(part.keep.shape[1] != 1 for part in parts):
+        return view, plan
+    return view.of_one_head, replace(plan, parts=parts)
+
+
 def score(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """q (B, T, H, D) times k (B, S, G, D): (B, H, T, S) fp32."""
     groups = k.shape[2]
@@ -223,6 +238,24 @@ class Turn:
         turned = first * cos - second * sin, second * cos + first * sin
         joined = torch.stack(turned, -1).flatten(-2) if self.interleaved else torch.cat(turned, -1)
         return torch.cat([joined.to(x.dtype), x[..., width:]], -1)
+
+
+def chosen_by_rows(view: View, heads: int, choose: Callable[[Tensor, int], Tensor], elements: int = 2**25) -> Tensor:
+    """(B, heads, T, S) bool: what ``choose`` takes for some queries at a time, of the keys up to the last of them.
+
+    Args:
+        choose: (rows, keys) -> (B, heads, len(rows), keys) bool, for the queries ``rows`` (int64 indices). Slots are in
+            the order of positions, so those behind the first ``keys`` come after these queries.
+        elements: as for `row_blocks`.
+    """
+    batch, queries, keys = len(view.q), view.q.shape[1], view.k.shape[1]
+    keep = torch.zeros(batch, heads, queries, keys, dtype=torch.bool, device=view.q.device)
+    begin, before = 0, keys - queries
+    for rows in row_blocks(view, elements):
+        end = begin + len(rows)
+        keep[:, :, begin:end, : before + end] = choose(rows, before + end)
+        begin = end
+    return keep
 
 
 def row_blocks(view: View, elements: int = 2**25) -> Iterator[Tensor]:

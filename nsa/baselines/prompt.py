@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa import ops
-from nsa.baselines.plan import Part, Plan, View
+from nsa.baselines.plan import Part, Plan, View, of_one_head
 
 MASKED = 2**28  # entries of a mask that are copied at once
 
@@ -73,9 +73,11 @@ def pairs_of(view: View, plan: Plan) -> Tensor | None:
         return None
     keep = plan.parts[0].keep
     if view.whole and len(plan.parts) == 1 and keep.shape[2:] == (view.k.shape[1],) * 2:
-        blocks = keep.split(max(1, MASKED // keep[:, :, 0].numel()), 2)  # rows
+        one = of_one_head(keep)
+        blocks = one.split(max(1, MASKED // one[:, :, 0].numel()), 2)  # rows
         before = [sum(block.shape[2] for block in blocks[:number]) for number in range(len(blocks))]
-        return sum(block.tril(at).sum((2, 3)).double() for block, at in zip(blocks, before, strict=True))
+        counts = [block.tril(at).sum((2, 3)).double() for block, at in zip(blocks, before, strict=True)]
+        return torch.stack(counts).sum(0).expand(-1, keep.shape[1])
     if not can_list(view, plan):
         return None
     (part,), _ = _sorted(plan)

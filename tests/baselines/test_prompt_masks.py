@@ -6,15 +6,16 @@ from typing import Any
 import pytest
 import torch
 from sessions import inputs, run
+from torch import Tensor
 from views import view_of
 
 from nsa import ops
-from nsa.baselines import Budget, Method, Part, Plan, masked, prompt
+from nsa.baselines import Budget, Method, Part, Plan, ledger, masked, prompt
 from nsa.baselines.attention import attend, kept
 from nsa.baselines.method import State
 from nsa.baselines.methods import METHODS, oracle
 from nsa.baselines.methods.oracle import OracleTopK, OracleTopP
-from nsa.baselines.plan import Terms, View
+from nsa.baselines.plan import Terms, View, of_few_heads
 
 CHOOSE = [
     method
@@ -75,6 +76,43 @@ def test_keys_and_queries_may_be_elsewhere() -> None:
     expect_the_same(view, Plan(both))
     third = Part(second & ~first[:, :: view.group] & ~first[:, 1 :: view.group])
     expect_the_same(view, Plan((replace(part, keep=first), third)))
+
+
+def test_heads_that_keep_the_same_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and counts are those of masks that are written out for each head; heads of one mask may still differ."""
+    view = view_of(21, batch=2)
+    groups, made = view.k.shape[2], torch.Generator().manual_seed(1)
+    one, other = (torch.rand(2, 1, 21, 21, generator=made) < 0.4 for _ in range(2))
+    other &= ~one  # a key has one position
+    place = (torch.arange(21) * 2)[None].expand(2, -1)
+
+    def plan_of(*masks: Tensor) -> Plan:
+        first, *rest = masks
+        return Plan((Part(first), *(Part(mask, query_at=place) for mask in rest)))
+
+    def counted(plan: Plan) -> tuple[list[float], list[float]]:
+        found = ledger._count(view, plan)
+        return found.attended.tolist(), found.reads.tolist()
+
+    wide = one.expand(-1, groups, -1, -1), other.expand(-1, groups, -1, -1)
+    for masks in (wide[:1], wide):
+        shared, written = plan_of(*masks), plan_of(*(mask.clone() for mask in masks))
+        assert of_few_heads(view, shared)[0].positions.shape[2] == 1 and of_few_heads(view, written)[0] is view
+        counts = counted(shared)
+        assert counts == counted(written) and len(counts[0]) == groups
+        expect_the_same(view, shared)
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "row_blocks", lambda view: torch.arange(21).split(5))
+            assert counted(shared) == counted(written) == counts
+    pairs = prompt.pairs_of(view, plan_of(wide[0]))
+    assert pairs is not None and torch.equal(pairs, one.tril().sum((2, 3)).expand(-1, groups).double())
+    mixed = plan_of(wide[0], wide[1].clone())
+    assert of_few_heads(view, mixed) == (view, mixed), "a head may differ"
+    places = torch.arange(21).expand(2, 21).clone()
+    places[1] = (places[1] - 4).clamp(min=-1)
+    padded = replace(view, query_positions=places, positions=places[..., None].expand(-1, -1, groups))
+    assert of_few_heads(padded, plan_of(*wide))[0] is padded
+    expect_the_same(padded, plan_of(*wide))
 
 
 def test_what_a_mask_cannot_say() -> None:

@@ -5,9 +5,13 @@ from torch import Tensor
 from nsa.baselines.plan import View
 
 
-def draws(view: View, seed: int) -> Tensor:
-    """(B, G, T, S) int64 of 31 bits for each query and key of this layer; KV heads have the same."""
-    queries, keys = view.query_positions[:, None, :, None], view.positions.transpose(1, 2)[:, :, None]
+def draws(view: View, seed: int, rows: Tensor | slice = slice(None), num_keys: int | None = None) -> Tensor:
+    """(B, G, T, S) int64 of 31 bits for each query and key of this layer; KV heads have the same.
+
+    Of the queries ``rows`` and the first ``num_keys`` slots only, if they are given.
+    """
+    queries = view.query_positions[:, None, rows, None]
+    keys = view.positions[:, :num_keys].transpose(1, 2)[:, :, None]
     return mixed(mixed(queries * 1_000_003 + keys) + seed * 7919 + view.layer * 104_729)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa import ops
 from nsa.baselines.method import Axes, Method, State
-from nsa.baselines.plan import Estimate, Part, Plan, View, row_blocks
+from nsa.baselines.plan import Estimate, Part, Plan, View, chosen_by_rows, row_blocks
 from nsa.baselines.prompt import by_kernels
 from nsa.ops.choose import cover, top
 
@@ -72,12 +72,9 @@ def _chosen(view: View, choose: Callable[[Tensor], Tensor]) -> Plan:
     """The keys that ``choose`` takes by the true mass of each query, (B, G, rows, keys); not visible: 0."""
     if not by_kernels(view):
         return Plan((Part(torch.cat([choose(true_mass(view, rows)) for rows in row_blocks(view)], 2)),))
-    (batch, tokens, _, _), groups = view.q.shape, view.k.shape[2]
-    keep = torch.zeros(batch, groups, tokens, tokens, dtype=torch.bool, device=view.q.device)
-    begin = 0
-    for rows in row_blocks(view, MASSES):
-        end = begin + len(rows)
-        mass = ops.attention_mass(view.q[:, begin:end], view.k[:, :end], scale=view.scale)
-        keep[:, :, begin:end, :end] = choose(mass)
-        begin = end
-    return Plan((Part(keep),))
+
+    def choose_of(rows: Tensor, keys: int) -> Tensor:
+        queries = slice(keys - len(rows), keys)
+        return choose(ops.attention_mass(view.q[:, queries], view.k[:, :keys], scale=view.scale))
+
+    return Plan((Part(chosen_by_rows(view, view.k.shape[2], choose_of, MASSES)),))

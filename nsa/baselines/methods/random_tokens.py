@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from nsa.baselines.importance.draws import draws
 from nsa.baselines.method import Axes, Method, State
-from nsa.baselines.plan import Plan, View
+from nsa.baselines.plan import Plan, View, chosen_by_rows
 from nsa.ops.choose import top
 
 
@@ -25,10 +26,15 @@ class RandomTokens(Method):
     formula = "k keys and values"
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
-        one = view.of_one_head
-        queries, keys = view.query_positions[:, None, :, None], one.positions.transpose(1, 2)[:, :, None]
-        draw = (draws(one, self.seed) >> 7).float().masked_fill(queries == keys, torch.inf)  # 24 bits: fp32 is exact
-        keep = top(draw.masked_fill(~one.visible, -torch.inf), self.budget.each(view.seen))
-        return Plan.of(keep.expand(-1, view.k.shape[2], -1, -1))
+        one, budget = view.of_one_head, self.budget.each(view.seen)
+
+        def choose(rows: Tensor, num_keys: int) -> Tensor:
+            queries = view.query_positions[:, None, rows, None]
+            keys = one.positions[:, :num_keys].transpose(1, 2)[:, :, None]
+            draw = (draws(one, self.seed, rows, num_keys) >> 7).float()  # 24 bits: fp32 is exact
+            draw = draw.masked_fill(queries == keys, torch.inf).masked_fill((keys < 0) | (keys > queries), -torch.inf)
+            return top(draw, budget)
+
+        return Plan.of(chosen_by_rows(view, 1, choose).expand(-1, view.k.shape[2], -1, -1))
 
     decode_select = prefill_select
