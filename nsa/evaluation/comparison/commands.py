@@ -2,6 +2,7 @@
 
 import fcntl
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from nsa.evaluation.comparison.folder import MANIFEST, Manifest, ResultsFolder, 
 from nsa.evaluation.comparison.identity import code_digest
 from nsa.evaluation.comparison.models import candidate_of
 from nsa.evaluation.comparison.reading import packed
+from nsa.evaluation.comparison.reading.partial import PLAN
 from nsa.evaluation.comparison.reading.report import write_report
 from nsa.evaluation.comparison.rows import ResultsError
 from nsa.evaluation.comparison.runner import Comparison
@@ -236,6 +238,10 @@ def pack(folder: Path, out: Path, partial: bool = False) -> None:
         raise ResultsError(f"{out} holds the results themselves: name another folder to pack them into")
     heads = {name: {"origin": results.manifest.origin, "made": made} for name, made in results.made.items()}
     packed.write({cell.id: cell for cell in results.cells}, heads, folder, out)
+    if results.planned is not None:
+        shutil.copyfile(folder / PLAN, out / PLAN)
+    else:
+        (out / PLAN).unlink(missing_ok=True)  # of a pack that was made before the end
 
 
 def _commit() -> str:

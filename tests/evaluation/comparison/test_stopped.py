@@ -91,9 +91,13 @@ def test_a_packed_report_is_the_same_and_is_of_an_unfinished_comparison(tmp_path
     assert packed["report.html"].decode().count(NOT_ANSWERED) == 4
 
 
-def test_a_comparison_that_ended_is_reported_as_ever(tmp_path: Path) -> None:
-    results = stopped(tmp_path, there=6)
+def test_a_comparison_that_ended_is_reported_and_packed_as_ever(tmp_path: Path) -> None:
+    results, out = stopped(tmp_path, there=5), tmp_path / "out"
+    assert main(["report", str(tmp_path), "--partial", "--pack", str(out)]) == 0 and (out / "plan.json").exists()
+    results.write(rows_of(CELLS[5]), CELLS[5].figures)
     results.finish("now")
+    commands.pack(tmp_path, out)
+    assert not (out / "plan.json").exists()
     assert read_results(tmp_path, stopped=True).planned is None
     assert "unfinished" not in write_report(tmp_path, partial=True).with_suffix(".md").read_text()
 

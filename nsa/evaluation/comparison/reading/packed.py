@@ -1,7 +1,7 @@
 """Results in few files that are small enough for git: what the folder says, and all cells with all answers.
 
-manifest.json, plan.json, left_out.json, siblings/   as in a results folder
-cells.jsonl.gz   one line a cell: what its answers share, and its answers as columns
+manifest.json, left_out.json, siblings/   as in a results folder; plan.json of a comparison that was stopped, too
+cells.jsonl.gz                            one line a cell: what its answers share, and its answers as columns
 """
 
 import gzip
@@ -17,7 +17,7 @@ from nsa.evaluation.comparison.rows import OF_ANSWER, Cell, ResultsError
 from nsa.untrusted import UntrustedError, parse_json, regular_size
 
 PACKED = "cells.jsonl.gz"
-COPIED = ("manifest.json", "plan.json", "left_out.json", "siblings/*.yaml")
+COPIED = ("manifest.json", "left_out.json", "siblings/*.yaml")
 LIMIT = 2**28  # bytes of the file
 LINE = 2**26  # bytes of a cell
 
