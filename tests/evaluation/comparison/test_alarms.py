@@ -169,6 +169,13 @@ def test_one_of_many_comparisons_must_be_surer_than_one_alone() -> None:
     assert ringing([low, sure, *slight, *large]) == {}
 
 
+def test_p_of_an_arm_that_is_above_counts_both_signs() -> None:
+    """7 samples up and 1 down: one-sided p is 9 / 256, below 5 %. Chance puts an arm as far up or down twice as often."""
+    assert ringing([DENSE, flipped(cell("quest", budget=0.1), 7, 1)]) == {}
+    large = replace(cell("quest", budget=0.25), score=DENSE.score)
+    assert ringing([replace(DENSE, score=np.ones(200)), flipped(cell("quest", budget=0.1), 7, 1), large]) == {}
+
+
 def test_arms_that_are_neither_above_nor_below_are_not_in_the_family() -> None:
     sure, same = (
         flipped(cell("quest", budget=0.1), 8, 1),
@@ -182,7 +189,7 @@ def test_one_training_of_a_sparse_sibling_is_as_sure_as_its_samples() -> None:
     low = replace(cell("dense", samples=60), score=np.zeros(240))
     own = replace(cell("own", "nsa", 0.1, samples=60), score=np.ones(240))
     (text,) = ringing([low, own])["sparse above dense"]
-    assert float(text.partition("(p ")[2].partition(")")[0]) < 1e-9
+    assert float(text.partition("(p ")[2].partition(" ")[0]) < 1e-9
 
 
 def test_a_full_budget_with_fewer_answers_than_dense_is_unlike_it() -> None:

@@ -35,6 +35,11 @@ class Alarm:
     look: Callable[[Table], Iterator[Finding]]
 
 
+def of_those_above(p: float) -> float:
+    """A one-sided p, given that the mean is above 0. Only such arms are compared: half of all that differ by chance."""
+    return min(1.0, 2 * p)
+
+
 def sparse_above_dense(table: Table) -> Iterator[Finding]:
     """Of a dense-trained sibling: a part of attention cannot know more than all of it. Of an arm that was trained
     sparse: it may be better, but look at window, compute and data first."""
@@ -50,7 +55,7 @@ def sparse_above_dense(table: Table) -> Iterator[Finding]:
             if not same and len(point.cells) > 1:  # the training seed is the unit
                 drawn = statistics.draw_means(difference)
                 p = max(p, float((1 + (drawn <= 0).sum()) / (len(drawn) + 1)))
-            drafts.append((p, point, difference.mean, same))
+            drafts.append((of_those_above(p), point, difference.mean, same))
     if not any(point.cell.reference for point in table.points):
         yield Finding("There is no dense run of a dense-trained sibling to compare with.", rings=False)
     for p, (_, point, mean, same) in zip(statistics.holm([d[0] for d in drafts]), drafts, strict=True):
@@ -61,7 +66,7 @@ def sparse_above_dense(table: Table) -> Iterator[Finding]:
                 else "It was trained so; before it is believed, look at a leak, its window and its compute."
                 + (" It has one training seed." if len(point.cells) == 1 else "")
             )
-            yield Finding(f"{_name(point)} is {100 * mean:.1f} points above dense (p {p:.1g}). {why}")
+            yield Finding(f"{_name(point)} is {100 * mean:.1f} points above dense (p {p:.1g} by Holm). {why}")
 
 
 def not_monotone(table: Table) -> Iterator[Finding]:
@@ -82,11 +87,11 @@ def not_monotone(table: Table) -> Iterator[Finding]:
                 )
             difference = paired(small, large) if small.cell.trained == DENSE else None
             if difference is not None and difference.mean > 0:
-                drafts.append((statistics.greater_p(difference), small, large, difference.mean))
+                drafts.append((of_those_above(statistics.greater_p(difference)), small, large, difference.mean))
     for p, (_, small, large, mean) in zip(statistics.holm([d[0] for d in drafts]), drafts, strict=True):
         if p < LEVEL:
             yield Finding(
-                f"{_name(small)} is {100 * mean:.1f} points above its budget {large.cell.budget:g} (p {p:.1g}): "
+                f"{_name(small)} is {100 * mean:.1f} points above its budget {large.cell.budget:g} (p {p:.1g} by Holm): "
                 "the larger budget loses answers that the smaller keeps.",
             )
 
