@@ -91,8 +91,8 @@ def not_monotone(table: Table) -> Iterator[Finding]:
     for p, (_, small, large, mean) in zip(statistics.holm([d[0] for d in drafts]), drafts, strict=True):
         if p < LEVEL:
             yield Finding(
-                f"{_name(small)} is {100 * mean:.1f} points above its budget {large.cell.budget:g} (p {p:.1g} by Holm): "
-                "the larger budget loses answers that the smaller keeps.",
+                f"{_name(small)} is {100 * mean:.1f} points above its budget {large.cell.budget:g} "
+                f"(p {p:.1g} by Holm): the larger budget loses answers that the smaller keeps.",
             )
 
 
