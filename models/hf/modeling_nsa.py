@@ -283,10 +283,16 @@ class NSAModel(NSAPreTrainedModel):
         if cache is None and use_cache:
             cache = NSACache(self.config.num_hidden_layers)
 
+        seen = None if cache is None else cache.seen
         real = torch.ones(rows, tokens, dtype=torch.bool, device=x.device)
         if attention_mask is not None:
-            real = attention_mask[:, -tokens:].to(x.device).bool()
-        seen = None if cache is None else cache.seen
+            past = 0 if seen is None else seen.shape[1]
+            if attention_mask.shape[0] not in (1, rows) or attention_mask.shape[1] not in (tokens, past + tokens):
+                raise ValueError(
+                    f"attention_mask has the shape {tuple(attention_mask.shape)}: it needs {rows} rows (or one for "
+                    f"all) and {past + tokens} columns, one for each token so far"
+                )
+            real = attention_mask[:, -tokens:].to(x.device).bool().expand(rows, tokens)
         before = torch.zeros(rows, dtype=torch.long, device=x.device) if seen is None else seen.sum(1)
         after = before + real.sum(1)
         row, column = real.nonzero(as_tuple=True)

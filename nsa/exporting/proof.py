@@ -111,6 +111,8 @@ def _ask(folder: Path, question: dict) -> tuple[dict, dict[str, Tensor]]:
 def _difference(name: str, found: Tensor, expected: Tensor) -> float:
     if found.shape != expected.shape:
         raise ExportError(f"{name}: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    if not expected.isfinite().all():
+        raise ExportError(f"{name}: the model itself gives values that are not finite; export another checkpoint")
     scale = expected.abs().amax()
     apart = (found - expected).abs().amax(-1) / scale
     if not apart.amax() <= TOLERANCE:  # NaN is a difference

@@ -25,6 +25,7 @@ from nsa.layers.auxiliary_loss import untallied
 from nsa.models.moe import Experts
 from nsa.ops.geometry import KnownLengths, known_lengths, tell_lengths
 from nsa.parallel.traffic import Traffic
+from nsa.training.memory import out_of_memory_behind
 
 FEWEST_DOCUMENTS = 64
 
@@ -121,14 +122,6 @@ def forget_recordings() -> None:
         with suppress(RuntimeError):  # the device may have failed, and the process then ends
             for graph in (recorded.forward, recorded.backward) if recorded else ():
                 graph.reset()  # even if the recording is still referenced
-
-
-def out_of_memory_behind(error: BaseException) -> torch.OutOfMemoryError | None:
-    """The out-of-memory error that ended a capture, if any. Ending the capture then fails, too, and hides it."""
-    behind: BaseException | None = error
-    while behind is not None and not isinstance(behind, torch.OutOfMemoryError):
-        behind = behind.__context__
-    return behind
 
 
 def documents_size(borders: int) -> int:

@@ -5,19 +5,23 @@ import sys
 import traceback
 from contextlib import suppress
 
-import torch
 import torch.distributed as dist
 
 from nsa.config import Config
 from nsa.training.cuda_graphs import forget_recordings
 from nsa.training.distributed import ReportedError
 from nsa.training.exit_codes import FAULT, INTERRUPTED, LOST, REQUEUE, USER, write_exit_file
+from nsa.training.memory import is_memory
 from nsa.training.run_folder import FolderBusyError
 from nsa.training.signals import Stopped
 from nsa.training.trainer import Trainer
 from nsa.training.watchdog import Watchdog
 
-AGAIN = "The last checkpoint stands; run the same command again"
+AGAIN = "The last checkpoint, if there is one, stands; run the same command again"
+LESS_MEMORY = (
+    "lower training.micro_batch_size, set engine.activation_checkpointing=full or engine.cuda_graphs=false, or see "
+    "docs/parallelism.md"
+)
 LOST_WORDS = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe", "TCPStore")
 
 
@@ -47,15 +51,14 @@ def train(config: Config) -> int:
     except OSError as e:
         what = f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e.strerror or e)
         return _end(USER, f"error (rank {rank}): {what}. Make room or fix it. {AGAIN}", watchdog)
-    except torch.OutOfMemoryError as e:
-        advice = "lower training.micro_batch_size, set engine.activation_checkpointing=full or engine.cuda_graphs=false"
-        advice += ", or see docs/parallelism.md"
-        return _end(USER, f"error (rank {rank}): out of memory on the device, {advice}: {e}", watchdog)
     except Stopped:
         raise
     except KeyboardInterrupt:
         return _end(INTERRUPTED, f"interrupted while it stopped. {AGAIN}", watchdog)
     except Exception as e:
+        if is_memory(e) and not isinstance(e, dist.DistError):
+            said = str(e).splitlines()[0] if str(e) else type(e).__name__
+            return _end(USER, f"error (rank {rank}): out of memory, {LESS_MEMORY}: {said}", watchdog)
         if isinstance(e, dist.DistError) or (
             isinstance(e, RuntimeError) and any(word in str(e) for word in LOST_WORDS) and dist.is_initialized()
         ):

@@ -131,6 +131,7 @@ class Trainer:
             self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began
         )
         saved, code = self.progress.step, DONE
+        validation: dict[str, float] = {}
         since, seconds, data_seconds = self.progress.step, 0.0, 0.0
         self.watchdog.start()
         try:
@@ -158,7 +159,8 @@ class Trainer:
                 if step % training.probe_every == 0 or step == 1 or step == training.steps:
                     metrics |= self.probe_attention()
                 if step % training.validation_every == 0 or step == training.steps:
-                    metrics |= self.validate()
+                    validation = self.validate()
+                    metrics |= validation
                 if self.monitor and metrics:
                     self.monitor.write(step, metrics)
                 if logged or "validation/loss" in metrics:
@@ -179,6 +181,8 @@ class Trainer:
         assert saved == self.progress.step
         stop.forget_file()
         self.watchdog.close()
+        if validation and self.progress.step == training.steps:
+            self._check_end(validation)
         self.console.farewell(self.progress.step, reason)
         return code
 
@@ -434,5 +438,22 @@ class Trainer:
             raise TrainingError(
                 f"{skipped} steps in a row had a loss or gradient that is not finite (training.max_skipped_steps is "
                 f"{training.max_skipped_steps}), the last on {samples}. Lower optimizer.learning_rate or look at the "
-                f"data; checkpoints in {self.folder} hold finite weights"
+                f"data{self._where_to_go_back()}"
             )
+
+    def _check_end(self, validation: dict[str, float]) -> None:
+        """A run whose weights give no finite loss is saved, but it is not done."""
+        if math.isfinite(validation["validation/loss"]):
+            return
+        if not self.ranks.is_main:
+            raise ReportedError("the validation loss is not finite")
+        raise TrainingError(
+            f"the validation loss after the last step, {self.progress.step}, is {validation['validation/loss']}: its "
+            f"checkpoint gives no text. Lower optimizer.learning_rate or look at the data{self._where_to_go_back()}"
+        )
+
+    def _where_to_go_back(self) -> str:
+        older = [
+            path.name for path in checkpoint.checkpoints(self.folder) if checkpoint.step_of(path) < self.progress.step
+        ]
+        return f"; older checkpoints in {self.folder}: {', '.join(older)}" if older else ""

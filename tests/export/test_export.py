@@ -247,6 +247,12 @@ def test_every_difference_is_seen(run: Path, monkeypatch: pytest.MonkeyPatch, ch
             proof.prove(run / "export", decoder, tokenizer)
 
 
+def test_a_model_that_is_not_finite_is_said_to_be_so() -> None:
+    nan = torch.tensor([[1.0, torch.nan]])
+    with pytest.raises(ExportError, match="logits: the model itself gives values that are not finite"):
+        proof._difference("logits", nan, nan)
+
+
 def test_a_tie_that_fp32_rounds_either_way_is_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -383,6 +383,26 @@ def test_other_caches_and_masks_are_refused() -> None:
 
 
 @torch.no_grad()
+def test_a_mask_has_a_row_for_each_and_a_column_for_each_token() -> None:
+    """One row stands for all. A mask of another size would be of other tokens than those that the caller means."""
+    _, exported = pair("nsa")
+    ids, mask = tokens(2, 40), torch.ones(1, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    together = exported(ids, attention_mask=mask).logits
+    close(together, exported(ids, attention_mask=mask.expand(2, 40)).logits)
+    for wrong in (torch.ones(3, 40), torch.ones(2, 20), torch.ones(2, 41)):
+        with pytest.raises(ValueError, match=r"2 rows .* 40 columns"):
+            exported(ids, attention_mask=wrong)
+    cache = exported(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="45 columns"):
+        exported(ids[:, :5], attention_mask=torch.ones(2, 44), past_key_values=cache)
+    close(
+        exported(ids[:, :5], attention_mask=torch.ones(2, 5), past_key_values=cache).logits,
+        exported(torch.cat([ids, ids[:, :5]], 1)).logits[:, 40:],
+    )
+
+
+@torch.no_grad()
 def test_the_cache_has_the_names_of_old_and_new_transformers() -> None:
     _, exported = pair("nsa")  # `past_key_values` before transformers 5.24, `cache` from there on
     ids = tokens(1, 30)

@@ -17,9 +17,9 @@ from nsa.training.cuda_graphs import (
     GraphedDecoder,
     documents_size,
     graphs_serve,
-    out_of_memory_behind,
     pad_borders,
 )
+from nsa.training.memory import out_of_memory_behind
 from tests.training.tiny import tiny_config, train
 
 GPU = torch.device("cuda")

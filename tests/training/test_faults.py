@@ -111,8 +111,19 @@ ENDS = {
         USER,
         "error (rank 0): /runs/a: No space left.",
     ),
-    "no memory": (torch.OutOfMemoryError("tried 3 GiB"), USER, "error (rank 0): out of memory on the device, lower "),
-    "Ctrl-C twice": (KeyboardInterrupt(), INTERRUPTED, "interrupted while it stopped. The last checkpoint stands"),
+    "no memory": (torch.OutOfMemoryError("tried 3 GiB"), USER, "error (rank 0): out of memory, lower "),
+    "no memory for cuBLAS": (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), USER, "error (rank 0): out of memory, lower "),
+    "no memory of the host": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        USER,
+        "error (rank 0): out of memory, lower training.micro_batch_size",
+    ),
+    "no memory of Python": (MemoryError(), USER, "error (rank 0): out of memory, lower "),
+    "Ctrl-C twice": (
+        KeyboardInterrupt(),
+        INTERRUPTED,
+        "interrupted while it stopped. The last checkpoint, if there is one, stands",
+    ),
     "a fault": (KeyError("a"), FAULT, "Traceback (most recent call last)"),
 }
 
@@ -140,6 +151,17 @@ def test_the_run_stops_after_too_many_skipped_steps(tmp_path):
     first = next(line for line in output.splitlines() if "step 3: loss nan" in line)
     assert "1 in a row" in first and "samples 8 to 11" in first, output
     assert "error: 2 steps in a row" in output and "the last on samples 12 to 15" in output, output
+    assert "older checkpoints" in output and "step_00000002" in output.partition("older checkpoints")[2], output
+
+
+def test_a_run_whose_end_is_not_finite_is_not_done(tmp_path):
+    """Two updates of weights that are infinite are skipped, which is allowed: only the end shows it."""
+    keys = ["optimizer.learning_rate=1e30", "training.steps=3", "checkpoint.every=1"]
+    process = start(["-m", "nsa.train", str(write_yaml(tmp_path)), *keys])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "Traceback" not in output and "done:" not in output, output
+    assert "error: the validation loss after the last step, 3, is nan" in output, output
+    assert "step_00000001" in output and "step_00000003 " not in output.partition("older checkpoints")[2], output
 
 
 def test_all_ranks_stop_when_one_is_asked_to(two_ranks):

@@ -25,6 +25,7 @@ from nsa.evaluation.comparison.leaks import changes
 from nsa.evaluation.comparison.models import Candidate, Opened, open_model
 from nsa.evaluation.comparison.rows import OWN, Row
 from nsa.exporting.folder import CONFIG
+from nsa.training.memory import is_memory
 
 CALIBRATION = "calibration"  # the seed of samples that no result is measured on
 KEPT = 8  # lists of samples: those of one place of a sibling, and some
@@ -69,12 +70,6 @@ class Asked:
         found = next(self.batches)
         self.begun.add(found, self.begun.seconds + perf_counter() - start, figures_of(self.reader))
         return True
-
-
-def is_memory(error: RuntimeError) -> bool:
-    """Whether the memory of the device is too small, by whichever library says so: torch, cuBLAS, the driver."""
-    said = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "status_alloc_failed" in said
 
 
 def figures_of(reader: Reader) -> list[dict[str, Any]]:

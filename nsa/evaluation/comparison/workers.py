@@ -21,11 +21,12 @@ from typing import Any, Self
 import torch
 
 from nsa.evaluation.comparison.arms import Place, Unit
-from nsa.evaluation.comparison.cells import Cells, TimeUpError, is_memory
+from nsa.evaluation.comparison.cells import Cells, TimeUpError
 from nsa.evaluation.comparison.config import ComparisonConfig
 from nsa.evaluation.comparison.folder import ResultsFolder
 from nsa.evaluation.comparison.models import Candidate
 from nsa.exporting.folder import CONFIG
+from nsa.training.memory import is_memory
 from nsa.training.signals import die_with_parent, ignore
 
 # What a worker says: of a unit that it answers, and how that ended.
@@ -295,7 +296,7 @@ def _work(start: Start, connection: Connection) -> None:
         except ValueError as error:
             send(MISTAKE, str(error))
         except Exception as error:
-            if isinstance(error, RuntimeError) and is_memory(error):
+            if is_memory(error):
                 send(MEMORY, str(error))
                 return
             send(FAULT, traceback.format_exc())
