@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,17 @@ CHANGEABLE = (
     "training.max_hours",
 )
 
+
+# Of these: what computes the same with other roundings, so that the run is not bitwise what it would have been.
+ROUNDED = (
+    "engine.backend",
+    "engine.dense_attention",
+    "engine.offload_optimizer",
+    "engine.precision",
+    "engine.zero_stage",
+    "parallel",
+    "training.micro_batch_size",
+)
 
 # Of a source: which rows are read.
 WHERE = ("path", "packages", "subset", "split", "text_field", "include", "exclude", "bad_rows")
@@ -105,19 +117,20 @@ def check_same(saved: Path, config: Config, where: Path) -> list[str]:
         saved: config.yaml of the checkpoint. where: the checkpoint, for the message.
 
     Returns:
-        The differences that ``resume.allow`` names, in words.
+        The differences that ``resume.allow`` names, and those of `ROUNDED` keys, in words.
 
     Raises:
         ValueError: naming every other key that differs; or it is no configuration.
     """
     before, now = (_compared(c) for c in (load_saved(saved), config))
-    different = {
+    changed = {
         key: f"{key}: {before.get(key, 'absent')} there, {now.get(key, 'absent')} now"
         for key in sorted(before.keys() | now.keys())
         if before.get(key, "absent") != now.get(key, "absent")
-        and not any(key == free or key.startswith(f"{free}.") for free in CHANGEABLE)
     }
+    different = {key: change for key, change in changed.items() if not _among(key, CHANGEABLE)}
     allowed = [change for key, change in different.items() if key in config.resume.allow]
+    allowed += [f"{change} (other roundings)" for key, change in changed.items() if _among(key, ROUNDED)]
     refused = [change for key, change in different.items() if key not in config.resume.allow]
     if refused:
         advice = "\nSet these keys back to resume it, or start a new run under another name (name=...)"
@@ -132,7 +145,7 @@ def check_same(saved: Path, config: Config, where: Path) -> list[str]:
 
 
 def record_changes(run: Path, checkpoint: Path, changes: list[str]) -> None:
-    """Append what ``resume.allow`` let differ to ``<run>/changes.txt``, once, and print it."""
+    """Append what `check_same` let differ to ``<run>/changes.txt``, once, and print it."""
     path = run / "changes.txt"
     known = path.read_text().splitlines() if path.exists() else []
     for change in changes:
@@ -141,6 +154,11 @@ def record_changes(run: Path, checkpoint: Path, changes: list[str]) -> None:
         if line not in known:
             with path.open("a") as file:
                 file.write(line + "\n")
+
+
+def _among(key: str, names: Iterable[str]) -> bool:
+    """Whether it is one of the keys, or in one of the sections."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _compared(config: Config) -> dict[str, Any]:

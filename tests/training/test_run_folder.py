@@ -50,7 +50,15 @@ def write_config(folder):
 def test_what_may_change_on_resume(tmp_path):
     saved = write_config(tmp_path)
     free = ["training.steps=9", "training.micro_batch_size=2", "engine.zero_stage=3", "checkpoint.every=5", "name=b"]
-    check_same(saved, tiny_config(tmp_path, *free), tmp_path)
+    assert check_same(saved, tiny_config(tmp_path, *free), tmp_path) == [
+        "engine.zero_stage: 0 there, 3 now (other roundings)",
+        "training.micro_batch_size: 1 there, 2 now (other roundings)",
+    ]
+    assert check_same(saved, tiny_config(tmp_path, "training.steps=9", "checkpoint.every=5"), tmp_path) == []
+    (change,) = check_same(saved, tiny_config(tmp_path, "parallel.tensor=2"), tmp_path)
+    assert change.startswith("parallel.tensor: 1 there, 2 now")
+    (change,) = check_same(saved, tiny_config(tmp_path, "engine.precision=bf16"), tmp_path)
+    assert change.startswith("engine.precision: fp32 there, bf16 now")
 
 
 def test_a_corpus_may_move(tmp_path):
