@@ -51,75 +51,148 @@ def element_bytes(config: Config) -> int:
     return 2 if config.engine.precision == "bf16" else 4
 
 
+@dataclass(frozen=True)
+class Rank:
+    """A rank, and what it has of a micro batch.
+
+    Attributes:
+        batches: micro batches in a step.
+        has: which passes each of them has.
+        number: of the rank within its replica.
+        first, last: whether its pipeline stage is the first, the last. All are both without a pipeline.
+        kinds: of attention, of the layers of its stage. routed: how many of these layers have experts.
+        tokens: of a micro batch, on this context rank.
+        shard: bytes of its part of the residual stream: of these tokens / tensor ranks.
+    """
+
+    batches: int
+    has: Passes
+    number: int
+    first: bool
+    last: bool
+    kinds: Sequence[Kind]
+    routed: int
+    tokens: int
+    shard: int
+
+
+def _rank(config: Config, gpus: int, number: int) -> Rank:
+    model, parallel = config.model, config.parallel
+    stages = parallel.pipeline
+    stage = number // (parallel.tensor * parallel.expert * parallel.context) % stages
+    layers = stage_layers(model.num_layers, stages, stage)
+    tokens = config.training.micro_batch_size * config.data.sequence_length // parallel.context
+    return Rank(
+        batches=micro_batches_per_step(config, gpus),
+        has=passes_of(config),
+        number=number,
+        first=stage == 0,
+        last=stage == stages - 1,
+        kinds=[config.attention.kinds(model.num_layers)[i] for i in layers],
+        routed=sum(model.has_experts(i) for i in layers),
+        tokens=tokens,
+        shard=tokens // parallel.tensor * model.hidden_size * element_bytes(config),
+    )
+
+
 def bytes_sent(config: Config, gpus: int, rank: int = 0) -> dict[str, int]:
     """Bytes that ``rank`` sends within its replica in a step, by the names of `comm/...` in the metrics.
 
     Raises:
         ValueError: ``gpus`` do not fit the layout.
     """
-    model, parallel = config.model, config.parallel
-    passes = micro_batches_per_step(config, gpus)
-    p, n, stages = parallel.tensor, parallel.context, parallel.pipeline
-    holders = p * parallel.expert  # of different experts
-    place, stage = rank // holders % n, rank // (holders * n) % stages
-    first, last = stage == 0, stage == stages - 1
-    kinds = [config.attention.kinds(model.num_layers)[i] for i in stage_layers(model.num_layers, stages, stage)]
-    has = passes_of(config)
-    width, again = element_bytes(config), has.again != "none"
-    tokens = config.training.micro_batch_size * config.data.sequence_length // n  # per rank
-    # A context-parallel rank attends in two chunks, one after the other.
-    calls = 2 if n > 1 else 1
-    shard = tokens // p * model.hidden_size * width  # bytes of its part of the residual stream
-
+    at, parallel = _rank(config, gpus, rank), config.parallel
     sent: Counter[str] = Counter()
-    # An all-gather before and a reduce-scatter after each attention and MLP; in the backward pass the other way round.
-    # Recomputation stops before the last reduce-scatter, whose result no gradient needs.
-    each = (p - 1) * shard
-    ends = 2 * first + 2 * last if has.trained else first  # the head has no loss, the embedding no gradient
-    sent["tensor/activations"] += passes * each * (len(kinds) * (4 + 4 * has.backward + 3 * again) + ends)
-    if p > 1:
-        for kind in kinds:
-            parts = kind.parts(model.attention_shape, config.attention.of(kind))
-            copies = p if parts.one_kv_head else max(1, p // model.num_kv_heads)
-            head = parts.gathered_bytes(model.attention_shape, width)
-            for path in parts.gathered:
-                times = 1 + (again and path not in kind.choices)  # a choice is kept
-                here = calls * -(-tokens // calls // parts.thinned.get(path, 1))
-                sent["tensor/queries"] += passes * here * (model.num_heads // p) * head * (copies - 1) * times
-            sharers, heads = max(1, p // model.num_kv_heads), max(1, model.num_kv_heads // p)
-            for path, numbers in parts.drawn.items() if sharers > 1 else ():
-                often = calls if path.startswith("attend.") else 1
-                num_bytes = 4 * numbers(tokens // often, heads)
-                sent["tensor/noise"] += passes * often * _all_reduce(num_bytes, sharers)
-    if p > 1:
-        # A pipeline sums gradients once per step; without one they are summed after each micro batch.
-        sent["tensor/gradients"] += (passes if stages == 1 else 1) * sum(
-            _all_reduce(4 * elements, ranks) for elements, ranks in replicated_parameters(config, kinds, last)
+    if parallel.tensor > 1:
+        sent.update(_tensor(config, at))
+    if config.model.moe is not None and parallel.tensor * parallel.expert > 1:
+        sent.update(_experts(config, at))
+    if parallel.context > 1:
+        chunks = Chunks.of_local(
+            at.tokens, _axis(rank // (parallel.tensor * parallel.expert) % parallel.context, parallel.context)
         )
-        if last and has.trained:
-            sent["tensor/loss"] += passes * _losses(config, tokens, p)
-    routed = [model.has_experts(i) for i in stage_layers(model.num_layers, stages, stage)].count(True)
-    if model.moe is not None and holders > 1:
-        rows = tokens // p * model.moe.top_k
-        away = rows - even(rows, holders)[rank % holders]
-        # To the experts and back, forward and backward; recomputation sends both ways once more.
-        ways = 2 + 2 * has.backward + 2 * again
-        sent["experts/tokens"] += passes * routed * ways * away * model.hidden_size * width
-    if parallel.expert > 1:  # all but the routed experts, in fp32; average over the stages
-        counts = count_parameters(model, config.attention)
-        alike = (counts["total"] - counts["routed"]) // (p * stages) if has.trained else counts["apart"] // stages
-        sent["expert/gradients"] += (passes if stages == 1 else 1) * _all_reduce(4 * alike, parallel.expert)
-    if n > 1:
-        for name, num_bytes in _context(config, kinds, Chunks.of_local(tokens, _axis(place, n)), has).items():
-            sent[f"context/{name}"] += passes * num_bytes
-    if stages > 1:
-        sent["pipeline/activations"] += passes * shard * (not last)
-        sent["pipeline/gradients"] += passes * shard * (not first) * has.backward
-        if (
-            has.trained and model.tie_embeddings and (first or last)
-        ):  # gradients summed over both stages: an all-reduce of two, fp32
-            sent["pipeline/gradients"] += model.vocab_size // p * model.hidden_size * 4
+        sent.update(
+            {f"context/{name}": at.batches * size for name, size in _context(config, at.kinds, chunks, at.has).items()}
+        )
+    if parallel.pipeline > 1:
+        sent.update(_pipeline(config, at))
     return {name: num_bytes for name, num_bytes in sorted(sent.items()) if num_bytes}
+
+
+def _sums(config: Config, at: Rank) -> int:
+    """How often gradients are summed in a step: a pipeline sums them once, else each micro batch does."""
+    return at.batches if config.parallel.pipeline == 1 else 1
+
+
+def _tensor(config: Config, at: Rank) -> Counter[str]:
+    """Between tensor-parallel ranks."""
+    p = config.parallel.tensor
+    sent: Counter[str] = Counter()
+    # Forward, a layer has an all-gather before and a reduce-scatter after each of attention and MLP: 4. The backward
+    # pass has them the other way round: 4. Recomputation has all but the last, whose result no gradient needs: 3.
+    of_a_layer = 4 + 4 * at.has.backward + 3 * (at.has.again != "none")
+    # Forward and backward, the first stage scatters after the embedding and the last gathers before the head. If only
+    # a part is trained, there is no loss, and no gradient of the embedding.
+    of_the_ends = 2 * at.first + 2 * at.last if at.has.trained else at.first
+    collectives = len(at.kinds) * of_a_layer + of_the_ends
+    sent["tensor/activations"] = at.batches * (p - 1) * at.shard * collectives
+    for kind in at.kinds:
+        sent.update(_of_heads(config, at, kind))
+    replicated = replicated_parameters(config, at.kinds, at.last)
+    sent["tensor/gradients"] = _sums(config, at) * sum(
+        _all_reduce(4 * elements, ranks) for elements, ranks in replicated
+    )
+    if at.last and at.has.trained:
+        sent["tensor/loss"] = at.batches * _losses(config, at.tokens, p)
+    return sent
+
+
+def _of_heads(config: Config, at: Rank, kind: Kind) -> Counter[str]:
+    """Of a layer's attention: ranks that share a KV head gather its queries, and draw its noise together."""
+    model, p = config.model, config.parallel.tensor
+    sent: Counter[str] = Counter()
+    calls = (
+        2 if config.parallel.context > 1 else 1
+    )  # a context-parallel rank attends in two chunks, one after the other
+    parts = kind.parts(model.attention_shape, config.attention.of(kind))
+    copies = p if parts.one_kv_head else max(1, p // model.num_kv_heads)
+    head = parts.gathered_bytes(model.attention_shape, element_bytes(config))
+    for path in parts.gathered:
+        times = 1 + (at.has.again != "none" and path not in kind.choices)  # a choice is kept
+        here = calls * -(-at.tokens // calls // parts.thinned.get(path, 1))
+        sent["tensor/queries"] += at.batches * here * (model.num_heads // p) * head * (copies - 1) * times
+    sharers, heads = max(1, p // model.num_kv_heads), max(1, model.num_kv_heads // p)
+    for path, numbers in parts.drawn.items() if sharers > 1 else ():
+        often = calls if path.startswith("attend.") else 1
+        sent["tensor/noise"] += at.batches * often * _all_reduce(4 * numbers(at.tokens // often, heads), sharers)
+    return sent
+
+
+def _experts(config: Config, at: Rank) -> Counter[str]:
+    """Tokens to the ranks that hold their experts and back, and the gradients of what is no routed expert."""
+    model, parallel = config.model, config.parallel
+    assert model.moe is not None
+    holders = parallel.tensor * parallel.expert  # of different experts
+    rows = at.tokens // parallel.tensor * model.moe.top_k
+    away = rows - even(rows, holders)[at.number % holders]
+    ways = 2 + 2 * at.has.backward + 2 * (at.has.again != "none")  # there and back, in each pass
+    sent = Counter({"experts/tokens": at.batches * at.routed * ways * away * model.hidden_size * element_bytes(config)})
+    if parallel.expert > 1:  # in fp32; the average over the stages
+        counts, stages = count_parameters(model, config.attention), parallel.pipeline
+        alike = (counts["total"] - counts["routed"]) // (parallel.tensor * stages)
+        alike = alike if at.has.trained else counts["apart"] // stages
+        sent["expert/gradients"] = _sums(config, at) * _all_reduce(4 * alike, parallel.expert)
+    return sent
+
+
+def _pipeline(config: Config, at: Rank) -> Counter[str]:
+    """Activations to the next stage and their gradients to the one before."""
+    model = config.model
+    sent = Counter({"pipeline/activations": at.batches * at.shard * (not at.last)})
+    sent["pipeline/gradients"] = at.batches * at.shard * (not at.first) * at.has.backward
+    if at.has.trained and model.tie_embeddings and (at.first or at.last):  # an all-reduce of two, in fp32
+        sent["pipeline/gradients"] += model.vocab_size // config.parallel.tensor * model.hidden_size * 4
+    return sent
 
 
 def parameters_of_rank(config: Config) -> float:
