@@ -296,13 +296,13 @@ class NSAModel(NSAPreTrainedModel):
         before = torch.zeros(rows, dtype=torch.long, device=x.device) if seen is None else seen.sum(1)
         after = before + real.sum(1)
         row, column = real.nonzero(as_tuple=True)
-        slots = real.cumsum(1) - 1
-        to_row, to_slot, shape = row, slots[row, column], (rows, tokens)
+        order = real.cumsum(1) - 1  # of a token among those that are not padding
+        to_row, to_slot, shape = row, order[row, column], (rows, tokens)
         if position_ids is not None:
             positions = position_ids.to(x.device).expand(rows, tokens)
-            if seen is not None and (positions != slots + before[:, None])[row, column].any():
+            if seen is not None and (positions != order + before[:, None])[row, column].any():
                 raise ValueError("position_ids must continue where the cache ends")
-            document, place = rows_of_documents(positions, slots, real)
+            document, place = rows_of_documents(positions, order, real)
             if seen is None and (counts := document.bincount()).numel() > int((after > 0).sum()):
                 cache = None  # a row of several documents is nothing to go on from
                 to_row, to_slot, shape = document, place, (counts.numel(), int(counts.max()))
