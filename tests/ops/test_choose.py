@@ -12,12 +12,13 @@ from nsa.ops.choose import WIDEST, cover, drawn, pair_draws, top
 from tests.ops.test_kernels import DEVICE, needs_kernels
 
 INF = float("inf")
-# Ties, both zeros, what is never chosen, one entry, all alike, a row longer than a warp's part.
+# Ties, both zeros, what is never chosen, numbers next to each other, one entry, all alike, a row longer than a warp's.
 ROWS = {
     "ties": [[3.0, 1, 3, 2, 1, 3], [0, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0]],
     "zeros": [[0.0, -0.0, 0.0, -0.0], [-0.0, 0.0, 1, -1]],
     "left out": [[-INF, 1, -INF, -2], [-INF] * 4, [INF, -INF, 7, INF]],
     "tiny": [[1e-45, 1e-44, 0, 1e-38], [1e-45, 3e38, -2e38, -1e-45]],
+    "neighbours": [[1, 1 + 2**-22, 1 + 2**-23, 1], [1 + 2**-23, 1, 1 + 2**-22, 1 + 3 * 2**-23]],
     "one": [[2.0], [-INF]],
 }
 COUNTS = (0, 1, 2, 3, 5, 10**6)
@@ -25,9 +26,11 @@ SHARES = (0.0, 1e-9, 0.3, 0.5, 0.75, 0.999999, 1.0)
 
 
 def rows_of(name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
     if name == "random":
-        generator = torch.Generator().manual_seed(0)
         return torch.randn(2, 2, 70, generator=generator).mul(4).round().div(4)
+    if name == "softmax":
+        return torch.randn(2, 700, generator=generator).mul(3).softmax(-1)
     return torch.tensor(ROWS[name])
 
 
@@ -67,7 +70,7 @@ def test_top(name: str, backend: str) -> None:
     assert torch.equal(top(rows.to(DEVICE), each.to(DEVICE), backend=backend).cpu(), expected)
 
 
-@pytest.mark.parametrize("name", ["ties", "zeros", "tiny", "random"])
+@pytest.mark.parametrize("name", ["ties", "zeros", "tiny", "neighbours", "random", "softmax"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernels)])
 def test_cover(name: str, backend: str) -> None:
     rows = rows_of(name).abs()

@@ -1,6 +1,7 @@
 """Masks of the best of each row: so many, those that hold a share of its sum, or random ones. See `nsa.ops.choose`.
 
-A program holds a row. The threshold is the greatest bit pattern that enough entries reach.
+A program holds a row. The threshold is the greatest bit pattern that enough entries reach. The search ends as soon as a
+single entry can be it, which it is after about log2 of their number steps, unless several are equal.
 """
 
 import torch
@@ -40,18 +41,21 @@ def cover_kernel(Weights, Shares, Masks, size, WIDTH: tl.constexpr):
     weight = tl.load(Weights + row * size + column, mask=column < size, other=0.0).to(tl.float32)  # [WIDTH]
     there, share, exact = weight > 0, tl.load(Shares + row), weight.to(tl.float64)
     wanted = share * tl.sum(exact, 0)
-    ordered = _in_order(weight)
-    threshold, bit = tl.full([], 0, tl.uint32), tl.full([], 0x80000000, tl.uint32)
-    for _ in tl.range(0, 32):
-        middle = threshold | bit
-        enough = tl.sum(tl.where(there & (ordered >= middle), exact, 0.0), 0) >= wanted
-        threshold = tl.where(enough, middle, threshold)
-        bit = bit >> 1
-    above = tl.sum(tl.where(there & (ordered > threshold), exact, 0.0), 0)
-    each = tl.max(tl.where(there & (ordered == threshold), exact, 0.0), 0)
-    ties = tl.ceil((wanted - above) / tl.where(each > 0, each, 1.0)).to(tl.int32)
+    ordered = tl.where(there, weight, 0.0).to(tl.uint32, bitcast=True)  # [WIDTH]; none is negative
+    # The sum of all from low on suffices, that from high on does not. Several entries may be left between them.
+    low, high, left = tl.min(ordered - 1, 0) + 1, tl.max(ordered, 0) + 1, tl.sum(there.to(tl.int32), 0)
+    while (left > 1) & (high - low > 1):
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(ordered >= middle, exact, 0.0), 0) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        left = tl.sum(((ordered >= low) & (ordered < high)).to(tl.int32), 0)
+    threshold = tl.max(tl.where(ordered < high, ordered, 0), 0)
+    above = tl.sum(tl.where(ordered > threshold, exact, 0.0), 0)
     equal = there & (ordered == threshold)
-    fewest = (there & (ordered > threshold)) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
+    each = tl.max(tl.where(equal, exact, 0.0), 0)
+    ties = tl.ceil((wanted - above) / tl.where(each > 0, each, 1.0)).to(tl.int32)
+    fewest = (ordered > threshold) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= ties))
     mask = tl.where(share >= 1, there, fewest)
     tl.store(Masks + row * size + column, mask.to(tl.uint8), mask=column < size)
 
