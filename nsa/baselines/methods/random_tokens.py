@@ -7,9 +7,10 @@ from torch import Tensor
 from nsa.baselines.importance.draws import seed_of
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Plan, View, chosen_by_rows
+from nsa.baselines.prompt import on_gpu
 from nsa.ops.choose import drawn
 
-DRAWS = 2**27  # of query heads and keys, that are looked at together
+DRAWS = 2**27  # of query heads and keys, that are looked at together on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class RandomTokens(Method):
         def choose(rows: Tensor, num_keys: int) -> Tensor:
             return drawn(view.query_positions[:, rows], view.positions[:, :num_keys, 0], seed, budget)[:, None]
 
-        return Plan.of(chosen_by_rows(view, 1, choose, DRAWS).expand(-1, view.k.shape[2], -1, -1))
+        keep = chosen_by_rows(view, 1, choose, DRAWS) if on_gpu(view) else chosen_by_rows(view, 1, choose)
+        return Plan.of(keep.expand(-1, view.k.shape[2], -1, -1))
 
     decode_select = prefill_select
