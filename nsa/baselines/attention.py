@@ -42,7 +42,8 @@ def is_dense(view: View, plan: Plan | None) -> bool:
         plain = all(p.query_at is None and p.key_at is None and p.log_weight is None for p in plan.parts)
         if len(plan.parts) != 1 or not plain or plan.terms is not None or plan.blend is not None:
             return False
-        if not of_one_head(plan.parts[0].keep).all():
+        keep = of_one_head(plan.parts[0].keep)
+        if not keep[:, :, -1:].all() or not keep.all():  # the last row tells of most plans, without a pass over all
             return False
     return bool(((view.positions >= 0).sum(1) == view.seen[:, None]).all())
 

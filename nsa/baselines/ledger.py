@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nsa.baselines.attention import is_dense, kept
 from nsa.baselines.plan import Plan, View, of_few_heads, row_blocks
-from nsa.baselines.prompt import pairs_of
+from nsa.baselines.prompt import MASKED, pairs_of
 
 
 @dataclass
@@ -67,8 +67,9 @@ class Ledger:
         """Count what is kept after a call. ``stored``: (B, G), tokens per sequence and KV head."""
         key = ("prefill" if view.prompt else "decode", view.layer)
         counts, width = self.counts[key], view.k.shape[3] + view.v.shape[3]
-        counts.resident += stored.double().sum(0).cpu() * width
-        counts.dense_resident += view.seen.double().sum().cpu() * width
+        *kept_here, seen = torch.cat([stored.sum(0), view.seen.sum()[None]]).tolist()  # one wait for a GPU
+        counts.resident += torch.tensor(kept_here, dtype=torch.float64) * width
+        counts.dense_resident += float(seen * width)
 
     def shares(self, layers: Iterable[int] | None = None, *, beside: bool = True) -> dict[str, float | None]:
         """What is spent, as shares of what dense attention spends; None: there was no such phase.
@@ -112,12 +113,13 @@ def _count(view: View, plan: Plan | None) -> Counts:
         counts.attended += counts.visible
         counts.reads += counts.dense_reads
     elif plan is not None and (pairs := pairs_of(view, plan)) is not None:
-        counts.attended += pairs.sum(0).cpu() * view.group
-        counts.reads += pairs.sum(0).cpu() * width
+        pairs = pairs.sum(0).cpu()
+        counts.attended += pairs * view.group
+        counts.reads += pairs * width
     else:
         seeing, same = of_few_heads(view, plan)
         attended, read = [], []
-        for rows in row_blocks(view):
+        for rows in row_blocks(view, MASKED):
             mask = kept(seeing, same, rows)
             alone = mask.shape[1] in (1, groups)  # no query head has its own
             union = mask if alone else view.per_group(mask).any(2)

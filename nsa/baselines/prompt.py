@@ -8,7 +8,7 @@ from torch import Tensor
 from nsa import ops
 from nsa.baselines.plan import Part, Plan, View, of_one_head
 
-MASKED = 2**28  # entries of a mask that are copied at once
+MASKED = 2**28  # entries of a mask, of all query heads, that are looked at or copied at once
 
 
 class BlockLists(NamedTuple):

@@ -128,11 +128,15 @@ def test_what_is_dense_attention_and_what_is_not() -> None:
     view = View(q, k, v, PLACES, slots, torch.full((2,), TOKENS), WIDTH**-0.5, 0, 1, True, True)
     keep, few = torch.ones(2, GROUPS, 1, TOKENS, dtype=torch.bool), torch.ones(2, GROUPS, 1, TOKENS, dtype=torch.bool)
     few[1, 1, 0, 3] = False
+    each = keep.expand(-1, -1, TOKENS, -1).clone()
+    early, late = each.clone(), each.clone()
+    early[0, 1, 2, 1] = late[0, 1, -1, 1] = False
 
     def said(part: Part, **changes: Any) -> bool:
         return attention.is_dense(view, replace(Plan((part,)), **changes))
 
-    assert attention.is_dense(view, None) and said(Part(keep))
+    assert attention.is_dense(view, None) and said(Part(keep)) and said(Part(each))
+    assert not said(Part(early)) and not said(Part(late)), "one row of a query suffices"
     assert not said(Part(few)) and not said(Part(keep, log_weight=torch.zeros(1, 1, 1, 1)))
     assert not said(Part(keep, query_at=PLACES)) and not said(Part(keep, key_at=slots))
     assert not said(Part(keep), terms=Terms(q[..., 0].transpose(1, 2)[..., None], v[:, :1].transpose(1, 2), 1))

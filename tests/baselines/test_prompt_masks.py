@@ -102,7 +102,7 @@ def test_heads_that_keep_the_same_are_looked_at_once(monkeypatch: pytest.MonkeyP
         assert counts == counted(written) and len(counts[0]) == groups
         expect_the_same(view, shared)
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "row_blocks", lambda view: torch.arange(21).split(5))
+            patch.setattr(ledger, "row_blocks", lambda view, elements: torch.arange(21).split(5))
             assert counted(shared) == counted(written) == counts
     pairs = prompt.pairs_of(view, plan_of(wide[0]))
     assert pairs is not None and torch.equal(pairs, one.tril().sum((2, 3)).expand(-1, groups).double())

@@ -11,12 +11,12 @@ from decoding import decoded
 from sessions import HEADS, inputs
 
 from nsa.baselines import Budget, BudgetError, View
-from nsa.baselines.importance.draws import mixed
 from nsa.baselines.importance.sampling import _half_width as half_width
 from nsa.baselines.importance.sampling import sample
 from nsa.baselines.method import State
 from nsa.baselines.methods.vattention import VAttention
 from nsa.baselines.methods.vattention_released import VAttentionReleased
+from nsa.ops.choose import mixed
 
 PADDING = torch.tensor([0, 5])
 SEEDS = 2000

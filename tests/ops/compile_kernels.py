@@ -368,6 +368,7 @@ def compile_all(arch: int, shapes: Collection[str]) -> dict[str, dict[str, int]]
         shape_name = f"rows of {size}"
         row_masks.top(torch.zeros(2, size), 3)
         row_masks.cover(torch.zeros(2, size), 0.5)
+        row_masks.drawn(torch.zeros(2, 3).long(), torch.zeros(2, size).long(), 5, 3)
     for tokens in (2**16, 2**19):
         shape_name = f"128, memory of {tokens}"
         long_decoding(16, 128, 128, tokens)

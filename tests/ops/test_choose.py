@@ -8,16 +8,17 @@ from fractions import Fraction
 import pytest
 import torch
 
-from nsa.ops.choose import WIDEST, cover, top
+from nsa.ops.choose import WIDEST, cover, drawn, pair_draws, top
 from tests.ops.test_kernels import DEVICE, needs_kernels
 
 INF = float("inf")
-# Ties, both zeros, what is never chosen, one entry, all alike, a row longer than a warp's part.
+# Ties, both zeros, what is never chosen, numbers next to each other, one entry, all alike, a row longer than a warp's.
 ROWS = {
     "ties": [[3.0, 1, 3, 2, 1, 3], [0, 0, 0, 0, 0, 0], [5, 4, 3, 2, 1, 0]],
     "zeros": [[0.0, -0.0, 0.0, -0.0], [-0.0, 0.0, 1, -1]],
     "left out": [[-INF, 1, -INF, -2], [-INF] * 4, [INF, -INF, 7, INF]],
     "tiny": [[1e-45, 1e-44, 0, 1e-38], [1e-45, 3e38, -2e38, -1e-45]],
+    "neighbours": [[1, 1 + 2**-22, 1 + 2**-23, 1], [1 + 2**-23, 1, 1 + 2**-22, 1 + 3 * 2**-23]],
     "one": [[2.0], [-INF]],
 }
 COUNTS = (0, 1, 2, 3, 5, 10**6)
@@ -25,9 +26,11 @@ SHARES = (0.0, 1e-9, 0.3, 0.5, 0.75, 0.999999, 1.0)
 
 
 def rows_of(name: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
     if name == "random":
-        generator = torch.Generator().manual_seed(0)
         return torch.randn(2, 2, 70, generator=generator).mul(4).round().div(4)
+    if name == "softmax":
+        return torch.randn(2, 700, generator=generator).mul(3).softmax(-1)
     return torch.tensor(ROWS[name])
 
 
@@ -67,7 +70,7 @@ def test_top(name: str, backend: str) -> None:
     assert torch.equal(top(rows.to(DEVICE), each.to(DEVICE), backend=backend).cpu(), expected)
 
 
-@pytest.mark.parametrize("name", ["ties", "zeros", "tiny", "random"])
+@pytest.mark.parametrize("name", ["ties", "zeros", "tiny", "neighbours", "random", "softmax"])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernels)])
 def test_cover(name: str, backend: str) -> None:
     rows = rows_of(name).abs()
@@ -78,6 +81,59 @@ def test_cover(name: str, backend: str) -> None:
     each = (torch.arange(number) / max(1, number - 1)).view(rows.shape[:-1])
     expected = by_loops(rows, lambda at, row: fewest(row, each.flatten()[at].item()))
     assert torch.equal(cover(rows.to(DEVICE), each.to(DEVICE), backend=backend).cpu(), expected)
+
+
+def hashed(x: int) -> int:
+    """MurmurHash3's finaliser, without its sign, of whole numbers."""
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        x = (x ^ (x >> 16)) * factor % 2**32
+    return (x ^ (x >> 16)) % 2**31
+
+
+def drawn_by_loops(queries: torch.Tensor, keys: torch.Tensor, seed: int, counts: torch.Tensor) -> torch.Tensor:
+    mask = torch.zeros(*queries.shape, keys.shape[1], dtype=torch.bool)
+    for batch, places in enumerate(keys.tolist()):
+        for row, query in enumerate(queries[batch].tolist()):
+            draw = {i: hashed(hashed(query * 1_000_003 + key) + seed) // 2**7 for i, key in enumerate(places)}
+            seen = [i for i, key in enumerate(places) if 0 <= key <= query]
+            order = sorted(seen, key=lambda i: (places[i] != query, -draw[i], i))
+            mask[batch, row, order[: int(counts[batch, row])]] = True
+    return mask
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernels)])
+def test_drawn(backend: str) -> None:
+    """With padding in front, an empty slot, positions above 2^12, and seeds of more than 32 bits."""
+    keys = torch.stack([torch.arange(70), torch.arange(70) - 9, torch.arange(70) + 10**6]).clamp(min=-1)
+    keys[0, 20] = -1
+    queries = keys[:, 13:].clone()
+    queries[0, 7] = 20
+    for seed in (0, 7919, 2**40 + 3):
+        for count in (0, 1, 5, 10**6):
+            expected = drawn_by_loops(queries, keys, seed, torch.full(queries.shape, count))
+            assert torch.equal(drawn(queries.to(DEVICE), keys.to(DEVICE), seed, count, backend=backend).cpu(), expected)
+        each = torch.tensor([[3], [9], [40]])
+        expected = drawn_by_loops(queries, keys, seed, each.expand(queries.shape))
+        found = drawn(queries.to(DEVICE), keys.to(DEVICE), seed, each.to(DEVICE), backend=backend)
+        assert torch.equal(found.cpu(), expected)
+    assert drawn(queries[:, :0].to(DEVICE), keys.to(DEVICE), 1, 2, backend=backend).shape == (3, 0, 70)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernels)])
+def test_of_keys_with_equal_draws_the_earlier_is_drawn(backend: str) -> None:
+    """Equal are the upper 24 of 31 bits. The next bit of the later key is the greater one."""
+    keys, query = torch.arange(4000), torch.tensor([[3999]])
+    for seed in range(999):
+        whole = pair_draws(query[0], keys, seed)[0, :-1]
+        order = whole.sort().indices
+        equal, later = (whole[order] >> 7).diff() == 0, order.diff() > 0
+        at = equal & later & ((whole[order] >> 6).diff() > 0)
+        if at.any():
+            break
+    first, second = order[:-1][at][0], order[1:][at][0]
+    count = 2 + int((whole >> 7 > whole[first] >> 7).sum())  # its own, those above, and one of the two
+    found = drawn(query.to(DEVICE), keys[None].to(DEVICE), seed, count, backend=backend)[0, 0].cpu()
+    assert found[first] and not found[second] and found.sum() == count
 
 
 @needs_kernels

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from nsa.baselines.importance.draws import draws
+from nsa.baselines.importance.draws import seed_of
 from nsa.baselines.method import Axes, Method, State
 from nsa.baselines.plan import Plan, View, chosen_by_rows
-from nsa.ops.choose import top
+from nsa.baselines.prompt import on_gpu
+from nsa.ops.choose import drawn
+
+DRAWS = 2**27  # of query heads and keys, that are looked at together on a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +28,12 @@ class RandomTokens(Method):
     formula = "k keys and values"
 
     def prefill_select(self, view: View, state: State) -> Plan | None:
-        one, budget = view.of_one_head, self.budget.each(view.seen)
+        budget, seed = self.budget.each(view.seen)[:, 0], seed_of(view, self.seed)
 
         def choose(rows: Tensor, num_keys: int) -> Tensor:
-            queries = view.query_positions[:, None, rows, None]
-            keys = one.positions[:, :num_keys].transpose(1, 2)[:, :, None]
-            draw = (draws(one, self.seed, rows, num_keys) >> 7).float()  # 24 bits: fp32 is exact
-            draw = draw.masked_fill(queries == keys, torch.inf).masked_fill((keys < 0) | (keys > queries), -torch.inf)
-            return top(draw, budget)
+            return drawn(view.query_positions[:, rows], view.positions[:, :num_keys, 0], seed, budget)[:, None]
 
-        return Plan.of(chosen_by_rows(view, 1, choose).expand(-1, view.k.shape[2], -1, -1))
+        keep = chosen_by_rows(view, 1, choose, DRAWS) if on_gpu(view) else chosen_by_rows(view, 1, choose)
+        return Plan.of(keep.expand(-1, view.k.shape[2], -1, -1))
 
     decode_select = prefill_select

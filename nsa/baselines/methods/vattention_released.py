@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from nsa.baselines.importance.draws import mixed
 from nsa.baselines.method import Axes, State
 from nsa.baselines.methods.vattention import VAttention
 from nsa.baselines.plan import Estimate, Part, Plan, View
+from nsa.ops.choose import mixed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,38 @@ def cover(weights: Tensor, share: float | Tensor, *, backend: str = "auto") -> T
     return chosen.scatter_(-1, order, (before < wanted * total) | (wanted >= 1)) & (weights > 0)
 
 
+def drawn(queries: Tensor, keys: Tensor, seed: int, count: int | Tensor, *, backend: str = "auto") -> Tensor:
+    """Each query's own key and others before it, drawn at random without replacement, as a mask (B, T, S).
+
+    Those with the highest `pair_draws` are chosen, by their upper 24 bits; ties go to the lower index.
+
+    Args:
+        queries: (B, T) int64 positions. keys: (B, S) int64 positions; negative: none.
+        seed: of the draws. count: of each query, its own key included: a number, or int64 that broadcasts to (B, T).
+        backend: as for `top`. The kernel keeps no draw in memory.
+    """
+    if _by_kernel(backend, keys.new_empty(0, keys.shape[1], dtype=torch.float32)):  # a stand-in: a choice of numbers
+        from nsa.ops.kernels import row_masks
+
+        return row_masks.drawn(queries, keys, seed, count)
+    query, key = queries[:, :, None], keys[:, None]
+    draw = (pair_draws(queries, keys, seed) >> 7).float()  # 24 bits: fp32 is exact
+    draw = draw.masked_fill(query == key, torch.inf).masked_fill((key < 0) | (key > query), -torch.inf)
+    return top(draw, count, backend="auto" if backend == "auto" else "torch")
+
+
+def pair_draws(queries: Tensor, keys: Tensor, seed: int) -> Tensor:
+    """(..., T, S) int64 of 31 bits that look random, for pairs of positions (..., T) and (..., S) int64."""
+    return mixed(mixed(queries[..., :, None] * 1_000_003 + keys[..., None, :]) + seed)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """Numbers of 31 bits that look random (the finaliser of MurmurHash3)."""
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        x = ((x ^ (x >> 16)) * factor) & 0xFFFFFFFF
+    return (x ^ (x >> 16)) & 0x7FFFFFFF
+
+
 def _by_kernel(backend: str, rows: Tensor) -> bool:
     short = rows.shape[-1] <= WIDEST
     if backend == "triton" and not short:

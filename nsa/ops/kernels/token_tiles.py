@@ -44,16 +44,23 @@ SLOTS = 1024  # that a program of `bits_kernel` loads at once
 class Tiles(NamedTuple):
     """Which tiles of BM queries and BN keys have a listed key, and which of their keys are listed.
 
-    bits (B, key tiles, T) int64: bit i is set where the query lists key i of the tile. of_queries (B, query tiles, key
-    tiles) int32: the numbers of the tiles of keys, ascending, of which the first query_count (B, query tiles) int64
-    have a listed key. of_keys (B, key tiles, query tiles), key_count: the same from the side of the keys.
+    bits (B, key tiles, T) int64: bit i is set where the query lists key i of the tile. occupied (B, query tiles, key
+    tiles) uint8: whether some query of the tile lists a key of the other.
     """
 
     bits: Tensor
-    of_queries: Tensor
-    query_count: Tensor
-    of_keys: Tensor
-    key_count: Tensor
+    occupied: Tensor
+
+    def of_queries(self) -> tuple[Tensor, Tensor]:
+        """(B, query tiles, key tiles) int32: numbers of the tiles of keys, first those with a listed key, ascending.
+
+        (B, query tiles) int64: how many have one.
+        """
+        return _numbers(self.occupied)
+
+    def of_keys(self) -> tuple[Tensor, Tensor]:
+        """The same from the side of the keys."""
+        return _numbers(self.occupied.transpose(1, 2))
 
 
 def tile_shape(itemsize: int) -> tuple[int, int]:
@@ -270,7 +277,7 @@ def tiles_of(lists: Tensor, keys: int, itemsize: int) -> Tiles:
         bits_kernel[tokens, batch](
             lists, bits, occupied, tokens, slots, key_tiles, queries, of_tile, 16 if INTERPRETED else SLOTS, num_warps=4
         )
-    return Tiles(bits, *_numbers(occupied), *_numbers(occupied.transpose(1, 2)))
+    return Tiles(bits, occupied)
 
 
 def tiles_of_mask(mask: Tensor, itemsize: int) -> Tiles:
@@ -283,7 +290,7 @@ def tiles_of_mask(mask: Tensor, itemsize: int) -> Tiles:
     mask_bits_kernel[key_tiles, query_tiles, batch](
         mask.view(torch.uint8), bits, occupied, tokens, keys, key_tiles, queries, of_tile, num_warps=8
     )
-    return Tiles(bits, *_numbers(occupied), *_numbers(occupied.transpose(1, 2)))
+    return Tiles(bits, occupied)
 
 
 def _numbers(occupied: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,8 +324,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, scale: float) -> tup
     out = q.new_empty(batch, tokens, heads, v.shape[3])
     lse = q.new_empty(batch, tokens, heads, dtype=torch.float32)
     queries, of_tile = tile_shape(q.element_size())
-    forward_kernel[heads, tiles.of_queries.shape[1], batch](
-        q, k, v, tiles.bits, tiles.of_queries, tiles.query_count, out, lse, tokens, keys, tiles.of_queries.shape[2],
+    listed, count = tiles.of_queries()
+    forward_kernel[heads, listed.shape[1], batch](
+        q, k, v, tiles.bits, listed, count, out, lse, tokens, keys, listed.shape[2],
         scale * LOG2_E, **shape_constants(q, k, v), BM=queries, BN=of_tile, **_options(queries),
     )  # fmt: skip
     return out, lse
@@ -335,13 +343,13 @@ def backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     inputs = (q, k, v, d_out, lse, delta, tiles.bits)
     constants = {**shape_constants(q, k, v), "BN": of_tile}
-    query_tiles, key_tiles = tiles.of_queries.shape[1:]
+    query_tiles, key_tiles = tiles.occupied.shape[1:]
     query_kernel[heads, query_tiles, batch](
-        *inputs, tiles.of_queries, tiles.query_count, dq, tokens, keys, key_tiles, scale * LOG2_E, scale, **constants,
+        *inputs, *tiles.of_queries(), dq, tokens, keys, key_tiles, scale * LOG2_E, scale, **constants,
         BM=queries, **_options(queries),
     )  # fmt: skip
     key_kernel[key_tiles, groups, batch](
-        *inputs, tiles.of_keys, tiles.key_count, dk, dv, tokens, keys, query_tiles, scale * LOG2_E, scale, **constants,
+        *inputs, *tiles.of_keys(), dk, dv, tokens, keys, query_tiles, scale * LOG2_E, scale, **constants,
         BM=queries // PARTS, PARTS=PARTS, **_options(of_tile),
     )  # fmt: skip
     return dq, dk, dv
