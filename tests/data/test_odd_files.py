@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -188,3 +189,23 @@ def test_how_a_file_is_read_is_part_of_its_content(tmp_path: Path) -> None:
     alike += [["a.txt.gz", "b.gz"], ["a.json"], ["a.parquet"]]
     assert all(len({content(name) for name in names}) == 1 for names in alike)
     assert len({content(names[0]) for names in alike}) == len(alike)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "A.PARQUET"])
+def test_parquet_without_the_column(tmp_path: Path, name: str) -> None:
+    parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / name)
+    assert [tuple(d) for d in documents(source(tmp_path, text_field="body"))] == [(f"{name}#0", b"x")]
+    with pytest.raises(ValueError, match=rf"{name} has no column 'text'; set text_field to one of: body, n$"):
+        list(documents(source(tmp_path)))
+
+
+def test_a_hub_data_set_without_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: [{"body": "x", "n": 1}])
+    with pytest.raises(ValueError, match=r"'h': some/data has no column 'text'; set text_field to one of: body, n$"):
+        list(documents(SourceConfig(name="h", kind="hub", path="some/data")))
+
+
+def test_a_line_that_is_not_utf8_is_named_with_its_byte(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\r\n\r\n{"text": "caf\xe9"}\r\n')
+    with pytest.raises(ValueError, match=r"1 of 2 rows(?s:.*)a\.jsonl, line 3: is not JSON \(byte 13 is not UTF-8\)"):
+        list(documents(source(tmp_path)))

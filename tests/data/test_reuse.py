@@ -96,6 +96,14 @@ def test_changed_content_is_prepared_again(tmp_path: Path, small: Make, built: l
     assert len(built) == len(fingerprints) == 6
 
 
+def test_the_same_rows_read_by_another_column_are_other_data(tmp_path: Path, small: Make, built: list[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "body": "1"}\n{"text": "two", "body": "2"}\n')
+    config = small(tmp_path / "a.jsonl")
+    other = config.model_copy(update={"sources": [config.sources[0].model_copy(update={"text_field": "body"})]})
+    found = {prepare(config, 1, progress=False).fingerprint, prepare(other, 1, progress=False).fingerprint}
+    assert len(built) == len(found) == 2
+
+
 def test_the_corpus_is_gone(
     tmp_path: Path, small: Make, prepared: PreparedData, built: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
