@@ -119,18 +119,27 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)])
 def test_damage_inside_of_a_packed_file(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) -> None:
-    """At every place: an error that names the file, or the very text. Planted: an error of one library let through."""
+    """At every third byte: an error that names the file, or the very text. Planted: one library's error let through."""
     text = json.dumps({"text": "".join(random.Random(0).choices("abcdefgh", k=400))}).encode()
     packed, path = compress(text), tmp_path / f"a.jsonl.{suffix}"
-    refused = 0
-    for at in range(len(packed)):
+    places, refused = range(0, len(packed), 3), 0
+    for at in places:
         path.write_bytes(packed[:at] + bytes([packed[at] ^ 0x55]) + packed[at + 1 :])
         try:
             assert [d.text for d in documents(source(path))] == [json.loads(text)["text"].encode()], at
         except ValueError as error:
             assert path.name in str(error), at
             refused += 1
-    assert refused > 0.9 * len(packed)
+    assert refused > 0.9 * len(places)
+
+
+def test_a_packed_file_with_its_name_in_capitals(tmp_path: Path) -> None:
+    row = b'{"text": "one"}'
+    packed = {"GZ": gzip.compress(row), "XZ": lzma.compress(row), "BZ2": bz2.compress(row)}
+    packed["ZST"] = pyarrow.compress(row, codec="zstd", asbytes=True)
+    for suffix, data in packed.items():
+        (tmp_path / f"A.JSONL.{suffix}").write_bytes(data)
+    assert [d.text for d in documents(source(tmp_path))] == [b"one"] * 4
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
