@@ -109,9 +109,15 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             raise ValueError(f"{path} is no text: it {what}")
         with open_file(path, "rb") as file:
             yield file
+    except PermissionError as error:
+        raise ValueError(no_access(path, error)) from error
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"{path}: cannot be read to its end ({why}); is it cut off?") from error
+
+
+def no_access(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror}): make it readable, or exclude it"
 
 
 def read(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow]:
@@ -198,8 +204,9 @@ def _json_rows(path: Path, text_field: str) -> Iterator[Row]:
     else:
         with opened(path) as file:
             for number, line in enumerate(file, 1):
-                if not line.isspace():
-                    yield "line", number, _parsed(line.removeprefix(BOM) if number == 1 else line)
+                line = line.removeprefix(BOM) if number == 1 else line
+                if line and not line.isspace():
+                    yield "line", number, _parsed(line)
 
 
 def _first_line_is_part(path: Path) -> bool:
@@ -292,6 +299,8 @@ def _parquet(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow
             columns = file.schema_arrow
             if text_field not in columns.names:
                 raise ValueError(_no_column(path, text_field, columns.names))
+            if columns.names.count(text_field) > 1:
+                raise ValueError(f"{path} has more than one column {text_field!r}: rename the others")
             kind = columns.field(text_field).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if not _holds_text(pyarrow.types, kind):
@@ -304,6 +313,8 @@ def _parquet(path: Path, id: str, text_field: str) -> Iterator[Document | BadRow
                     else:
                         yield Document(f"{id}#{number}", text or b"")
                     number += 1
+    except PermissionError as error:
+        raise ValueError(no_access(path, error)) from error
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({error})") from error
 

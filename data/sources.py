@@ -86,9 +86,12 @@ def content(source: SourceConfig, progress: bool = False) -> str | None:
     digest = hashlib.sha256()
     with Progress(f"hash {source.name}", enabled=progress) as bar:
         for _, path in found:
-            with path.open("rb") as file:
-                of_file = hashlib.file_digest(file, "sha256").hexdigest()
-                bar.update(file.tell())
+            try:
+                with path.open("rb") as file:
+                    of_file = hashlib.file_digest(file, "sha256").hexdigest()
+                    bar.update(file.tell())
+            except OSError as error:
+                raise ValueError(f"data source {source.name!r}: {files.no_access(path, error)}") from error
             digest.update(f"{files.format_of(path)} {of_file}\n".encode())
     return digest.hexdigest()
 
@@ -160,8 +163,9 @@ def _of_files(source: SourceConfig, tell: Tell | None) -> Iterator[Document | Ba
     """The rows of all files. In a folder a .json that is no table is left out, if another file has documents."""
     is_one_file = Path(source.path or "").is_file()
     read, left_out = 0, []
+    no_files: list[str] = []
     try:
-        for id, path in _files(source):
+        for id, path in _files(source, no_files):
             try:
                 yield from files.read(path, id, source.text_field)
                 read += 1
@@ -172,10 +176,22 @@ def _of_files(source: SourceConfig, tell: Tell | None) -> Iterator[Document | Ba
         if left_out and not read:
             raise left_out[0][1]
     except ValueError as error:
-        raise ValueError(f"data source {source.name!r}: {error}") from error
+        begin = f"data source {source.name!r}: "
+        raise ValueError(begin + str(error).removeprefix(begin)) from error
     if left_out and tell:
-        names = ", ".join(id for id, _ in left_out[:NAMED]) + (", ..." if len(left_out) > NAMED else "")
+        names = _some([id for id, _ in left_out])
         tell(0, f"data source {source.name!r}: left out for want of a column {source.text_field!r}: {names}")
+    if no_files and tell:
+        advice = "make a folder that is linked to a source of its own, or exclude it"
+        tell(
+            0,
+            f"data source {source.name!r}: left out as no files (links are followed to files alone): "
+            f"{_some(no_files)}; {advice}",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 def _good(source: SourceConfig, rows: Iterator[Document | BadRow], tell: Tell | None) -> Iterator[Document]:
@@ -212,15 +228,11 @@ def find_bad_byte(path: Path) -> BadByte | None:
             # A character may be cut by the chunk's end: its first bytes (3 at most) wait for the next chunk.
             keep = _unfinished(data) if chunk else 0
             data, rest = data[: len(data) - keep], data[len(data) - keep :]
-            start = 0
-            while start < len(data):
-                try:
-                    data[start:].decode() if start else data.decode()
-                    break
-                except UnicodeDecodeError as error:
-                    first = offset + start + error.start if first < 0 else first
-                    count += error.end - error.start
-                    start += error.end
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                first = offset + error.start if first < 0 else first
+                count += len(data) - len(data.decode(errors="ignore").encode())  # one by one, it would take hours
             offset += len(data)
             if not chunk:
                 return BadByte(first, count) if count else None
@@ -245,44 +257,58 @@ def _python_files(source: SourceConfig) -> list[tuple[str, Path]]:
         raise ValueError(f"data source {source.name!r}: {error}") from error
 
 
-def _files(source: SourceConfig) -> Iterator[tuple[str, Path]]:
+def _files(source: SourceConfig, no_files: list[str] | None = None) -> Iterator[tuple[str, Path]]:
     """(id, path) of every file of a `files` source, by id: its path below the folder, or below a glob's fixed part.
 
     Of a folder and of a glob all that are not hidden, excluded, or in a folder that this project wrote (`OWN`).
+    ``no_files`` gets what else a folder holds, unless it is hidden or excluded: links to folders, broken links.
 
     Raises ValueError if there is none, or a folder cannot be read.
     """
     assert source.path is not None
     path = Path(source.path).expanduser()
     count = left_out = 0
+    no_files = [] if no_files is None else no_files
     if path.is_file():
         yield path.name, path
         return
     for id, file in _below(path) if path.is_dir() else _matches(path):
-        if _wanted(source, id):
+        if file is None:
+            if not _shut_out(source, id):
+                no_files.append(id)
+        elif _wanted(source, id):
             count += 1
             yield id, file
         else:
             left_out += 1
     if not count:
         beside = f" but {left_out} that are hidden or that include and exclude leave out" if left_out else ""
+        beside += f", and these are links to folders, or broken: {_some(no_files)}" if no_files else ""
         raise ValueError(f"data source {source.name!r}: no file matches {source.path!r}{beside}; set its path")
 
 
-def _below(root: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+def _below(root: Path, prefix: str = "") -> Iterator[tuple[str, Path | None]]:
+    """(id, path) of all in a folder; without the path of what is no file: a link to a folder, a broken link."""
     try:
         with os.scandir(root) as found:
             entries = {f"{e.name}/" if e.is_dir(follow_symlinks=False) else e.name: e for e in found}
     except OSError as error:
-        raise ValueError(f"{root} cannot be read ({error.strerror}): make it readable, or exclude it") from error
+        raise ValueError(files.no_access(root, error)) from error
     if prefix and _is_own(entries.keys()):
         return
     for name in sorted(entries):  # a/b comes after a.txt, as in a list of all ids
         if name.endswith("/"):
             if not name.startswith("."):
                 yield from _below(root / name, prefix + name)
-        elif entries[name].is_file():
-            yield prefix + name, root / name
+        else:
+            yield prefix + name, root / name if _is_file(entries[name]) else None
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a circle of links, say
+        return False
 
 
 def _matches(pattern: Path) -> Iterator[tuple[str, Path]]:
@@ -308,14 +334,15 @@ def _is_own(names: Collection[str]) -> bool:
 
 def _wanted(source: SourceConfig, id: str) -> bool:
     """Whether a file of a folder belongs to the source. ``id``: its path within the folder."""
-    parts = id.split("/")
-    if any(part.startswith(".") for part in parts):
-        return False
+    return not _shut_out(source, id) and (not source.include or _is_named(id, source.include))
 
-    def named_by(patterns: list[str]) -> bool:
-        return any(fnmatch(text, pattern) for pattern in patterns for text in (id, *parts))
 
-    return (not source.include or named_by(source.include)) and not named_by(source.exclude)
+def _shut_out(source: SourceConfig, id: str) -> bool:
+    return any(part.startswith(".") for part in id.split("/")) or _is_named(id, source.exclude)
+
+
+def _is_named(id: str, patterns: list[str]) -> bool:
+    return any(fnmatch(text, pattern) for pattern in patterns for text in (id, *id.split("/")))
 
 
 def _load(source: SourceConfig, **arguments: Any) -> Any:

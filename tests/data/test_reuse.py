@@ -96,6 +96,14 @@ def test_changed_content_is_prepared_again(tmp_path: Path, small: Make, built: l
     assert len(built) == len(fingerprints) == 6
 
 
+def test_the_same_rows_read_by_another_column_are_other_data(tmp_path: Path, small: Make, built: list[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "body": "1"}\n{"text": "two", "body": "2"}\n')
+    config = small(tmp_path / "a.jsonl")
+    other = config.model_copy(update={"sources": [config.sources[0].model_copy(update={"text_field": "body"})]})
+    found = {prepare(config, 1, progress=False).fingerprint, prepare(other, 1, progress=False).fingerprint}
+    assert len(built) == len(found) == 2
+
+
 def test_the_corpus_is_gone(
     tmp_path: Path, small: Make, prepared: PreparedData, built: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +160,69 @@ def test_one_of_two_corpora_is_gone(tmp_path: Path, small: Make, built: list[str
     first = prepare(config, 1, progress=False)
     (tmp_path / "b.jsonl").unlink()
     assert prepare(config, 1, progress=False).folder == first.folder
+    assert len(built) == 1
+
+
+def test_data_of_more_sources_are_not_those_of_fewer(tmp_path: Path, small: Make, built: list[str]) -> None:
+    """Where the corpora are gone. Planted: only the sources that are asked for are looked at."""
+    config = small(write_corpus(tmp_path / "text", 8))
+    write_corpus(tmp_path / "b", 12)
+    second = SourceConfig(name="second", kind="files", path=str(tmp_path / "b"))
+    both = config.model_copy(update={"sources": [*config.sources, second]})
+    folder = prepare(both, 1, progress=False).folder
+    for name in ("text", "b"):
+        shutil.rmtree(tmp_path / name)
+    assert prepare(both, 1, progress=False).folder == folder
+    for fewer in ([config.sources[0]], [second], both.sources[::-1]):
+        with pytest.raises(ValueError, match="no file matches"):
+            prepare(config.model_copy(update={"sources": fewer}), 1, progress=False)
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("path", ["text/", "./text", "deep/../text"])
+def test_a_lost_corpus_under_another_spelling_of_its_path(
+    tmp_path: Path, small: Make, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """What pathlib takes for the same path is found; what goes up a folder may be another one."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "text", 8)
+    folder = prepare(small("text"), 1, progress=False).folder
+    shutil.rmtree(tmp_path / "text")
+    if ".." in path:
+        with pytest.raises(ValueError, match="no file matches"):
+            prepare(small(path), 1, progress=False)
+    else:
+        assert prepare(small(path), 1, progress=False).folder == folder
+
+
+@pytest.mark.parametrize("manifest", [b"", b"cut {", b"\xff", b"[]", b"{}", b'{"made_from": 1}'])
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_damaged_manifest_beside_the_data_is_passed_over(
+    tmp_path: Path, small: Make, built: list[str], manifest: bytes, lost: bool
+) -> None:
+    corpus = write_corpus(tmp_path / "text", 8)
+    folder = prepare(small(corpus), 1, progress=False).folder
+    (tmp_path / "cache/other").mkdir()
+    (tmp_path / "cache/other/manifest.json").write_bytes(manifest)
+    if lost:
+        shutil.rmtree(corpus)
+    else:
+        corpus = Path(shutil.move(corpus, tmp_path / "moved"))
+    assert prepare(small(corpus), 1, progress=False).folder == folder
+    assert len(built) == 1
+
+
+@pytest.mark.parametrize("same", [b"", b"\n", b"\xff", b"/", b"../../elsewhere\n"])
+def test_a_damaged_note_of_the_same_content(tmp_path: Path, small: Make, built: list[str], same: bytes) -> None:
+    """Nothing outside of the cache is opened or written, and the data are found by their content again."""
+    corpus = write_corpus(tmp_path / "text", 8)
+    folder = prepare(small(corpus), 1, progress=False).folder
+    moved = Path(shutil.move(corpus, tmp_path / "moved"))
+    prepare(small(moved), 1, progress=False)
+    (note,) = (tmp_path / "cache").glob("*.same")
+    note.write_bytes(same)
+    assert module.reuse.folder_of(tmp_path / "cache", note.stem).parent == tmp_path / "cache"
+    assert prepare(small(moved), 1, progress=False).folder == folder
     assert len(built) == 1
 
 
