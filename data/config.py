@@ -82,8 +82,15 @@ class SourceConfig(Section):
     def _consistent(self) -> "SourceConfig":
         if self.kind in ("files", "hub") and not self.path:
             raise ValueError(f"data source {self.name!r}: kind {self.kind} needs a path")
-        if (self.kind == "synthetic") != (self.task is not None):
-            raise ValueError(f"data source {self.name!r}: a task goes with kind synthetic and only with it")
+        if self.kind == "synthetic" and self.task is None:
+            raise ValueError(
+                f"data source {self.name!r}: kind synthetic needs a task: set task, such as task: {TASKS[0].name}"
+            )
+        if self.kind != "synthetic" and self.task is not None:
+            raise ValueError(
+                f"data source {self.name!r}: a task goes with kind synthetic only: set kind: synthetic, or "
+                "take task out"
+            )
         if self.packages and self.kind != "builtin":
             raise ValueError(f"data source {self.name!r}: packages go with kind builtin only")
         if self.kind != "synthetic" and (self.lengths != "short" or self.curriculum):

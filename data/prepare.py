@@ -30,7 +30,7 @@ from nsa.data.epochs import describe_readings
 from nsa.data.load_tokenizer import load_tokenizer, tokenizer_files
 from nsa.data.progress import Progress
 from nsa.data.scan import DUPLICATE, EMPTY, VALIDATION, Scan, choose, scan
-from nsa.data.shards import FORMAT, PreparedData, SourceWriter, write_manifest
+from nsa.data.shards import FORMAT, REPAIR, PreparedData, SourceWriter, write_manifest
 from nsa.data.tokenizer import train
 
 BATCH_BYTES = 1 << 20  # text that one task of a worker holds, about
@@ -90,7 +90,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
             try:
                 return PreparedData(found, verify=True)
             except ValueError as error:
-                print(f"prepared data are not intact and are built again: {error}", file=sys.stderr)
+                print(f"prepared data are not intact and are built again: {_cause(error)}", file=sys.stderr)
         reuse.forget(cache, key)
         contents = {s.name: digest for s in texts if (digest := sources.content(s, progress)) is not None}
         if (same := reuse.same_content(cache, made_from, contents)) not in (None, found):
@@ -98,7 +98,7 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
             try:
                 data = PreparedData(same, verify=True)
             except ValueError as error:
-                print(f"prepared data of the same content are not intact: {error}", file=sys.stderr)
+                print(f"prepared data of the same content are not intact: {_cause(error)}", file=sys.stderr)
             else:
                 print(f"data that were prepared from the same content are used: {same}", file=sys.stderr)
                 reuse.remember(cache, key, same)
@@ -114,6 +114,11 @@ def prepare(config: DataConfig, seed: int, progress: bool = True, fingerprint: s
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return PreparedData(folder)
+
+
+def _cause(error: ValueError) -> str:
+    """Without the advice to do what is done now."""
+    return str(error).removesuffix(f"; {REPAIR}")
 
 
 def find_prepared(config: DataConfig, seed: int) -> PreparedData | None:

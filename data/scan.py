@@ -72,10 +72,11 @@ class Scan:
                 highest = max(highest, (int(keys[high]), at + int(members[high])))
             at += len(piece.fate)
         if kept < 2:
+            todo = "cut the text into several files, or into a JSONL file with one document per line"
             raise ValueError(
                 f"data source {self.name!r}: {kept} document(s), not counting {self.empty} empty and "
                 f"{self.duplicates} duplicate ones; the held-out split is by document and needs two or more: "
-                "cut the text into several files, or into a JSONL file with one document per line"
+                + (todo if kept else "name files that have text of their own, or take the source out")
             )
         # A small source has both splits all the same.
         self._changed = {lowest[1]: VALIDATION, highest[1]: TRAIN}

@@ -67,7 +67,10 @@ class Tokenizer(BaseTokenizer):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a sentencepiece model ({error})") from error
+            raise ValueError(
+                f"{path}: not a sentencepiece model; set data.tokenizer.path to one, or to a Hugging Face folder with "
+                "tokenizer.model or tokenizer.json, or to null to train a tokenizer"
+            ) from error
         processor = self._processor
         self.vocab_size = processor.vocab_size()
         self.bos_id = processor.bos_id()

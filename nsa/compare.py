@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m nsa.compare", description="Compare methods of sparse attention.")
-    parser.add_argument("what", help="a comparison's YAML file; or list, explain, report")
+    parser.add_argument("what", nargs="?", help="a comparison's YAML file; or list, explain, report")
     parser.add_argument("rest", nargs="*", metavar="key=value", help="overrides, or what to explain or report")
     parser.add_argument("--minutes", type=float, help="begin nothing new after so many minutes; exit code 75")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes at once, spread over the GPUs")
@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--partial", action="store_true", help="with report: of a comparison that was stopped, from the cells there are"
     )
     options = parser.parse_intermixed_args(arguments)
+    if options.what is None:
+        parser.error("name a comparison's YAML file, or list, explain or report")
+    if options.what == "report" and not options.rest:
+        parser.error("report needs a folder of results")
     if options.partial and options.what != "report":
         parser.error("--partial goes with report")
     if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
@@ -54,9 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what == "list":
             print(commands.listing())
         elif options.what == "explain":
-            print("\n\n".join(commands.explain(name) for name in options.rest or [""]))
+            print(commands.explanations(options.rest))
         elif options.what == "report":
-            for folder in options.rest or [""]:
+            for folder in options.rest:
                 commands.report(folder, options.pack, options.partial)
         elif options.launch is not None:
             from nsa.evaluation.comparison import trainings

@@ -351,6 +351,26 @@ training: {steps: 200, global_batch_size: 8, micro_batch_size: 4}
 """
 
 
+STAGES_IN_WORDS = """
+## Stages
+
+The top-level list `stages` holds runs that follow one another, in one file. An item has a `name` (required: letters,
+digits, `_` and `-`) and the keys that it replaces; what it does not name is as in the file:
+
+```yaml
+stages:
+  - {name: dense, attention: {kind: dense}}
+  - {name: indexer, train: indexer, training: {steps: 100}, attention: {dsa: {phase: warm-up}}}
+  - {name: sparse}
+```
+
+Each stage is a run of its own, in the folder `<output_dir>/<name>-<stage>`. It starts from the stage before it, unless
+it has `start_from`; the first one starts from that of the file. On the command line `stage=NAME` says which stage is
+wanted, and other overrides apply to it. `stage=` is no key of the file, and overrides cannot change `stages`. `bash
+launch.sh train CONFIG` trains all stages in turn.
+"""
+
+
 def reference() -> str:
     """Markdown tables of every key, type, default and meaning, as committed in ``docs/configuration.md``."""
     lines = [
@@ -365,6 +385,7 @@ def reference() -> str:
         MINIMAL.strip(),
         "```",
     ]
+    lines += STAGES_IN_WORDS.rstrip().split("\n")
     section = None
     for key, field in strict_yaml.walk(Config):
         head = key.rpartition(".")[0]
@@ -405,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         print(dump_config(load_config(options.config, options.overrides)), end="")
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

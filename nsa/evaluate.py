@@ -18,11 +18,15 @@ from nsa.exporting.folder import CONFIG, is_export
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m nsa.evaluate", description="Measure an exported model.")
-    parser.add_argument("export", help="a folder written by nsa.export, or one that transformers saved of it")
+    parser.add_argument(
+        "export", nargs="?", help="a folder written by nsa.export, or one that transformers saved of it"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. evaluation.recall_samples=16")
     parser.add_argument("--config", help="YAML whose data and evaluation sections to use (default: the training's)")
     parser.add_argument("--out", help="folder for the results (default: evaluation, beside the export)")
     options = parser.parse_intermixed_args(arguments)
+    if options.export is None:
+        parser.error("name a folder that nsa.export wrote")
     try:
         export = Path(options.export)
         check(export)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 from nsa.config import ConfigError, load_config
 
+GPUS_UNLESS_NAMED = 8
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit status."""
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", nargs="?", help="a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. engine.zero_stage=3")
-    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs of the run (default: 8)")
+    parser.add_argument("--gpus", type=int, help=f"number of GPUs of the run (default: {GPUS_UNLESS_NAMED})")
     parser.add_argument("--gpu", help="H200, H100 or A100: also predict the speed, and search for the fastest layouts")
     parser.add_argument("--memory", type=float, help="GB of one GPU (default: those of --gpu, or of an H100)")
     parser.add_argument("--passes", action="store_true", help="also dry-run a rank's passes on the meta device")
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _plan(options)
     except ValueError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -58,9 +60,17 @@ def _plan(options: argparse.Namespace) -> None:
     from nsa.planning.memory import memory_of
     from nsa.planning.search import search
     from nsa.planning.speed import GPUS, predict_speed
+    from nsa.training.deepspeed_config import micro_batches_per_step
+    from nsa.training.start import check_stage_before
     from nsa.training.state import check_beginning
 
     config, gpus = load_config(options.config, options.overrides), options.gpus
+    if gpus is None:
+        gpus = GPUS_UNLESS_NAMED
+        try:
+            micro_batches_per_step(config, gpus)
+        except ValueError as error:
+            raise ConfigError(f"{error}.\n--gpus is {gpus} by default: add --gpus N for a run on N GPUs") from None
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus}: at least one is needed")
     if options.gpu is not None and options.gpu not in GPUS:
@@ -70,6 +80,7 @@ def _plan(options: argparse.Namespace) -> None:
     print(describe(config, gpus) + "\n\n" + describe_text(config))
     if config.start_from is not None:
         try:
+            check_stage_before(config, options.config, options.overrides)
             check_beginning(config)
         except (ValueError, OSError) as error:  # a plan may be made elsewhere, or before the stage that it starts from
             print(f"\nnote: here the run could not begin: {error}")

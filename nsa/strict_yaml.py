@@ -188,22 +188,32 @@ def read(
         for item in error.errors():
             where, annotation = _real_path(section, item["loc"])
             problems.setdefault(where, _in_words(section, where, annotation, item))
-        messages = [_place(where, lines, overridden) + words for where, words in problems.items()]
+        messages = [_place(where, words, lines, overridden) + words for where, words in problems.items()]
     raise ConfigError(
         f"{path}: " + (messages[0] if len(messages) == 1 else "\n  ".join([f"{len(messages)} problems", *messages]))
     )
 
 
-def _place(path: Path_, lines: dict[Path_, int], overridden: dict[Path_, str]) -> str:
+def _place(path: Path_, words: str, lines: dict[Path_, int], overridden: dict[Path_, str]) -> str:
     parts = [path[:length] for length in range(len(path), 0, -1)]
     for part in parts:  # first: what is below an overridden section is no longer that of the file
         if part in overridden:
             return f"override {overridden[part]!r}: "
+    if causes := [override for key, override in overridden.items() if _is_named(key, path, words)]:
+        return f"override{'s' * (len(causes) > 1)} {' and '.join(map(repr, causes))}: "
     for part in parts:
         if part in lines:
             return f"line {lines[part]}: "
     made = [override for key, override in overridden.items() if path and key[: len(path)] == path]
     return f"override {made[0]!r}: " if made else ""  # the override created the section that the path names
+
+
+def _is_named(key: Path_, section: Path_, words: str) -> bool:
+    """Whether a problem of a whole section names this key in it. Of a list's item messages have the last word alone."""
+    if len(key) <= len(section) or key[: len(section)] != section:
+        return False
+    name = dotted(key[len(section) :] if any(isinstance(part, int) for part in section) else key)
+    return re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", words) is not None
 
 
 def _real_path(section: type[BaseModel], loc: Sequence[str | int]) -> tuple[Path_, Any]:

@@ -38,12 +38,14 @@ def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="nsa.train", description="Pretrain a decoder. The same command resumes a run."
     )
-    parser.add_argument("config", help="YAML file, such as configs/demo.yaml")
+    parser.add_argument("config", nargs="?", help="YAML file, such as configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as training.steps=100")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="check the run, print its size and memory, and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers insert it; LOCAL_RANK says it
     arguments = parser.parse_intermixed_args()
+    if arguments.config is None:
+        parser.error("name a YAML file, such as configs/demo.yaml")
 
     from nsa.config import dump_config, load_config
     from nsa.training.exit_codes import USER, write_exit_file
@@ -63,6 +65,7 @@ def _main() -> int:
         return 0
     if arguments.dry_run:
         from nsa.planning.describe import describe, describe_text
+        from nsa.training.start import check_stage_before
         from nsa.training.state import check_beginning
 
         try:
@@ -73,6 +76,7 @@ def _main() -> int:
             print(f"error: {e}\n{more}", file=sys.stderr)
             return USER
         try:
+            check_stage_before(config, arguments.config, arguments.overrides)
             check_beginning(config)
         except (ValueError, OSError) as e:
             print(f"error: {e}", file=sys.stderr)
@@ -80,7 +84,15 @@ def _main() -> int:
         return 0
 
     from nsa.training.job import train
+    from nsa.training.start import check_stage_before
 
+    try:
+        check_stage_before(config, arguments.config, arguments.overrides)
+    except ValueError as e:
+        if is_main:
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        write_exit_file(USER)
+        return USER
     return train(config)
 
 

@@ -15,6 +15,8 @@ JSON_LIMIT = 64 * 2**20  # bytes of a JSON file
 HEADER_LIMIT = 32 * 2**20  # bytes of a safetensors header; a tensor takes about 150
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
+AGAIN = "it is cut short or damaged; copy it from its origin, or write it, again"
+
 
 class UntrustedError(ValueError):
     """A file is invalid, and nothing of it was used."""
@@ -93,7 +95,7 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
-            raise UntrustedError(f"{path}: a header of {length} bytes in a file of {size}")
+            raise UntrustedError(f"{path}: a header of {length} bytes in a file of {size}: {AGAIN}")
         header = parse_json(file.read(length), f"{path}: header")
     if not isinstance(header, dict):
         raise UntrustedError(f"{path}: header is no object")
@@ -117,7 +119,7 @@ def check_safetensors(path: Path) -> dict[str, dict[str, Any]]:
             raise UntrustedError(f"{path}: tensors overlap or leave a gap")
         end = stop
     if end != size - 8 - length:
-        raise UntrustedError(f"{path}: tensors of {end} bytes in {size - 8 - length}")
+        raise UntrustedError(f"{path}: tensors of {end} bytes by the header, {size - 8 - length} in the file: {AGAIN}")
     return header
 
 

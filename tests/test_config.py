@@ -171,7 +171,7 @@ def test_wrong_values_in_plain_words(small, override, words):
         (["data.tokenizer.vocab_size=600"], "exceeds model.vocab_size (512)"),
         (["data.sources.1.name=python"], "the names must differ"),
         (["data.sources.0.kind=hub"], "kind hub needs a path"),
-        (["data.sources.0.task=copy"], "a task goes with kind synthetic"),
+        (["data.sources.0.task=copy"], "a task goes with kind synthetic only"),
         (["training.micro_batch_size=3"], "must be a multiple of training.micro_batch_size (3)"),
         (["optimizer.min_learning_rate=1"], "exceeds optimizer.learning_rate (0.0003)"),
         (["optimizer.decay_steps=3"], "goes with optimizer.schedule wsd only"),
@@ -192,6 +192,29 @@ def test_wrong_values_in_plain_words(small, override, words):
 )
 def test_contradictions_are_refused(small, overrides, words):
     assert words in refusal(small, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "place"),
+    [
+        (["model.head_dim=15"], "override 'model.head_dim=15'"),
+        (["training.log_every=2", "model.num_heads=5", "data.workers=1"], "override 'model.num_heads=5'"),
+        (["attention.kind=[]"], "override 'attention.kind=[]'"),
+        (["attention.nsa.block_size=40", "seed=3"], "override 'attention.nsa.block_size=40'"),
+        (["data.sources.0.weight=2", "data.sources.0.task=copy"], "override 'data.sources.0.task=copy'"),
+        (["training.steps=1", "optimizer.warmup_steps=2"], "'training.steps=1' and 'optimizer.warmup_steps=2'"),
+    ],
+)
+def test_a_contradiction_is_placed_at_the_override_that_it_names(small, overrides, place):
+    """Not at a line of the file, whose value is another one."""
+    text = refusal(small, *overrides)
+    assert f"{place}: " in text and "line " not in text
+
+
+def test_a_contradiction_within_the_file_stays_there(small):
+    small.write_text(SMALL.replace("  head_dim: 16", "  head_dim: 15"))
+    text = refusal(small, "model.num_layers=3", "training.steps=20", "name=head_dim")
+    assert ", line " not in text and "line " in text and "override" not in text
 
 
 def test_every_problem_is_reported_at_once(small):

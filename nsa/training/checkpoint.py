@@ -195,7 +195,11 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def latest_complete(
-    run_folder: Path | str, before: int | None = None, content: bool = True, otherwise: str = START_OVER
+    run_folder: Path | str,
+    before: int | None = None,
+    content: bool = True,
+    otherwise: str = START_OVER,
+    quiet: bool = False,
 ) -> Path | None:
     """The newest checkpoint (of fewer than ``before`` steps) that is what its manifest says; broken ones are reported
     and passed over.
@@ -203,6 +207,7 @@ def latest_complete(
     Args:
         content: whether files are read to verify them; else their sizes alone are.
         otherwise: what else can be done than to mend a broken one, as a sentence: it depends on what it is for.
+        quiet: broken ones are not reported.
 
     Returns:
         None if there is no checkpoint.
@@ -221,7 +226,7 @@ def latest_complete(
         except CheckpointError as e:
             reasons.append(str(e))
         else:
-            for reason in reasons:
+            for reason in () if quiet else reasons:
                 print(f"checkpoint passed over: {reason}", flush=True)
             return path
     if reasons:

@@ -1,6 +1,7 @@
 """Beginning a run with the weights of another, or of a Hugging Face folder (``start_from``)."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nsa.importing.folder import is_own
 from nsa.layers.kind import Kind
 from nsa.layers.kinds import BASELINE
 from nsa.models import AttentionConfig, ModelConfig
+from nsa.stages import STAGE, stages_of
 from nsa.training import checkpoint
 from nsa.training.checkpoint import CheckpointError
 from nsa.training.distributed import Ranks
@@ -58,6 +60,37 @@ def start_from(engine: DeepSpeedEngine, config: Config, ranks: Ranks, tokenizer:
         return found
 
     scatter(engine, shards, value)
+
+
+def check_stage_before(config: Config, file: str, overrides: Sequence[str]) -> None:
+    """Whether the stage that this one begins with is there, if it is needed and the run is a stage.
+
+    Args:
+        file, overrides: what ``config`` was read from.
+
+    Raises:
+        ValueError: it is not; the message has the command that trains what comes first.
+    """
+    stage = next((o.removeprefix(STAGE) for o in reversed(overrides) if o.startswith(STAGE)), None)
+    run = Path(config.output_dir) / config.name
+    if stage is None or config.start_from is None or checkpoint.checkpoints(run):
+        return
+    stages, family = stages_of(file), config.name.removesuffix(f"-{stage}")
+    first = None  # that has to be trained
+    for before in reversed(stages[: stages.index(stage)]):
+        folder = run.with_name(f"{family}-{before}")
+        if checkpoint.checkpoints(folder) or (first is None and Path(config.start_from) != folder):
+            break
+        first = before
+    if first is None:
+        return
+    others = [override for override in overrides if not override.startswith(STAGE)]
+    raise ValueError(
+        f"stage {stage} begins with the weights of the stage before it, and {config.start_from} holds no checkpoint: "
+        f"train stage {first} first, with\n"
+        f"  {shlex.join(['python', '-m', 'nsa.train', file, f'{STAGE}{first}', *others])}\n"
+        f"or all stages in turn, with\n  {shlex.join(['bash', 'launch.sh', 'train', file, *others])}"
+    )
 
 
 def is_missing(name: str, there: Kind, here: Kind) -> bool:

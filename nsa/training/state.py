@@ -104,17 +104,20 @@ def restore(engine: DeepSpeedEngine, config: Config, ranks: Ranks, run: Path, id
     return progress
 
 
-def check_beginning(config: Config) -> None:
+def check_beginning(config: Config, quiet: bool = False) -> None:
     """Whether a run can go on from its newest checkpoint or else begin with ``start_from``. Nothing is changed.
 
     Of checkpoints the sizes of the files are checked, of weights the shapes in their headers. The tokenizer is compared
     if ``data.tokenizer.path`` is there: another one comes with the prepared data.
 
+    Args:
+        quiet: checkpoints that are passed over are not reported, since `load_newest` will do so.
+
     Raises:
         ValueError: it cannot, as the run itself would say.
     """
     run, path = Path(config.output_dir) / config.name, config.data.tokenizer.path
-    if (newest := checkpoint.latest_complete(run, content=False)) is not None:
+    if (newest := checkpoint.latest_complete(run, content=False, quiet=quiet)) is not None:
         check_same(newest / "config.yaml", config, newest)
     elif config.start_from is not None:
         source_of(config, Path(path) if path and Path(path).exists() else None, content=False)

@@ -38,7 +38,7 @@ from nsa.training.run_folder import RunFolder
 from nsa.training.schedule import learning_rate
 from nsa.training.signals import StopRequest
 from nsa.training.spikes import SpikeDetector, batch_number
-from nsa.training.state import Identity, load_newest, restore, snapshot, state_bytes, trained_on
+from nsa.training.state import Identity, check_beginning, load_newest, restore, snapshot, state_bytes, trained_on
 from nsa.training.watchdog import Watchdog
 
 IGNORED = -100  # targets that are not counted
@@ -97,6 +97,7 @@ class Trainer:
 
     def _open_folder(self, deepspeed_json: dict[str, Any]) -> Path:
         self._run_folder = RunFolder(self.config)  # kept: it holds the lock
+        check_beginning(self.config, quiet=True)  # before the data are prepared, which may take long
         return self._run_folder.path
 
     def _monitor(self) -> Monitor:

@@ -107,6 +107,10 @@ def test_one_document_cannot_be_split(tmp_path: Path, make_config: Make) -> None
     (tmp_path / "one.txt").write_text("text " * 1000)
     with pytest.raises(ValueError, match="one document per line"):
         prepare(make_config(tmp_path / "one.txt"), 1, progress=False)
+    (tmp_path / "one.txt").write_text("")
+    with pytest.raises(ValueError, match=r"0 document.*name files that have text") as refused:
+        prepare(make_config(tmp_path / "one.txt"), 1, progress=False)
+    assert "cut the text" not in str(refused.value)
 
 
 def test_shards_part_documents_nowhere(tmp_path: Path, prepared: PreparedData) -> None:
@@ -225,7 +229,8 @@ def test_damaged_data_are_built_again(tmp_path: Path, make_config: Make, capfd: 
     first = prepare(config, 1, progress=False)
     flip(first.folder / "text/tokens-00000.bin")
     second = prepare(config, 1, progress=False)
-    assert "built again" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "built again: " in said and "sha256" in said and "python -m nsa.data.prepare" not in said
     assert second.fingerprint == first.fingerprint
     PreparedData(second.folder, verify=True)
 

@@ -58,7 +58,8 @@ def test_a_task_over_text_is_a_source(prepared: PreparedData, config: DataConfig
     [
         ({"kind": "synthetic", "task": "mqar_wid"}, "did you mean 'mqar_wide'"),
         ({"kind": "builtin", "curriculum": 5}, "lengths and curriculum go with kind synthetic only"),
-        ({"kind": "synthetic"}, "a task goes with kind synthetic"),
+        ({"kind": "synthetic"}, "kind synthetic needs a task: set task"),
+        ({"kind": "builtin", "task": "copy"}, "only: set kind: synthetic, or take task out"),
     ],
 )
 def test_bad_sources(keys: dict, message: str) -> None:

@@ -147,7 +147,8 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path: Path, changes: dict, m
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model").write_bytes(b"\x00text")
-    with pytest.raises(ValueError, match="not a sentencepiece model"):
+    with pytest.raises(ValueError, match=r"not a sentencepiece model; set data\.tokenizer\.path") as refused:
         Tokenizer(tmp_path / "model")
+    assert "INTERNAL" not in str(refused.value)
     with pytest.raises(ValueError, match=r"data\.tokenizer\.path"):
         Tokenizer(tmp_path / "missing")

@@ -123,7 +123,15 @@ def test_the_plan_of_a_taught_selection(capsys):
 )
 def test_invalid_arguments_are_reported(capsys, arguments, words):
     assert main([str(CONFIG), *arguments]) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and words in said
+
+
+def test_a_number_of_gpus_that_nobody_named_is_told(capsys):
+    for arguments, told in (([], True), (["--gpus", "8"], False)):
+        assert main([str(CONFIG), "training.global_batch_size=4", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert "8 data-parallel ranks" in said and ("--gpus is 8 by default: add --gpus N" in said) is told
 
 
 def test_the_trainers_dry_run_prints_the_plan(run_python, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nsa.config import Config, dump_config, load_saved
+from nsa.config import Config, dump_config, load_config, load_saved
 from nsa.importing import read_weights
 from nsa.layers.csa.config import CsaConfig
 from nsa.layers.csa.kind import WITHOUT_INDEXER
@@ -17,7 +17,7 @@ from nsa.layers.kinds import kind_of
 from nsa.models import AttentionConfig, Decoder, ModelConfig, MoEConfig
 from nsa.plan import main as plan
 from nsa.training import checkpoint, start
-from nsa.training.start import is_missing, source_of
+from nsa.training.start import check_stage_before, is_missing, source_of
 from nsa.training.state import check_beginning
 from tests.small_run import small_config, small_run
 
@@ -377,3 +377,43 @@ def test_a_run_that_goes_on_is_compared_with_its_checkpoint(tmp_path, dense, mon
     check_beginning(Config.model_validate(tree))
     with pytest.raises(ValueError, match=r"written under another configuration:\n  seed: 1234 there, 7 now"):
         check_beginning(Config.model_validate(tree | {"seed": 7}))
+
+
+def test_a_stage_whose_predecessor_is_not_trained_says_what_to_train(tmp_path):
+    """The user wrote no start_from. Of several stages that are not trained the first is named."""
+    tree = small_config(tmp_path, "dense").model_dump() | {"name": "small"}
+    tree["stages"] = [{"name": name} for name in ("one", "two", "three")]
+    file = tmp_path / "with space.yaml"
+    file.write_text(json.dumps(tree))
+
+    def refused(*overrides):
+        given = ["name=x", *overrides, "training.steps=5"]
+        try:
+            check_stage_before(load_config(file, given), str(file), given)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    command = f"python -m nsa.train '{file}' stage={{}} name=x training.steps=5\n"
+    assert refused("stage=one") is None
+    assert command.format("one") in refused("stage=three") and "train stage one first" in refused("stage=two")
+    assert refused("stage=three", f"start_from={tmp_path}/other") is None, "that is told by its key"
+    (tmp_path / "x-one/step_00000003").mkdir(parents=True)
+    assert refused("stage=two") is None and command.format("two") in refused("stage=three")
+    (tmp_path / "x-three/step_00000003").mkdir(parents=True)
+    assert refused("stage=three") is None, "it goes on"
+
+
+def test_a_refused_resume_prepares_nothing(tmp_path, dense, run_python):
+    file, runs = tmp_path / "run.yaml", shutil.copytree(dense, tmp_path / "runs/run").parent
+    tree = load_saved(dense / "step_00000003/config.yaml").model_dump()
+    tree["data"]["cache_dir"] = str(tmp_path / "none")
+    file.write_text(json.dumps(tree | {"output_dir": str(runs), "seed": 7}))
+    result = run_python("-m", "nsa.train", str(file))
+    assert result.returncode == 2 and "seed: 1234 there, 7 now" in result.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_command_without_a_file_asks_for_one_alone(run_python):
+    result = run_python("-m", "nsa.train")
+    assert result.returncode == 2 and "error: name a YAML file" in result.stderr

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,13 @@ def listing() -> str:
     methods = [f"  {m.name:<22} {'+'.join(m.phases) or '-':<15} {m.title}" for m in METHODS]
     tasks = [f"  {t.name:<22} {t.group:<15} {t.title}" for t in TASKS]
     return "\n".join(["methods, and the phases in which they choose", *methods, "", "tasks, and their groups", *tasks])
+
+
+def explanations(names: Sequence[str]) -> str:
+    """Each of these methods. Raises ValueError: there are no names, or not such a method."""
+    if not names:
+        raise ValueError(f"explain: name one or more of {', '.join(method.name for method in METHODS)}")
+    return "\n\n".join(map(explain, names))
 
 
 def explain(name: str) -> str:

@@ -304,11 +304,15 @@ def read_manifest(path: Path) -> Manifest:
     try:
         found = read_json(path / MANIFEST)
     except FileNotFoundError:
-        raise ResultsError(
-            f"{path} has no {MANIFEST}, so it is no folder of results. Name another folder, or delete this one"
-        ) from None
+        if not path.exists():
+            raise ResultsError(f"{path} is not there. Name a folder of results") from None
+        raise ResultsError(f"{path} has no {MANIFEST}, so it is no folder of results. Name another folder") from None
+    except NotADirectoryError:
+        raise ResultsError(f"{path} is a file. Name a folder of results") from None
     except (UntrustedError, OSError) as e:
-        raise ResultsError(f"{path}: {e}. Delete the folder and run the comparison again") from None
+        raise ResultsError(
+            f"{path}: {e}. Name another folder, or run the comparison again with a new output_dir"
+        ) from None
     if isinstance(found, dict) and found.get("format") != FORMAT:
         there = found.get("format")
         raise ResultsError(f"{path} has format {there}, this code reads {FORMAT}: run the comparison again")

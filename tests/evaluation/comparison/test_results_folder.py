@@ -83,8 +83,16 @@ def test_another_commit_or_configuration_is_refused(tmp_path: Path, change: dict
 
 
 def test_damage_is_told_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match=r"no folder of results"):
+    (tmp_path / "file").touch()
+    for there, words in ((".", "no folder of results"), ("none", "is not there"), ("file", "is a file")):
+        with pytest.raises(ResultsError, match=words) as refused:
+            read_results(tmp_path / there)
+        assert "elete" not in str(refused.value), "it may be any folder of the user's"
+    (tmp_path / "file").rename(tmp_path / "manifest.json")
+    with pytest.raises(ResultsError, match="no valid JSON") as refused:
         read_results(tmp_path)
+    assert "elete" not in str(refused.value)
+    (tmp_path / "manifest.json").unlink()
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ResultsError, match=r"Name another folder"):
         ResultsFolder(tmp_path, MANIFEST)

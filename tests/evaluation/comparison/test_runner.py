@@ -315,6 +315,8 @@ def test_listing_and_explaining() -> None:
         assert method.paper in text and method.formula in text and method.licence in text
     with pytest.raises(ValueError, match="did you mean 'snapkv'"):
         commands.explain("snapvk")
+    with pytest.raises(ValueError, match=f"name one or more of {', '.join(method.name for method in METHODS)}"):
+        commands.explanations([])
 
 
 def test_budgets_are_shares_or_tokens() -> None:
