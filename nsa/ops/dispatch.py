@@ -146,6 +146,9 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, 
         raise ValueError(
             f"q, k, v must be (batch, tokens, heads, width); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    types = {x.dtype for x in (q, k, v)}
+    if not all(x.is_floating_point() for x in (q, k, v)) or (torch.float64 in types and len(types) > 1):
+        raise ValueError(f"q, k, v must be floating-point, in one type; got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must share batch, tokens and heads")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -191,6 +194,19 @@ def check_places(positions: Tensor, queries: int, keys: int) -> None:
         inside = int(positions[0]) >= 0 and int(positions[-1]) < keys
         if not inside or not bool((positions[1:] > positions[:-1]).all()):
             raise ValueError(f"positions must rise, from 0 to at most {keys - 1}, the last key's")
+
+
+def check_listed(name: str, listed: Tensor, there: int) -> None:
+    """Raise ValueError unless ``listed`` are int32 or int64 numbers below ``there``, or -1, which is none.
+
+    On a GPU the values are not read: that would wait for the device.
+    """
+    if listed.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {listed.dtype}")
+    if listed.device.type == "cpu" and listed.numel() and not torch.compiler.is_compiling():
+        lowest, highest = (int(x) for x in listed.aminmax())
+        if lowest < -1 or highest >= there:
+            raise ValueError(f"{name} must be from 0 to {there - 1}, or -1 for none; got {lowest} to {highest}")
 
 
 def check_compression(length: int, stride: int, block_size: int | None = None) -> None:

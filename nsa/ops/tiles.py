@@ -119,7 +119,7 @@ def _union(lists: Tensor, count: int) -> tuple[Tensor, Tensor]:
     chosen = torch.zeros(*lists.shape[:3], count + 1, dtype=torch.bool, device=lists.device)
     chosen = chosen.scatter_(3, torch.where(lists < 0, count, lists), True)[..., :-1]
     used = chosen.any(2)
-    width = int(used.sum(-1).max())
+    width = int(used.sum(-1).max()) if len(used) else 0
     # The rest is padding for groups that use fewer.
     union = used.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., :width]
     return union, chosen.gather(3, union[:, :, None].expand(-1, -1, lists.shape[2], -1))

@@ -102,9 +102,15 @@ class BlockChoice(nn.Module):
     def forward(
         self, q: Tensor, k_cmp: Tensor, lse: Tensor, cu_seqlens: Tensor | None = None, offset: int = 0, **sizes: int
     ) -> Tensor:
-        """As `nsa.ops.select_blocks`; ``sizes`` replace those of the layer."""
+        """As `nsa.ops.select_blocks`, of no more blocks than there are; ``sizes`` replace those of the layer."""
         options = {"scale": self.scale, "cu_seqlens": cu_seqlens, "offset": offset, "backend": self.backend}
-        return ops.select_blocks(q, k_cmp, lse, **self.sizes | sizes, **options)  # type: ignore[arg-type]
+        sizes = self.sizes_of(offset + q.shape[1]) | sizes
+        return ops.select_blocks(q, k_cmp, lse, **sizes, **options)  # type: ignore[arg-type]
+
+    def sizes_of(self, tokens: int) -> dict[str, int]:
+        """The sizes, for so many tokens: places for blocks that these do not have would only cost time."""
+        forced, blocks = self.sizes["num_initial"] + self.sizes["num_local"], -(-tokens // self.sizes["block_size"])
+        return self.sizes | {"num_blocks": min(self.sizes["num_blocks"], max(1, forced, blocks))}
 
 
 class Divergence(nn.Module):
@@ -212,7 +218,7 @@ class GatedBranches(nn.Module):
             kv_slc,
             kv_win,
             gates,
-            **self.sizes,
+            **self.choose.sizes_of(offset + q.shape[1]),
             window=self.window,
             scale=self.scale,
             cu_seqlens=cu_seqlens,

@@ -69,7 +69,7 @@ def indexer_kl(
     if lse.shape != (q.shape[0], q.shape[2], q.shape[1]):
         raise ValueError(f"lse must be {(q.shape[0], q.shape[2], q.shape[1])}, got {tuple(lse.shape)}")
     if token_indices is not None:
-        check_lists(token_indices, q)
+        check_lists(token_indices, q, k)
     scale = softmax_scale(scale, q.shape[3])
     q, k, lse = q.detach(), k.detach(), lse.detach()
     latent = token_indices is not None and takes_latents(backend, q, k, None)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa.ops.dispatch import autocasts, check_attention, check_positions, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_listed, check_positions, resolve_backend, softmax_scale
 from nsa.ops.geometry import Documents, block_starts
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Blocks, tiled_attention
@@ -37,7 +37,7 @@ def selected_attention(
         (B, T, H, Dv) in q's dtype; a query without blocks gives 0.
 
     Raises:
-        ValueError: inconsistent shapes, unknown backend.
+        ValueError: inconsistent shapes or types, unknown backend; on a CPU also blocks that are not there.
     """
     check_attention(q, k, v, cu_seqlens)
     expected = (q.shape[0], q.shape[1], k.shape[2])
@@ -45,6 +45,7 @@ def selected_attention(
         raise ValueError(f"block_indices must be {(*expected, 'n')}, got {tuple(block_indices.shape)}")
     if block_size < 1:
         raise ValueError(f"block_size must be positive, got {block_size}")
+    check_listed("block_indices", block_indices, -(-k.shape[1] // block_size))
     scale = softmax_scale(scale, q.shape[3])
     documents = Documents.of(q.shape[1], check_positions(q, k), cu_seqlens, q.device)
     implementation = resolve_backend(backend, q, k, v)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nsa.ops.dense import dense_attention
-from nsa.ops.dispatch import autocasts, check_attention, resolve_backend, softmax_scale
+from nsa.ops.dispatch import autocasts, check_attention, check_listed, resolve_backend, softmax_scale
 from nsa.ops.geometry import longest_document, share_gradient
 from nsa.ops.naive import masked_attention
 from nsa.ops.tiles import Lists, tiled_attention
@@ -80,10 +80,10 @@ def token_sparse_attention(
         nothing gives 0, and -inf without a sink.
 
     Raises:
-        ValueError: inconsistent shapes, unknown backend.
+        ValueError: inconsistent shapes or types, unknown backend; on a CPU also tokens that are not there.
     """
     check_attention(q, k, v, None)
-    check_lists(token_indices, q)
+    check_lists(token_indices, q, k)
     if sink is not None and sink.shape != q.shape[2:3]:
         raise ValueError(f"sink must be ({q.shape[2]},), one logit per query head, got {tuple(sink.shape)}")
     scale = softmax_scale(scale, q.shape[3])
@@ -125,10 +125,11 @@ def takes_latents(backend: str, q: Tensor, k: Tensor, v: Tensor | None) -> bool:
     return latents.fits(q, k, 0 if v is None else v.shape[3])
 
 
-def check_lists(token_indices: Tensor, q: Tensor) -> None:
-    """Raise ValueError unless token_indices is (B, T, K) for q (B, T, H, D)."""
+def check_lists(token_indices: Tensor, q: Tensor, k: Tensor) -> None:
+    """Raise ValueError unless token_indices is (B, T, K) for q (B, T, H, D), and lists keys of k (B, S, G, D)."""
     if token_indices.dim() != 3 or token_indices.shape[:2] != q.shape[:2]:
         raise ValueError(f"token_indices must be {(*q.shape[:2], 'K')}, got {tuple(token_indices.shape)}")
+    check_listed("token_indices", token_indices, k.shape[1])
 
 
 def naive_mask(token_indices: Tensor, num_keys: int) -> Tensor:

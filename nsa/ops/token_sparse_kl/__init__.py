@@ -47,7 +47,7 @@ def token_sparse_attention_kl(
         ValueError: inconsistent shapes, unknown backend.
     """
     check_attention(q, k, v, None)
-    check_lists(token_indices, q)
+    check_lists(token_indices, q, k)
     check_index_shapes(q_idx, k_idx, weights)
     check_positions(q_idx, k_idx)
     check_together(q_idx, k_idx, q, k)
