@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.what is None:
         parser.error("name a comparison's YAML file, or list, explain or report")
-    if options.what == "report" and not options.rest:
-        parser.error("report needs a folder of results")
     if options.partial and options.what != "report":
         parser.error("--partial goes with report")
     if options.pack is not None and (options.what != "report" or len(options.rest) != 1):
         parser.error("--pack goes with report and one folder of results")
+    if options.what == "report" and not options.rest:
+        parser.error("report needs a folder of results")
     if options.workers < 1:
         parser.error("--workers needs a number of processes, 1 or more")
 
