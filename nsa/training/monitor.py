@@ -28,6 +28,7 @@ class Monitor:
 
     Attributes:
         lowest: the lowest validation loss up to now and the first step that had it, from metrics.jsonl; or None.
+        latest: the same of the last step that was validated, which may be NaN.
         lost: which lines of the steps before are not there (a file that was cut or changed), in words; or "".
     """
 
@@ -44,8 +45,9 @@ class Monitor:
         self._tensorboard = SummaryWriter(str(board), purge_step=resumed + 1, max_queue=1000)
         before = [json.loads(line) for line in kept]
         self.lowest: tuple[float, int] | None = None
+        self.latest: tuple[float, int] | None = None
         for metrics in before:
-            self._note_lowest(metrics["step"], metrics)
+            self._note_validation(metrics["step"], metrics)
         self._before: set[str] = set().union(*before)
         self._shown: set[str] = set()  # by this process's last layout, which takes the place of all others
         self._hook = threading.excepthook
@@ -55,7 +57,7 @@ class Monitor:
         """One line of JSON, and a point of each curve."""
         self._jsonl.write(json.dumps({"step": step} | metrics) + "\n")
         self._jsonl.flush()
-        self._note_lowest(step, metrics)
+        self._note_validation(step, metrics)
         for tag, value in metrics.items():
             self._tensorboard.add_scalar(tag, value, step)
         if not self._shown.issuperset(metrics):
@@ -63,9 +65,12 @@ class Monitor:
             self._tensorboard.add_custom_scalars(charts(self._shown))
         self._tensorboard.flush()
 
-    def _note_lowest(self, step: int, metrics: dict[str, Any]) -> None:
+    def _note_validation(self, step: int, metrics: dict[str, Any]) -> None:
         loss = metrics.get("validation/loss")
-        if isinstance(loss, float) and math.isfinite(loss) and (self.lowest is None or loss < self.lowest[0]):
+        if not isinstance(loss, float):
+            return
+        self.latest = loss, step
+        if math.isfinite(loss) and (self.lowest is None or loss < self.lowest[0]):
             self.lowest = loss, step
 
     def close(self) -> None:

@@ -132,7 +132,6 @@ class Trainer:
             self.folder / "STOP" if self.ranks.is_main else None, training.max_hours, self.began
         )
         saved, code = self.progress.step, DONE
-        validation: dict[str, float] = {}
         since, seconds, data_seconds = self.progress.step, 0.0, 0.0
         self.watchdog.start()
         try:
@@ -160,8 +159,7 @@ class Trainer:
                 if step % training.probe_every == 0 or step == 1 or step == training.steps:
                     metrics |= self.probe_attention()
                 if step % training.validation_every == 0 or step == training.steps:
-                    validation = self.validate()
-                    metrics |= validation
+                    metrics |= self.validate()
                 if self.monitor and metrics:
                     self.monitor.write(step, metrics)
                 if logged or "validation/loss" in metrics:
@@ -181,9 +179,9 @@ class Trainer:
                 self.monitor.close()
         assert saved == self.progress.step
         stop.forget_file()
+        if self.progress.step == training.steps:
+            self.ranks.on_main(self._check_end)
         self.watchdog.close()
-        if validation and self.progress.step == training.steps:
-            self._check_end(validation)
         self.console.farewell(self.progress.step, reason)
         return code
 
@@ -442,16 +440,16 @@ class Trainer:
                 f"data{self._where_to_go_back()}"
             )
 
-    def _check_end(self, validation: dict[str, float]) -> None:
-        """A run whose weights give no finite loss is saved, but it is not done."""
-        if math.isfinite(validation["validation/loss"]):
-            return
-        if not self.ranks.is_main:
-            raise ReportedError("the validation loss is not finite")
-        raise TrainingError(
-            f"the validation loss after the last step, {self.progress.step}, is {validation['validation/loss']}: its "
-            f"checkpoint gives no text. Lower optimizer.learning_rate or look at the data{self._where_to_go_back()}"
-        )
+    def _check_end(self) -> None:
+        """A run whose weights give no finite loss is saved, but it is not done, also if it is started again."""
+        assert self.monitor is not None
+        loss, step = self.monitor.latest or (0.0, 0)
+        if step == self.progress.step and not math.isfinite(loss):
+            raise TrainingError(
+                f"the validation loss after the last step, {step}, is {loss}: its checkpoint gives no text. Start a "
+                "new run under another name (name=...) with a lower optimizer.learning_rate, or look at the data"
+                f"{self._where_to_go_back()}"
+            )
 
     def _where_to_go_back(self) -> str:
         older = [
